@@ -1,0 +1,72 @@
+"""The command line: one module a command, imported only when it is called, so that --help answers at once.
+
+A command's module has `DESCRIPTION`, `add_arguments(parser)` and `run(arguments) -> int` (an exit code).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from typing import TYPE_CHECKING
+
+from pascaline import __version__
+from pascaline.errors import ExitCode, PascalineError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Command -> what it does, as --help lists it. The module is pascaline.cli.<command>.
+COMMANDS = {
+    "serve": "plan, launch and supervise an engine that serves one model",
+    "config": "show, check or describe the settings and where each value comes from",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the arguments name and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _top_parser()
+    if not arguments:
+        parser.print_help()
+        return ExitCode.CONFIGURATION
+    known = parser.parse_args(arguments[:1])
+    return _run_command(known.command, arguments[1:])
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
+    codes = "\n".join(f"  {code.value:>3}  {code.meaning}" for code in ExitCode)
+    parser = argparse.ArgumentParser(
+        prog="pascaline",
+        usage="pascaline COMMAND [OPTIONS]",
+        description="Serve language models on Pascal GPUs (Tesla P4, P40, P100, GTX 10xx).",
+        epilog=f"commands (pascaline COMMAND --help says more):\n{listing}\n\nexit codes:\n{codes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("--version", action="version", version=f"pascaline {__version__}")
+    return parser
+
+
+def _run_command(name: str, arguments: Sequence[str]) -> int:
+    module = importlib.import_module(f"pascaline.cli.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"pascaline {name}",
+        description=module.DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    try:
+        return int(module.run(parser.parse_args(arguments)))
+    except PascalineError as error:
+        print(f"pascaline {name}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away (`pascaline … | head`); nothing is left to say.
+        sys.stderr.close()
+        return ExitCode.OK

@@ -1,0 +1,1 @@
+"""Engines behind one interface: command line, environment, probes, progress counters."""

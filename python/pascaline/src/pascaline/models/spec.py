@@ -1,0 +1,85 @@
+"""ModelSpec: all that planning and serving need to know of a model, read from its header alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a model file."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Dimensions, outermost first (rows, columns): the reverse of GGUF's own order."""
+    tensor_type: str
+    """GGML's name in a GGUF file (`Q4_K`, `F16`), else torch's short name in upper case (`BF16`, `F32`)."""
+    n_bytes: int
+    data_offset: int = 0
+    """Bytes from the start of the file that holds it."""
+    file_index: int = 0
+    """Which of the model's files holds it."""
+
+    @property
+    def n_elements(self) -> int:
+        """Number of weights."""
+        count = 1
+        for dimension in self.shape:
+            count *= dimension
+        return count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A model as its header describes it. Sizes in bytes or elements; None where the model has no such thing."""
+
+    format: Literal["gguf", "safetensors"]
+    files: tuple[Path | str, ...]
+    """The files in order (parts of a split model); URLs as strings."""
+    architecture: str
+    """GGUF's `general.architecture` or config.json's `model_type`: `llama`, `qwen2`, `gemma3`, …"""
+    name: str = ""
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    """KV heads of most layers; `layer_kv_heads` says it per layer where layers differ."""
+    head_dim: int
+    """Size of one key head."""
+    v_head_dim: int
+    """Size of one value head; equal to head_dim in most models."""
+    vocab_size: int
+    context_length: int
+    """The longest context that the model was made for, tokens."""
+    layer_kv_heads: tuple[int, ...] | None = None
+    sliding_window: int | None = None
+    """Tokens that a sliding-window layer looks back."""
+    sliding_layers: int = 0
+    """How many of the layers use the sliding window."""
+    kv_lora_rank: int | None = None
+    """MLA: size of the compressed key/value vector."""
+    qk_rope_head_dim: int | None = None
+    num_experts: int | None = None
+    num_experts_per_token: int | None = None
+    moe_intermediate_size: int | None = None
+    ssm_state_size: int | None = None
+    ssm_conv_kernel: int | None = None
+    ssm_inner_size: int | None = None
+    tied_embeddings: bool = False
+    file_type: str | None = None
+    """The mixture that a GGUF file names for itself (`Q4_K_M`); says nothing exact about one tensor."""
+    file_bytes: int = 0
+    tensors: tuple[TensorSpec, ...] = field(default=(), repr=False)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(tensor.n_bytes for tensor in self.tensors)
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of weights."""
+        return sum(tensor.n_elements for tensor in self.tensors)

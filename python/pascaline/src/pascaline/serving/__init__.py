@@ -1,0 +1,1 @@
+"""Supervision of one engine: process, health, agent, systemd notification."""

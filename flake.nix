@@ -1,0 +1,95 @@
+{
+  description = "Language models on the NVIDIA GPUs that the frameworks dropped: drivers, CUDA 11.8, SGLang, supervision and monitoring, declared";
+
+  inputs = {
+    nixpkgs.url = "github:NixOS/nixpkgs/nixos-26.05";
+    # The last release with CUDA 11.8, and used for nothing else.
+    nixpkgs-cuda.url = "github:NixOS/nixpkgs/nixos-25.05";
+    # Only its function that turns a hive into what the colmena program evaluates.
+    colmena = {
+      url = "github:zhaofengli/colmena";
+      flake = false;
+    };
+  };
+
+  outputs =
+    {
+      self,
+      nixpkgs,
+      nixpkgs-cuda,
+      colmena,
+    }:
+    let
+      inherit (nixpkgs) lib;
+      system = "x86_64-linux";
+      overlay = import ./python/overlay.nix { inherit nixpkgs-cuda; };
+      pkgs = import nixpkgs {
+        inherit system;
+        overlays = [ overlay ];
+        config = import ./python/unfree.nix { inherit lib; };
+      };
+      modules = [ self.nixosModules.default ];
+      fleetLib = import ./hosts { inherit lib; };
+      fleet = import ./hosts/fleet.nix;
+      withOverlay = module: {
+        imports = [ module ];
+        nixpkgs.overlays = [ overlay ];
+        nixpkgs.config = import ./python/unfree.nix { inherit lib; };
+      };
+    in
+    {
+      overlays.default = overlay;
+      lib = fleetLib;
+
+      nixosModules = lib.mapAttrs (_: withOverlay) {
+        default = ./modules;
+        cloudlab = ./modules/cloudlab.nix;
+        cuda = ./modules/cuda.nix;
+        driver = ./modules/driver.nix;
+        exporter = ./modules/exporter.nix;
+        inference = ./modules/inference.nix;
+        models = ./modules/models.nix;
+        monitoring = ./modules/monitoring;
+        router = ./modules/router.nix;
+      };
+
+      nixosConfigurations = fleetLib.nixosConfigurations fleet {
+        inherit (lib) nixosSystem;
+        inherit modules;
+      };
+      colmenaHive = import "${colmena}/src/nix/hive/eval.nix" {
+        rawHive = fleetLib.colmena fleet {
+          nixpkgs = pkgs;
+          inherit modules;
+        };
+        hermetic = true;
+      };
+
+      packages.${system} = {
+        inherit (pkgs)
+          pascaline
+          pascaline-engine
+          pascaline-router
+          sglang-pascal-kernels
+          llama-cpp-pascal
+          ;
+        default = pkgs.pascaline;
+        docs = import ./tests/nix/options-doc.nix { inherit pkgs; };
+      };
+
+      apps.${system}.default = {
+        type = "app";
+        program = lib.getExe pkgs.pascaline-app;
+        meta.description = "pascaline with the engine beside it: nix run . -- serve";
+      };
+
+      devShells.${system}.default = import ./python/shell.nix { inherit pkgs; };
+      formatter.${system} = pkgs.nixfmt-tree;
+      checks.${system} = import ./tests/nix/checks.nix { inherit self pkgs; };
+
+      templates.default = {
+        path = ./templates/fleet;
+        description = "A fleet repository of your own: an inventory and a flake of ten lines";
+      };
+    };
+}

@@ -1,0 +1,206 @@
+# From the inventory to systems: `moduleOf` derives one host's configuration from the whole fleet, the rest wraps it.
+{ lib }:
+let
+  agentPort = 30001;
+  enginePort = 30000;
+  exporterPort = 9836;
+
+  hostDefaults = {
+    address = throw "every host needs an address";
+    profile = null;
+    gpu = null;
+    instances = [ ];
+    roles = [ ];
+    modules = [ ];
+  };
+  complete = fleet: lib.mapAttrs (_: host: hostDefaults // host) fleet.hosts;
+
+  unknownIn =
+    allowed: kind: host: names:
+    map (
+      name:
+      "fleet: host ${host} names ${kind} '${name}', must be one of: ${lib.concatStringsSep ", " allowed}"
+    ) (lib.subtractLists allowed names);
+
+  # Every mistake of an inventory as a sentence; empty where it is sound.
+  problems =
+    fleet:
+    let
+      hosts = complete fleet;
+      addresses = lib.mapAttrsToList (_: host: host.address) hosts;
+    in
+    lib.concatLists (
+      lib.mapAttrsToList (
+        name: host:
+        unknownIn (lib.attrNames (fleet.instances or { })) "instance" name host.instances
+        ++ unknownIn [ "monitoring" "router" ] "role" name host.roles
+        ++ lib.optional (host.profile != null && !builtins.pathExists (profilePath host.profile)) (
+          "fleet: host ${name} has profile '${host.profile}', must be one of: c220g5, c240g5"
+        )
+        ++ lib.optional (
+          lib.count (a: a == host.address) addresses > 1
+        ) "fleet: address ${host.address} of host ${name} is used twice"
+        ++ map (
+          key:
+          "fleet: host ${name} has an unknown key '${key}', must be one of: ${lib.concatStringsSep ", " (lib.attrNames hostDefaults)}"
+        ) (lib.subtractLists (lib.attrNames hostDefaults) (lib.attrNames fleet.hosts.${name}))
+      ) hosts
+    );
+
+  profilePath = profile: ./profiles + "/${profile}.nix";
+
+  withRole = role: hosts: lib.filterAttrs (_: host: lib.elem role host.roles) hosts;
+  serving = lib.filterAttrs (_: host: host.instances != [ ]);
+
+  # The n-th instance of a host listens two ports further than the one before it.
+  portsOf = index: {
+    port = enginePort + 10 * index;
+    agentPort = agentPort + 10 * index;
+  };
+  instancesOf = host: lib.imap0 (index: name: { inherit name; } // portsOf index) host.instances;
+
+  perInstance =
+    portName: hosts:
+    lib.concatLists (
+      lib.mapAttrsToList (
+        hostName: host:
+        map (instance: {
+          instance = hostName;
+          address = "${host.address}:${toString instance.${portName}}";
+          labels.name = instance.name;
+        }) (instancesOf host)
+      ) (serving hosts)
+    );
+
+  targets = fleet: rec {
+    hosts = complete fleet;
+    agents = perInstance "agentPort" hosts;
+    engines = perInstance "port" hosts;
+    exporters = lib.mapAttrsToList (name: host: {
+      instance = name;
+      address = "${host.address}:${toString exporterPort}";
+    }) (lib.filterAttrs (_: host: host.gpu != null) hosts);
+    workers = map (engine: "http://${engine.address}") engines;
+  };
+
+  # Metrics to the monitoring hosts, APIs to the routers, and to nobody else.
+  firewallRules =
+    fleet: host:
+    let
+      hosts = complete fleet;
+      addressesOf = role: lib.mapAttrsToList (_: h: h.address) (withRole role hosts);
+      accept =
+        sources: ports:
+        lib.optionalString (sources != [ ] && ports != [ ])
+          "ip saddr { ${lib.concatStringsSep ", " sources} } tcp dport { ${
+            lib.concatMapStringsSep ", " toString ports
+          } } accept\n";
+      instances = instancesOf host;
+      metricPorts =
+        lib.concatMap (i: [
+          i.port
+          i.agentPort
+        ]) instances
+        ++ lib.optional (host.gpu != null) exporterPort;
+    in
+    accept (addressesOf "monitoring") metricPorts
+    + accept (addressesOf "router") (map (i: i.port) instances);
+
+  instanceConfig =
+    fleet: host:
+    {
+      name,
+      port,
+      agentPort,
+    }:
+    lib.nameValuePair name (
+      lib.recursiveUpdate {
+        apiKeyFile = fleet.apiKeyFile or null;
+        settings = {
+          host = "0.0.0.0";
+          agent_host = "0.0.0.0";
+          inherit port;
+          agent_port = agentPort;
+        }
+        // lib.optionalAttrs (host.gpu != null) { inherit (host.gpu) card; };
+      } fleet.instances.${name}
+    );
+
+  moduleOf =
+    fleet: name:
+    let
+      found = problems fleet;
+      host = if found != [ ] then throw (lib.concatStringsSep "\n" found) else (complete fleet).${name};
+      all = targets fleet;
+      models = lib.unique (
+        lib.filter (model: model != null) (
+          map (instance: fleet.instances.${instance}.model or null) host.instances
+        )
+      );
+    in
+    {
+      imports = lib.optional (host.profile != null) (profilePath host.profile) ++ host.modules;
+      networking = {
+        hostName = name;
+        hosts = lib.mapAttrs' (other: h: lib.nameValuePair h.address [ other ]) (complete fleet);
+        nftables.enable = true;
+        firewall.extraInputRules = firewallRules fleet host;
+      };
+      hardware.pascaline.driver = lib.mkIf (host.gpu != null) {
+        enable = true;
+        computeCapability = host.gpu.capability;
+      };
+      services.pascaline = {
+        models = lib.genAttrs models (model: fleet.models.${model});
+        instances = lib.listToAttrs (map (instanceConfig fleet host) (instancesOf host));
+        exporter = lib.mkIf (host.gpu != null) {
+          enable = true;
+          host = "0.0.0.0";
+        };
+        monitoring = lib.mkIf (lib.elem "monitoring" host.roles) {
+          enable = true;
+          inherit (all) agents engines exporters;
+          alertmanager.webhookUrl = fleet.alertWebhook or null;
+        };
+        router = lib.mkIf (lib.elem "router" host.roles) {
+          enable = true;
+          inherit (all) workers;
+          apiKeyFile = fleet.apiKeyFile or null;
+        };
+      };
+    };
+in
+{
+  inherit
+    problems
+    targets
+    firewallRules
+    moduleOf
+    ;
+
+  # fleet, { nixosSystem, modules } -> nixosConfigurations
+  nixosConfigurations =
+    fleet:
+    { nixosSystem, modules }:
+    lib.mapAttrs (
+      name: _:
+      nixosSystem {
+        system = "x86_64-linux";
+        modules = modules ++ [ (moduleOf fleet name) ];
+      }
+    ) fleet.hosts;
+
+  # fleet, { nixpkgs, modules } -> a raw Colmena hive
+  colmena =
+    fleet:
+    { nixpkgs, modules }:
+    {
+      meta = { inherit nixpkgs; };
+      defaults.imports = modules;
+    }
+    // lib.mapAttrs (name: host: {
+      imports = [ (moduleOf fleet name) ];
+      deployment.targetHost = host.address;
+      deployment.tags = host.roles or [ ] ++ lib.optional (host ? gpu) "gpu";
+    }) fleet.hosts;
+}

@@ -1,0 +1,43 @@
+# The inventory: facts only. hosts/default.nix turns it into systems, scrape targets, router workers and firewall rules.
+# Adding a host is one line.
+let
+  # A c220g5 with a Tesla P4 that serves `emily`.
+  p4 = address: {
+    inherit address;
+    profile = "c220g5";
+    gpu = {
+      card = "tesla-p4";
+      capability = "6.1";
+    };
+    instances = [ "emily" ];
+  };
+in
+{
+  models.emily = {
+    path = "/data/models/emily-sovereign-v4.Q4_K_M.gguf";
+    # sha256sum of your own file; this one is of the empty file and fits nothing, so that a wrong file is never served.
+    sha256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+  };
+
+  instances.emily = {
+    model = "emily";
+    settings.context_length = 4096;
+  };
+
+  hosts = {
+    gpu-1 = p4 "10.10.1.1";
+    gpu-2 = p4 "10.10.1.2";
+    watch = {
+      address = "10.10.1.10";
+      profile = "c220g5";
+      roles = [
+        "monitoring"
+        "router"
+      ];
+    };
+  };
+
+  # Where alerts go, and the file on each host with the key that protects the APIs.
+  alertWebhook = "http://127.0.0.1:9099/alerts";
+  apiKeyFile = "/etc/pascaline/api-key";
+}

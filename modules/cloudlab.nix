@@ -1,0 +1,113 @@
+# CloudLab nodes: boot from partition 1's boot record, serial console, the control network by DHCP, data on a partition of its own.
+{
+  config,
+  lib,
+  modulesPath,
+  ...
+}:
+let
+  inherit (lib) mkOption types;
+  cfg = config.hardware.pascaline.cloudlab;
+in
+{
+  options.hardware.pascaline.cloudlab = {
+    enable = lib.mkEnableOption "the boot and network set-up of a CloudLab node";
+
+    rootPartition = mkOption {
+      type = types.strMatching "/dev/.*[^0-9][0-9]+";
+      default = "/dev/sda1";
+      example = "/dev/nvme0n1p1";
+      description = ''
+        Partition that holds the root file system and GRUB. CloudLab's network loader hands over to the boot record of partition 1,
+        not of the disk; re-partitioning the whole disk breaks that chain.
+      '';
+    };
+
+    controlInterface = mkOption {
+      type = types.nullOr types.str;
+      default = null;
+      example = "eno1";
+      description = "Interface of the control network. `null`: DHCP on every interface that has a cable.";
+    };
+
+    dataDevice = mkOption {
+      type = types.nullOr types.str;
+      default = null;
+      example = "/dev/disk/by-label/data";
+      description = "File system (ext4) that is mounted at {option}`dataMount` for models. `null`: they stay on the root partition.";
+    };
+
+    dataMount = mkOption {
+      type = types.path;
+      default = "/data";
+      example = "/srv";
+      description = "Where {option}`dataDevice` is mounted; the model store moves there.";
+    };
+
+    nixDevice = mkOption {
+      type = types.nullOr types.str;
+      default = null;
+      example = "/dev/disk/by-label/nix";
+      description = "File system (ext4) that is mounted at /nix, for roots too small for a CUDA system. `null`: /nix is on the root partition.";
+    };
+  };
+
+  imports = [
+    ./common.nix
+    (modulesPath + "/profiles/all-hardware.nix")
+  ];
+
+  config = lib.mkIf cfg.enable {
+    boot.loader.systemd-boot.enable = false;
+    boot.loader.grub = {
+      enable = true;
+      device = cfg.rootPartition;
+      # GRUB advises against a partition's boot record; here it is the only one that is read.
+      forceInstall = true;
+      extraConfig = ''
+        serial --unit=0 --speed=115200
+        terminal_input serial console
+        terminal_output serial console
+      '';
+    };
+    boot.kernelParams = [
+      "console=tty0"
+      "console=ttyS0,115200n8"
+    ];
+
+    fileSystems = {
+      "/" = {
+        device = cfg.rootPartition;
+        fsType = "ext4";
+      };
+    }
+    // lib.optionalAttrs (cfg.nixDevice != null) {
+      "/nix" = {
+        device = cfg.nixDevice;
+        fsType = "ext4";
+        neededForBoot = true;
+        options = [ "noatime" ];
+      };
+    }
+    // lib.optionalAttrs (cfg.dataDevice != null) {
+      ${cfg.dataMount} = {
+        device = cfg.dataDevice;
+        fsType = "ext4";
+        # A node without its data disk must still come up, so that it can be mended.
+        options = [
+          "noatime"
+          "nofail"
+        ];
+      };
+    };
+    services.pascaline.stateDir = lib.mkIf (cfg.dataDevice != null) (
+      lib.mkDefault "${cfg.dataMount}/pascaline"
+    );
+
+    networking.useDHCP = lib.mkDefault (cfg.controlInterface == null);
+    networking.interfaces = lib.mkIf (cfg.controlInterface != null) {
+      ${cfg.controlInterface}.useDHCP = true;
+    };
+    services.openssh.enable = true;
+  };
+}

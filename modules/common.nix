@@ -1,0 +1,71 @@
+# What every pascaline unit shares: the packages, the user, and the folders that outlive a boot.
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  inherit (lib) mkOption types;
+  cfg = config.services.pascaline;
+in
+{
+  options.services.pascaline = {
+    package = mkOption {
+      type = types.package;
+      default = pkgs.pascaline;
+      defaultText = lib.literalExpression "pkgs.pascaline";
+      example = lib.literalExpression "pkgs.pascaline.override { python3 = pkgs.python312; }";
+      description = "The control plane: the `pascaline` program, without torch.";
+    };
+
+    enginePackage = mkOption {
+      type = types.package;
+      default = pkgs.pascaline-engine;
+      defaultText = lib.literalExpression "pkgs.pascaline-engine";
+      example = lib.literalExpression "pkgs.pascaline-engine.override { torchFlavour = \"cu118\"; }";
+      description = "The Python environment with SGLang, torch and the plugin; its `bin/python` runs the engine.";
+    };
+
+    user = mkOption {
+      type = types.str;
+      default = "pascaline";
+      example = "inference";
+      description = "System user of every unit. It is created here when it has the default name.";
+    };
+
+    stateDir = mkOption {
+      type = types.path;
+      default = "/var/lib/pascaline";
+      example = "/data/pascaline";
+      description = "Folder of the model store. On hosts whose root is small or short-lived, put it on a data partition.";
+    };
+
+    active = mkOption {
+      type = types.bool;
+      default = false;
+      internal = true;
+      description = "Whether any pascaline unit is declared on this host; set by the modules that declare one.";
+    };
+  };
+
+  config = lib.mkIf cfg.active {
+    users.users = lib.mkIf (cfg.user == "pascaline") {
+      pascaline = {
+        isSystemUser = true;
+        group = "pascaline";
+        home = cfg.stateDir;
+        description = "pascaline inference";
+      };
+    };
+    users.groups = lib.mkIf (cfg.user == "pascaline") { pascaline = { }; };
+
+    systemd.tmpfiles.settings."10-pascaline".${cfg.stateDir}.d = {
+      inherit (cfg) user;
+      group = config.users.users.${cfg.user}.group or "pascaline";
+      mode = "0750";
+    };
+
+    environment.systemPackages = [ cfg.package ];
+  };
+}

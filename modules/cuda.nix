@@ -1,0 +1,72 @@
+# The CUDA 11.8 toolkit, the last that NVIDIA made with Pascal in mind, from the pinned nixpkgs that still has it.
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  inherit (lib) mkOption types;
+  cfg = config.hardware.pascaline.cuda;
+  toolkit = pkgs.symlinkJoin {
+    name = "cuda-toolkit-${cfg.packages.cudaMajorMinorVersion or "11.8"}";
+    paths = cfg.components cfg.packages;
+  };
+in
+{
+  options.hardware.pascaline.cuda = {
+    enable = lib.mkEnableOption "the CUDA 11.8 toolkit in the system's environment";
+
+    packages = mkOption {
+      type = types.attrs;
+      default = pkgs.cudaPackages_pascal;
+      defaultText = lib.literalExpression "pkgs.cudaPackages_pascal";
+      example = lib.literalExpression "pkgs.cudaPackages_12_9";
+      description = "The CUDA package set. The overlay's `cudaPackages_pascal` is 11.8 from the pinned nixpkgs 25.05.";
+    };
+
+    components = mkOption {
+      type = types.functionTo (types.listOf types.package);
+      default =
+        cuda: with cuda; [
+          cuda_cccl
+          cuda_cudart
+          cuda_nvcc
+          cuda_nvprof
+          cuda_nvrtc
+          cudnn
+          libcublas
+          nccl
+        ];
+      defaultText = lib.literalExpression "cuda: with cuda; [ cuda_cccl cuda_cudart cuda_nvcc cuda_nvprof cuda_nvrtc cudnn libcublas nccl ]";
+      example = lib.literalExpression "cuda: [ cuda.cuda_nvcc cuda.cuda_cudart ]";
+      description = "Which packages of the set are joined into the toolkit that `CUDA_PATH` names.";
+    };
+
+    cacheDir = mkOption {
+      type = types.path;
+      default = "/var/cache/pascaline-cuda";
+      example = "/data/cuda-cache";
+      description = "Persistent folder for kernels that the driver compiles from PTX (`CUDA_CACHE_PATH`); without it each first start costs up to a minute.";
+    };
+
+    debug = mkOption {
+      type = types.bool;
+      default = false;
+      example = true;
+      description = "Whether every kernel launch waits for its end (`CUDA_LAUNCH_BLOCKING=1`): errors name the right launch, and everything is slow.";
+    };
+  };
+
+  config = lib.mkIf cfg.enable {
+    environment.systemPackages = [ toolkit ];
+    environment.variables = {
+      CUDA_PATH = "${toolkit}";
+      CUDA_CACHE_PATH = cfg.cacheDir;
+    }
+    // lib.optionalAttrs cfg.debug { CUDA_LAUNCH_BLOCKING = "1"; };
+
+    # Sticky and open to all, as /tmp is: every user's programs cache there.
+    systemd.tmpfiles.settings."10-pascaline-cuda".${cfg.cacheDir}.d.mode = "1777";
+  };
+}

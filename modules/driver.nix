@@ -1,0 +1,129 @@
+# The NVIDIA driver for Pascal: the R580 branch with its closed kernel module, headless.
+{
+  config,
+  lib,
+  ...
+}:
+let
+  inherit (lib) mkOption types;
+  cfg = config.hardware.pascaline.driver;
+  driverPackage = config.hardware.nvidia.package;
+  nvidiaSmi = lib.getExe' (lib.getBin driverPackage) "nvidia-smi";
+  limits =
+    lib.optional (cfg.powerLimitWatts != null) "--power-limit=${toString cfg.powerLimitWatts}"
+    ++
+      lib.optional (cfg.applicationClocks != null)
+        "--applications-clocks=${toString cfg.applicationClocks.memory},${toString cfg.applicationClocks.graphics}";
+in
+{
+  options.hardware.pascaline.driver = {
+    enable = lib.mkEnableOption "the NVIDIA driver as a Pascal GPU needs it";
+
+    computeCapability = mkOption {
+      type = types.strMatching "[0-9]+\\.[0-9]";
+      default = "6.1";
+      example = "6.0";
+      description = ''
+        Compute capability of this host's GPUs: 6.0 for Tesla P100; 6.1 for Tesla P4, P40 and GTX 10xx.
+        It decides which kernels are built and which driver branches are refused.
+      '';
+    };
+
+    branch = mkOption {
+      type = types.str;
+      default = "legacy_580";
+      example = "legacy_535";
+      description = ''
+        Attribute of `boot.kernelPackages.nvidiaPackages` to take the driver from. R580 is the last branch that drives Pascal;
+        the NixOS default does not, and ignores the card without an error.
+      '';
+    };
+
+    persistence = mkOption {
+      type = types.bool;
+      default = true;
+      example = false;
+      description = "Whether nvidia-persistenced keeps the GPU initialised while nothing uses it; without it the first call takes seconds.";
+    };
+
+    powerLimitWatts = mkOption {
+      type = types.nullOr types.ints.positive;
+      default = null;
+      example = 60;
+      description = "Power limit of every GPU in watts, set at boot. `null` keeps the card's own (75 W on a Tesla P4).";
+    };
+
+    applicationClocks = mkOption {
+      type = types.nullOr (
+        types.submodule {
+          options = {
+            memory = mkOption {
+              type = types.ints.positive;
+              example = 3003;
+              description = "Memory clock in MHz, one that `nvidia-smi -q -d SUPPORTED_CLOCKS` lists.";
+            };
+            graphics = mkOption {
+              type = types.ints.positive;
+              example = 1531;
+              description = "Graphics clock in MHz, one that `nvidia-smi -q -d SUPPORTED_CLOCKS` lists for that memory clock.";
+            };
+          };
+        }
+      );
+      default = null;
+      example = {
+        memory = 3003;
+        graphics = 1531;
+      };
+      description = "Application clocks of every GPU, set at boot. `null` keeps the card's default (1113 MHz on a Tesla P4, under its maximum).";
+    };
+  };
+
+  config = lib.mkIf cfg.enable {
+    assertions = [
+      {
+        assertion = lib.versionAtLeast cfg.computeCapability "6.0";
+        message = "hardware.pascaline.driver.computeCapability: ${cfg.computeCapability} is older than Pascal, must be 6.0 (Tesla P100) or 6.1 (Tesla P4, P40, GTX 10xx); cards below 6.0 are not supported";
+      }
+      {
+        assertion = lib.versionOlder cfg.computeCapability "7.0";
+        message = "hardware.pascaline.driver.computeCapability: ${cfg.computeCapability} is newer than Pascal, must be 6.0 or 6.1; newer cards are served by upstream SGLang with the default driver";
+      }
+      {
+        assertion = lib.versionOlder (driverPackage.version or "0") "581";
+        message = "hardware.pascaline.driver.branch: driver ${driverPackage.version or "?"} of branch '${cfg.branch}' ignores Pascal, must be R580 or older; set hardware.pascaline.driver.branch = \"legacy_580\" and do not set hardware.nvidia.package";
+      }
+      {
+        assertion = config.hardware.nvidia.open == false;
+        message = "hardware.nvidia.open: the open kernel module needs a GPU with GSP firmware (Turing or newer), must be false for Pascal; remove your setting";
+      }
+    ];
+
+    # The switch that installs the kernel module, also where no X server runs.
+    services.xserver.videoDrivers = [ "nvidia" ];
+    hardware.graphics.enable = true;
+    hardware.nvidia = {
+      branch = lib.mkDefault cfg.branch;
+      open = lib.mkDefault false;
+      nvidiaSettings = false;
+      nvidiaPersistenced = cfg.persistence;
+    };
+    nixpkgs.config.nvidia.acceptLicense = true;
+
+    # Hardened units may not load modules, so CUDA's device must exist before they start.
+    boot.kernelModules = [ "nvidia_uvm" ];
+
+    systemd.services.pascaline-gpu-limits = lib.mkIf (limits != [ ]) {
+      description = "Power limit and application clocks of the GPUs";
+      wantedBy = [ "multi-user.target" ];
+      wants = lib.optional cfg.persistence "nvidia-persistenced.service";
+      after = lib.optional cfg.persistence "nvidia-persistenced.service";
+      serviceConfig = {
+        Type = "oneshot";
+        RemainAfterExit = true;
+        # nvidia-smi takes one of these settings a call.
+        ExecStart = map (limit: "${nvidiaSmi} ${limit}") limits;
+      };
+    };
+  };
+}

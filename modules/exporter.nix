@@ -1,0 +1,88 @@
+# The GPU exporter: one a host, Prometheus metrics of every GPU by NVML.
+{
+  config,
+  lib,
+  ...
+}:
+let
+  inherit (lib) mkOption types;
+  cfg = config.services.pascaline.exporter;
+  hardening = import ./hardening.nix;
+in
+{
+  imports = [ ./common.nix ];
+
+  options.services.pascaline.exporter = {
+    enable = lib.mkEnableOption "the GPU exporter";
+
+    host = mkOption {
+      type = types.str;
+      default = "127.0.0.1";
+      example = "0.0.0.0";
+      description = "Address to listen on.";
+    };
+
+    port = mkOption {
+      type = types.port;
+      default = 9836;
+      example = 9837;
+      description = "Port to listen on.";
+    };
+
+    openFirewall = mkOption {
+      type = types.bool;
+      default = false;
+      example = true;
+      description = "Whether to open the port to everyone. A fleet opens it to its monitoring hosts alone (hosts/default.nix).";
+    };
+
+    extraFlags = mkOption {
+      type = types.listOf types.str;
+      default = [ ];
+      example = [ "--interval=5" ];
+      description = "Further arguments of `pascaline exporter`.";
+    };
+  };
+
+  config = lib.mkIf cfg.enable {
+    services.pascaline.active = true;
+    networking.firewall.allowedTCPPorts = lib.optional cfg.openFirewall cfg.port;
+
+    systemd.services.pascaline-exporter = {
+      description = "GPU metrics for Prometheus (pascaline)";
+      wantedBy = [ "multi-user.target" ];
+      after = [
+        "network.target"
+        "nvidia-persistenced.service"
+      ];
+      startLimitIntervalSec = 0;
+      environment.LD_LIBRARY_PATH = "/run/opengl-driver/lib";
+      serviceConfig = hardening // {
+        ExecStart = lib.escapeShellArgs (
+          [
+            (lib.getExe config.services.pascaline.package)
+            "exporter"
+            "--host=${cfg.host}"
+            "--port=${toString cfg.port}"
+          ]
+          ++ cfg.extraFlags
+        );
+        User = config.services.pascaline.user;
+        Restart = "always";
+        RestartSec = 5;
+        # NVML reads the NVIDIA devices; it writes to nvidiactl to open them.
+        PrivateDevices = false;
+        DevicePolicy = "closed";
+        DeviceAllow = [
+          "char-nvidia rw"
+          "char-nvidia-frontend rw"
+          "/dev/nvidiactl rw"
+        ];
+        PrivateUsers = false;
+        # Names of the processes that hold GPU memory, and their units, come from /proc of other users.
+        ProcSubset = "all";
+        ProtectProc = "default";
+      };
+    };
+  };
+}

@@ -1,0 +1,370 @@
+# Instances: one supervised engine each, as pascaline-<name>.service.
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  inherit (lib) mkOption types;
+  cfg = config.services.pascaline;
+  instances = lib.filterAttrs (_: instance: instance.enable) cfg.instances;
+  toml = pkgs.formats.toml { };
+
+  # The defaults of the Python settings that assertions here need.
+  portOf = instance: instance.settings.port or 30000;
+  agentPortOf = instance: instance.settings.agent_port or 30001;
+  fractionOf = instance: instance.settings.mem_fraction_static or 0.9;
+
+  unitName = name: "pascaline-${name}";
+  modelUnits =
+    instance: lib.optional (instance.model != null) "pascaline-model-${instance.model}.service";
+
+  settingsOf =
+    name: instance:
+    {
+      served_model_name = name;
+      engine_executable =
+        if instance.settings.engine or "sglang" == "sglang" then
+          "${cfg.enginePackage}/bin/python"
+        else
+          lib.getExe' instance.llamaCppPackage "llama-server";
+    }
+    // lib.optionalAttrs (instance.model != null) {
+      model = "${config.services.pascaline.models.${instance.model}.file}";
+      model_sha256 = config.services.pascaline.models.${instance.model}.sha256;
+    }
+    // lib.optionalAttrs (instance.apiKeyFile != null) {
+      # systemd copies the credential here; the file itself stays readable by root alone.
+      api_key_file = "/run/credentials/${unitName name}.service/api-key";
+    }
+    // instance.settings;
+
+  # Checked by the same code that reads it at start, so that a mistake fails the build and not the boot.
+  settingsFile =
+    name: instance:
+    let
+      rendered = toml.generate "pascaline-${name}.toml" (settingsOf name instance);
+    in
+    if !instance.checkSettings then
+      rendered
+    else
+      pkgs.runCommand "pascaline-${name}.toml" { nativeBuildInputs = [ cfg.package ]; } ''
+        pascaline config check --no-host ${rendered}
+        cp ${rendered} $out
+      '';
+
+  nvidiaDevices =
+    instance:
+    map (index: "/dev/nvidia${toString index} rw") instance.gpus
+    ++ [
+      "/dev/nvidiactl rw"
+      "/dev/nvidia-uvm rw"
+      "/dev/nvidia-uvm-tools rw"
+    ];
+
+  hardening = import ./hardening.nix;
+
+  unit = name: instance: {
+    description = "Language model ${name} (pascaline)";
+    documentation = [ "man:systemd.service(5)" ];
+    wantedBy = [ "multi-user.target" ];
+    wants = [ "network-online.target" ];
+    requires = modelUnits instance;
+    after = [
+      "network-online.target"
+      "nvidia-persistenced.service"
+      "pascaline-gpu-limits.service"
+    ]
+    ++ modelUnits instance;
+    startLimitIntervalSec = 0;
+
+    environment = {
+      # The order of nvidia-smi and NVML; CUDA's own default is "fastest first".
+      CUDA_DEVICE_ORDER = "PCI_BUS_ID";
+      CUDA_VISIBLE_DEVICES = lib.concatMapStringsSep "," toString instance.gpus;
+      CUDA_CACHE_PATH = "/var/cache/${unitName name}/cuda";
+      HOME = "/var/lib/${unitName name}";
+      LD_LIBRARY_PATH = "/run/opengl-driver/lib";
+    }
+    // instance.environment;
+
+    serviceConfig =
+      hardening
+      // {
+        Type = "notify";
+        NotifyAccess = "main";
+        ExecStart = "${lib.getExe cfg.package} serve --config ${settingsFile name instance}";
+        User = cfg.user;
+        Slice = instance.slice;
+        WatchdogSec = 60;
+        # The supervisor asks for more time while a model loads (EXTEND_TIMEOUT_USEC).
+        TimeoutStartSec = 120;
+        TimeoutStopSec = instance.stopTimeoutSec;
+        # SIGTERM to the supervisor alone, which drains; what is left after TimeoutStopSec is killed whole.
+        KillMode = "mixed";
+        Restart = "on-failure";
+        RestartSec = 5;
+        RestartSteps = 6;
+        RestartMaxDelaySec = 300;
+        # Bad configuration, model, plan, missing program: the next start would fail in the same way.
+        RestartPreventExitStatus = "2 3 7 8";
+        LoadCredential = lib.optional (instance.apiKeyFile != null) "api-key:${instance.apiKeyFile}";
+        StateDirectory = unitName name;
+        CacheDirectory = unitName name;
+        RuntimeDirectory = unitName name;
+        StateDirectoryMode = "0750";
+        CacheDirectoryMode = "0750";
+        RuntimeDirectoryMode = "0700";
+        LimitNOFILE = 65536;
+        LimitMEMLOCK = "infinity"; # pinned host buffers for transfers to the GPU
+        OOMPolicy = "kill";
+        # torch and the driver's PTX compiler map memory that is writable and executable.
+        MemoryDenyWriteExecute = false;
+        # psutil reads /proc/meminfo and /proc/stat.
+        ProcSubset = "all";
+        # torch.distributed and SGLang enumerate the network interfaces, even for one GPU.
+        RestrictAddressFamilies = hardening.RestrictAddressFamilies ++ [ "AF_NETLINK" ];
+      }
+      // lib.optionalAttrs (instance.memoryMax != null) { MemoryMax = instance.memoryMax; }
+      // lib.optionalAttrs (instance.gpus != [ ]) {
+        PrivateDevices = false;
+        DevicePolicy = "closed";
+        DeviceAllow = nvidiaDevices instance;
+        # The device nodes belong to root in the host's user namespace.
+        PrivateUsers = false;
+      };
+  };
+
+  pairs = lib.concatLists (
+    lib.imap0 (i: a: map (b: { inherit a b; }) (lib.drop (i + 1) (lib.attrNames instances))) (
+      lib.attrNames instances
+    )
+  );
+  sharedGpus = { a, b }: lib.intersectLists instances.${a}.gpus instances.${b}.gpus;
+  allPorts = lib.concatLists (
+    lib.mapAttrsToList (name: instance: [
+      {
+        port = portOf instance;
+        key = "services.pascaline.instances.${name}.settings.port";
+      }
+      {
+        port = agentPortOf instance;
+        key = "services.pascaline.instances.${name}.settings.agent_port";
+      }
+    ]) instances
+  );
+  clashes = lib.filterAttrs (_: uses: lib.length uses > 1) (
+    lib.groupBy (use: toString use.port) allPorts
+  );
+  gpuIndices = lib.unique (lib.concatMap (instance: instance.gpus) (lib.attrValues instances));
+  fractionOnGpu =
+    gpu:
+    lib.foldl' (sum: instance: sum + fractionOf instance) 0.0 (
+      lib.filter (instance: lib.elem gpu instance.gpus) (lib.attrValues instances)
+    );
+  openHost =
+    instance:
+    !(lib.elem (instance.settings.host or "127.0.0.1") [
+      "127.0.0.1"
+      "::1"
+      "localhost"
+    ]);
+in
+{
+  imports = [
+    ./common.nix
+    ./models.nix
+  ];
+
+  options.services.pascaline.instances = mkOption {
+    default = { };
+    example = lib.literalExpression ''
+      {
+        emily = {
+          model = "emily";
+          gpus = [ 0 ];
+          settings = {
+            card = "tesla-p4";
+            context_length = 4096;
+          };
+        };
+      }
+    '';
+    description = "Engines to run, by name. Each becomes `pascaline-<name>.service`, and serves its model under that name.";
+    type = types.attrsOf (
+      types.submodule {
+        options = {
+          enable = mkOption {
+            type = types.bool;
+            default = true;
+            example = false;
+            description = "Whether to run this instance.";
+          };
+
+          model = mkOption {
+            type = types.nullOr types.str;
+            default = null;
+            example = "emily";
+            description = "Name of a model in {option}`services.pascaline.models`, which is fetched and verified before the instance starts. `null`: `settings.model` names one.";
+          };
+
+          gpus = mkOption {
+            type = types.listOf types.ints.unsigned;
+            default = lib.optional config.hardware.pascaline.driver.enable 0;
+            defaultText = lib.literalExpression "[ 0 ] where hardware.pascaline.driver.enable, else [ ]";
+            example = [ 1 ];
+            description = "GPUs that the instance may use, as `nvidia-smi` numbers them. Empty: it runs on the CPU and sees no device.";
+          };
+
+          settings = mkOption {
+            type = types.submodule { freeformType = toml.type; };
+            default = { };
+            example = {
+              card = "tesla-p4";
+              context_length = 4096;
+              max_running_requests = 4;
+              kv_cache.dtype = "int8";
+            };
+            description = "Settings of `pascaline serve`, in the names of its configuration file (docs/configuration.md). The build fails where the program would refuse them.";
+          };
+
+          checkSettings = mkOption {
+            type = types.bool;
+            default = true;
+            example = false;
+            description = "Whether the build runs `pascaline config check` on the rendered settings.";
+          };
+
+          apiKeyFile = mkOption {
+            type = types.nullOr types.path;
+            default = null;
+            example = "/run/secrets/emily-api-key";
+            description = "File on the host with the API key that requests must carry. It may be readable by root alone; it never enters the Nix store.";
+          };
+
+          openFirewall = mkOption {
+            type = types.bool;
+            default = false;
+            example = true;
+            description = "Whether to open the API's port. It needs {option}`apiKeyFile`, and `settings.host` other than loopback.";
+          };
+
+          environment = mkOption {
+            type = types.attrsOf types.str;
+            default = { };
+            example = {
+              OMP_NUM_THREADS = "10";
+            };
+            description = "Variables of the unit, on top of what the module sets.";
+          };
+
+          slice = mkOption {
+            type = types.str;
+            default = "pascaline.slice";
+            example = "system.slice";
+            description = "Slice of the unit; limits on `pascaline.slice` hold for all instances together.";
+          };
+
+          memoryMax = mkOption {
+            type = types.nullOr types.str;
+            default = null;
+            example = "24G";
+            description = "Host memory that the instance may use (`MemoryMax`). `null`: no limit.";
+          };
+
+          stopTimeoutSec = mkOption {
+            type = types.ints.positive;
+            default = 90;
+            example = 330;
+            description = "Seconds from `systemctl stop` to SIGKILL; must exceed `settings.drain_timeout` (default 60).";
+          };
+
+          llamaCppPackage = mkOption {
+            type = types.package;
+            default = pkgs.llama-cpp-pascal;
+            defaultText = lib.literalExpression "pkgs.llama-cpp-pascal";
+            example = lib.literalExpression "pkgs.llama-cpp";
+            description = "llama.cpp, for `settings.engine = \"llama.cpp\"`.";
+          };
+        };
+      }
+    );
+  };
+
+  config = lib.mkIf (instances != { }) {
+    services.pascaline.active = true;
+
+    assertions =
+      lib.mapAttrsToList (port: uses: {
+        assertion = false;
+        message = "port ${port} is used by ${
+          lib.concatMapStringsSep " and " (use: use.key) uses
+        }, must be used once; give one of them another port";
+      }) clashes
+      ++ map (gpu: {
+        assertion = fractionOnGpu gpu <= 1.0;
+        message = "GPU ${toString gpu}: the instances on it plan ${
+          toString (builtins.floor (fractionOnGpu gpu * 100 + 0.5))
+        } % of its memory together, must be at most 100 %; lower their settings.mem_fraction_static (0.9 where unset), or move one to another GPU";
+      }) gpuIndices
+      ++ map (pair: {
+        assertion =
+          sharedGpus pair == [ ]
+          || (
+            instances.${pair.a}.settings ? mem_fraction_static
+            && instances.${pair.b}.settings ? mem_fraction_static
+          );
+        message = "services.pascaline.instances: ${pair.a} and ${pair.b} share GPU ${
+          lib.concatMapStringsSep ", " toString (sharedGpus pair)
+        }, must both set settings.mem_fraction_static; give each its share (for example 0.45), or move one to another GPU";
+      }) pairs
+      ++ lib.concatLists (
+        lib.mapAttrsToList (name: instance: [
+          {
+            assertion = instance.model == null || cfg.models ? ${toString instance.model};
+            message = "services.pascaline.instances.${name}.model: no model '${toString instance.model}' is declared, must be one of: ${lib.concatStringsSep ", " (lib.attrNames cfg.models)}; declare services.pascaline.models.${toString instance.model}";
+          }
+          {
+            assertion = (instance.model == null) == (instance.settings ? model);
+            message = "services.pascaline.instances.${name}: set exactly one of model (a name in services.pascaline.models) and settings.model";
+          }
+          {
+            assertion = instance.openFirewall -> instance.apiKeyFile != null;
+            message = "services.pascaline.instances.${name}.openFirewall: the API would be open to everyone, must have an API key; set services.pascaline.instances.${name}.apiKeyFile";
+          }
+          {
+            assertion = instance.openFirewall -> openHost instance;
+            message = "services.pascaline.instances.${name}.openFirewall: the API listens on ${
+              instance.settings.host or "127.0.0.1"
+            } only, must listen on an outer address; set settings.host = \"0.0.0.0\"";
+          }
+          {
+            assertion = !(instance.settings ? api_key);
+            message = "services.pascaline.instances.${name}.settings.api_key: a secret here would be readable in the Nix store; use services.pascaline.instances.${name}.apiKeyFile";
+          }
+          {
+            assertion = instance.gpus == [ ] || config.hardware.pascaline.driver.enable;
+            message = "services.pascaline.instances.${name}.gpus: no driver is declared for GPU ${
+              lib.concatMapStringsSep ", " toString instance.gpus
+            }; set hardware.pascaline.driver.enable = true, or gpus = [ ] for the CPU";
+          }
+          {
+            assertion = instance.stopTimeoutSec > (instance.settings.drain_timeout or 60);
+            message = "services.pascaline.instances.${name}.stopTimeoutSec: ${toString instance.stopTimeoutSec} s end before the drain does, must be greater than settings.drain_timeout (${
+              toString (instance.settings.drain_timeout or 60)
+            })";
+          }
+        ]) instances
+      );
+
+    systemd.slices.pascaline.description = "Language models";
+    systemd.services = lib.mapAttrs' (
+      name: instance: lib.nameValuePair (unitName name) (unit name instance)
+    ) instances;
+
+    networking.firewall.allowedTCPPorts = lib.concatMap (
+      instance: lib.optional instance.openFirewall (portOf instance)
+    ) (lib.attrValues instances);
+  };
+}

@@ -1,0 +1,156 @@
+# The model store: files by URL or path, verified against a sha256 that the configuration pins, before an instance may start.
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  inherit (lib) mkOption types;
+  cfg = config.services.pascaline;
+  inherit (cfg) models;
+  hardening = import ./hardening.nix;
+  fetchModel = pkgs.writeShellApplication {
+    name = "pascaline-fetch-model";
+    runtimeInputs = [
+      pkgs.coreutils
+      pkgs.curl
+    ];
+    text = builtins.readFile ./fetch-model.sh;
+  };
+  keepList = lib.concatMapStringsSep " " lib.escapeShellArg (lib.attrNames models);
+in
+{
+  imports = [ ./common.nix ];
+
+  options.services.pascaline = {
+    collectModelGarbage = mkOption {
+      type = types.bool;
+      default = false;
+      example = true;
+      description = "Whether files of models that are no longer declared are deleted from the store at boot and after a switch.";
+    };
+
+    models = mkOption {
+      default = { };
+      example = lib.literalExpression ''
+        {
+          emily = {
+            path = "/data/emily-sovereign-v4.Q4_K_M.gguf";
+            sha256 = "2f3c…64 hexadecimal digits…";
+          };
+        }
+      '';
+      description = "Models to keep in the store, by name. Each is brought there by `pascaline-model-<name>.service`.";
+      type = types.attrsOf (
+        types.submodule (
+          { name, config, ... }:
+          {
+            options = {
+              url = mkOption {
+                type = types.nullOr types.str;
+                default = null;
+                example = "https://models.example.org/emily.Q4_K_M.gguf";
+                description = "Where to download the file. An interrupted download is resumed. Exactly one of `url` and `path` is set.";
+              };
+              path = mkOption {
+                type = types.nullOr types.str;
+                default = null;
+                example = "/data/emily.Q4_K_M.gguf";
+                description = "File on the host to copy from (a string: a Nix path would copy the model into the store).";
+              };
+              sha256 = mkOption {
+                type = types.nullOr (types.strMatching "[0-9a-f]{64}");
+                default = null;
+                example = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
+                description = "The file's sha256, from a source other than the server it comes from. It must be set.";
+              };
+              file = mkOption {
+                type = types.path;
+                default = "${cfg.stateDir}/models/${name}/${
+                  baseNameOf (if config.url != null then config.url else toString config.path)
+                }";
+                defaultText = lib.literalExpression "\"\${config.services.pascaline.stateDir}/models/<name>/<file name>\"";
+                example = "/data/models/emily.gguf";
+                description = "Where the verified file lies.";
+              };
+            };
+          }
+        )
+      );
+    };
+  };
+
+  config = lib.mkIf (models != { }) {
+    services.pascaline.active = true;
+
+    assertions = lib.concatLists (
+      lib.mapAttrsToList (name: model: [
+        {
+          assertion = model.sha256 != null;
+          message = "services.pascaline.models.${name}.sha256: not set, must be the file's 64 hexadecimal digits; compute it with: sha256sum FILE";
+        }
+        {
+          assertion = (model.url == null) != (model.path == null);
+          message = "services.pascaline.models.${name}: set exactly one of url and path";
+        }
+      ]) models
+    );
+
+    systemd.services =
+      lib.mapAttrs' (
+        name: model:
+        lib.nameValuePair "pascaline-model-${name}" {
+          description = "Model ${name} in the store";
+          wantedBy = [ "multi-user.target" ];
+          wants = lib.optional (model.url != null) "network-online.target";
+          after = lib.optional (model.url != null) "network-online.target";
+          unitConfig.RequiresMountsFor = [ cfg.stateDir ];
+          startLimitIntervalSec = 0;
+          serviceConfig = hardening // {
+            Type = "oneshot";
+            RemainAfterExit = true;
+            ExecStart = lib.escapeShellArgs [
+              (lib.getExe fetchModel)
+              (if model.url != null then model.url else model.path)
+              model.file
+              (toString model.sha256)
+            ];
+            User = cfg.user;
+            TimeoutStartSec = "infinity";
+            Restart = "on-failure";
+            RestartSec = 10;
+            RestartSteps = 5;
+            RestartMaxDelaySec = 600;
+            # A wrong checksum stays wrong.
+            RestartPreventExitStatus = "3";
+            ReadWritePaths = [ cfg.stateDir ];
+            # A model is often given by a path under /home.
+            ProtectHome = "read-only";
+          };
+        }
+      ) models
+      // lib.optionalAttrs cfg.collectModelGarbage {
+        pascaline-model-gc = {
+          description = "Delete models that are no longer declared";
+          wantedBy = [ "multi-user.target" ];
+          unitConfig.RequiresMountsFor = [ cfg.stateDir ];
+          path = [ pkgs.coreutils ];
+          script = ''
+            cd ${lib.escapeShellArg "${cfg.stateDir}/models"} 2>/dev/null || exit 0
+            for model in *; do
+              [ -d "$model" ] || continue
+              for keep in ${keepList}; do [ "$model" != "$keep" ] || continue 2; done
+              echo "deleting model $model, which is no longer declared"
+              rm -r -- "$model"
+            done
+          '';
+          serviceConfig = hardening // {
+            Type = "oneshot";
+            User = cfg.user;
+            ReadWritePaths = [ cfg.stateDir ];
+          };
+        };
+      };
+  };
+}

@@ -1,0 +1,126 @@
+# One address for a fleet: SGLang's router in front of the instances' APIs.
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  inherit (lib) mkOption types;
+  cfg = config.services.pascaline.router;
+  hardening = import ./hardening.nix;
+in
+{
+  imports = [ ./common.nix ];
+
+  options.services.pascaline.router = {
+    enable = lib.mkEnableOption "sglang-router in front of the instances";
+
+    package = mkOption {
+      type = types.package;
+      default = pkgs.pascaline-router;
+      defaultText = lib.literalExpression "pkgs.pascaline-router";
+      example = lib.literalExpression "pkgs.pascaline-engine";
+      description = "Environment whose `bin/python` can run `sglang_router.launch_router`.";
+    };
+
+    host = mkOption {
+      type = types.str;
+      default = "127.0.0.1";
+      example = "0.0.0.0";
+      description = "Address to listen on.";
+    };
+
+    port = mkOption {
+      type = types.port;
+      default = 30080;
+      example = 8000;
+      description = "Port to listen on.";
+    };
+
+    metricsPort = mkOption {
+      type = types.port;
+      default = 30081;
+      example = 29000;
+      description = "Port of the router's own Prometheus metrics, on `host`.";
+    };
+
+    workers = mkOption {
+      type = types.listOf (types.strMatching "https?://[^ ]+");
+      default = [ ];
+      example = [ "http://gpu-1.example.org:30000" ];
+      description = "URLs of the instances' APIs.";
+    };
+
+    policy = mkOption {
+      type = types.enum [
+        "cache_aware"
+        "power_of_two"
+        "random"
+        "round_robin"
+      ];
+      default = "cache_aware";
+      example = "round_robin";
+      description = "How a worker is chosen. `cache_aware` sends a prompt to where its prefix already is.";
+    };
+
+    apiKeyFile = mkOption {
+      type = types.nullOr types.path;
+      default = null;
+      example = "/run/secrets/router-api-key";
+      description = "File with the API key of the workers, which requests to the router must carry too.";
+    };
+
+    openFirewall = mkOption {
+      type = types.bool;
+      default = false;
+      example = true;
+      description = "Whether to open the port to everyone. It needs {option}`apiKeyFile`.";
+    };
+  };
+
+  config = lib.mkIf cfg.enable {
+    assertions = [
+      {
+        assertion = cfg.workers != [ ];
+        message = "services.pascaline.router.workers: empty, must name at least one API, for example [ \"http://127.0.0.1:30000\" ]";
+      }
+      {
+        assertion = cfg.openFirewall -> cfg.apiKeyFile != null;
+        message = "services.pascaline.router.openFirewall: the router would be open to everyone, must have an API key; set services.pascaline.router.apiKeyFile";
+      }
+      {
+        assertion = cfg.port != cfg.metricsPort;
+        message = "services.pascaline.router.metricsPort: ${toString cfg.metricsPort} is the router's own port, must be another";
+      }
+    ];
+
+    services.pascaline.active = true;
+    networking.firewall.allowedTCPPorts = lib.optional cfg.openFirewall cfg.port;
+
+    systemd.services.pascaline-router = {
+      description = "Router in front of the language models (pascaline)";
+      wantedBy = [ "multi-user.target" ];
+      wants = [ "network-online.target" ];
+      after = [ "network-online.target" ];
+      startLimitIntervalSec = 0;
+      # The router takes its key by argument only; the shell reads it from the credential, so that it is not in the unit.
+      script = ''
+        ${lib.optionalString (cfg.apiKeyFile != null) ''
+          key=$(cat "$CREDENTIALS_DIRECTORY/api-key")
+          set -- --api-key "$key"
+        ''}
+        exec ${cfg.package}/bin/python -m sglang_router.launch_router \
+          --host ${lib.escapeShellArg cfg.host} --port ${toString cfg.port} \
+          --prometheus-host ${lib.escapeShellArg cfg.host} --prometheus-port ${toString cfg.metricsPort} \
+          --policy ${cfg.policy} --worker-urls ${lib.escapeShellArgs cfg.workers} "$@"
+      '';
+      serviceConfig = hardening // {
+        User = config.services.pascaline.user;
+        LoadCredential = lib.optional (cfg.apiKeyFile != null) "api-key:${cfg.apiKeyFile}";
+        Restart = "always";
+        RestartSec = 5;
+      };
+    };
+  };
+}

@@ -1,0 +1,203 @@
+# The Python environments, from wheels.json alone: every wheel a fixed-output derivation, installed offline by
+# ./install-environment (which is tested on other distributions too) and bound to the Nix store by autoPatchelf.
+{
+  lib,
+  stdenv,
+  autoPatchelfHook,
+  fetchPypi,
+  fetchurl,
+  linkFarm,
+  makeWrapper,
+  python312,
+  runCommand,
+  uv,
+  zlib,
+  cudaPackages_pascal,
+}:
+{
+  # "pypi": torch 2.7.1 as locked (CUDA 12.6, holds sm_60). "cu118": the same torch built by its makers with CUDA 11.8.
+  torchFlavour ? "pypi",
+}:
+let
+  locked = lib.importJSON ./wheels.json;
+  version = (lib.importTOML ./pascaline/pyproject.toml).project.version;
+
+  # Name-version-python-abi-platform.whl, the five parts of a wheel's file name.
+  wheelParts =
+    file:
+    let
+      parts = builtins.match "(.+)-([^-]+)-([^-]+)-([^-]+)-([^-]+)\\.whl" file;
+    in
+    lib.listToAttrs (
+      lib.zipListsWith lib.nameValuePair [ "pname" "version" "python" "abi" "platform" ] parts
+    );
+
+  torchCu118 = fetchurl {
+    name = "torch-2.7.1+cu118-cp312-cp312-manylinux_2_28_x86_64.whl";
+    url = "https://download.pytorch.org/whl/cu118/torch-2.7.1%2Bcu118-cp312-cp312-manylinux_2_28_x86_64.whl";
+    sha256 = "91454dcfdb81f181fdf216d6d6d9912fbd8795578b90384b3b8b8132737072bb";
+  };
+  cu118Libraries = with cudaPackages_pascal; [
+    cuda_cudart
+    cuda_cupti
+    cuda_nvrtc
+    cuda_nvtx
+    cudnn
+    libcublas
+    libcufft
+    libcurand
+    libcusolver
+    libcusparse
+    nccl
+  ];
+  cu118 =
+    assert lib.assertOneOf "torchFlavour" torchFlavour [
+      "pypi"
+      "cu118"
+    ];
+    torchFlavour == "cu118";
+
+  fetchWheel =
+    name: wheel:
+    if cu118 && name == "torch" then
+      torchCu118
+    else
+      fetchPypi (
+        wheelParts wheel.file
+        // {
+          format = "wheel";
+          dist = (wheelParts wheel.file).python;
+          inherit (wheel) sha256;
+        }
+      );
+  # torch 2.7.1+cu118 takes CUDA's libraries from the pinned toolkit instead of the CUDA 12 wheels.
+  wanted = name: !(cu118 && lib.hasPrefix "nvidia-" name && lib.hasSuffix "-cu12" name);
+  wheelsOf =
+    environment:
+    map (name: {
+      name = locked.wheels.${name}.file;
+      path = fetchWheel name locked.wheels.${name};
+    }) (lib.filter wanted locked.environments.${environment});
+
+  # Our own packages as wheels, so that they are installed as any other.
+  ownWheel =
+    name:
+    let
+      wheel = python312.pkgs.buildPythonPackage {
+        pname = name;
+        inherit version;
+        src = lib.fileset.toSource {
+          root = ./. + "/${name}";
+          fileset = lib.fileset.unions [
+            (./. + "/${name}/pyproject.toml")
+            (./. + "/${name}/README.md")
+            (./. + "/${name}/src")
+          ];
+        };
+        pyproject = true;
+        build-system = [ python312.pkgs.hatchling ];
+        dontCheckRuntimeDeps = true;
+        doCheck = false;
+      };
+    in
+    {
+      name = "${lib.replaceStrings [ "-" ] [ "_" ] name}-${version}-py3-none-any.whl";
+      path = "${wheel.dist}/${lib.replaceStrings [ "-" ] [ "_" ] name}-${version}-py3-none-any.whl";
+    };
+
+  environment =
+    {
+      name,
+      wheels,
+      libraries ? [ ],
+      postInstall ? "",
+    }:
+    stdenv.mkDerivation {
+      pname = name;
+      inherit version postInstall;
+      dontUnpack = true;
+      dontBuild = true;
+      # Stripping would take hours on 3 GB of CUDA libraries and change nothing that matters.
+      dontStrip = true;
+      nativeBuildInputs = [
+        autoPatchelfHook
+        uv
+      ];
+      buildInputs = [
+        stdenv.cc.cc.lib
+        zlib
+      ]
+      ++ libraries;
+      # The driver's own libraries come from the running system.
+      autoPatchelfIgnoreMissingDeps = [
+        "libcuda.so.1"
+        "libnvidia-ml.so.1"
+      ];
+      appendRunpaths = [ "/run/opengl-driver/lib" ];
+      installPhase = ''
+        runHook preInstall
+        sh ${./install-environment} $out ${lib.getExe python312} ${linkFarm "${name}-wheels" wheels}
+        runHook postInstall
+      '';
+    };
+
+  light = environment {
+    name = "pascaline-environment";
+    wheels = wheelsOf "pascaline" ++ [ (ownWheel "pascaline") ];
+  };
+
+  only =
+    target: flags:
+    runCommand "pascaline-${version}"
+      {
+        pname = "pascaline";
+        inherit version;
+        nativeBuildInputs = [ makeWrapper ];
+        meta = {
+          description = "Plans, serves, supervises and monitors language models on Pascal GPUs";
+          license = lib.licenses.asl20;
+          mainProgram = "pascaline";
+          platforms = [ "x86_64-linux" ];
+        };
+      }
+      ''
+        mkdir -p $out/bin
+        makeWrapper ${target}/bin/pascaline $out/bin/pascaline ${flags}
+      '';
+
+  # Kernels are compiled to sm_60 and sm_61 here, so that no host compiles at start.
+  sglang-pascal-kernels =
+    runCommand "sglang-pascal-kernels-${version}"
+      {
+        nativeBuildInputs = [ python312 ];
+        CUDA_NVRTC = "${lib.getLib cudaPackages_pascal.cuda_nvrtc}/lib/libnvrtc.so";
+        CUDA_PTXAS = lib.getExe' cudaPackages_pascal.cuda_nvcc "ptxas";
+        CUDA_INCLUDE = "${lib.getDev cudaPackages_pascal.cuda_cudart}/include";
+      }
+      ''
+        PYTHONPATH=${./sglang-pascal/src} python -m sglang_pascal.kernels.build --output $out
+      '';
+
+  engine = environment {
+    name = "pascaline-engine";
+    wheels = wheelsOf "engine" ++ [ (ownWheel "sglang-pascal") ];
+    libraries = lib.optionals cu118 cu118Libraries;
+    postInstall = ''
+      ln -s ${sglang-pascal-kernels} $out/lib/python3.12/site-packages/sglang_pascal/kernels/prebuilt
+    '';
+  };
+in
+{
+  inherit sglang-pascal-kernels;
+  pascaline = only light "";
+  pascaline-engine = engine;
+  pascaline-router = environment {
+    name = "pascaline-router";
+    wheels = wheelsOf "router";
+  };
+  # What `nix run` starts: with the built-in model, and the engine beside it.
+  pascaline-app = only (environment {
+    name = "pascaline-app-environment";
+    wheels = wheelsOf "builtin" ++ [ (ownWheel "pascaline") ];
+  }) "--set-default PASCALINE_ENGINE_EXECUTABLE ${engine}/bin/python";
+}

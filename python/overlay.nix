@@ -1,0 +1,42 @@
+# The flake's packages, as an overlay: the Python environments, CUDA 11.8 from its own nixpkgs, llama.cpp for Pascal.
+{ nixpkgs-cuda }:
+final: _prev:
+let
+  inherit (final) lib;
+  inherit (final.stdenv.hostPlatform) system;
+  unfree = import ./unfree.nix { inherit lib; };
+  capabilities = [
+    "6.0"
+    "6.1"
+  ];
+  environments = lib.makeOverridable (final.callPackage ./default.nix { }) { };
+in
+{
+  cudaPackages_pascal =
+    (import nixpkgs-cuda {
+      inherit system;
+      config = unfree // {
+        cudaSupport = true;
+        cudaCapabilities = capabilities;
+      };
+    }).cudaPackages_11_8;
+
+  inherit (environments)
+    pascaline
+    pascaline-engine
+    pascaline-router
+    pascaline-app
+    sglang-pascal-kernels
+    ;
+
+  # CUDA 12.9 is the newest that still makes code for Pascal, but only where it is named.
+  llama-cpp-pascal =
+    (import final.path {
+      inherit system;
+      config = unfree // {
+        cudaSupport = true;
+        cudaCapabilities = capabilities;
+        cudaForwardCompat = false;
+      };
+    }).llama-cpp;
+}

@@ -1,0 +1,40 @@
+# The inventory. A host is one line; `pascaline.lib` derives systems, scrape targets, router workers and firewall rules.
+let
+  # A c220g5 with a Tesla P4 that serves `emily`.
+  p4 = address: {
+    inherit address;
+    profile = "c220g5";
+    gpu = {
+      card = "tesla-p4";
+      capability = "6.1";
+    };
+    instances = [ "emily" ];
+  };
+in
+{
+  models.emily = {
+    path = "/data/models/emily.Q4_K_M.gguf";
+    # sha256sum /data/models/emily.Q4_K_M.gguf
+    sha256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+  };
+
+  instances.emily = {
+    model = "emily";
+    settings.context_length = 4096;
+  };
+
+  hosts = {
+    gpu-1 = p4 "10.10.1.1";
+    watch = {
+      address = "10.10.1.10";
+      profile = "c220g5";
+      roles = [
+        "monitoring"
+        "router"
+      ];
+    };
+  };
+
+  alertWebhook = "http://127.0.0.1:9099/alerts";
+  apiKeyFile = "/etc/pascaline/api-key";
+}

@@ -1,0 +1,66 @@
+# What `nix flake check` runs where nixpkgs is at hand: formatting, linters, option documentation, the case table against the
+# real NixOS modules, every host's toplevel, and the virtual machines.
+{ self, pkgs }:
+let
+  inherit (pkgs) lib;
+  source = lib.cleanSource ../..;
+  run =
+    name: tools: script:
+    pkgs.runCommand name { nativeBuildInputs = tools; } ''
+      cd ${source}
+      ${script}
+      touch $out
+    '';
+  cases = import ./cases.nix { inherit lib; };
+
+  system =
+    module:
+    self.inputs.nixpkgs.lib.nixosSystem {
+      system = "x86_64-linux";
+      modules = [
+        self.nixosModules.default
+        module
+        {
+          # The least that makes a system whole, where a case says nothing of it.
+          boot.loader.grub.device = lib.mkDefault "/dev/null";
+          fileSystems."/" = lib.mkDefault {
+            device = "/dev/disk/by-label/root";
+            fsType = "ext4";
+          };
+          system.stateVersion = "26.05";
+        }
+      ];
+    };
+  failed =
+    module: map (a: a.message) (lib.filter (a: !a.assertion) (system module).config.assertions);
+  # Evaluating the whole system proves it; building it would need CUDA.
+  evaluates =
+    name: configuration:
+    pkgs.writeText "evaluates-${name}" (
+      builtins.unsafeDiscardStringContext configuration.config.system.build.toplevel.drvPath
+    );
+in
+{
+  format = run "format" [ pkgs.nixfmt-rfc-style ] "nixfmt --check $(find . -name '*.nix')";
+  statix = run "statix" [ pkgs.statix ] "statix check .";
+  deadnix = run "deadnix" [ pkgs.deadnix ] "deadnix --fail .";
+  options = self.packages.x86_64-linux.docs;
+  failures = pkgs.writeText "failures" (
+    lib.concatStrings (
+      lib.mapAttrsToList (
+        name: case:
+        assert lib.assertMsg (lib.elem case.message (
+          failed case.module
+        )) "${name}: expected '${case.message}', got ${builtins.toJSON (failed case.module)}";
+        "${name}\n"
+      ) cases.failing
+    )
+  );
+}
+// lib.mapAttrs' (
+  name: host: lib.nameValuePair "host-${name}" (evaluates name host)
+) self.nixosConfigurations
+// lib.mapAttrs' (
+  name: module: lib.nameValuePair "case-${name}" (evaluates name (system module))
+) cases.working
+// import ./vm.nix { inherit self pkgs; }

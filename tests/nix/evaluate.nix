@@ -1,0 +1,94 @@
+# Evaluates our modules with nixpkgs' lib and the stand-ins: { lib } -> what the tests ask for, as plain data.
+{ libPath }:
+let
+  lib = import libPath;
+  standIn = import ./stand-in.nix { inherit lib; };
+  fleetLib = import ../../hosts { inherit lib; };
+  fleet = import ../../hosts/fleet.nix;
+
+  evaluate =
+    modules:
+    lib.evalModules {
+      modules = [
+        standIn.module
+        standIn.driverModule
+        ../../modules
+      ]
+      ++ modules;
+      specialArgs = {
+        inherit (standIn) pkgs;
+        modulesPath = ./stand-in;
+      };
+    };
+  failed = config: map (a: a.message) (lib.filter (a: !a.assertion) config.assertions);
+
+  # Only what a unit file or a target list is made of: packages become their paths.
+  plain =
+    value:
+    if value ? outPath then
+      "${value}"
+    else if lib.isAttrs value then
+      lib.mapAttrs (_: plain) value
+    else if lib.isList value then
+      map plain value
+    else
+      value;
+
+  host =
+    modules:
+    let
+      inherit (evaluate modules) config;
+    in
+    {
+      failed = failed config;
+      services = lib.mapAttrs (
+        _: s:
+        plain (
+          removeAttrs s [
+            "_module"
+            "path"
+          ]
+        )
+      ) config.systemd.services;
+      firewall = config.networking.firewall;
+      fileSystems = plain config.fileSystems;
+      grub = config.boot.loader.grub;
+      inherit (config.boot) kernelModules kernelParams;
+      nvidia = {
+        inherit (config.hardware.nvidia) branch open nvidiaPersistenced;
+      };
+      variables = config.environment.variables;
+      scrapeConfigs = config.services.prometheus.scrapeConfigs;
+      ruleFiles = map toString config.services.prometheus.ruleFiles;
+      alertmanager = config.services.prometheus.alertmanager.configuration;
+      tmpfiles = config.systemd.tmpfiles.settings;
+    };
+
+  cases = import ./cases.nix { inherit lib; };
+
+  optionDocs =
+    options:
+    lib.concatMap (
+      option:
+      lib.optional
+        (lib.hasPrefix "services.pascaline" option.name || lib.hasPrefix "hardware.pascaline" option.name)
+        {
+          inherit (option) name internal type;
+          description = option.description or null;
+          hasDefault = option ? default;
+          hasExample = option ? example;
+        }
+    ) (lib.optionAttrSetToDocList options);
+in
+{
+  hosts = lib.mapAttrs (name: _: host [ (fleetLib.moduleOf fleet name) ]) fleet.hosts;
+  units = lib.mapAttrs (_: host) (lib.mapAttrs (_: module: [ module ]) cases.working);
+  failures = lib.mapAttrs (_: case: {
+    inherit (case) message;
+    failed = failed (evaluate [ case.module ]).config;
+  }) cases.failing;
+  typeErrors = lib.mapAttrs (_: module: (evaluate [ module ]).config.assertions) cases.typeErrors;
+  options = optionDocs (evaluate [ ]).options;
+  targets = fleetLib.targets fleet;
+  problems = lib.mapAttrs (_: case: fleetLib.problems case) cases.badFleets;
+}

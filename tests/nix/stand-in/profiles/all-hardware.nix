@@ -1,0 +1,2 @@
+# Stands for NixOS' own profile of this name, which only adds kernel modules.
+{ }

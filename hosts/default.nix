@@ -13,6 +13,12 @@ let
     roles = [ ];
     modules = [ ];
   };
+  fleetDefaults = {
+    models = { };
+    instances = { };
+    alertWebhook = null;
+    apiKeyFile = null;
+  };
   complete = fleet: lib.mapAttrs (_: host: hostDefaults // host) fleet.hosts;
 
   unknownIn =
@@ -34,9 +40,9 @@ let
         name: host:
         unknownIn (lib.attrNames (fleet.instances or { })) "instance" name host.instances
         ++ unknownIn [ "monitoring" "router" ] "role" name host.roles
-        ++ lib.optional (host.profile != null && !builtins.pathExists (profilePath host.profile)) (
-          "fleet: host ${name} has profile '${host.profile}', must be one of: c220g5, c240g5"
-        )
+        ++ lib.optional (
+          host.profile != null && !builtins.pathExists (profilePath host.profile)
+        ) "fleet: host ${name} has profile '${host.profile}', must be one of: c220g5, c240g5"
         ++ lib.optional (
           lib.count (a: a == host.address) addresses > 1
         ) "fleet: address ${host.address} of host ${name} is used twice"
@@ -115,7 +121,7 @@ let
     }:
     lib.nameValuePair name (
       lib.recursiveUpdate {
-        apiKeyFile = fleet.apiKeyFile or null;
+        inherit (fleetDefaults // fleet) apiKeyFile;
         settings = {
           host = "0.0.0.0";
           agent_host = "0.0.0.0";
@@ -160,12 +166,12 @@ let
         monitoring = lib.mkIf (lib.elem "monitoring" host.roles) {
           enable = true;
           inherit (all) agents engines exporters;
-          alertmanager.webhookUrl = fleet.alertWebhook or null;
+          alertmanager.webhookUrl = (fleetDefaults // fleet).alertWebhook;
         };
         router = lib.mkIf (lib.elem "router" host.roles) {
           enable = true;
           inherit (all) workers;
-          apiKeyFile = fleet.apiKeyFile or null;
+          inherit (fleetDefaults // fleet) apiKeyFile;
         };
       };
     };

@@ -58,22 +58,24 @@ in
   ];
 
   config = lib.mkIf cfg.enable {
-    boot.loader.systemd-boot.enable = false;
-    boot.loader.grub = {
-      enable = true;
-      device = cfg.rootPartition;
-      # GRUB advises against a partition's boot record; here it is the only one that is read.
-      forceInstall = true;
-      extraConfig = ''
-        serial --unit=0 --speed=115200
-        terminal_input serial console
-        terminal_output serial console
-      '';
+    boot = {
+      loader.systemd-boot.enable = false;
+      loader.grub = {
+        enable = true;
+        device = cfg.rootPartition;
+        # GRUB advises against a partition's boot record; here it is the only one that is read.
+        forceInstall = true;
+        extraConfig = ''
+          serial --unit=0 --speed=115200
+          terminal_input serial console
+          terminal_output serial console
+        '';
+      };
+      kernelParams = [
+        "console=tty0"
+        "console=ttyS0,115200n8"
+      ];
     };
-    boot.kernelParams = [
-      "console=tty0"
-      "console=ttyS0,115200n8"
-    ];
 
     fileSystems = {
       "/" = {

@@ -94,7 +94,7 @@ in
         message = "hardware.pascaline.driver.branch: driver ${driverPackage.version or "?"} of branch '${cfg.branch}' ignores Pascal, must be R580 or older; set hardware.pascaline.driver.branch = \"legacy_580\" and do not set hardware.nvidia.package";
       }
       {
-        assertion = config.hardware.nvidia.open == false;
+        assertion = !config.hardware.nvidia.open;
         message = "hardware.nvidia.open: the open kernel module needs a GPU with GSP firmware (Turing or newer), must be false for Pascal; remove your setting";
       }
     ];

@@ -19,8 +19,13 @@ from typing import Any
 
 WORKSPACE = Path(__file__).resolve().parent
 NIX_PYTHON = "3.12"
-# Environments of python/default.nix: the control plane alone, and with the engine.
-ENVIRONMENTS = {"pascaline": ["--package", "pascaline"], "engine": ["--package", "sglang-pascal"]}
+# Environments of python/default.nix: the control plane, the same with the built-in model or the router, the engine.
+ENVIRONMENTS = {
+    "pascaline": ["--package", "pascaline"],
+    "builtin": ["--package", "pascaline", "--extra", "builtin"],
+    "router": ["--package", "pascaline", "--extra", "router"],
+    "engine": ["--package", "sglang-pascal"],
+}
 
 
 def main() -> int:

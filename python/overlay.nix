@@ -9,7 +9,8 @@ let
     "6.0"
     "6.1"
   ];
-  environments = lib.makeOverridable (final.callPackage ./default.nix { }) { };
+  environments = final.callPackage ./default.nix { };
+  locked = environments { };
 in
 {
   cudaPackages_pascal =
@@ -21,13 +22,16 @@ in
       };
     }).cudaPackages_11_8;
 
-  inherit (environments)
+  inherit (locked)
     pascaline
-    pascaline-engine
     pascaline-router
     pascaline-app
     sglang-pascal-kernels
     ;
+
+  pascaline-engine = lib.makeOverridable (
+    { torchFlavour }: (environments { inherit torchFlavour; }).pascaline-engine
+  ) { torchFlavour = "pypi"; };
 
   # CUDA 12.9 is the newest that still makes code for Pascal, but only where it is named.
   llama-cpp-pascal =

@@ -74,7 +74,7 @@ let
         (lib.hasPrefix "services.pascaline" option.name || lib.hasPrefix "hardware.pascaline" option.name)
         {
           inherit (option) name internal type;
-          description = option.description or null;
+          hasDescription = option ? description;
           hasDefault = option ? default;
           hasExample = option ? example;
         }

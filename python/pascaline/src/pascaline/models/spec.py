@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +57,15 @@ class ModelSpec:
     context_length: int
     """The longest context that the model was made for, tokens."""
     layer_kv_heads: tuple[int, ...] | None = None
+    """KV heads that each layer stores, where layers differ: 0 in a recurrent layer, or one that uses another's."""
     sliding_window: int | None = None
     """Tokens that a sliding-window layer looks back."""
     sliding_layers: int = 0
     """How many of the layers use the sliding window."""
+    sliding_layer_ids: tuple[int, ...] = ()
+    """Which layers those are."""
+    sliding_head_dim: int | None = None
+    """Size of a key or value head in sliding-window layers, where it is another than in the rest."""
     kv_lora_rank: int | None = None
     """MLA: size of the compressed key/value vector."""
     qk_rope_head_dim: int | None = None
@@ -68,6 +75,9 @@ class ModelSpec:
     ssm_state_size: int | None = None
     ssm_conv_kernel: int | None = None
     ssm_inner_size: int | None = None
+    ssm_num_heads: int | None = None
+    """Heads of a Mamba-2 or gated-delta layer (`ssm.time_step_rank`); rank of the time step in a Mamba-1 layer."""
+    ssm_num_groups: int | None = None
     tied_embeddings: bool = False
     file_type: str | None = None
     """The mixture that a GGUF file names for itself (`Q4_K_M`); says nothing exact about one tensor."""

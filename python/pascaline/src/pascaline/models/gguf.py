@@ -1,0 +1,280 @@
+"""ModelSpec of a GGUF model: metadata keys translated to our names, and the parts of a split model put together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pascaline.errors import ModelError
+from pascaline.models.ggml_types import FILE_TYPES, GUESSED_FILE_TYPE
+from pascaline.models.gguf_header import GgufHeader, Metadata, check_unique_names, read_header, shown
+from pascaline.models.layers import differing, most_common_heads, sliding_layer_ids
+from pascaline.models.source import Source, open_file
+from pascaline.models.spec import ModelSpec, TensorSpec
+
+MAX_LAYERS = 512
+"""LLAMA_MAX_LAYERS of llama.cpp."""
+MAX_PARTS = 1024
+MAX_SIZE = (1 << 31) - 1
+"""Largest dimension or count; llama.cpp reads them as 32-bit numbers."""
+
+_SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
+
+# One full layer in so many, where the file does not say it (llama.cpp's src/llama-model.cpp, set_swa_pattern).
+_SLIDING_PERIODS = {
+    "afmoe": 4,
+    "cohere2": 4,
+    "exaone-moe": 4,
+    "exaone4": 4,
+    "gemma-embedding": 6,
+    "gemma2": 2,
+    "gemma3": 6,
+    "gemma3n": 5,
+    "gpt-oss": 2,
+    "llama4": 4,
+    "olmo2": 4,
+    "plamo3": 8,
+    "smallthinker": 4,
+}
+_FULL_LAYER_FIRST = frozenset({"smallthinker"})
+# The window where the file does not say it.
+_SLIDING_WINDOWS = {"gemma2": 4096, "llama4": 8192, "smallthinker": 4096}
+# The file names a window that llama.cpp does not use.
+_SLIDING_UNUSED = frozenset({"phi3", "phimoe"})
+
+OpenPart = Callable[[str], AbstractContextManager[Source]]
+"""Opens the file of this name beside the one that was asked for."""
+
+
+def read_gguf(path: Path | str) -> ModelSpec:
+    """Read the header of a GGUF file, or of all parts if it is one part of a split model."""
+    path = Path(path)
+    return read_gguf_parts(path.name, lambda name: open_file(path.with_name(name)), path.with_name)
+
+
+def read_gguf_parts(name: str, open_part: OpenPart, locate: Callable[[str], Path | str]) -> ModelSpec:
+    """Read the model that the file of this name belongs to; `locate` gives the place of a part, for ModelSpec.files."""
+    with open_part(name) as source:
+        asked = read_header(source)
+        parts = _whole_number(asked.metadata, "split.count", 1, MAX_PARTS)
+        if parts == 1:
+            return _spec((asked,), (locate(name),))
+        names = _part_names(source.name, name, parts)
+    headers = tuple(_read_part(open_part, part, index, parts) for index, part in enumerate(names))
+    check_unique_names(name, tuple(tensor for header in headers for tensor in header.tensors))
+    _check_tensor_count(headers)
+    return _spec(headers, tuple(map(locate, names)))
+
+
+def _part_names(file: str, name: str, parts: int) -> list[str]:
+    match = _SPLIT_NAME.fullmatch(name)
+    if match is None:
+        raise ModelError(
+            f"failed to read {file}: it is one of {parts} parts, so its name must end in -00001-of-{parts:05d}.gguf"
+        )
+    if int(match["parts"]) != parts:
+        raise ModelError(
+            f"failed to read {file}: its name speaks of {int(match['parts'])} parts, its header of {parts}"
+        )
+    return [f"{match['stem']}-{part + 1:05d}-of-{parts:05d}.gguf" for part in range(parts)]
+
+
+def _read_part(open_part: OpenPart, name: str, index: int, parts: int) -> GgufHeader:
+    try:
+        with open_part(name) as source:
+            header = read_header(source, index)
+    except ModelError as error:
+        raise ModelError(f"part {index + 1} of {parts} of the model cannot be read: {error}") from error
+    number = _whole_number(header.metadata, "split.no", 0, MAX_PARTS)
+    if number != index:
+        header.metadata.fail(f"its name says part {index + 1} of {parts}, its header part {number + 1}")
+    count = _whole_number(header.metadata, "split.count", 1, MAX_PARTS)
+    if count != parts:
+        header.metadata.fail(f"its header speaks of {count} parts, the one that was asked for of {parts}")
+    return header
+
+
+def _check_tensor_count(headers: tuple[GgufHeader, ...]) -> None:
+    metadata = headers[0].metadata
+    found = sum(len(header.tensors) for header in headers)
+    declared = _whole_number(metadata, "split.tensors.count", found, MAX_SIZE, minimum=0)
+    if declared != found:
+        metadata.fail(f"its {len(headers)} parts hold {found} tensors, must be {declared} (split.tensors.count)")
+
+
+def _spec(headers: tuple[GgufHeader, ...], files: tuple[Path | str, ...]) -> ModelSpec:
+    metadata = headers[0].metadata
+    tensors = tuple(tensor for header in headers for tensor in header.tensors)
+    keys = _Keys(metadata, _architecture(metadata))
+    layers = keys.count("block_count", maximum=MAX_LAYERS)
+    hidden = keys.count("embedding_length")
+    heads = keys.per_layer("attention.head_count", layers, default=[0] * layers)
+    kv_heads = _kv_heads(keys, layers, heads)
+    head_dim, v_head_dim = _head_dims(keys, hidden, max(heads))
+    sliding = _sliding_layers(keys, layers)
+    return ModelSpec(
+        format="gguf",
+        files=files,
+        architecture=keys.architecture,
+        name=_text(metadata, "general.name"),
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=max(keys.per_layer("feed_forward_length", layers, default=[0] * layers)),
+        num_heads=max(heads),
+        num_kv_heads=most_common_heads(kv_heads),
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        vocab_size=_vocab_size(keys, tensors),
+        context_length=keys.count("context_length"),
+        layer_kv_heads=differing(kv_heads),
+        sliding_window=_sliding_window(keys) if sliding else None,
+        sliding_layers=len(sliding),
+        sliding_layer_ids=sliding,
+        sliding_head_dim=keys.optional("attention.key_length_swa"),
+        kv_lora_rank=keys.optional("attention.kv_lora_rank"),
+        qk_rope_head_dim=keys.optional("rope.dimension_count") if keys.has("attention.kv_lora_rank") else None,
+        num_experts=keys.optional("expert_count"),
+        num_experts_per_token=keys.optional("expert_used_count"),
+        moe_intermediate_size=keys.optional("expert_feed_forward_length"),
+        ssm_state_size=keys.optional("ssm.state_size"),
+        ssm_conv_kernel=keys.optional("ssm.conv_kernel"),
+        ssm_inner_size=keys.optional("ssm.inner_size"),
+        ssm_num_heads=keys.optional("ssm.time_step_rank"),
+        ssm_num_groups=keys.optional("ssm.group_count"),
+        tied_embeddings=all(tensor.name != "output.weight" for tensor in tensors),
+        file_type=_file_type(metadata),
+        file_bytes=sum(header.file_bytes for header in headers),
+        tensors=tensors,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """The metadata keys that start with the architecture's name."""
+
+    metadata: Metadata
+    architecture: str
+
+    def full(self, key: str) -> str:
+        return f"{self.architecture}.{key}"
+
+    def has(self, key: str) -> bool:
+        return self.full(key) in self.metadata
+
+    def count(self, key: str, *, maximum: int = MAX_SIZE) -> int:
+        """A number that must be there, from 1 on."""
+        if not self.has(key):
+            self.metadata.fail(f"metadata key {shown(self.full(key))} is missing")
+        return _whole_number(self.metadata, self.full(key), 1, maximum, minimum=1)
+
+    def optional(self, key: str) -> int | None:
+        """A number, None where it is absent or 0."""
+        return _whole_number(self.metadata, self.full(key), 0, MAX_SIZE, minimum=0) or None
+
+    def per_layer(self, key: str, layers: int, default: list[int]) -> list[int]:
+        """A number for each layer: stored as one for all, or as an array."""
+        field = self.metadata.field(self.full(key))
+        if field is None:
+            return default
+        if field.value_type != "array":
+            return [_whole_number(self.metadata, self.full(key), 0, MAX_SIZE, minimum=0)] * layers
+        values = self.array(key, layers)
+        return [_checked(self.metadata, self.full(key), value, 0, MAX_SIZE) for value in values]
+
+    def array(self, key: str, layers: int) -> list[object]:
+        """An array with one element for each layer."""
+        field = self.metadata.field(self.full(key))
+        if field is None or field.count != layers or field.raw is None:
+            length = field.count if field else 0
+            self.metadata.fail(
+                f"{shown(self.full(key))} has {length} elements, must have one for each of {layers} layers"
+            )
+        values = self.metadata.value(self.full(key))
+        return list(values) if isinstance(values, list) else []
+
+
+def _architecture(metadata: Metadata) -> str:
+    kind = _text(metadata, "general.type") or "model"
+    if kind != "model":
+        metadata.fail(f"it holds a {shown(kind)} (general.type), must be a model")
+    name = _text(metadata, "general.architecture")
+    if not name:
+        metadata.fail("metadata key 'general.architecture' is missing")
+    return name
+
+
+def _kv_heads(keys: _Keys, layers: int, heads: list[int]) -> list[int]:
+    """KV heads that each layer stores."""
+    found = keys.per_layer("attention.head_count_kv", layers, default=heads)
+    interval = keys.optional("full_attention_interval")
+    if interval:
+        # qwen3next: only the last layer of each interval attends, the others are recurrent.
+        found = [count if (layer + 1) % interval == 0 else 0 for layer, count in enumerate(found)]
+    shared = min(keys.optional("attention.shared_kv_layers") or 0, layers)
+    return found[: layers - shared] + [0] * shared
+
+
+def _head_dims(keys: _Keys, hidden: int, heads: int) -> tuple[int, int]:
+    """Sizes of a key and a value head; with MLA those before compression."""
+    derived = hidden // heads if heads else 0
+    key = keys.optional("attention.key_length_mla") or keys.optional("attention.key_length") or derived
+    value = keys.optional("attention.value_length_mla") or keys.optional("attention.value_length") or derived
+    return key, value
+
+
+def _sliding_window(keys: _Keys) -> int | None:
+    return keys.optional("attention.sliding_window") or _SLIDING_WINDOWS.get(keys.architecture)
+
+
+def _sliding_layers(keys: _Keys, layers: int) -> tuple[int, ...]:
+    if keys.architecture in _SLIDING_UNUSED or _sliding_window(keys) is None:
+        return ()
+    key = "attention.sliding_window_pattern"
+    field = keys.metadata.field(keys.full(key))
+    if field is not None and field.value_type == "array":
+        return tuple(layer for layer, slides in enumerate(keys.array(key, layers)) if slides)
+    # Without a pattern, nothing says which layers slide: counting all as full never plans too little memory.
+    period = keys.optional(key) or _SLIDING_PERIODS.get(keys.architecture, 1)
+    return sliding_layer_ids(layers, period, full_layer_first=keys.architecture in _FULL_LAYER_FIRST)
+
+
+def _vocab_size(keys: _Keys, tensors: tuple[TensorSpec, ...]) -> int:
+    """Rows of the embedding, which decide the size of the logits; the vocabulary's length where there is none."""
+    for tensor in tensors:
+        if tensor.name == "token_embd.weight":
+            return tensor.shape[0]
+    tokens = keys.metadata.field("tokenizer.ggml.tokens")
+    return tokens.count if tokens else keys.optional("vocab_size") or 0
+
+
+def _file_type(metadata: Metadata) -> str | None:
+    number = metadata.value("general.file_type")
+    return FILE_TYPES.get(number & ~GUESSED_FILE_TYPE) if isinstance(number, int) else None
+
+
+def _text(metadata: Metadata, key: str) -> str:
+    field = metadata.field(key)
+    if field is not None and field.value_type == "string" and field.raw is None:
+        metadata.fail(f"{key} is longer than a name can be")
+    value = metadata.value(key)
+    if not isinstance(value, str | None):
+        metadata.fail(f"{key} is {value!r}, must be a string")
+    return value or ""
+
+
+def _whole_number(metadata: Metadata, key: str, default: int, maximum: int, *, minimum: int = 0) -> int:
+    field = metadata.field(key)
+    if field is None:
+        return default
+    if field.value_type in ("array", "string"):
+        metadata.fail(f"{shown(key)} is a value of type {field.value_type}, must be a whole number")
+    return _checked(metadata, key, metadata.value(key), minimum, maximum)
+
+
+def _checked(metadata: Metadata, key: str, value: object, minimum: int, maximum: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+        metadata.fail(f"{shown(key)} must be between {minimum} and {maximum}, got {value!r}")
+    return value

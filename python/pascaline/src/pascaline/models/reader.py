@@ -1,0 +1,34 @@
+"""One call that reads any model's header: a GGUF file or a Hugging Face folder, on disk or at a URL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pascaline.errors import ModelError
+from pascaline.models.gguf import read_gguf
+from pascaline.models.safetensors import read_safetensors
+
+if TYPE_CHECKING:
+    from pascaline.models.spec import ModelSpec
+
+
+def read_model(place: Path | str) -> ModelSpec:
+    """Read the model at a path (GGUF file, or folder with config.json and safetensors) or an http(s) URL of one."""
+    if isinstance(place, str) and place.startswith(("http://", "https://")):
+        from pascaline.models.remote import read_remote_model
+
+        return read_remote_model(place)
+    path = Path(place)
+    try:
+        is_folder = path.is_dir()
+        exists = is_folder or path.exists()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"failed to read {path}: {error}") from error
+    if not exists:
+        raise ModelError(f"failed to read {path}: there is no such file; name a GGUF file or a Hugging Face folder")
+    if is_folder:
+        return read_safetensors(path)
+    if path.suffix == ".safetensors" or path.name == "config.json":
+        return read_safetensors(path.parent)
+    return read_gguf(path)

@@ -1,0 +1,145 @@
+"""Models at http(s) URLs: headers by range requests, so that a few MiB of a file of many GiB are fetched."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+import httpx
+
+from pascaline.errors import ModelError
+from pascaline.models.gguf import read_gguf_parts
+from pascaline.models.safetensors import INDEX_NAME, SINGLE_NAME, read_safetensors_parts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+    from pascaline.models.source import Source
+    from pascaline.models.spec import ModelSpec
+
+BLOCK_BYTES = 512 << 10
+"""Bytes of one range request."""
+TIMEOUT_SECONDS = 30.0
+"""Longest silence of the server."""
+MAX_REDIRECTS = 5
+
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})", re.ASCII)
+
+
+class _StatusError(ModelError):
+    """A refusal that carries the HTTP status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class HttpSource:
+    """A file behind a server that answers range requests."""
+
+    chunk_bytes = BLOCK_BYTES
+
+    def __init__(self, client: httpx.Client, url: str) -> None:
+        self.name = url
+        self._client = client
+        self._tag = ""
+        self.size = 0
+        self._start = 0
+        self._block = b""
+        self._block = self._request(0, BLOCK_BYTES)
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`; the first block is kept from the request that found the size."""
+        inside = offset - self._start
+        if inside >= 0 and inside + size <= len(self._block):
+            return self._block[inside : inside + size]
+        return self._request(offset, size)
+
+    def _request(self, offset: int, size: int) -> bytes:
+        headers = {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
+        try:
+            with self._client.stream("GET", self.name, headers=headers) as response:
+                if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and offset == 0:
+                    return b""  # an empty file has no range that could be sent
+                wanted = self._check(response, offset, size)
+                return self._body(response, wanted)
+        except httpx.HTTPError as error:
+            raise ModelError(f"failed to read {self.name}: {error or type(error).__name__}") from error
+
+    def _check(self, response: httpx.Response, offset: int, size: int) -> int:
+        """Check that the answer is the range that was asked for, and return its length."""
+        status = response.status_code
+        if status == httpx.codes.OK:
+            self._fail("the server sends whole files only (no range requests); download the file, then name its path")
+        if status != httpx.codes.PARTIAL_CONTENT:
+            cause = f"the server answered {status} {response.reason_phrase}".rstrip()
+            raise _StatusError(f"failed to read {self.name}: {cause}", status)
+        text = response.headers.get("content-range", "")
+        match = _CONTENT_RANGE.fullmatch(text)
+        if match is None:
+            self._fail(f"the server answered with the range {text[:80]!r}, must be bytes START-END/SIZE")
+        start, end, total = map(int, match.groups())
+        if start != offset or end != min(offset + size, total) - 1:
+            self._fail(f"the server answered with {text}, asked for were bytes {offset}-{offset + size - 1}")
+        if response.headers.get("content-encoding", "identity") != "identity":
+            self._fail(f"the server answered with the encoding {response.headers['content-encoding'][:80]!r}")
+        self._remember(total, response.headers.get("etag", ""))
+        return end + 1 - start
+
+    def _remember(self, total: int, tag: str) -> None:
+        if self.size and (total, tag) != (self.size, self._tag):
+            self._fail("it changed on the server while it was read; try again")
+        self.size, self._tag = total, tag
+
+    def _body(self, response: httpx.Response, wanted: int) -> bytes:
+        data = bytearray()
+        for piece in response.iter_raw():
+            data += piece
+            if len(data) > wanted:
+                break
+        if len(data) != wanted:
+            self._fail(f"the server announced {wanted} bytes and sent {'more' if len(data) > wanted else len(data)}")
+        return bytes(data)
+
+    def _fail(self, cause: str) -> NoReturn:
+        raise ModelError(f"failed to read {self.name}: {cause}")
+
+
+def read_remote_model(url: str) -> ModelSpec:
+    """Read a model at a URL: of a GGUF file (any part), of a safetensors file, or of the folder with config.json."""
+    parts = urlsplit(url)
+    folder, _, name = parts.path.rpartition("/")
+    if not name.endswith((".gguf", ".safetensors", ".json")):
+        folder, name = parts.path.rstrip("/"), ""
+
+    def locate(part: str) -> str:
+        return urlunsplit(parts._replace(path=f"{folder}/{quote(part)}", fragment=""))
+
+    timeout = httpx.Timeout(TIMEOUT_SECONDS)
+    with httpx.Client(timeout=timeout, follow_redirects=True, max_redirects=MAX_REDIRECTS) as client:
+
+        def open_part(part: str) -> AbstractContextManager[Source]:
+            return _open(client, locate(part))
+
+        if name.endswith(".gguf"):
+            return read_gguf_parts(unquote(name), open_part, locate)
+        names = [SINGLE_NAME] if _is_absent(client, locate(INDEX_NAME)) else None
+        return read_safetensors_parts(locate(""), open_part, locate, names)
+
+
+@contextmanager
+def _open(client: httpx.Client, url: str) -> Iterator[HttpSource]:
+    yield HttpSource(client, url)
+
+
+def _is_absent(client: httpx.Client, url: str) -> bool:
+    try:
+        HttpSource(client, url)
+    except _StatusError as error:
+        if error.status == httpx.codes.NOT_FOUND:
+            return True
+        raise
+    return False

@@ -1,0 +1,232 @@
+"""ModelSpec of a Hugging Face folder: config.json, and the headers of its safetensors files.
+
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NoReturn
+
+from pascaline.errors import ModelError
+from pascaline.models.gguf_header import check_extents, check_unique_names, shown
+from pascaline.models.hf_config import HfConfig
+from pascaline.models.json_file import MAX_JSON_BYTES, parse_object
+from pascaline.models.layers import differing, most_common_heads
+from pascaline.models.source import Source, open_file
+from pascaline.models.spec import ModelSpec, TensorSpec
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_TENSORS = 1 << 18
+MAX_SHARDS = 1024
+MAX_DIMENSIONS = 8
+
+DTYPE_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "U16": 16,
+    "I16": 16,
+    "U32": 32,
+    "I32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F16": 16,
+    "BF16": 16,
+    "F32": 32,
+    "F64": 64,
+    "C64": 64,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+}
+"""Bits of one element (safetensors' `Dtype`)."""
+
+OpenPart = Callable[[str], AbstractContextManager[Source]]
+
+
+def read_safetensors(directory: Path | str) -> ModelSpec:
+    """Read a folder with config.json and safetensors: one file, or shards with their index."""
+    directory = Path(directory)
+
+    def open_part(name: str) -> AbstractContextManager[Source]:
+        return open_file(directory / name)
+
+    if not (directory / "config.json").exists():
+        raise ModelError(
+            f"failed to read {directory}: it has no config.json; name a GGUF file, or a folder as downloaded from "
+            "Hugging Face"
+        )
+    return read_safetensors_parts(str(directory), open_part, lambda name: directory / name, _file_names(directory))
+
+
+def read_safetensors_parts(
+    place: str, open_part: OpenPart, locate: Callable[[str], Path | str], names: list[str] | None
+) -> ModelSpec:
+    """Read config.json and the headers of the files of these names; None stands for those that the index names."""
+    config = HfConfig(*_read_json(open_part, "config.json"))
+    names = _indexed_names(open_part) if names is None else names
+    tensors: list[TensorSpec] = []
+    file_bytes = 0
+    for index, name in enumerate(names):
+        with open_part(name) as source:
+            tensors += read_header(source, index)
+            file_bytes += source.size
+        if len(tensors) > MAX_TENSORS:
+            raise ModelError(f"failed to read {place}: it has more than {MAX_TENSORS} tensors")
+    check_unique_names(place, tuple(tensors))
+    return _spec(config, Path(place).name, tuple(map(locate, names)), tuple(tensors), file_bytes)
+
+
+def read_header(source: Source, file_index: int = 0) -> list[TensorSpec]:
+    """Read where the tensors of one safetensors file lie; their data is not touched."""
+    if source.size < 8:
+        _fail(source, f"it is truncated: it has {source.size} bytes, the length of its header alone needs 8")
+    (length,) = struct.unpack("<Q", source.read_at(0, 8))
+    if length > MAX_JSON_BYTES:
+        _fail(source, f"its header has {length} bytes, at most {MAX_JSON_BYTES} are read: it is not safetensors")
+    if length > source.size - 8:
+        _fail(source, f"it is truncated: {length + 8 - source.size} bytes of its header are missing; download it again")
+    header = parse_object(f"the header of {source.name}", source.read_at(8, length))
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        _fail(source, f"it has {len(header)} tensors, at most {MAX_TENSORS} are read")
+    tensors = tuple(_tensor(source, name, entry, 8 + length, file_index) for name, entry in header.items())
+    check_extents(source.name, source.size, tensors)
+    return list(tensors)
+
+
+def _tensor(source: Source, name: str, entry: object, data_start: int, file_index: int) -> TensorSpec:
+    what = f"tensor {shown(name)}"
+    if not isinstance(entry, dict):
+        _fail(source, f"{what} is not described by an object")
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        kind = shown(dtype) if isinstance(dtype, str) else "missing or not a string"
+        _fail(source, f"the dtype of {what} is {kind}, must be one of {', '.join(DTYPE_BITS)}")
+    shape = _numbers(source, entry.get("shape"), f"the shape of {what}", MAX_DIMENSIONS)
+    offsets = _numbers(source, entry.get("data_offsets"), f"data_offsets of {what}", 2)
+    bits = DTYPE_BITS[dtype]
+    for dimension in shape:
+        bits *= dimension
+    if len(offsets) != 2 or (offsets[1] - offsets[0]) * 8 != bits:
+        _fail(
+            source,
+            f"{what} of shape {list(shape)} in {dtype} needs {bits // 8} bytes, its data_offsets are {list(offsets)}",
+        )
+    return TensorSpec(name, shape, dtype, offsets[1] - offsets[0], data_start + offsets[0], file_index)
+
+
+def _numbers(source: Source, value: object, what: str, limit: int) -> tuple[int, ...]:
+    """A list of whole numbers that fit in 63 bits."""
+    if not isinstance(value, list) or len(value) > limit:
+        _fail(source, f"{what} must be a list of at most {limit} numbers")
+    for number in value:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << 63:
+            _fail(source, f"{what} must hold whole numbers from 0 to 2^63 - 1")
+    return tuple(value)
+
+
+def _file_names(directory: Path) -> list[str] | None:
+    """The safetensors files of a folder without an index; None where there is one."""
+    if (directory / INDEX_NAME).exists():
+        return None
+    try:
+        # `consolidated` files are the same weights once more, in another project's layout.
+        names = sorted(
+            entry.name for entry in directory.glob("*.safetensors") if not entry.name.startswith("consolidated")
+        )
+    except OSError as error:
+        raise ModelError(f"failed to read {directory}: {error.strerror}") from error
+    if not names:
+        raise ModelError(f"failed to read {directory}: it has no .safetensors file; convert the model to safetensors")
+    return names
+
+
+def _indexed_names(open_part: OpenPart) -> list[str]:
+    file, index = _read_json(open_part, INDEX_NAME)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"failed to read {file}: weight_map is missing or empty")
+    names = {name if isinstance(name, str) else "" for name in weight_map.values()}
+    for name in names:
+        if not name.endswith(".safetensors") or "/" in name or "\0" in name or not name.isprintable():
+            raise ModelError(f"failed to read {file}: {shown(name)} is not the name of a safetensors file beside it")
+    if len(names) > MAX_SHARDS:
+        raise ModelError(f"failed to read {file}: it names {len(names)} files, at most {MAX_SHARDS} are read")
+    return sorted(names)
+
+
+def _read_json(open_part: OpenPart, name: str) -> tuple[str, dict[str, object]]:
+    with open_part(name) as source:
+        if source.size > MAX_JSON_BYTES:
+            _fail(source, f"it has {source.size} bytes, at most {MAX_JSON_BYTES} are read")
+        return source.name, parse_object(source.name, source.read_at(0, source.size))
+
+
+def _spec(
+    config: HfConfig, name: str, files: tuple[Path | str, ...], tensors: tuple[TensorSpec, ...], file_bytes: int
+) -> ModelSpec:
+    layers = config.layer_count()
+    hidden = config.count("hidden")
+    heads = config.optional("heads") or 0
+    kv_heads = config.kv_heads(layers, heads)
+    head_dim = _head_dim(config, hidden, heads)
+    sliding = config.sliding(layers)
+    ssm_inner = config.optional("ssm_inner")
+    return ModelSpec(
+        format="safetensors",
+        files=files,
+        architecture=config.architecture,
+        name=name,
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=config.optional("intermediate") or 4 * hidden,
+        num_heads=heads,
+        num_kv_heads=most_common_heads(kv_heads),
+        head_dim=head_dim,
+        v_head_dim=config.optional("v_head_dim") or head_dim,
+        vocab_size=config.count("vocab_size"),
+        context_length=config.count("context"),
+        layer_kv_heads=differing(kv_heads),
+        sliding_window=config.optional("sliding_window") if sliding else None,
+        sliding_layers=len(sliding),
+        sliding_layer_ids=sliding,
+        kv_lora_rank=config.optional("kv_lora_rank"),
+        qk_rope_head_dim=config.optional("qk_rope_head_dim"),
+        num_experts=config.optional("experts"),
+        num_experts_per_token=config.optional("experts_per_token"),
+        moe_intermediate_size=config.optional("moe_intermediate"),
+        ssm_state_size=config.optional("ssm_state"),
+        ssm_conv_kernel=config.optional("ssm_conv"),
+        ssm_inner_size=ssm_inner,
+        ssm_num_heads=config.optional("ssm_heads"),
+        ssm_num_groups=config.optional("ssm_groups"),
+        tied_embeddings=_is_tied(config, tensors),
+        file_bytes=file_bytes,
+        tensors=tensors,
+    )
+
+
+def _head_dim(config: HfConfig, hidden: int, heads: int) -> int:
+    """Size of a key head; with MLA the part before compression and the part with positions together."""
+    without_positions, with_positions = config.optional("qk_nope_head_dim"), config.optional("qk_rope_head_dim")
+    if without_positions and with_positions:
+        return without_positions + with_positions
+    return config.optional("head_dim") or (hidden // heads if heads else 0)
+
+
+def _is_tied(config: HfConfig, tensors: tuple[TensorSpec, ...]) -> bool:
+    has_head = any(tensor.name.endswith("lm_head.weight") for tensor in tensors)
+    return not has_head or config.flag("tie_word_embeddings", default=False)
+
+
+def _fail(source: Source, cause: str) -> NoReturn:
+    raise ModelError(f"failed to read {source.name}: {cause}")

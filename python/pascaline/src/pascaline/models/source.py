@@ -1,0 +1,95 @@
+"""Where model headers are read from: a file on disk here, a URL in remote.py; both give bytes at an offset."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from pascaline.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+class Source(Protocol):
+    """Bytes of one model file."""
+
+    @property
+    def name(self) -> str:
+        """Path or URL, as messages show it."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in the whole file."""
+
+    @property
+    def chunk_bytes(self) -> int:
+        """How much is worth reading at a time."""
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`; a ModelError where they are not there."""
+
+
+class FileSource:
+    """A regular file on disk: pread makes an error of a file that shrinks, where mmap would be SIGBUS."""
+
+    chunk_bytes = 1 << 20
+
+    def __init__(self, path: Path, descriptor: int, size: int) -> None:
+        self.name = str(path)
+        self.size = size
+        self._descriptor = descriptor
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`."""
+        try:
+            data = os.pread(self._descriptor, size, offset)
+        except OSError as error:
+            raise ModelError(f"failed to read {self.name}: {error.strerror}") from error
+        if len(data) < size:
+            raise ModelError(
+                f"failed to read {self.name}: it shrank from {self.size} bytes to {offset + len(data)} or fewer "
+                "while it was read; wait until nothing writes to it, then try again"
+            )
+        return data
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[FileSource]:
+    """Open a regular file for reading; a FIFO or a device is refused before it could block."""
+    try:
+        _require_regular(path, path.stat().st_mode)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"failed to read {path}: {_reason(error)}") from error
+    try:
+        # Once more: another file may have taken the name between the two calls.
+        status = os.fstat(descriptor)
+        _require_regular(path, status.st_mode)
+        yield FileSource(path, descriptor, status.st_size)
+    finally:
+        os.close(descriptor)
+
+
+def _require_regular(path: Path, mode: int) -> None:
+    if stat.S_ISREG(mode):
+        return
+    kind = next((kind for test, kind in _KINDS if test(mode)), "not a regular file")
+    raise ModelError(f"failed to read {path}: it is {kind}, must be a regular file")
+
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+)
+
+
+def _reason(error: OSError | ValueError) -> str:
+    # ValueError is Python's answer to a NUL in the path.
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

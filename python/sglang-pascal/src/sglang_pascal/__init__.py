@@ -1,3 +1,57 @@
-"""SGLang platform plugin for Pascal GPUs (compute capability 6.x) and for CPUs."""
+"""sglang-pascal: upstream SGLang on NVIDIA Pascal GPUs (compute capability 6.x), and on CPUs for tests.
 
-__version__ = "0.1.0"
+SGLang finds two entry points here: `activate` chooses the platform class, `register` adds what has a name on the
+command line. Importing this package is cheap: torch and SGLang are imported inside.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sglang_pascal.device import Decision
+
+__all__ = ["activate", "register"]
+
+_PLATFORM_CLASSES = {
+    "cpu": "sglang_pascal.platform:PascalCpuPlatform",
+    "cuda": "sglang_pascal.platform:PascalCudaPlatform",
+}
+
+
+@functools.cache
+def _decision() -> Decision:
+    """The same for the life of a process."""
+    import torch
+
+    from sglang_pascal.device import decide, visible_devices
+
+    return decide(visible_devices(), os.environ, torch.version.hip)
+
+
+def activate() -> str | None:
+    """Entry point of `sglang.srt.platforms`: the platform class to use, or None to stay out of the way.
+
+    Runs in every process while SGLang's first module is being imported.
+    """
+    from sglang_pascal.compat import apply_shims, check_sglang_version
+
+    device = _decision().device
+    if device is None:
+        return None
+    check_sglang_version()
+    apply_shims(device, "activate")
+    return _PLATFORM_CLASSES[device]
+
+
+def register() -> None:
+    """Entry point of `sglang.srt.plugins`: names and hooks; does nothing where the platform is not active."""
+    from sglang_pascal.compat import apply_shims, check_sglang_version
+
+    device = _decision().device
+    if device is None:
+        return
+    check_sglang_version()
+    apply_shims(device, "register")

@@ -1,0 +1,107 @@
+"""The `sglang-pascal` command: prepares models and tells what the plugin does on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sglang_pascal.errors import PluginError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+EXIT_CODES = """exit codes:
+  0  done
+  2  wrong usage
+  3  the model is missing, damaged, has another checksum or is not supported
+  8  SGLang is missing or has a version that this plugin was not made for
+  9  a disk is full, or a folder may not be written"""
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("gguf", metavar="FILE.gguf", type=Path, help="the model")
+    parser.add_argument("folder", metavar="OUT_DIR", type=Path, help="folder to make; no weights are copied into it")
+    parser.add_argument("--sha256", metavar="HEX", help="refuse a file with another checksum")
+    parser.add_argument("--json", action="store_true", help="print the folder's pascal.json")
+
+
+def _run_prepare(args: argparse.Namespace) -> int:
+    from sglang_pascal.checkpoint.prepare import prepare
+
+    manifest = prepare(args.gguf, args.folder, sha256=args.sha256, on_progress=_progress_printer())
+    if args.json:
+        import json
+
+        _say(json.dumps(asdict(manifest), indent=2))
+    else:
+        _say(f"{args.folder}: {manifest.architecture}, {manifest.size} bytes, sha256 {manifest.sha256}")
+        _say(f"serve it: python -m sglang.launch_server --model-path {args.folder} --load-format pascal_gguf")
+    return 0
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+
+
+def _progress_printer() -> Callable[[int, int], None] | None:
+    """Prints the share of the file that was hashed, on one line of a terminal; None where there is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        end = "\n" if done >= total else ""
+        sys.stderr.write(f"\rchecksum {100 * done // total:3d} %{end}")
+        sys.stderr.flush()
+
+    return show
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _run_info(args: argparse.Namespace) -> int:
+    from sglang_pascal.info import print_info
+
+    return print_info(as_json=args.json)
+
+
+COMMANDS = {
+    "prepare": ("make a folder that SGLang can serve from a GGUF file", _add_prepare, _run_prepare),
+    "info": ("tell what the plugin does on this machine, and why", _add_info, _run_info),
+}
+"""Name -> (help, adds the arguments, runs it and returns the exit code)."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every command of the table."""
+    parser = argparse.ArgumentParser(
+        prog="sglang-pascal",
+        description=__doc__,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (text, add_arguments, run) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        add_arguments(command)
+        command.set_defaults(run=run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; errors that a user can cause are one line on standard error."""
+    args = build_parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except PluginError as exc:
+        sys.stderr.write(f"sglang-pascal: error: {exc}\n")
+        return exc.exit_code
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""GGUF metadata -> the contents of config.json and generation_config.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from sglang_pascal.checkpoint.architectures import ROPE_FACTORS, Architecture, architecture_of
+from sglang_pascal.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from sglang_pascal.checkpoint.gguf_file import GgufFile
+
+END_OF_TURN_TOKENS: Final = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eom_id|>")
+"""Tokens that end a chat turn by their text; llama.cpp treats the same ones as end of generation."""
+LLAMA3_LOW_FREQ_FACTOR: Final = 1.0
+LLAMA3_HIGH_FREQ_FACTOR: Final = 4.0
+LLAMA3_ORIGINAL_CONTEXT: Final = 8192
+"""The same in every Llama 3.1, 3.2 and 3.3 (Meta's config.json); only `factor` differs, 8 or 32."""
+_ROPE_FACTOR_TOLERANCE: Final = 1e-3
+GEMMA3_LOCAL_ROPE_THETA: Final = 10000.0
+"""Sliding-window layers of Gemma 3; llama.cpp has it as a constant, too: the file does not say."""
+GEMMA3_SLIDING_PATTERN: Final = 6
+"""Every sixth layer of Gemma 3 attends to everything."""
+GEMMA_27B_LAYERS: Final = {"gemma2": 46, "gemma3": 62}
+"""The 27B models scale queries by hidden_size / heads, all others by head_dim; known by their layer count."""
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """Typed access to the keys of one architecture."""
+
+    values: dict[str, Any]
+    prefix: str
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.values.get(f"{self.prefix}.{key}", default)
+
+    def require(self, key: str) -> Any:
+        value = self.get(key)
+        if value is None:
+            raise CheckpointError(f'"{self.prefix}.{key}" is missing in the file\'s metadata; convert the model again')
+        return value
+
+    def require_float(self, key: str) -> float:
+        return shortest_float(self.require(key))
+
+
+def shortest_float(value: float) -> float:
+    """The decimal that a 32-bit float was made from: 9.999999747378752e-06 was 1e-05."""
+    return float(str(np.float32(value)))
+
+
+def model_config(file: GgufFile) -> dict[str, Any]:
+    """Contents of config.json."""
+    arch = architecture_of(file.metadata.get("general.architecture"))
+    meta = _Metadata(file.metadata, arch.name)
+    config = _common_config(file, arch, meta)
+    extend = {"gemma2": _gemma2_config, "gemma3": _gemma3_config, "qwen2": _qwen_config, "qwen3": _qwen_config}
+    config["rope_parameters"] = _rope_parameters(file, meta)
+    if arch.name in extend:
+        config |= extend[arch.name](meta, config)
+    return config
+
+
+def generation_config(file: GgufFile) -> dict[str, Any]:
+    """Contents of generation_config.json: the ids that start and end a text or a turn."""
+    metadata = file.metadata
+    config: dict[str, Any] = {"eos_token_id": end_token_ids(metadata)}
+    for name, key in (("bos_token_id", "bos"), ("pad_token_id", "padding")):
+        if (token := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            config[name] = token
+    return config
+
+
+def end_token_ids(metadata: dict[str, Any]) -> list[int]:
+    """Ids that end a generation: eos, eot, eom by key, and the known end-of-turn texts; lowest first."""
+    keys = ("eos", "eot", "eom")
+    ids = {metadata[f"tokenizer.ggml.{key}_token_id"] for key in keys if f"tokenizer.ggml.{key}_token_id" in metadata}
+    tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
+    by_text = {token: index for index, token in enumerate(tokens)}
+    return sorted(ids | {by_text[text] for text in END_OF_TURN_TOKENS if text in by_text})
+
+
+def _common_config(file: GgufFile, arch: Architecture, meta: _Metadata) -> dict[str, Any]:
+    heads = meta.require("attention.head_count")
+    hidden = meta.require("embedding_length")
+    kv_heads = meta.get("attention.head_count_kv", heads)
+    if isinstance(heads, list) or isinstance(kv_heads, list):
+        raise CheckpointError(
+            "head counts differ between layers in this file; SGLang serves the same count in each only"
+        )
+    tokens = file.tensors.get("token_embd.weight")
+    if tokens is None:
+        raise CheckpointError('tensor "token_embd.weight" is missing in the file; convert the model again')
+    metadata = file.metadata
+    return {
+        "architectures": [arch.model_class],
+        "model_type": arch.model_type,
+        "vocab_size": tokens.shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": meta.require("feed_forward_length"),
+        "num_hidden_layers": meta.require("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": meta.get("attention.key_length", hidden // heads),
+        "max_position_embeddings": meta.require("context_length"),
+        "rms_norm_eps": meta.require_float("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "hidden_act": "silu",
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        "dtype": "float16",
+        "use_cache": True,
+    }
+
+
+def _qwen_config(meta: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    """Qwen's converter writes no window: sliding-window attention is off in every published model."""
+    return {"use_sliding_window": False, "attention_bias": config["attention_bias"] and meta.prefix == "qwen2"}
+
+
+def _gemma_common(meta: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    is_27b = config["num_hidden_layers"] == GEMMA_27B_LAYERS[meta.prefix]
+    scalar = config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_act": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": meta.require("attention.sliding_window"),
+    }
+
+
+def _gemma2_config(meta: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    kinds = ("sliding_attention", "full_attention")
+    return _gemma_common(meta, config) | {
+        "attn_logit_softcapping": meta.require_float("attn_logit_softcapping"),
+        "final_logit_softcapping": meta.require_float("final_logit_softcapping"),
+        "layer_types": [kinds[layer % 2] for layer in range(config["num_hidden_layers"])],
+    }
+
+
+def _gemma3_config(meta: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    pattern = meta.get("attention.sliding_window_pattern", GEMMA3_SLIDING_PATTERN)
+    full = [(layer + 1) % pattern == 0 for layer in range(config["num_hidden_layers"])]
+    cap = meta.get("final_logit_softcapping")
+    return _gemma_common(meta, config) | {
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None if cap is None else shortest_float(cap),
+        "layer_types": ["full_attention" if is_full else "sliding_attention" for is_full in full],
+        "rope_parameters": {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": shortest_float(meta.get("rope.freq_base_swa", GEMMA3_LOCAL_ROPE_THETA)),
+            },
+        },
+    }
+
+
+def _rope_parameters(file: GgufFile, meta: _Metadata) -> dict[str, Any]:
+    """Base and scaling of the rotary embedding, in transformers' terms."""
+    default_theta = 1000000.0 if meta.prefix == "gemma3" else 10000.0
+    theta = shortest_float(meta.get("rope.freq_base", default_theta))
+    if ROPE_FACTORS in file.tensors:
+        factors = file.rows(ROPE_FACTORS).view(np.float32).reshape(-1)
+        return {"rope_theta": theta} | _llama3_scaling(factors, theta)
+    kind = meta.get("rope.scaling.type", "none")
+    if kind in ("none", ""):
+        return {"rope_theta": theta, "rope_type": "default"}
+    if kind not in ("linear", "yarn"):
+        raise CheckpointError(
+            f'rope scaling type "{kind}" is not supported; supported are none, linear, yarn and llama3'
+        )
+    parameters = {"rope_theta": theta, "rope_type": kind, "factor": meta.require_float("rope.scaling.factor")}
+    if kind == "yarn":
+        original = meta.get("rope.scaling.original_context_length")
+        parameters["original_max_position_embeddings"] = original or meta.require("context_length")
+    return parameters
+
+
+def llama3_factors(head_dim: int, theta: float, factor: float) -> NDArray[np.float32]:
+    """The `rope_freqs` tensor of a Llama 3.x model, by the rule of transformers' `rope_type` "llama3"."""
+    frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    wavelengths = 2 * np.pi / frequencies
+    low = LLAMA3_ORIGINAL_CONTEXT / LLAMA3_LOW_FREQ_FACTOR
+    high = LLAMA3_ORIGINAL_CONTEXT / LLAMA3_HIGH_FREQ_FACTOR
+    span = LLAMA3_HIGH_FREQ_FACTOR - LLAMA3_LOW_FREQ_FACTOR
+    smooth = (LLAMA3_ORIGINAL_CONTEXT / wavelengths - LLAMA3_LOW_FREQ_FACTOR) / span
+    between = 1.0 / ((1.0 - smooth) / factor + smooth)
+    factors = np.where(wavelengths < high, 1.0, np.where(wavelengths > low, factor, between))
+    return factors.astype(np.float32)
+
+
+def _llama3_scaling(factors: NDArray[np.float32], theta: float) -> dict[str, Any]:
+    """Settings that give these frequency factors; refuses factors that follow another rule."""
+    factor = float(round(float(factors.max()), 3))
+    expected = llama3_factors(2 * len(factors), theta, factor)
+    if not np.allclose(factors, expected, rtol=_ROPE_FACTOR_TOLERANCE):
+        raise CheckpointError(
+            f'tensor "{ROPE_FACTORS}" does not follow the Llama 3 rule (largest factor {factor}); '
+            "this way of scaling positions is not supported"
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": LLAMA3_LOW_FREQ_FACTOR,
+        "high_freq_factor": LLAMA3_HIGH_FREQ_FACTOR,
+        "original_max_position_embeddings": LLAMA3_ORIGINAL_CONTEXT,
+    }

@@ -1,0 +1,177 @@
+"""Makes the folder that SGLang starts from: configuration and tokenizer out of a GGUF file, and where its weights are.
+
+The folder appears by one rename, complete or not at all. Weights are not copied: `pascal.json` names the file, its size
+and checksums, and the loader refuses a file that has changed since.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from sglang_pascal.checkpoint.architectures import architecture_of
+from sglang_pascal.checkpoint.config import generation_config, model_config
+from sglang_pascal.checkpoint.gguf_file import GgufFile
+from sglang_pascal.checkpoint.tokenizer import tokenizer_config, write_tokenizer
+from sglang_pascal.errors import CheckpointError, StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+FORMAT: Final = 1
+"""Version of the folder's layout; a folder of another version is refused."""
+MANIFEST: Final = "pascal.json"
+_READ_BYTES: Final = 4 * 1024 * 1024
+_FULL_DISK: Final = (errno.ENOSPC, errno.EDQUOT)
+_FOLDER_MODE: Final = 0o755
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of pascal.json."""
+
+    gguf: str
+    """Absolute path of the GGUF file."""
+    sha256: str
+    """Of the whole file, in hexadecimal."""
+    size: int
+    """Bytes of the whole file."""
+    header_sha256: str
+    """Of everything before the tensor data: cheap enough to compare at each start."""
+    architecture: str
+    format: int = FORMAT
+
+
+def prepare(
+    gguf: Path, folder: Path, *, sha256: str | None = None, on_progress: Callable[[int, int], None] | None = None
+) -> Manifest:
+    """Make the folder; an existing one that was made from the same file is kept.
+
+    sha256: what the file must have, in hexadecimal; None = compute it only.
+    on_progress: called with (bytes hashed, bytes in all).
+    """
+    gguf, folder = gguf.absolute(), folder.absolute()
+    file = GgufFile(gguf)
+    manifest = _manifest(file, _checked_sha256(gguf, sha256, on_progress))
+    if folder.exists() and not _is_replaceable(folder):
+        raise StorageError(f'"{folder}" exists and was not made by this command; name another folder or remove it')
+    with _atomic_folder(folder) as staging:
+        write_folder(file, manifest, staging)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a prepared folder, checked for its format."""
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise CheckpointError(f'"{path}" has format {content["format"]}, expected {FORMAT}; prepare it again')
+        return Manifest(**content)
+    except FileNotFoundError as exc:
+        raise CheckpointError(
+            f'"{folder}" is not a prepared model: {MANIFEST} is missing; run sglang-pascal prepare'
+        ) from exc
+    except (json.JSONDecodeError, KeyError, TypeError) as exc:
+        raise CheckpointError(f'"{path}" is damaged: {exc!r}; prepare the model again') from exc
+
+
+def open_prepared(folder: Path) -> GgufFile:
+    """The GGUF file of a prepared folder; an error when it is gone or not the one that was prepared."""
+    manifest = read_manifest(folder)
+    file = GgufFile(Path(manifest.gguf))
+    if file.size != manifest.size:
+        raise CheckpointError(
+            f'"{manifest.gguf}" has {file.size} bytes, but had {manifest.size} when "{folder}" was prepared; '
+            "prepare it again"
+        )
+    if file.header_sha256() != manifest.header_sha256:
+        raise CheckpointError(f'"{manifest.gguf}" has changed since "{folder}" was prepared; prepare it again')
+    return file
+
+
+def write_folder(file: GgufFile, manifest: Manifest, folder: Path) -> None:
+    """Write all files of a prepared folder into an existing one."""
+    arch = architecture_of(file.metadata.get("general.architecture"))
+    for name in file.tensors:  # an unsupported variant is refused here, not when SGLang has half started
+        arch.hf_name(name)
+    _write_json(folder / "config.json", model_config(file))
+    _write_json(folder / "generation_config.json", generation_config(file))
+    write_tokenizer(file.metadata, folder)
+    _write_json(folder / "tokenizer_config.json", tokenizer_config(file.metadata))
+    if template := file.metadata.get("tokenizer.chat_template"):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    _write_json(folder / MANIFEST, asdict(manifest))
+
+
+def _manifest(file: GgufFile, sha256: str) -> Manifest:
+    architecture = str(file.metadata.get("general.architecture"))
+    return Manifest(str(file.path), sha256, file.size, file.header_sha256(), architecture)
+
+
+def _checked_sha256(path: Path, expected: str | None, on_progress: Callable[[int, int], None] | None) -> str:
+    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
+    with path.open("rb") as source:
+        while chunk := source.read(_READ_BYTES):
+            digest.update(chunk)
+            done += len(chunk)
+            if on_progress is not None:
+                on_progress(done, total)
+    found = digest.hexdigest()
+    if expected is not None and found != expected.lower():
+        raise CheckpointError(f'"{path}" has sha256 {found}, expected {expected.lower()}; copy or download it again')
+    return found
+
+
+def _is_replaceable(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / MANIFEST).is_file() or not any(folder.iterdir()))
+
+
+@contextmanager
+def _atomic_folder(folder: Path) -> Iterator[Path]:
+    """A sibling folder to write into, which takes the place of `folder` at the end, or is removed on any error."""
+    staging: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        yield staging
+        staging.chmod(_FOLDER_MODE)
+        _replace_folder(staging, folder)
+    except OSError as exc:
+        reason = "no space is left on the disk" if exc.errno in _FULL_DISK else (exc.strerror or str(exc))
+        raise StorageError(f'failed to write "{folder}": {reason}') from exc
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace_folder(staging: Path, folder: Path) -> None:
+    """Rename; a folder that is there steps aside first, since a rename does not replace a full one."""
+    for path in [*staging.iterdir(), staging]:
+        _flush(path)
+    old = staging.with_name(f"{staging.name}.old")
+    if folder.exists():
+        folder.rename(old)
+    staging.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Force to disk, so that a power cut after the rename finds whole files."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

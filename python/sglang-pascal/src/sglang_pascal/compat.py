@@ -1,0 +1,340 @@
+"""Everything that this plugin changes in SGLang and torch, as one table.
+
+A shim is applied in `activate` (before SGLang's modules are imported: what they read at import) or in `register`
+(after: functions and classes). SGLang only logs a hook that fails, so each shim can tell whether it is in place;
+tests and `sglang-pascal info` ask.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.metadata
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from sglang_pascal.errors import UnsupportedVersionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+SUPPORTED_SGLANG: Final = ("0.5.23",)
+"""SGLang versions that the shims were checked against, newest last."""
+
+
+@dataclass(frozen=True)
+class Shim:
+    """One change: what, why, for which SGLang, and how to know that it can go."""
+
+    name: str
+    what: str
+    why: str
+    sglang: str
+    """Version that was read."""
+    devices: tuple[str, ...]
+    """Platforms that need it: cpu, cuda."""
+    stage: Literal["activate", "register"]
+    is_needed: Callable[[], bool]
+    """False = the installed SGLang or torch does without: remove the shim."""
+    apply: Callable[[], None]
+    is_applied: Callable[[], bool]
+    """Whether the change is in place in this process."""
+
+
+def check_sglang_version(found: str | None = None) -> str:
+    """The installed SGLang's version; an error when the shims were not made for it."""
+    if found is None:
+        try:
+            found = importlib.metadata.version("sglang")
+        except importlib.metadata.PackageNotFoundError:
+            found = "not installed"
+    if found in SUPPORTED_SGLANG:
+        return found
+    supported = ", ".join(SUPPORTED_SGLANG)
+    raise UnsupportedVersionError(
+        f"SGLang is {found}; sglang-pascal supports {supported}: pip install 'sglang=={SUPPORTED_SGLANG[-1]}'"
+    )
+
+
+def shims_for(device: str, stage: str | None = None) -> list[Shim]:
+    """The table's rows for a device, in order; of one stage, or of both."""
+    return [shim for shim in SHIMS if device in shim.devices and stage in (None, shim.stage)]
+
+
+def apply_shims(device: str, stage: str) -> None:
+    """Apply what is needed and not yet in place."""
+    for shim in shims_for(device, stage):
+        if shim.is_needed() and not shim.is_applied():
+            shim.apply()
+
+
+# --- torch without guard_or_false -----------------------------------------------------------------------------------
+
+_GUARDS: Final = ("guard_or_false", "guard_or_true")
+
+
+def _symbolic_shapes() -> Any:
+    return importlib.import_module("torch.fx.experimental.symbolic_shapes")
+
+
+def _lacks_guards() -> bool:
+    module = _symbolic_shapes()
+    return any(getattr(module, name, bool) is bool for name in _GUARDS)
+
+
+def _add_guards() -> None:
+    """Without symbolic shapes (there is no torch.compile here) the guards are the truth of a number."""
+    module = _symbolic_shapes()
+    for name in _GUARDS:
+        if not hasattr(module, name):
+            setattr(module, name, bool)
+
+
+def _has_guards() -> bool:
+    return all(hasattr(_symbolic_shapes(), name) for name in _GUARDS)
+
+
+# --- Triton without a GPU -------------------------------------------------------------------------------------------
+
+
+class HostTritonDriver:
+    """Stands for a Triton driver where there is no GPU: modules with Triton kernels import, none is ever launched."""
+
+    def is_active(self) -> bool:
+        """It is, for the asking."""
+        return True
+
+    def get_current_target(self) -> Any:
+        """A target that no kernel is compiled for."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cpu", 0, 32)
+
+    def get_current_device(self) -> int:
+        """The only one."""
+        return 0
+
+    def get_active_torch_device(self) -> Any:
+        """Where tensors live."""
+        import torch
+
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Callable[..., float]:
+        """Nothing is timed."""
+        return lambda *_args, **_kwargs: 0.0
+
+
+def _triton_driver() -> Any:
+    return importlib.import_module("triton.runtime").driver
+
+
+def _set_host_triton_driver() -> None:
+    _triton_driver().set_active(HostTritonDriver())
+
+
+def _triton_has_no_driver() -> bool:
+    drivers = importlib.import_module("triton.backends").backends.values()
+    return not any(backend.driver.is_active() for backend in drivers)
+
+
+def _is_host_triton_driver() -> bool:
+    return isinstance(getattr(_triton_driver(), "_active", None) or _triton_driver().active, HostTritonDriver)
+
+
+# --- is_cuda() ------------------------------------------------------------------------------------------------------
+
+_COMMON: Final = "sglang.srt.utils.common"
+
+
+def is_not_cuda() -> bool:
+    """Stands for SGLang's `is_cuda`, which is asked where "has sgl-kernel and flashinfer" is meant."""
+    return False
+
+
+is_not_cuda.cache_clear = lambda: None  # type: ignore[attr-defined]  # the original is an lru_cache
+
+
+class _IsCudaFinder(importlib.abc.MetaPathFinder):
+    """Waits in sys.meta_path until `common` is complete, replaces its `is_cuda`, and goes.
+
+    `activate` runs in the middle of `common`'s own import; the modules that ask at their import come right after.
+    """
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> None:
+        """Never finds a module; each import is a chance to look."""
+        del fullname, path, target
+        common = sys.modules.get(_COMMON)
+        if common is None or not hasattr(common, "is_cuda") or getattr(common.__spec__, "_initializing", False):
+            return
+        sys.meta_path.remove(self)
+        replace_everywhere(common.is_cuda, is_not_cuda)
+
+
+def replace_everywhere(original: object, replacement: object) -> int:
+    """Put the replacement wherever a loaded module holds the original by name; how many places that were."""
+    count = 0
+    for module in list(sys.modules.values()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if value is original:
+                setattr(module, name, replacement)
+                count += 1
+    return count
+
+
+def _watch_for_is_cuda() -> None:
+    sys.meta_path.insert(0, _IsCudaFinder())
+
+
+def _is_cuda_replaced_or_awaited() -> bool:
+    if any(isinstance(finder, _IsCudaFinder) for finder in sys.meta_path):
+        return True
+    common = sys.modules.get(_COMMON)
+    return common is not None and getattr(common, "is_cuda", None) is is_not_cuda
+
+
+def _lacks_sgl_kernel() -> bool:
+    return importlib.util.find_spec("sgl_kernel") is None
+
+
+# --- hooks ----------------------------------------------------------------------------------------------------------
+
+_GUARD_MODULE: Final = "sglang.srt.model_executor.model_runner_components.load_model_utils"
+_GUARD: Final = "maybe_downgrade_dtype_for_legacy_gpu"
+_LOAD_CONFIG: Final = "sglang.srt.configs.load_config"
+
+
+def use_float16(*, model_config: Any) -> None:
+    """Stands for SGLang's guard: float16 below compute capability 8.0, as there, but no refusal below 7.5."""
+    import torch
+    from sglang.srt.runtime_context import get_context
+
+    if torch.cuda.get_device_capability()[0] < 8 and model_config.dtype == torch.bfloat16:
+        get_context().override("sglang_pascal.use_float16", dtype="float16")
+        model_config.dtype = torch.float16
+
+
+def verify_load_format(original: Callable[[Any], None], config: Any) -> None:
+    """Around `LoadConfig._verify_load_format`: the format becomes our loader class, which SGLang's factory calls."""
+    from sglang_pascal.checkpoint.loader import LOAD_FORMAT, PascalGgufLoader
+
+    if config.load_format == LOAD_FORMAT:
+        config.load_format = PascalGgufLoader
+    else:
+        original(config)
+
+
+def _hook(target: str, function: Callable[..., Any], kind: str) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(target, function, HookType[kind])
+
+
+def _is_hooked(module: str, *attributes: str) -> bool:
+    """Whether SGLang's registry has wrapped the function; asking imports nothing."""
+    value: Any = sys.modules.get(module)
+    for attribute in attributes:
+        value = getattr(value, attribute, None)
+    return hasattr(value, "__wrapped__")
+
+
+def _register_attention() -> None:
+    from sglang.srt.arg_groups.choices import add_attention_backend_choices
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    add_attention_backend_choices(["pascal"])
+    register_attention_backend("pascal")(_create_attention_backend)
+
+
+def _create_attention_backend(runner: Any) -> Any:
+    from sglang_pascal.attention.backend import create_backend
+
+    return create_backend(runner)
+
+
+def _attention_is_registered() -> bool:
+    registry = sys.modules.get("sglang.srt.layers.attention.attention_registry")
+    return registry is not None and "pascal" in registry.ATTENTION_BACKENDS
+
+
+def _register_load_format() -> None:
+    from sglang.srt.arg_groups.choices import add_load_format_choices
+
+    add_load_format_choices(["pascal_gguf"])
+    _hook(f"{_LOAD_CONFIG}.LoadConfig._verify_load_format", verify_load_format, "AROUND")
+
+
+def _always() -> bool:
+    return True
+
+
+SHIMS: Final = (
+    Shim(
+        name="symbolic-shape guards",
+        what="torch.fx.experimental.symbolic_shapes.guard_or_false and guard_or_true become bool",
+        why="SGLang imports both names; torch 2.7.1, the last with sm_60 code on the package index, lacks them",
+        sglang="0.5.23",
+        devices=("cpu", "cuda"),
+        stage="activate",
+        is_needed=_lacks_guards,
+        apply=_add_guards,
+        is_applied=_has_guards,
+    ),
+    Shim(
+        name="Triton driver",
+        what="a driver object that is never asked to launch becomes Triton's active one",
+        why='modules with Triton kernels ask for the target at import and fail with "0 active drivers" without a GPU',
+        sglang="0.5.23",
+        devices=("cpu",),
+        stage="activate",
+        is_needed=_triton_has_no_driver,
+        apply=_set_host_triton_driver,
+        is_applied=_is_host_triton_driver,
+    ),
+    Shim(
+        name="is_cuda",
+        what="sglang.srt.utils.common.is_cuda, and every copy of it, returns False",
+        why="where it is True, SGLang imports sgl_kernel and flashinfer, which have no code for Pascal",
+        sglang="0.5.23",
+        devices=("cuda",),
+        stage="activate",
+        is_needed=_lacks_sgl_kernel,
+        apply=_watch_for_is_cuda,
+        is_applied=_is_cuda_replaced_or_awaited,
+    ),
+    Shim(
+        name="sm75 guard",
+        what=f"{_GUARD_MODULE}.{_GUARD} chooses float16 and refuses nothing",
+        why='it raises "SGLang only supports sm75 and above" on Pascal, which its kernels need and ours do not',
+        sglang="0.5.23",
+        devices=("cuda",),
+        stage="register",
+        is_needed=lambda: hasattr(importlib.import_module(_GUARD_MODULE), _GUARD),
+        apply=lambda: _hook(f"{_GUARD_MODULE}.{_GUARD}", use_float16, "REPLACE"),
+        is_applied=lambda: _is_hooked(_GUARD_MODULE, _GUARD),
+    ),
+    Shim(
+        name="attention backend",
+        what="--attention-backend pascal",
+        why="SGLang's torch_native pads each prefill chunk to the whole context and turns CUDA graphs off",
+        sglang="0.5.23",
+        devices=("cpu", "cuda"),
+        stage="register",
+        is_needed=_always,
+        apply=_register_attention,
+        is_applied=_attention_is_registered,
+    ),
+    Shim(
+        name="load format",
+        what="--load-format pascal_gguf, by a hook around LoadConfig._verify_load_format",
+        why="SGLang accepts a loader class as load format, but has no way to name one on the command line",
+        sglang="0.5.23",
+        devices=("cpu", "cuda"),
+        stage="register",
+        is_needed=_always,
+        apply=_register_load_format,
+        is_applied=lambda: _is_hooked(_LOAD_CONFIG, "LoadConfig", "_verify_load_format"),
+    ),
+)
+"""The table, in the order of application."""

@@ -1,0 +1,65 @@
+"""Which number type and thread settings serve fastest on this CPU, as measured with the attention backend here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+CPU_INFO: Final = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class CpuSettings:
+    """What to start SGLang with on a CPU."""
+
+    dtype: Literal["bfloat16", "float32"]
+    """Value of `--dtype`."""
+    threads: int
+    """Value of OMP_NUM_THREADS."""
+    environment: dict[str, str]
+    """Variables of the engine's process."""
+
+    def describe(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"dtype": self.dtype, "threads": self.threads}
+
+
+def recommended_cpu_settings(flags: frozenset[str] | None = None, cpus: int | None = None) -> CpuSettings:
+    """The fastest settings for a CPU.
+
+    flags: as in /proc/cpuinfo; None = this machine's. cpus: that this process may use; None = as the scheduler says.
+    bfloat16 halves the bytes of each weight, which bounds decoding; without AVX512-BF16 or AMX torch emulates it, which
+    costs more than it saves.
+    """
+    flags = cpu_flags() if flags is None else flags
+    cpus = len(os.sched_getaffinity(0)) if cpus is None else cpus
+    has_bf16 = bool(flags & {"avx512_bf16", "amx_bf16"})
+    return CpuSettings("bfloat16" if has_bf16 else "float32", cpus, engine_environment(cpus))
+
+
+def engine_environment(threads: int) -> dict[str, str]:
+    """Variables that make SGLang start fast and stay within its threads."""
+    return {
+        "SGLANG_PLATFORM": "pascal",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads),
+        # Each of SGLang's processes would otherwise fork compiler workers of more than a gigabyte each, never used.
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        # After a crash, do not wait a minute for a GPU core dump that nobody asked for.
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0",
+    }
+
+
+def cpu_flags(path: Path = CPU_INFO) -> frozenset[str]:
+    """The instruction set flags of the first CPU; empty where they cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "flags":
+            return frozenset(value.split())
+    return frozenset()

@@ -1,0 +1,91 @@
+"""The platform classes that SGLang works with: the same plugin on a CPU and on a CUDA device.
+
+Both run every fused operation by its plain torch form unless a kernel was registered for it, allocate with torch code
+instead of Triton, and know no speculation, no MLA and no Mamba: dense text models.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.cuda import CudaDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+CUDA_GRAPH_BATCH_SIZES: Final = (1, 2, 4, 8, 16)
+"""Decode batch sizes that are recorded; a batch in between is padded to the next. 16 is past what 8 GB of KV hold."""
+
+
+class _PascalPlatform(SRTPlatform):  # type: ignore[misc]  # SGLang publishes no types
+    """What both devices share."""
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Defaults of arguments that the user did not give."""
+        if server_args.sampling_backend is None:
+            server_args.sampling_backend = "pytorch"
+        # A constrained model may repeat white space without end; the flag has no off switch, so nobody is overruled.
+        server_args.constrained_json_disable_any_whitespace = True
+
+    def get_default_attention_backend(self) -> str:
+        """Our own."""
+        return "pascal"
+
+    def get_dispatch_key_name(self) -> str:
+        """Fused operations run as plain torch, or as what was registered under this key."""
+        return "native"
+
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        """No inductor: it would generate Triton."""
+        del mode
+        return "eager"
+
+
+class PascalCpuPlatform(CpuDeviceMixin, _PascalPlatform):  # type: ignore[misc]
+    """Serving without a GPU."""
+
+    _enum = PlatformEnum.OOT
+    capabilities = PlatformCapabilities(supports_triton=False)
+
+    def is_pin_memory_available(self, device: Any = None) -> bool:
+        """There is no device to pin for."""
+        del device
+        return False
+
+
+class PascalCudaPlatform(CudaDeviceMixin, _PascalPlatform):  # type: ignore[misc]
+    """Serving on a CUDA device without sgl-kernel, flashinfer or Triton."""
+
+    _enum = PlatformEnum.OOT
+    capabilities = PlatformCapabilities(supports_triton=False, graph_capture=True)
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """No prefill graph, few decode graphs."""
+        super().apply_server_args_defaults(server_args)
+        server_args.cuda_graph_config = graph_config(
+            server_args.cuda_graph_config, server_args._cuda_graph_config_locked
+        )
+
+    def get_graph_runner_cls(self) -> type:
+        """SGLang's own runner of recorded decode steps."""
+        from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+
+        runner: type = DecodeCudaGraphRunner
+        return runner
+
+    def get_group_coordinator_device(self, local_rank: int) -> torch.device:
+        """The rank's GPU (the interface's default is the CPU)."""
+        return torch.device("cuda", local_rank)
+
+
+def graph_config(config: Any, locked: set[tuple[str, str]]) -> Any:
+    """SGLang's graph configuration with our defaults where the user said nothing (`locked` holds what was said)."""
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    if (Phase.PREFILL, "backend") not in locked:
+        config = with_phase(config, Phase.PREFILL, backend=Backend.DISABLED)
+    if not {(Phase.DECODE, "bs"), (Phase.DECODE, "max_bs")} & locked:
+        sizes = list(CUDA_GRAPH_BATCH_SIZES)
+        config = with_phase(config, Phase.DECODE, bs=sizes, max_bs=sizes[-1])
+    return config

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "serve": "plan, launch and supervise an engine that serves one model",
     "config": "show, check or describe the settings and where each value comes from",
+    "exporter": "serve GPU metrics to Prometheus (NVML)",
 }
 
 

@@ -1,0 +1,225 @@
+"""The exporter: one thread reads NVML at an interval, and scrapes are answered from its last reading.
+
+So any number of scrapes at once costs one reading, and a scrape never waits for the driver longer than its own timeout.
+A reading older than `max_age` is not shown: its scrape waits for the next one, and then says that the data is stale.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import threading
+import time
+from dataclasses import replace
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING
+
+from pascaline.errors import ConfigurationError, PortInUseError
+from pascaline.gpu.reading import DriverStatus, Reading
+from pascaline.gpu.render import CONTENT_TYPE, render
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pascaline.gpu.reader import Reader
+
+DEFAULT_PORT = 9836
+DEFAULT_INTERVAL = 1.0
+"""Seconds from one reading to the next."""
+DEFAULT_MAX_AGE = 5.0
+"""Seconds for which a reading may be shown."""
+TIMEOUT_HEADER = "X-Prometheus-Scrape-Timeout-Seconds"
+_DEFAULT_TIMEOUT = 10.0  # Prometheus' own default
+_TIMEOUT_MARGIN = 0.5
+"""Seconds of a scrape's timeout that are left for the answer to travel."""
+_INDEX_PAGE = b"""<!doctype html><title>pascaline exporter</title><h1>pascaline exporter</h1>
+<p>Metrics of the NVIDIA GPUs of this host.</p>
+<ul><li><a href="/metrics">/metrics</a></li><li><a href="/livez">/livez</a></li></ul>
+"""
+
+
+class Readings:
+    """The last reading and its page, shared by the thread that reads and those that answer scrapes."""
+
+    def __init__(self, max_age: float) -> None:
+        """max_age: seconds for which a reading is shown, from its end."""
+        self._max_age = max_age
+        self._changed = threading.Condition()
+        self._last = Reading(DriverStatus.STARTING, "no reading has ended yet")
+        self._page = b""
+        self._received = -max_age
+
+    def publish(self, reading: Reading) -> None:
+        """Make a reading the last one."""
+        page = render(reading).encode()
+        with self._changed:
+            self._last, self._page, self._received = reading, page, time.monotonic()
+            self._changed.notify_all()
+
+    def page(self, timeout: float) -> bytes:
+        """Return the page of a reading that is young enough, or after `timeout` seconds one that says there is none."""
+        with self._changed:
+            if self._changed.wait_for(self._is_fresh, max(timeout, 0.0)):
+                return self._page
+            return render(self._outdated()).encode()
+
+    def _is_fresh(self) -> bool:
+        return bool(self._page) and time.monotonic() - self._received <= self._max_age
+
+    def _outdated(self) -> Reading:
+        """The last reading without its data: what is known of lost GPUs and events stays."""
+        if self._last.status is DriverStatus.STARTING:
+            return self._last
+        lost = tuple(device for device in self._last.devices if device.status.is_lost)
+        return replace(self._last, status=DriverStatus.STALE, message="", devices=lost, library={})
+
+
+class ChangeLog:
+    """Says each change of the driver's or a GPU's state once, and not each reading that repeats it."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        """write: takes one line."""
+        self._write = write
+        self._said: dict[str, str] = {}
+        self._xids: dict[tuple[str, int], int] = {}
+
+    def note(self, reading: Reading) -> None:
+        """Compare a reading with what was said last."""
+        self._say("NVML", reading.status.value, reading.message)
+        for device in reading.devices:
+            self._say(f"GPU {device.index} ({device.uuid or 'unknown UUID'})", device.status.value, device.message)
+        for xid in reading.xids:
+            key = (xid.uuid, xid.xid)
+            if xid.count != self._xids.get(key, 0):
+                self._write(f"GPU {xid.index} ({xid.uuid}): Xid {xid.xid}, {xid.count} so far")
+                self._xids[key] = xid.count
+
+    def _say(self, who: str, status: str, message: str) -> None:
+        if self._said.get(who) != status:
+            self._said[who] = status
+            self._write(f"{who}: {status}" + (f": {message}" if message else ""))
+
+
+class Exporter:
+    """The reading thread and the HTTP server."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        *,
+        host: str = "127.0.0.1",
+        port: int = DEFAULT_PORT,
+        interval: float = DEFAULT_INTERVAL,
+        max_age: float = DEFAULT_MAX_AGE,
+        log: Callable[[str], None],
+    ) -> None:
+        """Listen at once, so that a port in use is an error before anything else starts; port 0 takes a free one."""
+        self._reader = reader
+        self._interval = interval
+        self._readings = Readings(max_age)
+        self._log = ChangeLog(log)
+        self._stop = threading.Event()
+        self._server = _listen(host, port, self._readings)
+        self._thread = threading.Thread(target=self._read_forever, name="nvml", daemon=True)
+
+    @property
+    def port(self) -> int:
+        """Port that is listened on."""
+        return int(self._server.server_address[1])
+
+    def run(self) -> None:
+        """Read and answer until `stop` is called from another thread or a signal handler's."""
+        self._thread.start()
+        try:
+            self._server.serve_forever(poll_interval=0.1)
+        finally:
+            self._stop.set()
+            self._server.server_close()
+            self._thread.join(self._interval + 1.0)
+            self._reader.close()
+
+    def stop(self) -> None:
+        """Let `run` return."""
+        threading.Thread(target=self._server.shutdown, daemon=True).start()
+
+    def _read_forever(self) -> None:
+        due = time.monotonic()
+        while not self._stop.is_set():
+            reading = self._reader.read()
+            self._readings.publish(reading)
+            self._log.note(reading)
+            # A reading that took longer than the interval does not make the next ones follow at once.
+            due = max(due + self._interval, time.monotonic())
+            self._stop.wait(due - time.monotonic())
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, address: tuple[str, int], readings: Readings) -> None:
+        self.readings = readings
+        super().__init__(address, _Handler)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A scraper that went away is no news."""
+        if not isinstance(sys.exception() if sys.version_info >= (3, 12) else sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]  # typeshed wants its own alias of a socket
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server_version = "pascaline"
+    sys_version = ""
+    server: _Server
+    timeout = 30
+    # Head and body of an answer are two writes: without this the second waits for the first one's acknowledgement.
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        """Answer the three pages."""
+        path = self.path.partition("?")[0]
+        if path == "/metrics":
+            self._answer(HTTPStatus.OK, CONTENT_TYPE, self.server.readings.page(self._patience()))
+        elif path == "/livez":
+            self._answer(HTTPStatus.OK, "text/plain; charset=utf-8", b"ok\n")
+        elif path == "/":
+            self._answer(HTTPStatus.OK, "text/html; charset=utf-8", _INDEX_PAGE)
+        else:
+            self._answer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"not found; see /metrics\n")
+
+    do_HEAD = do_GET  # noqa: N815  # http.server finds methods by this name
+
+    def _patience(self) -> float:
+        try:
+            timeout = float(self.headers.get(TIMEOUT_HEADER, _DEFAULT_TIMEOUT))
+        except ValueError:
+            timeout = _DEFAULT_TIMEOUT
+        if not 0 < timeout < float("inf"):
+            timeout = _DEFAULT_TIMEOUT
+        return timeout - min(_TIMEOUT_MARGIN, timeout / 2)
+
+    def _answer(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the base class names it
+        """Keep quiet: a line a scrape says nothing."""
+
+
+def _listen(host: str, port: int, readings: Readings) -> _Server:
+    try:
+        return _Server((host, port), readings)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUseError(
+                f"port {port} of {host} is in use; stop what listens there, or choose another with --port"
+            ) from error
+        raise ConfigurationError(
+            f"failed to listen on {host}:{port}: {error.strerror or error}; see --host and --port"
+        ) from error

@@ -1,0 +1,290 @@
+"""Readings of NVML through a process that can be killed: this process never loads the driver's library.
+
+A reading that does not end by its deadline costs the child its life, and the next reading starts another. A child that
+even SIGKILL does not end (it waits in the kernel) is abandoned; there are never more than MAX_ABANDONED of them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pascaline.gpu.calls import (
+    DEVICE_GONE,
+    DRIVER_NOT_LOADED,
+    GPU_IS_LOST,
+    LIB_RM_VERSION_MISMATCH,
+    LIBRARY_NOT_FOUND,
+    NO_PERMISSION,
+    RESET_REQUIRED,
+    error_name,
+)
+from pascaline.gpu.frames import read_frame, write_frame
+from pascaline.gpu.reading import DeviceReading, DeviceStatus, DriverStatus, Reading, XidCount
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+MAX_ABANDONED = 3
+"""Unkillable children at which no further one is started."""
+_PROGRESS_BYTES = 128
+_KILL_SECONDS = 1.0
+"""Time that SIGKILL gets before the child counts as unkillable."""
+
+_LIBRARY_STATUS = {
+    LIBRARY_NOT_FOUND: DriverStatus.NO_LIBRARY,
+    DRIVER_NOT_LOADED: DriverStatus.NO_DRIVER,
+    NO_PERMISSION: DriverStatus.NO_PERMISSION,
+    LIB_RM_VERSION_MISMATCH: DriverStatus.VERSION_MISMATCH,
+}
+_DEVICE_STATUS = {
+    GPU_IS_LOST: DeviceStatus.LOST,
+    RESET_REQUIRED: DeviceStatus.RESET_REQUIRED,
+    NO_PERMISSION: DeviceStatus.NO_PERMISSION,
+}
+_REMEDIES = {
+    DriverStatus.NO_LIBRARY: "install the NVIDIA driver, or put the folder of libnvidia-ml.so.1 into LD_LIBRARY_PATH",
+    DriverStatus.NO_DRIVER: "the kernel module nvidia is not loaded; see modprobe nvidia and dmesg",
+    DriverStatus.NO_PERMISSION: "this user may not open /dev/nvidiactl; check its mode and the unit's DeviceAllow",
+    DriverStatus.VERSION_MISMATCH: "the driver's library and kernel module differ in version; restart the host",
+}
+
+
+class Reader:
+    """Reads NVML on demand. Not for several threads at once; `xids` may grow between readings."""
+
+    def __init__(
+        self,
+        *,
+        deadline: float = 5.0,
+        start_deadline: float = 20.0,
+        recheck: float = 15.0,
+        environment: Mapping[str, str] | None = None,
+        kill: Callable[[subprocess.Popen[bytes]], None] = subprocess.Popen.kill,
+    ) -> None:
+        """Times are in seconds.
+
+        deadline: a reading that takes longer has hung.
+        start_deadline: the same for the first reading of a child, which loads the driver.
+        recheck: longest pause between attempts after failures, and between new children while a GPU is lost.
+        environment: of the child (None: this process's). kill: how to end a child.
+        """
+        self._deadline = deadline
+        self._start_deadline = start_deadline
+        self._recheck = recheck
+        self._environment = environment
+        self._kill = kill
+        self._child: _Child | None = None
+        self._abandoned: list[_Child] = []
+        self._starts = 0
+        self._failures = 0
+        self._retry_at = 0.0
+        self._last = Reading(DriverStatus.STARTING)
+        self._known: dict[str, DeviceReading] = {}
+        self._uuids: dict[int, str] = {}
+        self._xids: dict[tuple[str, int], XidCount] = {}
+        self._xid_lock = threading.Lock()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child; the reader may be used again."""
+        self._end_child()
+
+    def read(self) -> Reading:
+        """Take one reading; in the pause after a failure, the failure again. Never raises for what the driver does."""
+        self._abandoned = [child for child in self._abandoned if child.process.poll() is None]
+        began, timer = time.time(), time.monotonic()
+        if timer < self._retry_at:
+            return self._complete(replace(self._last, timestamp=began))
+        found = self._attempt(timer)
+        found = replace(found, timestamp=began, duration=time.monotonic() - timer)
+        if found.succeeded:
+            found = replace(found, last_success_timestamp=began)
+            self._failures = 0
+        else:
+            self._end_child()
+            self._retry_at = time.monotonic() + min(2.0**self._failures, self._recheck)
+            self._failures += 1
+        return self._complete(found)
+
+    def _complete(self, found: Reading) -> Reading:
+        """Add what outlives a child."""
+        with self._xid_lock:
+            xids = tuple(self._xids[key] for key in sorted(self._xids))
+        last_success = found.last_success_timestamp or self._last.last_success_timestamp
+        self._last = replace(
+            found,
+            xids=xids,
+            last_success_timestamp=last_success,
+            reader_starts=self._starts,
+            readers_abandoned=len(self._abandoned),
+        )
+        return self._last
+
+    def _attempt(self, now: float) -> Reading:
+        # NVML never finds a GPU again in a process that lost it.
+        if self._child and self._anything_wrong() and now - self._child.started >= self._recheck:
+            self._end_child()
+        if self._child is None:
+            if len(self._abandoned) >= MAX_ABANDONED:
+                return self._failure(
+                    DriverStatus.HUNG,
+                    f"{MAX_ABANDONED} processes hang in the driver and cannot be killed; restart the host",
+                )
+            self._child = _Child(self._environment, self._count_xid)
+            self._starts += 1
+        limit = self._deadline if self._child.answered else self._start_deadline
+        try:
+            return self._interpret(self._child.ask(limit))
+        except TimeoutError:
+            return self._hung(self._child.progress(), limit)
+        except EOFError:
+            return self._failure(DriverStatus.CRASHED, f"the process that calls NVML {self._child.ending()}")
+
+    def _anything_wrong(self) -> bool:
+        return any(device.status is not DeviceStatus.OK for device in self._known.values())
+
+    def _interpret(self, answer: dict[str, Any]) -> Reading:
+        if "failure" in answer:
+            code = answer["failure"]
+            status = _LIBRARY_STATUS.get(code, DriverStatus.ERROR)
+            said = f"{answer['call']} said {error_name(code)}"
+            return self._failure(status, f"{said}: {_REMEDIES[status]}" if status in _REMEDIES else said)
+        devices = tuple(map(self._device, answer["devices"]))
+        self._uuids.update({device.index: device.uuid for device in devices if device.uuid})
+        gone = self._no_longer_counted({device.uuid for device in devices})
+        self._known = {device.uuid: device for device in (*devices, *gone)}
+        status = DriverStatus.OK if devices else DriverStatus.NO_DEVICES
+        message = "" if devices else "NVML counts no GPU"
+        return Reading(status, message, devices=(*devices, *gone), counted=len(devices), library=answer["library"])
+
+    def _device(self, answer: dict[str, Any]) -> DeviceReading:
+        index = answer["index"]
+        uuid = answer["uuid"] or self._uuids.get(index, "")
+        errors = answer.get("errors", {})
+        code = answer.get("failure") or next((code for code in errors.values() if code in DEVICE_GONE), None)
+        if code is None:
+            return DeviceReading(index, uuid, DeviceStatus.OK, values=answer["values"], errors=errors)
+        status = _DEVICE_STATUS.get(code, DeviceStatus.ERROR)
+        call = answer.get("call") or next(key for key, value in errors.items() if value == code)
+        return DeviceReading(
+            index, uuid, status, f"{call.removeprefix(f'{index} ')} said {error_name(code)}", errors=errors
+        )
+
+    def _no_longer_counted(self, present: set[str]) -> list[DeviceReading]:
+        return [
+            DeviceReading(device.index, uuid, DeviceStatus.LOST, "NVML no longer counts it")
+            for uuid, device in self._known.items()
+            if uuid and uuid not in present
+        ]
+
+    def _hung(self, call: str, limit: float) -> Reading:
+        index, _, function = call.partition(" ")
+        if index.isdigit() and (uuid := self._uuids.get(int(index))) is not None:
+            message = f"{function} has not returned for {limit:g} s"
+            self._known[uuid] = DeviceReading(int(index), uuid, DeviceStatus.HUNG, message)
+        where = f"{function} of GPU {index}" if function else call or "the start of the process that calls NVML"
+        return self._failure(DriverStatus.HUNG, f"{where} has not returned for {limit:g} s; the process was killed")
+
+    def _failure(self, status: DriverStatus, message: str) -> Reading:
+        """Return a failed reading: a lost GPU stays lost until a reading says otherwise; no other is known."""
+        lost = tuple(device for device in self._known.values() if device.status.is_lost)
+        return Reading(status, message, devices=lost)
+
+    def _end_child(self) -> None:
+        child, self._child = self._child, None
+        if child is None:
+            return
+        self._kill(child.process)
+        child.close()
+        try:
+            child.process.wait(_KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._abandoned.append(child)
+
+    def _count_xid(self, event: dict[str, Any]) -> None:
+        key = (event["uuid"], event["xid"])
+        with self._xid_lock:
+            before = self._xids.get(key)
+            count = before.count + 1 if before else 1
+            self._xids[key] = XidCount(event["index"], *key, count, event["timestamp"])
+
+
+class _Child:
+    """One process that calls NVML (nvml_process.py) and the thread that receives from it."""
+
+    def __init__(self, environment: Mapping[str, str] | None, on_xid: Callable[[dict[str, Any]], None]) -> None:
+        self.started = time.monotonic()
+        self.answered = False
+        self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        descriptor = os.memfd_create("pascaline-nvml-progress")
+        os.truncate(descriptor, _PROGRESS_BYTES)
+        self._progress = mmap.mmap(descriptor, _PROGRESS_BYTES)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pascaline.gpu.nvml_process", str(descriptor)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            pass_fds=[descriptor],
+            # A Ctrl-C in the terminal is the parent's to handle.
+            start_new_session=True,
+        )
+        os.close(descriptor)
+        threading.Thread(target=self._receive, args=(on_xid,), daemon=True).start()
+
+    def ask(self, limit: float) -> dict[str, Any]:
+        """Take one reading; TimeoutError after `limit` seconds, EOFError if the process died."""
+        assert self.process.stdin is not None
+        try:
+            write_frame(self.process.stdin, {})
+            answer = self._answers.get(timeout=limit)
+        except queue.Empty:
+            raise TimeoutError from None
+        except BrokenPipeError:
+            raise EOFError from None
+        if answer is None:
+            raise EOFError
+        self.answered = True
+        return answer
+
+    def progress(self) -> str:
+        """Return the call that it made last, behind the GPU's number if it is about one."""
+        return self._progress[:].rstrip(b"\0").decode(errors="replace")
+
+    def ending(self) -> str:
+        """Say how the process ended."""
+        try:
+            code = self.process.wait(_KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "closed its pipe"
+        during = f" in {call}" if (call := self.progress()) else ""
+        return f"died of {signal.Signals(-code).name}{during}" if code < 0 else f"ended with exit code {code}{during}"
+
+    def close(self) -> None:
+        """Close this side's ends; the thread that receives ends with the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self._progress.close()
+
+    def _receive(self, on_xid: Callable[[dict[str, Any]], None]) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout:
+            while (frame := read_frame(self.process.stdout)) is not None:
+                if "xid" in frame:
+                    on_xid(frame)
+                else:
+                    self._answers.put(frame)
+        self._answers.put(None)

@@ -223,8 +223,14 @@ in
 
   typeErrors = {
     badDigest.services.pascaline.models.emily.sha256 = "abc";
-    badCapability.hardware.pascaline.driver.computeCapability = "pascal";
-    wholeDisk.hardware.pascaline.cloudlab.rootPartition = "/dev/sda";
+    badCapability.hardware.pascaline.driver = {
+      enable = true;
+      computeCapability = "pascal";
+    };
+    wholeDisk.hardware.pascaline.cloudlab = {
+      enable = true;
+      rootPartition = "/dev/sda";
+    };
     unknownOption.services.pascaline.instances.emily.portt = 1;
   };
 

@@ -87,7 +87,16 @@ in
     inherit (case) message;
     failed = failed (evaluate [ case.module ]).config;
   }) cases.failing;
-  typeErrors = lib.mapAttrs (_: module: (evaluate [ module ]).config.assertions) cases.typeErrors;
+  typeErrors = lib.mapAttrs (
+    _: module:
+    let
+      inherit (evaluate [ module ]) config;
+    in
+    [
+      config.assertions
+      config.boot.loader.grub.device
+    ]
+  ) cases.typeErrors;
   options = optionDocs (evaluate [ ]).options;
   targets = fleetLib.targets fleet;
   problems = lib.mapAttrs (_: case: fleetLib.problems case) cases.badFleets;

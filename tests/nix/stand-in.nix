@@ -163,6 +163,7 @@ in
         };
         xserver.videoDrivers = strings;
       };
+      system.stateVersion = option types.str "";
       systemd = {
         services = option (types.attrsOf service) { };
         slices = anything;

@@ -1,0 +1,4 @@
+# Stands for the nixpkgs-cuda input, which is only imported.
+{
+  outputs = _: { };
+}

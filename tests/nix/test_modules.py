@@ -1,0 +1,105 @@
+"""The NixOS modules: what evaluates, what is refused and with which words, what the fleet derives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.nix
+
+LEAST_FAILING_CASES = 12
+
+
+def test_working_configurations_break_no_assertion(evaluated: Any) -> None:
+    assert {name: case["failed"] for name, case in evaluated("units").items() if case["failed"]} == {}
+
+
+def test_failing_configurations_say_why(evaluated: Any) -> None:
+    """Each mistake is answered by exactly its message, which carries the remedy."""
+    cases = evaluated("failures")
+    assert len(cases) >= LEAST_FAILING_CASES
+    missing = {name: case["failed"] for name, case in cases.items() if case["message"] not in case["failed"]}
+    assert missing == {}
+    # Two mistakes at once are two messages; only the pair on one GPU is such a case.
+    assert [name for name, case in cases.items() if len(case["failed"]) > 1] == ["twoOnOneGpu"]
+
+
+@pytest.mark.parametrize("case", ["badDigest", "badCapability", "wholeDisk", "unknownOption"])
+def test_option_types_refuse(evaluated: Any, case: str) -> None:
+    with pytest.raises(RuntimeError, match=r"is not of type|does not exist"):
+        evaluated(f"typeErrors.{case}")
+
+
+def test_every_option_is_documented(evaluated: Any) -> None:
+    """Type, default, example and description: nobody should have to read a module to use it."""
+    options = [option for option in evaluated("options") if not option["internal"]]
+    assert options
+    incomplete = {
+        option["name"]: [key for key in ("hasDescription", "hasExample") if not option[key]]
+        for option in options
+        if not (option["hasDescription"] and option["hasExample"])
+    }
+    assert {name: lacks for name, lacks in incomplete.items() if not name.endswith((".enable", "._module.args"))} == {}
+    # A submodule's leaf without a default must be given; these are the only ones.
+    required = [option["name"] for option in options if not option["hasDefault"]]
+    assert all(name.endswith((".instance", ".address", ".memory", ".graphics")) for name in required), required
+
+
+class TestFleet:
+    """One inventory, from which everything else follows."""
+
+    def test_hosts_of_the_inventory_break_no_assertion(self, evaluated: Any) -> None:
+        assert {name: host["failed"] for name, host in evaluated("hosts").items()} == {"gpu-1": [], "gpu-2": [], "watch": []}
+
+    def test_targets_and_workers_follow_from_the_inventory(self, evaluated: Any) -> None:
+        targets = evaluated("targets")
+        assert targets["workers"] == ["http://10.10.1.1:30000", "http://10.10.1.2:30000"]
+        assert [target["address"] for target in targets["agents"]] == ["10.10.1.1:30001", "10.10.1.2:30001"]
+        assert targets["exporters"] == [
+            {"instance": "gpu-1", "address": "10.10.1.1:9836"},
+            {"instance": "gpu-2", "address": "10.10.1.2:9836"},
+        ]
+
+    def test_monitoring_host_scrapes_every_serving_host(self, evaluated: Any) -> None:
+        jobs = {job["job_name"]: job["static_configs"] for job in evaluated("hosts")["watch"]["scrapeConfigs"]}
+        assert sorted(jobs) == ["pascaline-agent", "pascaline-engine", "pascaline-exporter"]
+        assert jobs["pascaline-agent"][0] == {"targets": ["10.10.1.1:30001"], "labels": {"host": "gpu-1", "name": "emily"}}
+
+    def test_firewall_admits_monitoring_and_router_and_nobody_else(self, evaluated: Any) -> None:
+        hosts = evaluated("hosts")
+        assert hosts["gpu-1"]["firewall"] == {
+            "allowedTCPPorts": [],
+            "extraInputRules": "ip saddr { 10.10.1.10 } tcp dport { 30000, 30001, 9836 } accept\n"
+            "ip saddr { 10.10.1.10 } tcp dport { 30000 } accept\n",
+        }
+        assert hosts["watch"]["firewall"]["extraInputRules"] == ""
+
+    def test_router_knows_every_worker(self, evaluated: Any) -> None:
+        script = evaluated("hosts")["watch"]["services"]["pascaline-router"]["script"]
+        assert "--worker-urls http://10.10.1.1:30000 http://10.10.1.2:30000" in script
+        assert 'cat "$CREDENTIALS_DIRECTORY/api-key"' in script
+
+    def test_serving_host_has_driver_model_and_instance(self, evaluated: Any) -> None:
+        host = evaluated("hosts")["gpu-1"]
+        assert host["nvidia"] == {"branch": "legacy_580", "open": False, "nvidiaPersistenced": True}
+        assert sorted(host["services"]) == ["pascaline-emily", "pascaline-exporter", "pascaline-model-emily"]
+        assert host["grub"]["device"] == "/dev/sda1"
+        assert host["grub"]["forceInstall"] is True
+        assert "console=ttyS0,115200n8" in host["kernelParams"]
+
+    @pytest.mark.parametrize(
+        ("case", "message"),
+        [
+            ("unknownInstance", "fleet: host a names instance 'emilie', must be one of: "),
+            ("unknownRole", "fleet: host a names role 'watcher', must be one of: monitoring, router"),
+            (
+                "unknownKey",
+                "fleet: host a has an unknown key 'gpus', must be one of: address, gpu, instances, modules, profile, roles",
+            ),
+            ("unknownProfile", "fleet: host a has profile 'c220g6', must be one of: c220g5, c240g5"),
+            ("sameAddress", "fleet: address 10.0.0.1 of host a is used twice"),
+        ],
+    )
+    def test_mistakes_in_an_inventory_are_named(self, evaluated: Any, case: str, message: str) -> None:
+        assert evaluated("problems")[case][0] == message

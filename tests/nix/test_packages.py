@@ -1,0 +1,95 @@
+"""The package expressions and the flake's outputs evaluate against a trimmed nixpkgs: what Nix would build is all there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.nix
+
+
+@pytest.fixture(scope="module")
+def flake(run_nix: Any, repository: Path, nixpkgs_stand_ins: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function that evaluates an output of our flake with every input overridden, so that nothing is fetched."""
+    colmena = tmp_path_factory.mktemp("colmena")
+    (colmena / "src/nix/hive").mkdir(parents=True)
+    # Only hands the hive through: Colmena's own evaluator needs the real nixpkgs.
+    (colmena / "src/nix/hive/eval.nix").write_text("{ rawHive, hermetic }: assert hermetic; rawHive\n")
+    # What git knows of, without the environments and caches beside it, which Nix would copy into its store.
+    source = tmp_path_factory.mktemp("source")
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=repository, capture_output=True, text=True, check=True
+    )
+    for file in filter(lambda name: (repository / name).is_file(), listing.stdout.splitlines()):
+        (source / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(repository / file, source / file)
+    inputs = {**nixpkgs_stand_ins, "colmena": colmena}
+    overrides = [part for name, path in inputs.items() for part in ("--override-input", name, f"path:{path}")]
+
+    def evaluate(output: str, apply: str = "x: x") -> Any:
+        result = run_nix(
+            "nix", "--extra-experimental-features", "nix-command flakes", "--offline",
+            "eval", "--impure", "--json", "--no-write-lock-file", *overrides, f"path:{source}#{output}", "--apply", apply,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    return evaluate
+
+
+@pytest.mark.parametrize("package", ["default", "docs", "pascaline", "pascaline-engine", "pascaline-router", "sglang-pascal-kernels"])
+def test_package_evaluates_to_a_derivation(flake: Any, package: str) -> None:
+    assert flake(f"packages.x86_64-linux.{package}.drvPath").startswith("/nix/store/")
+
+
+def test_other_torch_is_another_environment(flake: Any) -> None:
+    """The CUDA 11.8 build of torch is one override away, and changes the engine environment alone."""
+    locked = flake("packages.x86_64-linux.pascaline-engine.drvPath")
+    other = flake("packages.x86_64-linux.pascaline-engine", 'p: (p.override { torchFlavour = "cu118"; }).drvPath')
+    assert other.startswith("/nix/store/")
+    assert other != locked
+
+
+def test_app_runs_the_control_plane(flake: Any) -> None:
+    assert flake("apps.x86_64-linux.default.program").endswith("/bin/pascaline")
+
+
+def test_modules_are_exposed(flake: Any) -> None:
+    names = ["cloudlab", "cuda", "default", "driver", "exporter", "inference", "models", "monitoring", "router"]
+    assert flake("nixosModules", "builtins.attrNames") == names
+
+
+def test_every_host_evaluates_to_a_system(flake: Any) -> None:
+    paths = flake("nixosConfigurations", "builtins.mapAttrs (_: host: host.config.system.build.toplevel.drvPath)")
+    assert sorted(paths) == ["gpu-1", "gpu-2", "watch"]
+    assert all(path.startswith("/nix/store/") for path in paths.values())
+
+
+def test_hive_deploys_every_host(flake: Any) -> None:
+    nodes = flake(
+        "colmenaHive",
+        'h: builtins.mapAttrs (_: node: node.deployment) (builtins.removeAttrs h [ "meta" "defaults" ])',
+    )
+    assert nodes["gpu-1"] == {"targetHost": "10.10.1.1", "tags": ["gpu"]}
+    assert nodes["watch"]["tags"] == ["monitoring", "router"]
+
+
+def test_checks_evaluate(flake: Any) -> None:
+    """Each check is a derivation; building them needs the real nixpkgs."""
+    checks = flake("checks.x86_64-linux", "builtins.mapAttrs (_: check: check.drvPath)")
+    assert {"format", "statix", "deadnix", "options", "failures", "host-gpu-1", "vm-serve", "vm-fleet"} <= set(checks)
+
+
+def test_template_is_a_fleet(flake: Any, repository: Path, run_nix: Any) -> None:
+    assert Path(flake("templates.default.path")).name == "fleet"
+    shown = run_nix("nix-instantiate", "--eval", "--strict", "--json", "-E", "builtins.attrNames (import ./templates/fleet/fleet.nix).hosts")
+    assert json.loads(shown.stdout) == ["gpu-1", "watch"]
+
+
+def test_development_shell_evaluates(flake: Any) -> None:
+    assert flake("devShells.x86_64-linux.default.drvPath").startswith("/nix/store/")

@@ -122,13 +122,25 @@ def _byte_level(metadata: dict[str, Any]) -> Tokenizer:
         supported = ", ".join(PRE_TOKENIZERS)
         raise CheckpointError(f'tokenizer.ggml.pre is "{name}"; supported are {supported}')
     rule = PRE_TOKENIZERS[name]
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    tokenizer = Tokenizer(models.BPE(_vocabulary(metadata), merges, ignore_merges=rule.whole_words))
+    merges = [_halves(merge) for merge in metadata.get("tokenizer.ggml.merges", [])]
+    tokenizer = Tokenizer(_bpe(_vocabulary(metadata), merges, ignore_merges=rule.whole_words))
     if rule.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_splitters(rule))
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _halves(merge: str) -> tuple[str, str]:
+    left, _, right = merge.partition(" ")
+    return left, right
+
+
+def _bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]], **options: Any) -> models.BPE:
+    try:
+        return models.BPE(vocabulary, merges, **options)
+    except Exception as exc:  # the only class that the library raises
+        raise CheckpointError(f"the file's tokenizer is inconsistent: {exc}; convert the model again") from exc
 
 
 def _splitters(rule: _PreTokenizer) -> list[Any]:
@@ -146,11 +158,7 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     merges = _merges_by_score(vocabulary, metadata["tokenizer.ggml.scores"])
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocabulary, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True, ignore_merges=False
-        )
-    )
+    tokenizer = Tokenizer(_bpe(vocabulary, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True))
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     replace: list[Any] = [normalizers.Replace(" ", _SPACE)]
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), *replace] if prefix else replace)

@@ -1,0 +1,201 @@
+"""GGUF -> configuration and weights: the model that comes out is the transformers model that went in."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from sglang_pascal.checkpoint.architectures import ARCHITECTURES
+from sglang_pascal.checkpoint.config import end_token_ids, llama3_factors, model_config, shortest_float
+from sglang_pascal.checkpoint.dequantize import dequantized
+from sglang_pascal.checkpoint.gguf_file import GgufFile
+from sglang_pascal.checkpoint.prepare import prepare
+from sglang_pascal.checkpoint.weights import raw_tensors
+from sglang_pascal.errors import CheckpointError
+
+NAMES = ["llama", "llama-tied", "llama-linear", "llama-3.2", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"]
+PROMPT = torch.tensor([[1, 17, 250, 3, 99, 120, 5, 6, 7, 8, 200, 201, 13, 14, 15, 16, 44, 45, 46, 47]])
+"""Longer than the sliding window of the tiny Gemma models."""
+
+
+def rebuilt(folder, path):
+    """The model that the prepared folder describes, with the weights that the loader would hand over."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    state = dict(dequantized(raw_tensors(GgufFile(path)), torch.float32))
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) <= {"lm_head.weight"}
+    assert (missing == ["lm_head.weight"]) == config.tie_word_embeddings
+    assert unexpected == []
+    model.tie_weights()
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_the_original_model(name, tiny_model, tmp_path):
+    tiny = tiny_model(name)
+    prepare(tiny.path, tmp_path / "out")
+    with torch.no_grad():
+        expected = tiny.model(PROMPT).logits
+        actual = rebuilt(tmp_path / "out", tiny.path)(PROMPT).logits
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_reader_agrees_with_gguf_py(name, tiny_model):
+    """Names, types, shapes and bytes are those that the reference reader sees."""
+    path = tiny_model(name).path
+    file, reference = GgufFile(path), gguf.GGUFReader(path)
+    assert list(file.tensors) == [tensor.name for tensor in reference.tensors]
+    for tensor in reference.tensors:
+        info = file.tensors[tensor.name]
+        assert (info.tensor_type, info.shape) == (tensor.tensor_type, tuple(int(n) for n in reversed(tensor.shape)))
+        assert file.rows(tensor.name).tobytes() == tensor.data.tobytes()
+    for key, field in reference.fields.items():
+        if not key.startswith("GGUF."):
+            assert file.metadata[key] == field.contents()
+
+
+@pytest.mark.parametrize("tensor_type", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "F16", "BF16"])
+def test_rows_of_every_type_are_put_back_in_order_before_decoding(tensor_type, build_model, tmp_path):
+    """Reordering quantised rows equals quantising the reordered ones."""
+    kind = gguf.GGMLQuantizationType[tensor_type]
+    tiny = build_model("llama", tmp_path / "model.gguf", tensor_type=kind)
+    state = dict(dequantized(raw_tensors(GgufFile(tiny.path)), torch.float32))
+    for name, original in tiny.model.state_dict().items():
+        if original.ndim == 2:
+            expected = gguf.dequantize(gguf.quantize(original.numpy(), kind), kind)
+            np.testing.assert_array_equal(state[name].numpy(), expected, err_msg=name)
+
+
+def test_large_tensors_are_decoded_in_chunks_without_a_seam(monkeypatch, tiny_model):
+    monkeypatch.setattr("sglang_pascal.checkpoint.dequantize.CHUNK_BYTES", 7 * 64 * 4)
+    tiny = tiny_model("llama")
+    state = dict(dequantized(raw_tensors(GgufFile(tiny.path)), torch.float32))
+    for name, original in tiny.model.state_dict().items():
+        torch.testing.assert_close(state[name], original, atol=0, rtol=0)
+
+
+def test_weights_come_in_the_asked_type(tiny_model):
+    for name, tensor in dequantized(raw_tensors(GgufFile(tiny_model("gemma3").path)), torch.bfloat16):
+        assert tensor.dtype == torch.bfloat16, name
+
+
+class TestConfig:
+    def test_floats_are_the_decimals_they_were_made_from(self):
+        assert [shortest_float(float(np.float32(x))) for x in (1e-5, 1e-6, 0.1, 5e5)] == [1e-5, 1e-6, 0.1, 5e5]
+
+    @pytest.mark.parametrize("factor", [8.0, 32.0])
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    def test_llama3_factors_are_those_of_transformers(self, factor, head_dim):
+        parameters = {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        config = transformers.LlamaConfig(head_dim=head_dim, max_position_embeddings=131072, rope_parameters=parameters)
+        scaled, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        plain = 1.0 / 500000.0 ** (np.arange(0, head_dim, 2) / head_dim)
+        np.testing.assert_allclose(llama3_factors(head_dim, 500000.0, factor), plain / scaled.numpy(), rtol=1e-5)
+
+    def test_frequency_factors_of_another_rule_are_refused(self, build_model, tmp_path, monkeypatch):
+        tiny = build_model("llama-3.2", tmp_path / "model.gguf")
+        file = GgufFile(tiny.path)
+        monkeypatch.setattr(file, "rows", lambda name: np.linspace(1, 40, 16, dtype=np.float32).view(np.uint8))
+        with pytest.raises(CheckpointError) as error:
+            model_config(file)
+        assert str(error.value) == (
+            'tensor "rope_freqs.weight" does not follow the Llama 3 rule (largest factor 40.0); '
+            "this way of scaling positions is not supported"
+        )
+
+    def test_every_end_of_turn_token_ends_a_generation(self):
+        metadata = {
+            "tokenizer.ggml.tokens": ["a", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"],
+            "tokenizer.ggml.eos_token_id": 1,
+            "tokenizer.ggml.eot_token_id": 2,
+        }
+        assert end_token_ids(metadata) == [1, 2, 3]
+
+    def test_another_architecture_is_refused_with_the_list_of_supported_ones(self, tmp_path):
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        with pytest.raises(CheckpointError) as error:
+            model_config(GgufFile(tmp_path / "m.gguf"))
+        assert str(error.value) == (
+            'general.architecture is "mamba"; supported are llama, qwen2, qwen3, gemma2, gemma3 '
+            "(Mistral files are llama)"
+        )
+
+    def test_an_unknown_tensor_is_refused(self):
+        with pytest.raises(CheckpointError) as error:
+            ARCHITECTURES["llama"].hf_name("blk.0.ffn_gate_exps.weight")
+        assert str(error.value) == (
+            'tensor "blk.0.ffn_gate_exps.weight" is not part of architecture "llama"; '
+            "this variant of it is not supported"
+        )
+
+
+class TestDamagedFiles:
+    def error(self, path):
+        with pytest.raises(CheckpointError) as error:
+            GgufFile(path)
+        return str(error.value)
+
+    def test_missing(self, tmp_path):
+        path = tmp_path / "none.gguf"
+        assert self.error(path) == f'model file "{path}" does not exist'
+
+    @pytest.mark.parametrize("content", [b"", b"GGU", b"PK\x03\x04 a zip"])
+    def test_not_a_gguf_file(self, tmp_path, content):
+        path = tmp_path / "x.gguf"
+        path.write_bytes(content)
+        assert self.error(path) == f'"{path}" is not a GGUF file: it does not start with "GGUF"'
+
+    def test_every_cut_of_the_header_is_noticed(self, tiny_model, tmp_path):
+        data = tiny_model("llama").path.read_bytes()
+        path = tmp_path / "cut.gguf"
+        end = GgufFile(tiny_model("llama").path).header_bytes
+        for length in {*range(4, 64), *range(64, end, 997), end - 1, end}:
+            path.write_bytes(data[:length])
+            assert self.error(path).startswith(f'"{path}" is damaged or incomplete: ')
+
+    def test_cut_tensor_data_names_the_tensor_and_the_missing_bytes(self, tiny_model, tmp_path):
+        path = tmp_path / "cut.gguf"
+        source = tiny_model("qwen2").path
+        last = list(GgufFile(source).tensors.values())[-1]
+        path.write_bytes(source.read_bytes()[: last.data_offset + last.n_bytes - 1])
+        assert self.error(path) == (
+            f'"{path}" is damaged or incomplete: tensor "{last.name}" ends 1 bytes past the end of the file; '
+            "copy or download it again"
+        )
+
+    def test_a_version_of_the_future_is_refused(self, tiny_model, tmp_path):
+        path = tmp_path / "v9.gguf"
+        shutil.copy(tiny_model("llama").path, path)
+        with path.open("r+b") as file:
+            file.seek(4)
+            file.write((9).to_bytes(4, "little"))
+        assert self.error(path) == f'"{path}" has GGUF version 9; supported are 2, 3'
+
+
+def test_config_json_has_the_values_of_the_builtin_model(builtin_gguf):
+    config = model_config(GgufFile(builtin_gguf))
+    assert {key: config[key] for key in ("model_type", "num_hidden_layers", "rms_norm_eps", "tie_word_embeddings")} == {
+        "model_type": "llama",
+        "num_hidden_layers": 30,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
+    assert config["rope_parameters"] == {"rope_theta": 100000.0, "rope_type": "default"}
+    json.dumps(config)

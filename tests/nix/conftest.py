@@ -1,7 +1,7 @@
-"""What the Nix tests share: nixpkgs' lib and a trimmed package set where this machine has them, and one evaluation of all cases.
+"""What the Nix tests share: nixpkgs' lib, a trimmed package set where there is one, and one evaluation of all cases.
 
-Both are looked for in $PASCALINE_NIX_STAND_INS, else in the user's cache folder (pascaline/nix): `nixpkgs-lib/lib` is nixpkgs'
-own lib, `corepkgs` a trimmed nixpkgs whose pins name `nix-lib`. Tests that need what is not there are skipped and say so.
+Both are looked for in $PASCALINE_NIX_STAND_INS, else in the user's cache folder (pascaline/nix): `nixpkgs-lib/lib` is
+nixpkgs' own lib, `corepkgs` a trimmed nixpkgs whose pins name `nix-lib`. Tests that need what is not there are skipped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,17 @@ def evaluate(attribute: str) -> Any:
     library = STAND_INS / "nixpkgs-lib" / "lib"
     if not library.is_dir():
         pytest.skip(f"nixpkgs' lib is not at hand (looked in {library})")
-    arguments = ["--eval", "--strict", "--json", "tests/nix/evaluate.nix", "--argstr", "libPath", str(library), "-A", attribute]
+    arguments = [
+        "--eval",
+        "--strict",
+        "--json",
+        "tests/nix/evaluate.nix",
+        "--argstr",
+        "libPath",
+        str(library),
+        "-A",
+        attribute,
+    ]
     result = nix("nix-instantiate", *arguments)
     if result.returncode:
         raise RuntimeError(result.stderr)

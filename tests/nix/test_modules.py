@@ -50,7 +50,11 @@ class TestFleet:
     """One inventory, from which everything else follows."""
 
     def test_hosts_of_the_inventory_break_no_assertion(self, evaluated: Any) -> None:
-        assert {name: host["failed"] for name, host in evaluated("hosts").items()} == {"gpu-1": [], "gpu-2": [], "watch": []}
+        assert {name: host["failed"] for name, host in evaluated("hosts").items()} == {
+            "gpu-1": [],
+            "gpu-2": [],
+            "watch": [],
+        }
 
     def test_targets_and_workers_follow_from_the_inventory(self, evaluated: Any) -> None:
         targets = evaluated("targets")
@@ -64,7 +68,10 @@ class TestFleet:
     def test_monitoring_host_scrapes_every_serving_host(self, evaluated: Any) -> None:
         jobs = {job["job_name"]: job["static_configs"] for job in evaluated("hosts")["watch"]["scrapeConfigs"]}
         assert sorted(jobs) == ["pascaline-agent", "pascaline-engine", "pascaline-exporter"]
-        assert jobs["pascaline-agent"][0] == {"targets": ["10.10.1.1:30001"], "labels": {"host": "gpu-1", "name": "emily"}}
+        assert jobs["pascaline-agent"][0] == {
+            "targets": ["10.10.1.1:30001"],
+            "labels": {"host": "gpu-1", "name": "emily"},
+        }
 
     def test_firewall_admits_monitoring_and_router_and_nobody_else(self, evaluated: Any) -> None:
         hosts = evaluated("hosts")
@@ -95,7 +102,8 @@ class TestFleet:
             ("unknownRole", "fleet: host a names role 'watcher', must be one of: monitoring, router"),
             (
                 "unknownKey",
-                "fleet: host a has an unknown key 'gpus', must be one of: address, gpu, instances, modules, profile, roles",
+                "fleet: host a has an unknown key 'gpus', "
+                "must be one of: address, gpu, instances, modules, profile, roles",
             ),
             ("unknownProfile", "fleet: host a has profile 'c220g6', must be one of: c220g5, c240g5"),
             ("sameAddress", "fleet: address 10.0.0.1 of host a is used twice"),

@@ -1,4 +1,4 @@
-"""The package expressions and the flake's outputs evaluate against a trimmed nixpkgs: what Nix would build is all there."""
+"""The packages and the flake's outputs evaluate against a trimmed nixpkgs: what Nix would build is all there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ pytestmark = pytest.mark.nix
 
 
 @pytest.fixture(scope="module")
-def flake(run_nix: Any, repository: Path, nixpkgs_stand_ins: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def flake(
+    run_nix: Any, repository: Path, nixpkgs_stand_ins: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Any:
     """A function that evaluates an output of our flake with every input overridden, so that nothing is fetched."""
     colmena = tmp_path_factory.mktemp("colmena")
     (colmena / "src/nix/hive").mkdir(parents=True)
@@ -23,7 +25,11 @@ def flake(run_nix: Any, repository: Path, nixpkgs_stand_ins: dict[str, Path], tm
     # What git knows of, without the environments and caches beside it, which Nix would copy into its store.
     source = tmp_path_factory.mktemp("source")
     listing = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=repository, capture_output=True, text=True, check=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for file in filter(lambda name: (repository / name).is_file(), listing.stdout.splitlines()):
         (source / file).parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +40,8 @@ def flake(run_nix: Any, repository: Path, nixpkgs_stand_ins: dict[str, Path], tm
     def evaluate(output: str, apply: str = "x: x") -> Any:
         result = run_nix(
             "nix", "--extra-experimental-features", "nix-command flakes", "--offline",
-            "eval", "--impure", "--json", "--no-write-lock-file", *overrides, f"path:{source}#{output}", "--apply", apply,
+            "eval", "--impure", "--json", "--no-write-lock-file", *overrides,
+            f"path:{source}#{output}", "--apply", apply,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)
@@ -42,7 +49,9 @@ def flake(run_nix: Any, repository: Path, nixpkgs_stand_ins: dict[str, Path], tm
     return evaluate
 
 
-@pytest.mark.parametrize("package", ["default", "docs", "pascaline", "pascaline-engine", "pascaline-router", "sglang-pascal-kernels"])
+@pytest.mark.parametrize(
+    "package", ["default", "docs", "pascaline", "pascaline-engine", "pascaline-router", "sglang-pascal-kernels"]
+)
 def test_package_evaluates_to_a_derivation(flake: Any, package: str) -> None:
     assert flake(f"packages.x86_64-linux.{package}.drvPath").startswith("/nix/store/")
 
@@ -87,7 +96,14 @@ def test_checks_evaluate(flake: Any) -> None:
 
 def test_template_is_a_fleet(flake: Any, repository: Path, run_nix: Any) -> None:
     assert Path(flake("templates.default.path")).name == "fleet"
-    shown = run_nix("nix-instantiate", "--eval", "--strict", "--json", "-E", "builtins.attrNames (import ./templates/fleet/fleet.nix).hosts")
+    shown = run_nix(
+        "nix-instantiate",
+        "--eval",
+        "--strict",
+        "--json",
+        "-E",
+        "builtins.attrNames (import ./templates/fleet/fleet.nix).hosts",
+    )
     assert json.loads(shown.stdout) == ["gpu-1", "watch"]
 
 

@@ -5,7 +5,9 @@ host.wait_until_succeeds("curl --fail --silent http://127.0.0.1:30001/readyz", t
 host.succeed("curl --fail --silent http://127.0.0.1:30000/v1/models | grep tiny")
 
 with subtest("the engine's death is seen, and it is restarted"):
-    host.succeed("kill -9 $(curl --silent http://127.0.0.1:30001/health | grep -o '\"engine_pid\":[0-9]*' | cut -d: -f2)")
+    host.succeed(
+        "kill -9 $(curl --silent http://127.0.0.1:30001/health | grep -o '\"engine_pid\":[0-9]*' | cut -d: -f2)"
+    )
     host.wait_until_fails("curl --fail --silent http://127.0.0.1:30001/readyz", timeout=60)
     host.wait_until_succeeds("curl --fail --silent http://127.0.0.1:30001/readyz", timeout=120)
     host.succeed("curl --silent http://127.0.0.1:30001/metrics | grep '^pascaline_engine_restarts_total'")

@@ -1,0 +1,119 @@
+"""The script that builds the Nix environments, run here with the same wheels for this machine's own Python."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "python" / "install-environment"
+
+
+def uv() -> str:
+    """Return uv, from PATH or from where ./dev put it."""
+    found = shutil.which("uv", path=f"{REPOSITORY / '.dev/uv/bin'}:{os.environ['PATH']}")
+    if found is None:
+        pytest.skip("uv is neither on PATH nor in .dev/uv")
+    return found
+
+
+def download(wheels: Path, *requirements: str) -> None:
+    """Fetch locked wheels, hashes checked, without resolving anything."""
+    wheels.mkdir()
+    lock = (REPOSITORY / "python" / "requirements.lock").read_text()
+    wanted = wheels.with_suffix(".txt")
+    entries = re.split(r"\n(?=\S)", lock.strip())
+    chosen = [entry for entry in entries if not requirements or entry.split("==")[0] in requirements]
+    wanted.write_text("\n".join(chosen) + "\n")
+    subprocess.run(
+        [
+            sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
+            "--only-binary=:all:", "-d", wheels, "-r", wanted,
+        ],
+        check=True,
+        timeout=1200,
+    )  # fmt: skip
+
+
+def build_own(wheels: Path) -> None:
+    """Build our two packages as wheels, with the build backend of this environment."""
+    for package in ("pascaline", "sglang-pascal"):
+        command = [
+            uv(),
+            "build",
+            "--quiet",
+            "--wheel",
+            "--no-build-isolation",
+            "--python",
+            sys.executable,
+            "--out-dir",
+            wheels,
+        ]
+        subprocess.run([*command, REPOSITORY / "python" / package], check=True, timeout=300)
+
+
+def install(out: Path, wheels: Path) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": f"{Path(uv()).parent}:/usr/bin:/bin", "HOME": str(out.parent)}
+    return subprocess.run(
+        [SCRIPT, out, sys.executable, wheels], env=environment, capture_output=True, text=True, timeout=900
+    )
+
+
+def python_says(environment: Path, statement: str) -> str:
+    result = subprocess.run(
+        [environment / "bin/python", "-c", statement],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={"PATH": "/usr/bin:/bin"},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_usage_is_shown_when_called_wrongly() -> None:
+    result = subprocess.run([SCRIPT], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith(
+        "Installs wheels into a new environment, offline: install-environment OUT PYTHON WHEELS\n"
+    )
+
+
+def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+    result = subprocess.run([SCRIPT, tmp_path, sys.executable, tmp_path], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == f"install-environment: {tmp_path} exists, must be a new folder\n"
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(1800)
+def test_environment_from_wheels_alone_imports_the_engine(tmp_path: Path) -> None:
+    """From nothing but wheels, offline: the control plane, torch, SGLang and the plugin, with bytecode compiled."""
+    wheels, out = tmp_path / "wheels", tmp_path / "environment"
+    try:
+        download(wheels)
+        build_own(wheels)
+        result = install(out, wheels)
+        assert result.returncode == 0, result.stderr
+        assert python_says(out, "import torch; print(torch.__version__)").startswith("2.7.1")
+        assert python_says(out, "import sglang.version; print(sglang.version.__version__)") == "0.5.23"
+        entry = (
+            "from importlib.metadata import entry_points as e; print(e(group='sglang.srt.platforms')['pascal'].value)"
+        )
+        assert python_says(out, entry) == "sglang_pascal:activate"
+        assert python_says(out, "import sglang_pascal; print(sglang_pascal.__name__)") == "sglang_pascal"
+        version = subprocess.run(
+            [out / "bin/pascaline", "--version"], capture_output=True, text=True, check=True
+        ).stdout
+        assert version.startswith("pascaline ")
+        assert any(out.glob("lib/python*/site-packages/torch/__pycache__/*.pyc"))
+    finally:
+        # Ten gigabytes that nobody wants to keep.
+        shutil.rmtree(wheels, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 from pascaline.gpu.fake_nvml import fake_nvml_environment
 from pascaline.gpu.processes import ProcessIdentity
 from pascaline.gpu.reader import Reader

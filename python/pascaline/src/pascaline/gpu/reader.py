@@ -197,7 +197,7 @@ class Reader:
             message = f"{function} has not returned for {limit:g} s"
             self._known[uuid] = DeviceReading(int(index), uuid, DeviceStatus.HUNG, message)
         where = f"{function} of GPU {index}" if function else call or "the start of the process that calls NVML"
-        return self._failure(DriverStatus.HUNG, f"{where} has not returned for {limit:g} s; the process was killed")
+        return self._failure(DriverStatus.HUNG, f"{where} has not returned for {limit:g} s")
 
     def _failure(self, status: DriverStatus, message: str) -> Reading:
         """Return a failed reading: a lost GPU stays lost until a reading says otherwise; no other is known."""

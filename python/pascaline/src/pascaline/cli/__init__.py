@@ -21,6 +21,7 @@ COMMANDS = {
     "serve": "plan, launch and supervise an engine that serves one model",
     "config": "show, check or describe the settings and where each value comes from",
     "exporter": "serve GPU metrics to Prometheus (NVML)",
+    "top": "show GPUs and instances of this host or a fleet, live",
 }
 
 

@@ -1,0 +1,166 @@
+"""What the pages of a host say about its GPUs and instances, as numbers with names: pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from pascaline.top.pages import HostPages, Page
+
+_Candidates = tuple[tuple[str, dict[str, str]], ...]
+# The series that say the same of either engine, SGLang first.
+_GENERATED: _Candidates = (
+    ("sglang:realtime_tokens_total", {"mode": "decode"}),
+    ("llamacpp:tokens_predicted_total", {}),
+)
+_THROUGHPUT: _Candidates = (("sglang:gen_throughput", {}), ("llamacpp:predicted_tokens_seconds", {}))
+_RUNNING: _Candidates = (("sglang:num_running_reqs", {}), ("llamacpp:requests_processing", {}))
+_QUEUED: _Candidates = (("sglang:num_queue_reqs", {}), ("llamacpp:requests_deferred", {}))
+
+
+@dataclass(frozen=True, slots=True)
+class GpuReading:
+    """One GPU now; None where the card does not say."""
+
+    gpu: str
+    uuid: str
+    name: str
+    lost: bool
+    utilization_percent: float | None
+    memory_used_bytes: float | None
+    memory_total_bytes: float | None
+    temperature_celsius: float | None
+    power_watts: float | None
+    power_limit_watts: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceReading:
+    """One instance now; None where neither agent nor engine says."""
+
+    name: str
+    agent_port: int
+    model: str | None
+    state: str
+    """The agent's word, or `no agent`."""
+    restarts: float | None
+    running_requests: float | None
+    queued_requests: float | None
+    generated_tokens: float | None
+    """Tokens generated since the engine started."""
+    tokens_per_second: float | None
+    """From the tokens between two readings; of a first reading the engine's own gauge."""
+    kv_cache_ratio: float | None
+    planned_bytes: float | None
+    actual_bytes: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class HostReading:
+    """One host now."""
+
+    host: str
+    timestamp: float
+    error: str | None
+    """Why the host is unreachable; None if anything answered."""
+    gpus: tuple[GpuReading, ...] = ()
+    instances: tuple[InstanceReading, ...] = ()
+
+
+def read_host(pages: HostPages, timestamp: float, before: HostReading | None = None) -> HostReading:
+    """Return what the pages say; rates need the reading before."""
+    elapsed = timestamp - before.timestamp if before else 0.0
+    earlier = {i.agent_port: i.generated_tokens for i in before.instances} if before else {}
+    return HostReading(
+        host=pages.host,
+        timestamp=timestamp,
+        error=pages.error,
+        gpus=tuple(_gpus(pages.exporter)) if pages.exporter else (),
+        instances=tuple(
+            _instance(pages, port, agent, engine, _rate(_first(engine, _GENERATED), earlier.get(port), elapsed))
+            for port, (agent, engine) in pages.instances.items()
+            if agent or engine
+        ),
+    )
+
+
+def _gpus(page: Page) -> Iterable[GpuReading]:
+    lost = {sample.labels["uuid"]: sample for sample in page.select("nvidia_gpu_lost")}
+    infos = {sample.labels["uuid"]: sample.labels for sample in page.select("nvidia_gpu_info")}
+    for uuid, sample in lost.items():
+        yield GpuReading(
+            gpu=sample.labels["gpu"],
+            uuid=uuid,
+            name=infos.get(uuid, {}).get("name", ""),
+            lost=bool(sample.value),
+            utilization_percent=page.total("nvidia_gpu_utilization_gpu", uuid=uuid),
+            memory_used_bytes=page.total("nvidia_gpu_memory_used_bytes", uuid=uuid),
+            memory_total_bytes=page.total("nvidia_gpu_memory_total_bytes", uuid=uuid),
+            temperature_celsius=page.total("nvidia_gpu_temperature_gpu", uuid=uuid),
+            power_watts=page.total("nvidia_gpu_power_draw", uuid=uuid),
+            power_limit_watts=page.total("nvidia_gpu_power_limit_watts", uuid=uuid, limit="enforced"),
+        )
+
+
+def _instance(
+    pages: HostPages, port: int, agent: Page | None, engine: Page | None, rate: float | None
+) -> InstanceReading:
+    info = _labels(agent, "pascaline_settings_info")
+    name = info.get("instance") or info.get("served_model_name") or f":{port}"
+    return InstanceReading(
+        name=name,
+        agent_port=port,
+        model=info.get("model"),
+        state=_state(agent),
+        restarts=_total(agent, "pascaline_engine_restarts_total"),
+        running_requests=_first(engine, _RUNNING),
+        queued_requests=_first(engine, _QUEUED),
+        generated_tokens=_first(engine, _GENERATED),
+        tokens_per_second=_first(engine, _THROUGHPUT) if rate is None else rate,
+        kv_cache_ratio=_total(engine, "sglang:token_usage"),
+        planned_bytes=_total(agent, "pascaline_plan_total_bytes"),
+        actual_bytes=_memory_of(pages, name),
+    )
+
+
+def _state(agent: Page | None) -> str:
+    if agent is None:
+        return "no agent"
+    current = [sample.labels["state"] for sample in agent.select("pascaline_instance_state") if sample.value == 1]
+    return current[0] if current else "unknown"
+
+
+def _memory_of(pages: HostPages, name: str) -> float | None:
+    """Return GPU memory of the instance's unit; all processes' where the instance is alone and runs in no unit."""
+    if pages.exporter is None:
+        return None
+    metric = "nvidia_gpu_process_memory_used_bytes"
+    of_unit = pages.exporter.total(metric, unit=f"pascaline-{name}.service")
+    alone = len(pages.instances) == 1 and not any(
+        sample.labels.get("unit", "").startswith("pascaline-") for sample in pages.exporter.select(metric)
+    )
+    return pages.exporter.total(metric) if of_unit is None and alone else of_unit
+
+
+def _first(page: Page | None, candidates: _Candidates) -> float | None:
+    totals = (_total(page, name, **labels) for name, labels in candidates)
+    return next((total for total in totals if total is not None), None)
+
+
+def _total(page: Page | None, name: str, **labels: str) -> float | None:
+    return page.total(name, **labels) if page else None
+
+
+def _labels(page: Page | None, name: str) -> Mapping[str, str]:
+    found = page.select(name) if page else []
+    return found[0].labels if found else {}
+
+
+def _rate(now: float | None, before: float | None, elapsed: float) -> float | None:
+    """Return the increase per second; None without two values, or if the engine restarted between them."""
+    if now is None or before is None or elapsed <= 0 or now < before:
+        return None
+    return (now - before) / elapsed

@@ -1,0 +1,160 @@
+"""The picture: lines of fixed columns that fit the terminal, 80 x 24 at the smallest it is made for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from rich.cells import cell_len, set_cell_size
+from rich.text import Text
+
+from pascaline.top.history import sparkline
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from pascaline.top.history import History
+    from pascaline.top.readings import GpuReading, HostReading, InstanceReading
+
+UNKNOWN = "-"
+_MIN_WIDTH = 80
+_MIN_SPARK = 8
+_MAX_SPARK = 60
+_STATE_STYLES = {
+    "ready": "green",
+    "busy": "green",
+    "starting": "yellow",
+    "planned": "yellow",
+    "draining": "yellow",
+    "restarting": "yellow",
+}
+_HOT_CELSIUS = 85  # HighGPUTemp
+
+
+class Column(NamedTuple):
+    """A column's heading and width; the one of width 0 takes the rest of the line."""
+
+    heading: str
+    width: int
+    right: bool = False
+
+
+_GPU_COLUMNS = (
+    Column("HOST", 12),
+    Column("GPU", 3),
+    Column("NAME", 11),
+    Column("UTIL", 4, right=True),
+    Column("", 0),
+    Column("MEMORY", 14, right=True),
+    Column("TEMP", 5, right=True),
+    Column("POWER", 8, right=True),
+)
+_INSTANCE_COLUMNS = (
+    Column("HOST", 12),
+    Column("INSTANCE", 10),
+    Column("STATE", 12),
+    Column("RUN/WAIT", 8, right=True),
+    Column("TOK/S", 6, right=True),
+    Column("", 0),
+    Column("KV", 4, right=True),
+    Column("PLAN/USED", 12, right=True),
+)
+
+
+def render(readings: Sequence[HostReading], history: History, clock: str, width: int, height: int | None) -> list[Text]:
+    """Return the lines of the picture; without a height all of them, else what fits and how many are left out."""
+    width = max(width, _MIN_WIDTH)
+    lines = [_title(readings, clock, width), *_body(readings, history, width)]
+    if height is None or len(lines) <= height:
+        return lines
+    hidden = len(lines) - height + 1
+    return [*lines[: height - 1], Text(f"… {hidden} more lines: enlarge the window, or name fewer hosts", style="dim")]
+
+
+def _title(readings: Sequence[HostReading], clock: str, width: int) -> Text:
+    gpus = sum(len(reading.gpus) for reading in readings)
+    instances = sum(len(reading.instances) for reading in readings)
+    tokens = sum(i.tokens_per_second or 0.0 for reading in readings for i in reading.instances)
+    counts = (
+        f"{_count(len(readings), 'host')}, {_count(gpus, 'GPU')}, {_count(instances, 'instance')}, {tokens:.1f} tok/s"
+    )
+    left, right = f"pascaline top  {counts}", f"{clock}  q quits"
+    return Text(set_cell_size(left, width - cell_len(right)) + right, style="bold")
+
+
+def _body(readings: Sequence[HostReading], history: History, width: int) -> Iterator[Text]:
+    for reading in readings:
+        if reading.error:
+            yield Text(set_cell_size(f"{reading.host}: unreachable, {reading.error}", width).rstrip(), style="bold red")
+    gpus = [(reading.host, gpu) for reading in readings for gpu in reading.gpus]
+    if gpus:
+        yield from _table(_GPU_COLUMNS, [_gpu_row(host, gpu, history) for host, gpu in gpus], width)
+    instances = [(reading.host, instance) for reading in readings for instance in reading.instances]
+    if instances:
+        yield from _table(_INSTANCE_COLUMNS, [_instance_row(host, i, history) for host, i in instances], width)
+    if not gpus and not instances and not all(reading.error for reading in readings):
+        yield Text("no GPU and no instance found", style="yellow")
+
+
+class _Row(NamedTuple):
+    cells: tuple[str, ...]
+    """In the order of the columns; the sparkline's is empty."""
+    values: list[float | None]
+    top: float | None
+    style: str
+
+
+def _table(columns: tuple[Column, ...], rows: list[_Row], width: int) -> Iterator[Text]:
+    fixed = sum(column.width for column in columns) + len(columns) - 1
+    spark = min(max(width - fixed, _MIN_SPARK), _MAX_SPARK)
+    yield Text()
+    yield _line(columns, tuple(column.heading for column in columns), spark, "reverse")
+    for row in rows:
+        drawn = sparkline(row.values, spark, row.top)
+        cells = tuple(cell if column.width else drawn for column, cell in zip(columns, row.cells, strict=True))
+        yield _line(columns, cells, spark, row.style)
+
+
+def _line(columns: tuple[Column, ...], cells: tuple[str, ...], spark: int, style: str) -> Text:
+    fitted = (_fit(cell, column.width or spark, column.right) for column, cell in zip(columns, cells, strict=True))
+    return Text(" ".join(fitted), style=style)
+
+
+def _fit(text: str, width: int, right: bool) -> str:
+    """Cut a text that is too long with an ellipsis, pad one that is too short."""
+    if cell_len(text) > width:
+        return set_cell_size(text, width - 1) + "…"
+    return text.rjust(width) if right else set_cell_size(text, width)
+
+
+def _gpu_row(host: str, gpu: GpuReading, history: History) -> _Row:
+    memory = f"{_gigabytes(gpu.memory_used_bytes)}/{_gigabytes(gpu.memory_total_bytes)} GB"
+    power = f"{_number(gpu.power_watts)}/{_number(gpu.power_limit_watts)}W"
+    utilization, temperature = _number(gpu.utilization_percent, "%"), _number(gpu.temperature_celsius, "°C")
+    cells = (host, gpu.gpu, gpu.name.removeprefix("NVIDIA "), utilization, "", memory, temperature, power)
+    if gpu.lost:
+        cells = (host, gpu.gpu, "LOST", *cells[3:])
+    hot = gpu.temperature_celsius is not None and gpu.temperature_celsius > _HOT_CELSIUS
+    style = "bold red" if gpu.lost else "red" if hot else ""
+    return _Row(cells, history.of(host, "utilization", gpu.uuid), 100.0, style)
+
+
+def _instance_row(host: str, instance: InstanceReading, history: History) -> _Row:
+    requests = f"{_number(instance.running_requests)}/{_number(instance.queued_requests)}"
+    kv_cache = None if instance.kv_cache_ratio is None else 100 * instance.kv_cache_ratio
+    memory = f"{_gigabytes(instance.planned_bytes)}/{_gigabytes(instance.actual_bytes)} GB"
+    speed = UNKNOWN if instance.tokens_per_second is None else f"{instance.tokens_per_second:.1f}"
+    cells = (host, instance.name, instance.state, requests, speed, "", _number(kv_cache, "%"), memory)
+    style = _STATE_STYLES.get(instance.state, "bold red")
+    return _Row(cells, history.of(host, "tokens", str(instance.agent_port)), None, style)
+
+
+def _gigabytes(n_bytes: float | None) -> str:
+    return UNKNOWN if n_bytes is None else f"{n_bytes / 1e9:.1f}"
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    return UNKNOWN if value is None else f"{value:.0f}{unit}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,7 +1,5 @@
-"""Imports the packages under test before pytest imports tests: the folder pascaline/ would hide the package pascaline."""
-
-import sglang_pascal
+"""Imports the package before pytest imports its tests, which would take the folder pascaline/ for it."""
 
 import pascaline
 
-__all__ = ["pascaline", "sglang_pascal"]
+__all__ = ["pascaline"]

@@ -1,4 +1,4 @@
-"""Readings by a real process from a real, simulated NVML: every fault gives its state, which goes when its cause goes."""
+"""Readings by a real process from a real, simulated NVML: every fault gives its state and goes with its cause."""
 
 from __future__ import annotations
 

@@ -335,7 +335,7 @@ def _pass_field(cursor: _Cursor, key: str) -> MetadataField:
     width = _SCALAR_BYTES.get(element_type)
     if width is not None and width * count <= KEPT_BYTES:
         head = _U32.pack(element_type) + _U64.pack(count)
-        raw = head + cursor.take(width * count, key)
+        raw = head + cursor.take(width * count, shown(key))
     else:
         _pass_elements(cursor, element_type, count, key, 1)
         raw = None

@@ -24,6 +24,8 @@ SINGLE_NAME = "model.safetensors"
 MAX_TENSORS = 1 << 18
 MAX_SHARDS = 1024
 MAX_DIMENSIONS = 8
+MAX_NAME = 255
+"""Longest name of a shard, characters (Linux's NAME_MAX)."""
 
 DTYPE_BITS = {
     "BOOL": 8,
@@ -157,7 +159,7 @@ def _indexed_names(open_part: OpenPart) -> list[str]:
         raise ModelError(f"failed to read {file}: weight_map is missing or empty")
     names = {name if isinstance(name, str) else "" for name in weight_map.values()}
     for name in names:
-        if not name.endswith(".safetensors") or "/" in name or "\0" in name or not name.isprintable():
+        if not name.endswith(".safetensors") or "/" in name or not name.isprintable() or len(name) > MAX_NAME:
             raise ModelError(f"failed to read {file}: {shown(name)} is not the name of a safetensors file beside it")
     if len(names) > MAX_SHARDS:
         raise ModelError(f"failed to read {file}: it names {len(names)} files, at most {MAX_SHARDS} are read")
@@ -180,7 +182,6 @@ def _spec(
     kv_heads = config.kv_heads(layers, heads)
     head_dim = _head_dim(config, hidden, heads)
     sliding = config.sliding(layers)
-    ssm_inner = config.optional("ssm_inner")
     return ModelSpec(
         format="safetensors",
         files=files,
@@ -194,7 +195,7 @@ def _spec(
         head_dim=head_dim,
         v_head_dim=config.optional("v_head_dim") or head_dim,
         vocab_size=config.count("vocab_size"),
-        context_length=config.count("context"),
+        context_length=config.count("context") if heads else config.optional("context") or 0,
         layer_kv_heads=differing(kv_heads),
         sliding_window=config.optional("sliding_window") if sliding else None,
         sliding_layers=len(sliding),
@@ -206,7 +207,7 @@ def _spec(
         moe_intermediate_size=config.optional("moe_intermediate"),
         ssm_state_size=config.optional("ssm_state"),
         ssm_conv_kernel=config.optional("ssm_conv"),
-        ssm_inner_size=ssm_inner,
+        ssm_inner_size=_ssm_inner_size(config, heads),
         ssm_num_heads=config.optional("ssm_heads"),
         ssm_num_groups=config.optional("ssm_groups"),
         tied_embeddings=_is_tied(config, tensors),
@@ -221,6 +222,17 @@ def _head_dim(config: HfConfig, hidden: int, heads: int) -> int:
     if without_positions and with_positions:
         return without_positions + with_positions
     return config.optional("head_dim") or (hidden // heads if heads else 0)
+
+
+def _ssm_inner_size(config: HfConfig, heads: int) -> int | None:
+    """Width of a recurrent layer, which families write in three ways."""
+    if not config.optional("ssm_state"):
+        return None
+    if not heads:
+        # Mamba has no other layers, so intermediate_size is theirs.
+        return config.optional("intermediate")
+    linear = (config.optional("linear_num_value_heads") or 0) * (config.optional("linear_value_head_dim") or 0)
+    return config.optional("ssm_inner") or linear or None
 
 
 def _is_tied(config: HfConfig, tensors: tuple[TensorSpec, ...]) -> bool:

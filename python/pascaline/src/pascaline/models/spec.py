@@ -55,7 +55,7 @@ class ModelSpec:
     """Size of one value head; equal to head_dim in most models."""
     vocab_size: int
     context_length: int
-    """The longest context that the model was made for, tokens."""
+    """The longest context that the model was made for, tokens; 0 where a recurrent model names none."""
     layer_kv_heads: tuple[int, ...] | None = None
     """KV heads that each layer stores, where layers differ: 0 in a recurrent layer, or one that uses another's."""
     sliding_window: int | None = None

@@ -1,0 +1,114 @@
+"""Cards: what each supported GPU is, as data with its sources, and the settings that it starts from."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pascaline.errors import ConfigurationError
+
+Origin = Literal["measured", "documented", "estimated"]
+
+PROC_GPUS = Path("/proc/driver/nvidia/gpus")
+"""One folder per GPU, written by NVIDIA's driver; its `information` file has a `Model:` line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A number, how it came to be known, and from where."""
+
+    value: float
+    origin: Origin
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One card's facts and default settings."""
+
+    name: str
+    nvml_names: tuple[str, ...]
+    """The names that the driver gives it."""
+    compute_capability: str | None
+    """None for the CPU."""
+    facts: dict[str, Fact]
+    settings: dict[str, Any]
+    """Values of Settings that differ from the general defaults."""
+    planning: dict[str, Fact]
+    """Constants of the memory plan and the speed estimate."""
+
+    def number(self, fact: str) -> float:
+        """Return a fact's value; KeyError where the card has no such fact."""
+        return self.facts[fact].value
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that the driver reports, bytes; 0 for the CPU."""
+        return int(self.facts["memory_bytes"].value) if "memory_bytes" in self.facts else 0
+
+    @property
+    def has_dp4a(self) -> bool:
+        """Whether the card multiplies four int8 pairs in one instruction (compute capability 6.1, not 6.0)."""
+        return self.compute_capability == "6.1"
+
+
+def card_names() -> tuple[str, ...]:
+    """The names of all profiles."""
+    return tuple(_data())
+
+
+def load_card(name: str) -> Card:
+    """Return the card of this name."""
+    try:
+        entry = _data()[name]
+    except KeyError:
+        raise ConfigurationError(f"card: unknown card {name!r}, must be one of: {', '.join(card_names())}") from None
+    return Card(
+        name=name,
+        nvml_names=tuple(entry.get("nvml_names", ())),
+        compute_capability=entry.get("compute_capability"),
+        facts={key: Fact(**fact) for key, fact in entry.get("facts", {}).items()},
+        settings=entry.get("settings", {}),
+        planning={key: Fact(**fact) for key, fact in entry.get("planning", {}).items()},
+    )
+
+
+def card_for_device(nvml_name: str) -> Card | None:
+    """Return the card that the driver calls by this name; None for a card without a profile."""
+    for name in card_names():
+        card = load_card(name)
+        if nvml_name in card.nvml_names:
+            return card
+    return None
+
+
+def detect_card(proc_gpus: Path = PROC_GPUS) -> str | None:
+    """Return the profile of this host's first GPU, `cpu` where there is no GPU, None where its card has no profile.
+
+    The driver's folder is read rather than NVML, which can block for minutes on a card that is ill.
+    """
+    models = installed_models(proc_gpus)
+    if not models:
+        return "cpu"
+    card = card_for_device(models[0])
+    return card.name if card else None
+
+
+def installed_models(proc_gpus: Path = PROC_GPUS) -> list[str]:
+    """Return the model names of this host's NVIDIA GPUs, in PCI order."""
+    models = []
+    for information in sorted(proc_gpus.glob("*/information")):
+        match = re.search(r"^Model:\s*(.+?)\s*$", information.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        if match:
+            models.append(match.group(1).removeprefix("NVIDIA "))
+    return models
+
+
+@cache
+def _data() -> dict[str, Any]:
+    return tomllib.loads(files("pascaline.cards").joinpath("cards.toml").read_text(encoding="utf-8"))

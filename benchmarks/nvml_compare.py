@@ -258,7 +258,7 @@ def run(gpu: int, output: Path, capture: Path | None) -> int:
                 today = datetime.datetime.now(datetime.UTC).date()
                 state = "under load" if loaded else "idle"
                 title = f"{name}, driver {driver}, {state}, recorded {today} by benchmarks/nvml_compare.py"
-                (capture / f"{slug}.nvml").write_text(to_scenario(reader.read(), title=title))
+                (capture / f"{slug}.nvml").write_text(anonymous(to_scenario(reader.read(), title=title)))
     missing = [row.smi for row in ROWS if row.smi not in fields]
     output.mkdir(parents=True, exist_ok=True)
     (output / f"nvml-{slug}.md").write_text(report(name, driver, outcomes, missing))
@@ -267,6 +267,17 @@ def run(gpu: int, output: Path, capture: Path | None) -> int:
     ]
     print("\n".join(wrong) or f"all values agree: {output / f'nvml-{slug}.md'}")
     return bool(wrong)
+
+
+def anonymous(scenario: str) -> str:
+    """Replace what identifies the single card."""
+    scenario = re.sub(r"(nvmlDeviceGetSerial = )\d+", r"\g<1>0", scenario)
+    numbered = iter(range(1000))
+    return re.sub(
+        r"(nvmlDeviceGetUUID = GPU-)\S+",
+        lambda found: f"{found[1]}00000000-0000-4000-8000-{next(numbered):012}",
+        scenario,
+    )
 
 
 def report(name: str, driver: str, outcomes: dict[str, dict[str, Outcome]], missing: list[str]) -> str:

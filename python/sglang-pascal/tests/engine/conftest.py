@@ -1,0 +1,105 @@
+"""One real SGLang on the CPU, serving the builtin model, for all tests of a module."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from sglang_pascal.checkpoint.prepare import prepare
+from sglang_pascal.cpu import recommended_cpu_settings
+
+START_DEADLINE_SECONDS = 600
+STOP_DEADLINE_SECONDS = 60
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Engine:
+    """A running SGLang."""
+
+    process: subprocess.Popen
+    url: str
+    log: Path
+    folder: Path
+    client: httpx.Client
+
+    def chat(self, text, **options):
+        """A chat completion at temperature 0."""
+        body = {"model": "m", "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 32}
+        answer = self.client.post("/v1/chat/completions", json=body | options)
+        answer.raise_for_status()
+        return answer.json()
+
+    def generate(self, ids, n_tokens, **options):
+        """Greedy token ids after these."""
+        sampling = {"temperature": 0, "max_new_tokens": n_tokens, "ignore_eos": True}
+        body = {"input_ids": ids, "sampling_params": sampling}
+        answer = self.client.post("/generate", json=body | options)
+        answer.raise_for_status()
+        return answer.json()
+
+
+@contextlib.contextmanager
+def running_engine(folder: Path, log: Path, *options: str):
+    """Start SGLang as the supervisor does, wait until it has generated once, and stop it."""
+    port = free_port()
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--device", "cpu"]
+    command += ["--host", "127.0.0.1", "--port", str(port), *options]
+    environment = os.environ | recommended_cpu_settings().environment | {"CUDA_VISIBLE_DEVICES": ""}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with httpx.Client(base_url=url, timeout=300) as client:
+            _wait_until_ready(process, client, log)
+            yield Engine(process, url, log, folder, client)
+    finally:
+        _stop(process)
+
+
+def _wait_until_ready(process, client, log):
+    deadline = time.monotonic() + START_DEADLINE_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(f"SGLang ended with {process.returncode}:\n{log.read_text()[-6000:]}")
+        with contextlib.suppress(httpx.TransportError):
+            if client.get("/health").status_code == 200:
+                return
+        time.sleep(0.5)
+    raise AssertionError(f"SGLang was not ready after {START_DEADLINE_SECONDS} s:\n{log.read_text()[-6000:]}")
+
+
+def _stop(process):
+    """Ask, then kill its whole session: nothing may outlive the test."""
+    process.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_DEADLINE_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def engine(builtin_gguf, tmp_path_factory):
+    """The builtin model in float32, so that token ids can be compared with transformers."""
+    root = tmp_path_factory.mktemp("engine")
+    prepare(builtin_gguf, root / "model")
+    options = ["--load-format", "pascal_gguf", "--dtype", "float32", "--max-total-tokens", "16384"]
+    options += ["--mem-fraction-static", "0.2", "--chunked-prefill-size", "128", "--enable-metrics"]
+    with running_engine(root / "model", root / "engine.log", *options, "--served-model-name", "smollm2") as engine:
+        yield engine

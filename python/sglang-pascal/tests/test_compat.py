@@ -1,0 +1,216 @@
+"""Every shim is in place in the real SGLang and torch, and says when it is not needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from sglang_pascal.compat import SHIMS, SUPPORTED_SGLANG, check_sglang_version, shims_for
+from sglang_pascal.errors import UnsupportedVersionError
+
+
+def run_python(script, **environment):
+    """A fresh interpreter, since SGLang's modules read the platform once."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("SGLANG_", "CUDA_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=clean | {"CUDA_VISIBLE_DEVICES": "", "TORCHINDUCTOR_COMPILE_THREADS": "1"} | environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_table_is_complete():
+    for shim in SHIMS:
+        assert shim.what
+        assert shim.why
+        assert shim.sglang in SUPPORTED_SGLANG
+        assert set(shim.devices) <= {"cpu", "cuda"}
+    assert len({shim.name for shim in SHIMS}) == len(SHIMS)
+
+
+def test_rows_of_a_device_and_a_stage():
+    assert [shim.name for shim in shims_for("cpu", "register")] == ["attention backend", "load format"]
+    assert "is_cuda" not in [shim.name for shim in shims_for("cpu")]
+    assert "Triton driver" not in [shim.name for shim in shims_for("cuda")]
+
+
+@pytest.mark.parametrize("found", ["0.5.22", "0.5.23.post1", "0.6.0", "not installed"])
+def test_another_sglang_is_refused_with_the_command_that_helps(found):
+    with pytest.raises(UnsupportedVersionError) as error:
+        check_sglang_version(found)
+    assert str(error.value) == f"SGLang is {found}; sglang-pascal supports 0.5.23: pip install 'sglang==0.5.23'"
+
+
+def test_the_installed_sglang_is_supported():
+    assert check_sglang_version() in SUPPORTED_SGLANG
+
+
+@pytest.fixture(scope="module")
+def on_cpu():
+    """What a real SGLang looks like after its own start-up sequence on a CPU."""
+    return run_python("""
+import json, torch
+from sglang.srt.platforms import current_platform
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.arg_groups import choices
+from sglang.srt.configs.load_config import LoadConfig
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt.model_loader.loader import get_model_loader
+from sglang_pascal.compat import shims_for
+import torch.fx.experimental.symbolic_shapes as shapes
+import triton
+print(json.dumps({
+    "platform": type(current_platform).__name__,
+    "out_of_tree": current_platform.is_out_of_tree(),
+    "attention": current_platform.get_default_attention_backend(),
+    "applied": {shim.name: shim.is_applied() for shim in shims_for("cpu")},
+    "needed": {shim.name: shim.is_needed() for shim in shims_for("cpu")},
+    "guard": shapes.guard_or_false(1),
+    "triton": str(triton.runtime.driver.active.get_current_target().backend),
+    "attention_choice": "pascal" in choices.ATTENTION_BACKEND_CHOICES and "pascal" in ATTENTION_BACKENDS,
+    "load_format_choice": "pascal_gguf" in choices.LOAD_FORMAT_CHOICES,
+    "loader": type(get_model_loader(LoadConfig(load_format="pascal_gguf"))).__name__,
+    "other_loader": type(get_model_loader(LoadConfig(load_format="auto"))).__name__,
+    "cuda_initialised": torch.cuda.is_initialized(),
+}))
+""")
+
+
+def test_the_platform_is_ours(on_cpu):
+    assert (on_cpu["platform"], on_cpu["out_of_tree"], on_cpu["attention"]) == ("PascalCpuPlatform", True, "pascal")
+
+
+def test_every_shim_is_needed_and_applied(on_cpu):
+    assert set(on_cpu["applied"].values()) == {True}, on_cpu["applied"]
+    assert set(on_cpu["needed"].values()) == {True}, on_cpu["needed"]
+
+
+def test_shims_do_what_they_say(on_cpu):
+    assert on_cpu["guard"] is True
+    assert on_cpu["triton"] == "cpu"
+    assert on_cpu["attention_choice"]
+    assert on_cpu["load_format_choice"]
+    assert on_cpu["loader"] == "PascalGgufLoader"
+    assert on_cpu["other_loader"] == "DefaultModelLoader"
+
+
+def test_cuda_is_not_initialised(on_cpu):
+    assert on_cpu["cuda_initialised"] is False
+
+
+@pytest.fixture(scope="module")
+def on_pascal():
+    """The CUDA platform where torch says that there is a Tesla P4; SGLang's modules are real."""
+    return run_python("""
+import json, sys, types
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda device=None: (6, 1)
+torch.cuda.get_device_name = lambda device=None: "Tesla P4"
+torch.cuda.device_count = lambda: 1
+import sglang_pascal.device as device
+device.visible_devices = lambda: [device.Device(0, "Tesla P4", (6, 1))]
+from sglang_pascal.compat import HostTritonDriver, is_not_cuda, shims_for
+import triton
+triton.runtime.driver.set_active(HostTritonDriver())  # there is no GPU under this test
+from sglang.srt.utils import common
+from sglang.srt.platforms import current_platform
+from sglang.srt.plugins import load_plugins
+load_plugins()
+import sglang.srt.model_executor.model_runner as runner
+from sglang.srt.model_executor.model_runner_components import load_model_utils
+stale = [name for name, module in list(sys.modules.items())
+         if name.startswith("sglang") and getattr(module, "__dict__", {}).get("_is_cuda") is True]
+overrides = []
+import sglang.srt.runtime_context as context
+context.get_context = lambda: types.SimpleNamespace(override=lambda who, **values: overrides.append(values))
+config = types.SimpleNamespace(dtype=torch.bfloat16)
+runner.maybe_downgrade_dtype_for_legacy_gpu(model_config=config)
+full = types.SimpleNamespace(dtype=torch.float32)
+runner.maybe_downgrade_dtype_for_legacy_gpu(model_config=full)
+from sglang.srt.model_executor.cuda_graph_config import default_cuda_graph_config
+from sglang_pascal.platform import graph_config
+free = graph_config(default_cuda_graph_config(), set())
+locked = graph_config(default_cuda_graph_config(), {("decode", "bs"), ("prefill", "backend")})
+print(json.dumps({
+    "platform": type(current_platform).__name__,
+    "is_cuda": common.is_cuda(),
+    "is_ours": common.is_cuda is is_not_cuda,
+    "finders": sum(type(finder).__name__ == "_IsCudaFinder" for finder in sys.meta_path),
+    "stale": stale,
+    "applied": {shim.name: shim.is_applied() for shim in shims_for("cuda")},
+    "dtype": str(config.dtype),
+    "full": str(full.dtype),
+    "overrides": overrides,
+    "runner": current_platform.get_graph_runner_cls().__name__,
+    "device": str(current_platform.get_group_coordinator_device(1)),
+    "backend": current_platform.get_torch_distributed_backend_str(),
+    "graphs": current_platform.capabilities.graph_capture,
+    "triton": current_platform.capabilities.supports_triton,
+    "decode_sizes": list(free.decode.bs),
+    "prefill": str(free.prefill.backend),
+    "kept": [locked.decode.bs, str(locked.prefill.backend)] == [
+        default_cuda_graph_config().decode.bs, str(default_cuda_graph_config().prefill.backend)],
+}))
+""")
+
+
+class TestPascal:
+    def test_the_platform_is_ours(self, on_pascal):
+        assert on_pascal["platform"] == "PascalCudaPlatform"
+        assert (on_pascal["graphs"], on_pascal["triton"]) == (True, False)
+        assert (on_pascal["device"], on_pascal["backend"]) == ("cuda:1", "nccl")
+        assert on_pascal["runner"] == "DecodeCudaGraphRunner"
+
+    def test_is_cuda_is_false_everywhere_and_the_finder_is_gone(self, on_pascal):
+        assert (on_pascal["is_cuda"], on_pascal["is_ours"]) == (False, True)
+        assert on_pascal["stale"] == []
+        assert on_pascal["finders"] == 0
+
+    def test_every_shim_is_applied(self, on_pascal):
+        assert set(on_pascal["applied"].values()) == {True}, on_pascal["applied"]
+
+    def test_the_guard_chooses_float16_instead_of_refusing(self, on_pascal):
+        assert on_pascal["dtype"] == "torch.float16"
+        assert on_pascal["overrides"] == [{"dtype": "float16"}]
+
+    def test_float32_stays_when_it_was_asked_for(self, on_pascal):
+        assert on_pascal["full"] == "torch.float32"
+
+    def test_few_decode_graphs_and_no_prefill_graph_unless_the_user_says_otherwise(self, on_pascal):
+        assert on_pascal["decode_sizes"] == [1, 2, 4, 8, 16]
+        assert "disabled" in on_pascal["prefill"].lower()
+        assert on_pascal["kept"]
+
+
+def test_on_a_newer_card_sglang_keeps_its_own_platform():
+    facts = run_python("""
+import json
+import sglang_pascal.device as device
+device.visible_devices = lambda: [device.Device(0, "Tesla T4", (7, 5))]
+import sglang_pascal
+from sglang_pascal.compat import shims_for
+sglang_pascal.register()
+applied = [shim.name for shim in shims_for("cuda", "register") if shim.is_applied()]
+print(json.dumps({"platform": sglang_pascal.activate(), "applied": applied}))
+""")
+    assert facts == {"platform": None, "applied": []}
+
+
+def test_importing_the_package_is_cheap():
+    facts = run_python("""
+import json, sys
+import sglang_pascal
+print(json.dumps(sorted({"torch", "sglang", "numpy", "transformers"} & set(sys.modules))))
+""")
+    assert facts == []

@@ -1,0 +1,114 @@
+"""The plugin serves where it should and stays away where it should not."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+from sglang_pascal import device as module
+from sglang_pascal.device import Decision, Device, decide, visible_devices
+from sglang_pascal.errors import PluginError
+
+P4 = Device(0, "Tesla P4", (6, 1))
+P100 = Device(1, "Tesla P100-PCIE-16GB", (6, 0))
+TURING = Device(0, "Tesla T4", (7, 5))
+VOLTA = Device(0, "Tesla V100", (7, 0))
+MAXWELL = Device(0, "Tesla M40", (5, 2))
+NAMED = {"SGLANG_PLATFORM": "pascal"}
+
+
+class TestDecide:
+    def test_without_a_device_it_serves_on_the_cpu(self):
+        assert decide([], {}) == Decision("cpu", "no NVIDIA device is visible")
+
+    @pytest.mark.parametrize("devices", [[P4], [P100], [P4, P100]])
+    def test_pascal_cards_are_served(self, devices):
+        assert decide(devices, {}).device == "cuda"
+
+    def test_the_reason_names_the_cards(self):
+        assert decide([P4, P100], {}).reason == (
+            "Tesla P4 (compute capability 6.1), Tesla P100-PCIE-16GB (compute capability 6.0)"
+        )
+
+    @pytest.mark.parametrize("devices", [[TURING], [VOLTA], [MAXWELL], [P4, TURING]])
+    def test_other_cards_are_left_to_sglang(self, devices):
+        assert decide(devices, {}).device is None
+        assert decide(devices, {"SGLANG_PLATFORM": "other"}).device is None
+
+    def test_the_refusal_says_how_to_ask_for_it(self):
+        assert decide([TURING], {}).reason == (
+            "Tesla T4 (compute capability 7.5): SGLang's own kernels serve what is newer than Pascal; "
+            "name it with SGLANG_PLATFORM=pascal, or show Pascal cards only with CUDA_VISIBLE_DEVICES"
+        )
+
+    @pytest.mark.parametrize("devices", [[TURING], [P4, TURING], [P4]])
+    def test_named_it_serves_any_card(self, devices):
+        assert decide(devices, NAMED).device == "cuda"
+
+    def test_sglangs_own_cpu_engine_is_respected_unless_the_plugin_is_named(self):
+        own = {"SGLANG_USE_CPU_ENGINE": "1"}
+        assert decide([], own).device is None
+        assert decide([], own | NAMED).device == "cpu"
+
+    def test_torch_for_amd_is_left_alone(self):
+        assert decide([], {}, torch_hip="6.2").device is None
+
+
+class FakeDriver:
+    """The few functions of libcuda that are called."""
+
+    def __init__(self, devices, init=0):
+        self.devices, self.init = devices, init
+
+    def cuInit(self, flags):  # noqa: N802  # the driver's own name
+        return self.init
+
+    def cuDeviceGetCount(self, count):  # noqa: N802  # the driver's own name
+        count._obj.value = len(self.devices)
+        return 0
+
+    def cuDeviceGet(self, handle, index):  # noqa: N802  # the driver's own name
+        handle._obj.value = index
+        return 0
+
+    def cuDeviceGetAttribute(self, value, attribute, handle):  # noqa: N802  # the driver's own name
+        value._obj.value = self.devices[handle.value].compute_capability[{75: 0, 76: 1}[attribute]]
+        return 0
+
+    def cuDeviceGetName(self, buffer, length, handle):  # noqa: N802  # the driver's own name
+        buffer.value = self.devices[handle.value].name.encode()
+        return 0
+
+
+class TestVisibleDevices:
+    @pytest.fixture(autouse=True)
+    def unrestricted(self, monkeypatch):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def test_every_device_of_the_driver(self, monkeypatch):
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver([P4, P100]))
+        assert visible_devices() == [P4, P100]
+
+    @pytest.mark.parametrize("value", ["", "-1"])
+    def test_hidden_devices_are_not_asked_for(self, monkeypatch, value):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        monkeypatch.setattr(ctypes, "CDLL", None)
+        assert visible_devices() == []
+
+    def test_without_a_driver(self, monkeypatch):
+        monkeypatch.setattr(module, "DRIVER_LIBRARY", "libcuda-that-is-not-there.so.1")
+        assert visible_devices() == []
+
+    @pytest.mark.parametrize("code", [100, 34])
+    def test_a_driver_without_a_device(self, monkeypatch, code):
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver([], init=code))
+        assert visible_devices() == []
+
+    def test_a_broken_driver_is_an_error_and_not_a_cpu_server(self, monkeypatch):
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver([], init=999))
+        with pytest.raises(PluginError) as error:
+            visible_devices()
+        assert str(error.value) == (
+            "failed to initialise the CUDA driver: error 999; "
+            "check nvidia-smi, or set CUDA_VISIBLE_DEVICES= to serve on the CPU"
+        )

@@ -211,6 +211,18 @@ def test_a_lost_gpu_stays_lost_while_the_driver_fails_as_a_whole(driver: Driver)
     assert statuses(failed) == {"GPU-b": DeviceStatus.LOST}
 
 
+def test_a_child_that_someone_killed_between_two_readings_is_replaced(driver: Driver) -> None:
+    """Regression: what was written to the dead process failed again when its pipe was closed."""
+    driver.reader.read()
+    assert driver.reader._child is not None
+    driver.reader._child.process.kill()
+    driver.reader._child.process.wait()
+    reading = driver.reader.read()
+    assert reading.status is DriverStatus.CRASHED
+    assert reading.message.startswith("the process that calls NVML died of SIGKILL")
+    assert driver.read_until(is_ok).reader_starts == 2
+
+
 def test_zero_devices_is_an_answer_and_not_a_failure(driver: Driver) -> None:
     driver.write("", base="nvmlDeviceGetCount = 0")
     reading = driver.reader.read()

@@ -6,6 +6,7 @@ even SIGKILL does not end (it waits in the kernel) is abandoned; there are never
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import queue
@@ -276,7 +277,9 @@ class _Child:
     def close(self) -> None:
         """Close this side's ends; the thread that receives ends with the process."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        # What was written to a process that had just died is still in the buffer, and is lost here.
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self._progress.close()
 
     def _receive(self, on_xid: Callable[[dict[str, Any]], None]) -> None:

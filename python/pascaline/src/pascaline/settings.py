@@ -1,67 +1,181 @@
-"""The one typed configuration of an instance: command-line flags, TOML keys, variables and NixOS options all come from it."""
+"""The one typed configuration of an instance.
+
+Flags, TOML keys, variables, the JSON schema, the documentation and the NixOS options all come from these fields. None
+means that nothing was chosen: the model, the plan or the engine decides.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal
+from pathlib import Path  # noqa: TC003 - pydantic needs it at run time
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
-EngineName = Literal["sglang", "llama.cpp"]
+from pascaline.units import parse_bytes, parse_seconds
+
 Port = Annotated[int, Field(ge=1, le=65535)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Seconds = Annotated[float, BeforeValidator(parse_seconds)]
+
+BUILTIN_MODEL = "builtin:smollm2-135m"
 
 
 class KvCacheSettings(BaseModel):
-    """Size and type of the KV pool, all requests together."""
+    """Size and type of the KV pool, which all requests share."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
-    max_bytes: Annotated[int, Field(ge=1)] | None = None
-    dtype: Literal["auto", "fp16", "bf16", "fp8_e5m2", "int8"] = "auto"
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Tokens that the KV pool holds")
+    max_bytes: Bytes | None = Field(
+        None, ge=1, description="Bytes of the KV pool, for example 512 MiB; the plan turns it into tokens"
+    )
+    dtype: Literal["auto", "fp16", "bf16", "fp8_e5m2", "int8"] = Field(
+        "auto", description="Type of a stored key or value; auto is the type of the computation"
+    )
 
 
 class Settings(BaseModel):
     """All settings of one instance."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    model: str = "builtin:smollm2-135m"
-    """A GGUF file, a Hugging Face folder, or builtin:smollm2-135m."""
-    model_sha256: str | None = None
-    served_model_name: str | None = None
-    card: str | None = None
-    """Profile name; None = found from the GPU at hand, `cpu` where there is none."""
-    engine: EngineName = "sglang"
-    engine_executable: Path | None = None
-    """Python interpreter that can import sglang, or the llama-server program; None = this interpreter / PATH."""
-    host: str = "127.0.0.1"
-    port: Port = 30000
-    agent_host: str = "127.0.0.1"
-    agent_port: Port = 30001
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
-    context_length: Annotated[int, Field(ge=16, le=2**24)] | None = None
-    max_running_requests: Annotated[int, Field(ge=1, le=4096)] = 4
-    max_queued_requests: Annotated[int, Field(ge=1, le=65536)] | None = None
-    mem_fraction_static: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    schedule_policy: Literal["fcfs", "lpm", "random", "dfs-weight"] = "fcfs"
-    chunked_prefill_tokens: Annotated[int, Field(ge=16, le=65536)] = 512
-    kv_cache: KvCacheSettings = KvCacheSettings()
-    radix_cache: bool = True
-    attention_backend: str | None = None
-    quantization: str | None = None
-    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1
-    pipeline_parallel: Annotated[int, Field(ge=1, le=64)] = 1
-    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    api_key_file: Path | None = None
-    extra_args: list[str] = []
-    environment: dict[str, str] = {}
-    debug: bool = False
-    cache_dir: Path | None = None
-    start_timeout: Annotated[float, Field(gt=0)] = 1800.0
-    drain_timeout: Annotated[float, Field(ge=0)] = 60.0
-    stall_timeout: Annotated[float, Field(gt=0)] = 45.0
-    probe_interval: Annotated[float, Field(gt=0)] = 15.0
-    max_restarts: Annotated[int, Field(ge=0)] = 5
-    allow_overcommit: bool = False
+    model: str = Field(
+        BUILTIN_MODEL, min_length=1, description="GGUF file, Hugging Face folder with safetensors, or " + BUILTIN_MODEL
+    )
+    model_sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")] | None = Field(
+        None, description="Checksum that the GGUF file must have, 64 hexadecimal digits"
+    )
+    served_model_name: str | None = Field(
+        None,
+        min_length=1,
+        description="Name of the model in the API and in metrics; default: the file's name",
+    )
+    card: str | None = Field(
+        None, description="Card profile to start from; default: the GPU of this host, cpu where there is none"
+    )
+    engine: Literal["sglang", "llama.cpp"] = Field("sglang", description="Engine that runs the model")
+    engine_executable: Path | None = Field(
+        None,
+        description="sglang: Python that can import it (default: this one); llama.cpp: llama-server (default: on PATH)",
+    )
+    host: str = Field("127.0.0.1", min_length=1, description="Address on which the engine's API listens")
+    port: Port = Field(30000, description="Port of the engine's API")
+    agent_host: str = Field("127.0.0.1", min_length=1, description="Address on which the agent listens")
+    agent_port: Port = Field(30001, description="Port of the agent: health, metrics, plan, drain")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where the model runs; auto: cuda if a GPU is there"
+    )
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        "auto", description="Type of the computation; auto: float16 on Pascal, the fastest for the CPU otherwise"
+    )
+    context_length: int | None = Field(
+        None, ge=16, le=2**24, description="Most tokens of one request, prompt and answer; default: the model's"
+    )
+    max_running_requests: int = Field(4, ge=1, le=4096, description="Most requests that are computed at once")
+    max_queued_requests: int | None = Field(
+        None,
+        ge=1,
+        le=65536,
+        description="Most requests that wait; a further one is refused with 503. Default: no bound",
+    )
+    mem_fraction_static: float | None = Field(
+        None, gt=0.0, lt=1.0, description="Share of the card's memory for weights and KV pool"
+    )
+    schedule_policy: Literal["fcfs", "lpm", "random", "dfs-weight"] = Field(
+        "fcfs", description="Order in which waiting requests are taken"
+    )
+    chunked_prefill_tokens: int = Field(
+        512,
+        ge=16,
+        le=65536,
+        description="Most prompt tokens that one step computes; small values keep running answers fluent",
+    )
+    kv_cache: KvCacheSettings = Field(KvCacheSettings(), description="The KV pool")
+    radix_cache: bool = Field(True, description="Whether prompts that begin alike share their KV cache")
+    attention_backend: str | None = Field(None, min_length=1, description="SGLang's attention backend; default: pascal")
+    quantization: str | None = Field(
+        None, min_length=1, description="SGLang's quantisation method for safetensors models"
+    )
+    tensor_parallel: int = Field(1, ge=1, le=64, description="GPUs that share every layer")
+    pipeline_parallel: int = Field(1, ge=1, le=64, description="Groups of GPUs that hold consecutive layers")
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads of the engine; default: all that it may use"
+    )
+    api_key_file: Path | None = Field(
+        None, description="File whose content requests must carry as their API key; a key itself is never a setting"
+    )
+    extra_args: tuple[str, ...] = Field(
+        (), description="Further arguments of the engine; those that a setting stands for are refused"
+    )
+    environment: dict[str, str] = Field({}, description="Further variables of the engine's process")
+    debug: bool = Field(
+        False, description="Switch on what finds errors and slows everything: synchronous kernel launches, verbose logs"
+    )
+    cache_dir: Path | None = Field(
+        None,
+        description="Folder for prepared models and checksums; default: $CACHE_DIRECTORY, else the user's cache folder",
+    )
+    start_timeout: Seconds = Field(1800.0, gt=0, le=86400, description="Longest time from start to ready")
+    drain_timeout: Seconds = Field(60.0, ge=0, le=86400, description="Longest wait for running requests when stopping")
+    stall_timeout: Seconds = Field(
+        45.0, gt=0, le=3600, description="Time without progress after which an engine with work to do is restarted"
+    )
+    probe_interval: Seconds = Field(
+        15.0, gt=0, le=3600, description="Time between two test generations of an idle engine"
+    )
+    max_restarts: int = Field(5, ge=0, le=1000, description="Crashes in a row after which the instance is given up")
+    allow_overcommit: bool = Field(False, description="Whether to start although the plan does not fit the card")
+
+
+def contradictions(settings: Settings) -> list[tuple[str, str]]:
+    """Return (key, sentence) for every pair of values that cannot both be meant. Only what can be seen without I/O."""
+    return [
+        (key, sentence)
+        for check in (_kv_cache_problems, _address_problems, _engine_problems, _environment_problems)
+        for key, sentence in check(settings)
+    ]
+
+
+def _kv_cache_problems(settings: Settings) -> list[tuple[str, str]]:
+    pool, context = settings.kv_cache, settings.context_length
+    problems = []
+    if pool.max_tokens is not None and pool.max_bytes is not None:
+        problems.append(("kv_cache.max_bytes", "is set beside kv_cache.max_tokens, must be the only one of the two"))
+    if pool.max_tokens is not None and context is not None and pool.max_tokens < context:
+        sentence = f"{pool.max_tokens} tokens cannot hold one request, must be at least context_length ({context})"
+        problems.append(("kv_cache.max_tokens", sentence))
+    return problems
+
+
+def _address_problems(settings: Settings) -> list[tuple[str, str]]:
+    if settings.port == settings.agent_port:
+        return [("agent_port", f"{settings.agent_port} is the engine's port too, must be another")]
+    return []
+
+
+# Settings that llama-server has no counterpart of, with the value that asks for nothing.
+_SGLANG_ONLY: dict[str, Any] = {
+    "attention_backend": None,
+    "pipeline_parallel": 1,
+    "quantization": None,
+    "radix_cache": True,
+    "schedule_policy": "fcfs",
+}
+
+
+def _engine_problems(settings: Settings) -> list[tuple[str, str]]:
+    if settings.engine != "llama.cpp":
+        return []
+    return [
+        (key, f"{getattr(settings, key)!r} has no counterpart in llama.cpp, must be left out or engine be sglang")
+        for key, neutral in _SGLANG_ONLY.items()
+        if getattr(settings, key) != neutral
+    ]
+
+
+def _environment_problems(settings: Settings) -> list[tuple[str, str]]:
+    return [
+        (f"environment.{name}", f"{name!r} is not a variable's name, must be without '=' and not empty")
+        for name in settings.environment
+        if not name or "=" in name
+    ]

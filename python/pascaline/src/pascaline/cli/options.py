@@ -1,0 +1,67 @@
+"""The flags of every command that takes settings: one per setting, made from the field itself."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_origin
+
+from pascaline.configuration import Configuration, allowed_values, flag_of, from_text, load, setting_fields
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+
+def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --config and one flag per setting. Their values are checked together with those of all other sources."""
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML file with settings (default: what $PASCALINE_CONFIG names)"
+    )
+    group = parser.add_argument_group(
+        "settings",
+        "Each is a key of the TOML file too (kv_cache.max_bytes) and a variable (PASCALINE_KV_CACHE_MAX_BYTES). "
+        "Rising precedence: card profile, file, variable, flag.",
+    )
+    for key, field in setting_fields():
+        _add_flag(group, key, field)
+
+
+def load_from_arguments(arguments: argparse.Namespace, *, check_host: bool = True) -> Configuration:
+    """Merge the flags that were given with all other sources."""
+    given = {key: getattr(arguments, key) for key, _ in setting_fields() if getattr(arguments, key, None) is not None}
+    fields = dict(setting_fields())
+    flags = {key: _flag_value(value, fields[key]) for key, value in given.items()}
+    return load(flags, arguments.config, check_host=check_host)
+
+
+def _add_flag(group: argparse._ArgumentGroup, key: str, field: FieldInfo) -> None:
+    # argparse formats help with %.
+    text = f"{field.description}{_default_words(field)}".replace("%", "%%")
+    options: dict[str, Any] = {"dest": key, "default": None, "help": text}
+    if field.annotation is bool:
+        group.add_argument(flag_of(key), action=argparse.BooleanOptionalAction, **options)
+    elif get_origin(field.annotation) in {dict, tuple}:
+        metavar = "NAME=VALUE" if get_origin(field.annotation) is dict else "ARG"
+        options["help"] += "; may be given several times"
+        group.add_argument(flag_of(key), action="append", metavar=metavar, **options)
+    else:
+        group.add_argument(flag_of(key), metavar=_metavar(key, field), **options)
+
+
+def _metavar(key: str, field: FieldInfo) -> str:
+    allowed = allowed_values(field)
+    if allowed.startswith("one of: "):
+        return "{" + allowed.removeprefix("one of: ").replace(", ", ",") + "}"
+    return key.rsplit(".", 1)[-1].rsplit("_", 1)[-1].upper()
+
+
+def _default_words(field: FieldInfo) -> str:
+    if field.default in (None, (), {}) or field.annotation is bool:
+        return ""
+    return f" (default: {field.default})"
+
+
+def _flag_value(value: Any, field: FieldInfo) -> Any:
+    if get_origin(field.annotation) is dict:
+        return dict(item.partition("=")[::2] for item in value)
+    return from_text(value, field) if isinstance(value, str) else value

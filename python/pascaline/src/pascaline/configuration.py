@@ -1,0 +1,330 @@
+"""Where each setting comes from: card profile, TOML file, PASCALINE_* variables, flags, in rising order.
+
+All problems of all sources are reported at once, each as `key: what is wrong, must be what is allowed (origin)`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from pascaline.cards import card_names, detect_card, load_card
+from pascaline.errors import ConfigurationError
+from pascaline.settings import Settings, contradictions
+from pascaline.units import parse_bytes, parse_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from pydantic.fields import FieldInfo
+
+PREFIX = "PASCALINE_"
+CONFIG_VARIABLE = "PASCALINE_CONFIG"
+# Variables of ours that are no settings: the file itself, and what ./dev reads.
+OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, "PASCALINE_ENV", "PASCALINE_PYTHON", "PASCALINE_NIX_STAND_INS"})
+DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """Settings, and the origin of each value by its dotted key."""
+
+    settings: Settings
+    origins: dict[str, str]
+    card: str | None
+    """The card profile that was started from; None for a GPU that has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One raw value and where it stands."""
+
+    raw: Any
+    origin: str
+
+
+def setting_fields(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every leaf setting as (dotted key, field), in the order in which they are declared."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from setting_fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def flag_of(key: str) -> str:
+    """Return the command-line flag of a setting: kv_cache.max_bytes -> --kv-cache-max-bytes."""
+    return "--" + key.replace(".", "-").replace("_", "-")
+
+
+def variable_of(key: str) -> str:
+    """Return the environment variable of a setting: kv_cache.max_bytes -> PASCALINE_KV_CACHE_MAX_BYTES."""
+    return PREFIX + key.replace(".", "_").upper()
+
+
+def load(
+    flags: Mapping[str, Any] | None = None,
+    config_file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    *,
+    check_host: bool = True,
+) -> Configuration:
+    """Merge all sources into one checked configuration.
+
+    flags: dotted key -> value, only those that were given. config_file: None = what PASCALINE_CONFIG names, if any.
+    environment: None = this process's. check_host: whether files that settings name must be readable here.
+    """
+    environment = os.environ if environment is None else environment
+    if config_file is None and environment.get(CONFIG_VARIABLE):
+        config_file = Path(environment[CONFIG_VARIABLE])
+    problems: list[str] = []
+    values: dict[str, Value] = {}
+    if config_file is not None:
+        values |= _read_file(config_file, problems)
+    values |= _read_environment(environment, problems)
+    values |= {key: Value(raw, f"flag {flag_of(key)}") for key, raw in (flags or {}).items()}
+    card = _choose_card(values, problems)
+    merged = _profile_values(card) | values
+    settings = _validate(merged, problems)
+    if settings is not None:
+        problems += _contradiction_sentences(settings, merged)
+        if check_host:
+            problems += _host_problems(settings, merged)
+    if problems or settings is None:
+        raise ConfigurationError("\n".join(problems))
+    return Configuration(settings, _origins(merged), card)
+
+
+def _read_file(path: Path, problems: list[str]) -> dict[str, Value]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigurationError(f"failed to read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"failed to read {path}: not TOML: {error}") from error
+    lines = _key_lines(text)
+    keys = dict(setting_fields())
+    values = {}
+    for key, raw in _leaves(document, keys):
+        origin = f"{path}:{lines.get(key, 1)}"
+        if key not in keys:
+            problems.append(f"{key}: unknown key{_suggestion(key, keys)} ({origin})")
+        elif isinstance(raw, bool) and keys[key].annotation is not bool:
+            # pydantic would take true for 1.
+            problems.append(f"{key}: invalid value {raw!r}, must be {allowed_values(keys[key])} ({origin})")
+        else:
+            values[key] = Value(raw, origin)
+    return values
+
+
+def _leaves(table: dict[str, Any], keys: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of a TOML document, descending into tables that are groups of settings."""
+    for name, value in table.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in keys and any(known.startswith(f"{key}.") for known in keys):
+            yield from _leaves(value, keys, f"{key}.")
+        else:
+            yield key, value
+
+
+_TABLE = re.compile(r"\s*\[\s*([^\[\]]+?)\s*\]\s*(?:#.*)?")
+_NAME = r"(?:[A-Za-z0-9_-]+|\"[^\"]*\"|'[^']*')"
+_ASSIGNMENT = re.compile(rf"\s*({_NAME}(?:\s*\.\s*{_NAME})*)\s*=")
+_INLINE_KEY = re.compile(r"[{,]\s*([A-Za-z0-9_-]+)\s*=")
+
+
+def _key_lines(text: str) -> dict[str, int]:
+    """Return the line of each key of a TOML text (tomllib does not keep them); tables count as keys too."""
+    lines: dict[str, int] = {}
+    table = ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if match := _TABLE.fullmatch(line):
+            table = _plain_key(match.group(1))
+            lines.setdefault(table, number)
+        elif match := _ASSIGNMENT.match(line):
+            key = _plain_key(match.group(1))
+            whole = f"{table}.{key}" if table else key
+            lines.setdefault(whole, number)
+            for name in _INLINE_KEY.findall(line[match.end() :]):
+                lines.setdefault(f"{whole}.{name}", number)
+    return lines
+
+
+def _plain_key(key: str) -> str:
+    return ".".join(part.strip().strip("\"'") for part in key.split("."))
+
+
+def _read_environment(environment: Mapping[str, str], problems: list[str]) -> dict[str, Value]:
+    variables = {variable_of(key): (key, field) for key, field in setting_fields()}
+    values = {}
+    for name in sorted(environment):
+        if not name.startswith(PREFIX) or name in OTHER_VARIABLES:
+            continue
+        if name not in variables:
+            problems.append(f"{name}: unknown variable{_suggestion(name, variables)}")
+            continue
+        key, field = variables[name]
+        values[key] = Value(from_text(environment[name], field), f"variable {name}")
+    return values
+
+
+def from_text(text: str, field: FieldInfo) -> Any:
+    """Turn a variable's or flag's text into what the field's type expects of a TOML value."""
+    if _is_pairs(field):
+        return dict(part.partition("=")[::2] for part in text.split(",") if part)
+    if _is_sequence(field):
+        return [part for part in text.split(",") if part]
+    if field.annotation is bool and text.lower() in {"true", "1", "yes", "on", "false", "0", "no", "off"}:
+        return text.lower() in {"true", "1", "yes", "on"}
+    return text
+
+
+def _is_pairs(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is dict
+
+
+def _is_sequence(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is tuple
+
+
+def _choose_card(values: Mapping[str, Value], problems: list[str]) -> str | None:
+    """The profile that was asked for, else the one of this host; `cpu` where the device is to be the CPU."""
+    if "card" in values:
+        value = values["card"]
+        if value.raw in card_names():
+            return str(value.raw)
+        allowed = ", ".join(card_names())
+        problems.append(f"card: unknown card {value.raw!r}, must be one of: {allowed} ({value.origin})")
+        return None
+    if "device" in values and values["device"].raw == "cpu":
+        return "cpu"
+    return detect_card()
+
+
+def _profile_values(card: str | None) -> dict[str, Value]:
+    if card is None:
+        return {}
+    keys = dict(setting_fields())
+    return {key: Value(raw, f"profile {card}") for key, raw in _leaves(load_card(card).settings, keys)}
+
+
+def _validate(values: Mapping[str, Value], problems: list[str]) -> Settings | None:
+    document: dict[str, Any] = {}
+    for key, value in values.items():
+        *groups, name = key.split(".")
+        table = document
+        for group in groups:
+            table = table.setdefault(group, {})
+        table[name] = value.raw
+    try:
+        return Settings.model_validate(document)
+    except ValidationError as error:
+        problems += [_sentence(details, values) for details in error.errors()]
+        return None
+
+
+def _sentence(details: Any, values: Mapping[str, Value]) -> str:
+    location = [str(part) for part in details["loc"]]
+    key = next((k for k in (".".join(location[:n]) for n in (1, 2)) if k in values), ".".join(location))
+    field = dict(setting_fields())[key]
+    value = values[key]
+    # A validator of ours says it better than the type can.
+    cause = details.get("ctx", {}).get("error")
+    reason = str(cause) if cause else f"invalid value {value.raw!r}, must be {allowed_values(field)}"
+    return f"{key}: {reason} ({value.origin})"
+
+
+def allowed_values(field: FieldInfo) -> str:
+    """Say in words what a setting may be: its choices, or its type and range."""
+    choices = _choices(field.annotation)
+    if choices:
+        return "one of: " + ", ".join(choices)
+    return _type_words(field) + _range_words(field)
+
+
+def _range_words(field: FieldInfo) -> str:
+    limits = {
+        name: getattr(part, name)
+        for part in _all_metadata(field)
+        for name in ("ge", "gt", "le", "lt")
+        if getattr(part, name, None) is not None
+    }
+    if "ge" in limits and "le" in limits:
+        return f" between {limits['ge']} and {limits['le']}"
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    return "".join(f" {words[name]} {limit}" for name, limit in limits.items()).replace(" below", " and below")
+
+
+def _choices(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [choice for part in get_args(annotation) if get_origin(part) is Literal for choice in _choices(part)]
+
+
+def _type_words(field: FieldInfo) -> str:
+    validators = {getattr(part, "func", None) for part in _all_metadata(field)}
+    if parse_bytes in validators:
+        return "a size such as 512 MiB"
+    if parse_seconds in validators:
+        return "a duration such as 60s or 5m"
+    if any(getattr(part, "pattern", None) == "^[0-9a-f]{64}$" for part in _all_metadata(field)):
+        return "64 hexadecimal digits in lower case"
+    if _is_pairs(field):
+        return "pairs NAME=VALUE"
+    if _is_sequence(field):
+        return "a list of texts"
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+    annotations = [field.annotation, *get_args(field.annotation)]
+    return next((names[a] for a in annotations if a in names), "a value of another type")
+
+
+def _all_metadata(field: FieldInfo) -> list[Any]:
+    nested = [part for a in get_args(field.annotation) for part in getattr(a, "__metadata__", ())]
+    return [*field.metadata, *nested]
+
+
+def _contradiction_sentences(settings: Settings, values: Mapping[str, Value]) -> list[str]:
+    return [f"{key}: {sentence} ({_origin_of(key, values)})" for key, sentence in contradictions(settings)]
+
+
+def _host_problems(settings: Settings, values: Mapping[str, Value]) -> list[str]:
+    """What only this host can tell: whether the files that settings name can be read."""
+    path = settings.api_key_file
+    if path is None:
+        return []
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        sentence = f"failed to read {path}: {reason}; it must be a file that this user may read"
+        return [f"api_key_file: {sentence} ({_origin_of('api_key_file', values)})"]
+    if not key or len(key.split()) != 1:
+        found = "is empty" if not key else "holds more than one word"
+        return [
+            f"api_key_file: {path} {found}, must hold one key and nothing else ({_origin_of('api_key_file', values)})"
+        ]
+    return []
+
+
+def _origin_of(key: str, values: Mapping[str, Value]) -> str:
+    for candidate in (key, key.split(".", maxsplit=1)[0]):
+        if candidate in values:
+            return values[candidate].origin
+    return DEFAULT
+
+
+def _origins(values: Mapping[str, Value]) -> dict[str, str]:
+    return {key: values[key].origin if key in values else DEFAULT for key, _ in setting_fields()}
+
+
+def _suggestion(name: str, known: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]}?" if close else f", must be one of: {', '.join(known)}"

@@ -1,0 +1,245 @@
+"""Settings from all sources: precedence, origins, and a whole message for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pascaline.configuration import load, setting_fields
+from pascaline.errors import ConfigurationError, ExitCode
+
+
+def problems(**sources: Any) -> list[str]:
+    """Return the sentences that loading from these sources fails with."""
+    sources.setdefault("environment", {})
+    with pytest.raises(ConfigurationError) as caught:
+        load(**sources)
+    return str(caught.value).splitlines()
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Any:
+    def write(text: str) -> Path:
+        path = tmp_path / "settings.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+class TestPrecedence:
+    """Profile, file, variable, flag: the later wins, and the origin says which it was."""
+
+    def test_flag_beats_variable_beats_file_beats_profile(self, toml: Any) -> None:
+        path = toml("context_length = 1024\nmax_running_requests = 2\nport = 1111\n")
+        environment = {"PASCALINE_MAX_RUNNING_REQUESTS": "3", "PASCALINE_PORT": "2222"}
+        loaded = load({"card": "tesla-p4", "port": "3333"}, path, environment)
+        assert loaded.settings.mem_fraction_static == 0.9
+        assert loaded.settings.context_length == 1024
+        assert loaded.settings.max_running_requests == 3
+        assert loaded.settings.port == 3333
+        assert loaded.origins["mem_fraction_static"] == "profile tesla-p4"
+        assert loaded.origins["context_length"] == f"{path}:1"
+        assert loaded.origins["max_running_requests"] == "variable PASCALINE_MAX_RUNNING_REQUESTS"
+        assert loaded.origins["port"] == "flag --port"
+        assert loaded.origins["agent_port"] == "default"
+
+    def test_the_guides_values_are_the_defaults_of_a_p4(self) -> None:
+        settings = load({"card": "tesla-p4"}, environment={}).settings
+        chosen = (
+            settings.tensor_parallel,
+            settings.pipeline_parallel,
+            settings.mem_fraction_static,
+            settings.max_running_requests,
+            settings.schedule_policy,
+            settings.dtype,
+            settings.context_length,
+        )
+        assert chosen == (1, 1, 0.9, 4, "fcfs", "float16", 4096)
+
+    def test_variable_may_name_the_file(self, toml: Any) -> None:
+        path = toml("port = 4444\n")
+        assert load(environment={"PASCALINE_CONFIG": str(path)}).settings.port == 4444
+
+    def test_groups_are_tables_flags_and_variables_alike(self, toml: Any) -> None:
+        path = toml('[kv_cache]\nmax_bytes = "64 MiB"\n')
+        assert load(config_file=path, environment={}).settings.kv_cache.max_bytes == 64 * 2**20
+        assert load({"kv_cache.max_bytes": "1GB"}, path, {}).settings.kv_cache.max_bytes == 10**9
+        assert load(environment={"PASCALINE_KV_CACHE_MAX_TOKENS": "512"}).settings.kv_cache.max_tokens == 512
+
+    def test_lists_and_pairs_in_variables(self) -> None:
+        environment = {"PASCALINE_EXTRA_ARGS": "--a,--b=1", "PASCALINE_ENVIRONMENT": "X=1,Y=2"}
+        settings = load(environment=environment).settings
+        assert settings.extra_args == ("--a", "--b=1")
+        assert settings.environment == {"X": "1", "Y": "2"}
+
+    def test_every_setting_can_be_told_by_flag_and_variable(self) -> None:
+        """Names stay unique when dots and underscores become dashes."""
+        keys = [key for key, _ in setting_fields()]
+        assert len({key.replace(".", "_") for key in keys}) == len(keys)
+        assert all(field.description for _, field in setting_fields())
+
+
+class TestMistakes:
+    """Each is one sentence: key, what is wrong, the value, what is allowed, where it stands."""
+
+    @pytest.mark.parametrize(
+        ("text", "sentence"),
+        [
+            ("port = 70000", "port: invalid value 70000, must be a whole number between 1 and 65535 ({file}:1)"),
+            ("\nport = true", "port: invalid value True, must be a whole number between 1 and 65535 ({file}:2)"),
+            ("modell = 'x'", "modell: unknown key, did you mean model? ({file}:1)"),
+            (
+                "[kv_cache]\n\nmax_byte = 1",
+                "kv_cache.max_byte: unknown key, did you mean kv_cache.max_bytes? ({file}:3)",
+            ),
+            (
+                "kv_cache = { dtype = 'fp4' }",
+                "kv_cache.dtype: invalid value 'fp4', must be one of: auto, fp16, bf16, fp8_e5m2, int8 ({file}:1)",
+            ),
+            (
+                "kv_cache.max_bytes = '3 furlongs'",
+                "kv_cache.max_bytes: unknown unit 'furlongs', must be KiB, MiB, GiB, kB, MB, GB or none for bytes ({file}:1)",
+            ),
+            (
+                "drain_timeout = '5 weeks'",
+                "drain_timeout: unknown unit 'weeks', must be ms, s, m, h or none for seconds ({file}:1)",
+            ),
+            (
+                "mem_fraction_static = 1.0",
+                "mem_fraction_static: invalid value 1.0, must be a number above 0.0 and below 1.0 ({file}:1)",
+            ),
+            (
+                "context_length = 1e30",
+                "context_length: invalid value 1e+30, must be a whole number between 16 and 16777216 ({file}:1)",
+            ),
+            (
+                "model_sha256 = 'abc'",
+                "model_sha256: invalid value 'abc', must be 64 hexadecimal digits in lower case ({file}:1)",
+            ),
+            (
+                "card = 'tesla-t4'",
+                "card: unknown card 'tesla-t4', must be one of: tesla-p4, tesla-p40, tesla-p100, gtx-1080, gtx-1080-ti, "
+                "gtx-1070, cpu ({file}:1)",
+            ),
+            ("agent_port = 30000", "agent_port: 30000 is the engine's port too, must be another ({file}:1)"),
+            (
+                "kv_cache.max_tokens = 100\ncontext_length = 4096",
+                "kv_cache.max_tokens: 100 tokens cannot hold one request, must be at least context_length (4096) ({file}:1)",
+            ),
+            (
+                "[kv_cache]\nmax_tokens = 100\nmax_bytes = 100",
+                "kv_cache.max_bytes: is set beside kv_cache.max_tokens, must be the only one of the two ({file}:3)",
+            ),
+            (
+                "engine = 'llama.cpp'\nquantization = 'bitsandbytes'",
+                "quantization: 'bitsandbytes' has no counterpart in llama.cpp, "
+                "must be left out or engine be sglang ({file}:2)",
+            ),
+        ],
+    )
+    def test_in_the_file(self, toml: Any, text: str, sentence: str) -> None:
+        path = toml(text + "\n")
+        assert problems(config_file=path) == [sentence.format(file=path)]
+
+    def test_unknown_variable(self) -> None:
+        assert problems(environment={"PASCALINE_PROT": "1"}) == [
+            "PASCALINE_PROT: unknown variable, did you mean PASCALINE_PORT?"
+        ]
+
+    def test_all_problems_are_reported_at_once(self, toml: Any) -> None:
+        path = toml("port = 0\nnonsense = 1\n")
+        found = problems(flags={"agent_port": "0"}, config_file=path)
+        assert [sentence.split(":")[0] for sentence in found] == ["nonsense", "port", "agent_port"]
+
+    def test_missing_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "absent.toml"
+        assert problems(config_file=path) == [f"failed to read {path}: No such file or directory"]
+
+    def test_file_that_is_not_toml(self, toml: Any) -> None:
+        path = toml("port = \n")
+        assert problems(config_file=path) == [f"failed to read {path}: not TOML: Invalid value (at line 1, column 8)"]
+
+
+class TestApiKeyFile:
+    """The key's file is read only by the host that serves, and the key never appears in a message."""
+
+    def test_unreadable(self, tmp_path: Path) -> None:
+        # A folder cannot be read as a file even by root.
+        assert problems(flags={"api_key_file": str(tmp_path)}) == [
+            f"api_key_file: failed to read {tmp_path}: Is a directory; "
+            "it must be a file that this user may read (flag --api-key-file)"
+        ]
+
+    @pytest.mark.parametrize(("content", "found"), [("", "is empty"), ("one two\n", "holds more than one word")])
+    def test_not_one_key(self, tmp_path: Path, content: str, found: str) -> None:
+        path = tmp_path / "key"
+        path.write_text(content)
+        assert problems(flags={"api_key_file": str(path)}) == [
+            f"api_key_file: {path} {found}, must hold one key and nothing else (flag --api-key-file)"
+        ]
+
+    def test_not_checked_for_another_host(self, tmp_path: Path) -> None:
+        flags = {"api_key_file": str(tmp_path / "absent")}
+        assert load(flags, environment={}, check_host=False).settings.api_key_file == tmp_path / "absent"
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PASCALINE_")}
+    command = [sys.executable, "-m", "pascaline", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**inherited, **environment})
+
+
+class TestCommand:
+    """`pascaline config` as a user calls it."""
+
+    def test_check_reports_and_exits(self) -> None:
+        result = run("config", "check", PASCALINE_PORT="x")
+        assert result.returncode == ExitCode.CONFIGURATION
+        assert result.stderr == (
+            "pascaline config: port: invalid value 'x', must be a whole number between 1 and 65535 (variable PASCALINE_PORT)\n"
+        )
+
+    def test_check_of_a_sound_file(self, toml: Any) -> None:
+        result = run("config", "check", str(toml('card = "tesla-p4"\n')))
+        assert (result.returncode, result.stdout) == (0, "sound: 10 settings chosen, card profile tesla-p4\n")
+
+    def test_show_names_every_origin(self) -> None:
+        shown = json.loads(run("config", "show", "--json", "--port", "1234", "--card", "gtx-1080").stdout)
+        assert shown["port"] == {"value": 1234, "origin": "flag --port"}
+        assert shown["dtype"] == {"value": "float16", "origin": "profile gtx-1080"}
+        assert set(shown) == {key for key, _ in setting_fields()}
+
+    def test_schema_refuses_what_the_program_refuses(self) -> None:
+        schema = json.loads(run("config", "schema").stdout)
+        assert schema["additionalProperties"] is False
+        assert schema["properties"]["port"] | {"title": "", "description": ""} == {
+            "default": 30000, "maximum": 65535, "minimum": 1, "type": "integer", "title": "", "description": "",
+        }  # fmt: skip
+
+    def test_documentation_is_current(self) -> None:
+        page = Path(__file__).resolve().parents[3] / "docs" / "configuration.md"
+        assert run("config", "docs").stdout == page.read_text(), "run: ./dev run config docs > docs/configuration.md"
+
+
+class TestLightness:
+    """The control plane never loads the engine."""
+
+    @pytest.mark.parametrize(
+        "statement", ["import pascaline", "import pascaline.cli.serve", "import pascaline.cli.config"]
+    )
+    def test_import_loads_no_engine(self, statement: str) -> None:
+        code = f"{statement}; import sys; print([m for m in ('torch', 'sglang', 'transformers', 'numpy') if m in sys.modules])"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert result.stdout == "[]\n", result.stderr
+
+    def test_help_loads_neither_pydantic_nor_an_engine(self) -> None:
+        code = "import sys; from pascaline.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        code += "print([m for m in ('torch', 'sglang', 'pydantic') if m in sys.modules])"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert result.stdout.endswith("[]\n"), result.stderr

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pascaline.errors import ModelError
 from pascaline.models.gguf import read_gguf
 from pascaline.models.safetensors import read_safetensors
+from pascaline.models.source import file_mode
 
 if TYPE_CHECKING:
     from pascaline.models.spec import ModelSpec
@@ -20,14 +22,10 @@ def read_model(place: Path | str) -> ModelSpec:
 
         return read_remote_model(place)
     path = Path(place)
-    try:
-        is_folder = path.is_dir()
-        exists = is_folder or path.exists()
-    except (OSError, ValueError) as error:
-        raise ModelError(f"failed to read {path}: {error}") from error
-    if not exists:
+    mode = file_mode(path)
+    if mode is None:
         raise ModelError(f"failed to read {path}: there is no such file; name a GGUF file or a Hugging Face folder")
-    if is_folder:
+    if stat.S_ISDIR(mode):
         return read_safetensors(path)
     if path.suffix == ".safetensors" or path.name == "config.json":
         return read_safetensors(path.parent)

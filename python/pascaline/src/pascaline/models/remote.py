@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -24,6 +25,8 @@ BLOCK_BYTES = 512 << 10
 """Bytes of one range request."""
 TIMEOUT_SECONDS = 30.0
 """Longest silence of the server."""
+MAX_REQUEST_SECONDS = 120.0
+"""Longest time that one block may take, however steadily it trickles in."""
 MAX_REDIRECTS = 5
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})", re.ASCII)
@@ -43,7 +46,8 @@ class HttpSource:
     chunk_bytes = BLOCK_BYTES
 
     def __init__(self, client: httpx.Client, url: str) -> None:
-        self.name = url
+        self.name = _shown_url(url)
+        self._url = url
         self._client = client
         self._tag = ""
         self.size = 0
@@ -61,13 +65,13 @@ class HttpSource:
     def _request(self, offset: int, size: int) -> bytes:
         headers = {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
         try:
-            with self._client.stream("GET", self.name, headers=headers) as response:
+            with self._client.stream("GET", self._url, headers=headers) as response:
                 if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and offset == 0:
                     return b""  # an empty file has no range that could be sent
                 wanted = self._check(response, offset, size)
                 return self._body(response, wanted)
-        except httpx.HTTPError as error:
-            raise ModelError(f"failed to read {self.name}: {error or type(error).__name__}") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            self._fail(str(error).rstrip(".") or type(error).__name__)
 
     def _check(self, response: httpx.Response, offset: int, size: int) -> int:
         """Check that the answer is the range that was asked for, and return its length."""
@@ -96,10 +100,13 @@ class HttpSource:
 
     def _body(self, response: httpx.Response, wanted: int) -> bytes:
         data = bytearray()
+        deadline = time.monotonic() + MAX_REQUEST_SECONDS
         for piece in response.iter_raw():
             data += piece
             if len(data) > wanted:
                 break
+            if time.monotonic() > deadline:
+                self._fail(f"the server took more than {MAX_REQUEST_SECONDS:.0f} s for {wanted} bytes")
         if len(data) != wanted:
             self._fail(f"the server announced {wanted} bytes and sent {'more' if len(data) > wanted else len(data)}")
         return bytes(data)
@@ -110,7 +117,10 @@ class HttpSource:
 
 def read_remote_model(url: str) -> ModelSpec:
     """Read a model at a URL: of a GGUF file (any part), of a safetensors file, or of the folder with config.json."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ModelError(f"failed to read {_shown_url(url)}: {error}") from error
     folder, _, name = parts.path.rpartition("/")
     if not name.endswith((".gguf", ".safetensors", ".json")):
         folder, name = parts.path.rstrip("/"), ""
@@ -127,7 +137,15 @@ def read_remote_model(url: str) -> ModelSpec:
         if name.endswith(".gguf"):
             return read_gguf_parts(unquote(name), open_part, locate)
         names = [SINGLE_NAME] if _is_absent(client, locate(INDEX_NAME)) else None
-        return read_safetensors_parts(locate(""), open_part, locate, names)
+        return read_safetensors_parts(_shown_url(locate("")), open_part, locate, names)
+
+
+def _shown_url(url: str) -> str:
+    """A URL as messages show it: without the parts that may hold a password or a token."""
+    scheme, _, rest = url.partition("://")
+    place, _, _ = rest.partition("?")
+    host, slash, path = place.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 @contextmanager

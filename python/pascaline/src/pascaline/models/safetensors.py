@@ -16,7 +16,7 @@ from pascaline.models.gguf_header import check_extents, check_unique_names, show
 from pascaline.models.hf_config import HfConfig
 from pascaline.models.json_file import MAX_JSON_BYTES, parse_object
 from pascaline.models.layers import differing, most_common_heads
-from pascaline.models.source import Source, open_file
+from pascaline.models.source import Source, file_mode, open_file
 from pascaline.models.spec import ModelSpec, TensorSpec
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -61,7 +61,7 @@ def read_safetensors(directory: Path | str) -> ModelSpec:
     def open_part(name: str) -> AbstractContextManager[Source]:
         return open_file(directory / name)
 
-    if not (directory / "config.json").exists():
+    if file_mode(directory / "config.json") is None:
         raise ModelError(
             f"failed to read {directory}: it has no config.json; name a GGUF file, or a folder as downloaded from "
             "Hugging Face"
@@ -138,7 +138,7 @@ def _numbers(source: Source, value: object, what: str, limit: int) -> tuple[int,
 
 def _file_names(directory: Path) -> list[str] | None:
     """The safetensors files of a folder without an index; None where there is one."""
-    if (directory / INDEX_NAME).exists():
+    if file_mode(directory / INDEX_NAME) is not None:
         return None
     try:
         # `consolidated` files are the same weights once more, in another project's layout.

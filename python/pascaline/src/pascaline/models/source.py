@@ -57,14 +57,26 @@ class FileSource:
         return data
 
 
+def file_mode(path: Path) -> int | None:
+    """Type and permissions of a file, as os.stat gives them; None where there is no such file."""
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ModelError(f"failed to read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"failed to read {str(path)!a}: {error}") from error
+
+
 @contextmanager
 def open_file(path: Path) -> Iterator[FileSource]:
     """Open a regular file for reading; a FIFO or a device is refused before it could block."""
     try:
         _require_regular(path, path.stat().st_mode)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"failed to read {path}: {_reason(error)}") from error
+    except OSError as error:
+        raise ModelError(f"failed to read {path}: {error.strerror}") from error
     try:
         # Once more: another file may have taken the name between the two calls.
         status = os.fstat(descriptor)
@@ -88,8 +100,3 @@ _KINDS = (
     (stat.S_ISCHR, "a character device"),
     (stat.S_ISBLK, "a block device"),
 )
-
-
-def _reason(error: OSError | ValueError) -> str:
-    # ValueError is Python's answer to a NUL in the path.
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

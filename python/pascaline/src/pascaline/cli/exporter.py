@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
+import math
 import signal
 import sys
 from pathlib import Path
@@ -16,7 +18,6 @@ from pascaline.gpu.reader import Reader
 from pascaline.gpu.render import render, to_json
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Iterator
 
 DESCRIPTION = """Serve metrics of this host's NVIDIA GPUs to Prometheus.
@@ -140,14 +141,13 @@ def _log(line: str) -> None:
 
 
 def _port(text: str) -> int:
-    number = int(text)
-    if not 0 <= number <= 65535:
-        raise ValueError(text)
-    return number
+    if not (text.isdecimal() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"port must be between 0 and 65535, got {text!r}")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise ValueError(text)
-    return number
+    with contextlib.suppress(ValueError):
+        if 0 < (number := float(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")

@@ -1,0 +1,318 @@
+"""`pascaline exporter` as a process, scraped over HTTP, on a simulated NVML that fails in every way."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from pascaline.errors import ExitCode
+from pascaline.gpu.exporter import ChangeLog, Readings
+from pascaline.gpu.fake_nvml import DEMO_SCENARIO, write_scenario
+from pascaline.gpu.reading import DeviceReading, DeviceStatus, DriverStatus, Reading, XidCount
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+PATIENCE = 60.0
+ONE_GPU = """
+[gpu 0]
+nvmlDeviceGetName = Tesla P4
+nvmlDeviceGetUUID = GPU-a
+nvmlDeviceGetTemperature 0 = 50
+"""
+SUCCESS = "nvidia_gpu_scrape_success 1\n"
+FAILURE = "nvidia_gpu_scrape_success 0\n"
+
+
+class RunningExporter:
+    """The process, what it logs, and its scenario file."""
+
+    def __init__(self, scenario: Path, *flags: str) -> None:
+        self.scenario = scenario
+        self.write("")
+        self.log: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pascaline", "exporter", "--port=0", f"--demo={scenario}", *flags],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stderr is not None
+        self.url = self.process.stderr.readline().split()[-1].removesuffix("/metrics")
+        self._reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr or ()), daemon=True)
+        self._reader.start()
+
+    def write(self, fault: str) -> None:
+        write_scenario(self.scenario, ONE_GPU + fault)
+
+    def get(self, path: str = "/metrics", **headers: str) -> str:
+        request = urllib.request.Request(self.url + path, headers={k.replace("_", "-"): v for k, v in headers.items()})
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            return str(answer.read().decode())
+
+    def scrape_until(self, wanted: Callable[[str], bool], **headers: str) -> str:
+        deadline = time.monotonic() + PATIENCE
+        while not wanted(page := self.get(**headers)):
+            assert time.monotonic() < deadline, f"last page:\n{page}\nlog: {self.log}"
+            time.sleep(0.02)
+        return page
+
+    def stop(self) -> int:
+        self.process.terminate()
+        code = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return code
+
+
+@pytest.fixture
+def exporter(tmp_path: Path) -> Iterator[RunningExporter]:
+    running = RunningExporter(tmp_path / "scenario.nvml", "--interval=0.05", "--max-age=2", "--deadline=1")
+    yield running
+    running.stop()
+
+
+def temperature(degrees: int) -> Callable[[str], bool]:
+    return lambda page: f'nvidia_gpu_temperature_gpu{{gpu="0",uuid="GPU-a"}} {degrees}\n' in page
+
+
+def test_a_scrape_shows_the_values_of_now(exporter: RunningExporter) -> None:
+    exporter.scrape_until(temperature(50))
+    exporter.write("nvmlDeviceGetTemperature 0 = 61")
+    exporter.scrape_until(temperature(61))
+
+
+def test_a_hang_turns_into_a_failure_without_data_and_back(exporter: RunningExporter) -> None:
+    exporter.scrape_until(temperature(50))
+    exporter.write("nvmlDeviceGetTemperature 0 = hang")
+    page = exporter.scrape_until(lambda page: FAILURE in page)
+    assert 'nvidia_gpu_driver_status{status="hung"} 1\n' in page
+    assert 'nvidia_gpu_lost{gpu="0",uuid="GPU-a"} 1\n' in page
+    assert "nvidia_gpu_temperature_gpu" not in page
+    exporter.write("")
+    page = exporter.scrape_until(temperature(50))
+    assert SUCCESS in page
+    assert 'nvidia_gpu_lost{gpu="0",uuid="GPU-a"} 0\n' in page
+
+
+def test_a_scrape_waits_for_the_driver_no_longer_than_its_own_timeout(tmp_path: Path) -> None:
+    """The deadline of a reading is an hour here: only the scrape's own timeout can end the wait."""
+    exporter = RunningExporter(tmp_path / "scenario.nvml", "--interval=0.05", "--max-age=0.2", "--deadline=3600")
+    try:
+        exporter.scrape_until(temperature(50))
+        exporter.write("nvmlDeviceGetTemperature 0 = hang")
+        page = exporter.scrape_until(lambda page: FAILURE in page, X_Prometheus_Scrape_Timeout_Seconds="1")
+    finally:
+        exporter.stop()
+    assert 'nvidia_gpu_driver_status{status="stale"} 1\n' in page
+    assert "nvidia_gpu_temperature_gpu" not in page
+
+
+@pytest.mark.parametrize("timeout", ["0", "-1", "nan", "inf", "soon", ""])
+def test_a_senseless_timeout_is_the_default_one(exporter: RunningExporter, timeout: str) -> None:
+    assert "nvidia_gpu_scrape_success" in exporter.get(X_Prometheus_Scrape_Timeout_Seconds=timeout)
+
+
+def test_many_scrapes_at_once_cost_no_further_readings(tmp_path: Path) -> None:
+    """The scenario counts for us: with an hour between readings all pages are the first one."""
+    exporter = RunningExporter(tmp_path / "scenario.nvml", "--interval=3600", "--max-age=7200")
+    try:
+        exporter.scrape_until(temperature(50))
+        exporter.write("nvmlDeviceGetTemperature 0 = 61")
+        with ThreadPoolExecutor(16) as pool:
+            pages = set(pool.map(lambda _: exporter.get(), range(64)))
+    finally:
+        exporter.stop()
+    assert len(pages) == 1
+    assert temperature(50)(pages.pop())
+
+
+def test_each_change_is_logged_once(exporter: RunningExporter) -> None:
+    exporter.scrape_until(temperature(50))
+    exporter.write("all = error GPU_IS_LOST")
+    exporter.scrape_until(lambda page: 'nvidia_gpu_lost{gpu="0",uuid="GPU-a"} 1' in page)
+    exporter.write("xid = 79")
+    exporter.scrape_until(lambda page: 'nvidia_gpu_xid_errors_total{gpu="0",uuid="GPU-a",xid="79"} 1\n' in page)
+    exporter.stop()
+    assert [line.removeprefix("pascaline exporter: ").rstrip() for line in exporter.log] == [
+        "NVML: ok",
+        "GPU 0 (GPU-a): ok",
+        "GPU 0 (GPU-a): lost: nvmlDeviceGetHandleByIndex said GPU_IS_LOST",
+        "GPU 0 (GPU-a): ok",
+        "GPU 0 (GPU-a): Xid 79, 1 so far",
+    ]
+
+
+def test_the_other_pages(exporter: RunningExporter) -> None:
+    assert exporter.get("/livez") == "ok\n"
+    assert '<a href="/metrics">' in exporter.get("/")
+    with pytest.raises(urllib.error.HTTPError, match="404") as caught:
+        exporter.get("/nothing")
+    assert caught.value.read() == b"not found; see /metrics\n"
+    caught.value.close()
+
+
+def test_livez_answers_while_the_driver_hangs(exporter: RunningExporter) -> None:
+    exporter.write("[library]\nall = hang")
+    assert exporter.get("/livez") == "ok\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_success_and_leaves_no_child(tmp_path: Path, number: signal.Signals) -> None:
+    exporter = RunningExporter(tmp_path / "scenario.nvml", "--interval=0.05")
+    exporter.scrape_until(temperature(50))
+    threads = Path(f"/proc/{exporter.process.pid}/task").iterdir()
+    children = [child for thread in threads for child in (thread / "children").read_text().split()]
+    assert len(children) == 1
+    exporter.process.send_signal(number)
+    assert exporter.process.wait(PATIENCE) == ExitCode.OK
+    exporter.stop()
+    assert not Path(f"/proc/{children[0]}").exists()
+
+
+def run_exporter(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pascaline", "exporter", *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+
+
+def test_a_port_in_use_has_its_exit_code_and_remedy() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run_exporter("--demo", f"--port={port}")
+    assert done.returncode == ExitCode.PORT_IN_USE
+    assert done.stderr == (
+        f"pascaline exporter: port {port} of 127.0.0.1 is in use; stop what listens there, or choose another with --port\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--json"], "--json needs --once: a server answers Prometheus text only"),
+        (
+            ["--interval=5", "--max-age=5"],
+            "--max-age must be more than --interval (5), got 5: else there are times without any reading to show",
+        ),
+        (
+            ["--demo=missing.nvml"],
+            "--demo: no scenario file 'missing.nvml'; without a name two Tesla P4 are simulated",
+        ),
+    ],
+)
+def test_bad_usage_is_told_before_anything_starts(flags: list[str], message: str) -> None:
+    done = run_exporter(*flags)
+    assert (done.returncode, done.stderr) == (ExitCode.CONFIGURATION, f"pascaline exporter: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--port=65536", "argument --port: port must be between 0 and 65535, got '65536'"),
+        ("--port=-1", "argument --port: port must be between 0 and 65535, got '-1'"),
+        ("--interval=0", "argument --interval: must be a number of seconds above 0, got '0'"),
+        ("--max-age=inf", "argument --max-age: must be a number of seconds above 0, got 'inf'"),
+        ("--deadline=soon", "argument --deadline: must be a number of seconds above 0, got 'soon'"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(flag: str, message: str) -> None:
+    done = run_exporter(flag)
+    assert done.returncode == ExitCode.CONFIGURATION
+    assert done.stderr.splitlines()[-1] == f"pascaline exporter: error: {message}"
+
+
+def test_once_prints_one_page_or_json() -> None:
+    page = run_exporter("--demo", "--once")
+    assert page.returncode == ExitCode.OK
+    assert page.stdout.count("nvidia_gpu_temperature_gpu{") == 2
+    described = json.loads(run_exporter("--demo", "--once", "--json").stdout)
+    assert [gpu["info"]["name"] for gpu in described["gpus"]] == ["Tesla P4", "Tesla P4"]
+    assert described["status"] == "ok"
+
+
+def test_once_without_a_driver_fails_and_still_prints_health(tmp_path: Path) -> None:
+    write_scenario(tmp_path / "s.nvml", "[library]\nall = error DRIVER_NOT_LOADED\n")
+    done = run_exporter("--once", f"--demo={tmp_path / 's.nvml'}")
+    assert done.returncode == ExitCode.FAILED
+    assert FAILURE in done.stdout
+    assert done.stderr == (
+        "pascaline exporter: no_driver: nvmlInit said DRIVER_NOT_LOADED: "
+        "the kernel module nvidia is not loaded; see modprobe nvidia and dmesg\n"
+    )
+
+
+def test_a_recording_replays_as_the_card_that_was_recorded(tmp_path: Path) -> None:
+    original = write_still_scenario(tmp_path / "original.nvml")
+    done = run_exporter(f"--record={tmp_path / 'copy.nvml'}", f"--demo={original}")
+    assert done.returncode == ExitCode.OK
+    first, second = (
+        json.loads(run_exporter("--once", "--json", f"--demo={tmp_path / name}.nvml").stdout)
+        for name in ("original", "copy")
+    )
+    assert first["gpus"] == second["gpus"]
+    assert first["driver"] == second["driver"]
+
+
+def write_still_scenario(path: Path) -> Path:
+    """The demo without what moves, and with a process and a retired page."""
+    still = [line for line in DEMO_SCENARIO.read_text().splitlines() if "wave(" not in line]
+    still += ["nvmlDeviceGetComputeRunningProcesses = 1:1048576 2:-", "nvmlDeviceGetRetiredPages 1 = 4096"]
+    write_scenario(path, "\n".join(still) + "\n")
+    return path
+
+
+def test_a_recording_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    done = run_exporter("--demo", f"--record={tmp_path / 'missing' / 'x.nvml'}")
+    assert done.returncode == ExitCode.STORAGE
+    assert "No such file or directory" in done.stderr
+
+
+def ok(**values: int) -> Reading:
+    device = DeviceReading(0, "GPU-a", DeviceStatus.OK, values={k.replace("__", " "): v for k, v in values.items()})
+    return Reading(DriverStatus.OK, devices=(device,), counted=1)
+
+
+def test_a_reading_that_is_too_old_is_never_shown() -> None:
+    readings = Readings(max_age=0.0)
+    readings.publish(ok(nvmlDeviceGetTemperature__0=50))
+    page = readings.page(timeout=0.0).decode()
+    assert FAILURE in page
+    assert "temperature" not in page
+
+
+def test_a_scrape_before_the_first_reading_waits_for_it() -> None:
+    readings = Readings(max_age=PATIENCE)
+    with ThreadPoolExecutor(1) as pool:
+        page = pool.submit(readings.page, PATIENCE)
+        readings.publish(ok(nvmlDeviceGetTemperature__0=50))
+        assert b"nvidia_gpu_temperature_gpu" in page.result(PATIENCE)
+
+
+def test_without_any_reading_the_page_says_starting() -> None:
+    assert b'nvidia_gpu_driver_status{status="starting"} 1' in Readings(max_age=1.0).page(timeout=0.0)
+
+
+def test_a_state_is_said_again_only_after_another() -> None:
+    lines: list[str] = []
+    log = ChangeLog(lines.append)
+    hung = Reading(DriverStatus.HUNG, "a call hangs")
+    for reading in (ok(), ok(), hung, hung, ok()):
+        log.note(reading)
+    log.note(Reading(DriverStatus.OK, xids=(XidCount(0, "GPU-a", 31, 2, 1.0),)))
+    assert lines == [
+        "NVML: ok",
+        "GPU 0 (GPU-a): ok",
+        "NVML: hung: a call hangs",
+        "NVML: ok",
+        "GPU 0 (GPU-a): Xid 31, 2 so far",
+    ]

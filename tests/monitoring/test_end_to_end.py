@@ -1,0 +1,71 @@
+"""A fault in a real process reaches a real webhook through Prometheus and Alertmanager, and so does its end."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).resolve().parents[2]
+DASHBOARDS = sorted((ROOT / "modules/monitoring/dashboards").glob("*.json"))
+
+pytestmark = pytest.mark.monitoring
+
+
+def test_prometheus_evaluates_every_rule_without_an_error(stack: Any) -> None:
+    groups = stack.wait_for_rules()
+    rules = [rule for group in groups for rule in group["rules"]]
+    assert {rule["name"]: rule.get("lastError", "") for rule in rules if rule["health"] != "ok"} == {}
+    assert len(rules) > 40
+
+
+def test_a_lost_gpu_reaches_the_webhook_and_resolves_when_it_is_back(stack: Any) -> None:
+    stack.fault("[gpu 1]\nall = error GPU_IS_LOST\n")
+    labels = {"alertname": "GpuLost", "host": "live", "gpu": "1", "severity": "critical"}
+    fired = stack.webhook.wait_for("firing", **labels)
+    stack.fault("")
+    stack.webhook.wait_for("resolved", **labels)
+    assert fired["annotations"]["summary"] == "GPU 1 of live no longer answers its driver"
+    assert fired["annotations"]["runbook_url"] == "docs/operations.md#gpulost"
+
+
+def test_an_engine_that_is_down_reaches_the_webhook_and_resolves_when_it_is_up(stack: Any) -> None:
+    page = stack.agent_page.read_text()
+    stack.replace_agent_page(page.replace("pascaline_engine_up 1.0", "pascaline_engine_up 0.0"))
+    labels = {"alertname": "EngineDown", "host": "recorded", "name": "demo", "severity": "critical"}
+    fired = stack.webhook.wait_for("firing", **labels)
+    stack.replace_agent_page(page)
+    stack.webhook.wait_for("resolved", **labels)
+    assert fired["annotations"]["summary"] == "demo on recorded has no running engine"
+
+
+def queries() -> Iterator[Any]:
+    for path in DASHBOARDS:
+        for panel in json.loads(path.read_text())["panels"]:
+            for target in panel["targets"]:
+                yield pytest.param(target["expr"], id=f"{path.stem}: {panel['title']} {target['refId']}")
+
+
+@pytest.mark.parametrize("expression", list(queries()))
+def test_every_query_of_every_panel_returns_data(expression: str, stack: Any) -> None:
+    """`$host` and `$name` as Grafana fills them in for "all"; the window of rates as for a scrape each second."""
+    for variable, value in (("$host", ".*"), ("$name", ".*"), ("$__rate_interval", "30s")):
+        expression = expression.replace(variable, value)
+    assert "$" not in expression
+    stack.wait_for_data(expression)
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_every_variable_of_a_dashboard_has_values(path: Path, stack: Any) -> None:
+    for variable in json.loads(path.read_text())["templating"]["list"]:
+        if variable["type"] == "query":
+            found = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"])
+            assert found
+            series = stack.wait_for_data(found[1].replace("$host", ".*"))
+            assert all(found[2] in one["metric"] for one in series)

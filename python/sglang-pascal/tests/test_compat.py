@@ -8,7 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from sglang_pascal.compat import SHIMS, SUPPORTED_SGLANG, check_sglang_version, shims_for
+import torch
+from sglang_pascal.compat import SHIMS, SUPPORTED_SGLANG, check_sglang_version, shims_for, softcap_logits
 from sglang_pascal.errors import UnsupportedVersionError
 
 
@@ -37,7 +38,11 @@ def test_the_table_is_complete():
 
 
 def test_rows_of_a_device_and_a_stage():
-    assert [shim.name for shim in shims_for("cpu", "register")] == ["attention backend", "load format"]
+    assert [shim.name for shim in shims_for("cpu", "register")] == [
+        "logit soft cap",
+        "attention backend",
+        "load format",
+    ]
     assert "is_cuda" not in [shim.name for shim in shims_for("cpu")]
     assert "Triton driver" not in [shim.name for shim in shims_for("cuda")]
 
@@ -102,6 +107,17 @@ def test_shims_do_what_they_say(on_cpu):
     assert on_cpu["load_format_choice"]
     assert on_cpu["loader"] == "PascalGgufLoader"
     assert on_cpu["other_loader"] == "DefaultModelLoader"
+
+
+def test_the_soft_cap_is_plain_torch_in_place_or_into_float32():
+    logits = torch.tensor([[-100.0, 0.5], [3.0, 100.0]], dtype=torch.float16)
+    expected = 30 * torch.tanh(logits.float() / 30)
+    output = torch.empty(2, 2)
+    assert softcap_logits(logits, 30.0, output) is output
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(softcap_logits(logits, None, output), logits.float())
+    assert softcap_logits(logits, 30.0) is logits
+    torch.testing.assert_close(logits.float(), expected, atol=0.05, rtol=0)
 
 
 def test_cuda_is_not_initialised(on_cpu):

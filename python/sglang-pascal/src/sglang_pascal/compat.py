@@ -202,6 +202,7 @@ def _lacks_sgl_kernel() -> bool:
 
 _GUARD_MODULE: Final = "sglang.srt.model_executor.model_runner_components.load_model_utils"
 _GUARD: Final = "maybe_downgrade_dtype_for_legacy_gpu"
+_SOFTCAP: Final = "sglang.kernels.ops.activation.softcap"
 _LOAD_CONFIG: Final = "sglang.srt.configs.load_config"
 
 
@@ -223,6 +224,13 @@ def verify_load_format(original: Callable[[Any], None], config: Any) -> None:
         config.load_format = PascalGgufLoader
     else:
         original(config)
+
+
+def softcap_logits(logits: Any, cap: float | None, output: Any = None) -> Any:
+    """Stands for SGLang's Triton kernel: cap x tanh(logits / cap), in place or into a float32 output."""
+    if output is not None:
+        logits = output.copy_(logits)
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def _hook(target: str, function: Callable[..., Any], kind: str) -> None:
@@ -313,6 +321,17 @@ SHIMS: Final = (
         is_needed=lambda: hasattr(importlib.import_module(_GUARD_MODULE), _GUARD),
         apply=lambda: _hook(f"{_GUARD_MODULE}.{_GUARD}", use_float16, "REPLACE"),
         is_applied=lambda: _is_hooked(_GUARD_MODULE, _GUARD),
+    ),
+    Shim(
+        name="logit soft cap",
+        what=f"{_SOFTCAP}._softcap_logits in plain torch",
+        why="it is a Triton kernel without another form (Gemma 2 needs it); Triton needs compute capability 7.0",
+        sglang="0.5.23",
+        devices=("cpu", "cuda"),
+        stage="register",
+        is_needed=lambda: hasattr(importlib.import_module(_SOFTCAP), "_softcap_logits"),
+        apply=lambda: _hook(f"{_SOFTCAP}._softcap_logits", softcap_logits, "REPLACE"),
+        is_applied=lambda: _is_hooked(_SOFTCAP, "_softcap_logits"),
     ),
     Shim(
         name="attention backend",

@@ -48,6 +48,12 @@ class PascalCpuPlatform(CpuDeviceMixin, _PascalPlatform):  # type: ignore[misc]
     _enum = PlatformEnum.OOT
     capabilities = PlatformCapabilities(supports_triton=False)
 
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Our attention backend: before it asks a platform, SGLang has put in `intel_amx`, which needs sgl-kernel."""
+        super().apply_server_args_defaults(server_args)
+        if server_args.attention_backend in (None, "intel_amx"):
+            server_args.attention_backend = self.get_default_attention_backend()
+
     def is_pin_memory_available(self, device: Any = None) -> bool:
         """There is no device to pin for."""
         del device

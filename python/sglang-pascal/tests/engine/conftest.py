@@ -21,6 +21,10 @@ START_DEADLINE_SECONDS = 600
 STOP_DEADLINE_SECONDS = 60
 
 
+COMMON_OPTIONS = ["--load-format", "pascal_gguf", "--dtype", "float32", "--max-total-tokens", "16384"]
+COMMON_OPTIONS += ["--mem-fraction-static", "0.2"]
+
+
 def free_port() -> int:
     """A port that nobody listens on now."""
     with socket.socket() as probe:
@@ -99,7 +103,16 @@ def engine(builtin_gguf, tmp_path_factory):
     """The builtin model in float32, so that token ids can be compared with transformers."""
     root = tmp_path_factory.mktemp("engine")
     prepare(builtin_gguf, root / "model")
-    options = ["--load-format", "pascal_gguf", "--dtype", "float32", "--max-total-tokens", "16384"]
-    options += ["--mem-fraction-static", "0.2", "--chunked-prefill-size", "128", "--enable-metrics"]
-    with running_engine(root / "model", root / "engine.log", *options, "--served-model-name", "smollm2") as engine:
+    options = [*COMMON_OPTIONS, "--chunked-prefill-size", "128", "--enable-metrics", "--served-model-name", "smollm2"]
+    with running_engine(root / "model", root / "engine.log", *options) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def gemma_engine(tiny_model, tmp_path_factory):
+    """A tiny random Gemma 2: sliding window of 8 tokens, soft caps, tied embeddings; chunks longer than the window."""
+    root = tmp_path_factory.mktemp("gemma")
+    prepare(tiny_model("gemma2").path, root / "model")
+    options = [*COMMON_OPTIONS, "--chunked-prefill-size", "32"]
+    with running_engine(root / "model", root / "engine.log", *options) as engine:
         yield engine

@@ -154,6 +154,39 @@ def test_each_change_is_logged_once(exporter: RunningExporter) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("lines", "series", "message"),
+    [
+        (
+            "nvmlDeviceGetMigMode = 1 1",
+            'nvidia_gpu_mig_enabled{gpu="0",uuid="GPU-a"} 1',
+            "MIG is on: NVML tells no utilization of the whole card",
+        ),
+        (
+            "nvmlDeviceGetVirtualizationMode = 2",
+            'virtualization="vgpu"} 1',
+            "this is a vGPU: NVML tells only part of what the card does",
+        ),
+    ],
+    ids=["MIG", "vGPU"],
+)
+def test_a_divided_card_is_marked_and_said(exporter: RunningExporter, lines: str, series: str, message: str) -> None:
+    exporter.scrape_until(temperature(50))
+    exporter.write(lines)
+    page = exporter.scrape_until(lambda page: series in page)
+    exporter.stop()
+    assert "utilization" not in page
+    assert exporter.log[-1] == f"pascaline exporter: GPU 0 (GPU-a): ok: {message}\n"
+
+
+def test_a_long_interval_needs_no_other_flag(tmp_path: Path) -> None:
+    exporter = RunningExporter(tmp_path / "scenario.nvml", "--interval=30")
+    try:
+        exporter.scrape_until(temperature(50))
+    finally:
+        exporter.stop()
+
+
 def test_the_other_pages(exporter: RunningExporter) -> None:
     assert exporter.get("/livez") == "ok\n"
     assert '<a href="/metrics">' in exporter.get("/")

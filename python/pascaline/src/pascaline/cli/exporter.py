@@ -45,8 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-age",
         type=_seconds,
-        default=DEFAULT_MAX_AGE,
-        help="seconds for which a reading is shown; more than --interval (default: %(default)s)",
+        help=f"seconds for which a reading is shown (default: {DEFAULT_MAX_AGE:g}, or two intervals)",
     )
     parser.add_argument(
         "--deadline", type=_seconds, default=5.0, help="seconds after which a reading has hung (default: %(default)s)"
@@ -66,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C, or do the one thing that was asked for."""
+    if arguments.max_age is None:
+        arguments.max_age = max(DEFAULT_MAX_AGE, 2 * arguments.interval)
     _check(arguments)
     environment = None if arguments.demo is None else fake_nvml_environment(arguments.demo.resolve())
     reader = Reader(deadline=arguments.deadline, environment=environment)

@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 from pascaline.errors import ConfigurationError, PortInUseError
-from pascaline.gpu.reading import DriverStatus, Reading
+from pascaline.gpu.reading import DeviceStatus, DriverStatus, Reading
 from pascaline.gpu.render import CONTENT_TYPE, render
 
 if TYPE_CHECKING:
@@ -28,11 +28,13 @@ DEFAULT_PORT = 9836
 DEFAULT_INTERVAL = 1.0
 """Seconds from one reading to the next."""
 DEFAULT_MAX_AGE = 5.0
-"""Seconds for which a reading may be shown."""
+"""Seconds for which a reading may be shown; with a long interval, twice the interval."""
 TIMEOUT_HEADER = "X-Prometheus-Scrape-Timeout-Seconds"
 _DEFAULT_TIMEOUT = 10.0  # Prometheus' own default
 _TIMEOUT_MARGIN = 0.5
 """Seconds of a scrape's timeout that are left for the answer to travel."""
+_SWITCH_SECONDS = 0.0005
+"""Interpreter's time slice (its default is 5 ms): how long a scrape may wait for the thread that renders a reading."""
 _INDEX_PAGE = b"""<!doctype html><title>pascaline exporter</title><h1>pascaline exporter</h1>
 <p>Metrics of the NVIDIA GPUs of this host.</p>
 <ul><li><a href="/metrics">/metrics</a></li><li><a href="/livez">/livez</a></li></ul>
@@ -96,8 +98,10 @@ class ChangeLog:
                 self._xids[key] = xid.count
 
     def _say(self, who: str, status: str, message: str) -> None:
-        if self._said.get(who) != status:
-            self._said[who] = status
+        # The message of a failure may name another call each time; that of a working GPU says how it is set up.
+        state = f"{status}: {message}" if status == DeviceStatus.OK else status
+        if self._said.get(who) != state:
+            self._said[who] = state
             self._write(f"{who}: {status}" + (f": {message}" if message else ""))
 
 
@@ -130,6 +134,7 @@ class Exporter:
 
     def run(self) -> None:
         """Read and answer until `stop` is called from another thread or a signal handler's."""
+        sys.setswitchinterval(_SWITCH_SECONDS)
         self._thread.start()
         try:
             self._server.serve_forever(poll_interval=0.1)

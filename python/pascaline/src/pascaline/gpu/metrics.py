@@ -120,6 +120,8 @@ SERIAL = Call("nvmlDeviceGetSerial")
 VBIOS = Call("nvmlDeviceGetVbiosVersion")
 COMPUTE_CAPABILITY = Call("nvmlDeviceGetCudaComputeCapability")
 VIRTUALIZATION = Call("nvmlDeviceGetVirtualizationMode")
+VIRTUALIZATION_VGPU = 2  # NVML_GPU_VIRTUALIZATION_MODE_VGPU: the answer inside a virtual machine
+MIG_MODE = Call("nvmlDeviceGetMigMode")
 COMPUTE_PROCESSES = Call("nvmlDeviceGetComputeRunningProcesses", fields=("pid", "usedGpuMemory"))
 GRAPHICS_PROCESSES = Call("nvmlDeviceGetGraphicsRunningProcesses", fields=("pid", "usedGpuMemory"))
 INFO_CALLS = (NAME, PCI_INFO, SERIAL, VBIOS, COMPUTE_CAPABILITY, VIRTUALIZATION)
@@ -316,7 +318,7 @@ FAMILIES = (
         "Whether the driver stays loaded without clients.",
         _read(Call("nvmlDeviceGetPersistenceMode")),
     ),
-    _gauge("mig_enabled", "Whether the card is split into MIG devices.", _read(Call("nvmlDeviceGetMigMode"), 0)),
+    _gauge("mig_enabled", "Whether the card is split into MIG devices.", _read(MIG_MODE, 0)),
 )
 """Every metric whose samples are NVML answers. Health, info, processes and Xid events are in render.py."""
 

@@ -29,10 +29,13 @@ from pascaline.gpu.calls import (
     error_name,
 )
 from pascaline.gpu.frames import read_frame, write_frame
+from pascaline.gpu.metrics import MIG_MODE, VIRTUALIZATION, VIRTUALIZATION_VGPU
 from pascaline.gpu.reading import DeviceReading, DeviceStatus, DriverStatus, Reading, XidCount
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from pascaline.gpu.calls import Raw
 
 MAX_ABANDONED = 3
 """Unkillable children at which no further one is started."""
@@ -178,7 +181,8 @@ class Reader:
         errors = answer.get("errors", {})
         code = answer.get("failure") or next((code for code in errors.values() if code in DEVICE_GONE), None)
         if code is None:
-            return DeviceReading(index, uuid, DeviceStatus.OK, values=answer["values"], errors=errors)
+            values = answer["values"]
+            return DeviceReading(index, uuid, DeviceStatus.OK, _restriction(values), values, errors)
         status = _DEVICE_STATUS.get(code, DeviceStatus.ERROR)
         call = answer.get("call") or next(key for key, value in errors.items() if value == code)
         return DeviceReading(
@@ -222,6 +226,15 @@ class Reader:
             before = self._xids.get(key)
             count = before.count + 1 if before else 1
             self._xids[key] = XidCount(event["index"], *key, count, event["timestamp"])
+
+
+def _restriction(values: Mapping[str, Raw]) -> str:
+    mig = values.get(MIG_MODE.key)
+    if isinstance(mig, list) and mig[0]:
+        return "MIG is on: NVML tells no utilization of the whole card"
+    if values.get(VIRTUALIZATION.key) == VIRTUALIZATION_VGPU:
+        return "this is a vGPU: NVML tells only part of what the card does"
+    return ""
 
 
 class _Child:

@@ -65,7 +65,7 @@ class DeviceReading:
     """Empty if the GPU never told it."""
     status: DeviceStatus
     message: str = ""
-    """Why `status` is not OK."""
+    """Why `status` is not OK; with OK, what keeps NVML from telling all (MIG, vGPU)."""
     values: Mapping[str, Raw] = field(default_factory=dict)
     """Answers by call key (calls.Call.key). Only what the GPU supports; empty unless `status` is OK."""
     errors: Mapping[str, int] = field(default_factory=dict)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pascaline.errors import ModelError
 from pascaline.models import gguf_header
-from pascaline.models.gguf import read_gguf, read_gguf_parts
+from pascaline.models.gguf import open_gguf, read_gguf, read_gguf_parts
 from pascaline.models.gguf_header import MAX_HEADER_BYTES, read_header
 from support.models import SHAPES, tensor_shapes, tensor_types, tiny, write_gguf
 from support.raw_models import LLAMA, MemoryFolder, MemorySource, gguf_file, string, tensor, value
@@ -119,6 +119,12 @@ class TestMetadata:
         assert metadata.value("tokens") == tokens
         assert metadata.value("text") == "y" * 5000
         assert metadata.value("scores") == [0.5] * 2000
+
+    def test_large_values_of_an_open_file(self, tmp_path: Path) -> None:
+        path = write_gguf(tmp_path / "model.gguf", tiny("qwen2", vocab_size=5000, merges=4000), "Q8_0", sparse=True)
+        with open_gguf(path) as header:
+            tokens = header.metadata.value("tokenizer.ggml.tokens")
+        assert tokens == gguf.GGUFReader(path).fields["tokenizer.ggml.tokens"].contents()
 
     def test_keys_are_listed_in_the_order_of_the_file(self) -> None:
         data = gguf_file()
@@ -386,7 +392,7 @@ class TestDamagedFiles:
             f"failed to read m.gguf: it declares {2**60} {what}, must be at most 65536"
         )
 
-    @pytest.mark.parametrize("element_type", [0, 8, 9, 12])
+    @pytest.mark.parametrize("element_type", [0, 8, 12])
     def test_huge_arrays(self, element_type: int) -> None:
         array = struct.pack("<IIQ", 9, element_type, 2**60)
         message = refusal(gguf_file(LLAMA | {"a": array}))
@@ -425,6 +431,17 @@ class TestDamagedFiles:
             "failed to read m.gguf: metadata key 'a' nests arrays more than 4 deep"
         )
 
+    def test_nested_arrays_are_counted(self) -> None:
+        """A header of a few MiB must not cost millions of steps."""
+        huge = struct.pack("<IIQ", 9, 9, 2**60)
+        assert refusal(gguf_file(LLAMA | {"a": huge})) == (
+            "failed to read m.gguf: metadata key 'a' holds more than 65536 arrays"
+        )
+        inner = ("array", [("uint8", [])] * 40_000)
+        assert refusal(gguf_file(LLAMA | {"a": value("array", ("array", [inner, inner]))})) == (
+            "failed to read m.gguf: metadata key 'a' holds more than 65536 arrays"
+        )
+
     def test_a_key_that_is_not_utf8(self) -> None:
         data = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string(b"k\xff") + value("uint8", 1)
         assert (
@@ -433,8 +450,10 @@ class TestDamagedFiles:
 
     def test_a_value_that_is_not_utf8(self) -> None:
         name = struct.pack("<I", 8) + string(b"\xc3(")
-        assert refusal(gguf_file(LLAMA | {"general.name": name})) == (
-            "failed to read m.gguf: the value of 'general.name' b'\\xc3(' at byte 8 is not UTF-8: "
+        data = gguf_file(LLAMA | {"general.name": name})
+        at = data.index(b"\xc3(")
+        assert refusal(data) == (
+            f"failed to read m.gguf: the value of 'general.name' b'\\xc3(' at byte {at} is not UTF-8: "
             "invalid continuation byte"
         )
 

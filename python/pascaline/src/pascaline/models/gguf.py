@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,13 @@ def read_gguf(path: Path | str) -> ModelSpec:
     """Read the header of a GGUF file, or of all parts if it is one part of a split model."""
     path = Path(path)
     return read_gguf_parts(path.name, lambda name: open_file(path.with_name(name)), path.with_name)
+
+
+@contextmanager
+def open_gguf(path: Path | str) -> Iterator[GgufHeader]:
+    """The header of one open file, so that large values of its metadata (vocabulary, chat template) can be read."""
+    with open_file(Path(path)) as source:
+        yield read_header(source)
 
 
 def read_gguf_parts(name: str, open_part: OpenPart, locate: Callable[[str], Path | str]) -> ModelSpec:

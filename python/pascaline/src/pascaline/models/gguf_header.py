@@ -23,8 +23,8 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 
-MAX_HEADER_BYTES = 128 << 20
-"""A header beyond this is refused; the largest known (vocabulary of 262,144 with merges) is near 20 MiB."""
+MAX_HEADER_BYTES = 64 << 20
+"""A header beyond this is refused; vocabularies of 262,144 tokens and tokenisers kept as JSON stay below 25 MiB."""
 MAX_TENSORS = 1 << 16
 """Most tensors of one file; models with hundreds of experts have a few thousand."""
 MAX_KEYS = 1 << 16
@@ -33,6 +33,8 @@ MAX_NAME_BYTES = (1 << 16) - 1
 MAX_DIMENSIONS = 4
 """GGML_MAX_DIMS of ggml."""
 MAX_NESTING = 4
+MAX_NESTED_ARRAYS = 1 << 16
+"""Most arrays inside arrays of one header; llama.cpp writes none."""
 MAX_ELEMENTS = (1 << 63) - 1
 """GGML counts elements and bytes in a signed 64-bit number."""
 KEPT_BYTES = 4096
@@ -73,6 +75,7 @@ class _Cursor:
         self._start = offset
         self._window = b""
         self._at = 0
+        self.nested_arrays = 0
 
     @property
     def offset(self) -> int:
@@ -87,7 +90,7 @@ class _Cursor:
         """Refuse the file if fewer than `size` bytes are left in it."""
         if size <= self.limit - self.offset:
             return
-        if self.source.size > self.limit and self.offset + size > self.limit:
+        if self.source.size > self.limit:
             self.fail(f"the header is larger than {MAX_HEADER_BYTES} bytes, the most that is read: it is not a model")
         missing = self.offset + size - self.source.size
         self.fail(
@@ -194,25 +197,25 @@ class Metadata:
         field = self._fields.get(key)
         if field is None:
             return None
-        if field.raw is None:
-            return _read_value(_Cursor(self._source, field.offset), _TYPE_NUMBERS[field.value_type], key)
-        return _read_value(_Cursor(_Kept(self._source.name, field.raw)), _TYPE_NUMBERS[field.value_type], key)
+        source = self._source if field.raw is None else _Kept(self._source.name, field.raw, field.offset)
+        return _read_value(_Cursor(source, field.offset), _TYPE_NUMBERS[field.value_type], key)
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """The bytes of a small value, as a source."""
+    """The bytes of a small value, at the offset where they stand in the file."""
 
     name: str
     data: bytes
+    start: int
     chunk_bytes: int = KEPT_BYTES
 
     @property
     def size(self) -> int:
-        return len(self.data)
+        return self.start + len(self.data)
 
     def read_at(self, offset: int, size: int) -> bytes:
-        return self.data[offset : offset + size]
+        return self.data[offset - self.start : offset - self.start + size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,7 +368,9 @@ def _pass_elements(cursor: _Cursor, element_type: int, count: int, key: str, dep
     else:
         if depth == MAX_NESTING:
             cursor.fail(f"metadata key {shown(key)} nests arrays more than {MAX_NESTING} deep")
-        cursor.require(12 * count, shown(key))
+        cursor.nested_arrays += count
+        if cursor.nested_arrays > MAX_NESTED_ARRAYS:
+            cursor.fail(f"metadata key {shown(key)} holds more than {MAX_NESTED_ARRAYS} arrays")
         for _ in range(count):
             _pass_elements(cursor, *_pass_array_head(cursor, key), key, depth + 1)
 

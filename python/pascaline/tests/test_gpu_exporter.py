@@ -229,9 +229,32 @@ def test_a_port_in_use_has_its_exit_code_and_remedy() -> None:
     )
 
 
+def test_an_ipv6_address_can_be_listened_on(tmp_path: Path) -> None:
+    if not has_ipv6_loopback():
+        pytest.skip("this machine has no ::1")
+    exporter = RunningExporter(tmp_path / "scenario.nvml", "--host=::1")
+    try:
+        assert exporter.url.startswith("http://[::1]:")
+        exporter.scrape_until(temperature(50))
+    finally:
+        exporter.stop()
+
+
+def has_ipv6_loopback() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (
+            ["--demo", "--host=192.0.2.1"],
+            "failed to listen on 192.0.2.1:9836: Cannot assign requested address; see --host and --port",
+        ),
         (["--json"], "--json needs --once: a server answers Prometheus text only"),
         (
             ["--interval=5", "--max-age=5"],

@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_age=arguments.max_age,
         log=_log,
     )
-    _log(f"listening on http://{arguments.host}:{exporter.port}/metrics")
+    _log(f"listening on {exporter.url}")
     with _stopped_by_signals(exporter):
         exporter.run()
     return ExitCode.OK

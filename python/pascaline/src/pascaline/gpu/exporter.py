@@ -7,6 +7,7 @@ A reading older than `max_age` is not shown: its scrape waits for the next one, 
 from __future__ import annotations
 
 import errno
+import socket
 import sys
 import threading
 import time
@@ -128,9 +129,11 @@ class Exporter:
         self._thread = threading.Thread(target=self._read_forever, name="nvml", daemon=True)
 
     @property
-    def port(self) -> int:
-        """Port that is listened on."""
-        return int(self._server.server_address[1])
+    def url(self) -> str:
+        """Address of the page."""
+        host, port = self._server.server_address[:2]
+        name = host.decode() if isinstance(host, bytes | bytearray) else host
+        return f"http://{f'[{name}]' if ':' in name else name}:{port}/metrics"
 
     def run(self) -> None:
         """Read and answer until `stop` is called from another thread or a signal handler's."""
@@ -165,6 +168,7 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], readings: Readings) -> None:
         self.readings = readings
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Handler)
 
     def handle_error(self, request: object, client_address: object) -> None:

@@ -30,7 +30,7 @@ class _ForwardPlan:
     """What is the same for all layers of one forward pass; filled by the first layer that needs it."""
 
     swa_write_slots: torch.Tensor | None = None
-    decode_slots: torch.Tensor | None = None
+    decode_slots: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
     """`[n, L]` slots of each request, from position 0."""
     decode: dict[_View, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     prefill: dict[_View, list[Rectangle]] = field(default_factory=dict)
@@ -62,13 +62,21 @@ class PascalAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
         """No Triton kernel is used here."""
         return False
 
-    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        """Forget the last pass. All device work happens in the first layer, hence inside a recorded graph."""
-        del in_capture
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        """Forget the last pass; the first layer of this one plans anew.
+
+        SGLang calls this in each warm-up of a graph, and again inside the recording: the graph must not read what a
+        warm-up computed, and each replay must compute it again.
+        """
         self._plan = _ForwardPlan()
-        if self._is_cpu and forward_batch.forward_mode.is_decode():
-            longest = int(forward_batch.seq_lens.max()) if len(forward_batch.seq_lens) else 0
-            self._plan.decode_slots = self._slots(forward_batch, max(1, longest))
+        if forward_batch.forward_mode.is_decode():
+            self._plan.decode_slots = self._slots(forward_batch, self._decode_columns(forward_batch.seq_lens))
+
+    def _decode_columns(self, seq_lens: torch.Tensor) -> int:
+        """Positions that a decode step reads: the longest sequence's on the CPU, always all on a device."""
+        if not self._is_cpu:
+            return self._context_length
+        return max(1, int(seq_lens.max())) if len(seq_lens) else 1
 
     def forward_decode(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **_: Any
@@ -106,8 +114,6 @@ class PascalAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
     def _decode_view(self, layer: Any, forward_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         plan, view = self._plan, self._view(layer)
         if view not in plan.decode:
-            if plan.decode_slots is None:
-                plan.decode_slots = self._slots(forward_batch, self._context_length)
             slots, mask = paged.plan_decode(plan.decode_slots, forward_batch.seq_lens, view[0])
             plan.decode[view] = (self._translated(slots, view), mask)
         return plan.decode[view]

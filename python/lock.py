@@ -37,9 +37,12 @@ def main() -> int:
     write("requirements.lock", runtime)
     write("requirements-dev.lock", development)
     resolution = tomllib.loads((WORKSPACE / "uv.lock").read_text())
-    environments = {name: requirement_names(export(uv, *arguments, "--no-dev")) for name, arguments in ENVIRONMENTS.items()}
+    environments = {
+        name: requirement_names(export(uv, *arguments, "--no-dev")) for name, arguments in ENVIRONMENTS.items()
+    }
     wheels = nix_wheels(resolution, set().union(*environments.values()))
-    write("wheels.json", json.dumps({"python": NIX_PYTHON, "environments": environments, "wheels": wheels}, indent=1) + "\n")
+    content = {"python": NIX_PYTHON, "environments": environments, "wheels": wheels}
+    write("wheels.json", json.dumps(content, indent=1) + "\n")
     return 0
 
 
@@ -89,7 +92,9 @@ def nix_wheels(resolution: dict[str, Any], names: set[str]) -> dict[str, dict[st
         wheels[package["name"]] = {"version": package["version"], "file": file, "sha256": digest}
     missing = names - wheels.keys()
     if missing:
-        raise SystemExit(f"lock.py: no wheel for CPython {NIX_PYTHON} on x86_64 manylinux: {', '.join(sorted(missing))}")
+        raise SystemExit(
+            f"lock.py: no wheel for CPython {NIX_PYTHON} on x86_64 manylinux: " + ", ".join(sorted(missing))
+        )
     return dict(sorted(wheels.items()))
 
 
@@ -108,7 +113,8 @@ def best_wheel(package: dict[str, Any]) -> tuple[str, str]:
         if rank:
             fitting.append((rank, file, wheel["hash"].removeprefix("sha256:")))
     if not fitting:
-        raise SystemExit(f"lock.py: {package['name']} {package['version']} has no wheel for CPython {NIX_PYTHON} on x86_64 manylinux")
+        wanted = f"{package['name']} {package['version']}"
+        raise SystemExit(f"lock.py: {wanted} has no wheel for CPython {NIX_PYTHON} on x86_64 manylinux")
     _, file, digest = max(fitting)
     return file, digest
 
@@ -121,7 +127,8 @@ def wheel_rank(file: str) -> int:
         return 0
     if abi == interpreter:
         return 3
-    if abi == "abi3" and any(version_tuple(t[3:]) <= (int(interpreter[3:]),) for t in python.split(".") if t.startswith("cp3")):
+    minor = (int(interpreter[3:]),)
+    if abi == "abi3" and any(version_tuple(t[3:]) <= minor for t in python.split(".") if t.startswith("cp3")):
         return 2
     return 1 if abi == "none" and ("py3" in python.split(".") or interpreter in python.split(".")) else 0
 

@@ -103,7 +103,9 @@ def installed_models(proc_gpus: Path = PROC_GPUS) -> list[str]:
     """Return the model names of this host's NVIDIA GPUs, in PCI order."""
     models = []
     for information in sorted(proc_gpus.glob("*/information")):
-        match = re.search(r"^Model:\s*(.+?)\s*$", information.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        match = re.search(
+            r"^Model:\s*(.+?)\s*$", information.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+        )
         if match:
             models.append(match.group(1).removeprefix("NVIDIA "))
     return models

@@ -1,0 +1,117 @@
+"""What the supervisor needs of an engine: how to start it, whether it works and moves on, what its words mean."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from pascaline.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import re
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from pascaline.models.store import ResolvedModel
+    from pascaline.settings import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """All that decides how an engine is started."""
+
+    settings: Settings
+    model: ResolvedModel
+    device: str
+    """`cpu` or `cuda`: never auto, so that an engine cannot fall back to the CPU unseen."""
+    dtype: str
+    """`float16`, `bfloat16` or `float32`."""
+    threads: int
+    context_length: int
+    max_total_tokens: int
+    """Tokens of the KV pool."""
+    mem_fraction_static: float | None
+    runtime_dir: Path
+    """Folder that only this user can read, for a file with the API key."""
+    api_key: str | None = field(default=None, repr=False)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the engine's API."""
+        return self.settings.host, self.settings.port
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A command and the variables that it adds to this process's."""
+
+    command: tuple[str, ...]
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How much an engine has done and has to do."""
+
+    tokens: float
+    """A sum that grows with every step of work; its size means nothing."""
+    running: int
+    queued: int
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits for an answer."""
+        return self.running + self.queued > 0
+
+
+class Engine(ABC):
+    """One kind of engine. Instances hold no state."""
+
+    name: ClassVar[str]
+    drains_on_sigterm: ClassVar[bool]
+    """Whether SIGTERM lets running requests finish; else the supervisor waits for them before it sends one."""
+    setting_flags: ClassVar[Mapping[str, str]]
+    """The engine's own flag -> the setting that stands for it."""
+    failures: ClassVar[Sequence[tuple[re.Pattern[str], str]]]
+    """Patterns of output that explain a failed start, the most telling first, and the explanation."""
+
+    @abstractmethod
+    def launch(self, task: Task) -> Launch:
+        """Return how to start it; raises MissingError where its program is not on this machine."""
+
+    @abstractmethod
+    def progress(self, metrics: str) -> Progress | None:
+        """Read the progress from its /metrics; None where the series are missing."""
+
+    @abstractmethod
+    def parse_line(self, line: str) -> tuple[str, str]:
+        """Return (level, text) of a line of its output; level is a name of the logging module."""
+
+    def check_extra_args(self, extra_args: Sequence[str]) -> None:
+        """Refuse arguments that a setting stands for, since the two would contradict each other."""
+        for argument in extra_args:
+            flag = argument.partition("=")[0]
+            if flag in self.setting_flags:
+                raise ConfigurationError(
+                    f"extra_args: {flag} is set by {self.setting_flags[flag]}, must be left out; "
+                    f"set {self.setting_flags[flag]} instead"
+                )
+
+    def explain(self, lines: Sequence[str]) -> str | None:
+        """Return in plain words why it failed, judged by its last lines; None where they are not understood."""
+        text = "\n".join(lines)
+        return next((explanation for pattern, explanation in self.failures if pattern.search(text)), None)
+
+
+def sum_of_series(metrics: str, name: str) -> float | None:
+    """Return the sum of all series of this name in a Prometheus text page; None where there is none.
+
+    Written out because the page is read every second and a full parser takes a hundred times as long.
+    """
+    total: float | None = None
+    for line in metrics.splitlines():
+        if line.startswith(name) and line[len(name) : len(name) + 1] in {"{", " "}:
+            value = line.rsplit(" ", 1)[-1]
+            total = (total or 0.0) + (float(value) if value != "NaN" else 0.0)
+    return total

@@ -1,0 +1,122 @@
+"""llama.cpp's llama-server as a child process."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from typing import TYPE_CHECKING, ClassVar
+
+from pascaline.engines.base import Engine, Launch, Progress, Task, sum_of_series
+from pascaline.errors import ConfigurationError, MissingError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+# Ours -> llama.cpp's types of a stored key or value.
+KV_TYPES = {"auto": "f16", "fp16": "f16", "bf16": "bf16", "int8": "q8_0"}
+ALL_LAYERS = 999
+
+_ERROR_WORDS = re.compile(r"\b(error|failed|fatal|abort)", re.IGNORECASE)
+_WARNING_WORDS = re.compile(r"\b(warn(ing)?|deprecated)\b", re.IGNORECASE)
+# "0.00.123.456 I text", newer versions' prefix with --log-prefix.
+_PREFIXED = re.compile(r"[\d.]+ ([DIWE]) (.*)")
+_LEVELS = {"D": "DEBUG", "I": "INFO", "W": "WARNING", "E": "ERROR"}
+
+
+class LlamaCppEngine(Engine):
+    """`llama-server` with a GGUF file."""
+
+    name = "llama.cpp"
+    drains_on_sigterm = False
+    setting_flags: ClassVar[Mapping[str, str]] = {
+        "-m": "model",
+        "--model": "model",
+        "-a": "served_model_name",
+        "--alias": "served_model_name",
+        "--host": "host",
+        "--port": "port",
+        "-c": "context_length",
+        "--ctx-size": "context_length",
+        "-np": "max_running_requests",
+        "--parallel": "max_running_requests",
+        "-t": "threads",
+        "--threads": "threads",
+        "-b": "chunked_prefill_tokens",
+        "--batch-size": "chunked_prefill_tokens",
+        "-ctk": "kv_cache.dtype",
+        "--cache-type-k": "kv_cache.dtype",
+        "-ctv": "kv_cache.dtype",
+        "--cache-type-v": "kv_cache.dtype",
+        "-ngl": "device",
+        "--n-gpu-layers": "device",
+        "--gpu-layers": "device",
+        "--api-key": "api_key_file",
+        "--api-key-file": "api_key_file",
+    }
+    failures: ClassVar[Sequence[tuple[re.Pattern[str], str]]] = [
+        (
+            re.compile(r"out of memory|failed to allocate", re.IGNORECASE),
+            "not enough memory on the device; lower context_length or max_running_requests",
+        ),
+        (re.compile(r"couldn't bind|address already in use", re.IGNORECASE), "its port is in use"),
+        (re.compile(r"unknown model architecture"), "llama.cpp does not know the model's architecture"),
+        (re.compile(r"tensor .* data is not within the file bounds|invalid magic"), "the model file is damaged"),
+    ]
+
+    def launch(self, task: Task) -> Launch:
+        """Return the command line; raises MissingError where llama-server is not to be found."""
+        settings = task.settings
+        self.check_extra_args(settings.extra_args)
+        arguments = [
+            *("--model", str(task.model.path), "--alias", task.model.served_name),
+            *("--host", settings.host, "--port", str(settings.port)),
+            # llama-server divides its context among the parallel requests.
+            *("--ctx-size", str(task.context_length * settings.max_running_requests)),
+            *("--parallel", str(settings.max_running_requests)),
+            *("--threads", str(task.threads)),
+            *("--batch-size", str(max(settings.chunked_prefill_tokens, 32))),
+            *("--n-gpu-layers", str(ALL_LAYERS if task.device == "cuda" else 0)),
+            "--metrics",
+            *_kv_arguments(settings.kv_cache.dtype),
+        ]
+        if settings.api_key_file is not None:
+            arguments += ["--api-key-file", str(settings.api_key_file)]
+        if settings.debug:
+            arguments.append("--verbose")
+        environment = {"CUDA_VISIBLE_DEVICES": ""} if task.device == "cpu" else {}
+        return Launch((_program(task), *arguments, *settings.extra_args), environment | settings.environment)
+
+    def progress(self, metrics: str) -> Progress | None:
+        """Read the counter of decode calls, which moves with every batch, of prompt or answer."""
+        running = sum_of_series(metrics, "llamacpp:requests_processing")
+        if running is None:
+            return None
+        names = ("n_decode_total", "prompt_tokens_total", "tokens_predicted_total")
+        steps = sum(sum_of_series(metrics, f"llamacpp:{name}") or 0.0 for name in names)
+        return Progress(steps, int(running), int(sum_of_series(metrics, "llamacpp:requests_deferred") or 0))
+
+    def parse_line(self, line: str) -> tuple[str, str]:
+        """Tell the level by llama.cpp's prefix where it has one, else by its words."""
+        if match := _PREFIXED.match(line):
+            return _LEVELS[match.group(1)], match.group(2)
+        if _ERROR_WORDS.search(line):
+            return "ERROR", line
+        return ("WARNING" if _WARNING_WORDS.search(line) else "INFO"), line
+
+
+def _program(task: Task) -> str:
+    named = task.settings.engine_executable
+    found = shutil.which(str(named) if named else "llama-server")
+    if found is None:
+        where = f"{named} is not a program" if named else "llama-server is not on PATH"
+        raise MissingError(
+            f"engine_executable: {where}; install llama.cpp, or name its llama-server in engine_executable"
+        )
+    return found
+
+
+def _kv_arguments(dtype: str) -> list[str]:
+    if dtype not in KV_TYPES:
+        allowed = ", ".join(KV_TYPES)
+        raise ConfigurationError(f"kv_cache.dtype: llama.cpp has no {dtype!r}, must be one of: {allowed}")
+    return ["--cache-type-k", KV_TYPES[dtype], "--cache-type-v", KV_TYPES[dtype]]

@@ -1,0 +1,166 @@
+"""SGLang, with the plugin sglang-pascal, as a child process."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import TYPE_CHECKING, ClassVar
+
+from pascaline.engines.base import Engine, Launch, Progress, Task, sum_of_series
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+# Ours -> SGLang's names of KV types.
+KV_DTYPES = {"auto": "auto", "fp16": "auto", "bf16": "bf16", "fp8_e5m2": "fp8_e5m2", "int8": "int8"}
+
+# "[2026-11-23 20:15:01] INFO message" or "[2026-11-23 20:15:01 TP0] message"; SGLang leaves INFO out.
+_LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[^\]]*\] (?:(DEBUG|INFO|WARNING|ERROR|CRITICAL):? )?(.*)")
+_UVICORN_LINE = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL):\s+(.*)")
+
+
+class SglangEngine(Engine):
+    """`python -m sglang.launch_server` under the platform `pascal`."""
+
+    name = "sglang"
+    drains_on_sigterm = True
+    setting_flags: ClassVar[Mapping[str, str]] = {
+        "--model-path": "model",
+        "--model": "model",
+        "--served-model-name": "served_model_name",
+        "--host": "host",
+        "--port": "port",
+        "--device": "device",
+        "--dtype": "dtype",
+        "--context-length": "context_length",
+        "--max-running-requests": "max_running_requests",
+        "--max-queued-requests": "max_queued_requests",
+        "--mem-fraction-static": "mem_fraction_static",
+        "--schedule-policy": "schedule_policy",
+        "--chunked-prefill-size": "chunked_prefill_tokens",
+        "--max-total-tokens": "kv_cache.max_tokens",
+        "--kv-cache-dtype": "kv_cache.dtype",
+        "--disable-radix-cache": "radix_cache",
+        "--attention-backend": "attention_backend",
+        "--quantization": "quantization",
+        "--tp-size": "tensor_parallel",
+        "--tensor-parallel-size": "tensor_parallel",
+        "--tp": "tensor_parallel",
+        "--pp-size": "pipeline_parallel",
+        "--pipeline-parallel-size": "pipeline_parallel",
+        "--pp": "pipeline_parallel",
+        "--api-key": "api_key_file",
+        "--config": "the settings of pascaline",
+    }
+    failures: ClassVar[Sequence[tuple[re.Pattern[str], str]]] = [
+        (re.compile(r"GPU is lost|fallen off the bus|Unable to determine the device handle"), "the GPU is lost"),
+        (
+            re.compile(r"OutOfMemoryError|CUDA out of memory|Not enough memory"),
+            "not enough memory on the device; lower mem_fraction_static, context_length or max_running_requests",
+        ),
+        (re.compile(r"address already in use", re.IGNORECASE), "its port is in use"),
+        (re.compile(r"incomplete metadata, file not fully covered"), "a safetensors file is truncated; copy it again"),
+        (
+            re.compile(r"Unsupported architectures|are not supported for now"),
+            "SGLang does not know the model's architecture",
+        ),
+        (re.compile(r"CUDA driver version is insufficient"), "the NVIDIA driver is too old for this torch"),
+        (re.compile(r"No module named '?sglang"), "sglang cannot be imported; see engine_executable"),
+        (re.compile(r"MemoryError|DefaultCPUAllocator: can't allocate"), "the host has too little memory"),
+    ]
+
+    def launch(self, task: Task) -> Launch:
+        """Return the command line and the variables; the API key goes by a file, as arguments are public."""
+        settings = task.settings
+        self.check_extra_args(settings.extra_args)
+        python = str(settings.engine_executable or sys.executable)
+        arguments = [*_model_arguments(task), *_limit_arguments(task), *_feature_arguments(task)]
+        if task.api_key is not None:
+            arguments += ["--config", _write_key_file(task)]
+        command = (python, "-m", "sglang.launch_server", *arguments, *settings.extra_args)
+        return Launch(command, _environment(task))
+
+    def progress(self, metrics: str) -> Progress | None:
+        """Read the counters that move on every decode step and after every prefill chunk."""
+        tokens = sum_of_series(metrics, "sglang:realtime_tokens_total")
+        running = sum_of_series(metrics, "sglang:num_running_reqs")
+        if running is None:
+            return None
+        queued = sum_of_series(metrics, "sglang:num_queue_reqs")
+        return Progress(tokens or 0.0, int(running), int(queued or 0))
+
+    def parse_line(self, line: str) -> tuple[str, str]:
+        """Take SGLang's time stamp away and tell its level, INFO where it names none."""
+        match = _LINE.match(line) or _UVICORN_LINE.match(line)
+        if match is None:
+            return ("ERROR" if line.startswith("Traceback") else "INFO"), line
+        level, text = match.groups()
+        return level or "INFO", text
+
+
+def _model_arguments(task: Task) -> list[str]:
+    model = task.model
+    arguments = ["--model-path", str(model.prepared_dir or model.path), "--served-model-name", model.served_name]
+    if model.prepared_dir is not None:
+        arguments += ["--load-format", "pascal_gguf"]
+    if task.settings.quantization is not None:
+        arguments += ["--quantization", task.settings.quantization]
+    return [*arguments, "--device", task.device, "--dtype", task.dtype]
+
+
+def _limit_arguments(task: Task) -> list[str]:
+    settings = task.settings
+    arguments = [
+        *("--host", settings.host, "--port", str(settings.port)),
+        *("--context-length", str(task.context_length)),
+        *("--max-running-requests", str(settings.max_running_requests)),
+        *("--max-total-tokens", str(task.max_total_tokens)),
+        *("--chunked-prefill-size", str(settings.chunked_prefill_tokens)),
+        *("--schedule-policy", settings.schedule_policy),
+        *("--tp-size", str(settings.tensor_parallel), "--pp-size", str(settings.pipeline_parallel)),
+    ]
+    if task.mem_fraction_static is not None:
+        arguments += ["--mem-fraction-static", f"{task.mem_fraction_static:g}"]
+    if settings.max_queued_requests is not None:
+        arguments += ["--max-queued-requests", str(settings.max_queued_requests)]
+    return arguments
+
+
+def _feature_arguments(task: Task) -> list[str]:
+    settings = task.settings
+    arguments = ["--enable-metrics", "--kv-cache-dtype", KV_DTYPES[settings.kv_cache.dtype]]
+    if not settings.radix_cache:
+        arguments.append("--disable-radix-cache")
+    if settings.attention_backend is not None:
+        arguments += ["--attention-backend", settings.attention_backend]
+    if settings.debug:
+        arguments += ["--log-level", "debug"]
+    return arguments
+
+
+def _write_key_file(task: Task) -> str:
+    """Write SGLang's configuration file with the key, readable by this user alone. JSON is YAML too."""
+    path = task.runtime_dir / "sglang.yaml"
+    path.touch(mode=0o600)
+    path.write_text(json.dumps({"api-key": task.api_key}))
+    return str(path)
+
+
+def _environment(task: Task) -> dict[str, str]:
+    environment = {
+        "SGLANG_PLATFORM": "pascal",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(task.threads),
+        # Each of SGLang's processes would otherwise fork compiler workers of more than a gigabyte each, never used.
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        # After a crash, do not wait a minute for a GPU core dump.
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if task.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    if task.settings.debug:
+        environment["CUDA_LAUNCH_BLOCKING"] = "1"
+    return environment | task.settings.environment

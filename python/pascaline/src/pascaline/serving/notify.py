@@ -1,0 +1,67 @@
+"""systemd's notification protocol: one datagram a message to $NOTIFY_SOCKET; does nothing where that is not set.
+
+Source: sd_notify(3), sd_watchdog_enabled(3).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MICROSECONDS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Notifier:
+    """The service manager's socket, and how often it wants a sign of life."""
+
+    address: str | None
+    """None where no service manager listens."""
+    watchdog_seconds: float | None
+    """None where the unit has no WatchdogSec."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Notifier:
+        """Read $NOTIFY_SOCKET, $WATCHDOG_USEC and $WATCHDOG_PID; values meant for another process are ignored."""
+        microseconds = environment.get("WATCHDOG_USEC", "")
+        for_us = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        watchdog = int(microseconds) / MICROSECONDS if for_us and microseconds.isdigit() else None
+        return cls(environment.get("NOTIFY_SOCKET"), watchdog)
+
+    def ready(self) -> None:
+        """Say that the service serves."""
+        self._send("READY=1")
+
+    def stopping(self) -> None:
+        """Say that the service is on its way out."""
+        self._send("STOPPING=1")
+
+    def status(self, text: str) -> None:
+        """Show one line in `systemctl status`."""
+        self._send("STATUS=" + text.replace("\n", " "))
+
+    def watchdog(self) -> None:
+        """Say that the main loop still turns."""
+        if self.watchdog_seconds is not None:
+            self._send("WATCHDOG=1")
+
+    def extend_timeout(self, seconds: float) -> None:
+        """Ask for this much more time to start or to stop, from now on."""
+        self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * MICROSECONDS)}")
+
+    def _send(self, message: str) -> None:
+        if not self.address:
+            return
+        # A leading @ stands for the zero byte of an abstract socket.
+        address = "\0" + self.address[1:] if self.address.startswith("@") else self.address
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as connection:
+            try:
+                connection.sendto(message.encode(), address)
+            except OSError:
+                # The manager restarts, or its socket is full: the next message repeats what matters.
+                return

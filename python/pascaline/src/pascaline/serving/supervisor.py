@@ -1,0 +1,402 @@
+"""Supervision of one engine: the only place that starts and ends it and that changes the instance's state.
+
+One task runs through the life of an instance: resolve and verify the model, then start the engine, watch it, and
+start it again when it dies or falls silent. Signals and POST /drain only set a flag; this task acts on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pascaline.engines import ENGINES, Task
+from pascaline.engines.client import request
+from pascaline.errors import EngineError, ExitCode, GaveUpError, PascalineError
+from pascaline.models import store
+from pascaline.serving import ports
+from pascaline.serving.agent import create_server, serve
+from pascaline.serving.health import ANSWERING, Health, Judge, State, backoff_seconds
+from pascaline.serving.metrics import Metrics
+from pascaline.serving.process import EngineProcess
+from pascaline.serving.task import make_task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from pascaline.configuration import Configuration
+    from pascaline.models.store import ResolvedModel
+    from pascaline.serving.console import Console
+    from pascaline.serving.notify import Notifier
+    from pascaline.settings import Settings
+
+POLL_SECONDS = 1.0
+"""How often counters are read; a scrape of SGLang takes some milliseconds."""
+POLL_TIMEOUT_SECONDS = 5.0
+EXTEND_SECONDS = 30.0
+"""Start and stop time that the service manager is asked for, again and again while there is progress."""
+BACKOFF_SECONDS = 1.0
+BACKOFF_CAP_SECONDS = 60.0
+GPU_LOST_SECONDS = 300.0
+"""Wait after the GPU is lost: restarts do not bring it back, a reset by a person does."""
+STABLE_SECONDS = 600.0
+"""An engine that served this long has recovered: its next crash is the first again."""
+KILL_GRACE_SECONDS = 20.0
+"""From SIGTERM after draining to SIGKILL; SGLang takes up to 5 s to notice and 3 s to end."""
+GPU_LOST = "the GPU is lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One test generation."""
+
+    at: float
+    """Unix time."""
+    ok: bool
+    seconds: float
+    reason: str | None
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
+    """Raised within the main task when the instance is to stop."""
+
+
+class Supervisor:
+    """One instance, from start to exit."""
+
+    def __init__(self, configuration: Configuration, console: Console, notifier: Notifier) -> None:
+        """Nothing happens before `run`."""
+        self.settings: Settings = configuration.settings
+        self.health = Health(State.PLANNED, time.time(), "starting up")
+        self.metrics = Metrics()
+        self.model: ResolvedModel | None = None
+        self.plan: dict[str, Any] | None = None
+        self.last_probe: Probe | None = None
+        self.restarts = 0
+        self._configuration = configuration
+        self._console = console
+        self._notifier = notifier
+        self._engine = ENGINES[self.settings.engine]
+        self._process: EngineProcess | None = None
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+
+    @property
+    def engine_pid(self) -> int | None:
+        """Process of the engine; None while none runs."""
+        return self._process.pid if self._process and self._process.exit_code is None else None
+
+    def stop(self, reason: str) -> None:
+        """Ask for an orderly end; asked again, for an immediate one."""
+        if self._stop.is_set():
+            self._stop_now.set()
+            return
+        self._change(State.DRAINING, reason)
+        self._notifier.stopping()
+        self._stop.set()
+
+    async def run(self) -> ExitCode:
+        """Serve until asked to stop; raises PascalineError where the instance cannot serve."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop, signal.Signals(number).name)
+        listener = ports.bind(self.settings.agent_host, self.settings.agent_port, "agent", "agent_port")
+        ports.check_free(self.settings.host, self.settings.port, "engine", "port")
+        server = create_server(self)
+        serving = asyncio.create_task(serve(server, listener))
+        try:
+            with tempfile.TemporaryDirectory(prefix="pascaline-") as runtime_dir:
+                return await self._live(Path(runtime_dir))
+        finally:
+            server.should_exit = True
+            await serving
+
+    async def _live(self, runtime_dir: Path) -> ExitCode:
+        try:
+            task = await self._prepare(runtime_dir)
+            await self._keep_running(task)
+        except Stopped:
+            return await self._drain()
+        except PascalineError as error:
+            self._change(State.FAILED, str(error))
+            raise
+        finally:
+            if self._process is not None:
+                await self._process.kill()
+            self.metrics.engine_up.set(0)
+        raise AssertionError("an instance ends by Stopped or an error")
+
+    # --- before the engine runs ---------------------------------------------------------------------------------------
+
+    async def _prepare(self, runtime_dir: Path) -> Task:
+        settings = self.settings
+        with self._console.stage("resolve") as stage:
+            path, name = await self._in_thread(store.locate, settings)
+            spec = await self._in_thread(store.read, settings, path)
+            stage.note = f": {path} ({spec.architecture}, {spec.n_parameters / 1e6:.0f} M parameters)"
+        self._record_stage("resolve", stage.seconds)
+        with self._console.stage("verify") as stage:
+            digest = await self._in_thread(store.verify, settings, path, stage.progress)
+            prepared = None
+            if digest is not None and settings.engine == "sglang":
+                prepared = await self._in_thread(store.prepare, settings, path, digest)
+            stage.note = f": sha256 {digest}" if digest else ""
+        self._record_stage("verify", stage.seconds)
+        self.model = store.ResolvedModel(
+            "huggingface" if digest is None else "gguf", path, spec, name, digest, prepared
+        )
+        task = make_task(self._configuration, self.model, runtime_dir)
+        self.metrics.set_task(task, self._configuration.card)
+        return task
+
+    def _record_stage(self, name: str, seconds: float) -> None:
+        self.metrics.stage_seconds.labels(name).set(seconds)
+
+    # --- while the engine runs ----------------------------------------------------------------------------------------
+
+    async def _keep_running(self, task: Task) -> None:
+        """Start the engine, watch it, and start it again, until there is nothing more to hope for."""
+        in_a_row, was_ready = 0, False
+        while True:
+            served, failure = await self._run_once(task)
+            was_ready = was_ready or served > 0
+            if not was_ready:
+                raise EngineError(failure.text)
+            in_a_row = 1 if served > STABLE_SECONDS else in_a_row + 1
+            if in_a_row > self.settings.max_restarts:
+                raise GaveUpError(
+                    f"the engine failed {in_a_row} times in a row, max_restarts is {self.settings.max_restarts}; "
+                    f"last: {failure.text}"
+                )
+            await self._pause_before_restart(in_a_row, failure)
+
+    async def _run_once(self, task: Task) -> tuple[float, Failure]:
+        """Run the engine once; return for how long it was ready, and why it ended."""
+        self._change(State.STARTING, "the engine is loading")
+        process = self._process = await EngineProcess.start(self._engine.launch(task), self._show_line)
+        self.metrics.engine_up.set(1)
+        ready_since = None
+        try:
+            if await self._wait_until_ready(task, process):
+                ready_since = time.monotonic()
+                await self._watch(task, process)
+            failure = self._failure(process)
+        finally:
+            self.metrics.engine_up.set(0)
+        return (time.monotonic() - ready_since if ready_since is not None else 0.0), failure
+
+    async def _wait_until_ready(self, task: Task, process: EngineProcess) -> bool:
+        """Wait for the first generation; False where the engine ended or took too long."""
+        started = time.monotonic()
+        with self._console.stage("load") as load:
+            answering = await self._poll_until(process, started, partial(self._answers, task))
+        if not answering:
+            return False
+        self._record_stage("load", load.seconds)
+        with self._console.stage("warm-up") as warm_up:
+            generated = await self._poll_until(process, started, partial(self._generate, task))
+        if not generated:
+            return False
+        self._record_stage("warm-up", warm_up.seconds)
+        self._change(State.READY, "a generation succeeded")
+        self._notifier.ready()
+        agent = (self.settings.agent_host, self.settings.agent_port)
+        self._console.ready(task, agent, load.seconds + warm_up.seconds)
+        return True
+
+    async def _poll_until(
+        self, process: EngineProcess, started: float, check: Callable[[], Coroutine[Any, Any, bool]]
+    ) -> bool:
+        while process.exit_code is None and time.monotonic() - started < self.settings.start_timeout:
+            if await check():
+                return True
+            self._console.tick()
+            self._notifier.extend_timeout(EXTEND_SECONDS)
+            await self._sleep(POLL_SECONDS / 2)
+        return False
+
+    async def _answers(self, task: Task) -> bool:
+        """Whether the engine's API has a model: it is loaded."""
+        with contextlib.suppress(OSError):
+            call = partial(request, task.address, "/v1/models", api_key=task.api_key, timeout=POLL_TIMEOUT_SECONDS)
+            status, _ = await self._in_thread(call)
+            return bool(status == 200)
+        return False
+
+    async def _watch(self, task: Task, process: EngineProcess) -> None:
+        """Follow the engine's progress until it ends or is unresponsive."""
+        judge = Judge(self.settings.stall_timeout, last_sign=time.monotonic())
+        probe: asyncio.Task[bool] | None = None
+        while process.exit_code is None:
+            now = time.monotonic()
+            judge.observe(now, await self._progress(task))
+            if probe is not None and probe.done():
+                if probe.result():
+                    judge.probed(time.monotonic())
+                probe = None
+            if probe is None and judge.wants_probe(now, self.settings.probe_interval):
+                probe = asyncio.create_task(self._generate(task, timeout=self.settings.stall_timeout))
+            state, reason = judge.verdict(time.monotonic())
+            self._change(state, reason)
+            if state is State.UNRESPONSIVE:
+                await process.kill()
+            if judge.last_sign >= now:
+                self.metrics.last_generation.set(time.time())
+            await self._sleep(POLL_SECONDS, process)
+        if probe is not None:
+            probe.cancel()
+
+    async def _progress(self, task: Task) -> Any:
+        with contextlib.suppress(OSError):
+            call = partial(request, task.address, "/metrics", api_key=task.api_key, timeout=POLL_TIMEOUT_SECONDS)
+            status, page = await self._in_thread(call)
+            return self._engine.progress(page.decode(errors="replace")) if status == 200 else None
+        return None
+
+    async def _generate(self, task: Task, timeout: float = 60.0) -> bool:
+        """Let the model generate one token, by the way that users' requests take."""
+        body = {"model": task.model.served_name, "prompt": "1", "max_tokens": 1, "temperature": 0}
+        call = partial(request, task.address, "/v1/completions", body=body, api_key=task.api_key, timeout=timeout)
+        start, reason = time.monotonic(), None
+        try:
+            status, answer = await self._in_thread(call)
+            if status != 200:
+                reason = f"status {status}: {answer[:200].decode(errors='replace')}"
+        except OSError as error:
+            reason = str(error) or type(error).__name__
+        seconds = time.monotonic() - start
+        self.last_probe = Probe(time.time(), reason is None, seconds, reason)
+        if reason is None:
+            self.metrics.probe_seconds.observe(seconds)
+            self.metrics.last_generation.set(time.time())
+        else:
+            self.metrics.probe_failures.inc()
+        return reason is None
+
+    def _failure(self, process: EngineProcess) -> Failure:
+        """Put into words why the engine is not running any more."""
+        explanation = self._engine.explain(list(process.last_lines))
+        if self.health.state is State.UNRESPONSIVE:
+            return Failure("unresponsive", f"the engine was unresponsive ({self.health.reason}) and was killed")
+        code = process.exit_code
+        if code is None:
+            return Failure(
+                "crash", f"the engine was not ready within start_timeout ({self.settings.start_timeout:g} s)"
+            )
+        ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        last = next((line for line in reversed(process.last_lines) if line.strip()), "no output")
+        text = f"the engine ended with {ended}: {explanation or last.strip()}"
+        return Failure("gpu-lost" if explanation == GPU_LOST else "crash", text)
+
+    async def _pause_before_restart(self, in_a_row: int, failure: Failure) -> None:
+        if self._process is not None:
+            await self._process.kill()
+        if failure.kind == "gpu-lost":
+            self._change(State.GPU_LOST, failure.text)
+            wait = GPU_LOST_SECONDS
+        else:
+            self._change(State.RESTARTING, failure.text)
+            wait = backoff_seconds(in_a_row, BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
+        self.restarts += 1
+        self.metrics.restarts.labels(failure.kind).inc()
+        self._console.line("ERROR", "pascaline", f"{failure.text}; restart {in_a_row} in {wait:g} s")
+        await self._sleep(wait)
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    async def _drain(self) -> ExitCode:
+        """Let running requests end within drain_timeout, then end the engine; at once where asked a second time."""
+        process, settings = self._process, self.settings
+        if process is not None and process.exit_code is None:
+            self._console.line("INFO", "pascaline", f"draining for at most {settings.drain_timeout:g} s")
+            deadline = time.monotonic() + settings.drain_timeout
+            if not self._engine.drains_on_sigterm:
+                await self._drain_until(deadline, self._is_idle)
+            process.terminate()
+            grace = 0.0 if self._engine.drains_on_sigterm else KILL_GRACE_SECONDS
+            await self._drain_until(deadline + grace, lambda: self._has_ended(process))
+            if process.exit_code is None and not self._stop_now.is_set():
+                text = (
+                    f"requests were still running after drain_timeout ({settings.drain_timeout:g} s), ending the engine"
+                )
+                self._console.line("WARNING", "pascaline", text)
+            await process.kill()
+        self._change(State.STOPPED, "stopped")
+        return ExitCode.INTERRUPTED if self._stop_now.is_set() else ExitCode.OK
+
+    async def _drain_until(self, deadline: float, done: Callable[[], Coroutine[Any, Any, bool]]) -> None:
+        while time.monotonic() < deadline and not self._stop_now.is_set() and not await done():
+            self._notifier.extend_timeout(EXTEND_SECONDS)
+            self._notifier.watchdog()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop_now.wait(), timeout=0.2)
+
+    async def _is_idle(self) -> bool:
+        call = partial(request, (self.settings.host, self.settings.port), "/metrics", timeout=POLL_TIMEOUT_SECONDS)
+        try:
+            _, page = await asyncio.to_thread(call)
+        except OSError:
+            return True
+        progress = self._engine.progress(page.decode(errors="replace"))
+        return progress is None or not progress.has_work
+
+    async def _has_ended(self, process: EngineProcess) -> bool:
+        return process.exit_code is not None
+
+    # --- small ones ---------------------------------------------------------------------------------------------------
+
+    def _change(self, state: State, reason: str) -> None:
+        """The only writer of the state."""
+        if self.health.state is State.DRAINING and state in ANSWERING:
+            return
+        before = self.health.state
+        self.health = self.health.to(state, time.time(), reason)
+        if self.health.state is not before:
+            self.metrics.set_state(state)
+            self._notifier.status(f"{state}: {reason}")
+            self._console.line("INFO", "pascaline", f"{before} → {state}: {reason}")
+
+    def _show_line(self, line: str) -> None:
+        level, text = self._engine.parse_line(line)
+        self._console.line(level, "engine", text)
+
+    async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run something that blocks; raises Stopped as soon as the instance is to stop, and leaves the thread alone."""
+        working = asyncio.create_task(asyncio.to_thread(function, *arguments))
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            while not working.done() and not self._stop.is_set():
+                await asyncio.wait({working, stopping}, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                self._notifier.watchdog()
+        finally:
+            stopping.cancel()
+        if self._stop.is_set():
+            working.add_done_callback(lambda done: done.cancelled() or done.exception())
+            raise Stopped
+        return working.result()
+
+    async def _sleep(self, seconds: float, process: EngineProcess | None = None) -> None:
+        """Wait, but not beyond the wish to stop or the end of the process; keep the watchdog quiet meanwhile."""
+        deadline = time.monotonic() + seconds
+        while (remaining := deadline - time.monotonic()) > 0 and not (process and process.exit_code is not None):
+            self._notifier.watchdog()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), timeout=min(remaining, POLL_SECONDS))
+            if self._stop.is_set():
+                break
+        if self._stop.is_set():
+            raise Stopped
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a run of the engine ended; kind is a label of the restarts metric."""
+
+    kind: str
+    text: str

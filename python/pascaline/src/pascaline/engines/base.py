@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from pascaline.settings import Settings
 
 
+VERSION_TIMEOUT_SECONDS = 5.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """All that decides how an engine is started."""
@@ -83,6 +86,10 @@ class Engine(ABC):
     @abstractmethod
     def progress(self, metrics: str) -> Progress | None:
         """Read the progress from its /metrics; None where the series are missing."""
+
+    @abstractmethod
+    def version(self, address: tuple[str, int], api_key: str | None) -> str:
+        """Return its version as it says itself; OSError, ValueError or KeyError where it does not."""
 
     @abstractmethod
     def parse_line(self, line: str) -> tuple[str, str]:

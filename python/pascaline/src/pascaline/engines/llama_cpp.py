@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from typing import TYPE_CHECKING, ClassVar
 
-from pascaline.engines.base import Engine, Launch, Progress, Task, sum_of_series
+from pascaline.engines.base import VERSION_TIMEOUT_SECONDS, Engine, Launch, Progress, Task, sum_of_series
+from pascaline.engines.client import request
 from pascaline.errors import ConfigurationError, MissingError
 
 if TYPE_CHECKING:
@@ -94,6 +96,11 @@ class LlamaCppEngine(Engine):
         names = ("n_decode_total", "prompt_tokens_total", "tokens_predicted_total")
         steps = sum(sum_of_series(metrics, f"llamacpp:{name}") or 0.0 for name in names)
         return Progress(steps, int(running), int(sum_of_series(metrics, "llamacpp:requests_deferred") or 0))
+
+    def version(self, address: tuple[str, int], api_key: str | None) -> str:
+        """Ask the running engine."""
+        _, answer = request(address, "/props", api_key=api_key, timeout=VERSION_TIMEOUT_SECONDS)
+        return str(json.loads(answer)["build_info"])
 
     def parse_line(self, line: str) -> tuple[str, str]:
         """Tell the level by llama.cpp's prefix where it has one, else by its words."""

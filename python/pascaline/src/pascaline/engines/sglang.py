@@ -7,7 +7,8 @@ import re
 import sys
 from typing import TYPE_CHECKING, ClassVar
 
-from pascaline.engines.base import Engine, Launch, Progress, Task, sum_of_series
+from pascaline.engines.base import VERSION_TIMEOUT_SECONDS, Engine, Launch, Progress, Task, sum_of_series
+from pascaline.engines.client import request
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -90,6 +91,11 @@ class SglangEngine(Engine):
         queued = sum_of_series(metrics, "sglang:num_queue_reqs")
         return Progress(tokens or 0.0, int(running), int(queued or 0))
 
+    def version(self, address: tuple[str, int], api_key: str | None) -> str:
+        """Ask the running engine."""
+        _, answer = request(address, "/server_info", api_key=api_key, timeout=VERSION_TIMEOUT_SECONDS)
+        return str(json.loads(answer)["version"])
+
     def parse_line(self, line: str) -> tuple[str, str]:
         """Take SGLang's time stamp away and tell its level, INFO where it names none."""
         match = _LINE.match(line) or _UVICORN_LINE.match(line)
@@ -136,6 +142,9 @@ def _feature_arguments(task: Task) -> list[str]:
         arguments += ["--attention-backend", settings.attention_backend]
     if settings.debug:
         arguments += ["--log-level", "debug"]
+    elif "--log-level-http" not in settings.extra_args:
+        # Its own lines about requests say enough; an access log would grow by a line a second from our scrapes alone.
+        arguments += ["--log-level-http", "warning"]
     return arguments
 
 
@@ -158,6 +167,8 @@ def _environment(task: Task) -> dict[str, str]:
         # After a crash, do not wait a minute for a GPU core dump.
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0",
         "PYTHONUNBUFFERED": "1",
+        # Dozens of lines at every start about packages that are rightly not there.
+        "PYTHONWARNINGS": "default" if task.settings.debug else "ignore",
     }
     if task.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""

@@ -49,7 +49,7 @@ class HealthReport(BaseModel):
     engine_pid: int | None = Field(description="Process of the engine; null while none runs")
     restarts: int = Field(description="Restarts since the instance was started")
     model: ModelReport | None = Field(description="Null until it was resolved")
-    versions: dict[str, str]
+    versions: dict[str, str] = Field(description="Of pascaline, and of the engine once it is ready")
     last_probe: ProbeReport | None
 
 
@@ -124,7 +124,7 @@ def report(supervisor: Supervisor) -> HealthReport:
         )
         if model
         else None,
-        versions={"pascaline": __version__},
+        versions=supervisor.versions,
         last_probe=ProbeReport(at=probe.at, ok=probe.ok, seconds=probe.seconds, reason=probe.reason) if probe else None,
     )
 

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pascaline import __version__
 from pascaline.engines import ENGINES, Task
 from pascaline.engines.client import request
 from pascaline.errors import EngineError, ExitCode, GaveUpError, PascalineError
@@ -79,6 +80,8 @@ class Supervisor:
         self.plan: dict[str, Any] | None = None
         self.last_probe: Probe | None = None
         self.restarts = 0
+        self.versions = {"pascaline": __version__}
+        """Of pascaline, and of the engine once it is ready."""
         self._configuration = configuration
         self._console = console
         self._notifier = notifier
@@ -205,10 +208,17 @@ class Supervisor:
             return False
         self._record_stage("warm-up", warm_up.seconds)
         self._change(State.READY, "a generation succeeded")
+        await self._ask_version(task)
         self._notifier.ready()
         agent = (self.settings.agent_host, self.settings.agent_port)
         self._console.ready(task, agent, load.seconds + warm_up.seconds)
         return True
+
+    async def _ask_version(self, task: Task) -> None:
+        """Note which version of the engine serves; one that does not say so serves all the same."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            version = await self._in_thread(self._engine.version, task.address, task.api_key)
+            self.versions[self._engine.name] = version
 
     async def _poll_until(
         self, process: EngineProcess, started: float, check: Callable[[], Coroutine[Any, Any, bool]]

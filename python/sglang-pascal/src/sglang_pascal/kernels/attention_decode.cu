@@ -1,0 +1,184 @@
+// One new query per sequence against its paged keys and values.
+//
+// Compiled per pool type and head size (-DKV=F16|E5M2|INT8 -DHEAD_DIM=64|128|256), one kernel per padded count G of query
+// heads that share a KV head. CTA (split, KV head, sequence) of 128 threads: all G heads in one CTA, so that a key is
+// read from memory once. A split is 256 positions, cut at multiples of 256: the result of a sequence does not depend on
+// what else is in the batch. attention_combine adds the splits in order.
+// Scores: HEAD_DIM / 8 lanes share a key (16 bytes of fp16 each), G sums are reduced by halving exchanges, then softmax
+// over the split in shared memory, then the same lanes sum p * v.
+// Shared: (1 + G) KB of positions and scores, 16 * G * HEAD_DIM bytes of warp sums: 41 KB at most (G = 8, HEAD_DIM = 256).
+// A lane holds 8 * G query or output values: 64 registers at G = 8.
+#include "kv.cuh"
+
+constexpr int THREADS = 128, WARPS = 4, SPLIT = 256;
+
+struct Arguments {
+  const void* q;              // [n, heads, HEAD_DIM], float or half
+  const void* keys;           // pools
+  const void* values;
+  const u16* key_scales;      // int8 pools only
+  const u16* value_scales;
+  const int* req_to_token;    // [requests, stride]: slot of each position
+  const void* requests;       // [n] row of req_to_token
+  const void* lengths;        // [n] positions including the new one; 0 = padding
+  float* partial;             // [n, heads, splits, HEAD_DIM]
+  float2* partial_stats;      // [n, heads, splits] {max, sum}
+  long long stride;
+  int heads, kv_heads, window, q_is_half, requests_are_64_bit, lengths_are_64_bit;
+  float scale, soft_cap;
+};
+
+// a[0] = the sum over the group's lanes of the value that belongs to the lane; returns which value that is.
+template <int G, int LANES>
+__device__ __forceinline__ int reduce_group(float (&a)[G], int lane) {
+  int mine = 0;
+#pragma unroll
+  for (int width = G / 2, offset = 1; width >= 1; width >>= 1, offset <<= 1) {
+    const bool upper = lane & offset;
+#pragma unroll
+    for (int g = 0; g < width; g++) {
+      const float sent = upper ? a[g] : a[g + width], kept = upper ? a[g + width] : a[g];
+      a[g] = __fadd_rn(kept, __shfl_xor_sync(ALL_LANES, sent, offset));
+    }
+    mine += upper ? width : 0;
+  }
+#pragma unroll
+  for (int offset = G; offset < LANES; offset <<= 1) a[0] = __fadd_rn(a[0], __shfl_xor_sync(ALL_LANES, a[0], offset));
+  return mine;
+}
+
+template <class KV, int D, int G>
+struct Attention {
+  static constexpr int LANES = D / EIGHT;    // that share a token
+  static constexpr int TOKENS = WARP / LANES; // a warp has at once
+  static constexpr int PER_ROUND = WARPS * TOKENS;
+
+  int slots[SPLIT];
+  float scores[SPLIT][G];
+  float sums[WARPS][G][D];
+
+  __device__ __forceinline__ u32 offset_of(int i, const Arguments& a, int part) const {
+    return (static_cast<u32>(slots[i]) * a.kv_heads + blockIdx.y) * LANES + part;
+  }
+
+  __device__ __forceinline__ void score(const Arguments& a, int first, int count, int group) {
+    const int lane = threadIdx.x % WARP, part = lane % LANES, token = threadIdx.x / LANES;
+    float q[G][EIGHT];
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+      const int head = blockIdx.y * group + min(g, group - 1);
+      const size_t base = (static_cast<size_t>(blockIdx.z) * a.heads + head) * D + part * EIGHT;
+#pragma unroll
+      for (int d = 0; d < EIGHT; d++) q[g][d] = load_element(a.q, base + d, a.q_is_half);
+    }
+    for (int round = first; round < count; round += PER_ROUND) { // the same for all lanes: they exchange below
+      const int i = min(round + token, count - 1);
+      float k[EIGHT];
+      load_eight<KV>(a.keys, offset_of(i, a, part), k);
+      float dot[G];
+#pragma unroll
+      for (int g = 0; g < G; g++) {
+        dot[g] = 0.0f;
+#pragma unroll
+        for (int d = 0; d < EIGHT; d++) dot[g] = __fmaf_rn(k[d], q[g][d], dot[g]);
+      }
+      const int mine = reduce_group<G, LANES>(dot, part);
+      float scale = a.scale;
+      if (KV::HAS_SCALE)
+        scale = __fmul_rn(scale, half_to_float(__ldg(a.key_scales + static_cast<size_t>(slots[i]) * a.kv_heads + blockIdx.y)));
+      if (part < G && round + token < count) scores[i][mine] = finish_score(dot[0], scale, a.soft_cap);
+    }
+  }
+
+  // Scores become exp2(score - max); int8 values' scales are multiplied in.
+  __device__ __forceinline__ void softmax(const Arguments& a, int first, int count, int group) {
+    const int lane = threadIdx.x % WARP;
+    for (int g = threadIdx.x / WARP; g < G; g += WARPS) {
+      float max = MASKED;
+      for (int i = first + lane; i < count; i += WARP) max = fmaxf(max, scores[i][g]);
+      max = warp_max(max);
+      float sum = 0.0f;
+      for (int i = first + lane; i < count; i += WARP) {
+        float p = exp2_approx(__fsub_rn(scores[i][g], max));
+        sum = __fadd_rn(sum, p);
+        if (KV::HAS_SCALE)
+          p = __fmul_rn(p, half_to_float(__ldg(a.value_scales + static_cast<size_t>(slots[i]) * a.kv_heads + blockIdx.y)));
+        scores[i][g] = p;
+      }
+      sum = warp_sum(sum);
+      if (lane == 0 && g < group)
+        a.partial_stats[(static_cast<size_t>(blockIdx.z) * a.heads + blockIdx.y * group + g) * gridDim.x + blockIdx.x] =
+            make_float2(max, sum);
+    }
+  }
+
+  __device__ __forceinline__ void accumulate(const Arguments& a, int first, int count) {
+    const int lane = threadIdx.x % WARP, part = lane % LANES, token = threadIdx.x / LANES;
+    float out[G][EIGHT];
+#pragma unroll
+    for (int g = 0; g < G; g++)
+#pragma unroll
+      for (int d = 0; d < EIGHT; d++) out[g][d] = 0.0f;
+#pragma unroll 2
+    for (int i = first + token; i < count; i += PER_ROUND) {
+      float v[EIGHT];
+      load_eight<KV>(a.values, offset_of(i, a, part), v);
+#pragma unroll
+      for (int g = 0; g < G; g++) {
+        const float p = scores[i][g];
+#pragma unroll
+        for (int d = 0; d < EIGHT; d++) out[g][d] = __fmaf_rn(p, v[d], out[g][d]);
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int g = 0; g < G; g++)
+#pragma unroll
+      for (int d = 0; d < EIGHT; d++) {
+        float sum = out[g][d];
+#pragma unroll
+        for (int offset = LANES; offset < WARP; offset <<= 1)
+          sum = __fadd_rn(sum, __shfl_xor_sync(ALL_LANES, sum, offset));
+        if (lane < LANES) sums[threadIdx.x / WARP][g][part * EIGHT + d] = sum;
+      }
+  }
+
+  __device__ __forceinline__ void run(const Arguments& a) {
+    const int length = static_cast<int>(load_index(a.lengths, blockIdx.z, a.lengths_are_64_bit));
+    const int base = blockIdx.x * SPLIT, group = a.heads / a.kv_heads;
+    const int count = min(SPLIT, length - base);
+    const int first = a.window < 0 ? 0 : max(0, length - 1 - a.window - base); // within the split
+    if (count <= 0 || first >= count) return;
+    const size_t request = static_cast<size_t>(load_index(a.requests, blockIdx.z, a.requests_are_64_bit));
+    for (int i = first + threadIdx.x; i < count; i += THREADS) slots[i] = __ldg(a.req_to_token + request * a.stride + base + i);
+    __syncthreads();
+    score(a, first, count, group);
+    __syncthreads();
+    softmax(a, first, count, group);
+    __syncthreads();
+    accumulate(a, first, count);
+    __syncthreads();
+    for (int i = threadIdx.x; i < group * D; i += THREADS) {
+      const int g = i / D, d = i % D;
+      float sum = sums[0][g][d];
+#pragma unroll
+      for (int w = 1; w < WARPS; w++) sum = __fadd_rn(sum, sums[w][g][d]);
+      const size_t head = static_cast<size_t>(blockIdx.z) * a.heads + blockIdx.y * group + g;
+      a.partial[(head * gridDim.x + blockIdx.x) * D + d] = sum;
+    }
+  }
+};
+
+#define NAME_(KV, D, G) attention_decode_##KV##_d##D##_g##G
+#define NAME(KV, D, G) NAME_(KV, D, G)
+#define KERNEL(G)                                                                                  \
+  extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 2 : 4)                        \
+      NAME(KV, HEAD_DIM, G)(Arguments a) {                                                          \
+    __shared__ Attention<KV, HEAD_DIM, G> attention;                                               \
+    attention.run(a);                                                                              \
+  }
+
+KERNEL(1)
+KERNEL(2)
+KERNEL(4)
+KERNEL(8)

@@ -1,0 +1,205 @@
+// y[n, row] = sum over k of w[row, k] * x[n, k] for a few columns n: the product of a decode step.
+//
+// Compiled once per weight type (-DTYPE=Q4_K ...), one kernel per column count N; fewer columns are padded with zeros.
+// One lane owns R rows (R groups of 32 rows in a CTA), so weight loads are whole 512-byte planes, the lane's scales are
+// in its registers, activations are the same word for the warp, and the loop has no shuffle.
+// CTA: 128 threads = 4 warps. Warp s sums tiles s, s + 4, ... of the CTA's range of K, in that order, whatever N, R and
+// CHUNK are; the four sums are added in order: a row's bits do not depend on how many columns are computed with it.
+// Splits of K over CTAs (grid.y) depend on the weight's shape only; the CTA that finishes last adds them in order.
+//
+//   N        1     2     4     8    16
+//   R        1     1     2     2     2     rows a lane: a uniform 16-byte shared load may cost 4 cycles on sm_61, so
+//   CHUNK   32    32    16     8     8     columns are shared by two rows from N = 4 on. Tiles of activations staged
+//   shared 10K   20K   20K   20K   40K     upper bound: 320 bytes * N * CHUNK
+// Registers and the resulting occupancy: docs/kernels.md, checked against ptxas by a test.
+#include "weights.cuh"
+
+constexpr int SLICES = 4;
+
+struct Arguments {
+  const uint4* weights;
+  const int4* x;             // [n, K] int8
+  const float2* x_scales;    // [n, K / 32] {d, d * sum q}
+  void* y;                   // [n, rows], float or half
+  const float* bias;         // [rows] or null
+  const void* residual;      // like y, or null
+  float* partials;           // [splits, n, 32 * groups]; unused when splits is 1
+  u32* tickets;              // one per grid.x, zero before and after
+  int rows, n_tiles, n, y_is_half;
+};
+
+template <class T, int N, int CHUNK>
+__device__ __forceinline__ void stage(const Arguments& a, int4* x, float* scales, int first_tile, int count) {
+  constexpr int S = T::HAS_MIN ? 2 : 1; // floats per block
+#pragma unroll 1
+  for (int n = 0; n < N; n++) {
+    const bool real = n < a.n;
+    const int4* source = a.x + (static_cast<size_t>(n) * a.n_tiles + first_tile) * 16;
+    for (int i = threadIdx.x; i < count * 16; i += WARP * SLICES)
+      x[n * CHUNK * 16 + i] = real ? __ldg(source + i) : make_int4(0, 0, 0, 0);
+    const float2* source_scales = a.x_scales + (static_cast<size_t>(n) * a.n_tiles + first_tile) * 8;
+    for (int i = threadIdx.x; i < count * 8; i += WARP * SLICES) {
+      const float2 s = real ? __ldg(source_scales + i) : make_float2(0.0f, 0.0f);
+      scales[(n * CHUNK * 8 + i) * S] = s.x;
+      if (T::HAS_MIN) scales[(n * CHUNK * 8 + i) * S + 1] = s.y;
+    }
+  }
+}
+
+// acc += one block of 32 products. `x` are the block's 32 int8 activations, `scale` {d, d * sum q}.
+template <class T>
+__device__ __forceinline__ void add_block(float& acc, const Step& w, int b, const int* x, float d, float d_sum) {
+  int low = 0, high = 0;
+#pragma unroll
+  for (int k = 0; k < 4; k++) low = dot4<T::SIGNED>(w.bytes[b][k], x[k], low);
+  if (!T::HALF_SCALES) high = low;
+#pragma unroll
+  for (int k = 4; k < 8; k++) high = dot4<T::SIGNED>(w.bytes[b][k], x[k], high);
+  if (T::HALF_SCALES) {
+    const float sum = __fmaf_rn(w.scale[b][1], static_cast<float>(high), __fmul_rn(w.scale[b][0], static_cast<float>(low)));
+    acc = __fmaf_rn(d, sum, acc);
+  } else {
+    acc = __fmaf_rn(__fmul_rn(d, w.scale[b][0]), static_cast<float>(high), acc);
+  }
+  if (T::HAS_MIN) acc = __fmaf_rn(-w.min[b], d_sum, acc);
+}
+
+template <class T, int N, int R, int CHUNK>
+__device__ __forceinline__ void add_tile(float (&acc)[R][N], const uint4* const (&tile)[R], const int4* x,
+                                         const float* scales) {
+  constexpr int S = T::HAS_MIN ? 2 : 1;
+  typename T::Header header[R];
+#pragma unroll
+  for (int r = 0; r < R; r++) header[r] = T::load_header(tile[r], threadIdx.x % WARP);
+#pragma unroll
+  for (int step = 0; step < STEPS; step++) {
+    Step w[R];
+#pragma unroll
+    for (int r = 0; r < R; r++) T::unpack(header[r], T::load(tile[r], step), step, w[r]);
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+      for (int b = 0; b < 2; b++) {
+        const int block = T::block(step, b);
+        const int4 x0 = x[n * CHUNK * 16 + 2 * block], x1 = x[n * CHUNK * 16 + 2 * block + 1];
+        const int words[8] = {x0.x, x0.y, x0.z, x0.w, x1.x, x1.y, x1.z, x1.w};
+        const float* s = scales + (n * CHUNK * 8 + block) * S;
+        float d, d_sum = 0.0f;
+        if (T::HAS_MIN) {
+          const float2 both = *reinterpret_cast<const float2*>(s);
+          d = both.x, d_sum = both.y;
+        } else {
+          d = *s;
+        }
+#pragma unroll
+        for (int r = 0; r < R; r++) add_block<T>(acc[r][n], w[r], b, words, d, d_sum);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void write_output(const Arguments& a, int n, int row, float sum) {
+  if (row >= a.rows || n >= a.n) return;
+  const size_t i = static_cast<size_t>(n) * a.rows + row;
+  if (a.bias) sum = __fadd_rn(sum, __ldg(a.bias + row));
+  if (a.residual) sum = __fadd_rn(sum, load_element(a.residual, i, a.y_is_half));
+  store_element(a.y, i, a.y_is_half, sum);
+}
+
+// Sum over splits, in order, by the CTA that comes last. Called by all threads.
+template <int N, int R>
+__device__ __forceinline__ void add_splits(const Arguments& a, int padded_rows) {
+  __shared__ bool is_last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    is_last = atomicAdd(a.tickets + blockIdx.x, 1u) == gridDim.y - 1;
+    if (is_last) a.tickets[blockIdx.x] = 0;
+  }
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  for (int i = threadIdx.x; i < R * WARP * a.n; i += WARP * SLICES) {
+    const int n = i / (R * WARP), row = blockIdx.x * R * WARP + i % (R * WARP);
+    if (row >= a.rows) continue;
+    float sum = 0.0f;
+    for (int split = 0; split < gridDim.y; split++)
+      sum = __fadd_rn(sum, __ldcg(a.partials + (static_cast<size_t>(split) * a.n + n) * padded_rows + row));
+    write_output(a, n, row, sum);
+  }
+}
+
+template <class T, int N, int R, int CHUNK>
+__device__ __forceinline__ void multiply(const Arguments& a) {
+  __shared__ int4 x[N * CHUNK * 16];
+  __shared__ float2 scales_[N * CHUNK * 8 / (T::HAS_MIN ? 1 : 2)];
+  float* scales = reinterpret_cast<float*>(scales_);
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const int groups = (a.rows + WARP - 1) / WARP;
+  const int begin = static_cast<int>(static_cast<long long>(a.n_tiles) * blockIdx.y / gridDim.y);
+  const int end = static_cast<int>(static_cast<long long>(a.n_tiles) * (blockIdx.y + 1) / gridDim.y);
+  const uint4* base[R];
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    const int group = min(static_cast<int>(blockIdx.x) * R + r, groups - 1); // an odd last group is computed twice
+    base[r] = a.weights + static_cast<size_t>(group) * a.n_tiles * T::UNITS + lane;
+  }
+  float acc[R][N];
+#pragma unroll
+  for (int r = 0; r < R; r++)
+#pragma unroll
+    for (int n = 0; n < N; n++) acc[r][n] = 0.0f;
+
+#pragma unroll 1
+  for (int first = begin; first < end; first += CHUNK) {
+    const int count = min(CHUNK, end - first);
+    __syncthreads();
+    stage<T, N, CHUNK>(a, x, scales, first, count);
+    __syncthreads();
+#pragma unroll 1
+    for (int i = warp; i < count; i += SLICES) {
+      const uint4* tile[R];
+#pragma unroll
+      for (int r = 0; r < R; r++) tile[r] = base[r] + static_cast<size_t>(first + i) * T::UNITS;
+      add_tile<T, N, R, CHUNK>(acc, tile, x + i * 16, scales + i * 8 * (T::HAS_MIN ? 2 : 1));
+    }
+  }
+
+  __syncthreads();
+  float* sums = reinterpret_cast<float*>(x); // [slice][n][r][lane]: SLICES * N * R * 128 bytes <= N * CHUNK * 256
+  static_assert(SLICES * R * WARP * 4 <= CHUNK * 256, "the sums fit where the activations were");
+#pragma unroll
+  for (int n = 0; n < N; n++)
+#pragma unroll
+    for (int r = 0; r < R; r++) sums[((warp * N + n) * R + r) * WARP + lane] = acc[r][n];
+  __syncthreads();
+  const int padded_rows = groups * WARP;
+  for (int i = threadIdx.x; i < N * R * WARP; i += WARP * SLICES) {
+    float sum = sums[i];
+#pragma unroll
+    for (int s = 1; s < SLICES; s++) sum = __fadd_rn(sum, sums[s * N * R * WARP + i]);
+    const int n = i / (R * WARP), row = blockIdx.x * R * WARP + i % (R * WARP);
+    if (gridDim.y == 1)
+      write_output(a, n, row, sum);
+    else if (n < a.n && row < padded_rows)
+      __stcg(a.partials + (static_cast<size_t>(blockIdx.y) * a.n + n) * padded_rows + row, sum);
+  }
+  if (gridDim.y > 1) add_splits<N, R>(a, padded_rows);
+}
+
+#define KERNEL(T, N, R, CHUNK, CTAS_PER_SM)                                                                             \
+  extern "C" __global__ void __launch_bounds__(WARP* SLICES, CTAS_PER_SM) NAME(T, N)(Arguments a) {                      \
+    multiply<T, N, R, CHUNK>(a);                                                                                        \
+  }
+#define NAME_(T, N) decode_matmul_##T##_n##N
+#define NAME(T, N) NAME_(T, N)
+
+KERNEL(TYPE, 1, 1, 32, 4)
+KERNEL(TYPE, 2, 1, 32, 4)
+KERNEL(TYPE, 4, 2, 16, 3)
+#if __CUDA_ARCH__ >= 610
+KERNEL(TYPE, 8, 2, 8, 3)
+#else
+KERNEL(TYPE, 8, 2, 8, 2) // the bytes spread for 16-bit products need more registers
+#endif
+KERNEL(TYPE, 16, 2, 8, 2)

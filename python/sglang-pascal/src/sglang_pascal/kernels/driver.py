@@ -1,0 +1,152 @@
+"""Loads and launches kernels through the CUDA driver API by ctypes. No CUDA library beyond the driver.
+
+A module is loaded once per device, into the context that torch made: the sm_6x cubin on Pascal, PTX, which the driver
+compiles, on anything newer. A launch packs its arguments into one buffer (about 5 us of Python) and goes to torch's
+current stream, so it is ordered with torch's own work and can be captured in a CUDA graph. Load modules before
+capturing: `preload`, or one call of each operation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from sglang_pascal.errors import PluginError
+from sglang_pascal.kernels.build import ARCHITECTURES, MODULES, artifact
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+ARCHITECTURE_VARIABLE: Final = "SGLANG_PASCAL_ARCHITECTURE"
+"""60 or 61: which PTX a newer card compiles; 61 when unset. For testing the P100's path elsewhere."""
+DRIVER_LIBRARY: Final = "libcuda.so.1"
+_LOG_BYTES: Final = 8192
+_JIT_ERROR_LOG: Final = 5
+_JIT_ERROR_LOG_BYTES: Final = 6
+"""CU_JIT_ERROR_LOG_BUFFER and CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES of cuda.h."""
+_ARGUMENTS_POINTER: Final = 1
+_ARGUMENTS_SIZE: Final = 2
+"""CU_LAUNCH_PARAM_BUFFER_POINTER and CU_LAUNCH_PARAM_BUFFER_SIZE of cuda.h; 0 ends the list."""
+
+
+class KernelError(PluginError):
+    """A kernel cannot be loaded or launched."""
+
+    exit_code = 5
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A loaded function, its threads per CTA, and the layout of its arguments."""
+
+    name: str
+    handle: ctypes.c_void_p
+    threads: int
+    layout: struct.Struct
+    device: int
+
+    def launch(self, grid: tuple[int, int, int], arguments: Iterable[int | float], shapes: str = "") -> None:
+        """Start it on torch's current stream of its device.
+
+        arguments: numbers and addresses in the order of `layout`. shapes: for the text of an error.
+        """
+        packed = self.layout.pack(*arguments)
+        size = ctypes.c_size_t(len(packed))
+        extra = (ctypes.c_void_p * 5)(
+            _ARGUMENTS_POINTER,
+            ctypes.cast(ctypes.c_char_p(packed), ctypes.c_void_p),
+            _ARGUMENTS_SIZE,
+            ctypes.addressof(size),
+            0,
+        )
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        code = _cuda().cuLaunchKernel(self.handle, *grid, self.threads, 1, 1, 0, stream, None, extra)
+        if code:
+            raise KernelError(
+                f"kernel {self.name} failed to start: {describe(code)}; grid {grid}, {self.threads} threads, {shapes}; "
+                "an earlier kernel may be the cause: run again with CUDA_LAUNCH_BLOCKING=1"
+            )
+
+
+def kernel(module: str, function: str, threads: int, layout: str, device: int) -> Kernel:
+    """A kernel, loaded on first use.
+
+    layout: one letter of `struct` per argument (`P` address, `i` int, `q` long long, `Q` unsigned, `f` float), aligned
+    as C aligns them; end it with `0P` where the kernel takes one struct that holds addresses.
+    """
+    return _kernel(module, function, threads, layout, device)
+
+
+@functools.cache
+def _kernel(module: str, function: str, threads: int, layout: str, device: int) -> Kernel:
+    handle = ctypes.c_void_p()
+    loaded = _module(module, device)
+    code = _cuda().cuModuleGetFunction(ctypes.byref(handle), loaded, function.encode())
+    if code:
+        raise KernelError(f"module {module} has no kernel {function}: {describe(code)}; reinstall sglang-pascal")
+    return Kernel(function, handle, threads, struct.Struct(f"@{layout}"), device)
+
+
+def preload(modules: Iterable[str], device: int) -> None:
+    """Load modules now: a module cannot be loaded while a CUDA graph is captured."""
+    for name in modules:
+        _module(name, device)
+
+
+@functools.cache
+def _module(name: str, device: int) -> ctypes.c_void_p:
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    capability = torch.cuda.get_device_capability(device)
+    architecture, kind = target_of(capability)
+    image = artifact(MODULES[name], architecture, kind)
+    handle, log = ctypes.c_void_p(), ctypes.create_string_buffer(_LOG_BYTES)
+    options = (ctypes.c_int * 2)(_JIT_ERROR_LOG, _JIT_ERROR_LOG_BYTES)
+    values = (ctypes.c_void_p * 2)(ctypes.addressof(log), _LOG_BYTES)
+    with torch.cuda.device(device):
+        torch.cuda.current_stream(device).synchronize()  # makes torch's context current in this thread
+        code = _cuda().cuModuleLoadDataEx(ctypes.byref(handle), image + b"\0", 2, options, values)
+    if code:
+        raise KernelError(
+            f"the driver refuses the {kind} of {name} for compute capability {capability[0]}.{capability[1]}: "
+            f"{describe(code)}; {log.value.decode(errors='replace').strip() or 'no log'}; "
+            "install a driver of the 470 to 580 series"
+        )
+    return handle
+
+
+def target_of(capability: tuple[int, int]) -> tuple[str, str]:
+    """(architecture, kind of file) for a card."""
+    if capability[0] == 6:
+        return ("60" if capability[1] == 0 else "61"), "cubin"
+    if capability[0] < 6:
+        raise KernelError(
+            f"compute capability {capability[0]}.{capability[1]} is older than Pascal: "
+            "the kernels need 6.0 or newer; choose another card with CUDA_VISIBLE_DEVICES"
+        )
+    architecture = os.environ.get(ARCHITECTURE_VARIABLE, "61")
+    if architecture not in ARCHITECTURES:
+        raise KernelError(
+            f"{ARCHITECTURE_VARIABLE} is {architecture!r}; allowed: {', '.join(ARCHITECTURES)}; unset it to use 61"
+        )
+    return architecture, "ptx"
+
+
+def describe(code: int) -> str:
+    """A driver error as `CUDA error 700 (CUDA_ERROR_ILLEGAL_ADDRESS)`."""
+    name = ctypes.c_char_p()
+    _cuda().cuGetErrorName(code, ctypes.byref(name))
+    return f"CUDA error {code} ({name.value.decode() if name.value else 'unknown'})"
+
+
+@functools.cache
+def _cuda() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(DRIVER_LIBRARY)
+    except OSError as exc:
+        raise KernelError(f"{DRIVER_LIBRARY} cannot be loaded: {exc}; install NVIDIA's driver") from exc

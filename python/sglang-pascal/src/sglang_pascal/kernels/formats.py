@@ -1,0 +1,67 @@
+"""The quantised weight types with kernels: their blocks in a GGUF file, and their tiles on the device.
+
+`weights.cuh` and `repack.cu` describe the same layouts to the GPU; a test compares the numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+GROUP_ROWS: Final = 32
+"""Rows that a warp multiplies together, one a lane."""
+TILE_COLUMNS: Final = 256
+"""Weights of a row in one tile."""
+BLOCK: Final = 32
+"""Activations that share a scale."""
+PLANE_BYTES: Final = 16
+"""Bytes of one row in one plane of a tile."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One type. A row of a GGUF tensor is a sequence of blocks."""
+
+    tensor_type: str
+    """GGUF's name."""
+    block_weights: int
+    block_bytes: int
+    has_min: bool
+    """A block subtracts a minimum: products then need the sum of their activations."""
+
+    @property
+    def tile_row_bytes(self) -> int:
+        """Bytes of one row in one tile; the same as in the file."""
+        return self.block_bytes * TILE_COLUMNS // self.block_weights
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of a tile of 32 rows x 256 columns."""
+        return self.tile_row_bytes * GROUP_ROWS
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row in the file. `columns` is a multiple of `block_weights`."""
+        return columns // self.block_weights * self.block_bytes
+
+    def packed_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of a repacked tensor: rows are padded to 32, columns to 256."""
+        return -(-rows // GROUP_ROWS) * tiles(columns) * self.tile_bytes
+
+
+def tiles(columns: int) -> int:
+    """Tiles along a row."""
+    return -(-columns // TILE_COLUMNS)
+
+
+FORMATS: Final = {
+    form.tensor_type: form
+    for form in (
+        Format("Q4_K", 256, 144, has_min=True),
+        Format("Q5_K", 256, 176, has_min=True),
+        Format("Q6_K", 256, 210, has_min=False),
+        Format("Q8_0", 32, 34, has_min=False),
+        Format("Q4_0", 32, 18, has_min=False),
+        Format("Q4_1", 32, 20, has_min=True),
+    )
+}
+"""Type name -> format. Block sizes: ggml's `ggml-common.h`."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import sys
 import termios
@@ -151,7 +152,14 @@ def _keys(stop: asyncio.Event) -> Iterator[None]:
         return
     saved = termios.tcgetattr(sys.stdin)
     tty.setcbreak(sys.stdin)
-    loop.add_reader(sys.stdin, lambda: stop.set() if sys.stdin.read(1) in ("q", "Q", "") else None)
+
+    def on_key() -> None:
+        # All keys that wait, past Python's buffer: what stayed there would wake nobody.
+        keys = os.read(sys.stdin.fileno(), 1024)
+        if not keys or b"q" in keys.lower():
+            stop.set()
+
+    loop.add_reader(sys.stdin, on_key)
     try:
         yield
     finally:

@@ -214,6 +214,15 @@ def test_a_signal_ends_it_with_success_and_leaves_no_child(tmp_path: Path, numbe
     assert not Path(f"/proc/{children[0]}").exists()
 
 
+def test_a_signal_ends_it_while_the_driver_hangs_without_a_word(tmp_path: Path) -> None:
+    exporter = RunningExporter(tmp_path / "scenario.nvml", "--interval=0.05", "--deadline=3600")
+    exporter.scrape_until(temperature(50))
+    exporter.write("nvmlDeviceGetTemperature 0 = hang")
+    exporter.scrape_until(lambda page: FAILURE in page, X_Prometheus_Scrape_Timeout_Seconds="0.2")
+    assert exporter.stop() == ExitCode.OK
+    assert len(exporter.log) == 2, exporter.log
+
+
 def run_exporter(*flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pascaline", "exporter", *flags]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)

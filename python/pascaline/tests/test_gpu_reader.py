@@ -85,9 +85,16 @@ def test_a_reading_holds_what_each_gpu_supports_and_nothing_else(driver: Driver)
     assert reading.last_success_timestamp == reading.timestamp
 
 
-def test_this_process_never_loads_nvml(driver: Driver) -> None:
-    driver.reader.read()
-    assert "libnvidia-ml" not in Path("/proc/self/maps").read_text()
+def test_the_process_that_reads_never_loads_nvml(tmp_path: Path) -> None:
+    """In a process of its own: other tests load the library into this one."""
+    write_scenario(tmp_path / "scenario.nvml", TWO_GPUS)
+    program = "from pascaline.gpu.reader import Reader; r = Reader(); print(r.read().counted); print(open('/proc/self/maps').read())"
+    command = [sys.executable, "-c", program]
+    environment = fake_nvml_environment(tmp_path / "scenario.nvml")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=PATIENCE)
+    counted, _, maps = done.stdout.partition("\n")
+    assert counted == "2"
+    assert "libnvidia-ml" not in maps
 
 
 @pytest.mark.parametrize(
@@ -149,6 +156,15 @@ def test_a_hang_marks_the_gpu_as_lost_and_the_others_as_unknown(driver: Driver) 
     driver.reader.read()
     driver.write("[gpu 1]\nnvmlDeviceGetPowerUsage = hang")
     assert statuses(driver.reader.read()) == {"GPU-b": DeviceStatus.HUNG}
+
+
+def test_a_gpu_that_hangs_from_the_start_is_told_without_its_uuid(tmp_path: Path) -> None:
+    scenario = tmp_path / "scenario.nvml"
+    write_scenario(scenario, TWO_GPUS + "[gpu 1]\nall = hang")
+    with Reader(start_deadline=5.0, environment=fake_nvml_environment(scenario)) as reader:
+        reading = reader.read()
+    assert reading.status is DriverStatus.HUNG
+    assert [(device.index, device.uuid, device.status) for device in reading.devices] == [(1, "", DeviceStatus.HUNG)]
 
 
 def test_a_hanging_child_is_gone_after_its_deadline(driver: Driver, tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ _TIMEOUT_MARGIN = 0.5
 """Seconds of a scrape's timeout that are left for the answer to travel."""
 _SWITCH_SECONDS = 0.0005
 """Interpreter's time slice (its default is 5 ms): how long a scrape may wait for the thread that renders a reading."""
+_STOP_SECONDS = 5.0
+"""Time for the reading thread to end."""
 _INDEX_PAGE = b"""<!doctype html><title>pascaline exporter</title><h1>pascaline exporter</h1>
 <p>Metrics of the NVIDIA GPUs of this host.</p>
 <ul><li><a href="/metrics">/metrics</a></li><li><a href="/livez">/livez</a></li></ul>
@@ -144,8 +146,9 @@ class Exporter:
         finally:
             self._stop.set()
             self._server.server_close()
-            self._thread.join(self._interval + 1.0)
+            # Ends a reading that is under way, however long it hangs.
             self._reader.close()
+            self._thread.join(_STOP_SECONDS)
 
     def stop(self) -> None:
         """Let `run` return."""
@@ -155,6 +158,8 @@ class Exporter:
         due = time.monotonic()
         while not self._stop.is_set():
             reading = self._reader.read()
+            if self._stop.is_set():
+                return
             self._readings.publish(reading)
             self._log.note(reading)
             # A reading that took longer than the interval does not make the next ones follow at once.

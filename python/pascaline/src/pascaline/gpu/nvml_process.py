@@ -57,7 +57,7 @@ def _serve(
             if not listening:
                 _note(progress, "nvmlInit")
                 pynvml.nvmlInit()
-                _start_listening(send)
+                _start_listening(send, progress)
                 listening = True
             answer = read_all(progress)
         except pynvml.NVMLError as error:
@@ -153,18 +153,20 @@ def _noted(progress: mmap.mmap) -> str:
     return progress[:].rstrip(b"\0").decode()
 
 
-def _start_listening(send: Callable[[dict[str, Any]], None]) -> None:
+def _start_listening(send: Callable[[dict[str, Any]], None], progress: mmap.mmap) -> None:
     """Send every Xid event from now on; not where the driver has no events (a vGPU, an old card)."""
     try:
         events = pynvml.nvmlEventSetCreate()
-        devices = dict(filter(None, (_register(index, events) for index in range(pynvml.nvmlDeviceGetCount()))))
+        registered = [_register(index, events, progress) for index in range(pynvml.nvmlDeviceGetCount())]
     except pynvml.NVMLError:
         return
+    devices = dict(filter(None, registered))
     if devices:
         threading.Thread(target=_listen, args=(events, devices, send), daemon=True).start()
 
 
-def _register(index: int, events: Any) -> tuple[int, tuple[int, str]] | None:
+def _register(index: int, events: Any, progress: mmap.mmap) -> tuple[int, tuple[int, str]] | None:
+    _note(progress, f"{index} nvmlDeviceRegisterEvents")
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         pynvml.nvmlDeviceRegisterEvents(handle, pynvml.nvmlEventTypeXidCriticalError, events)

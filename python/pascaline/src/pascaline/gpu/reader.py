@@ -104,7 +104,7 @@ class Reader:
         self.close()
 
     def close(self) -> None:
-        """End the child; the reader may be used again."""
+        """End the child; the reader may be used again. A reading that another thread waits for ends as a crash."""
         self._end_child()
 
     def read(self) -> Reading:
@@ -150,13 +150,14 @@ class Reader:
                 )
             self._child = _Child(self._environment, self._count_xid)
             self._starts += 1
-        limit = self._deadline if self._child.answered else self._start_deadline
+        child = self._child
+        limit = self._deadline if child.answered else self._start_deadline
         try:
-            return self._interpret(self._child.ask(limit))
+            return self._interpret(child.ask(limit))
         except TimeoutError:
-            return self._hung(self._child.progress(), limit)
+            return self._hung(child.progress(), limit)
         except EOFError:
-            return self._failure(DriverStatus.CRASHED, f"the process that calls NVML {self._child.ending()}")
+            return self._failure(DriverStatus.CRASHED, f"the process that calls NVML {child.ending()}")
 
     def _anything_wrong(self) -> bool:
         return any(device.status is not DeviceStatus.OK for device in self._known.values())
@@ -198,7 +199,8 @@ class Reader:
 
     def _hung(self, call: str, limit: float) -> Reading:
         index, _, function = call.partition(" ")
-        if index.isdigit() and (uuid := self._uuids.get(int(index))) is not None:
+        if index.isdigit():
+            uuid = self._uuids.get(int(index), "")
             message = f"{function} has not returned for {limit:g} s"
             self._known[uuid] = DeviceReading(int(index), uuid, DeviceStatus.HUNG, message)
         where = f"{function} of GPU {index}" if function else call or "the start of the process that calls NVML"
@@ -288,12 +290,11 @@ class _Child:
         return f"died of {signal.Signals(-code).name}{during}" if code < 0 else f"ended with exit code {code}{during}"
 
     def close(self) -> None:
-        """Close this side's ends; the thread that receives ends with the process."""
+        """Close the requests' pipe; the thread that receives ends with the process."""
         assert self.process.stdin is not None
         # What was written to a process that had just died is still in the buffer, and is lost here.
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
-        self._progress.close()
 
     def _receive(self, on_xid: Callable[[dict[str, Any]], None]) -> None:
         assert self.process.stdout is not None

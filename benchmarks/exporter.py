@@ -165,7 +165,7 @@ def measure(exporter: Exporter, environment: dict[str, str], scrapes: int, secon
             latencies = []
             for _ in range(scrapes):
                 latencies.append(scrape(connection)[0] * 1e3)
-                time.sleep(PAUSE_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311  # scrapes meet readings by chance
+                time.sleep(PAUSE_SECONDS * random.uniform(0.5, 1.5))  # scrapes meet readings by chance
             resident, cpu = steady_state(process.pid, connection, seconds)
         finally:
             process.terminate()

@@ -41,6 +41,7 @@ class ExitCode(IntEnum):
     DOES_NOT_FIT = 7, "the plan needs more memory than the card has; nothing was started"
     MISSING = 8, "a program, library or device that is needed is not on this machine"
     STORAGE = 9, "a disk is full, or a folder may not be written"
+    WARNED = 10, "doctor: nothing failed, but something deserves a warning"
     INTERRUPTED = 130, "stopped at once by a second signal"
 
 

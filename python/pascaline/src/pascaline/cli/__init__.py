@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "serve": "plan, launch and supervise an engine that serves one model",
     "config": "show, check or describe the settings and where each value comes from",
+    "doctor": "find out what keeps this host from serving, and what to do",
     "exporter": "serve GPU metrics to Prometheus (NVML)",
     "top": "show GPUs and instances of this host or a fleet, live",
 }

@@ -28,10 +28,17 @@ def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_from_arguments(arguments: argparse.Namespace, *, check_host: bool = True) -> Configuration:
     """Merge the flags that were given with all other sources."""
-    given = {key: getattr(arguments, key) for key, _ in setting_fields() if getattr(arguments, key, None) is not None}
+    return load(given_flags(arguments), arguments.config, check_host=check_host)
+
+
+def given_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that were given as flags: dotted key -> value."""
     fields = dict(setting_fields())
-    flags = {key: _flag_value(value, fields[key]) for key, value in given.items()}
-    return load(flags, arguments.config, check_host=check_host)
+    return {
+        key: _flag_value(value, field)
+        for key, field in fields.items()
+        if (value := getattr(arguments, key, None)) is not None
+    }
 
 
 def _add_flag(group: argparse._ArgumentGroup, key: str, field: FieldInfo) -> None:

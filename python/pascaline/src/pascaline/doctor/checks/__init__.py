@@ -1,0 +1,16 @@
+"""All checks, in the order in which a person would ask: card, driver, engine, model, machine, instance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pascaline.doctor.checks import driver, engine, environment, gpu, instance, model, system
+
+if TYPE_CHECKING:
+    from pascaline.doctor.verdicts import Check
+
+ALL_CHECKS: tuple[Check, ...] = tuple(
+    check for module in (driver, gpu, engine, environment, model, system, instance) for check in module.CHECKS
+)
+
+__all__ = ["ALL_CHECKS"]

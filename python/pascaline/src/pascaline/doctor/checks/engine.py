@@ -1,0 +1,154 @@
+"""Checks of the engine: versions that fit together, and machine code for this card."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pascaline.doctor.verdicts import Checks, Result, failure, info, ok, skipped, warning
+
+if TYPE_CHECKING:
+    from pascaline.doctor.host import Host
+
+CHECKS = Checks("Engine")
+check = CHECKS.check
+
+PLATFORM = "pascal"
+"""Entry point of the plugin."""
+LEAST_GLIBC = (2, 34)
+"""SGLang's wheels are manylinux_2_34."""
+
+
+def _absent(host: Host, package: str) -> str | None:
+    """Why nothing can be said of a package; None where it is installed."""
+    if host.settings and host.settings.engine != "sglang":
+        return f"the engine is {host.settings.engine}"
+    if package not in host.engine.versions:
+        return f"{package} is not installed; see engine"
+    return None
+
+
+@check(
+    "engine",
+    "The engine's Python has SGLang, torch and the plugin",
+    "install the engine, or name the Python that has it",
+    command="pip install 'pascaline[engine]'; pascaline config show --engine-executable PYTHON",
+    option="services.pascaline.enginePackage = pkgs.pascaline-engine;",
+)
+def _engine(host: Host) -> Result:
+    """Runs the Python of engine_executable and asks for the packages that serving needs."""
+    if host.settings and host.settings.engine != "sglang":
+        return skipped(f"the engine is {host.settings.engine}")
+    missing = [name for name in ("torch", "sglang", "sglang-pascal") if name not in host.engine.versions]
+    if missing:
+        return failure(host.engine.error or f"not installed: {', '.join(missing)}")
+    words = ", ".join(f"{name} {version}" for name, version in host.engine.versions.items())
+    return failure(f"{words}; {host.engine.error}") if host.engine.error else ok(words)
+
+
+@check(
+    "sglang-version",
+    "SGLang has a version that the plugin was made for",
+    "install the SGLang that the plugin names: its internals change with every release",
+    command="pip install sglang==0.5.23",
+    option="services.pascaline.enginePackage = pkgs.pascaline-engine;",
+)
+def _sglang_version(host: Host) -> Result:
+    """Compares the installed SGLang with the versions that the plugin's shims were written and tested for."""
+    if reason := _absent(host, "sglang"):
+        return skipped(reason)
+    found, supported = host.engine.versions["sglang"], host.engine.supported_sglang
+    if not supported:
+        return skipped("the plugin does not tell which versions it supports; see engine")
+    words = f"sglang {found}, the plugin supports {', '.join(supported)}"
+    return ok(words) if found in supported else failure(words)
+
+
+@check(
+    "plugin",
+    "The plugin is registered with SGLang",
+    "install sglang-pascal into the same environment as SGLang",
+    command="pip install --force-reinstall --no-deps sglang-pascal",
+    option="services.pascaline.enginePackage = pkgs.pascaline-engine;",
+)
+def _plugin(host: Host) -> Result:
+    """Looks for the platform `pascal` among SGLang's entry points. Without it SGLang refuses every Pascal card."""
+    if reason := _absent(host, "sglang"):
+        return skipped(reason)
+    points = host.engine.entry_points
+    if PLATFORM not in points:
+        return failure(f"platforms registered: {', '.join(points) or 'none'}")
+    return ok(f"sglang-pascal {host.engine.versions.get('sglang-pascal', '(unknown version)')}")
+
+
+@check(
+    "torch-architectures",
+    "torch has machine code for this card",
+    "install the torch of the lock: 2.7.1 is the newest on the package index whose binaries hold sm_60 code",
+    command="pip install torch==2.7.1",
+    option="services.pascaline.enginePackage = pkgs.pascaline-engine;",
+)
+def _torch_architectures(host: Host) -> Result:
+    """Compares the card with the architectures that torch was built for: sm_60 runs on 6.0 and 6.1, code of another
+    first digit does not; PTX of the same or an older one is compiled by the driver."""
+    if reason := _absent(host, "torch"):
+        return skipped(reason)
+    if not host.engine.torch_cuda:
+        words = f"torch {host.engine.versions['torch']} is built without CUDA"
+        return failure(words) if host.wants_gpu else ok(f"{words}; the model runs on the CPU")
+    if not host.capabilities:
+        return skipped("no GPU tells its compute capability")
+    built = host.engine.torch_architectures
+    missing = [capability for capability in host.capabilities if not _runs_on(built, capability)]
+    words = f"torch {host.engine.versions['torch']} for {' '.join(built)}"
+    return failure(f"{words}: none runs on {', '.join(missing)}") if missing else ok(words)
+
+
+def _runs_on(built: tuple[str, ...], capability: str) -> bool:
+    """Whether code of one of the architectures runs: sm_XY on X.Z with Z >= Y, PTX of anything not newer."""
+    major, minor = map(int, capability.split("."))
+    for name in built:
+        kind, _, number = name.partition("_")
+        if not number.isdigit():
+            continue
+        first, second = divmod(int(number), 10)
+        if kind == "compute" and (first, second) <= (major, minor):
+            return True
+        if kind == "sm" and first == major and second <= minor:
+            return True
+    return False
+
+
+@check(
+    "kernel-architectures",
+    "The plugin's kernels are built for this card",
+    "build them once: otherwise the first start compiles each kernel",
+    command="python -m sglang_pascal.kernels.build --output DIR && export SGLANG_PASCAL_KERNELS=DIR",
+    option='hardware.pascaline.driver.computeCapability = "6.1";',
+)
+def _kernel_architectures(host: Host) -> Result:
+    """Looks for prebuilt kernels of the card's architecture beside the plugin, or where SGLANG_PASCAL_KERNELS says."""
+    if reason := _absent(host, "sglang-pascal"):
+        return skipped(reason)
+    if not host.pascal:
+        return skipped("no Pascal card answers")
+    built = host.engine.kernel_architectures
+    if not built:
+        return info("none is prebuilt; they are compiled at the first start and kept")
+    missing = sorted({gpu.compute_capability for gpu in host.pascal if not _runs_on(built, gpu.compute_capability)})
+    words = f"prebuilt for {' '.join(built)}"
+    return warning(f"{words}, not for {', '.join(missing)}") if missing else ok(words)
+
+
+@check(
+    "glibc",
+    "The C library is new enough for the engine",
+    "use a distribution of 2022 or newer, or the Nix package, which brings its own",
+    command="getconf GNU_LIBC_VERSION",
+)
+def _glibc(host: Host) -> Result:
+    """Compares the system's glibc with 2.34, which SGLang's wheels are linked for."""
+    parts = host.system.glibc.split(".")
+    if host.system.is_nixos or not all(part.isdigit() for part in parts[:2]) or len(parts) < 2:
+        return skipped("the package brings its own" if host.system.is_nixos else "the version is not known")
+    words = f"glibc {host.system.glibc}"
+    return ok(words) if (int(parts[0]), int(parts[1])) >= LEAST_GLIBC else failure(f"{words}, must be 2.34 or newer")

@@ -1,0 +1,390 @@
+"""Checks of the cards: power, heat, link, memory errors, and who else uses them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pascaline.doctor.kernel_log import CRITICAL_XIDS, xids
+from pascaline.doctor.verdicts import Checks, Remedy, Result, Verdict, failure, info, ok, skipped, warning
+from pascaline.engines.base import sum_of_series
+from pascaline.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pascaline.doctor.host import Gpu, GpuProcess, Host
+
+CHECKS = Checks("GPU")
+check = CHECKS.check
+
+# nvml.h, nvmlClocksEventReasons.
+POWER_CAP = 0x4
+HARDWARE_SLOWDOWN = 0x8
+SOFTWARE_THERMAL = 0x20
+HARDWARE_THERMAL = 0x40
+POWER_BRAKE = 0x80
+SLOWDOWN_REASONS = {
+    SOFTWARE_THERMAL: "the driver lowers clocks for heat",
+    HARDWARE_THERMAL: "the card halves its clocks for heat",
+    HARDWARE_SLOWDOWN: "the card halves its clocks",
+    POWER_BRAKE: "the power supply asks for lower clocks",
+}
+HOT_CELSIUS = 85
+"""The guide's limit, and the alert HighGPUTemp's."""
+WARM_PASSIVE_CELSIUS = 75
+"""A passive card that reaches this at little load has no air flow; see peers' reports of 85 °C within five minutes."""
+IDLE_RATIO = 0.3
+"""Below this share of time with a kernel a GPU is little used."""
+ECC_SHARE = 1 / 16
+"""Of memory and bandwidth: GDDR5 has no room of its own for ECC, so it takes one byte of sixteen."""
+NATIVE_ECC = "P100"
+"""HBM2 carries its ECC bits itself, at no cost (NVIDIA, Tesla P100 white paper)."""
+FEW_REPLAYS = 100
+MEBI = 2**20
+
+
+def _each(host: Host, judge: Callable[[Gpu], Result | None], unknown: str) -> Result:
+    """Judge every GPU that answers: the worst verdict, with what was seen on each; skipped where none can be judged."""
+    results = [(gpu, result) for gpu in host.gpus if (result := judge(gpu)) is not None]
+    if not results:
+        return skipped(unknown if host.gpus else "no GPU answers")
+    worst = max((result for _, result in results), key=lambda result: result.verdict.severity)
+    told = [(gpu, result) for gpu, result in results if result.verdict is worst.verdict]
+    return Result(worst.verdict, "; ".join(f"{gpu.label}: {result.evidence}" for gpu, result in told), worst.remedy)
+
+
+@check(
+    "capability",
+    "The card is one that this project serves",
+    "use the engine's own platform for cards newer than Pascal (upstream SGLang), and another card for older ones",
+    command="nvidia-smi --query-gpu=name,compute_cap --format=csv",
+)
+def _capability(host: Host) -> Result:
+    """Reads the compute capability: 6.0 and 6.1 are what the plugin's kernels are for; newer cards have upstream's."""
+
+    def judge(gpu: Gpu) -> Result | None:
+        if not gpu.compute_capability:
+            return None
+        words = f"compute capability {gpu.compute_capability}"
+        if gpu.is_pascal:
+            return ok(words)
+        if int(gpu.compute_capability.partition(".")[0]) < 6:
+            return failure(f"{words} is older than Pascal")
+        return info(f"{words}: upstream SGLang serves it with its own kernels")
+
+    return _each(host, judge, "no GPU tells its compute capability")
+
+
+@check(
+    "card-profile",
+    "The card has a profile, so that plans are exact",
+    "choose the nearest profile, and add this card to cards.toml",
+    command="pascaline config show --card tesla-p4",
+    option='services.pascaline.instances.<name>.settings.card = "tesla-p4";',
+)
+def _card_profile(host: Host) -> Result:
+    """Looks the card's name up in the profiles, which carry memory, bandwidth and measured constants."""
+    return _each(
+        host,
+        lambda gpu: ok(gpu.card.name) if gpu.card else info(f"no profile has the name {gpu.name!r}"),
+        "no GPU tells its name",
+    )
+
+
+@check(
+    "power-limit",
+    "The power limit is the card's own",
+    "raise the limit, if cooling and supply allow it",
+    command="nvidia-smi -pl WATTS",
+    option="hardware.pascaline.driver.powerLimitWatts = null;",
+)
+def _power_limit(host: Host) -> Result:
+    """Compares the limit in force with the card's default. A lower one costs speed, and may be meant."""
+
+    def judge(gpu: Gpu) -> Result | None:
+        now, default = (
+            gpu.number("nvmlDeviceGetEnforcedPowerLimit"),
+            gpu.number("nvmlDeviceGetPowerManagementDefaultLimit"),
+        )
+        if now is None or default is None:
+            return None
+        words = f"{now / 1000:.0f} W of {default / 1000:.0f} W"
+        return warning(words) if now < default else ok(words)
+
+    return _each(host, judge, "no GPU tells its power limits")
+
+
+@check(
+    "throttling",
+    "Clocks are not lowered for heat or for want of power",
+    "raise the air flow; where the power supply is the reason, check its cables and the board's power budget",
+    command="nvidia-smi -q -d PERFORMANCE,TEMPERATURE,POWER",
+    option="hardware.pascaline.driver.powerLimitWatts = 60;",
+)
+def _throttling(host: Host) -> Result:
+    """Reads why clocks are lowered now. At the power cap is normal for a P4 under load (75 W); the others are not."""
+
+    def judge(gpu: Gpu) -> Result | None:
+        reasons = gpu.number("nvmlDeviceGetCurrentClocksThrottleReasons")
+        if reasons is None:
+            return None
+        found = [words for mask, words in SLOWDOWN_REASONS.items() if reasons & mask]
+        if found:
+            return failure(", ".join(found))
+        return ok("at its power cap" if reasons & POWER_CAP else "clocks are not lowered")
+
+    return _each(host, judge, "no GPU tells why clocks are lowered")
+
+
+@check(
+    "temperature",
+    "The GPU is cool enough to keep its clocks",
+    "raise the chassis fans, or clean the card; a lower power limit trades a little speed for a cooler card",
+    command="ipmitool sdr type fan; nvidia-smi -pl 60",
+    option="hardware.pascaline.driver.powerLimitWatts = 60;",
+)
+def _temperature(host: Host) -> Result:
+    """Compares the core's temperature with 85 °C (the guide's limit) and, where it is told, the slowdown threshold."""
+
+    def judge(gpu: Gpu) -> Result | None:
+        now, slowdown = gpu.number("nvmlDeviceGetTemperature 0"), gpu.number("nvmlDeviceGetTemperatureThreshold 1")
+        if now is None:
+            return None
+        words = f"{now} °C" + (f", slows down at {slowdown} °C" if slowdown else "")
+        return warning(words) if now > HOT_CELSIUS or (slowdown and now >= slowdown - 3) else ok(words)
+
+    return _each(host, judge, "no GPU tells its temperature")
+
+
+@check(
+    "cooling",
+    "A card without a fan gets air from the chassis",
+    "mount a fan or a duct that blows through the card, and let the chassis fans follow its temperature",
+    command="ipmitool sdr type fan",
+)
+def _cooling(host: Host) -> Result:
+    """P4, P40 and P100 have no fan. Warm at low use means that no air moves: under load such a card throttles soon."""
+
+    def judge(gpu: Gpu) -> Result | None:
+        if gpu.number("nvmlDeviceGetFanSpeed") is not None:
+            return ok("it has a fan of its own")
+        now, utilization = gpu.number("nvmlDeviceGetTemperature 0"), gpu.number("nvmlDeviceGetUtilizationRates")
+        if now is None or utilization is None:
+            return None
+        words = f"passive, {now} °C at {utilization} % utilisation"
+        return warning(words) if now >= WARM_PASSIVE_CELSIUS and utilization < IDLE_RATIO * 100 else ok(words)
+
+    return _each(host, judge, "no GPU tells fan, temperature and utilisation")
+
+
+@check(
+    "application-clocks",
+    "Application clocks are the highest that the card has",
+    "raise them; the power cap still holds, so a cool card gains and a hot one does not",
+    command="nvidia-smi -ac MEMORY_MHZ,GRAPHICS_MHZ  # of nvidia-smi -q -d SUPPORTED_CLOCKS",
+    option="hardware.pascaline.driver.applicationClocks = { memory = 3003; graphics = 1531; };",
+)
+def _application_clocks(host: Host) -> Result:
+    """Compares the application clock with the maximum. A P4 starts at 1113 MHz of 1531; prompts are bound by it."""
+
+    def judge(gpu: Gpu) -> Result | None:
+        now, most = gpu.number("nvmlDeviceGetApplicationsClock 0"), gpu.number("nvmlDeviceGetMaxClockInfo 0")
+        if now is None or most is None:
+            return None
+        words = f"{now} MHz of {most} MHz"
+        return info(words) if now < most else ok(words)
+
+    return _each(host, judge, "no GPU has application clocks")
+
+
+@check(
+    "pcie-width",
+    "The PCIe link has all its lanes",
+    "reseat the card and riser, or use a slot with all lanes; a narrow link makes loading slow, not decoding",
+    command="nvidia-smi --query-gpu=pcie.link.gen.current,pcie.link.width.current,pcie.link.width.max --format=csv",
+)
+def _pcie_width(host: Host) -> Result:
+    """Compares lanes in use with those that card and slot have. The generation is no sign: it drops when idle."""
+
+    def judge(gpu: Gpu) -> Result | None:
+        now, most = gpu.number("nvmlDeviceGetCurrPcieLinkWidth"), gpu.number("nvmlDeviceGetMaxPcieLinkWidth")
+        if now is None or most is None:
+            return None
+        return warning(f"x{now} of x{most}") if now < most else ok(f"x{now}")
+
+    return _each(host, judge, "no GPU tells its link's width")
+
+
+@check(
+    "pcie-replays",
+    "The PCIe link resends no packets",
+    "reseat card and riser, clean the contacts, try another slot: replays often come before a card is lost",
+    command="journalctl -k -g AER -n 20",
+)
+def _pcie_replays(host: Host) -> Result:
+    """Reads how often the link had to resend since the driver was loaded. A healthy link hardly ever does."""
+
+    def judge(gpu: Gpu) -> Result | None:
+        count = gpu.number("nvmlDeviceGetPcieReplayCounter")
+        if count is None:
+            return None
+        return warning(f"{count} replays") if count > FEW_REPLAYS else ok(f"{count} replays")
+
+    return _each(host, judge, "no GPU counts replays")
+
+
+@check(
+    "ecc-cost",
+    "ECC's cost is known and wanted",
+    "switch ECC off only if a rare wrong token is no harm; it needs a reboot",
+    command="nvidia-smi -e 0 && reboot",
+)
+def _ecc_cost(host: Host) -> Result:
+    """With ECC on, GDDR5 (P4, P40) gives up a sixteenth of memory and bandwidth; the HBM2 of a P100 gives up none."""
+
+    def judge(gpu: Gpu) -> Result | None:
+        mode, memory = gpu.numbers("nvmlDeviceGetEccMode"), gpu.memory
+        if not mode:
+            return None
+        if not mode[0]:
+            return ok("ECC is off")
+        if NATIVE_ECC in gpu.name:
+            return ok("ECC is on and free (HBM2)")
+        lost = f", about {format_bytes(memory[0] * ECC_SHARE / (1 - ECC_SHARE))}" if memory else ""
+        return info(f"ECC is on: it takes 6 % of memory{lost}, and of bandwidth")
+
+    return _each(host, judge, "no GPU has ECC")
+
+
+@check(
+    "ecc-errors",
+    "No memory error was left uncorrected",
+    "drain the instance and reset the GPU, or reboot: it retires the page; replace a card that repeats it",
+    command="nvidia-smi -q -d ECC,PAGE_RETIREMENT",
+)
+def _ecc_errors(host: Host) -> Result:
+    """Reads the errors since the driver was loaded that ECC could not correct. Answers after one may be wrong."""
+
+    def judge(gpu: Gpu) -> Result | None:
+        count = gpu.number("nvmlDeviceGetTotalEccErrors 1 0")
+        if count is None:
+            return None
+        return failure(f"{count} uncorrected") if count else ok("none")
+
+    return _each(host, judge, "no GPU counts memory errors")
+
+
+@check(
+    "retired-pages",
+    "No bad page of memory waits for its retirement",
+    "drain and reset the GPU, or reboot: until then the page is still handed out",
+    command="nvidia-smi -q -d PAGE_RETIREMENT",
+)
+def _retired_pages(host: Host) -> Result:
+    """Reads whether a page is marked bad and still in use."""
+
+    def judge(gpu: Gpu) -> Result | None:
+        pending = gpu.number("nvmlDeviceGetRetiredPagesPendingStatus")
+        if pending is None:
+            return None
+        count = sum(len(gpu.numbers(f"nvmlDeviceGetRetiredPages {cause}")) for cause in (0, 1))
+        return warning(f"one is pending, {count} are retired") if pending else ok(f"{count} are retired")
+
+    return _each(host, judge, "no GPU retires pages")
+
+
+@check(
+    "gpu-processes",
+    "Nobody else holds memory of the GPU",
+    "stop the foreign process, or give the instance a card of its own: the plan counts on the whole card",
+    command="nvidia-smi --query-compute-apps=pid,process_name,used_memory --format=csv",
+    option="services.pascaline.instances.<name>.gpus = [ 1 ];",
+)
+def _gpu_processes(host: Host) -> Result:
+    """Lists processes on the GPUs that belong to no pascaline unit and are not this instance's engine."""
+
+    def judge(gpu: Gpu) -> Result | None:
+        foreign = [process for process in gpu.processes if not _is_ours(process, host)]
+        if foreign:
+            pids = " ".join(str(process.pid) for process in foreign)
+            remedy = Remedy("stop them, or give the instance a card of its own", f"ps -o pid,user,args -p {pids}")
+            return warning(", ".join(map(_shown, foreign)), remedy)
+        return ok(f"{len(gpu.processes)} process(es), all ours")
+
+    return _each(host, judge, "no GPU lists its processes")
+
+
+def _is_ours(process: GpuProcess, host: Host) -> bool:
+    engine = host.instance.health.get("engine_pid") if host.instance.health else None
+    return process.unit.startswith("pascaline-") or process.pid == engine
+
+
+def _shown(process: GpuProcess) -> str:
+    size = format_bytes(process.bytes) if process.bytes is not None else "unknown size"
+    return f"{process.name or 'process'} {process.pid} ({size})"
+
+
+@check(
+    "display",
+    "No desktop takes memory of the card",
+    "run the display on another adapter, or boot without one",
+    command="systemctl set-default multi-user.target && reboot",
+)
+def _display(host: Host) -> Result:
+    """Looks for processes that draw on the card: a desktop holds some hundred megabytes that a model could use."""
+
+    def judge(gpu: Gpu) -> Result | None:
+        value = gpu.reading.values.get("nvmlDeviceGetGraphicsRunningProcesses")
+        if not isinstance(value, list):
+            return None
+        return info(f"{len(value)} graphics process(es)") if value else ok("none")
+
+    return _each(host, judge, "no GPU lists graphics processes")
+
+
+@check(
+    "gpu-utilization",
+    "Under load the GPU is busy",
+    "raise the batch: on Pascal eight or sixteen requests at once cost each little and give several times the tokens",
+    command="pascaline plan --max-running-requests 16",
+    option="services.pascaline.instances.<name>.settings.max_running_requests = 16;",
+)
+def _gpu_utilization(host: Host) -> Result:
+    """Compares utilisation with the engine's running and waiting requests: waiting ones beside an idle GPU mean that
+    max_running_requests is too small, or that something else holds the engine up (CPU, throttling, debug variables)."""
+    metrics = host.instance.engine_metrics
+    running = sum_of_series(metrics, "sglang:num_running_reqs")
+    queued = sum_of_series(metrics, "sglang:num_queue_reqs") or 0.0
+    if running is None:
+        return skipped("no running engine tells its requests")
+    if not running + queued:
+        return skipped("the engine is idle")
+
+    def judge(gpu: Gpu) -> Result | None:
+        utilization = gpu.number("nvmlDeviceGetUtilizationRates")
+        if utilization is None:
+            return None
+        words = f"{utilization} % with {running:.0f} running and {queued:.0f} waiting requests"
+        if utilization < IDLE_RATIO * 100:
+            return warning(words)
+        return info(words) if queued else ok(words)
+
+    return _each(host, judge, "no GPU tells its utilisation")
+
+
+@check(
+    "xid-history",
+    "The driver has logged no Xid that stands for broken hardware",
+    "see the Xid's meaning in docs/operations.md (GpuXidCritical, GpuXidWarning); replace a card that repeats one",
+    command="journalctl -k -g Xid -n 20",
+)
+def _xid_history(host: Host) -> Result:
+    """Searches this boot's kernel log for Xid events: critical ones (48, 62, 64, 74, 79, 95, 119, 120), and others,
+    which are mostly one program's mistake."""
+    if host.logs.kernel is None:
+        return skipped("this user may not read the kernel's log; add it to the group systemd-journal")
+    found = xids(host.logs.kernel)
+    if not found:
+        return ok("none since the boot")
+    words = ", ".join(f"Xid {number} ({count} times)" for number, count in sorted(found.items()))
+    return Result(Verdict.FAILURE if found.keys() & CRITICAL_XIDS else Verdict.WARNING, words)

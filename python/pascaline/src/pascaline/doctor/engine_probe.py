@@ -1,0 +1,89 @@
+"""Asked in the engine's Python: `engine_probe.py VARIABLE…` prints, as JSON, what is installed and built for what.
+
+A file of its own without imports of this package, since that Python may not have it. Every answer is optional: what
+fails is left out, and `error` says what failed first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+PACKAGES = ("torch", "sglang", "sglang-pascal", "transformers")
+
+
+def main() -> None:
+    """Print everything that is known."""
+    # What imports print must not get into the answer.
+    with contextlib.redirect_stdout(sys.stderr):
+        answer: dict[str, Any] = {"versions": dict(_versions()), "entry_points": _entry_points()}
+        for part in (_torch, _plugin, _kernels):
+            try:
+                answer |= part()
+            except Exception as error:
+                answer.setdefault("error", f"{type(error).__name__}: {error}")
+        answer["unknown_variables"] = _unknown(sys.argv[1:])
+    sys.stdout.write(json.dumps(answer))
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield package, importlib.metadata.version(package)
+
+
+def _entry_points() -> list[str]:
+    return sorted(point.name for point in importlib.metadata.entry_points(group="sglang.srt.platforms"))
+
+
+def _torch() -> dict[str, Any]:
+    # The driver is not woken: these are facts of the build.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch
+
+    flags = torch._C._cuda_getArchFlags() if torch.version.cuda else ""
+    return {"torch_cuda": torch.version.cuda or "", "torch_architectures": (flags or "").split()}
+
+
+def _plugin() -> dict[str, Any]:
+    from sglang_pascal.compat import SUPPORTED_SGLANG
+
+    return {"supported_sglang": list(SUPPORTED_SGLANG)}
+
+
+def _kernels() -> dict[str, Any]:
+    from sglang_pascal.kernels.build import PREBUILT, PREBUILT_VARIABLE
+    from sglang_pascal.kernels.formats import FORMATS
+
+    folders = [PREBUILT, Path(os.environ.get(PREBUILT_VARIABLE, PREBUILT))]
+    names = {file.name for folder in folders if folder.is_dir() for file in folder.iterdir()}
+    found = {match[1] for name in names if (match := re.search(r"\.((?:sm|compute)_\d+)\.(?:cubin|ptx)$", name))}
+    return {"kernel_architectures": sorted(found), "kernel_formats": sorted(FORMATS)}
+
+
+def _unknown(variables: Sequence[str]) -> list[str]:
+    """Those of the variables that no file of SGLang or of the plugin names."""
+    unknown = set(variables)
+    for package in ("sglang", "sglang_pascal"):
+        spec = importlib.util.find_spec(package) if unknown else None
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            for file in Path(folder).rglob("*.py"):
+                if not unknown:
+                    break
+                text = file.read_text(errors="replace")
+                unknown -= {name for name in unknown if name in text}
+    return sorted(unknown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""The way to a machine: its files under a root, programs, services and GPUs, and a record of what they said.
+
+The collector asks nothing but this. A recorded machine (a folder of files and outputs) answers in the same way, so that
+broken hosts are reproduced from what they reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pascaline.gpu.reader import Reader
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pascaline.gpu.reading import Reading
+
+READ_BYTES = 4 * 2**20
+"""Most of one file or answer that is kept."""
+COMMAND_SECONDS = 20.0
+FETCH_SECONDS = 3.0
+KILL_SECONDS = 1.0
+SPEED_BYTES = 256 * 2**20
+"""Read of a model file to measure the disk."""
+SPEED_SECONDS = 3.0
+_BLOCK_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a program printed."""
+
+    code: int
+    """Exit code; -1 where it did not end in time."""
+    text: str
+    """Standard output."""
+    errors: str = ""
+    """Standard error."""
+
+
+@dataclass
+class Machine:
+    """This machine, seen from `root`."""
+
+    root: Path = Path("/")
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    transcript: list[tuple[str, str]] = field(default_factory=list)
+    """(what was asked, what came back), for the report."""
+
+    @property
+    def now(self) -> float:
+        """Unix time in seconds."""
+        return time.time()
+
+    def path(self, absolute: str | Path) -> Path:
+        """Return where a file of the machine is for this process."""
+        return self.root / str(absolute).lstrip("/")
+
+    def read(self, absolute: str | Path) -> str | None:
+        """Return the text of a file; None where it is not there or may not be read."""
+        try:
+            with self.path(absolute).open("rb") as file:
+                text = file.read(READ_BYTES).decode(errors="replace")
+        except OSError as error:
+            self.transcript.append((f"file {absolute}", f"({error.strerror})"))
+            return None
+        self.transcript.append((f"file {absolute}", text))
+        return text
+
+    def list(self, absolute: str | Path) -> list[str]:
+        """Return the names in a folder, sorted; empty where there is none."""
+        try:
+            return sorted(entry.name for entry in self.path(absolute).iterdir())
+        except OSError:
+            return []
+
+    def run(
+        self, name: str, command: Sequence[str], *, text: str = "", timeout: float = COMMAND_SECONDS
+    ) -> Output | None:
+        """Run a program and return what it printed; None where there is no such program. `name` is the record's.
+
+        A program that waits in the driver cannot be killed: it is left behind, and this process goes on.
+        """
+        output = _run(command, text, timeout)
+        shown = "(no such program)" if output is None else f"(exit code {output.code})\n{output.text}{output.errors}"
+        self.transcript.append((f"{name}: {' '.join(command)}", shown))
+        return output
+
+    def fetch(self, url: str) -> str | None:
+        """Return the body of an HTTP answer; None where none came within FETCH_SECONDS or its status is an error."""
+        body = _fetch(url)
+        self.transcript.append((f"url {url}", "(no answer)" if body is None else body))
+        return body
+
+    def reading(self) -> Reading:
+        """Ask NVML, in a process that may be killed."""
+        with Reader(environment=self.environment) as reader:
+            reading = reader.read()
+        self.transcript.append(("nvml", repr(reading)))
+        return reading
+
+    def read_speed(self, path: Path) -> float | None:
+        """Return bytes per second of reading a file past the page cache; None where it cannot be measured."""
+        return _read_speed(path)
+
+
+def _run(command: Sequence[str], text: str, timeout: float) -> Output | None:
+    try:
+        process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError:
+        return None
+    try:
+        out, errors = process.communicate(text, timeout)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=KILL_SECONDS)
+        return Output(-1, "", f"did not end within {timeout:g} s")
+    return Output(process.returncode, out, errors)
+
+
+def _fetch(url: str) -> str | None:
+    # Agents and engines are not behind the proxy that the environment may name.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=FETCH_SECONDS) as answer:
+            return str(answer.read(READ_BYTES).decode(errors="replace"))
+    except (OSError, ValueError, urllib.error.URLError):
+        return None
+
+
+def _read_speed(path: Path) -> float | None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        with mmap.mmap(-1, _BLOCK_BYTES) as block:  # O_DIRECT needs aligned memory, and pages are
+            began, done = time.perf_counter(), 0
+            while done < SPEED_BYTES and time.perf_counter() - began < SPEED_SECONDS:
+                count = os.preadv(descriptor, [block], done)
+                done += count
+                if count < _BLOCK_BYTES:
+                    break
+            seconds = time.perf_counter() - began
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    # A small file tells the latency of the disk, not its speed.
+    return done / seconds if done >= _BLOCK_BYTES and seconds > 0 else None

@@ -1,0 +1,147 @@
+"""Findings as text for people, as JSON, and as one redacted file for a bug report."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import platform
+import re
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pascaline import __version__
+from pascaline.doctor.verdicts import Finding, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pascaline.doctor.verdicts import Remedy
+
+JSON_VERSION = 1
+"""Layout of --json; grows when a key changes its meaning or goes."""
+MARKS = {Verdict.OK: "✓", Verdict.SKIPPED: "·", Verdict.INFO: "i", Verdict.WARNING: "!", Verdict.FAILURE: "✗"}
+COLOURS = {Verdict.INFO: "36", Verdict.WARNING: "33", Verdict.FAILURE: "31", Verdict.OK: "32", Verdict.SKIPPED: "90"}
+MAX_PART_CHARACTERS = 20_000
+"""Of one recorded file or output in the report."""
+
+
+def to_json(findings: Sequence[Finding], verdict: Verdict) -> dict[str, Any]:
+    """Return the findings as plain values."""
+    return {
+        "version": JSON_VERSION,
+        "pascaline": __version__,
+        "verdict": verdict.value,
+        "findings": [
+            {
+                "check": finding.check,
+                "title": finding.title,
+                "verdict": finding.verdict.value,
+                "evidence": finding.evidence,
+                "remedy": {
+                    "text": finding.remedy.text,
+                    "command": finding.remedy.command or None,
+                    "option": finding.remedy.option or None,
+                }
+                if finding.remedy
+                else None,
+            }
+            for finding in findings
+        ],
+    }
+
+
+def to_text(findings: Sequence[Finding], *, is_nixos: bool, everything: bool = False, colour: bool = False) -> str:
+    """Return lines for people, the worst last, where the eye is; `everything`: with what is well and was skipped."""
+    shown = [f for f in findings if everything or f.verdict.severity >= Verdict.INFO.severity]
+    lines = []
+    for finding in sorted(shown, key=lambda finding: finding.verdict.severity):
+        mark = MARKS[finding.verdict]
+        if colour:
+            mark = f"\033[{COLOURS[finding.verdict]}m{mark}\033[0m"
+        lines.append(f"{mark} {finding.check}: {finding.evidence}")
+        if finding.remedy and finding.verdict.severity >= Verdict.INFO.severity:
+            lines += [f"    {line}" for line in _remedy_lines(finding.remedy, is_nixos=is_nixos)]
+    return "\n".join([*lines, summary(findings)]) + "\n"
+
+
+def _remedy_lines(remedy: Remedy, *, is_nixos: bool) -> list[str]:
+    what = remedy.option if is_nixos and remedy.option else remedy.command or remedy.option
+    return [f"→ {remedy.text}", *([f"  {what}"] if what else [])]
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """Return how many checks ended how, in one line."""
+    counts = {verdict: sum(finding.verdict is verdict for finding in findings) for verdict in Verdict}
+    words = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in reversed(Verdict) if counts[verdict])
+    return f"{len(findings)} checks: {words}"
+
+
+def write_report(path: Path, findings: Sequence[Finding], transcript: Sequence[tuple[str, str]]) -> None:
+    """Write findings and everything that was read, with names, addresses, keys and serial numbers taken out."""
+    head = f"pascaline {__version__}, Python {platform.python_version()}, {platform.system()} {platform.release()}\n"
+    parts = [head, to_text(findings, is_nixos=False, everything=True)]
+    for title, text in transcript:
+        cut = text if len(text) <= MAX_PART_CHARACTERS else text[:MAX_PART_CHARACTERS] + "\n(cut)"
+        parts.append(f"--- {title}\n{cut.rstrip()}\n")
+    path.write_text(redact("\n".join(parts)), encoding="utf-8")
+
+
+# A name that says that its value is secret, in any of the notations NAME=value, "name": "value", --name value.
+_SECRET = re.compile(
+    r"""(?ix) ( [\w.-]* (?: key | token | secret | passw(?:or)?d | credential ) [\w.-]* ["']? (?: \s*[=:]\s* | \s+ ) )
+        ( "[^"\n]*" | '[^'\n]*' | [^\s,;"']+ )"""
+)
+# Names that hold such a word and no secret: paths, numbers and counts.
+_NOT_SECRET = re.compile(r"(?i)token(s|izer|_usage|s_total)|api_key_file|tokens?\b|max_tokens|_keys?_file|keyboard")
+_PATTERNS = (
+    (re.compile(r"\bGPU-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"), "GPU-(uuid)"),
+    (re.compile(r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"), "(uuid)"),
+    (re.compile(r"(?<![0-9a-fA-F:])(?:[0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}(?![0-9a-fA-F:])"), "(mac)"),
+    (re.compile(r"(?i)(serial['\"]?\s*[:=]\s*['\"]?)\w+"), r"\1(serial)"),
+    (re.compile(r"(nvmlDeviceGetSerial'?\s*[:=]\s*'?)\w+"), r"\1(serial)"),
+    (re.compile(r"(?i)\bbearer\s+[^\s\"']+"), "Bearer (secret)"),
+    (re.compile(r"\b(?:hf|sk|ghp|gho|glpat)[_-][A-Za-z0-9_-]{8,}"), "(secret)"),
+    (re.compile(r"(://)[^/\s:@]+(?::[^/\s@]*)?@"), r"\1(user)@"),
+    (re.compile(r"(https?://[^\s?\"']+)\?[^\s\"']*"), r"\1?(query)"),
+    (re.compile(r"/(home|Users)/[^/\s:\"']+"), r"/\1/(user)"),
+    (re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b"), "(mail)"),
+)
+_ADDRESS = re.compile(r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9a-fA-F]{0,4}(?::[0-9a-fA-F]{0,4}){2,7})(?![\w:])")
+
+
+def redact(text: str, host_name: str | None = None, home: str | None = None) -> str:
+    """Return the text without what tells who and where: keys, user and host names, addresses, serial numbers, UUIDs.
+
+    host_name, home: None = this host's, this user's. Loopback addresses stay: they say nothing and explain much.
+    """
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    text = _SECRET.sub(_hide, text)
+    text = _ADDRESS.sub(_hide_address, text)
+    home = str(Path.home()) if home is None else home
+    if home not in ("", "/"):
+        text = text.replace(home, "~")
+    host_name = socket.gethostname() if host_name is None else host_name
+    if host_name and host_name != "localhost":
+        text = re.sub(rf"(?<![\w-]){re.escape(host_name)}(?![\w-])", "(host)", text)
+    return text
+
+
+def _hide(match: re.Match[str]) -> str:
+    if _NOT_SECRET.search(match[1]) or match[2] in ("null", "None", "-"):
+        return match[0]
+    return f"{match[1]}(secret)"
+
+
+def _hide_address(match: re.Match[str]) -> str:
+    try:
+        address = ipaddress.ip_address(match[0])
+    except ValueError:
+        return match[0]
+    return match[0] if address.is_loopback or address.is_unspecified else "(address)"
+
+
+def dump(findings: Sequence[Finding], verdict: Verdict) -> str:
+    """Return the JSON text of --json."""
+    return json.dumps(to_json(findings, verdict), indent=2)

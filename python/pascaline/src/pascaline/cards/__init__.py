@@ -72,10 +72,48 @@ def load_card(name: str) -> Card:
         name=name,
         nvml_names=tuple(entry.get("nvml_names", ())),
         compute_capability=entry.get("compute_capability"),
-        facts={key: Fact(**fact) for key, fact in entry.get("facts", {}).items()},
+        facts=_facts(entry.get("facts", {})),
         settings=entry.get("settings", {}),
-        planning={key: Fact(**fact) for key, fact in entry.get("planning", {}).items()},
+        planning=_facts(_planning_data()["cpu" if name == "cpu" else "cuda"] | entry.get("planning", {})),
     )
+
+
+def unknown_card(nvml_name: str, memory_bytes: int) -> Card:
+    """Return a card for a GPU without a profile: its memory is known, its speed is not."""
+    memory = Fact(memory_bytes, "measured", "NVML")
+    return Card(nvml_name, (nvml_name,), None, {"memory_bytes": memory}, {}, _facts(_planning_data()["cuda"]))
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedPoint:
+    """One measured speed."""
+
+    engine: str
+    card: str
+    model: str
+    phase: Literal["decode", "prefill"]
+    batch: int
+    """Sequences of a decode step, tokens of a prefill batch."""
+    tokens_per_second: float
+    read_bytes: int
+    """Weights that a step reads."""
+    macs: int
+    """Multiply-accumulates of one token."""
+    source: str
+    confirmed: bool = True
+    """False: a single claim, kept to be seen, that nothing is fitted to."""
+
+
+@cache
+def speed_points() -> tuple[SpeedPoint, ...]:
+    """All measured speeds that estimates are calibrated with."""
+    return tuple(SpeedPoint(**point) for point in _planning_data()["points"])
+
+
+@cache
+def efficiencies(engine: str) -> dict[str, Fact]:
+    """The shares of the roofline that are known for an engine otherwise than from points."""
+    return _facts(_planning_data()["efficiency"][engine])
 
 
 def card_for_device(nvml_name: str) -> Card | None:
@@ -111,6 +149,19 @@ def installed_models(proc_gpus: Path = PROC_GPUS) -> list[str]:
     return models
 
 
+def _facts(entries: dict[str, Any]) -> dict[str, Fact]:
+    return {key: Fact(**fact) for key, fact in entries.items()}
+
+
 @cache
 def _data() -> dict[str, Any]:
-    return tomllib.loads(files("pascaline.cards").joinpath("cards.toml").read_text(encoding="utf-8"))
+    return _read("cards.toml")
+
+
+@cache
+def _planning_data() -> dict[str, Any]:
+    return _read("planning.toml")
+
+
+def _read(name: str) -> dict[str, Any]:
+    return tomllib.loads(files("pascaline.cards").joinpath(name).read_text(encoding="utf-8"))

@@ -1,1 +1,29 @@
-"""Memory budget and speed estimate of a model on a card: pure functions, no I/O."""
+"""Memory budget and speed estimate of a model on a card: pure functions, no I/O.
+
+    request = request_from_settings(settings, spec, device="cuda", dtype="float16", card_bytes=card.memory_bytes)
+    plan = make_plan(spec, card, request)
+    print(table(plan) if plan.fits else refusal(plan, nearest_fits(spec, card, request)))
+
+request     what is to be planned           weights, kv_cache, memory    bytes of each part, with formulas
+plan        the parts together, a verdict   speed                        tokens per second, from measured points
+mixtures    the model in another quant      search                       nearest that fit, sweeps, the best settings
+report      all of it as text               picture                      the bar as SVG
+"""
+
+from pascaline.planning.memory import Part
+from pascaline.planning.plan import Plan, make_plan
+from pascaline.planning.report import refusal, table
+from pascaline.planning.request import PlanRequest, request_from_settings
+from pascaline.planning.search import Change, nearest_fits
+
+__all__ = [
+    "Change",
+    "Part",
+    "Plan",
+    "PlanRequest",
+    "make_plan",
+    "nearest_fits",
+    "refusal",
+    "request_from_settings",
+    "table",
+]

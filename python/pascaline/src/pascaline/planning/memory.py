@@ -1,0 +1,193 @@
+"""Memory by part: what an engine allocates besides weights and KV cache, each with its formula and its origin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pascaline.planning.kv_cache import llama_batch
+from pascaline.planning.weights import DTYPE_BYTES
+from pascaline.units import format_bytes
+
+if TYPE_CHECKING:
+    from pascaline.cards import Card, Fact
+    from pascaline.models.spec import ModelSpec
+    from pascaline.planning.kv_cache import Pool
+    from pascaline.planning.request import PlanRequest
+    from pascaline.planning.weights import Weights
+
+Origin = Literal["exact", "measured", "documented", "estimated"]
+
+REQUEST_TABLE_EXTRA = 4
+"""SGLang's table of token slots has so many columns beyond the context (mem_cache/allocation_sizing.py)."""
+LOGIT_BYTES = 26
+"""Per logit while SGLang's PyTorch sampler runs: fp16 and fp32 logits, probabilities, sorted copy, int64 order, sum."""
+ATTENTION_SPLIT = 256
+"""Tokens of one part of a sequence in decode attention; each part leaves its result in fp32 for the second kernel."""
+BUFFERS_PER_TOKEN = 3
+"""Hidden vectors alive at once in a layer: residual, normalised input, output (SGLang's models/llama.py)."""
+BLOCK_BYTES = 9 / 8
+"""Activations as int8 blocks of 32 with two fp16 numbers (ggml-common.h, block_q8_1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One line of the memory table."""
+
+    key: str
+    name: str
+    n_bytes: int
+    formula: str
+    """The calculation with its numbers."""
+    origin: Origin
+    source: str = ""
+    """Where the constants come from; empty where everything is in the model's header."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "key": self.key,
+            "name": self.name,
+            "bytes": self.n_bytes,
+            "formula": self.formula,
+            "origin": self.origin,
+            "source": self.source,
+        }
+
+
+def static_parts(spec: ModelSpec, request: PlanRequest, weights: Weights, pool: Pool) -> list[Part]:
+    """Return what is allocated once, before the first request: SGLang's mem_fraction_static bounds the sum."""
+    source = "" if request.engine == "llama.cpp" else "sglang-pascal: quantization/storage.py, kernels/formats.py"
+    parts = [
+        Part("weights", "weights", weights.n_bytes, weights.formula, "exact", source),
+        Part("kv_pool", "KV cache", pool.n_bytes, pool.formula, "exact", _POOL_SOURCES[request.engine]),
+    ]
+    if request.engine == "sglang":
+        parts.append(_tables(spec, request))
+        if weights.rounding_bytes and request.device == "cuda":
+            parts.append(
+                Part(
+                    "rounding",
+                    "allocator rounding",
+                    weights.rounding_bytes,
+                    "each tensor of 10 MiB or more rounded up to 2 MiB",
+                    "estimated",
+                    "torch, c10/cuda/CUDACachingAllocator.cpp",
+                )
+            )
+    return parts
+
+
+def dynamic_parts(spec: ModelSpec, request: PlanRequest, weights: Weights, card: Card) -> list[Part]:
+    """Return what is allocated while requests run, and what the runtime takes for itself."""
+    if request.engine == "llama.cpp":
+        found = [_llama_compute(spec, request)]
+    else:
+        found = [*_dequantized(request, weights), _activations(spec, request), _logits(spec, request)]
+    return [*found, *_constants(request, card)]
+
+
+_POOL_SOURCES = {
+    "sglang": "SGLang 0.5.23, mem_cache/memory_pool.py, MHATokenToKVPool",
+    "llama.cpp": "llama.cpp, src/llama-kv-cache.cpp and llama-kv-cache-iswa.cpp",
+}
+
+
+def _tables(spec: ModelSpec, request: PlanRequest) -> Part:
+    rows, columns = request.max_running_requests + 1, request.context_length + REQUEST_TABLE_EXTRA
+    ropes = rope_tables(spec)
+    rope = ropes * spec.context_length * spec.head_dim * 4
+    norms = _norm_copies(spec, request)
+    text = (
+        f"slots of requests {rows} x {columns:,} x 4 B + RoPE {ropes} x {spec.context_length:,} positions x "
+        f"{spec.head_dim} x 4 B"
+    )
+    if norms:
+        text += f" + copies of the norms {norms:,} B"
+    source = "SGLang 0.5.23, ReqToTokenPool, layers/rotary_embedding/base.py, layers/layernorm.py"
+    return Part("tables", "tables", rows * columns * 4 + rope + norms, text, "exact", source)
+
+
+def rope_tables(spec: ModelSpec) -> int:
+    """Return how many RoPE tables SGLang makes: Gemma 3 turns sliding layers by another base than the rest."""
+    return 2 if spec.architecture in ("gemma3", "gemma3_text") else 1
+
+
+def _norm_copies(spec: ModelSpec, request: PlanRequest) -> int:
+    """SGLang's GemmaRMSNorm keeps weight + 1 beside the weight; Gemma 3 has a norm class of its own."""
+    if spec.architecture not in ("gemma", "gemma2"):
+        return 0
+    norms = sum(tensor.n_elements for tensor in spec.tensors if "norm" in tensor.name and len(tensor.shape) == 1)
+    return norms * DTYPE_BYTES[request.dtype]
+
+
+def _dequantized(request: PlanRequest, weights: Weights) -> list[Part]:
+    if request.quantization == "bitsandbytes":
+        text = f"the largest matrix in {request.dtype}: bitsandbytes expands one for each product of more than one row"
+        return [Part("workspace", "dequantisation", weights.largest_matrix_bytes, text, "documented", "bitsandbytes")]
+    text = "none: every type that is held quantised is multiplied as it is"
+    return [Part("workspace", "dequantisation", 0, text, "exact", "sglang-pascal: quantization/storage.py")]
+
+
+def _activations(spec: ModelSpec, request: PlanRequest) -> Part:
+    """The larger of a prefill chunk and a decode step: hidden vectors, MLP, int8 copy, attention's partial results."""
+    element, tokens = DTYPE_BYTES[request.dtype], max(request.chunked_prefill_tokens, request.max_running_requests)
+    inner = max(spec.intermediate_size, spec.moe_intermediate_size or 0) // request.tensor_parallel
+    heads = spec.num_heads * spec.head_dim + 2 * spec.num_kv_heads * spec.head_dim
+    widest = max(3 * inner, 2 * heads)
+    layer = tokens * (BUFFERS_PER_TOKEN * spec.hidden_size + widest) * element
+    blocks = round(tokens * max(inner, spec.hidden_size) * BLOCK_BYTES)
+    splits = -(-request.context_length // ATTENTION_SPLIT)
+    partial = request.max_running_requests * spec.num_heads * splits * (spec.v_head_dim + 2) * 4
+    attention = partial if request.device == "cuda" else _cpu_attention(spec, request)
+    text = (
+        f"{tokens:,} tokens x ({BUFFERS_PER_TOKEN} x {spec.hidden_size:,} + {widest:,}) x {element} B"
+        f" + int8 copy {format_bytes(blocks)} + attention {format_bytes(attention)}"
+    )
+    source = "SGLang 0.5.23, models/llama.py; sglang-pascal: attention"
+    return Part("activations", "activations", layer + blocks + attention, text, "estimated", source)
+
+
+def _cpu_attention(spec: ModelSpec, request: PlanRequest) -> int:
+    """Keys and values of a whole context, gathered for one layer (sglang_pascal/attention/paged.py)."""
+    values = spec.num_kv_heads * (spec.head_dim + spec.v_head_dim)
+    rows = 2 * request.context_length * values * DTYPE_BYTES[request.dtype]
+    return rows * request.max_running_requests
+
+
+def _logits(spec: ModelSpec, request: PlanRequest) -> Part:
+    n = request.max_running_requests
+    text = f"{n} requests x vocabulary of {spec.vocab_size:,} x {LOGIT_BYTES} B while sampling"
+    source = "SGLang 0.5.23, layers/sampler.py, sampling backend pytorch"
+    return Part("logits", "logits", n * spec.vocab_size * LOGIT_BYTES, text, "estimated", source)
+
+
+def _llama_compute(spec: ModelSpec, request: PlanRequest) -> Part:
+    """llama.cpp's graph buffer: its peak is the output layer of a full batch, logits beside the hidden vectors."""
+    batch = llama_batch(request)
+    n_bytes = batch * (spec.vocab_size + spec.hidden_size) * 4
+    text = f"batch of {batch} x (vocabulary {spec.vocab_size:,} + hidden {spec.hidden_size:,}) x 4 B"
+    source = "llama.cpp: its log of compute buffers, benchmarks/plan_compare.py"
+    return Part("activations", "compute buffer", n_bytes, text, "measured", source)
+
+
+def _constants(request: PlanRequest, card: Card) -> list[Part]:
+    """What does not depend on the model, from the card's data."""
+    prefix = f"{request.engine.replace('.', '_')}_"
+    parts = []
+    for key, name in _CONSTANTS.items():
+        fact: Fact | None = card.planning.get(prefix + key) or card.planning.get(key)
+        if fact is not None:
+            text = f"constant of {card.name}"
+            parts.append(Part(key.removesuffix("_bytes"), name, int(fact.value), text, fact.origin, fact.source))
+    return parts
+
+
+_CONSTANTS = {
+    "graphs_bytes": "CUDA graphs",
+    "context_bytes": "CUDA context",
+    "library_bytes": "libraries",
+    "process_bytes": "processes",
+    "fragmentation_bytes": "fragmentation",
+}
+"""Key in the card's data, with or without the engine's name in front -> what the table calls it."""

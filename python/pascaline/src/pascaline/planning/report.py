@@ -1,0 +1,180 @@
+"""A plan as text: the memory table with its bar, the formulas, sweeps and comparisons."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pascaline.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pascaline.planning.memory import Part
+    from pascaline.planning.plan import Plan
+    from pascaline.planning.search import Change, Choice
+    from pascaline.planning.speed import Rate
+
+BAR_WIDTH = 64
+BAR_LETTERS = {
+    "weights": "W",
+    "kv_pool": "K",
+    "tables": "t",
+    "rounding": "r",
+    "workspace": "d",
+    "activations": "a",
+    "logits": "l",
+    "graphs": "g",
+    "context": "c",
+    "library": "b",
+    "process": "p",
+    "fragmentation": "f",
+}
+"""Letter of each part in the bar."""
+
+
+def table(plan: Plan) -> str:
+    """Return the memory table: each part, what is free, the verdict, and what to expect."""
+    place = "card" if plan.request.device == "cuda" else "host"
+    rows = [
+        (part.name, part.n_bytes, BAR_LETTERS.get(part.key, "?"), part.origin) for part in plan.parts if part.n_bytes
+    ]
+    width = max(len(name) for name, *_ in rows) + 2
+    lines = [f"{plan.model} on {plan.card}: {_settings_words(plan)}", ""]
+    lines += [f"  {letter} {name:<{width}}{_size(n_bytes):>12}  {origin}" for name, n_bytes, letter, origin in rows]
+    lines.append(f"    {'together':<{width}}{_size(plan.total_bytes):>12}")
+    if plan.request.used_bytes:
+        lines.append(f"  x {'used by others':<{width}}{_size(plan.request.used_bytes):>12}")
+    lines += [
+        f"    {'the ' + place + ' has':<{width}}{_size(plan.card_bytes):>12}",
+        f"    {'headroom' if plan.headroom_bytes >= 0 else 'missing':<{width}}{_size(abs(plan.headroom_bytes)):>12}",
+        "",
+        f"  [{bar(plan)}]",
+        "",
+    ]
+    if plan.fits:
+        lines.append(f"fits: a KV cache of {plan.kv_tokens:,} tokens, {format_bytes(plan.kv_bytes_per_token)} each")
+    lines += [f"does not fit: {reason}" for reason in plan.reasons]
+    lines += [f"note: {note}" for note in plan.notes]
+    return "\n".join([*lines, *_speed_lines(plan)])
+
+
+def _settings_words(plan: Plan) -> str:
+    request = plan.request
+    return (
+        f"{request.engine}, context {plan.context_length:,}, {request.max_running_requests} requests, "
+        f"KV {request.kv_dtype}, chunk {request.chunked_prefill_tokens}"
+    )
+
+
+def _speed_lines(plan: Plan) -> list[str]:
+    speed = plan.speed
+    if speed is None or not plan.fits:
+        return []
+    basis = (
+        "from measured points" if speed.basis == "measured" else "estimated: this engine was not measured on Pascal yet"
+    )
+    decode = speed.decode
+    return [
+        "",
+        f"expected speed ({basis}):",
+        f"  one request         {_rate(speed.single)}",
+        f"  {decode.batch} at {decode.context:,} tokens{'':<{max(0, 9 - len(f'{decode.batch}{decode.context:,}'))}}"
+        f"{_rate(decode)}, {decode.tokens_per_second / decode.batch:,.0f} each",
+        f"  prompt              {_rate(speed.prefill)}, first token of {plan.context_length:,} after "
+        f"{speed.ttft_seconds:,.1f} s",
+    ]
+
+
+def _rate(rate: Rate) -> str:
+    text = f"{rate.tokens_per_second:,.0f} tok/s ({rate.low:,.0f} to {rate.high:,.0f}), bound by {rate.bound}"
+    return text.replace("bound by bandwidth", "bound by memory bandwidth")
+
+
+def bar(plan: Plan, width: int = BAR_WIDTH) -> str:
+    """Return the memory as one line of letters, `.` where it is free; what exceeds the card ends in `!`."""
+    whole = max(plan.card_bytes, plan.total_bytes + plan.request.used_bytes)
+    if whole == 0:
+        return "." * width
+    pieces = [(BAR_LETTERS.get(part.key, "?"), part.n_bytes) for part in plan.parts]
+    pieces.append(("x", plan.request.used_bytes))
+    text, done = "", 0
+    for letter, n_bytes in pieces:
+        done += n_bytes
+        text += letter * (round(width * done / whole) - len(text))
+    text = text.ljust(width, ".")
+    if plan.headroom_bytes < 0:
+        edge = round(width * plan.card_bytes / whole)
+        text = text[:edge] + "!" * (width - edge)
+    return text
+
+
+def explanation(plan: Plan) -> str:
+    """Return every part with its formula in numbers, where it comes from, and how sure it is."""
+    lines = []
+    for part in plan.parts:
+        lines += _explained(part)
+    if plan.mem_fraction_static is not None:
+        lines.append(
+            f"mem_fraction_static {plan.mem_fraction_static:g}: share of what is free before the model is loaded"
+        )
+    return "\n".join(lines)
+
+
+def _explained(part: Part) -> list[str]:
+    lines = [f"{part.name}: {part.n_bytes:,} B ({_size(part.n_bytes).strip()}), {part.origin}", f"    = {part.formula}"]
+    return [*lines, f"    source: {part.source}"] if part.source else lines
+
+
+def refusal(plan: Plan, changes: Sequence[Change]) -> str:
+    """Return the table of a plan that does not fit, and what would."""
+    lines = [table(plan), ""]
+    if changes:
+        lines.append("nearest that fit:")
+        lines += [f"  {number}. {change.sentence}" for number, change in enumerate(changes, 1)]
+    else:
+        lines.append("nothing near fits: a smaller model or a larger card is needed")
+    return "\n".join(lines)
+
+
+def sweep_table(plans: Sequence[Plan], over: str) -> str:
+    """Return one line per plan."""
+    titles = {"context": "context", "requests": "requests", "quant": "quant"}
+    lines = [
+        f"{titles[over]:>10}{'weights':>13}{'KV cache':>13}{'tokens':>11}{'total':>13}{'headroom':>13}"
+        f"{'tok/s':>8}{'prompt tok/s':>14}  verdict"
+    ]
+    for plan in plans:
+        value = {
+            "context": f"{plan.context_length:,}",
+            "requests": str(plan.request.max_running_requests),
+            "quant": plan.model,
+        }[over]
+        speed = plan.speed
+        decode = f"{speed.decode.tokens_per_second:,.0f}" if speed and plan.fits else "-"
+        prompt = f"{speed.prefill.tokens_per_second:,.0f}" if speed and plan.fits else "-"
+        lines.append(
+            f"{value:>10}{_size(plan.weights_bytes):>13}{_size(plan.kv_bytes):>13}{plan.kv_tokens:>11,}"
+            f"{_size(plan.total_bytes):>13}{_size(plan.headroom_bytes):>13}{decode:>8}{prompt:>14}"
+            f"  {'fits' if plan.fits else 'does not fit'}"
+        )
+    return "\n".join(lines)
+
+
+def choices_table(choices: Sequence[Choice]) -> str:
+    """Return one line per choice, the best first."""
+    lines = [
+        f"{'quant':<8}{'KV':<10}{'context':>9}{'requests':>10}{'chunk':>7}{'tok/s':>8}{'latency':>10}"
+        f"{'loss':>8}{'total':>13}{'headroom':>13}"
+    ]
+    for choice in choices:
+        request = choice.plan.request
+        lines.append(
+            f"{choice.file_type:<8}{request.kv_dtype:<10}{request.context_length:>9,}{request.max_running_requests:>10}"
+            f"{request.chunked_prefill_tokens:>7}{choice.throughput:>8,.0f}{choice.latency_seconds:>8,.1f} s"
+            f"{choice.loss:>8.3f}{_size(choice.plan.total_bytes):>13}{_size(choice.plan.headroom_bytes):>13}"
+        )
+    return "\n".join(lines)
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.1f} MiB"

@@ -1,0 +1,95 @@
+"""What is to be planned: an engine's settings and the memory of the device that it is to run on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pascaline.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pascaline.models.spec import ModelSpec
+    from pascaline.settings import Settings
+
+EngineName = Literal["sglang", "llama.cpp"]
+Device = Literal["cpu", "cuda"]
+
+KV_DTYPE_OF = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+"""What a pool stores that nobody gave a type: the type of the computation."""
+KV_DTYPES: dict[str, tuple[str, ...]] = {
+    "sglang": ("fp16", "bf16", "fp32", "fp8_e5m2", "int8"),
+    "llama.cpp": ("fp16", "bf16", "int8"),
+}
+"""KV types of each engine. int8: SGLang has one fp16 scale per token and head, llama.cpp's q8_0 one per 32 values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """Settings that decide memory, and the memory there is. Bytes, tokens; None: the plan decides."""
+
+    card_bytes: int
+    """Memory of the device: a GPU's as the driver reports it, on a CPU what the host has free."""
+    used_bytes: int = 0
+    """Of it taken by others (other processes on the GPU)."""
+    engine: EngineName = "sglang"
+    device: Device = "cuda"
+    dtype: str = "float16"
+    """Type of the computation: float16, bfloat16 or float32."""
+    context_length: int
+    max_running_requests: int = 4
+    kv_dtype: str = "fp16"
+    """One of KV_DTYPES for the engine."""
+    max_total_tokens: int | None = None
+    """Tokens of the KV pool, all requests together."""
+    max_kv_bytes: int | None = None
+    """Bytes of the KV pool; at most one of this and max_total_tokens is set."""
+    chunked_prefill_tokens: int = 512
+    mem_fraction_static: float | None = None
+    """Upper bound on the share of the device's memory for weights and KV pool."""
+    quantization: str | None = None
+    """SGLang's quantisation method for safetensors models; only bitsandbytes changes what weights take."""
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse a KV type that the engine does not have."""
+        allowed = KV_DTYPES[self.engine]
+        if self.kv_dtype not in allowed:
+            raise ConfigurationError(
+                f"kv_cache.dtype: {self.engine} has no {self.kv_dtype!r}, must be one of: {', '.join(allowed)}"
+            )
+
+    @property
+    def available_bytes(self) -> int:
+        """What others leave."""
+        return max(0, self.card_bytes - self.used_bytes)
+
+
+def request_from_settings(
+    settings: Settings, spec: ModelSpec, *, device: str, dtype: str, card_bytes: int, used_bytes: int = 0
+) -> PlanRequest:
+    """Return the request of an instance. device and dtype are decided already: never auto."""
+    kv_dtype: str = settings.kv_cache.dtype
+    if kv_dtype == "auto":
+        # llama.cpp stores fp16 whatever it computes in.
+        kv_dtype = "fp16" if settings.engine == "llama.cpp" else KV_DTYPE_OF[dtype]
+    elif settings.engine == "sglang" and kv_dtype == "fp16":
+        # SGLang's only pools beside fp8, int8 and bf16 are of the computation's type.
+        kv_dtype = KV_DTYPE_OF[dtype]
+    return PlanRequest(
+        card_bytes=card_bytes,
+        used_bytes=used_bytes,
+        engine=settings.engine,
+        device="cuda" if device == "cuda" else "cpu",
+        dtype=dtype,
+        context_length=settings.context_length or spec.context_length,
+        max_running_requests=settings.max_running_requests,
+        kv_dtype=kv_dtype,
+        max_total_tokens=settings.kv_cache.max_tokens,
+        max_kv_bytes=settings.kv_cache.max_bytes,
+        chunked_prefill_tokens=settings.chunked_prefill_tokens,
+        mem_fraction_static=settings.mem_fraction_static,
+        quantization=settings.quantization,
+        tensor_parallel=settings.tensor_parallel,
+        pipeline_parallel=settings.pipeline_parallel,
+    )

@@ -1,0 +1,213 @@
+"""Estimate of speed: the time to move the bytes and to do the arithmetic, at measured shares of the peaks.
+
+A step over n tokens takes bytes / (bandwidth x share) + n x multiply-accumulates / (peak x share). The shares are
+fitted to measured points (cards/planning.toml), one for each way in which kernels work: one, few, many tokens at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from pascaline.cards import efficiencies, load_card, speed_points
+from pascaline.planning.kv_cache import kv_bytes_per_token
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from pascaline.cards import Card, SpeedPoint
+    from pascaline.models.spec import ModelSpec
+    from pascaline.planning.request import PlanRequest
+    from pascaline.planning.weights import Weights
+
+SMALL_BATCH = 8
+"""Most columns of a decode kernel (llama.cpp, mmvq.cu, MMVQ_MAX_BATCH_SIZE); tiles begin beyond."""
+DP4A_MACS = 4
+"""int8 multiply-accumulates of one dp4a instruction; a card without it multiplies in fp32."""
+ATTENTION_SHARE = 0.4
+"""Share of the fp32 peak in prefill attention: estimated, as 0.6 to 0.7 is what a tiled kernel aims at."""
+
+Kind = Literal["bandwidth", "small_batch", "large_batch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Tokens per second, all requests together."""
+
+    tokens_per_second: float
+    low: float
+    high: float
+    batch: int
+    """Requests decoded at once, or tokens of a prefill chunk."""
+    context: int
+    """Tokens of each request that are in the cache."""
+    bound: Literal["bandwidth", "compute"]
+    """What takes the most time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How fast the plan's settings are expected to be."""
+
+    decode: Rate
+    """All requests at once, each with half of its context behind it, or its share of a smaller KV cache."""
+    single: Rate
+    """One request at its first tokens."""
+    prefill: Rate
+    ttft_seconds: float
+    """Time to first token of a prompt that fills the context, on an idle engine."""
+    basis: Literal["measured", "estimated"]
+    """Whether the engine's shares of the peak come from measured points."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Shares of the peak that an engine reaches."""
+
+    bandwidth: float
+    small_batch: float
+    large_batch: float
+    errors: dict[str, float]
+    """By kind: how far measurements lie from the estimate, root mean square of the relative deviation."""
+    step_seconds_per_layer: float
+    basis: Literal["measured", "estimated"]
+
+
+def estimate_speed(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights, kv_tokens: int) -> Speed | None:
+    """Return what to expect; None for a device whose bandwidth and clock are not known.
+
+    kv_tokens: of the KV cache, which all requests share.
+    """
+    if "bandwidth_bytes_per_second" not in card.facts or request.device == "cpu":
+        return None
+    model = _Model(spec, card, request, weights, calibration(request.engine))
+    prefill = model.prefill()
+    seconds = request.context_length / prefill.tokens_per_second
+    return Speed(
+        decode=model.decode(
+            request.max_running_requests, min(request.context_length // 2, kv_tokens // request.max_running_requests)
+        ),
+        single=model.decode(1, 0),
+        prefill=prefill,
+        ttft_seconds=seconds,
+        basis=model.calibration.basis,
+    )
+
+
+class _Model:
+    """The roofline of one model on one card."""
+
+    def __init__(
+        self, spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights, shares: Calibration
+    ) -> None:
+        self.calibration = shares
+        self._spec, self._request, self._weights = spec, request, weights
+        self._bandwidth = card.number("bandwidth_bytes_per_second") * shares.bandwidth
+        self._peak = peak_macs(card)
+        self._fp32 = card.number("cores") * card.number("boost_clock_hertz")
+        self._kv = kv_bytes_per_token(spec, request)
+        self._overhead = shares.step_seconds_per_layer * spec.num_hidden_layers
+
+    def decode(self, batch: int, context: int) -> Rate:
+        """A step of one token for each of `batch` requests with `context` tokens each."""
+        memory = (self._weights.read_bytes(batch) + batch * context * self._kv) / self._bandwidth
+        kind = kind_of(batch)
+        compute = self._compute(batch * self._weights.macs, kind)
+        return self._rate(batch, memory, compute, kind, batch, context)
+
+    def prefill(self) -> Rate:
+        """Chunks of a prompt that fills the context: the last one attends to all that came before."""
+        chunk, total = self._request.chunked_prefill_tokens, self._request.context_length
+        chunk = min(chunk, total)
+        kind = kind_of(chunk)
+        steps = math.ceil(total / chunk)
+        memory = steps * self._weights.read_bytes(chunk) / self._bandwidth
+        macs = total * (self._weights.macs - self._weights.output_macs)
+        heads = self._spec.num_heads * (self._spec.head_dim + self._spec.v_head_dim) / self._request.tensor_parallel
+        attention = self._spec.num_hidden_layers * heads * total**2 / 2 / (self._fp32 * ATTENTION_SHARE)
+        return self._rate(total, memory, self._compute(macs, kind) + attention, kind, chunk, total)
+
+    def _compute(self, macs: float, kind: Kind) -> float:
+        return 0.0 if kind == "bandwidth" else macs / (self._peak * getattr(self.calibration, kind))
+
+    def _rate(self, tokens: int, memory: float, compute: float, kind: Kind, batch: int, context: int) -> Rate:
+        rate = tokens / (memory + compute + self._overhead)
+        error = self.calibration.errors[kind]
+        bound: Literal["bandwidth", "compute"] = "bandwidth" if memory >= compute else "compute"
+        return Rate(rate, rate * (1 - error), rate * (1 + error), batch, context, bound)
+
+
+def kind_of(batch: int) -> Kind:
+    """Which kernels multiply this many columns."""
+    if batch == 1:
+        return "bandwidth"
+    return "small_batch" if batch <= SMALL_BATCH else "large_batch"
+
+
+def peak_macs(card: Card) -> float:
+    """Multiply-accumulates per second: dp4a where the card has it, else fp32."""
+    per_lane = DP4A_MACS if card.has_dp4a else 1
+    return card.number("cores") * card.number("boost_clock_hertz") * per_lane
+
+
+@cache
+def calibration(engine: str) -> Calibration:
+    """Return an engine's shares: from its measured points, else as estimated."""
+    known = efficiencies(engine)
+    points = [point for point in speed_points() if point.engine == engine and point.confirmed]
+    overhead = known["step_seconds_per_layer"].value
+    if not points:
+        error = known["error"].value
+        return Calibration(
+            known["bandwidth"].value,
+            known["small_batch"].value,
+            known["large_batch"].value,
+            dict.fromkeys(("bandwidth", "small_batch", "large_batch"), error),
+            overhead,
+            "estimated",
+        )
+    bandwidth = _geometric_mean(
+        point.tokens_per_second * point.read_bytes / _bandwidth(point) for point in points if point.batch == 1
+    )
+    small = _compute_share(points, "small_batch", bandwidth)
+    large = _compute_share(points, "large_batch", bandwidth)
+    shares = {"bandwidth": math.inf, "small_batch": small, "large_batch": large}
+    errors = {kind: _error([p for p in points if kind_of(p.batch) == kind], bandwidth, shares[kind]) for kind in shares}
+    return Calibration(bandwidth, small, large, errors, overhead, "measured")
+
+
+def predicted(point: SpeedPoint, bandwidth: float, compute: float) -> float:
+    """Return the tokens per second that these shares give for a measured point."""
+    memory = point.read_bytes / (_bandwidth(point) * bandwidth)
+    return point.batch / (memory + point.batch * point.macs / (peak_macs(load_card(point.card)) * compute))
+
+
+def _compute_share(points: Sequence[SpeedPoint], kind: Kind, bandwidth: float) -> float:
+    """The share of the arithmetic peak in what the bytes leave of the measured time."""
+    shares = []
+    for point in points:
+        if kind_of(point.batch) != kind:
+            continue
+        seconds = point.batch / point.tokens_per_second - point.read_bytes / (_bandwidth(point) * bandwidth)
+        shares.append(point.batch * point.macs / seconds / peak_macs(load_card(point.card)))
+    return _geometric_mean(shares)
+
+
+def _error(points: Sequence[SpeedPoint], bandwidth: float, compute: float) -> float:
+    deviations = [predicted(point, bandwidth, compute) / point.tokens_per_second - 1 for point in points]
+    return math.sqrt(sum(deviation**2 for deviation in deviations) / len(deviations))
+
+
+def _bandwidth(point: SpeedPoint) -> float:
+    return load_card(point.card).number("bandwidth_bytes_per_second")
+
+
+def _geometric_mean(values: Iterable[float]) -> float:
+    logarithms = [math.log(value) for value in values]
+    return math.exp(sum(logarithms) / len(logarithms))

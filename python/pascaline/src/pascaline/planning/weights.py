@@ -1,0 +1,190 @@
+"""What a model's weights take on the device and what a step reads of them, tensor by tensor from the header."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pascaline.models.ggml_types import TENSOR_TYPES
+
+if TYPE_CHECKING:
+    from pascaline.models.spec import ModelSpec, TensorSpec
+    from pascaline.planning.request import PlanRequest
+
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+HELD_AS = {kind: kind for kind in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")} | {
+    "Q5_0": "Q8_0",
+    "IQ4_NL": "Q8_0",
+    "Q3_K": "Q6_K",
+}
+"""Type of a matrix in a GGUF file -> the type in which sglang-pascal holds it on a GPU; all others become float16.
+
+From sglang_pascal/quantization/storage.py; a test compares the tables.
+"""
+PACKED_ROWS = 32
+PACKED_COLUMNS = 256
+"""Its device layout pads a matrix to groups of 32 rows and tiles of 256 columns (same file)."""
+VOCABULARY_MULTIPLE = 64
+"""SGLang pads embedding and output to it (layers/vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE)."""
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""bitsandbytes NF4 with double quantisation: 4 bits, one 8-bit scale per 64 weights, one fp32 per 256 scales."""
+ALLOCATION_STEP = 2 * 2**20
+"""torch's CUDA allocator takes memory for tensors from LARGE_TENSOR on in these steps (CUDACachingAllocator.cpp)."""
+LARGE_TENSOR = 10 * 2**20
+
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_EXPERTS = re.compile(r"_exps\.weight$|\.experts\.")
+_EMBEDDING = re.compile(r"^token_embd\.weight$|(^|\.)(embed_tokens|wte|word_embeddings)\.weight$")
+_OUTPUT = re.compile(r"^output\.weight$|(^|\.)lm_head\.weight$")
+# RoPE factors are read into a table, and inverse frequencies are computed.
+_NOT_LOADED = re.compile(r"^rope_(freqs|factors)|rotary_emb\.inv_freq$")
+_BLOCKS = {kind.name: (kind.block_elements, kind.block_bytes) for kind in TENSOR_TYPES.values()}
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A model's weights on one device. Bytes; operations per token."""
+
+    n_bytes: int
+    """Resident."""
+    host_bytes: int
+    """Kept in the host's memory instead (llama.cpp: the input embedding)."""
+    rounding_bytes: int
+    """What the allocator takes beyond it."""
+    dense_read_bytes: int
+    """Read by every step: all but the input embedding and the experts."""
+    expert_read_bytes: int
+    """Of the experts that one token uses."""
+    expert_bytes: int
+    """Of all experts."""
+    macs: int
+    """Multiply-accumulates that one token costs, output layer included."""
+    output_macs: int
+    """Of it in the output layer, which prefill computes for the last token only."""
+    largest_matrix_bytes: int
+    """Largest matrix outside of the vocabulary, in the type of the computation."""
+    formula: str
+
+    def read_bytes(self, batch: int) -> float:
+        """Bytes that one decode step of `batch` requests reads; different requests use different experts."""
+        return self.dense_read_bytes + min(self.expert_bytes, batch * self.expert_read_bytes)
+
+
+def weights_on_device(spec: ModelSpec, request: PlanRequest) -> Weights:
+    """Return what the weights take and cost under an engine on a device; per GPU where several share the model."""
+    sums = _Sums(spec, request)
+    for tensor in spec.tensors:
+        sums.add(tensor)
+    return sums.result()
+
+
+def resident_bytes(tensor: TensorSpec, spec: ModelSpec, request: PlanRequest) -> int:
+    """Return what one tensor takes in the engine's memory."""
+    if request.engine == "llama.cpp":
+        return tensor.n_bytes
+    element = DTYPE_BYTES[request.dtype]
+    rows, columns = _matrix(tensor)
+    if _is_vocabulary(tensor.name):
+        rows = _padded(rows, VOCABULARY_MULTIPLE)
+    is_matrix = len(tensor.shape) > 1
+    if spec.format == "gguf" and request.device == "cuda" and is_matrix:
+        return _held_bytes(tensor)
+    if spec.format == "safetensors" and tensor.tensor_type not in _FLOATS:
+        return tensor.n_bytes
+    if request.quantization == "bitsandbytes" and is_matrix and not _is_vocabulary(tensor.name):
+        return round(rows * columns * NF4_BYTES)
+    return rows * columns * element
+
+
+class _Sums:
+    """Adds up tensors."""
+
+    def __init__(self, spec: ModelSpec, request: PlanRequest) -> None:
+        self._spec, self._request = spec, request
+        self._has_output = any(_OUTPUT.search(tensor.name) for tensor in spec.tensors)
+        self._bytes = self._host = self._rounding = 0
+        self._dense = self._experts = self._macs = self._output_macs = self._largest = 0
+        self._expert_macs = 0
+        self._by_type: dict[str, int] = {}
+
+    def add(self, tensor: TensorSpec) -> None:
+        """Count one tensor."""
+        spec, request = self._spec, self._request
+        llama = request.engine == "llama.cpp"
+        is_embedding, is_output = bool(_EMBEDDING.search(tensor.name)), bool(_OUTPUT.search(tensor.name))
+        if not llama and (_NOT_LOADED.search(tensor.name) or (is_output and spec.tied_embeddings)):
+            return
+        size = resident_bytes(tensor, spec, request)
+        tied = is_embedding and (spec.tied_embeddings or not self._has_output)
+        if llama and is_embedding and request.device == "cuda":
+            # llama.cpp looks tokens up on the CPU and puts a second copy of a tied matrix on the GPU.
+            self._host += size
+            if not tied:
+                return
+        self._bytes += size
+        if size >= LARGE_TENSOR:
+            self._rounding += _padded(size, ALLOCATION_STEP) - size
+        self._by_type[tensor.tensor_type] = self._by_type.get(tensor.tensor_type, 0) + size
+        if len(tensor.shape) > 1 and not _is_vocabulary(tensor.name):
+            self._largest = max(self._largest, tensor.n_elements * DTYPE_BYTES[request.dtype])
+        self._count_work(tensor, size, is_embedding=is_embedding and not tied, is_output=is_output or tied)
+
+    def _count_work(self, tensor: TensorSpec, size: int, *, is_embedding: bool, is_output: bool) -> None:
+        if is_embedding:
+            return
+        if _EXPERTS.search(tensor.name):
+            self._experts += size
+            self._expert_macs += tensor.n_elements
+            return
+        self._dense += size
+        if len(tensor.shape) > 1:
+            self._macs += tensor.n_elements
+            if is_output:
+                self._output_macs += tensor.n_elements
+
+    def result(self) -> Weights:
+        """The sums, for one of the GPUs that share the model."""
+        spec, share = self._spec, self._request.tensor_parallel * self._request.pipeline_parallel
+        used = (spec.num_experts_per_token or 0) / spec.num_experts if spec.num_experts else 1.0
+        types = ", ".join(
+            f"{kind} {size / 2**20:,.1f} MiB" for kind, size in sorted(self._by_type.items(), key=lambda item: -item[1])
+        )
+        formula = f"sum over {len(spec.tensors)} tensors, by the file's types: {types}"
+        if share > 1:
+            formula += f"; of {share} GPUs each holds an equal part"
+        return Weights(
+            n_bytes=-(-self._bytes // share),
+            host_bytes=self._host,
+            rounding_bytes=-(-self._rounding // share) if self._request.engine == "sglang" else 0,
+            dense_read_bytes=-(-self._dense // share),
+            expert_read_bytes=int(self._experts * used / share),
+            expert_bytes=-(-self._experts // share),
+            macs=int((self._macs + self._expert_macs * used) / share),
+            output_macs=self._output_macs // share,
+            largest_matrix_bytes=self._largest,
+            formula=formula,
+        )
+
+
+def _held_bytes(tensor: TensorSpec) -> int:
+    rows, columns = _matrix(tensor)
+    held = HELD_AS.get(tensor.tensor_type)
+    if held is None:
+        return 2 * rows * columns
+    elements, n_bytes = _BLOCKS[held]
+    return _padded(rows, PACKED_ROWS) * _padded(columns, PACKED_COLUMNS) // elements * n_bytes
+
+
+def _matrix(tensor: TensorSpec) -> tuple[int, int]:
+    """A tensor as (rows, columns): experts and their rows are one dimension, a vector is one row."""
+    columns = tensor.shape[-1] if tensor.shape else 1
+    return tensor.n_elements // max(1, columns), columns
+
+
+def _is_vocabulary(name: str) -> bool:
+    return bool(_EMBEDDING.search(name) or _OUTPUT.search(name))
+
+
+def _padded(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

@@ -12,9 +12,9 @@ struct Arguments {
   const float2* partial_stats; // [n, heads, splits] {max, sum}
   const void* lengths;
   void* out;           // [n, heads * head_dim], float or half; may be null
-  signed char* q;      // [n, K]; may be null. K = heads * head_dim, a multiple of 256
+  signed char* q;      // [n, K]; may be null. K = heads * head_dim, padded with zeros to 256
   float2* scales;
-  int splits, window, out_is_half, lengths_are_64_bit;
+  int splits, window, out_is_half, lengths_are_64_bit, K;
 };
 
 extern "C" __global__ void __launch_bounds__(256) attention_combine(Arguments a) {
@@ -35,5 +35,11 @@ extern "C" __global__ void __launch_bounds__(256) attention_combine(Arguments a)
   const float value = length > 0 ? __fdiv_rn(out, sum) : 0.0f;
   const size_t at = head * blockDim.x + threadIdx.x;
   if (a.out) store_element(a.out, at, a.out_is_half, value);
-  if (a.q) quantize_block(value, a.q + at / BLOCK * BLOCK, a.scales + at / BLOCK, threadIdx.x % WARP);
+  if (!a.q) return;
+  const size_t row = static_cast<size_t>(blockIdx.y) * a.K;
+  int column = blockIdx.x * blockDim.x + threadIdx.x;
+  quantize_block(value, a.q + row + column / BLOCK * BLOCK, a.scales + (row + column) / BLOCK, threadIdx.x % WARP);
+  if (blockIdx.x < gridDim.x - 1) return; // the last head pads the row: whole warps, as K and head_dim are
+  for (column += blockDim.x; column < a.K; column += blockDim.x)
+    quantize_block(0.0f, a.q + row + column / BLOCK * BLOCK, a.scales + (row + column) / BLOCK, threadIdx.x % WARP);
 }

@@ -2,7 +2,7 @@
 //
 // Compiled per pool type and head size (-DKV=F16|E5M2|INT8 -DHEAD_DIM=64|128|256), one kernel per padded count G of query
 // heads that share a KV head. CTA (split, KV head, sequence) of 128 threads: all G heads in one CTA, so that a key is
-// read from memory once. A split is 256 positions, cut at multiples of 256: the result of a sequence does not depend on
+// read from memory once; more than 8 heads are several CTAs. A split is 256 positions, cut at multiples of 256: the result of a sequence does not depend on
 // what else is in the batch. attention_combine adds the splits in order.
 // Scores: HEAD_DIM / 8 lanes share a key (16 bytes of fp16 each), G sums are reduced by halving exchanges, then softmax
 // over the split in shared memory, then the same lanes sum p * v.
@@ -57,16 +57,28 @@ struct Attention {
   float scores[SPLIT][G];
   float sums[WARPS][G][D];
 
-  __device__ __forceinline__ u32 offset_of(int i, const Arguments& a, int part) const {
-    return (static_cast<u32>(slots[i]) * a.kv_heads + blockIdx.y) * LANES + part;
+  // What the CTA computes: some of the query heads of a KV head.
+  struct Heads {
+    int kv_head, first, count;
+
+    __device__ __forceinline__ explicit Heads(const Arguments& a) {
+      const int chunks = gridDim.y / a.kv_heads, group = a.heads / a.kv_heads, chunk = blockIdx.y % chunks;
+      kv_head = blockIdx.y / chunks;
+      first = kv_head * group + chunk * G;
+      count = min(G, group - chunk * G);
+    }
+  };
+
+  __device__ __forceinline__ u32 vector_of(int i, const Arguments& a, const Heads& heads) const {
+    return static_cast<u32>(slots[i]) * a.kv_heads + heads.kv_head;
   }
 
-  __device__ __forceinline__ void score(const Arguments& a, int first, int count, int group) {
+  __device__ __forceinline__ void score(const Arguments& a, const Heads& heads, int first, int count) {
     const int lane = threadIdx.x % WARP, part = lane % LANES, token = threadIdx.x / LANES;
     float q[G][EIGHT];
 #pragma unroll
     for (int g = 0; g < G; g++) {
-      const int head = blockIdx.y * group + min(g, group - 1);
+      const int head = heads.first + min(g, heads.count - 1);
       const size_t base = (static_cast<size_t>(blockIdx.z) * a.heads + head) * D + part * EIGHT;
 #pragma unroll
       for (int d = 0; d < EIGHT; d++) q[g][d] = load_element(a.q, base + d, a.q_is_half);
@@ -74,7 +86,8 @@ struct Attention {
     for (int round = first; round < count; round += PER_ROUND) { // the same for all lanes: they exchange below
       const int i = min(round + token, count - 1);
       float k[EIGHT];
-      load_eight<KV>(a.keys, offset_of(i, a, part), k);
+      const u32 vector = vector_of(i, a, heads);
+      load_eight<KV>(a.keys, vector * LANES + part, k);
       float dot[G];
 #pragma unroll
       for (int g = 0; g < G; g++) {
@@ -84,14 +97,13 @@ struct Attention {
       }
       const int mine = reduce_group<G, LANES>(dot, part);
       float scale = a.scale;
-      if (KV::HAS_SCALE)
-        scale = __fmul_rn(scale, half_to_float(__ldg(a.key_scales + static_cast<size_t>(slots[i]) * a.kv_heads + blockIdx.y)));
+      if (KV::HAS_SCALE) scale = __fmul_rn(scale, half_to_float(__ldg(a.key_scales + vector)));
       if (part < G && round + token < count) scores[i][mine] = finish_score(dot[0], scale, a.soft_cap);
     }
   }
 
   // Scores become exp2(score - max); int8 values' scales are multiplied in.
-  __device__ __forceinline__ void softmax(const Arguments& a, int first, int count, int group) {
+  __device__ __forceinline__ void softmax(const Arguments& a, const Heads& heads, int first, int count) {
     const int lane = threadIdx.x % WARP;
     for (int g = threadIdx.x / WARP; g < G; g += WARPS) {
       float max = MASKED;
@@ -102,17 +114,17 @@ struct Attention {
         float p = exp2_approx(__fsub_rn(scores[i][g], max));
         sum = __fadd_rn(sum, p);
         if (KV::HAS_SCALE)
-          p = __fmul_rn(p, half_to_float(__ldg(a.value_scales + static_cast<size_t>(slots[i]) * a.kv_heads + blockIdx.y)));
+          p = __fmul_rn(p, half_to_float(__ldg(a.value_scales + vector_of(i, a, heads))));
         scores[i][g] = p;
       }
       sum = warp_sum(sum);
-      if (lane == 0 && g < group)
-        a.partial_stats[(static_cast<size_t>(blockIdx.z) * a.heads + blockIdx.y * group + g) * gridDim.x + blockIdx.x] =
+      if (lane == 0 && g < heads.count)
+        a.partial_stats[(static_cast<size_t>(blockIdx.z) * a.heads + heads.first + g) * gridDim.x + blockIdx.x] =
             make_float2(max, sum);
     }
   }
 
-  __device__ __forceinline__ void accumulate(const Arguments& a, int first, int count) {
+  __device__ __forceinline__ void accumulate(const Arguments& a, const Heads& heads, int first, int count) {
     const int lane = threadIdx.x % WARP, part = lane % LANES, token = threadIdx.x / LANES;
     float out[G][EIGHT];
 #pragma unroll
@@ -122,7 +134,7 @@ struct Attention {
 #pragma unroll 2
     for (int i = first + token; i < count; i += PER_ROUND) {
       float v[EIGHT];
-      load_eight<KV>(a.values, offset_of(i, a, part), v);
+      load_eight<KV>(a.values, vector_of(i, a, heads) * LANES + part, v);
 #pragma unroll
       for (int g = 0; g < G; g++) {
         const float p = scores[i][g];
@@ -145,25 +157,26 @@ struct Attention {
 
   __device__ __forceinline__ void run(const Arguments& a) {
     const int length = static_cast<int>(load_index(a.lengths, blockIdx.z, a.lengths_are_64_bit));
-    const int base = blockIdx.x * SPLIT, group = a.heads / a.kv_heads;
+    const Heads heads(a);
+    const int base = blockIdx.x * SPLIT;
     const int count = min(SPLIT, length - base);
     const int first = a.window < 0 ? 0 : max(0, length - 1 - a.window - base); // within the split
     if (count <= 0 || first >= count) return;
     const size_t request = static_cast<size_t>(load_index(a.requests, blockIdx.z, a.requests_are_64_bit));
     for (int i = first + threadIdx.x; i < count; i += THREADS) slots[i] = __ldg(a.req_to_token + request * a.stride + base + i);
     __syncthreads();
-    score(a, first, count, group);
+    score(a, heads, first, count);
     __syncthreads();
-    softmax(a, first, count, group);
+    softmax(a, heads, first, count);
     __syncthreads();
-    accumulate(a, first, count);
+    accumulate(a, heads, first, count);
     __syncthreads();
-    for (int i = threadIdx.x; i < group * D; i += THREADS) {
+    for (int i = threadIdx.x; i < heads.count * D; i += THREADS) {
       const int g = i / D, d = i % D;
       float sum = sums[0][g][d];
 #pragma unroll
       for (int w = 1; w < WARPS; w++) sum = __fadd_rn(sum, sums[w][g][d]);
-      const size_t head = static_cast<size_t>(blockIdx.z) * a.heads + blockIdx.y * group + g;
+      const size_t head = static_cast<size_t>(blockIdx.z) * a.heads + heads.first + g;
       a.partial[(head * gridDim.x + blockIdx.x) * D + d] = sum;
     }
   }

@@ -3,30 +3,16 @@
 // Compiled once per weight type (-DTYPE=Q4_K ...), one kernel per column count N; fewer columns are padded with zeros.
 // One lane owns R rows (R groups of 32 rows in a CTA), so weight loads are whole 512-byte planes, the lane's scales are
 // in its registers, activations are the same word for the warp, and the loop has no shuffle.
-// CTA: 128 threads = 4 warps. Warp s sums tiles s, s + 4, ... of the CTA's range of K, in that order, whatever N, R and
-// CHUNK are; the four sums are added in order: a row's bits do not depend on how many columns are computed with it.
-// Splits of K over CTAs (grid.y) depend on the weight's shape only; the CTA that finishes last adds them in order.
+// CTA: 128 threads = 4 warps, one slice each (matmul.cuh), whatever N, R and CHUNK are: a row's bits do not depend on how
+// many columns are computed with it. Splits of K are CTAs (grid.y); the one that finishes last adds them in order, from
+// partials [splits, n, 32 * groups].
 //
 //   N        1     2     4     8    16
 //   R        1     1     2     2     2     rows a lane: a uniform 16-byte shared load may cost 4 cycles on sm_61, so
 //   CHUNK   32    32    16     8     8     columns are shared by two rows from N = 4 on. Tiles of activations staged
 //   shared 10K   20K   20K   20K   40K     upper bound: 320 bytes * N * CHUNK
 // Registers and the resulting occupancy: docs/kernels.md, checked against ptxas by a test.
-#include "weights.cuh"
-
-constexpr int SLICES = 4;
-
-struct Arguments {
-  const uint4* weights;
-  const int4* x;             // [n, K] int8
-  const float2* x_scales;    // [n, K / 32] {d, d * sum q}
-  void* y;                   // [n, rows], float or half
-  const float* bias;         // [rows] or null
-  const void* residual;      // like y, or null
-  float* partials;           // [splits, n, 32 * groups]; unused when splits is 1
-  u32* tickets;              // one per grid.x, zero before and after
-  int rows, n_tiles, n, y_is_half;
-};
+#include "matmul.cuh"
 
 template <class T, int N, int CHUNK>
 __device__ __forceinline__ void stage(const Arguments& a, int4* x, float* scales, int first_tile, int count) {
@@ -55,12 +41,8 @@ __device__ __forceinline__ void add_block(float& acc, const Step& w, int b, cons
   if (!T::HALF_SCALES) high = low;
 #pragma unroll
   for (int k = 4; k < 8; k++) high = dot4<T::SIGNED>(w.bytes[b][k], x[k], high);
-  if (T::HALF_SCALES) {
-    const float sum = __fmaf_rn(w.scale[b][1], static_cast<float>(high), __fmul_rn(w.scale[b][0], static_cast<float>(low)));
-    acc = __fmaf_rn(d, sum, acc);
-  } else {
-    acc = __fmaf_rn(__fmul_rn(d, w.scale[b][0]), static_cast<float>(high), acc);
-  }
+  if (T::HALF_SCALES) acc = add_products(acc, w.scale[b][0], d, low);
+  acc = add_products(acc, w.scale[b][1], d, high);
   if (T::HAS_MIN) acc = __fmaf_rn(-w.min[b], d_sum, acc);
 }
 
@@ -98,14 +80,6 @@ __device__ __forceinline__ void add_tile(float (&acc)[R][N], const uint4* const 
   }
 }
 
-__device__ __forceinline__ void write_output(const Arguments& a, int n, int row, float sum) {
-  if (row >= a.rows || n >= a.n) return;
-  const size_t i = static_cast<size_t>(n) * a.rows + row;
-  if (a.bias) sum = __fadd_rn(sum, __ldg(a.bias + row));
-  if (a.residual) sum = __fadd_rn(sum, load_element(a.residual, i, a.y_is_half));
-  store_element(a.y, i, a.y_is_half, sum);
-}
-
 // Sum over splits, in order, by the CTA that comes last. Called by all threads.
 template <int N, int R>
 __device__ __forceinline__ void add_splits(const Arguments& a, int padded_rows) {
@@ -136,8 +110,7 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
   float* scales = reinterpret_cast<float*>(scales_);
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int groups = (a.rows + WARP - 1) / WARP;
-  const int begin = static_cast<int>(static_cast<long long>(a.n_tiles) * blockIdx.y / gridDim.y);
-  const int end = static_cast<int>(static_cast<long long>(a.n_tiles) * (blockIdx.y + 1) / gridDim.y);
+  const int begin = split_begin(a, blockIdx.y), end = split_begin(a, blockIdx.y + 1);
   const uint4* base[R];
 #pragma unroll
   for (int r = 0; r < R; r++) {

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 ARCHITECTURE_VARIABLE: Final = "SGLANG_PASCAL_ARCHITECTURE"
 """60 or 61: which PTX a newer card compiles; 61 when unset. For testing the P100's path elsewhere."""
 DRIVER_LIBRARY: Final = "libcuda.so.1"
+P4_MULTIPROCESSORS: Final = 20
 _LOG_BYTES: Final = 8192
 _JIT_ERROR_LOG: Final = 5
 _JIT_ERROR_LOG_BYTES: Final = 6
@@ -118,6 +119,14 @@ def _module(name: str, device: int) -> ctypes.c_void_p:
             "install a driver of the 470 to 580 series"
         )
     return handle
+
+
+@functools.cache
+def multiprocessors(device: int | None) -> int:
+    """How many a card has; 20, as a P4, where there is none (None)."""
+    if device is None:
+        return P4_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def target_of(capability: tuple[int, int]) -> tuple[str, str]:

@@ -5,9 +5,10 @@
 // [word of 4 k][row] and [word of 4 k][column]. Two buffers: the next step's loads are in flight while this one is
 // multiplied, and one barrier a step separates them.
 // Shared: 29-31 KB, two CTAs an SM (8 warps; the 64 independent sums of a thread hide the latency).
-// A row's sum runs over K in order, in one thread: its bits do not depend on the number of columns. They differ from
-// decode_matmul's, which adds four slices.
-#include "weights.cuh"
+// A thread has room for one set of sums, but the order of addition (matmul.cuh) has three levels. So tiles are visited
+// slice by slice, and at the end of a slice a thread adds its sums to memory of its own, which stays in L2: 2 reads and
+// 2 writes of 32 KB a slice. CTAs are persistent, so that this memory is 64 KB a CTA, not as large as the result.
+#include "matmul.cuh"
 
 constexpr int ROWS = 128, COLUMNS = 64, THREADS = 128, WORDS = 16;
 
@@ -25,16 +26,6 @@ struct Buffer {
 struct Columns {
   int4 low, high;
   float2 scale;
-};
-
-struct Arguments {
-  const uint4* weights;
-  const int4* x;
-  const float2* x_scales;
-  void* y;
-  const float* bias;
-  const void* residual;
-  int rows, n_tiles, n, y_is_half;
 };
 
 template <class T>
@@ -115,8 +106,7 @@ __device__ __forceinline__ void multiply_step(const Buffer<T>& buffer, float (&a
 #pragma unroll
           for (int j = 0; j < 4; j++) {
             float& sum = acc[4 * ih + i][4 * jh + j];
-            const float product = static_cast<float>(sums[4 * ih + i][4 * jh + j]);
-            sum = __fmaf_rn(__fmul_rn(scale[i], d[j]), product, sum);
+            sum = add_products(sum, scale[i], d[j], sums[4 * ih + i][4 * jh + j]);
             if (T::HAS_MIN) sum = __fmaf_rn(min[i], d_sum[j], sum);
           }
       }
@@ -124,42 +114,92 @@ __device__ __forceinline__ void multiply_step(const Buffer<T>& buffer, float (&a
   }
 }
 
-template <class T>
-__device__ __forceinline__ void write_tile(const Arguments& a, const float (&acc)[8][8], int first_row, int first_column,
-                                           int ty, int tx) {
+// Tiles along K in the order of the sum: split by split, slice by slice.
+struct Walk {
+  int split, slice, tile, end;
+
+  __device__ __forceinline__ explicit Walk(const Arguments& a) : split(0), slice(0), tile(0), end(split_begin(a, 1)) {}
+
+  // Whether the tile is the last of its slice, and the slice the last of its split that has tiles.
+  __device__ __forceinline__ bool ends_slice() const { return tile + SLICES >= end; }
+  __device__ __forceinline__ bool ends_split(const Arguments& a) const {
+    return ends_slice() && (slice == SLICES - 1 || split_begin(a, split) + slice + 1 >= end);
+  }
+
+  __device__ __forceinline__ void advance(const Arguments& a) {
+    if (!ends_slice()) {
+      tile += SLICES;
+    } else if (!ends_split(a)) {
+      tile = split_begin(a, split) + ++slice;
+    } else {
+      slice = 0, split++;
+      tile = split_begin(a, split), end = split_begin(a, split + 1);
+    }
+  }
+};
+
+// sums (in registers) + what earlier slices or splits have left in the thread's own memory.
+__device__ __forceinline__ void add_earlier(float (&sums)[8][8], const float* own) {
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+#pragma unroll
+    for (int j = 0; j < 8; j++) sums[i][j] = __fadd_rn(own[(8 * i + j) * THREADS], sums[i][j]);
+}
+
+__device__ __forceinline__ void keep(const float (&sums)[8][8], float* own) {
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+#pragma unroll
+    for (int j = 0; j < 8; j++) own[(8 * i + j) * THREADS] = sums[i][j];
+}
+
+__device__ __forceinline__ void clear(float (&sums)[8][8]) {
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+#pragma unroll
+    for (int j = 0; j < 8; j++) sums[i][j] = 0.0f;
+}
+
+// At the end of a slice. own: [2 or 1][64][THREADS], of slices, then of splits.
+__device__ __forceinline__ void end_slice(const Arguments& a, const Walk& at, float (&acc)[8][8], float* own) {
+  if (at.slice > 0) add_earlier(acc, own);
+  if (!at.ends_split(a)) {
+    keep(acc, own);
+  } else if (a.splits > 1) {
+    float* of_splits = own + 64 * THREADS;
+    if (at.split > 0) add_earlier(acc, of_splits);
+    if (at.split < a.splits - 1) keep(acc, of_splits);
+  }
+}
+
+__device__ __forceinline__ void write_tile(const Arguments& a, const float (&acc)[8][8], int first_row,
+                                           int first_column, int ty, int tx) {
 #pragma unroll
   for (int j = 0; j < 8; j++)
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int column = first_column + 32 * (j / 4) + 4 * tx + j % 4, row = first_row + 64 * (i / 4) + 4 * ty + i % 4;
-      if (column >= a.n || row >= a.rows) continue;
-      const size_t at = static_cast<size_t>(column) * a.rows + row;
-      float sum = acc[i][j];
-      if (a.bias) sum = __fadd_rn(sum, __ldg(a.bias + row));
-      if (a.residual) sum = __fadd_rn(sum, load_element(a.residual, at, a.y_is_half));
-      store_element(a.y, at, a.y_is_half, sum);
-    }
+    for (int i = 0; i < 8; i++)
+      write_output(a, first_column + 32 * (j / 4) + 4 * tx + j % 4, first_row + 64 * (i / 4) + 4 * ty + i % 4,
+                   acc[i][j]);
 }
 
 template <class T>
-__device__ __forceinline__ void multiply(const Arguments& a) {
-  __shared__ Buffer<T> buffers[2];
+__device__ __forceinline__ void multiply_tile(const Arguments& a, Buffer<T> (&buffers)[2], float* own, int first_row,
+                                              int first_column) {
   const int t = threadIdx.x, lane = t % WARP, warp = t / WARP;
-  const int first_column = blockIdx.x * COLUMNS, first_row = blockIdx.y * ROWS; // columns vary fastest: weights stay in L2
   const int ty = warp * 4 + lane / 8, tx = lane % 8;
   const int groups = (a.rows + WARP - 1) / WARP;
   const int group = min(first_row / WARP + warp, groups - 1);
   const uint4* tiles = a.weights + static_cast<size_t>(group) * a.n_tiles * T::UNITS + lane;
   const int column = first_column + t % COLUMNS, half = t / COLUMNS;
   float acc[8][8];
-#pragma unroll
-  for (int i = 0; i < 8; i++)
-#pragma unroll
-    for (int j = 0; j < 8; j++) acc[i][j] = 0.0f;
+  clear(acc);
 
-  typename T::Header header = T::load_header(tiles, lane);
-  typename T::Raw raw = T::load(tiles, 0);
-  Columns columns = load_columns<T>(a, column, half, 0, 0);
+  Walk at(a); // the step that is multiplied; `ahead` is the one that is loaded
+  Walk ahead = at;
+  const uint4* tile = tiles + static_cast<size_t>(ahead.tile) * T::UNITS;
+  typename T::Header header = T::load_header(tile, lane);
+  typename T::Raw raw = T::load(tile, 0);
+  Columns columns = load_columns<T>(a, column, half, ahead.tile, 0);
   store_step<T>(buffers[0], header, raw, columns, 0);
   __syncthreads();
   const int n_steps = a.n_tiles * STEPS;
@@ -167,16 +207,37 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
   for (int s = 0; s < n_steps; s++) {
     const int next = s + 1, step = next % STEPS;
     if (next < n_steps) {
-      const uint4* tile = tiles + static_cast<size_t>(next / STEPS) * T::UNITS;
-      if (step == 0) header = T::load_header(tile, lane);
+      if (step == 0) {
+        ahead.advance(a);
+        tile = tiles + static_cast<size_t>(ahead.tile) * T::UNITS;
+        header = T::load_header(tile, lane);
+      }
       raw = T::load(tile, step);
-      columns = load_columns<T>(a, column, half, next / STEPS, step);
+      columns = load_columns<T>(a, column, half, ahead.tile, step);
     }
     multiply_step<T>(buffers[s % 2], acc, ty, tx);
     if (next < n_steps) store_step<T>(buffers[next % 2], header, raw, columns, step);
+    if (step == 0) {
+      if (at.ends_slice()) {
+        end_slice(a, at, acc, own);
+        if (next == n_steps) write_tile(a, acc, first_row, first_column, ty, tx);
+        clear(acc);
+      }
+      at = ahead;
+    }
     __syncthreads();
   }
-  write_tile<T>(a, acc, first_row, first_column, ty, tx);
+}
+
+// One-dimensional grid of persistent CTAs: columns vary fastest, so that a weight tile stays in L2 for all columns.
+template <class T>
+__device__ __forceinline__ void multiply(const Arguments& a) {
+  __shared__ Buffer<T> buffers[2];
+  const int column_tiles = (a.n + COLUMNS - 1) / COLUMNS, row_tiles = (a.rows + ROWS - 1) / ROWS;
+  float* own = a.partials + static_cast<size_t>(blockIdx.x) * (a.splits > 1 ? 2 : 1) * 64 * THREADS + threadIdx.x;
+#pragma unroll 1
+  for (int i = blockIdx.x; i < column_tiles * row_tiles; i += gridDim.x)
+    multiply_tile<T>(a, buffers, own, i / column_tiles * ROWS, i % column_tiles * COLUMNS);
 }
 
 #define NAME_(T) tile_matmul_##T

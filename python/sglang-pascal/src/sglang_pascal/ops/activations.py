@@ -1,0 +1,133 @@
+"""Activations as int8 with one scale per 32 values, fused with what comes before a product.
+
+Inputs are float16 or float32, contiguous, one token a row. Every result of a row is independent of the other rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from sglang_pascal.kernels.formats import BLOCK, TILE_COLUMNS, tiles
+from sglang_pascal.ops._call import FLOATS, address, is_half, launch, require
+from sglang_pascal.reference import quantize_ref, rms_norm_ref, silu_mul_ref
+
+_THREADS = 256
+
+
+class Activations(NamedTuple):
+    """`n` rows of quantised activations; x = d * q. K is the number of columns, padded with zeros to 256."""
+
+    q: torch.Tensor
+    """int8 `[n, K]`."""
+    scales: torch.Tensor
+    """float32 `[n, K / 32, 2]` of (d, d * sum q)."""
+
+
+def empty_activations(n: int, columns: int, device: torch.device) -> Activations:
+    """Uninitialised memory for n rows."""
+    padded = tiles(columns) * TILE_COLUMNS
+    return Activations(
+        torch.empty(n, padded, dtype=torch.int8, device=device),
+        torch.empty(n, padded // BLOCK, 2, dtype=torch.float32, device=device),
+    )
+
+
+def quantize(x: torch.Tensor) -> Activations:
+    """x `[n, columns]`, quantised: d = largest magnitude / 127, q = round(x / d). A NaN or infinity shows in d."""
+    require("x", x, FLOATS, (None, None), x)
+    if not x.is_cuda:
+        return Activations(*quantize_ref(x))
+    return _quantize("quantize", x, x.shape[1])
+
+
+def silu_mul_quantize(gate_up: torch.Tensor) -> Activations:
+    """silu(gate) * up, quantised. gate_up `[n, 2 * columns]`, gate first."""
+    require("gate_up", gate_up, FLOATS, (None, None), gate_up)
+    if not gate_up.is_cuda:
+        return Activations(*quantize_ref(silu_mul_ref(gate_up)))
+    return _quantize("silu_mul_quantize", gate_up, gate_up.shape[1] // 2)
+
+
+def _quantize(function: str, x: torch.Tensor, columns: int) -> Activations:
+    result = empty_activations(x.shape[0], columns, x.device)
+    padded = result.q.shape[1]
+    if x.shape[0]:
+        launch(
+            "quantize",
+            function,
+            _THREADS,
+            "PPPiii",
+            (padded // _THREADS, x.shape[0], 1),
+            [x.data_ptr(), result.q.data_ptr(), result.scales.data_ptr(), is_half(x), columns, padded],
+            x,
+            f"x {list(x.shape)}",
+        )
+    return result
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """x / rms(x) * weight, like x. residual: is added to x first and **replaced by the sum** (SGLang's convention)."""
+    output = torch.empty_like(x)
+    _rms_norm(x, weight, eps, residual, output, None)
+    return output
+
+
+def rms_norm_quantize(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> Activations:
+    """As `rms_norm`, quantised in the same launch."""
+    result = empty_activations(x.shape[0], x.shape[1], x.device)
+    _rms_norm(x, weight, eps, residual, None, result)
+    return result
+
+
+def _rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None,
+    output: torch.Tensor | None,
+    result: Activations | None,
+) -> None:
+    n, columns = x.shape
+    require("x", x, FLOATS, (None, None), x)
+    require("weight", weight, FLOATS, (columns,), x)
+    if residual is not None:
+        require("residual", residual, (x.dtype,), (n, columns), x)
+    if not x.is_cuda:
+        _rms_norm_on_cpu(x, weight, eps, residual, output, result)
+    elif n:
+        launch(
+            "quantize",
+            "rms_norm_quantize",
+            _THREADS,
+            "PPPPPPfiiii",
+            (n, 1, 1),
+            [
+                *(x.data_ptr(), address(residual), weight.data_ptr(), address(output)),
+                *(address(result and result.q), address(result and result.scales)),
+                *(eps, is_half(x), is_half(weight), columns, tiles(columns) * TILE_COLUMNS),
+            ],
+            x,
+            f"x {list(x.shape)}",
+        )
+
+
+def _rms_norm_on_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None,
+    output: torch.Tensor | None,
+    result: Activations | None,
+) -> None:
+    if residual is not None:
+        x = residual.copy_(x.float() + residual.float())
+    normed = rms_norm_ref(x, weight, eps)
+    if output is not None:
+        output.copy_(normed)
+    if result is not None:
+        for part, value in zip(result, quantize_ref(normed), strict=True):
+            part.copy_(value)

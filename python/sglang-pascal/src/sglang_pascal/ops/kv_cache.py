@@ -1,0 +1,140 @@
+"""Writing keys and values into a paged pool, fused with the rotary embedding and the norm of queries and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from sglang_pascal.kernels.build import HEAD_DIMS
+from sglang_pascal.ops._call import FLOATS, INDICES, OperationError, address, is_half, is_long, launch, require
+from sglang_pascal.reference import quantize_kv_ref, rms_norm_ref, rope_ref
+
+_WARPS: Final = 4
+_THREADS: Final = 128
+
+
+@dataclass(frozen=True)
+class KvPool:
+    """Keys and values of one layer, a slot a token.
+
+    The element type says what it is: float16; float8_e5m2 (or uint8, which holds its bytes in SGLang's pools); int8
+    with scales. float32 only on the CPU.
+    """
+
+    keys: torch.Tensor
+    """`[slots, kv_heads, head_dim]`."""
+    values: torch.Tensor
+    """Like keys."""
+    key_scales: torch.Tensor | None = None
+    """float16 `[slots, kv_heads]`; int8 only."""
+    value_scales: torch.Tensor | None = None
+
+    @property
+    def kind(self) -> str:
+        """F16, E5M2 or INT8: a name of `kernels.build.KV_TYPES`."""
+        kinds = {torch.float16: "F16", torch.float8_e5m2: "E5M2", torch.uint8: "E5M2", torch.int8: "INT8"}
+        if self.keys.dtype not in kinds or self.keys.shape[-1] not in HEAD_DIMS:
+            raise OperationError(
+                f"no attention kernel for a KV cache of {str(self.keys.dtype).removeprefix('torch.')} with head_dim "
+                f"{self.keys.shape[-1]}: types float16, float8_e5m2 and int8, head_dim "
+                f"{', '.join(map(str, HEAD_DIMS))}; choose kv_cache.dtype fp16, fp8_e5m2 or int8"
+            )
+        return kinds[self.keys.dtype]
+
+    def check(self) -> None:
+        """Refuse tensors that do not belong together."""
+        require("pool.values", self.values, (self.keys.dtype,), tuple(self.keys.shape), self.keys)
+        require("pool.keys", self.keys, (self.keys.dtype,), (None, None, None), self.keys)
+        for name, scales in (("key_scales", self.key_scales), ("value_scales", self.value_scales)):
+            if (scales is not None) != (self.keys.dtype == torch.int8):
+                raise OperationError(f"pool.{name} must be given for an int8 pool, and for no other")
+            if scales is not None:
+                require(f"pool.{name}", scales, (torch.float16,), tuple(self.keys.shape[:2]), self.keys)
+
+
+_POOL_TYPES: Final = {"F16": 0, "E5M2": 1, "INT8": 2}
+"""PoolType of kv_cache.cu."""
+
+
+def rope_and_store(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    cos_sin: torch.Tensor,
+    pool: KvPool,
+    *,
+    is_neox: bool,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Norm (optional) and rotate queries and keys, write keys and values to their slots; the queries `[n, heads, D]`.
+
+    qkv: `[n, (heads + 2 kv_heads) * D]`, float16 or float32. positions, slots: `[n]`; a negative slot is not written
+    (padding of a CUDA graph). cos_sin: float32 `[max position, rotary_dim]`, cosines, then sines (SGLang's cache).
+    is_neox: halves are rotated against each other; else neighbours. q_norm, k_norm: `[D]` weights of an RMS norm over
+    each head, in one type.
+    """
+    n, width = qkv.shape
+    _, kv_heads, head_dim = pool.keys.shape
+    heads = width // head_dim - 2 * kv_heads
+    pool.check()
+    require("qkv", qkv, FLOATS, (None, (heads + 2 * kv_heads) * head_dim), pool.keys)
+    require("positions", positions, INDICES, (n,), qkv)
+    require("slots", slots, INDICES, (n,), qkv)
+    require("cos_sin", cos_sin, (torch.float32,), (None, None), qkv)
+    norm_types = FLOATS if q_norm is None else (q_norm.dtype,)
+    for name, norm, allowed in (("q_norm", q_norm, FLOATS), ("k_norm", k_norm, norm_types)):
+        if norm is not None:
+            require(name, norm, allowed, (head_dim,), qkv)
+    if not qkv.is_cuda:
+        q, k, v = torch.split(qkv.view(n, -1, head_dim), [heads, kv_heads, kv_heads], dim=1)
+        q, k = (_norm_and_rotate(x, norm, eps, positions, cos_sin, is_neox) for x, norm in ((q, q_norm), (k, k_norm)))
+        _store_on_cpu(pool, slots, k.to(qkv.dtype), v)
+        return q.to(qkv.dtype)
+    queries = qkv.new_empty(n, heads, head_dim)
+    norm_is_half = int(any(norm is not None and norm.dtype == torch.float16 for norm in (q_norm, k_norm)))
+    if n:
+        launch(
+            "kv_cache",
+            "rope_and_store",
+            _THREADS,
+            "PPPPPPPPPPPiiiiiiiiiiif0P",
+            (-(-n * (heads + 2 * kv_heads) // _WARPS), 1, 1),
+            [
+                *(qkv.data_ptr(), positions.data_ptr(), slots.data_ptr(), cos_sin.data_ptr()),
+                *(address(q_norm), address(k_norm), queries.data_ptr()),
+                *(pool.keys.data_ptr(), pool.values.data_ptr(), address(pool.key_scales), address(pool.value_scales)),
+                *(n, heads, kv_heads, head_dim, cos_sin.shape[1], int(is_neox), _POOL_TYPES[pool.kind]),
+                *(is_half(qkv), norm_is_half, is_long(positions), is_long(slots), eps),
+            ],
+            qkv,
+            f"qkv {list(qkv.shape)}, {kv_heads} KV heads of {head_dim}",
+        )
+    return queries
+
+
+def _norm_and_rotate(
+    x: torch.Tensor,
+    norm: torch.Tensor | None,
+    eps: float,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    is_neox: bool,
+) -> torch.Tensor:
+    normed = x.float() if norm is None else rms_norm_ref(x, norm, eps)
+    return rope_ref(normed, positions, cos_sin, is_neox=is_neox)
+
+
+def _store_on_cpu(pool: KvPool, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    kept = slots >= 0
+    where = slots[kept].long()
+    for buffer, scales, x in ((pool.keys, pool.key_scales, keys), (pool.values, pool.value_scales, values)):
+        if scales is not None:
+            buffer[where], scales[where] = quantize_kv_ref(x[kept])
+        elif buffer.element_size() == 1:  # torch cannot write to an index of fp8, but to its bytes
+            buffer.view(torch.uint8)[where] = x[kept].half().to(torch.float8_e5m2).view(torch.uint8)
+        else:
+            buffer[where] = x[kept].to(buffer.dtype)

@@ -1,0 +1,201 @@
+"""Products with weights: `y[n, row] = sum over k of x[n, k] * w[row, k]`.
+
+The bits of `y[n]` depend on `x[n]`, the weight and the card only: not on how many rows of x are multiplied with it, nor
+on which of the two kernels (up to 16 rows, or more) runs. float16 weights are the exception (`matmul_half`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from sglang_pascal.kernels.driver import multiprocessors
+from sglang_pascal.kernels.formats import GROUP_ROWS
+from sglang_pascal.ops._call import FLOATS, address, is_half, launch, require
+from sglang_pascal.ops.weights import PackedWeight, dequantize
+from sglang_pascal.reference import quantized_matmul_ref
+
+if TYPE_CHECKING:
+    from sglang_pascal.ops.activations import Activations
+
+DECODE_COLUMNS: Final = 16
+"""Most rows of x that the decode kernel takes; a tile kernel multiplies more."""
+_DECODE_WIDTHS: Final = (1, 2, 4, 8, 16)
+_ONE_ROW_A_LANE: Final = 2
+"""Up to this width a lane has one row of the weight, above two: see decode_matmul.cu."""
+_DECODE_THREADS: Final = 128
+_HALF_ROWS: Final = 16
+"""Rows of a float16 weight in one CTA: four a warp."""
+_HALVES_PER_LOAD: Final = 8
+_SLICES: Final = 4
+"""Warps of a decode CTA: each sums every fourth tile."""
+_CTAS_PER_MULTIPROCESSOR: Final = 8
+"""Decode CTAs that a multiprocessor should have to choose from: what keeps a P4's memory busy."""
+_TILE_ROWS: Final = 128
+_TILE_COLUMNS: Final = 64
+_TILE_THREADS: Final = 128
+_TILE_CTAS_PER_MULTIPROCESSOR: Final = 2
+"""What 200 registers a thread leave room for."""
+
+
+def matmul(
+    x: Activations,
+    weight: PackedWeight,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> torch.Tensor:
+    """`[n, rows]` in `dtype` (float16 or float32).
+
+    bias: float32 `[rows]`. residual: like the result, added last. out: where to write; its rows may be apart (a range
+    of columns of a wider matrix, when several weights make one result).
+    """
+    n = x.q.shape[0]
+    require("x.q", x.q, (torch.int8,), (None, weight.n_tiles * 256), weight.data)
+    require("x.scales", x.scales, (torch.float32,), (n, weight.n_tiles * 8, 2), weight.data)
+    out = torch.empty(n, weight.rows, dtype=dtype, device=x.q.device) if out is None else out
+    require("out", out, FLOATS, (n, weight.rows), weight.data, strided_rows=True)
+    if bias is not None:
+        require("bias", bias, (torch.float32,), (weight.rows,), weight.data)
+    if residual is not None:
+        require("residual", residual, (out.dtype,), (n, weight.rows), weight.data, strided_rows=True)
+    if not x.q.is_cuda:
+        return _matmul_on_cpu(x, weight, bias, residual, out)
+    if n == 0:
+        return out
+    (_decode if n <= DECODE_COLUMNS else _tile)(x, weight, bias, residual, out)
+    return out
+
+
+def _matmul_on_cpu(
+    x: Activations,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    y = quantized_matmul_ref(x.q, x.scales, dequantize(weight, torch.float32))
+    for addend in (bias, residual):
+        if addend is not None:
+            y = y + addend
+    return out.copy_(y)
+
+
+def splits_of(weight: PackedWeight) -> int:
+    """Into how many parts K is cut, so that a matrix of few rows still fills the card. From its shape and the card."""
+    ctas = -(-weight.rows // (2 * GROUP_ROWS))
+    wanted = -(-_CTAS_PER_MULTIPROCESSOR * multiprocessors(weight.data.device.index) // ctas)
+    return max(1, min(wanted, weight.n_tiles // _SLICES))
+
+
+def _partials(count: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(count, dtype=torch.float32, device=like.device)
+
+
+def _arguments(
+    x: Activations,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    partials: torch.Tensor,
+    splits: int,
+) -> list[int | float]:
+    """The struct that both kernels take."""
+    return [
+        *(weight.data.data_ptr(), x.q.data_ptr(), x.scales.data_ptr(), out.data_ptr()),
+        *(address(bias), address(residual), partials.data_ptr(), weight.tickets.data_ptr()),
+        *(out.stride(0), 0 if residual is None else residual.stride(0)),
+        *(weight.rows, weight.n_tiles, x.q.shape[0], is_half(out), splits),
+    ]
+
+
+_LAYOUT: Final = "PPPPPPPPqqiiiii0P"
+
+
+def _decode(
+    x: Activations,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    n, groups = x.q.shape[0], -(-weight.rows // GROUP_ROWS)
+    width = next(width for width in _DECODE_WIDTHS if width >= n)
+    splits = splits_of(weight)
+    rows_per_lane = 1 if width <= _ONE_ROW_A_LANE else 2
+    partials = _partials(splits * n * groups * GROUP_ROWS if splits > 1 else 0, out)
+    launch(
+        f"decode_matmul.{weight.tensor_type}",
+        f"decode_matmul_{weight.tensor_type}_n{width}",
+        _DECODE_THREADS,
+        _LAYOUT,
+        (-(-groups // rows_per_lane), splits, 1),
+        _arguments(x, weight, bias, residual, out, partials, splits),
+        out,
+        f"{weight.tensor_type} [{weight.rows}, {weight.columns}], {n} rows of x",
+    )
+
+
+def _tile(
+    x: Activations,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    n = x.q.shape[0]
+    splits = splits_of(weight)
+    n_outputs = -(-n // _TILE_COLUMNS) * -(-weight.rows // _TILE_ROWS)
+    ctas = min(n_outputs, _TILE_CTAS_PER_MULTIPROCESSOR * multiprocessors(out.device.index))
+    sums = 2 if splits > 1 else 1
+    partials = _partials(ctas * sums * _TILE_ROWS * _TILE_COLUMNS, out)
+    launch(
+        f"tile_matmul.{weight.tensor_type}",
+        f"tile_matmul_{weight.tensor_type}",
+        _TILE_THREADS,
+        _LAYOUT,
+        (ctas, 1, 1),
+        _arguments(x, weight, bias, residual, out, partials, splits),
+        out,
+        f"{weight.tensor_type} [{weight.rows}, {weight.columns}], {n} rows of x",
+    )
+
+
+def matmul_half(
+    x: torch.Tensor, weight: torch.Tensor, *, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`[n, rows]` = x `[n, columns]` x weight `[rows, columns]`, both float16, summed in float32; result float16.
+
+    Up to 16 rows of x our kernel reads the weight once, whatever n is; more go to torch (cuBLAS), whose bits depend on
+    n. bias: float32 `[rows]`. columns: a multiple of 8.
+    """
+    n, columns = x.shape
+    require("x", x, (torch.float16,), (None, None), x)
+    require("weight", weight, (torch.float16,), (None, columns), x)
+    out = x.new_empty(n, weight.shape[0]) if out is None else out
+    require("out", out, FLOATS, (n, weight.shape[0]), x, strided_rows=True)
+    if bias is not None:
+        require("bias", bias, (torch.float32,), (weight.shape[0],), x)
+    if not x.is_cuda or n > DECODE_COLUMNS or columns % _HALVES_PER_LOAD:
+        y = x.float() @ weight.float().T if not x.is_cuda else x @ weight.T
+        return out.copy_(y if bias is None else y + bias)
+    if n:
+        width = next(width for width in _DECODE_WIDTHS if width >= n)
+        launch(
+            "half_matmul",
+            f"half_matmul_n{width}",
+            _DECODE_THREADS,
+            "PPPPqiiii0P",
+            (-(-weight.shape[0] // _HALF_ROWS), 1, 1),
+            [
+                *(weight.data_ptr(), x.data_ptr(), out.data_ptr(), address(bias), out.stride(0)),
+                *(weight.shape[0], columns, n, is_half(out)),
+            ],
+            x,
+            f"float16 {list(weight.shape)}, {n} rows of x",
+        )
+    return out

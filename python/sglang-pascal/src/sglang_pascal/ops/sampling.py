@@ -1,0 +1,52 @@
+"""Pieces of sampling over the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from sglang_pascal.ops._call import FLOATS, address, is_half, launch, require
+from sglang_pascal.reference import top_k_top_p_filter_ref
+
+_THREADS: Final = 1024
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """Index of the largest logit of each row, int64 `[n]`: the first of equals; a NaN counts as the largest."""
+    require("logits", logits, FLOATS, (None, None), logits)
+    if not logits.is_cuda:
+        return logits.argmax(-1)
+    out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    if logits.shape[0]:
+        arguments: list[int | float] = [logits.data_ptr(), out.data_ptr(), is_half(logits), logits.shape[1]]
+        grid = (logits.shape[0], 1, 1)
+        launch("sampling", "argmax", _THREADS, "PPii", grid, arguments, logits, f"logits {list(logits.shape)}")
+    return out
+
+
+def top_k_top_p_filter_(
+    probabilities: torch.Tensor,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Zero, in place, what lies outside of the top k, the nucleus p, or below min_p times the largest; sum 1 again.
+
+    probabilities: float32 `[n, vocabulary]`. top_k: int32 `[n]`; top_p, min_p: float32 `[n]`. Equals of the smallest
+    value that stays all stay.
+    """
+    n, vocabulary = probabilities.shape
+    require("probabilities", probabilities, (torch.float32,), (None, None), probabilities)
+    limits = (("top_k", top_k, torch.int32), ("top_p", top_p, torch.float32), ("min_p", min_p, torch.float32))
+    for name, limit, dtype in limits:
+        if limit is not None:
+            require(name, limit, (dtype,), (n,), probabilities)
+    if not probabilities.is_cuda:
+        return probabilities.copy_(top_k_top_p_filter_ref(probabilities, top_k, top_p, min_p))
+    if n:
+        addresses = [address(tensor) for tensor in (probabilities, top_k, top_p, min_p)]
+        what = f"probabilities {list(probabilities.shape)}"
+        grid = (n, 1, 1)
+        launch("sampling", "top_k_top_p_filter", _THREADS, "PPPPi", grid, [*addresses, vocabulary], probabilities, what)
+    return probabilities

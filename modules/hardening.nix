@@ -28,6 +28,8 @@
   RestrictRealtime = true;
   RestrictSUIDSGID = true;
   SystemCallArchitectures = "native";
+  # A library that tries a forbidden call gets an error and goes on; the default would kill the process.
+  SystemCallErrorNumber = "EPERM";
   SystemCallFilter = [
     "@system-service"
     "~@privileged"

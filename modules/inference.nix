@@ -20,6 +20,7 @@ let
   modelUnits =
     instance: lib.optional (instance.model != null) "pascaline-model-${instance.model}.service";
 
+  # Beside what the user set: what only the host knows.
   settingsOf =
     name: instance:
     {
@@ -41,10 +42,10 @@ let
     // instance.settings;
 
   # Checked by the same code that reads it at start, so that a mistake fails the build and not the boot.
-  settingsFile =
+  configFile =
     name: instance:
     let
-      rendered = toml.generate "pascaline-${name}.toml" (settingsOf name instance);
+      rendered = toml.generate "pascaline-${name}.toml" instance.finalSettings;
     in
     if !instance.checkSettings then
       rendered
@@ -77,14 +78,22 @@ let
       "pascaline-gpu-limits.service"
     ]
     ++ modelUnits instance;
-    startLimitIntervalSec = 0;
+    # An engine that never loads is tried for about ten minutes, and then failed, with its reason, and not looped.
+    startLimitIntervalSec = 3600;
+    startLimitBurst = 10;
 
     environment = {
       # The order of nvidia-smi and NVML; CUDA's own default is "fastest first".
       CUDA_DEVICE_ORDER = "PCI_BUS_ID";
       CUDA_VISIBLE_DEVICES = lib.concatMapStringsSep "," toString instance.gpus;
+      # What is compiled at run time is kept over boots: the driver's, Triton's and torch's code.
       CUDA_CACHE_PATH = "/var/cache/${unitName name}/cuda";
+      TRITON_CACHE_DIR = "/var/cache/${unitName name}/triton";
+      TORCHINDUCTOR_CACHE_DIR = "/var/cache/${unitName name}/inductor";
+      XDG_CACHE_HOME = "/var/cache/${unitName name}";
       HOME = "/var/lib/${unitName name}";
+      # A tmpfs of this unit alone: the engine gets its API key by a file, which must not reach a disk.
+      TMPDIR = "/run/${unitName name}";
       LD_LIBRARY_PATH = "/run/opengl-driver/lib";
     }
     // instance.environment;
@@ -94,7 +103,7 @@ let
       // {
         Type = "notify";
         NotifyAccess = "main";
-        ExecStart = "${lib.getExe cfg.package} serve --config ${settingsFile name instance}";
+        ExecStart = "${lib.getExe cfg.package} serve --config ${instance.configFile}";
         User = cfg.user;
         Slice = instance.slice;
         WatchdogSec = 60;
@@ -193,102 +202,125 @@ in
     '';
     description = "Engines to run, by name. Each becomes `pascaline-<name>.service`, and serves its model under that name.";
     type = types.attrsOf (
-      types.submodule {
-        options = {
-          enable = mkOption {
-            type = types.bool;
-            default = true;
-            example = false;
-            description = "Whether to run this instance.";
-          };
-
-          model = mkOption {
-            type = types.nullOr types.str;
-            default = null;
-            example = "emily";
-            description = "Name of a model in {option}`services.pascaline.models`, which is fetched and verified before the instance starts. `null`: `settings.model` names one.";
-          };
-
-          gpus = mkOption {
-            type = types.listOf types.ints.unsigned;
-            default = lib.optional config.hardware.pascaline.driver.enable 0;
-            defaultText = lib.literalExpression "[ 0 ] where hardware.pascaline.driver.enable, else [ ]";
-            example = [ 1 ];
-            description = "GPUs that the instance may use, as `nvidia-smi` numbers them. Empty: it runs on the CPU and sees no device.";
-          };
-
-          settings = mkOption {
-            type = types.submodule { freeformType = toml.type; };
-            default = { };
-            example = {
-              card = "tesla-p4";
-              context_length = 4096;
-              max_running_requests = 4;
-              kv_cache.dtype = "int8";
+      types.submodule (
+        instance@{ name, ... }:
+        {
+          options = {
+            enable = mkOption {
+              type = types.bool;
+              default = true;
+              example = false;
+              description = "Whether to run this instance.";
             };
-            description = "Settings of `pascaline serve`, in the names of its configuration file (docs/configuration.md). The build fails where the program would refuse them.";
-          };
 
-          checkSettings = mkOption {
-            type = types.bool;
-            default = true;
-            example = false;
-            description = "Whether the build runs `pascaline config check` on the rendered settings.";
-          };
-
-          apiKeyFile = mkOption {
-            type = types.nullOr types.path;
-            default = null;
-            example = "/run/secrets/emily-api-key";
-            description = "File on the host with the API key that requests must carry. It may be readable by root alone; it never enters the Nix store.";
-          };
-
-          openFirewall = mkOption {
-            type = types.bool;
-            default = false;
-            example = true;
-            description = "Whether to open the API's port. It needs {option}`apiKeyFile`, and `settings.host` other than loopback.";
-          };
-
-          environment = mkOption {
-            type = types.attrsOf types.str;
-            default = { };
-            example = {
-              OMP_NUM_THREADS = "10";
+            model = mkOption {
+              type = types.nullOr types.str;
+              default = null;
+              example = "emily";
+              description = "Name of a model in {option}`services.pascaline.models`, which is fetched and verified before the instance starts. `null`: `settings.model` names one.";
             };
-            description = "Variables of the unit, on top of what the module sets.";
-          };
 
-          slice = mkOption {
-            type = types.str;
-            default = "pascaline.slice";
-            example = "system.slice";
-            description = "Slice of the unit; limits on `pascaline.slice` hold for all instances together.";
-          };
+            gpus = mkOption {
+              type = types.listOf types.ints.unsigned;
+              default = lib.optional config.hardware.pascaline.driver.enable 0;
+              defaultText = lib.literalExpression "[ 0 ] where hardware.pascaline.driver.enable, else [ ]";
+              example = [ 1 ];
+              description = "GPUs that the instance may use, as `nvidia-smi` numbers them. Empty: it runs on the CPU and sees no device.";
+            };
 
-          memoryMax = mkOption {
-            type = types.nullOr types.str;
-            default = null;
-            example = "24G";
-            description = "Host memory that the instance may use (`MemoryMax`). `null`: no limit.";
-          };
+            settings = mkOption {
+              type = types.submodule { freeformType = toml.type; };
+              default = { };
+              example = {
+                card = "tesla-p4";
+                context_length = 4096;
+                max_running_requests = 4;
+                kv_cache.dtype = "int8";
+              };
+              description = "Settings of `pascaline serve`, in the names of its configuration file (docs/configuration.md). The build fails where the program would refuse them.";
+            };
 
-          stopTimeoutSec = mkOption {
-            type = types.ints.positive;
-            default = 90;
-            example = 330;
-            description = "Seconds from `systemctl stop` to SIGKILL; must exceed `settings.drain_timeout` (default 60).";
-          };
+            checkSettings = mkOption {
+              type = types.bool;
+              default = true;
+              example = false;
+              description = "Whether the build runs `pascaline config check` on the rendered settings.";
+            };
 
-          llamaCppPackage = mkOption {
-            type = types.package;
-            default = pkgs.llama-cpp-pascal;
-            defaultText = lib.literalExpression "pkgs.llama-cpp-pascal";
-            example = lib.literalExpression "pkgs.llama-cpp";
-            description = "llama.cpp, for `settings.engine = \"llama.cpp\"`.";
+            apiKeyFile = mkOption {
+              type = types.nullOr types.path;
+              default = null;
+              example = "/run/secrets/emily-api-key";
+              description = "File on the host with the API key that requests must carry. It may be readable by root alone; it never enters the Nix store.";
+            };
+
+            openFirewall = mkOption {
+              type = types.bool;
+              default = false;
+              example = true;
+              description = "Whether to open the API's port. It needs {option}`apiKeyFile`, and `settings.host` other than loopback.";
+            };
+
+            environment = mkOption {
+              type = types.attrsOf types.str;
+              default = { };
+              example = {
+                OMP_NUM_THREADS = "10";
+              };
+              description = "Variables of the unit, on top of what the module sets.";
+            };
+
+            slice = mkOption {
+              type = types.str;
+              default = "pascaline.slice";
+              example = "system.slice";
+              description = "Slice of the unit; limits on `pascaline.slice` hold for all instances together.";
+            };
+
+            memoryMax = mkOption {
+              type = types.nullOr types.str;
+              default = null;
+              example = "24G";
+              description = "Host memory that the instance may use (`MemoryMax`). `null`: no limit.";
+            };
+
+            stopTimeoutSec = mkOption {
+              type = types.ints.positive;
+              default = 90;
+              example = 330;
+              description = "Seconds from `systemctl stop` to SIGKILL; must exceed `settings.drain_timeout` (default 60).";
+            };
+
+            llamaCppPackage = mkOption {
+              type = types.package;
+              default = pkgs.llama-cpp-pascal;
+              defaultText = lib.literalExpression "pkgs.llama-cpp-pascal";
+              example = lib.literalExpression "pkgs.llama-cpp";
+              description = "llama.cpp, for `settings.engine = \"llama.cpp\"`.";
+            };
+
+            finalSettings = mkOption {
+              type = types.attrs;
+              readOnly = true;
+              default = settingsOf name instance.config;
+              defaultText = lib.literalMD "{option}`settings`, with the model, the engine and the key that the other options name";
+              example = {
+                served_model_name = "emily";
+              };
+              description = "Settings as they are rendered.";
+            };
+
+            configFile = mkOption {
+              type = types.package;
+              readOnly = true;
+              default = configFile name instance.config;
+              defaultText = lib.literalMD "the rendered {option}`finalSettings`";
+              example = lib.literalExpression "\"pascaline plan --config \${config.services.pascaline.instances.emily.configFile}\"";
+              description = "The rendered TOML file, for other commands of `pascaline` on this host.";
+            };
           };
-        };
-      }
+        }
+      )
     );
   };
 

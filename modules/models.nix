@@ -119,6 +119,8 @@ in
             User = cfg.user;
             TimeoutStartSec = "infinity";
             Restart = "on-failure";
+            # Between two tries it stays "activating": an instance that waits for it goes on waiting instead of failing.
+            RestartMode = "direct";
             RestartSec = 10;
             RestartSteps = 5;
             RestartMaxDelaySec = 600;

@@ -1,62 +1,14 @@
-"""What the Nix tests share: nixpkgs' lib, a trimmed package set where there is one, and one evaluation of all cases.
-
-Both are looked for in $PASCALINE_NIX_STAND_INS, else in the user's cache folder (pascaline/nix): `nixpkgs-lib/lib` is
-nixpkgs' own lib, `corepkgs` a trimmed nixpkgs whose pins name `nix-lib`. Tests that need what is not there are skipped.
-"""
+"""What the Nix tests share: one evaluation of all cases, and flakes that stand for the inputs."""
 
 from __future__ import annotations
 
 import functools
-import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-STAND_INS = Path(
-    os.environ.get("PASCALINE_NIX_STAND_INS")
-    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pascaline" / "nix"
-)
-
-
-def tool(name: str) -> str:
-    """Return a program's path, from PATH or the stand-ins' own bin folder, or skip the test."""
-    found = shutil.which(name, path=f"{STAND_INS / 'bin'}:{os.environ['PATH']}")
-    if found is None:
-        pytest.skip(f"{name} is not on this machine")
-    return found
-
-
-def nix(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run one of the Nix programs in the repository, without network or user configuration."""
-    command = [tool(arguments[0]), *arguments[1:]]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
-
-
-def evaluate(attribute: str) -> Any:
-    """Return an attribute of evaluate.nix as plain data."""
-    library = STAND_INS / "nixpkgs-lib" / "lib"
-    if not library.is_dir():
-        pytest.skip(f"nixpkgs' lib is not at hand (looked in {library})")
-    arguments = [
-        "--eval",
-        "--strict",
-        "--json",
-        "tests/nix/evaluate.nix",
-        "--argstr",
-        "libPath",
-        str(library),
-        "-A",
-        attribute,
-    ]
-    result = nix("nix-instantiate", *arguments)
-    if result.returncode:
-        raise RuntimeError(result.stderr)
-    return json.loads(result.stdout)
+from support.nix import REPOSITORY, STAND_INS, evaluate, nix
 
 
 @pytest.fixture(scope="session")

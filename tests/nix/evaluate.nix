@@ -1,4 +1,4 @@
-# Evaluates our modules with nixpkgs' lib and the stand-ins: { lib } -> what the tests ask for, as plain data.
+# Evaluates our modules with nixpkgs' lib and the stand-ins: { libPath } -> what the tests ask for, as plain data.
 { libPath }:
 let
   lib = import libPath;
@@ -64,6 +64,27 @@ let
       tmpfiles = config.systemd.tmpfiles.settings;
     };
 
+  unitText = import ./unit-text.nix { inherit lib; };
+  # All that a machine without NixOS needs to run the units: their text, who wants them, what they execute and read.
+  rendered =
+    module:
+    let
+      inherit (evaluate [ module ]) config;
+      units = lib.mapAttrs unitText (lib.mapAttrs (_: plain) config.systemd.services);
+    in
+    {
+      failed = failed config;
+      units = lib.mapAttrs' (name: unit: lib.nameValuePair "${name}.service" unit.text) units;
+      wantedBy = lib.mapAttrs' (
+        name: service: lib.nameValuePair "${name}.service" service.wantedBy
+      ) config.systemd.services;
+      files = lib.concatMapAttrs (_: unit: unit.files) units;
+      settings = lib.mapAttrs' (
+        _: instance: lib.nameValuePair "${instance.configFile}" instance.finalSettings
+      ) config.services.pascaline.instances;
+      tmpfiles = config.systemd.tmpfiles.settings;
+    };
+
   cases = import ./cases.nix { inherit lib; };
 
   optionDocs =
@@ -98,6 +119,11 @@ in
     ]
   ) cases.typeErrors;
   options = optionDocs (evaluate [ ]).options;
+  container = rendered ../systemd/host.nix;
+  # Settings of every instance that any test evaluates, by what declares it.
+  settings =
+    lib.mapAttrs (host: _: (rendered (fleetLib.moduleOf fleet host)).settings) fleet.hosts
+    // lib.mapAttrs (_: module: (rendered module).settings) cases.working;
   targets = fleetLib.targets fleet;
   problems = lib.mapAttrs (_: case: fleetLib.problems case) cases.badFleets;
 }

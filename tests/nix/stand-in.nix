@@ -35,6 +35,7 @@ let
       after = strings;
       path = option (types.listOf types.anything) [ ];
       startLimitIntervalSec = option (types.nullOr types.int) null;
+      startLimitBurst = option (types.nullOr types.int) null;
       environment = option (types.attrsOf (
         types.nullOr (
           types.oneOf [

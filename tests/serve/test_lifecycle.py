@@ -1,0 +1,332 @@
+"""The life of an instance on the fake engine: from start to ready, and every orderly and disorderly end."""
+
+from __future__ import annotations
+
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from pascaline.errors import ExitCode
+from support.instance import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from support.instance import Answer, Instance
+
+    Serve = Callable[..., Instance]
+
+
+class TestReady:
+    def test_stages_addresses_and_a_command_that_works(self, serve: Serve, model: Path) -> None:
+        instance = serve()
+        instance.wait_for_state("ready")
+        instance.wait_for_line("try    curl")
+        done = [line.partition(" done in ")[0] for line in instance.lines if " done in " in line]
+        assert done == [f"INFO    pascaline: {stage}" for stage in ("resolve", "verify", "load", "warm-up")]
+        assert instance.states == ["starting", "ready"]
+        assert f"  API    {instance.api_url}/v1" in instance.lines
+        assert f"{model.stem} is ready after" in instance.text
+        assert instance.stop() == ExitCode.OK
+        assert instance.states == ["starting", "ready", "draining", "stopped"]
+
+    def test_readiness_comes_with_the_first_generation_and_not_with_the_port(self, serve: Serve) -> None:
+        instance = serve(faults="warmup_seconds=2")
+        wait_until("the engine listens", lambda: _answers(instance))
+        assert instance.agent("/readyz").status == 503
+        assert instance.health()["state"] == "starting"
+        instance.wait_for_state("ready")
+        assert instance.agent("/readyz").status == 200
+        assert instance.metric('pascaline_time_to_ready_seconds{stage="warm-up"}') > 1
+
+    def test_a_slow_start_is_waited_for(self, serve: Serve) -> None:
+        instance = serve(faults="start_seconds=3")
+        report = instance.wait_for_state("ready")
+        assert report["restarts"] == 0
+        assert instance.metric('pascaline_time_to_ready_seconds{stage="load"}') > 2.5
+
+    def test_output_of_the_engine_comes_through_with_its_level(self, serve: Serve) -> None:
+        instance = serve()
+        instance.wait_for_state("ready")
+        instance.stop()
+        assert "INFO    engine: Load weight begin. avail mem=7.31 GB" in instance.lines
+        assert "WARNING engine: SIGTERM received. Draining requests and shutting down..." in instance.lines
+
+    def test_the_journal_gets_syslog_levels(self, serve: Serve) -> None:
+        instance = serve(environment={"JOURNAL_STREAM": "8:1234"})
+        instance.wait_for_state("ready")
+        instance.stop()
+        assert "<6>engine: Load weight begin. avail mem=7.31 GB" in instance.lines
+        assert "<4>engine: SIGTERM received. Draining requests and shutting down..." in instance.lines
+
+    def test_a_second_start_finds_its_cache(self, serve: Serve) -> None:
+        for faults in ("prepare_seconds=0", "prepare_error=3"):
+            instance = serve(faults=faults)
+            instance.wait_for_state("ready")
+            assert instance.stop() == ExitCode.OK
+
+
+class TestEnds:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_request_in_flight_completes(self, serve: Serve, number: signal.Signals) -> None:
+        instance = serve(faults="decode_tokens_per_second=20")
+        instance.wait_for_state("ready")
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(instance.complete, max_tokens=50)
+            instance.wait_for_state("busy")
+            instance.process.send_signal(number)
+            instance.wait_for_state("draining")
+            verdict = instance.agent("/readyz")
+            assert (verdict.status, verdict.json["state"]) == (503, "draining")
+            assert answer.result().json["usage"]["completion_tokens"] == 50
+        assert instance.wait() == ExitCode.OK
+        assert instance.states[-2:] == ["draining", "stopped"]
+        assert f"draining: {number.name}" in instance.text
+
+    def test_drain_timeout_ends_what_does_not_end(self, serve: Serve) -> None:
+        instance = serve(drain_timeout=1, faults="decode_tokens_per_second=1")
+        instance.wait_for_state("ready")
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(_status_or_none, instance, 600)
+            instance.wait_for_state("busy")
+            assert instance.stop() == ExitCode.OK
+            assert answer.result() is None
+        expected = "requests were still running after drain_timeout (1 s), ending the engine"
+        assert f"WARNING pascaline: {expected}" in instance.lines
+
+    def test_a_second_signal_ends_at_once(self, serve: Serve) -> None:
+        instance = serve(drain_timeout=600, faults="decode_tokens_per_second=1")
+        instance.wait_for_state("ready")
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(_status_or_none, instance, 600)
+            instance.wait_for_state("busy")
+            instance.process.send_signal(signal.SIGINT)
+            instance.wait_for_state("draining")
+            assert instance.stop(signal.SIGINT, seconds=10) == ExitCode.INTERRUPTED
+            assert answer.result() is None
+
+    def test_an_engine_that_ignores_sigterm_is_killed(self, serve: Serve) -> None:
+        instance = serve(drain_timeout=1, faults="ignore_sigterm=1")
+        instance.wait_for_state("ready")
+        assert instance.stop() == ExitCode.OK
+
+    @pytest.mark.parametrize("faults", ["start_seconds=600", "warmup_seconds=600", "prepare_seconds=600"])
+    def test_a_signal_before_it_is_ready(self, serve: Serve, faults: str) -> None:
+        instance = serve(faults=faults, drain_timeout=2)
+        instance.wait_for_line({"prepare_seconds=600": "verify …"}.get(faults, "Load weight begin"))
+        assert instance.stop(seconds=10) == ExitCode.OK
+        assert "Traceback" not in instance.text
+
+    def test_a_signal_during_the_wait_for_a_restart(self, serve: Serve) -> None:
+        instance = serve()
+        instance.wait_for_state("ready")
+        instance.fault(crash_now=1)
+        instance.wait_for_state("restarting")
+        assert instance.stop(seconds=10) == ExitCode.OK
+        assert instance.states[-3:] == ["restarting", "draining", "stopped"]
+
+    def test_processes_of_the_engine_that_ignore_everything_are_killed(self, serve: Serve) -> None:
+        instance = serve(faults="stray=2")
+        instance.wait_for_state("ready")
+        assert len(instance.descendants()) == 4
+        assert instance.stop() == ExitCode.OK
+        assert instance.descendants() == []
+
+    def test_an_engine_dies_with_its_supervisor(self, serve: Serve) -> None:
+        instance = serve()
+        instance.wait_for_state("ready")
+        assert len(instance.descendants()) == 2
+        instance.process.kill()
+        instance.wait()
+        wait_until("no process is left", lambda: not instance.descendants())
+
+    def test_the_end_leaves_no_file(self, serve: Serve, tmp_path: Path) -> None:
+        runtime = tmp_path / "runtime"
+        runtime.mkdir()
+        instance = serve(environment={"TMPDIR": str(runtime)})
+        instance.wait_for_state("ready")
+        assert len(list(runtime.iterdir())) == 1
+        instance.stop()
+        assert list(runtime.iterdir()) == []
+
+
+class TestRestarts:
+    def test_a_crash_is_followed_by_a_restart(self, serve: Serve) -> None:
+        instance = serve()
+        before = instance.wait_for_state("ready")["engine_pid"]
+        instance.fault(crash_now=1)
+        instance.wait_for_state("restarting")
+        assert instance.agent("/readyz").status == 503
+        report = instance.wait_for_state("ready")
+        assert report["engine_pid"] != before
+        assert report["restarts"] == 1
+        assert instance.metric('pascaline_engine_restarts_total{reason="crash"}') == 1
+        assert instance.complete().status == 200
+        assert instance.states == ["starting", "ready", "restarting", "starting", "ready"]
+
+    def test_the_reason_is_the_last_word_of_the_engine(self, serve: Serve) -> None:
+        instance = serve(faults="crash_error=unknown")
+        instance.wait_for_state("ready")
+        instance.fault(crash_now=1)
+        report = instance.wait_for_state("restarting")
+        assert report["reason"] == "the engine ended with exit code 3: something that nobody has seen before"
+
+    def test_it_gives_up_after_max_restarts(self, serve: Serve) -> None:
+        instance = serve(max_restarts=2, faults="crash_after_seconds=1")
+        assert instance.wait() == ExitCode.GAVE_UP
+        assert instance.error == (
+            "the engine failed 3 times in a row, max_restarts is 2; last: the engine ended with signal SIGKILL: "
+            "RuntimeError: the fake engine was told to crash"
+        )
+        waits = [line.rpartition("restart ")[2] for line in instance.lines if "; restart " in line]
+        assert waits == ["1 in 1 s", "2 in 2 s"]
+        assert instance.states[-1] == "failed"
+
+    def test_a_failed_restart_counts_like_a_crash(self, serve: Serve, tmp_path: Path) -> None:
+        faults = tmp_path / "faults"
+        faults.write_text("")
+        instance = serve(max_restarts=1, environment={"FAKE_ENGINE_FILE": str(faults)})
+        instance.wait_for_state("ready")
+        faults.write_text("load_error=out-of-memory")
+        instance.fault(crash_now=1)
+        assert instance.wait() == ExitCode.GAVE_UP
+        assert instance.error == (
+            "the engine failed 2 times in a row, max_restarts is 1; last: the engine ended with signal SIGKILL: "
+            "not enough memory on the device; lower mem_fraction_static, context_length or max_running_requests"
+        )
+
+    def test_the_worker_of_the_engine_dies(self, serve: Serve) -> None:
+        instance = serve()
+        instance.wait_for_state("ready")
+        [worker] = [each for each in instance.descendants() if each.name() == "sglang::schedul"]
+        worker.kill()
+        instance.wait_for_state("restarting")
+        assert instance.wait_for_state("ready")["restarts"] == 1
+
+    def test_processes_that_outlive_a_crash_are_killed_before_the_next_start(self, serve: Serve) -> None:
+        instance = serve(faults="stray=1")
+        instance.wait_for_state("ready")
+        [stray] = [each for each in instance.descendants() if "time.sleep" in " ".join(each.cmdline())]
+        instance.fault(crash_now=1)
+        instance.wait_for_state("restarting")
+        instance.wait_for_state("ready")
+        assert stray not in instance.descendants()
+        assert len(instance.descendants()) == 3
+
+
+class TestProgress:
+    def test_an_engine_that_hangs_with_a_request_is_killed_and_recovers(self, serve: Serve) -> None:
+        instance = serve()
+        instance.wait_for_state("ready")
+        instance.fault(hang=1)
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(_status_or_none, instance)
+            report = instance.wait_for_state("restarting")
+            assert answer.result() is None
+        assert report["reason"].startswith("the engine was unresponsive (no token for ")
+        assert "requests wait) and was killed" in report["reason"]
+        assert instance.wait_for_state("ready")["restarts"] == 1
+        assert instance.metric('pascaline_engine_restarts_total{reason="unresponsive"}') == 1
+        assert instance.states[:5] == ["starting", "ready", "busy", "unresponsive", "restarting"]
+
+    def test_an_idle_engine_that_hangs_is_found_by_the_test_generation(self, serve: Serve) -> None:
+        instance = serve()
+        instance.wait_for_state("ready")
+        instance.fault(hang=1)
+        instance.wait_for_state("restarting")
+        instance.wait_for_state("ready")
+
+    def test_an_engine_that_answers_nothing_at_all(self, serve: Serve) -> None:
+        instance = serve()
+        instance.wait_for_state("ready")
+        instance.fault(mute=1)
+        instance.wait_for_state("restarting")
+        instance.wait_for_state("ready")
+
+    def test_an_engine_that_stands_still_as_a_process(self, serve: Serve) -> None:
+        instance = serve()
+        pid = instance.wait_for_state("ready")["engine_pid"]
+        psutil.Process(pid).suspend()
+        instance.wait_for_state("restarting")
+        instance.wait_for_state("ready")
+
+    def test_an_engine_that_only_fails(self, serve: Serve) -> None:
+        instance = serve()
+        instance.wait_for_state("ready")
+        instance.fault(error_status=500)
+        report = instance.wait_for_state("restarting")
+        assert report["last_probe"]["ok"] is False
+        assert report["last_probe"]["reason"] == (
+            'status 500: {"object": "error", "message": "the fake engine was told to fail", "code": 500}'
+        )
+        assert instance.wait_for_state("ready")["last_probe"]["ok"] is True
+        assert instance.metric("pascaline_probe_failures_total") >= 1
+
+    def test_a_long_prefill_is_busy_and_not_hung(self, serve: Serve) -> None:
+        instance = serve(faults="prefill_tokens_per_second=600", chunked_prefill_tokens=256)
+        instance.wait_for_state("ready")
+        start = time.monotonic()
+        assert instance.complete("word " * 3600, timeout=60).status == 200
+        # Twice the stall_timeout without an answer, and the engine was left alone.
+        assert time.monotonic() - start > 6
+        assert instance.health()["restarts"] == 0
+        assert set(instance.states) == {"starting", "ready", "busy"}
+
+    def test_busy_and_ready_again(self, serve: Serve) -> None:
+        instance = serve(faults="decode_tokens_per_second=20")
+        instance.wait_for_state("ready")
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(instance.complete, max_tokens=50)
+            assert instance.wait_for_state("busy")["reason"] == "requests are running"
+            assert instance.agent("/readyz").status == 200
+            assert answer.result().status == 200
+        instance.wait_for_state("ready")
+
+    def test_a_flood_of_output_stops_nothing(self, serve: Serve) -> None:
+        instance = serve(faults="flood_lines_per_second=20000")
+        instance.wait_for_state("ready")
+        instance.wait_for_line("lines of output in one second were not shown")
+        assert instance.complete().status == 200
+        assert instance.health()["state"] in {"ready", "busy"}
+        assert instance.stop() == ExitCode.OK
+
+    def test_a_line_without_end_stops_nothing(self, serve: Serve) -> None:
+        instance = serve(faults="flood_lines_per_second=10 flood_line_bytes=1000000")
+        instance.wait_for_state("ready")
+        time.sleep(2)
+        assert instance.complete().status == 200
+        assert instance.stop() == ExitCode.OK
+        assert max(map(len, instance.lines)) < 100_000
+
+
+class TestGpuLost:
+    def test_restarts_are_not_the_cure(self, serve: Serve) -> None:
+        instance = serve(faults="crash_error=gpu-lost")
+        instance.wait_for_state("ready")
+        instance.fault(crash_now=1)
+        report = instance.wait_for_state("gpu-lost")
+        assert report["reason"] == "the engine ended with signal SIGKILL: the GPU is lost"
+        assert instance.agent("/readyz").status == 503
+        assert instance.metric('pascaline_instance_state{state="gpu-lost"}') == 1
+        instance.wait_for_line("the GPU is lost; restart 1 in 300 s")
+        assert instance.stop(seconds=10) == ExitCode.OK
+
+
+def _status_or_none(instance: Instance, max_tokens: int = 4) -> int | None:
+    """The status of a completion; None where the connection broke."""
+    try:
+        answer: Answer = instance.complete(max_tokens=max_tokens)
+    except OSError:
+        return None
+    return answer.status
+
+
+def _answers(instance: Instance) -> bool:
+    try:
+        return instance.api("/v1/models").status == 200
+    except OSError:
+        return False

@@ -22,6 +22,7 @@ COMMANDS = {
     "config": "show, check or describe the settings and where each value comes from",
     "doctor": "find out what keeps this host from serving, and what to do",
     "exporter": "serve GPU metrics to Prometheus (NVML)",
+    "bench": "measure an instance under load: batch sizes, contexts, rates, types of weights",
     "top": "show GPUs and instances of this host or a fleet, live",
 }
 

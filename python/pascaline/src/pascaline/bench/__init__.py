@@ -1,0 +1,1 @@
+"""Measures an instance under real load: experiments, the load generator, statistics, reports, comparisons."""

@@ -1,0 +1,174 @@
+"""The charts of each benchmark, made from its results."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pascaline.bench.claims import claims_for
+from pascaline.bench.figures import FIGURES
+from pascaline.bench.plot import Chart, Mark, Series, bar_chart, line_chart, pareto_front
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+AXES = {
+    "batch": "concurrent requests",
+    "context": "context, tokens",
+    "serve": "requests/s sent",
+    "quant": "type of the weights",
+}
+GUIDE_NAME, PLAN_NAME, ROOFLINE_NAME = "guide's claim (7B, P4)", "plan's estimate", "roofline of the card"
+
+
+def charts(document: dict[str, Any]) -> list[str]:
+    """Return the charts as SVG; those without data are left out."""
+    if document["kind"] == "quant":
+        return _quant_charts(document)
+    makers = {
+        "batch": (_throughput, _latency, _token_latency, _pareto, _memory),
+        "context": (_ttft, _throughput, _token_latency, _memory),
+        "serve": (_throughput, _latency, _token_latency, _pareto),
+    }
+    made = [maker(document) for maker in makers[document["kind"]]]
+    return [chart for chart in made if chart]
+
+
+def _throughput(document: dict[str, Any]) -> str:
+    return _with_references(document, "output_throughput", "Throughput")
+
+
+def _memory(document: dict[str, Any]) -> str:
+    return _with_references(document, "gpu_memory_bytes", "GPU memory") or _with_references(
+        document, "host_memory_bytes", "Main memory of the engine"
+    )
+
+
+def _ttft(document: dict[str, Any]) -> str:
+    return _with_references(document, "ttft_p50", "Time to first token")
+
+
+def _latency(document: dict[str, Any]) -> str:
+    return _several(document, ("ttft_p50", "ttft_p99", "e2e_p50", "e2e_p99"), "Latency of requests", "ms")
+
+
+def _token_latency(document: dict[str, Any]) -> str:
+    return _several(document, ("itl_p50", "itl_p90", "itl_p99"), "Inter-token latency", "ms")
+
+
+def _with_references(document: dict[str, Any], key: str, title: str) -> str:
+    """Return a figure beside what the guide claims, the plan expects and the card allows."""
+    figure, entries = FIGURES[key], _measured(document, key)
+    if not entries:
+        return ""
+    axes = [_axis(document, entry["name"]) for entry in document["points"]]
+    claims = claims_for(document["kind"], key)
+    expected = (document.get("reference") or {}).get("points", {})
+    series = [Series("measured", _marks(document, key))]
+    for name, values in (
+        (GUIDE_NAME, [claims.get(axis) for axis in axes]),
+        (PLAN_NAME, [_expected(expected, entry["name"], "plan", key) for entry in document["points"]]),
+        (ROOFLINE_NAME, [_expected(expected, entry["name"], "roofline", key) for entry in document["points"]]),
+    ):
+        marks = [Mark(n, value * figure.factor) for n, value in enumerate(values) if value is not None]
+        if marks:
+            series.append(Series(name, marks, dashed=True))
+    return line_chart(Chart(title, AXES[document["kind"]], f"{figure.title}, {figure.unit}", series, _names(document)))
+
+
+def _several(document: dict[str, Any], keys: Sequence[str], title: str, unit: str) -> str:
+    series = [Series(FIGURES[key].title, _marks(document, key)) for key in keys if _measured(document, key)]
+    if not series:
+        return ""
+    return line_chart(Chart(title, AXES[document["kind"]], unit, series, _names(document)))
+
+
+def _pareto(document: dict[str, Any]) -> str:
+    """Return throughput against latency: further left and higher is better."""
+    speed, latency = FIGURES["output_throughput"], FIGURES["e2e_p50"]
+    marks = [
+        Mark(
+            entry["summary"]["e2e_p50"]["value"] * latency.factor,
+            entry["summary"]["output_throughput"]["value"] * speed.factor,
+            label=entry["name"],
+        )
+        for entry in _measured(document, "e2e_p50")
+    ]
+    if not marks:
+        return ""
+    front = pareto_front(marks, lambda a, b: a.x <= b.x and a.y >= b.y and (a.x, a.y) != (b.x, b.y))
+    series = [Series("measured", marks, joined=False), Series("Pareto front", front, dashed=True)]
+    return line_chart(Chart("Throughput against latency", "E2E p50, ms", "output tokens/s", series))
+
+
+def _quant_charts(document: dict[str, Any]) -> list[str]:
+    types = [entry for entry in document["types"] if entry.get("file_bytes")]
+    names = [entry["name"] for entry in types]
+    made = []
+    for title, unit, columns in (
+        (
+            "Size",
+            "GiB",
+            (("file", "file_bytes"), ("planned memory", "planned_bytes"), ("measured memory", "memory_bytes")),
+        ),
+        ("KL divergence from the highest precision", "nats per token", (("mean KL", "kl_mean"),)),
+        ("Perplexity", "perplexity", (("perplexity", "perplexity"),)),
+    ):
+        factor = 2**-30 if unit == "GiB" else 1.0
+        series = [_column(name, types, key, factor) for name, key in columns]
+        series = [each for each in series if each.marks]
+        if series:
+            made.append(bar_chart(Chart(title, AXES["quant"], unit, series, names)))
+    return [*made, *_quant_speed(document, names)]
+
+
+def _quant_speed(document: dict[str, Any], names: list[str]) -> list[str]:
+    """Return tokens/s per type and batch size, with what the guide claims."""
+    by_name = {entry["name"]: entry["summary"] for entry in document["points"] if entry["summary"]}
+    sizes = sorted({name.rpartition(" ")[2] for name in by_name}, key=int)
+    series = []
+    for size in sizes:
+        marks = [
+            Mark(n, by_name[key]["output_throughput"]["value"])
+            for n, name in enumerate(names)
+            if (key := f"{name} batch {size}") in by_name
+        ]
+        series.append(Series(f"batch {size}", marks))
+    claims = claims_for("quant", "output_throughput")
+    claimed = [Mark(n, claims[name]) for n, name in enumerate(names) if name in claims]
+    if not series:
+        return []
+    if claimed:
+        series.append(Series(GUIDE_NAME, claimed, dashed=True))
+    return [bar_chart(Chart("Speed", AXES["quant"], "output tokens/s", series, names))]
+
+
+def _column(name: str, types: list[dict[str, Any]], key: str, factor: float) -> Series:
+    values = [(n, entry.get(key)) for n, entry in enumerate(types)]
+    return Series(name, [Mark(n, value * factor) for n, value in values if value is not None])
+
+
+def _measured(document: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    return [entry for entry in document["points"] if key in entry["summary"]]
+
+
+def _marks(document: dict[str, Any], key: str) -> list[Mark]:
+    factor = FIGURES[key].factor
+    marks = []
+    for n, entry in enumerate(document["points"]):
+        if found := entry["summary"].get(key):
+            low, high = (None if found[end] is None else found[end] * factor for end in ("low", "high"))
+            marks.append(Mark(n, found["value"] * factor, low, high))
+    return marks
+
+
+def _names(document: dict[str, Any]) -> list[str]:
+    return [f"{_axis(document, entry['name']):g}" for entry in document["points"]]
+
+
+def _axis(document: dict[str, Any], name: str) -> float:
+    return next(float(point["axis"]) for point in document["experiment"]["points"] if point["name"] == name)
+
+
+def _expected(points: dict[str, Any], name: str, source: str, key: str) -> float | None:
+    value = points.get(name, {}).get(source, {}).get(key)
+    return None if value is None else float(value)

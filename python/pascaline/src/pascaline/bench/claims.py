@@ -1,0 +1,64 @@
+"""What others claim: the guide that this project grew out of, and published measurements. Shown beside results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GUIDE = "GPU Optimization Strategies (the guide), 7B model on a Tesla P4"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One figure that somebody states."""
+
+    kind: str
+    """Benchmark that it belongs to: batch, context, quant."""
+    axis: float | str
+    """Batch size, or type of the weights."""
+    key: str
+    """Key in figures.FIGURES."""
+    value: float
+    """In the figure's base unit."""
+    source: str
+
+
+GUIDE_CLAIMS = (
+    *(Claim("batch", size, "output_throughput", value, GUIDE) for size, value in ((1, 3), (2, 5), (4, 8), (8, 10))),
+    *(
+        Claim("batch", size, "gpu_memory_bytes", value * 2**30, GUIDE)
+        for size, value in ((1, 4), (2, 5), (4, 6), (8, 7))
+    ),
+    *(
+        Claim("quant", kind, "output_throughput", value, GUIDE)
+        for kind, value in (("Q8_0", 5), ("Q6_K", 7), ("Q4_K_M", 10))
+    ),
+)
+"""docs/guide.md, rows 5 and 13. The guide's latency of 200 ms says neither which latency nor of which length."""
+
+WHALEVAULT = "MykytaKyt/WhaleVault docs/models.md, llama.cpp on a Tesla P4, driver 580.105.08, October 2026"
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """One published measurement of a Pascal card, single stream."""
+
+    card: str
+    model: str
+    weights_bytes: float
+    """Of the file."""
+    output_throughput: float
+    source: str
+
+
+# File sizes: the published GGUF files of these names, to two digits.
+ANCHORS = (
+    Anchor("tesla-p4", "Qwen3.5-4B Q4_K_M", 2.7e9, 35.7, WHALEVAULT),
+    Anchor("tesla-p4", "Qwen3.5-9B Q4_K_M", 5.6e9, 19.7, WHALEVAULT),
+    Anchor("tesla-p40", "llama 7B Q4_K_S", 3.9e9, 53.7, "llama.cpp #4766"),
+    Anchor("tesla-p40", "llama 7B Q4_0", 3.8e9, 56.3, "llama.cpp #4766"),
+)
+
+
+def claims_for(kind: str, key: str) -> dict[float | str, float]:
+    """Return what the guide claims of one figure in one benchmark: axis -> value."""
+    return {claim.axis: claim.value for claim in GUIDE_CLAIMS if claim.kind == kind and claim.key == key}

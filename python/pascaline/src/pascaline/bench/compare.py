@@ -1,0 +1,125 @@
+"""Which differences between two results are more than chance.
+
+The unit is the run, as requests of one run share a server and are not independent: Welch's t-test on the figure of each
+run, corrected for the number of comparisons (Holm), so that two results of the same thing differ
+nowhere in 19 of 20 cases.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pascaline.bench.figures import FIGURES
+from pascaline.bench.statistics import CONFIDENCE, holm, welch
+from pascaline.bench.table import aligned, shown
+from pascaline.errors import ConfigurationError
+
+COMPARED = (
+    "output_throughput",
+    "ttft_p50",
+    "ttft_p99",
+    "itl_p50",
+    "itl_p99",
+    "e2e_p50",
+    "error_ratio",
+    "gpu_memory_bytes",
+    "host_memory_bytes",
+    "power_watts",
+    "tokens_per_joule",
+)
+
+
+def compare(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Return the differences of all points that two results share.
+
+    Raises ConfigurationError where they share none, or are of different kinds.
+    """
+    if first["kind"] != second["kind"]:
+        raise ConfigurationError(
+            f"results of bench {first['kind']} cannot be compared with those of bench {second['kind']}"
+        )
+    summaries = [
+        {entry["name"]: entry["summary"] for entry in side["points"] if entry["summary"]} for side in (first, second)
+    ]
+    names = [name for name in summaries[0] if name in summaries[1]]
+    if not names:
+        raise ConfigurationError(
+            f"the results share no point: one has {_listed(summaries[0])}, the other {_listed(summaries[1])}"
+        )
+    rows = [row for name in names for row in _rows(name, summaries[0][name], summaries[1][name])]
+    _judge(rows)
+    return {"confidence": CONFIDENCE, "unlike": _unlike(first, second), "rows": rows}
+
+
+def comparison_table(differences: dict[str, Any]) -> str:
+    """Return the differences as text, those that are significant with their direction."""
+    lines = [f"not alike: {text}" for text in differences["unlike"]]
+    table = [["", "", "A", "B", "B/A", "p", ""]]
+    for row in differences["rows"]:
+        figure = FIGURES[row["figure"]]
+        ratio = f"{row['ratio']:.3f}" if row["ratio"] is not None else "-"
+        p_value = f"{row['p_value']:.3f}" if row["p_value"] is not None else "-"
+        values = [f"{shown(figure, row[side])} {figure.unit}" for side in ("a", "b")]
+        table.append([row["point"], figure.title, *values, ratio, p_value, row["verdict"]])
+    return "\n".join([*lines, *aligned(table)])
+
+
+def _rows(name: str, first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for key in COMPARED:
+        if key in first and key in second:
+            found = welch(first[key]["runs"], second[key]["runs"])
+            a, b = first[key]["value"], second[key]["value"]
+            rows.append({"point": name, "figure": key, "a": a, "b": b, "ratio": found.ratio, "p_value": found.p_value})
+    return rows
+
+
+def _judge(rows: list[dict[str, Any]]) -> None:
+    """Correct the p-values and add a verdict to each row."""
+    testable = [row for row in rows if row["p_value"] is not None]
+    for row, corrected in zip(testable, holm([row["p_value"] for row in testable]), strict=True):
+        row["p_value"] = corrected
+    for row in rows:
+        row["verdict"] = _verdict(row)
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    if row["p_value"] is None:
+        return "unknown: one run says nothing of chance; use --repeats 3 or more"
+    if row["p_value"] >= 1 - CONFIDENCE:
+        return "no significant difference"
+    better = FIGURES[row["figure"]].better
+    larger = row["b"] > row["a"]
+    if not better:
+        return "B is higher" if larger else "B is lower"
+    return "B is better" if larger == (better == "higher") else "B is worse"
+
+
+def _unlike(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Say what besides the measured values differs between the two."""
+    found = []
+    for words, path in (
+        ("model", ("instance", "server", "model")),
+        ("engine", ("instance", "server", "engine")),
+        ("engine version", ("instance", "server", "engine_version")),
+        ("engine settings", ("instance", "server", "settings")),
+        ("GPUs", ("machine", "gpus")),
+        ("CPU", ("machine", "cpu")),
+        ("driver", ("machine", "driver")),
+        ("seed", ("experiment", "seed")),
+        ("pascaline", ("machine", "revision")),
+    ):
+        a, b = _lookup(first, path), _lookup(second, path)
+        if a != b:
+            found.append(f"{words}: {a} and {b}")
+    return found
+
+
+def _lookup(document: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        document = (document or {}).get(key)
+    return document
+
+
+def _listed(summaries: dict[str, Any]) -> str:
+    return ", ".join(summaries) or "none"

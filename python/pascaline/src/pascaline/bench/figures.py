@@ -1,0 +1,132 @@
+"""The figures of a benchmark: what each is, how it is computed from a run, and over the runs of a point."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal
+
+from pascaline.bench.statistics import mean_estimate, percentile, percentile_estimates
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pascaline.bench.load import Record
+    from pascaline.bench.run import Run
+    from pascaline.bench.statistics import Estimate
+
+PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One figure as tables and plots name it."""
+
+    key: str
+    title: str
+    unit: str
+    better: Literal["higher", "lower", ""]
+    """Empty where neither is better."""
+    factor: float = 1.0
+    """From the stored base unit to the shown one."""
+    digits: int = 1
+
+
+def _latencies(key: str, title: str) -> list[Figure]:
+    return [Figure(f"{key}_{name}", f"{title} {name}", "ms", "lower", 1e3) for name in PERCENTILES]
+
+
+FIGURES: dict[str, Figure] = {
+    figure.key: figure
+    for figure in (
+        Figure("output_throughput", "output tokens/s", "tok/s", "higher"),
+        Figure("input_throughput", "prompt tokens/s", "tok/s", "higher"),
+        Figure("request_throughput", "requests/s", "1/s", "higher", digits=2),
+        *_latencies("ttft", "TTFT"),
+        *_latencies("itl", "ITL"),
+        *_latencies("tpot", "TPOT"),
+        *_latencies("e2e", "E2E"),
+        Figure("error_ratio", "errors", "%", "lower", 100),
+        Figure("gpu_memory_bytes", "GPU memory, peak", "GiB", "lower", 2**-30, 2),
+        Figure("host_memory_bytes", "engine's host memory, peak", "GiB", "lower", 2**-30, 2),
+        Figure("gpu_utilization_ratio", "GPU busy", "%", "", 100),
+        Figure("power_watts", "power", "W", "lower"),
+        Figure("tokens_per_joule", "output tokens/J", "tok/J", "higher", digits=3),
+        Figure("generator_cpu_ratio", "generator's CPU", "% of a core", "", 100, 2),
+        Figure("late_seconds", "sent late, most", "ms", "", 1e3),
+    )
+}
+LATENCIES: dict[str, Callable[[Record], Sequence[float]]] = {
+    "ttft": lambda record: [] if record.ttft is None else [record.ttft],
+    "itl": lambda record: record.itl,
+    "tpot": lambda record: [] if record.tpot is None else [record.tpot],
+    "e2e": lambda record: [] if record.e2e is None else [record.e2e],
+}
+
+
+def figures_of_run(run: Run) -> dict[str, float]:
+    """Return every figure that this run has; a figure without data is absent, never zero."""
+    good = [record for record in run.records if record.error is None]
+    found = _throughputs(run, good) | _readings(run, good)
+    for key, values_of in LATENCIES.items():
+        ordered = sorted(value for record in good for value in values_of(record))
+        if ordered:
+            found |= {f"{key}_{name}": percentile(ordered, share) for name, share in PERCENTILES.items()}
+    return found
+
+
+def summarize(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Return per figure its value over all runs, the ends of its 95 % interval, and the value of each run.
+
+    Latencies pool the requests of all runs and are bootstrapped; the rest is the mean over runs.
+    """
+    per_run = [figures_of_run(run) for run in runs]
+    summary = {}
+    for key in FIGURES:
+        values = [figures[key] for figures in per_run if key in figures]
+        if values:
+            summary[key] = asdict(mean_estimate(values)) | {"runs": values}
+    for key, estimates in _latency_estimates(runs).items():
+        summary[key] |= asdict(estimates)
+    return summary
+
+
+def _latency_estimates(runs: Sequence[Run]) -> dict[str, Estimate]:
+    found = {}
+    for key, values_of in LATENCIES.items():
+        nested = [
+            [values for record in run.records if record.error is None and (values := values_of(record))] for run in runs
+        ]
+        nested = [run for run in nested if run]
+        if nested:
+            estimates = percentile_estimates(nested, list(PERCENTILES.values()))
+            found |= {f"{key}_{name}": estimate for name, estimate in zip(PERCENTILES, estimates, strict=True)}
+    return found
+
+
+def _throughputs(run: Run, good: Sequence[Record]) -> dict[str, float]:
+    found: dict[str, float] = {"error_ratio": 1 - len(good) / len(run.records)} if run.records else {}
+    found["generator_cpu_ratio"] = run.cpu_seconds / run.seconds
+    found["late_seconds"] = max((record.late for record in run.records), default=0.0)
+    if good:
+        found["output_throughput"] = sum(record.output_tokens for record in good) / run.seconds
+        found["input_throughput"] = sum(record.prompt_tokens for record in good) / run.seconds
+        found["request_throughput"] = len(good) / run.seconds
+    return found
+
+
+def _readings(run: Run, good: Sequence[Record]) -> dict[str, float]:
+    samples = run.samples
+    found: dict[str, float] = {}
+    for key, take in (
+        ("gpu_memory_bytes", max),
+        ("host_memory_bytes", max),
+        ("gpu_utilization_ratio", fmean),
+        ("power_watts", fmean),
+    ):
+        values = [value for sample in samples if (value := getattr(sample, key)) is not None]
+        if values:
+            found[key] = float(take(values))
+    if found.get("power_watts"):
+        found["tokens_per_joule"] = sum(r.output_tokens for r in good) / (found["power_watts"] * run.seconds)
+    return found

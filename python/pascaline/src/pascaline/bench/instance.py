@@ -1,0 +1,183 @@
+"""The instance that is measured: one that already runs, or one that `pascaline serve` starts for the purpose."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pascaline.bench.sampling import ExporterGpu, LocalGpu
+from pascaline.bench.server import ask, describe
+from pascaline.bench.stream import Endpoint
+from pascaline.errors import EngineError, ExitCode, MissingError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from pascaline.bench.sampling import GpuSource
+    from pascaline.bench.server import Server
+
+POLL_SECONDS = 0.25
+STOP_SECONDS = 60.0
+"""From SIGTERM to SIGKILL of the instance: its drain_timeout is set to nothing, but an engine takes its time to end."""
+AGENT_OFFSET = 1
+"""An agent listens one port above its engine by default."""
+EXPORTER_PORT = 9836
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """A server that answers."""
+
+    endpoint: Endpoint
+    server: Server
+    agent: Endpoint | None
+    """Its agent; None for a server that was not started by pascaline."""
+    start_seconds: float | None = None
+    """From start to ready; None where it was running already."""
+
+    def engine_pid(self) -> int | None:
+        """Return the engine's process on this machine; None where it cannot be known."""
+        health = self._agent_says("/health")
+        return health.get("engine_pid") if health and self.endpoint.is_local else None
+
+    def plan(self) -> dict[str, Any] | None:
+        """Return the plan that it was started with."""
+        return self._agent_says("/plan")
+
+    def model_path(self) -> str | None:
+        """Return the model's file or folder: the agent knows the original, an engine what was made of it."""
+        model = (self._agent_says("/health") or {}).get("model") or {}
+        return model.get("path") or self.server.model_path
+
+    def gpu(self, exporter_url: str | None) -> GpuSource:
+        """Return where its GPU can be read: this machine's NVML, or an exporter's page."""
+        if exporter_url is not None:
+            return ExporterGpu(exporter_url)
+        if self.endpoint.is_local:
+            return LocalGpu()
+        return ExporterGpu(f"http://{self.endpoint.address[0]}:{EXPORTER_PORT}/metrics")
+
+    def _agent_says(self, path: str) -> dict[str, Any] | None:
+        if self.agent is None:
+            return None
+        with contextlib.suppress(MissingError):
+            status, answer = ask(self.agent, path)
+            return answer if status == 200 and isinstance(answer, dict) else None
+        return None
+
+
+def attach(endpoint: Endpoint) -> Instance:
+    """Return the instance behind a URL."""
+    server = describe(endpoint)
+    host, port = endpoint.address
+    agent = Endpoint(f"http://{f'[{host}]' if ':' in host else host}:{port + AGENT_OFFSET}")
+    with contextlib.suppress(MissingError):
+        status, health = ask(agent, "/health")
+        if status == 200 and isinstance(health, dict) and (health.get("model") or {}).get("name") == server.model:
+            return Instance(endpoint, server, agent)
+    return Instance(endpoint, server, None)
+
+
+@contextlib.contextmanager
+def started(
+    flags: Sequence[str], log: Path, api_key: str | None, on_wait: Callable[[float, str], None]
+) -> Iterator[Instance]:
+    """Run `pascaline serve` on two free ports until the block ends.
+
+    flags: its settings. log: takes what it writes. on_wait: called with (seconds so far, its state) until it is ready.
+    Raises EngineError with the end of its output where it does not become ready.
+    """
+    port, agent_port = _free_ports()
+    command = [sys.executable, "-m", "pascaline", "serve", *flags]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--agent-host", "127.0.0.1"]
+    command += ["--agent-port", str(agent_port), "--drain-timeout", "0"]
+    endpoint = Endpoint(f"http://127.0.0.1:{port}", api_key)
+    agent = Endpoint(f"http://127.0.0.1:{agent_port}")
+    began = time.monotonic()
+    with log.open("ab") as output:
+        # A session of its own: Ctrl-C is for this program, which then ends the instance in order.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            _wait_until_ready(process, agent, log, began, on_wait)
+            seconds = time.monotonic() - began
+            yield Instance(endpoint, describe(endpoint), agent, seconds)
+        finally:
+            _end(process)
+
+
+def _wait_until_ready(
+    process: subprocess.Popen[bytes], agent: Endpoint, log: Path, began: float, on_wait: Callable[[float, str], None]
+) -> None:
+    while process.poll() is None:
+        state = "starting"
+        with contextlib.suppress(MissingError):
+            status, verdict = ask(agent, "/readyz")
+            if status == 200:
+                return
+            state = (verdict or {}).get("state", state)
+        on_wait(time.monotonic() - began, state)
+        time.sleep(POLL_SECONDS)
+    raise EngineError(
+        f"pascaline serve ended with exit code {process.returncode} ({_meaning(process.returncode)}); "
+        f"its last line: {_last_line(log)}; all of it is in {log}"
+    )
+
+
+def _meaning(code: int) -> str:
+    return next((each.meaning for each in ExitCode if each == code), "killed" if code < 0 else "unknown")
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "none"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _free_ports() -> tuple[int, int]:
+    """Return two ports that nothing listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        return int(first.getsockname()[1]), int(second.getsockname()[1])
+
+
+def read_api_key(path: Path | None) -> str | None:
+    """Return the key that a file holds."""
+    return path.read_text(encoding="utf-8").strip() if path else None
+
+
+def to_flags(values: dict[str, Any]) -> list[str]:
+    """Return the command line of settings: dotted key -> value, as `pascaline serve` takes them."""
+    from pascaline.configuration import flag_of
+
+    flags = []
+    for key, value in values.items():
+        flag = flag_of(key)
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, dict):
+            flags += [part for name, item in value.items() for part in (flag, f"{name}={item}")]
+        elif isinstance(value, (list, tuple)):
+            flags += [f"{flag}={item}" for item in value]
+        else:
+            flags += [flag, json.dumps(value) if isinstance(value, float) else str(value)]
+    return flags

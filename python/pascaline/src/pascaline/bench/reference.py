@@ -1,0 +1,126 @@
+"""What a result is held against: the card's roofline, the plan's estimate, and what the guide claims."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from pascaline.bench.claims import ANCHORS, GUIDE_CLAIMS
+from pascaline.bench.workload import parse_lengths
+from pascaline.cards import card_for_device, load_card
+from pascaline.planning.kv_cache import kv_bytes_per_token
+from pascaline.planning.plan import make_plan
+from pascaline.planning.request import PlanRequest
+from pascaline.planning.speed import peak_macs
+from pascaline.planning.weights import weights_on_device
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pascaline.bench.experiment import Experiment, Point
+    from pascaline.cards import Card
+    from pascaline.models.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """How the engine computes, as far as it decides bytes and operations."""
+
+    engine: str
+    dtype: str
+    kv_dtype: str
+    chunked_prefill_tokens: int
+
+
+def reference(
+    card: Card | None, spec: ModelSpec | None, plan: Mapping[str, Any] | None, engine: str, experiment: Experiment
+) -> dict[str, Any]:
+    """Return per point what theory allows and what the plan expects; what is missing is said in `note`.
+
+    card: None where the server's card is not known. plan: that the instance was started with, if any.
+    """
+    found: dict[str, Any] = {
+        "card": card.name if card else None,
+        "claims": [asdict(claim) for claim in GUIDE_CLAIMS if claim.kind == experiment.kind],
+        "anchors": [asdict(anchor) for anchor in ANCHORS],
+        "points": {},
+    }
+    if card is None or "bandwidth_bytes_per_second" not in card.facts:
+        return found | {"note": "no roofline: the server's card is the CPU, or is not known (--card names it)"}
+    if spec is None:
+        return found | {"note": "no roofline: the model's file is not on this machine (--model names it)"}
+    setting = setting_of(plan, engine)
+    points = {point.name: _expectation(card, spec, setting, point) for point in experiment.points}
+    return found | {"points": points, "note": None}
+
+
+def setting_of(plan: Mapping[str, Any] | None, engine: str) -> Setting:
+    """Return how an instance computes, by its plan; as the profiles of the cards say where there is none."""
+    known = plan or {}
+    return Setting(
+        engine="llama.cpp" if engine == "llama.cpp" else "sglang",
+        dtype=known.get("dtype", "float16"),
+        kv_dtype=known.get("kv_dtype", "fp16"),
+        chunked_prefill_tokens=known.get("chunked_prefill_tokens", 512),
+    )
+
+
+def find_card(name: str | None, gpus: list[str]) -> Card | None:
+    """Return the card of a profile's name, else the one of this machine's first GPU."""
+    if name is not None:
+        return load_card(name)
+    return card_for_device(gpus[0].removeprefix("NVIDIA ")) if gpus else None
+
+
+def _expectation(card: Card, spec: ModelSpec, setting: Setting, point: Point) -> dict[str, Any]:
+    prompt = parse_lengths("prompt_tokens", point.prompt_tokens).typical
+    output = parse_lengths("output_tokens", point.output_tokens).typical
+    if point.concurrency is None:
+        # Requests that arrive by themselves are served no faster than they come.
+        return {}
+    return {
+        "roofline": {"output_throughput": roofline(card, spec, setting, point.concurrency, prompt, output)},
+        "plan": planned(card, spec, setting, point.concurrency, prompt, output),
+    }
+
+
+def roofline(card: Card, spec: ModelSpec, setting: Setting, batch: int, prompt: int, output: int) -> float:
+    """Return the output tokens per second that no program can exceed on the card.
+
+    Per round of `batch` requests: the prompts at the arithmetic peak, then `output` steps, each of which reads the
+    weights once and every request's KV cache, and takes the larger of the times for bytes and for arithmetic.
+    """
+    request = _request(card, setting, batch, prompt + output)
+    weights = weights_on_device(spec, request)
+    bandwidth, peak = card.number("bandwidth_bytes_per_second"), peak_macs(card)
+    cached = batch * (prompt + output / 2) * kv_bytes_per_token(spec, request)
+    step = max((weights.read_bytes(batch) + cached) / bandwidth, batch * weights.macs / peak)
+    prefill = batch * prompt * (weights.macs - weights.output_macs) / peak
+    return batch * output / (prefill + output * step)
+
+
+def planned(card: Card, spec: ModelSpec, setting: Setting, batch: int, prompt: int, output: int) -> dict[str, float]:
+    """Return the planner's expectation: memory if started for this point, and speed."""
+    plan = make_plan(spec, card, _request(card, setting, batch, prompt + output))
+    found = {"gpu_memory_bytes": float(plan.total_bytes)}
+    # The planner's decode rate is for half of the context, which here is the mean of what is cached.
+    decode = make_plan(spec, card, _request(card, setting, batch, 2 * prompt + output)).speed
+    prefill = make_plan(spec, card, _request(card, setting, 1, prompt)).speed
+    if decode is not None and prefill is not None:
+        seconds = batch * prompt / prefill.prefill.tokens_per_second
+        seconds += batch * output / decode.decode.tokens_per_second
+        found["output_throughput"] = batch * output / seconds
+        found["ttft_p50"] = prefill.ttft_seconds
+    return found
+
+
+def _request(card: Card, setting: Setting, batch: int, context: int) -> PlanRequest:
+    return PlanRequest(
+        card_bytes=card.memory_bytes,
+        engine="llama.cpp" if setting.engine == "llama.cpp" else "sglang",
+        dtype=setting.dtype,
+        context_length=context,
+        max_running_requests=batch,
+        kv_dtype=setting.kv_dtype,
+        chunked_prefill_tokens=setting.chunked_prefill_tokens,
+    )

@@ -1,0 +1,190 @@
+"""Results as one HTML file that needs nothing else: no script, no font, no picture from outside."""
+
+from __future__ import annotations
+
+import html
+import time
+from typing import TYPE_CHECKING, Any
+
+from pascaline.bench.charts import charts
+from pascaline.bench.claims import claims_for
+from pascaline.bench.figures import FIGURES
+from pascaline.bench.results import REPORT_NAME
+from pascaline.bench.table import shown
+from pascaline.errors import StorageError
+from pascaline.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from pascaline.bench.results import Results
+
+TITLES = {"batch": "Batch sweep", "context": "Context sweep", "serve": "Arrival rates", "quant": "Types of weights"}
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #8884; }
+th:first-child, td:first-child { text-align: left; } .scroll { overflow-x: auto; }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem; } .charts svg { max-width: 100%; height: auto; }
+small { opacity: .7; } dt { font-weight: 600; } dd { margin: 0 0 .4rem 1rem; overflow-wrap: anywhere; }
+"""
+
+
+def write_report(results: Results) -> Path:
+    """Write the report beside the results and return its path."""
+    path = results.folder / REPORT_NAME
+    try:
+        path.write_text(render(results.document), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"failed to write {path}: {error.strerror}") from error
+    return path
+
+
+def render(document: dict[str, Any]) -> str:
+    """Return the page."""
+    title = f"{TITLES[document['kind']]}: {_model_words(document)}"
+    parts = [
+        "<!doctype html>",
+        f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>',
+        f"<h1>{html.escape(title)}</h1>",
+        f"<p>{html.escape(_where(document))}</p>",
+        _incomplete(document),
+        f'<div class="charts">{"".join(charts(document))}</div>',
+        "<h2>Figures</h2>",
+        "<p><small>Small: 95 % confidence interval. Latencies pool the requests of all runs (bootstrap over runs and "
+        "requests), other figures are means over runs (Student's t). TTFT: time to first token; ITL: gap between "
+        "tokens; TPOT: mean time per token after the first; E2E: whole answer.</small></p>",
+        _figures(document),
+        *_quality(document),
+        *_held_against(document),
+        "<h2>How it was measured</h2>",
+        _description(document),
+        "</body></html>",
+    ]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def _incomplete(document: dict[str, Any]) -> str:
+    return "" if document["complete"] else "<p><strong>Interrupted: these are the runs that were finished.</strong></p>"
+
+
+def _model_words(document: dict[str, Any]) -> str:
+    model = (document.get("instance") or {}).get("server", {}).get("model")
+    return str(model or document["experiment"].get("model", ""))
+
+
+def _where(document: dict[str, Any]) -> str:
+    machine, server = document.get("machine", {}), (document.get("instance") or {}).get("server", {})
+    card = ", ".join(machine.get("gpus", [])) or machine.get("cpu", "")
+    engine = f"{server.get('engine', '')} {server.get('engine_version') or ''}".strip()
+    driver = f"driver {machine['driver']}" if machine.get("driver") else ""
+    day = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(document["updated"]))
+    version = f"pascaline {machine.get('pascaline', '')} {machine.get('revision', '')}".strip()
+    return " · ".join(part for part in (card, driver, engine, version, day) if part)
+
+
+def _figures(document: dict[str, Any]) -> str:
+    entries = document["points"]
+    rows = [["", *(entry["name"] for entry in entries)]]
+    for key, figure in FIGURES.items():
+        if any(key in entry["summary"] for entry in entries):
+            rows.append([f"{figure.title}, {figure.unit}", *(_cell(key, entry) for entry in entries)])
+    return _table(rows)
+
+
+def _cell(key: str, entry: dict[str, Any]) -> str:
+    found = entry["summary"].get(key)
+    if found is None:
+        return html.escape(f"skipped: {entry['skipped']}") if entry["skipped"] and key == "output_throughput" else "-"
+    figure = FIGURES[key]
+    text = shown(figure, found["value"])
+    if found["low"] is None:
+        return text
+    return f"{text}<br><small>{shown(figure, found['low'])} … {shown(figure, found['high'])}</small>"
+
+
+def _quality(document: dict[str, Any]) -> list[str]:
+    """Return size and quality per type of weights."""
+    if document["kind"] != "quant":
+        return []
+    rows = [["", "file", "bits/weight", "planned memory", "measured memory", "perplexity", "mean KL", "same top token"]]
+    rows += [_quality_row(entry) for entry in document["types"]]
+    note = html.escape(str(document.get("quality_note", "")))
+    return ["<h2>Size and quality</h2>", _table(rows), f"<p><small>{note}</small></p>"]
+
+
+def _quality_row(entry: dict[str, Any]) -> list[str]:
+    if entry.get("skipped"):
+        return [html.escape(entry["name"]), html.escape(f"skipped: {entry['skipped']}"), *["-"] * 6]
+
+    def size(key: str) -> str:
+        return format_bytes(entry[key]) if entry.get(key) is not None else "-"
+
+    def plain(key: str, digits: int, factor: float = 1.0) -> str:
+        return f"{entry[key] * factor:.{digits}f}" if entry.get(key) is not None else "-"
+
+    top = plain("same_top", 2, 100)
+    return [
+        html.escape(entry["name"]),
+        size("file_bytes"),
+        plain("bits_per_weight", 2),
+        size("planned_bytes"),
+        size("memory_bytes"),
+        plain("perplexity", 3) + (f" ± {entry['perplexity_error']:.3f}" if entry.get("perplexity_error") else ""),
+        plain("kl_mean", 5),
+        top if top == "-" else f"{top} %",
+    ]
+
+
+def _held_against(document: dict[str, Any]) -> list[str]:
+    """Return throughput beside the guide's claim, the plan's estimate and the roofline."""
+    found = document.get("reference") or {}
+    rows = [["", "measured tok/s", "guide claims", "plan expects", "roofline", "of the roofline"]]
+    claims = claims_for(document["kind"], "output_throughput")
+    axes = {point["name"]: point["axis"] for point in document["experiment"].get("points", [])}
+    for entry in document["points"]:
+        if "output_throughput" in entry["summary"]:
+            expected = found.get("points", {}).get(entry["name"], {})
+            rows.append(_held_row(entry, claims.get(axes.get(entry["name"], "")), expected))
+    parts = ["<h2>Held against</h2>", _table(rows)]
+    notes = [found.get("note"), "The guide's figures are for a 7B model on a Tesla P4: floors, not goals."]
+    return [*parts, f"<p><small>{html.escape(' '.join(note for note in notes if note))}</small></p>"]
+
+
+def _held_row(entry: dict[str, Any], claim: float | None, expected: dict[str, Any]) -> list[str]:
+    measured = entry["summary"]["output_throughput"]["value"]
+    plan = expected.get("plan", {}).get("output_throughput")
+    limit = expected.get("roofline", {}).get("output_throughput")
+    cells = [f"{value:.1f}" if value is not None else "-" for value in (claim, plan, limit)]
+    return [html.escape(entry["name"]), f"{measured:.1f}", *cells, f"{measured / limit:.0%}" if limit else "-"]
+
+
+def _description(document: dict[str, Any]) -> str:
+    facts: dict[str, Any] = {}
+    for key in ("experiment", "machine", "instance"):
+        facts |= {f"{key}: {name}": value for name, value in (document.get(key) or {}).items() if value is not None}
+    plan = document.get("plan")
+    if plan:
+        facts["plan: memory"] = f"{format_bytes(plan['total_bytes'])} of {format_bytes(plan['card_bytes'])}"
+    facts["schema"] = document["schema"]
+    items = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(_words(value))}</dd>" for name, value in facts.items())
+    return f"<dl>{''.join(items)}</dl>"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(item)}" for key, item in value.items() if item is not None)
+    if isinstance(value, list):
+        return "; ".join(map(_words, value))
+    return str(value)
+
+
+def _table(rows: Sequence[Iterable[str]]) -> str:
+    head, *body = rows
+    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'

@@ -1,0 +1,73 @@
+"""One run: the same requests sent once, and what was read of the machine meanwhile; to and from JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pascaline.bench.load import Record
+
+_TIME_DIGITS = 6
+"""Microseconds: finer than a network's jitter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One reading of the machine; None where it has no such thing."""
+
+    at: float
+    """Seconds after the start of the run."""
+    gpu_memory_bytes: float | None = None
+    """Memory in use on the engine's GPU, whoever holds it."""
+    gpu_utilization_ratio: float | None = None
+    power_watts: float | None = None
+    host_memory_bytes: float | None = None
+    """Resident main memory of the engine's processes; what they share counts once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All of one run."""
+
+    seed: str
+    started: float
+    """Unix time."""
+    seconds: float
+    cpu_seconds: float
+    """CPU time of the load generator."""
+    records: list[Record]
+    samples: list[Sample]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` takes; times in seconds, to the microsecond."""
+        return {
+            "seed": self.seed,
+            "started": self.started,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "requests": [_rounded(asdict(record)) for record in self.records],
+            "samples": [_rounded(asdict(sample)) for sample in self.samples],
+        }
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Run:
+        """Read a run back."""
+        return cls(
+            seed=document["seed"],
+            started=document["started"],
+            seconds=document["seconds"],
+            cpu_seconds=document["cpu_seconds"],
+            records=[Record(**record) for record in document["requests"]],
+            samples=[Sample(**sample) for sample in document["samples"]],
+        )
+
+
+def _rounded(fields: dict[str, Any]) -> dict[str, Any]:
+    rounded = {}
+    for key, value in fields.items():
+        if isinstance(value, float):
+            value = round(value, _TIME_DIGITS)
+        elif isinstance(value, list):
+            value = [round(number, _TIME_DIGITS) for number in value]
+        rounded[key] = value
+    return rounded

@@ -1,0 +1,159 @@
+"""A sweep from beginning to end: the instance, its description, the measurements, what they are held against."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pascaline.bench.environment import describe_machine
+from pascaline.bench.instance import attach, read_api_key, started, to_flags
+from pascaline.bench.progress import Progress
+from pascaline.bench.reference import find_card, reference
+from pascaline.bench.results import create_or_resume
+from pascaline.bench.runner import Runner
+from pascaline.bench.server import make_prompts
+from pascaline.bench.stream import parse_endpoint
+from pascaline.errors import ConfigurationError, PascalineError
+from pascaline.models import store
+from pascaline.models.reader import read_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pascaline.bench.experiment import Experiment
+    from pascaline.bench.instance import Instance
+    from pascaline.bench.results import Results
+    from pascaline.configuration import Configuration
+    from pascaline.models.spec import ModelSpec
+
+LOG_NAME = "serve.log"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What is to be measured."""
+
+    url: str | None
+    """A server that runs; None: one is started."""
+    exporter: str | None
+    configuration: Configuration
+    given: dict[str, Any]
+    """Settings that flags chose."""
+    config_file: Path | None
+    wanted: dict[str, Any]
+    """Settings that the sweep needs; a choice of the user's is kept."""
+
+    @property
+    def model_name(self) -> str:
+        """A name for the model before it has been asked for."""
+        if self.url is not None:
+            return "server"
+        settings = self.configuration.settings
+        return settings.served_model_name or Path(settings.model.replace(":", "-")).stem
+
+    @property
+    def card_name(self) -> str | None:
+        """The server's card profile where it is known; a server elsewhere has not this host's."""
+        return self.configuration.card if self.url is None else self.given.get("card")
+
+    def serve_flags(self, spec: ModelSpec) -> list[str]:
+        """Return the arguments of `pascaline serve`."""
+        wanted = {key: value for key, value in self.wanted.items() if self.configuration.origins[key] in _NOT_CHOSEN}
+        if "context_length" in wanted and spec.context_length:
+            wanted["context_length"] = min(wanted["context_length"], spec.context_length)
+        config = ["--config", str(self.config_file)] if self.config_file else []
+        return [*config, *to_flags(self.given | wanted)]
+
+
+_NOT_CHOSEN = {"default"}
+
+
+def run_sweep(target: Target, experiment: Experiment, folder: Path) -> Results:
+    """Measure an experiment; what an earlier call left in the folder is kept."""
+    results = create_or_resume(folder, experiment.kind, experiment.to_json())
+    progress = Progress(len(experiment.points) * experiment.repeats)
+    try:
+        with instance_of(target, folder, progress) as instance:
+            spec = spec_of(target, instance)
+            describe_instance(results, instance, target, spec, experiment)
+            prompts = make_prompts(instance.endpoint, instance.server)
+            with contextlib.closing(instance.gpu(target.exporter)) as gpu:
+                Runner(instance, prompts, gpu, progress, experiment).measure(results)
+    finally:
+        progress.close()
+    results.document["complete"] = True
+    results.save()
+    return results
+
+
+@contextlib.contextmanager
+def instance_of(target: Target, folder: Path, progress: Progress) -> Iterator[Instance]:
+    """Give the instance of a target, for the length of the block if it is started for it."""
+    key = read_api_key(target.configuration.settings.api_key_file)
+    if target.url is not None:
+        yield attach(parse_endpoint(target.url, key))
+        return
+    spec = _named_spec(target)
+    with started(target.serve_flags(spec), folder / LOG_NAME, key, progress.waiting) as instance:
+        progress.say(f"the instance is ready after {instance.start_seconds:.1f} s")
+        yield instance
+
+
+def describe_instance(
+    results: Results, instance: Instance, target: Target, spec: ModelSpec | None, experiment: Experiment
+) -> None:
+    """Note what is measured, where, and what theory and the guide say of it."""
+    server = asdict(instance.server)
+    before = results.document.get("instance", {}).get("server", {})
+    if before and (before["model"], before["engine"]) != (server["model"], server["engine"]):
+        raise ConfigurationError(
+            f"--output: {results.folder} holds results of {before['model']} on {before['engine']}, "
+            f"the server has {server['model']} on {server['engine']}; name another folder"
+        )
+    machine = describe_machine()
+    results.document["machine"] = machine
+    results.document["instance"] = {
+        "url": instance.endpoint.url if target.url else None,
+        "start_seconds": instance.start_seconds,
+        "server": server,
+        "settings": {key: str(value) for key, value in target.given.items()},
+        "model": describe_model(spec),
+    }
+    plan = results.document["plan"] = instance.plan()
+    card = find_card(target.card_name, machine.get("gpus", []))
+    results.document["reference"] = reference(card, spec, plan, instance.server.engine, experiment)
+    results.save()
+
+
+def describe_model(spec: ModelSpec | None) -> dict[str, Any] | None:
+    """Return what a result needs to know of a model."""
+    if spec is None:
+        return None
+    return {
+        "name": spec.name,
+        "architecture": spec.architecture,
+        "parameters": spec.n_parameters,
+        "weights_bytes": spec.weights_bytes,
+        "file_type": spec.file_type,
+        "file_bytes": spec.file_bytes,
+    }
+
+
+def spec_of(target: Target, instance: Instance) -> ModelSpec | None:
+    """Return the header of the model that is served; None where its file is not on this machine."""
+    if target.url is None or "model" in target.given:
+        return _named_spec(target)
+    path = instance.model_path()
+    if path is None or not instance.endpoint.is_local:
+        return None
+    with contextlib.suppress(PascalineError):
+        return read_model(Path(path))
+    return None
+
+
+def _named_spec(target: Target) -> ModelSpec:
+    settings = target.configuration.settings
+    path, _ = store.locate(settings)
+    return store.read(settings, path)

@@ -1,0 +1,301 @@
+"""`pascaline bench`: measure an instance under load."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pascaline.cli.options import add_settings_arguments, load_from_arguments
+from pascaline.configuration import flag_of, setting_fields
+from pascaline.errors import ConfigurationError, ExitCode
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from pascaline.bench.results import Results
+
+DESCRIPTION = """Measure an instance under real concurrent load over its OpenAI API.
+
+  pascaline bench batch                       1, 2, 4, 8 requests at once: tokens/s, latencies, memory, power
+  pascaline bench context                     one request at a time that fills 2048, 4096, 8192 tokens
+  pascaline bench serve --rates 0.5,1,2       requests that arrive by themselves
+  pascaline bench quant --model F16.gguf      size, memory, quality and speed of each type from F16 to Q3_K
+  pascaline bench compare A B                 which differences between two results are significant
+  pascaline bench report FOLDER               print results again and renew their report
+
+It starts an instance with the given settings, as `pascaline serve` does, and ends it; with --url it measures one that
+runs already. Results go to a folder: results.json (schema 1) and report.html, one file without outside parts. An
+interrupted benchmark keeps what it has; the same command with the same --output goes on from there."""
+
+# With --url these say what the server has; all other settings belong to an instance that is started.
+_FACTS_OF_A_SERVER = frozenset({"model", "card", "api_key_file"})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the benchmarks and their flags."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="BENCHMARK")
+    for name, (summary, add, function) in ACTIONS.items():
+        sub = actions.add_parser(
+            name, help=summary, description=summary[:1].upper() + summary[1:] + ".", allow_abbrev=False
+        )
+        sub.set_defaults(function=function)
+        add(sub)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run one benchmark."""
+    return int(arguments.function(arguments))
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sizes", default="1,2,4,8", metavar="N,N,…", help="concurrent requests of each point (default: %(default)s)"
+    )
+    _add_lengths(parser, prompt="128", output="128")
+    _add_common(parser)
+
+
+def _add_context(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lengths",
+        default="2048,4096,8192",
+        metavar="N,N,…",
+        help="tokens of prompt and answer together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output-tokens", type=int, default=64, metavar="N", help="tokens of each answer (default: %(default)s)"
+    )
+    _add_common(parser)
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rates", default="0.5,1,2", metavar="R,R,…", help="requests a second of each point (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--arrival",
+        choices=("poisson", "fixed"),
+        default="poisson",
+        help="poisson: as from many users; fixed: evenly spaced (default: %(default)s)",
+    )
+    _add_lengths(parser, prompt="lognormal:128:0.7", output="lognormal:64:0.7")
+    _add_common(parser)
+
+
+def _add_lengths(parser: argparse.ArgumentParser, *, prompt: str, output: str) -> None:
+    forms = "128, 64-256 (uniform), normal:128:32 or lognormal:128:0.7 (median, sigma)"
+    parser.add_argument(
+        "--prompt-tokens", default=prompt, metavar="LENGTHS", help=f"of each prompt: {forms} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output-tokens", default=output, metavar="LENGTHS", help="of each answer, alike (default: %(default)s)"
+    )
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--requests", type=int, metavar="N", help="requests of each run (default: enough for the point)"
+    )
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each point (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="decides prompts, lengths, arrivals (default: %(default)s)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds that a request may take (default: %(default)g)",
+    )
+    parser.add_argument("--url", help="measure the server there instead of starting one, as http://127.0.0.1:30000")
+    parser.add_argument(
+        "--exporter",
+        metavar="URL",
+        help="page with the GPU's metrics (default: NVML here; for another host its port 9836)",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="where results go (default: bench-BENCHMARK-MODEL-TIME here)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
+    add_settings_arguments(parser)
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("first", type=Path, metavar="A", help="results: a folder or its results.json")
+    parser.add_argument("second", type=Path, metavar="B", help="results to compare with A")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="results: a folder or its results.json")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------------------
+
+
+def _batch(arguments: argparse.Namespace) -> int:
+    from pascaline.bench.experiment import batch_points
+    from pascaline.bench.workload import parse_lengths
+
+    sizes = _whole_numbers("--sizes", arguments.sizes)
+    for flag in ("prompt_tokens", "output_tokens"):
+        parse_lengths(flag_of(flag), getattr(arguments, flag))
+    points = batch_points(sizes, arguments.prompt_tokens, arguments.output_tokens, arguments.requests)
+    return _sweep(arguments, "batch", points, {"max_running_requests": max(sizes)})
+
+
+def _context(arguments: argparse.Namespace) -> int:
+    from pascaline.bench.experiment import context_points
+
+    lengths = _whole_numbers("--lengths", arguments.lengths)
+    if not 1 <= arguments.output_tokens < min(lengths):
+        raise ConfigurationError(
+            f"--output-tokens: must be between 1 and {min(lengths) - 1}, so that each length has room for a prompt, "
+            f"got {arguments.output_tokens}"
+        )
+    points = context_points(lengths, arguments.output_tokens, arguments.requests)
+    return _sweep(arguments, "context", points, {"context_length": max(lengths)})
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from pascaline.bench.experiment import serve_points
+    from pascaline.bench.workload import parse_lengths
+
+    for flag in ("prompt_tokens", "output_tokens"):
+        parse_lengths(flag_of(flag), getattr(arguments, flag))
+    rates = _rates(arguments.rates)
+    points = serve_points(
+        rates, arguments.arrival, arguments.prompt_tokens, arguments.output_tokens, arguments.requests
+    )
+    return _sweep(arguments, "serve", points, {})
+
+
+def _sweep(arguments: argparse.Namespace, kind: str, points: Any, wanted: dict[str, Any]) -> int:
+    """Measure points on one instance. wanted: settings that the sweep needs, where the user chose none."""
+    from pascaline.bench import sweep
+    from pascaline.bench.experiment import Experiment
+
+    _check_counts(arguments)
+    experiment = Experiment(
+        kind=kind, points=points, repeats=arguments.repeats, seed=arguments.seed, timeout=arguments.timeout
+    )
+    target = sweep.Target(
+        url=arguments.url,
+        exporter=arguments.exporter,
+        configuration=load_from_arguments(arguments),
+        given=_given_settings(arguments),
+        config_file=arguments.config,
+        wanted=wanted,
+    )
+    folder = arguments.output or Path(default_folder(kind, target.model_name, time.time()))
+    return _with_results(arguments, folder, lambda: sweep.run_sweep(target, experiment, folder))
+
+
+def _with_results(arguments: argparse.Namespace, folder: Path, measure: Callable[[], Results]) -> int:
+    """Run a measurement that SIGTERM and Ctrl-C may end, and show what there is then."""
+    from pascaline.bench.results import FILE_NAME, load
+
+    # So that an instance that was started is ended in order.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        results = measure()
+    except KeyboardInterrupt:
+        if not (folder / FILE_NAME).exists():
+            raise
+        again = " ".join([*sys.argv[:1], *sys.argv[1:]])
+        results = load(folder)
+        _show(results, as_json=arguments.json)
+        extra = "" if arguments.output else f" --output {folder}"
+        print(f"interrupted; to go on: {again}{extra}", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    _show(results, as_json=arguments.json)
+    failed = any(not entry["summary"] for entry in results.document["points"])
+    return ExitCode.FAILED if failed else ExitCode.OK
+
+
+def _show(results: Results, *, as_json: bool) -> None:
+    """Write the report and print the results."""
+    from pascaline.bench.report import write_report
+    from pascaline.bench.table import results_table
+
+    report = write_report(results)
+    if as_json:
+        print(json.dumps(results.document, indent=1))
+    else:
+        print(results_table(results.document))
+    print(f"results {results.path}\nreport  {report}", file=sys.stderr)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from pascaline.bench.compare import compare, comparison_table
+    from pascaline.bench.results import load
+
+    differences = compare(load(arguments.first).document, load(arguments.second).document)
+    if arguments.json:
+        print(json.dumps(differences, indent=1))
+    else:
+        print(comparison_table(differences))
+    return ExitCode.OK
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from pascaline.bench.results import load
+
+    _show(load(arguments.folder), as_json=arguments.json)
+    return ExitCode.OK
+
+
+# --- values of flags --------------------------------------------------------------------------------------------------
+
+
+def _whole_numbers(flag: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ConfigurationError(f"{flag}: must be whole numbers above 0 with commas between, got {text!r}")
+    return sorted({int(part) for part in parts})
+
+
+def _rates(text: str) -> list[float]:
+    if not all(re.fullmatch(r"\s*\d*\.?\d+\s*", part) and float(part) > 0 for part in text.split(",")):
+        raise ConfigurationError(f"--rates: must be numbers above 0 with commas between, got {text!r}")
+    return sorted({float(part) for part in text.split(",")})
+
+
+def _check_counts(arguments: argparse.Namespace) -> None:
+    for flag, least, most in (("requests", 1, 10**6), ("repeats", 1, 1000), ("timeout", 0.1, 86400)):
+        value = getattr(arguments, flag)
+        if value is not None and not least <= value <= most:
+            raise ConfigurationError(f"--{flag}: must be between {least} and {most}, got {value:g}")
+
+
+def _given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that flags chose, to be passed on to `pascaline serve`."""
+    given = {key: getattr(arguments, key) for key, _ in setting_fields() if getattr(arguments, key, None) is not None}
+    useless = sorted(given.keys() - _FACTS_OF_A_SERVER) if arguments.url else []
+    if useless:
+        flags = ", ".join(map(flag_of, useless))
+        raise ConfigurationError(f"{flags}: cannot change the server of --url, must be left out")
+    return given
+
+
+def default_folder(kind: str, model: str, now: float) -> str:
+    """Return the name of the folder for results that nobody named."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", model)
+    return f"bench-{kind}-{safe}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}"
+
+
+ACTIONS: dict[str, tuple[str, Any, Any]] = {
+    "batch": ("measure 1, 2, 4, 8 concurrent requests", _add_batch, _batch),
+    "context": ("measure long prompts, one at a time", _add_context, _context),
+    "serve": ("measure requests that arrive at given rates", _add_serve, _serve),
+    "compare": ("tell which differences between two results are significant", _add_compare, _compare),
+    "report": ("print results and renew their report", _add_report, _report),
+}

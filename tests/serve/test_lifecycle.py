@@ -27,7 +27,7 @@ class TestReady:
         instance.wait_for_state("ready")
         instance.wait_for_line("try    curl")
         done = [line.partition(" done in ")[0] for line in instance.lines if " done in " in line]
-        assert done == [f"INFO    pascaline: {stage}" for stage in ("resolve", "verify", "load", "warm-up")]
+        assert done == [f"INFO    pascaline: {stage}" for stage in ("resolve", "plan", "verify", "load", "warm-up")]
         assert instance.states == ["starting", "ready"]
         assert f"  API    {instance.api_url}/v1" in instance.lines
         assert f"{model.stem} is ready after" in instance.text

@@ -134,6 +134,8 @@ _MEMORY = Call(
     alias="nvmlDeviceGetMemoryInfo_v2",
 )
 _MEMORY_V1 = Call("nvmlDeviceGetMemoryInfo", fields=("total", "free", "used"))
+GPU_MEMORY_CALLS = ((_MEMORY, 0, 2), (_MEMORY_V1, 0, 1))
+"""Calls that tell a GPU's memory, the better first, each with the places of total and free."""
 _UTILIZATION = Call("nvmlDeviceGetUtilizationRates", fields=("gpu", "memory"))
 _THROTTLE = Call("nvmlDeviceGetCurrentClocksThrottleReasons")
 _THROTTLE_SUPPORTED = Call("nvmlDeviceGetSupportedClocksThrottleReasons")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from pascaline.planning.kv_cache import PADDING_TOKENS
 from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
 from pascaline.planning.plan import Plan, make_plan
 from pascaline.planning.request import KV_DTYPES
 from pascaline.planning.weights import weights_on_device
+from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,17 +53,27 @@ class Change:
 def nearest_fits(spec: ModelSpec, card: Card, request: PlanRequest, count: int = 3) -> list[Change]:
     """Return the nearest settings that fit, at most `count`, of different kinds where there are such."""
     fitting = sorted((one for one in _candidates(spec, card, request) if one.plan.fits), key=lambda one: one.distance)
+    useful = [one for one in fitting if not any(_does_as_much(other, one) for other in fitting)]
     ranked: dict[tuple[str, ...], Change] = {}
-    for change in fitting:
+    for change in useful:
         ranked.setdefault(tuple(sorted(change.settings)), change)
     kinds = [set(kind) for kind in ranked]
     # What changes all that another one changes, and more, comes after; then further values of the same settings.
     simple = [one for kind, one in ranked.items() if not any(other < set(kind) for other in kinds)]
     chosen: list[Change] = []
-    for change in (*simple, *ranked.values(), *fitting):
+    for change in (*simple, *ranked.values(), *useful):
         if all(change.settings != other.settings for other in chosen):
             chosen.append(change)
     return sorted(chosen[:count], key=lambda change: change.distance)
+
+
+def _does_as_much(simpler: Change, change: Change) -> bool:
+    """Whether fewer changes give at least the same context and KV cache."""
+    return (
+        set(simpler.settings) < set(change.settings)
+        and simpler.plan.context_length >= change.plan.context_length
+        and simpler.plan.kv_tokens >= change.plan.kv_tokens
+    )
 
 
 def _candidates(spec: ModelSpec, card: Card, request: PlanRequest) -> Iterator[Change]:
@@ -92,18 +104,16 @@ def _fractions(request: PlanRequest) -> Iterator[tuple[float | None, float]]:
 
 
 def _files(spec: ModelSpec, request: PlanRequest) -> Iterator[tuple[str | None, float]]:
-    """The file itself, then smaller mixtures of it."""
+    """The file itself, then mixtures of it that take less in the engine's memory."""
     yield None, 0.0
     if request.quantization is not None:
         return
-    smaller = [mixture for mixture in MIXTURES if requantized_bytes(spec, mixture) < 0.97 * spec.weights_bytes]
-    for steps, mixture in enumerate(smaller, 1):
-        yield mixture, 0.8 * steps + PERPLEXITY_LOSS[mixture]
-
-
-def requantized_bytes(spec: ModelSpec, mixture: str) -> int:
-    """Return the bytes of all tensors in a mixture."""
-    return requantized(spec, mixture).weights_bytes
+    smallest, steps = 0.97 * weights_on_device(spec, request).n_bytes, 0
+    for mixture in MIXTURES:
+        size = weights_on_device(requantized(spec, mixture), request).n_bytes
+        if size < smallest:
+            smallest, steps = size, steps + 1
+            yield mixture, 0.8 * steps + PERPLEXITY_LOSS[mixture]
 
 
 def _kv_types(request: PlanRequest) -> Iterator[tuple[str, float]]:
@@ -126,6 +136,9 @@ def _variants(
         if plan.fits:
             tokens = plan.kv_tokens
             yield {"kv_cache.max_tokens": tokens}, replace(free, max_total_tokens=tokens), 0.4
+        if request.max_kv_bytes is not None:
+            n_bytes = _padded((request.context_length + PADDING_TOKENS) * plan.kv_bytes_per_token, 2**20)
+            yield {"kv_cache.max_bytes": n_bytes}, replace(free, max_kv_bytes=n_bytes), 0.2
     if (shorter := longest_context(spec, card, request, weights)) and shorter < request.context_length:
         changed = replace(request, context_length=shorter)
         yield {"context_length": shorter}, changed, _halvings(request.context_length, shorter)
@@ -163,6 +176,10 @@ def longest_context(
     return low * CONTEXT_STEP
 
 
+def _padded(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
 def _halvings(before: float, after: float) -> float:
     return before / after - 1 if after else float("inf")
 
@@ -172,11 +189,13 @@ def _sentence(settings: dict[str, Any], plan: Plan) -> str:
         "file_type": "the model quantised to {}",
         "kv_cache.dtype": "kv_cache.dtype {}",
         "kv_cache.max_tokens": "kv_cache.max_tokens {:,}",
+        "kv_cache.max_bytes": "kv_cache.max_bytes {}",
         "mem_fraction_static": "mem_fraction_static {:g}",
         "context_length": "context_length {:,}",
         "max_running_requests": "max_running_requests {}",
     }
-    said = " and ".join(words[key].format(value) for key, value in settings.items())
+    shown = settings | {key: format_bytes(value) for key, value in settings.items() if key == "kv_cache.max_bytes"}
+    said = " and ".join(words[key].format(value) for key, value in shown.items())
     return f"{said}: {plan.kv_tokens:,} tokens of KV cache, {plan.headroom_bytes / 2**20:,.0f} MiB to spare"
 
 

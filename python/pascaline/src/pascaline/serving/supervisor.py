@@ -23,16 +23,20 @@ from pascaline.errors import EngineError, ExitCode, GaveUpError, PascalineError
 from pascaline.models import store
 from pascaline.serving import ports
 from pascaline.serving.agent import create_server, serve
-from pascaline.serving.health import ANSWERING, Health, Judge, State, backoff_seconds
+from pascaline.serving.health import Health, Judge, State, backoff_seconds
 from pascaline.serving.metrics import Metrics
 from pascaline.serving.process import EngineProcess
-from pascaline.serving.task import make_task
+from pascaline.serving.task import make_task, plan_instance
+from pascaline.serving.threads import start_in_thread
+from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from pascaline.configuration import Configuration
+    from pascaline.models.spec import ModelSpec
     from pascaline.models.store import ResolvedModel
+    from pascaline.planning import Plan
     from pascaline.serving.console import Console
     from pascaline.serving.notify import Notifier
     from pascaline.settings import Settings
@@ -87,8 +91,10 @@ class Supervisor:
         self._notifier = notifier
         self._engine = ENGINES[self.settings.engine]
         self._process: EngineProcess | None = None
+        self._api_key: str | None = None
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
+        self._signalled = False
 
     @property
     def engine_pid(self) -> int | None:
@@ -96,19 +102,25 @@ class Supervisor:
         return self._process.pid if self._process and self._process.exit_code is None else None
 
     def stop(self, reason: str) -> None:
-        """Ask for an orderly end; asked again, for an immediate one."""
-        if self._stop.is_set():
-            self._stop_now.set()
+        """Ask for an orderly end; asked again, or at the end, it changes nothing."""
+        if self._stop.is_set() or self.health.state in {State.FAILED, State.STOPPED}:
             return
         self._change(State.DRAINING, reason)
         self._notifier.stopping()
         self._stop.set()
 
+    def _on_signal(self, name: str) -> None:
+        """Stop in order; at a second signal at once. One after POST /drain is a first one."""
+        if self._signalled:
+            self._stop_now.set()
+        self._signalled = True
+        self.stop(name)
+
     async def run(self) -> ExitCode:
         """Serve until asked to stop; raises PascalineError where the instance cannot serve."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop, signal.Signals(number).name)
+            loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
         listener = ports.bind(self.settings.agent_host, self.settings.agent_port, "agent", "agent_port")
         ports.check_free(self.settings.host, self.settings.port, "engine", "port")
         server = create_server(self)
@@ -127,7 +139,7 @@ class Supervisor:
         except Stopped:
             return await self._drain()
         except PascalineError as error:
-            self._change(State.FAILED, str(error))
+            self._change(State.FAILED, str(error).partition("\n")[0])
             raise
         finally:
             if self._process is not None:
@@ -144,6 +156,7 @@ class Supervisor:
             spec = await self._in_thread(store.read, settings, path)
             stage.note = f": {path} ({spec.architecture}, {spec.n_parameters / 1e6:.0f} M parameters)"
         self._record_stage("resolve", stage.seconds)
+        plan = await self._plan(spec)
         with self._console.stage("verify") as stage:
             digest = await self._in_thread(store.verify, settings, path, stage.progress)
             prepared = None
@@ -154,9 +167,25 @@ class Supervisor:
         self.model = store.ResolvedModel(
             "huggingface" if digest is None else "gguf", path, spec, name, digest, prepared
         )
-        task = make_task(self._configuration, self.model, runtime_dir)
+        task = make_task(self._configuration, self.model, plan, runtime_dir)
+        self._api_key = task.api_key
         self.metrics.set_task(task, self._configuration.card)
         return task
+
+    async def _plan(self, spec: ModelSpec) -> Plan:
+        """Plan the memory; raises DoesNotFitError where it does not fit and that is not allowed."""
+        with self._console.stage("plan") as stage:
+            plan: Plan = await self._in_thread(plan_instance, self._configuration, spec)
+            total, card = format_bytes(plan.total_bytes), format_bytes(plan.card_bytes)
+            stage.note = f": {total} of {card} on {plan.card}, {plan.kv_tokens:,} tokens of KV cache"
+        self._record_stage("plan", stage.seconds)
+        for reason in plan.reasons:
+            self._console.line("WARNING", "pascaline", f"allow_overcommit: {reason}")
+        for note in plan.notes:
+            self._console.line("INFO", "pascaline", f"plan: {note}")
+        self.plan = plan.to_json()
+        self.metrics.set_plan(plan.total_bytes, plan.weights_bytes)
+        return plan
 
     def _record_stage(self, name: str, seconds: float) -> None:
         self.metrics.stage_seconds.labels(name).set(seconds)
@@ -168,6 +197,8 @@ class Supervisor:
         in_a_row, was_ready = 0, False
         while True:
             served, failure = await self._run_once(task)
+            if self._stop.is_set():
+                raise Stopped
             was_ready = was_ready or served > 0
             if not was_ready:
                 raise EngineError(failure.text)
@@ -189,6 +220,9 @@ class Supervisor:
             if await self._wait_until_ready(task, process):
                 ready_since = time.monotonic()
                 await self._watch(task, process)
+            if process.exit_code is not None:
+                # Its last words say why.
+                await process.wait()
             failure = self._failure(process)
         finally:
             self.metrics.engine_up.set(0)
@@ -227,7 +261,6 @@ class Supervisor:
             if await check():
                 return True
             self._console.tick()
-            self._notifier.extend_timeout(EXTEND_SECONDS)
             await self._sleep(POLL_SECONDS / 2)
         return False
 
@@ -243,24 +276,32 @@ class Supervisor:
         """Follow the engine's progress until it ends or is unresponsive."""
         judge = Judge(self.settings.stall_timeout, last_sign=time.monotonic())
         probe: asyncio.Task[bool] | None = None
-        while process.exit_code is None:
-            now = time.monotonic()
-            judge.observe(now, await self._progress(task))
-            if probe is not None and probe.done():
-                if probe.result():
-                    judge.probed(time.monotonic())
-                probe = None
-            if probe is None and judge.wants_probe(now, self.settings.probe_interval):
-                probe = asyncio.create_task(self._generate(task, timeout=self.settings.stall_timeout))
-            state, reason = judge.verdict(time.monotonic())
-            self._change(state, reason)
-            if state is State.UNRESPONSIVE:
-                await process.kill()
-            if judge.last_sign >= now:
-                self.metrics.last_generation.set(time.time())
-            await self._sleep(POLL_SECONDS, process)
-        if probe is not None:
-            probe.cancel()
+        try:
+            while process.exit_code is None:
+                now = time.monotonic()
+                judge.observe(now, await self._progress(task))
+                if probe is not None and probe.done():
+                    if probe.result():
+                        judge.probed(time.monotonic())
+                    probe = None
+                if probe is None and judge.wants_probe(now, self.settings.probe_interval):
+                    probe = asyncio.create_task(self._generate(task, timeout=self.settings.stall_timeout))
+                await self._obey(judge, process)
+                if judge.last_sign >= now:
+                    self.metrics.last_generation.set(time.time())
+                await self._sleep(POLL_SECONDS, process)
+        finally:
+            if probe is not None:
+                probe.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Stopped):
+                    await probe
+
+    async def _obey(self, judge: Judge, process: EngineProcess) -> None:
+        """Enter the state that the evidence speaks for; an unresponsive engine is killed."""
+        state, reason = judge.verdict(time.monotonic())
+        self._change(state, reason)
+        if self.health.state is State.UNRESPONSIVE:
+            await process.kill()
 
     async def _progress(self, task: Task) -> Any:
         with contextlib.suppress(OSError):
@@ -333,7 +374,8 @@ class Supervisor:
             await self._drain_until(deadline + grace, lambda: self._has_ended(process))
             if process.exit_code is None and not self._stop_now.is_set():
                 text = (
-                    f"requests were still running after drain_timeout ({settings.drain_timeout:g} s), ending the engine"
+                    f"the engine had not ended after drain_timeout ({settings.drain_timeout:g} s), killing it and "
+                    "what it still computes"
                 )
                 self._console.line("WARNING", "pascaline", text)
             await process.kill()
@@ -342,15 +384,15 @@ class Supervisor:
 
     async def _drain_until(self, deadline: float, done: Callable[[], Coroutine[Any, Any, bool]]) -> None:
         while time.monotonic() < deadline and not self._stop_now.is_set() and not await done():
-            self._notifier.extend_timeout(EXTEND_SECONDS)
-            self._notifier.watchdog()
+            self._show_life()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop_now.wait(), timeout=0.2)
 
     async def _is_idle(self) -> bool:
-        call = partial(request, (self.settings.host, self.settings.port), "/metrics", timeout=POLL_TIMEOUT_SECONDS)
+        address = (self.settings.host, self.settings.port)
+        call = partial(request, address, "/metrics", api_key=self._api_key, timeout=POLL_TIMEOUT_SECONDS)
         try:
-            _, page = await asyncio.to_thread(call)
+            _, page = await start_in_thread(call)
         except OSError:
             return True
         progress = self._engine.progress(page.decode(errors="replace"))
@@ -363,7 +405,7 @@ class Supervisor:
 
     def _change(self, state: State, reason: str) -> None:
         """The only writer of the state."""
-        if self.health.state is State.DRAINING and state in ANSWERING:
+        if self.health.state is State.DRAINING and state not in {State.STOPPED, State.FAILED}:
             return
         before = self.health.state
         self.health = self.health.to(state, time.time(), reason)
@@ -378,24 +420,30 @@ class Supervisor:
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run something that blocks; raises Stopped as soon as the instance is to stop, and leaves the thread alone."""
-        working = asyncio.create_task(asyncio.to_thread(function, *arguments))
+        working = start_in_thread(function, *arguments)
         stopping = asyncio.create_task(self._stop.wait())
         try:
             while not working.done() and not self._stop.is_set():
                 await asyncio.wait({working, stopping}, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                self._notifier.watchdog()
+                self._show_life()
         finally:
             stopping.cancel()
+            working.cancel()
         if self._stop.is_set():
-            working.add_done_callback(lambda done: done.cancelled() or done.exception())
             raise Stopped
         return working.result()
+
+    def _show_life(self) -> None:
+        """Tell the service manager that the main loop turns, and that a start or stop still goes on."""
+        self._notifier.watchdog()
+        if self.health.state in {State.PLANNED, State.STARTING, State.DRAINING}:
+            self._notifier.extend_timeout(EXTEND_SECONDS)
 
     async def _sleep(self, seconds: float, process: EngineProcess | None = None) -> None:
         """Wait, but not beyond the wish to stop or the end of the process; keep the watchdog quiet meanwhile."""
         deadline = time.monotonic() + seconds
         while (remaining := deadline - time.monotonic()) > 0 and not (process and process.exit_code is not None):
-            self._notifier.watchdog()
+            self._show_life()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), timeout=min(remaining, POLL_SECONDS))
             if self._stop.is_set():

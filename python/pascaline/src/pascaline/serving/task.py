@@ -6,37 +6,63 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pascaline.cards import installed_models, load_card
+from pascaline.cards import card_for_device, installed_models, load_card, unknown_card
 from pascaline.engines import Task
-from pascaline.errors import ConfigurationError
-from pascaline.planning.kv_pool import pool_tokens
+from pascaline.errors import ConfigurationError, DoesNotFitError
+from pascaline.gpu.memory import gpu_memory, host_memory
+from pascaline.planning import Plan, make_plan, nearest_fits, refusal, request_from_settings
 
 if TYPE_CHECKING:
+    from pascaline.cards import Card
     from pascaline.configuration import Configuration
+    from pascaline.gpu.memory import DeviceMemory
+    from pascaline.models.spec import ModelSpec
     from pascaline.models.store import ResolvedModel
     from pascaline.settings import Settings
 
 CPU_INFO = Path("/proc/cpuinfo")
-# A pool that nobody gave a type stores what the computation produces.
-_KV_DTYPE_OF = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
-def make_task(configuration: Configuration, model: ResolvedModel, runtime_dir: Path) -> Task:
-    """Decide everything that was left to be decided."""
+def plan_instance(configuration: Configuration, spec: ModelSpec) -> Plan:
+    """Plan the model on this host's device with the memory that is free now.
+
+    Raises DoesNotFitError, with the table and the nearest settings that fit, unless allow_overcommit is set.
+    """
     settings = configuration.settings
     device = choose_device(settings)
     dtype = choose_dtype(settings, configuration.card, device)
-    context_length = settings.context_length or model.spec.context_length
-    kv_dtype = _KV_DTYPE_OF[dtype] if settings.kv_cache.dtype == "auto" else settings.kv_cache.dtype
+    card, memory = local_device(settings, device)
+    request = request_from_settings(
+        settings, spec, device=device, dtype=dtype, card_bytes=memory.total_bytes, used_bytes=memory.used_bytes
+    )
+    plan = make_plan(spec, card, request)
+    if not plan.fits and not settings.allow_overcommit:
+        changes = nearest_fits(spec, card, request)
+        raise DoesNotFitError(f"the plan does not fit: {plan.reasons[0]}\n\n{refusal(plan, changes)}")
+    return plan
+
+
+def local_device(settings: Settings, device: str) -> tuple[Card, DeviceMemory]:
+    """Return what the model is to run on, and its memory: the GPU that the engine will see, or the host."""
+    if device == "cpu":
+        return load_card("cpu"), host_memory()
+    visible = settings.environment.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
+    memory = gpu_memory(visible)
+    return card_for_device(memory.name) or unknown_card(memory.name, memory.total_bytes), memory
+
+
+def make_task(configuration: Configuration, model: ResolvedModel, plan: Plan, runtime_dir: Path) -> Task:
+    """Put together what the engine is started with."""
+    settings, request = configuration.settings, plan.request
     return Task(
         settings=settings,
         model=model,
-        device=device,
-        dtype=dtype,
+        device=request.device,
+        dtype=request.dtype,
         threads=settings.threads or len(os.sched_getaffinity(0)),
-        context_length=context_length,
-        max_total_tokens=pool_tokens(settings, model.spec, context_length, kv_dtype),
-        mem_fraction_static=settings.mem_fraction_static,
+        context_length=plan.context_length,
+        max_total_tokens=plan.kv_tokens,
+        mem_fraction_static=plan.mem_fraction_static,
         runtime_dir=runtime_dir,
         api_key=settings.api_key_file.read_text().strip() if settings.api_key_file else None,
     )

@@ -1,0 +1,94 @@
+"""Memory of the device that a model is to run on: of a GPU by NVML, of the host by /proc and the control group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pascaline.errors import MissingError
+from pascaline.gpu.metrics import GPU_MEMORY_CALLS, NAME
+from pascaline.gpu.reader import Reader
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pascaline.gpu.reading import DeviceReading
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/proc/self/cgroup")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Memory of one device, bytes."""
+
+    name: str
+    """As the driver calls it; `cpu` for the host."""
+    total_bytes: int
+    """Of a GPU all that the driver reports, of the host what is available."""
+    used_bytes: int = 0
+    """Taken by other processes and by the driver."""
+
+
+def gpu_memory(visible: str | None = None, environment: Mapping[str, str] | None = None) -> DeviceMemory:
+    """Return the memory of the first GPU that a process would see.
+
+    visible: value of CUDA_VISIBLE_DEVICES, None = all. environment: of the process that asks NVML (None = this one's).
+    Raises MissingError where NVML shows no such GPU.
+    """
+    with Reader(environment=environment) as reader:
+        reading = reader.read()
+    devices = [device for device in reading.devices if device.values]
+    device = _first_visible(devices, visible)
+    if device is None:
+        if devices:
+            raise MissingError(
+                f"CUDA_VISIBLE_DEVICES={visible} names none of the GPUs here, "
+                f"must be an index below {len(devices)} or a UUID"
+            )
+        reason = reading.message or "the driver counts no GPU"
+        raise MissingError(f"NVML shows no GPU: {reason}; name a card with --card to plan without one")
+    name = str(device.values.get(NAME.key, "GPU")).removeprefix("NVIDIA ")
+    for call, total_at, free_at in GPU_MEMORY_CALLS:
+        values = device.values.get(call.key)
+        if isinstance(values, list):
+            total, free = values[total_at], values[free_at]
+            if isinstance(total, int) and isinstance(free, int):
+                return DeviceMemory(name, total, total - free)
+    raise MissingError(f"NVML does not tell the memory of {name}; name a card with --card to plan without it")
+
+
+def _first_visible(devices: list[DeviceReading], visible: str | None) -> DeviceReading | None:
+    if visible is None:
+        return devices[0] if devices else None
+    first = visible.split(",")[0].strip()
+    # CUDA takes an index, or the beginning of a UUID.
+    found = (device for device in devices if str(device.index) == first or (first and device.uuid.startswith(first)))
+    return next(found, None)
+
+
+def host_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP, cgroup_root: Path = CGROUP_ROOT) -> DeviceMemory:
+    """Return what this process may still take: MemAvailable, or less where a control group (MemoryMax) allows less."""
+    lines = meminfo.read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return DeviceMemory("cpu", min([available, *_cgroup_rooms(cgroup, cgroup_root)]))
+
+
+def _cgroup_rooms(cgroup: Path, root: Path) -> list[int]:
+    """What each group above this process leaves, version 2 only."""
+    try:
+        line = next(line for line in cgroup.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return []
+    folder, rooms = root / line[3:].strip("/"), []
+    while folder != root and root in folder.parents:
+        try:
+            limit, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
+            if limit != "max":
+                rooms.append(max(0, int(limit) - int(used)))
+        except (OSError, ValueError):
+            pass
+        folder = folder.parent
+    return rooms

@@ -273,6 +273,28 @@ def _register_load_format() -> None:
     _hook(f"{_LOAD_CONFIG}.LoadConfig._verify_load_format", verify_load_format, "AROUND")
 
 
+_KV_DTYPE: Final = "sglang.srt.mem_cache.kv_cache_dtype"
+_POOL_SIZES: Final = "sglang.srt.model_executor.pool_configurator"
+
+
+def _register_kv_types() -> None:
+    from sglang_pascal.attention import kv_types
+
+    if kv_types.INT8 not in kv_types.kv_cache_choices():
+        kv_types.kv_cache_choices().append(kv_types.INT8)
+    _hook(f"{_KV_DTYPE}.configure_kv_cache_dtype", kv_types.configure_kv_cache_dtype, "AROUND")
+    _hook(f"{_POOL_SIZES}.DefaultPoolConfigurator._compute_cell_size", kv_types.compute_cell_size, "AROUND")
+    _hook(f"{_POOL_SIZES}.HybridSWAPoolConfigurator.__init__", kv_types.add_scales_to_hybrid_sizes, "AFTER")
+
+
+def _kv_types_are_registered() -> bool:
+    return (
+        _is_hooked(_KV_DTYPE, "configure_kv_cache_dtype")
+        and _is_hooked(_POOL_SIZES, "DefaultPoolConfigurator", "_compute_cell_size")
+        and _is_hooked(_POOL_SIZES, "HybridSWAPoolConfigurator", "__init__")
+    )
+
+
 def _always() -> bool:
     return True
 
@@ -354,6 +376,17 @@ SHIMS: Final = (
         is_needed=_always,
         apply=_register_load_format,
         is_applied=lambda: _is_hooked(_LOAD_CONFIG, "LoadConfig", "_verify_load_format"),
+    ),
+    Shim(
+        name="KV cache types",
+        what="--kv-cache-dtype int8, and fp8_e5m2 on the CPU: the choice, its type and its bytes per token",
+        why="SGLang has no int8 KV cache, and sizes its pools from the element size alone",
+        sglang="0.5.23",
+        devices=("cpu", "cuda"),
+        stage="register",
+        is_needed=_always,
+        apply=_register_kv_types,
+        is_applied=_kv_types_are_registered,
     ),
 )
 """The table, in the order of application."""

@@ -31,3 +31,9 @@ class StorageError(PluginError):
     """A disk is full, or a folder cannot be written."""
 
     exit_code = 9
+
+
+class DeviceMemoryError(PluginError):
+    """The weights do not fit into the memory of the device."""
+
+    exit_code = 7

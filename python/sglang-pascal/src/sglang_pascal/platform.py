@@ -36,6 +36,22 @@ class _PascalPlatform(SRTPlatform):  # type: ignore[misc]  # SGLang publishes no
         """Fused operations run as plain torch, or as what was registered under this key."""
         return "native"
 
+    def get_quantization_config(self, name: str) -> type | None:
+        """Our own for GGUF; SGLang's for any other."""
+        if name != "gguf":
+            return None
+        from sglang_pascal.quantization.config import PascalGgufConfig
+
+        return PascalGgufConfig
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        """Ours for dense attention: it knows int8."""
+        if kind != "mha":
+            return None
+        from sglang_pascal.attention.kv_pool import PascalKVPool
+
+        return PascalKVPool
+
     def get_compile_backend(self, mode: str | None = None) -> str:
         """No inductor: it would generate Triton."""
         del mode

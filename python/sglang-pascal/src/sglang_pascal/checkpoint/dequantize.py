@@ -7,15 +7,16 @@ in between never exceeds `CHUNK_BYTES` per thread, whatever the size of the tens
 from __future__ import annotations
 
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 from gguf.quants import dequantize as decode_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Container, Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -27,12 +28,32 @@ MAX_THREADS: Final = 8
 """More gain nothing: the copies into the result are bound by memory bandwidth."""
 
 
-def dequantized(tensors: Iterable[RawTensor], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, tensor on the CPU) for each raw tensor, as SGLang's `load_weights` takes them."""
+def dequantized(
+    tensors: Iterable[RawTensor],
+    dtype: torch.dtype,
+    *,
+    keep: Container[str] = (),
+    on_bytes: Callable[[int], None] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(Hugging Face name, tensor on the CPU) for each raw tensor, as SGLang's `load_weights` takes them.
+
+    keep: matrices, without `.weight`, that are given as they are in the file: uint8 `[rows, bytes per row]`.
+    on_bytes: called with the bytes of each tensor in the file when the caller is done with it.
+    """
     threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads, thread_name_prefix="dequantize") as pool:
         for raw in tensors:
-            yield raw.hf_name, dequantize_tensor(raw, dtype, pool)
+            is_kept = raw.hf_name.removesuffix(".weight") in keep
+            yield raw.hf_name, as_tensor(raw.rows) if is_kept else dequantize_tensor(raw, dtype, pool)
+            if on_bytes is not None:
+                on_bytes(raw.rows.nbytes)
+
+
+def as_tensor(array: NDArray[Any]) -> torch.Tensor:
+    """Without a copy; torch warns about the read-only memory of the file, which nobody writes to here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def dequantize_tensor(raw: RawTensor, dtype: torch.dtype, pool: ThreadPoolExecutor) -> torch.Tensor:

@@ -1,0 +1,139 @@
+"""SGLang's linear and embedding methods over matrices that stay quantised.
+
+A layer has one parameter `weight`: the bytes of all of its matrices, one after the other. SGLang's models load it by
+name as they load any weight; its loader takes the raw rows of the file and repacks them into place.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.quantization.base_config import LinearMethodBase
+
+from sglang_pascal.errors import CheckpointError
+from sglang_pascal.kernels.formats import GROUP_ROWS
+from sglang_pascal.ops.weights import PackedWeight
+from sglang_pascal.quantization.matrix import DenseMatrix, Input, Matrix, PackedMatrix, join_adjacent
+from sglang_pascal.quantization.staging import Stager, out_of_memory
+from sglang_pascal.quantization.storage import aligned
+
+if TYPE_CHECKING:
+    from sglang_pascal.quantization.table import MatrixInfo
+
+
+class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang publishes no types
+    """One layer's matrices. Each layer has its own method object, which holds them."""
+
+    def __init__(self, parts: list[MatrixInfo]) -> None:
+        """parts: in row order."""
+        self.parts = parts
+        self._matrices: dict[str | int | None, Matrix] = {}
+        self._products: list[Matrix] = []
+        self._missing = {part.shard_id for part in parts}
+        self._stager: Stager | None = None
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **_: Any,
+    ) -> None:
+        """SGLang's hook: allocate, on the device that torch has as its default here."""
+        del output_size
+        self._dtype = params_dtype
+        self._check_shapes(input_size_per_partition, output_partition_sizes, input_size)
+        sizes = [aligned(part.storage.n_bytes(part.rows, part.columns)) for part in self.parts]
+        weight = torch.nn.Parameter(self._allocate(sum(sizes)), requires_grad=False)
+        weight.weight_loader = self._load  # type: ignore[attr-defined]  # where SGLang's models look for it
+        layer.register_parameter("weight", weight)
+        for part, data in zip(self.parts, torch.split(weight.data, sizes), strict=True):
+            self._matrices[part.shard_id] = _matrix(part, data)
+        self._products = join_adjacent(list(self._matrices.values()))
+        self._stager = Stager(weight.device)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """SGLang's hook: every matrix must have come."""
+        del layer
+        for part in self.parts:
+            if part.shard_id in self._missing:
+                raise CheckpointError(f"{part} was never loaded: the model file ended before it; copy it again")
+        self._stager = None
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`[..., columns]` -> `[..., rows]` in x's type."""
+        del layer
+        return self._multiply(x, x.dtype, bias)
+
+    def _multiply(self, x: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:
+        inputs = Input(x.reshape(-1, x.shape[-1]))
+        rows = [matrix.rows for matrix in self._products]
+        result = torch.empty(inputs.x.shape[0], sum(rows), dtype=dtype, device=x.device)
+        for matrix, out in zip(self._products, torch.split(result, rows, dim=1), strict=True):
+            matrix.multiply(inputs, out)
+        if bias is not None:
+            result += bias
+        return result.view(*x.shape[:-1], -1)
+
+    def _allocate(self, n_bytes: int) -> torch.Tensor:
+        try:
+            return torch.zeros(n_bytes, dtype=torch.uint8)
+        except torch.cuda.OutOfMemoryError as exc:
+            names = ", ".join(map(str, self.parts))
+            raise out_of_memory(f"allocating {n_bytes} bytes for {names}", torch.get_default_device()) from exc
+
+    def _check_shapes(self, columns: int, rows: list[int], all_columns: int) -> None:
+        if columns != all_columns or len(rows) != len(self.parts):
+            raise NotImplementedError("quantised GGUF models are served on one device: use --tp-size 1")
+        for part, expected in zip(self.parts, rows, strict=True):
+            if (part.rows, part.columns) != (expected, columns):
+                raise CheckpointError(
+                    f"{part} does not fit the model's configuration, which needs [{expected}, {columns}]; "
+                    "prepare the model again"
+                )
+
+    def _load(self, _parameter: torch.nn.Parameter, loaded: torch.Tensor, shard_id: str | int | None = None) -> None:
+        """SGLang's models call it with the file's raw rows, uint8 `[rows, bytes per row]`."""
+        (part,) = (part for part in self.parts if part.shard_id == shard_id)
+        assert self._stager is not None
+        self._stager.load(self._matrices[shard_id], part, loaded.numpy())
+        self._missing.discard(shard_id)
+
+
+class QuantizedEmbeddingMethod(QuantizedLinearMethod):
+    """The token embedding and the output head; for a tied model both are this one object."""
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits in float32: float16 would round close ones to the same number."""
+        del layer
+        return self._multiply(x, torch.float32, bias)
+
+    def embedding(self, layer: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        """`[n]` token ids -> `[n, columns]` in the model's type."""
+        del layer
+        (matrix,) = self._matrices.values()
+        return matrix.lookup(ids, self._dtype)
+
+    def _check_shapes(self, columns: int, rows: list[int], all_columns: int) -> None:
+        """The vocabulary is padded in SGLang's models; the padding has no rows here."""
+        (part,) = self.parts
+        super()._check_shapes(columns, [min(rows[0], part.rows)], all_columns)
+
+
+def _matrix(part: MatrixInfo, data: torch.Tensor) -> Matrix:
+    """part: as it is held, in the first of `data`'s bytes."""
+    data = data[: part.storage.n_bytes(part.rows, part.columns)]
+    if part.storage.is_dense:
+        return DenseMatrix(data.view(torch.float16).view(part.rows, part.columns))
+    tickets = torch.zeros(-(-part.rows // GROUP_ROWS), dtype=torch.int32, device=data.device)
+    return PackedMatrix(PackedWeight(data, part.storage.held, part.rows, part.columns, tickets))
+
+
+def held_matrices(model: torch.nn.Module) -> list[MatrixInfo]:
+    """What the layers of a model hold quantised, each matrix once."""
+    methods = {id(method): method for module in model.modules() if (method := getattr(module, "quant_method", None))}
+    return [part for method in methods.values() if isinstance(method, QuantizedLinearMethod) for part in method.parts]

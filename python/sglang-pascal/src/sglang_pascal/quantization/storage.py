@@ -1,0 +1,80 @@
+"""Which type a GGUF tensor is held in on the device.
+
+Types with kernels keep their own. Of the others, some are exactly representable in a type that has kernels; the rest
+become float16, which costs memory but no accuracy beyond float16's own: a GGUF block scale is a float16 as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from sglang_pascal.errors import CheckpointError
+from sglang_pascal.kernels.formats import FORMATS
+
+if TYPE_CHECKING:
+    from gguf.constants import GGMLQuantizationType
+
+DENSE: Final = "F16"
+"""Held as float16."""
+LOSSLESS: Final = {"Q5_0": "Q8_0", "IQ4_NL": "Q8_0", "Q3_K": "Q6_K"}
+"""Type -> the type with kernels that holds the same values exactly.
+
+Q5_0, IQ4_NL: a scale and integers of at most 8 bits per 32 weights. Q3_K: a scale and 6-bit scales per 16 weights of 3
+bits, where Q6_K has 8-bit scales and 6 bits.
+"""
+_UNSUPPORTED: Final = ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
+"""Types that are no weights, or that only hold intermediate results."""
+ALIGNMENT: Final = 64
+"""Bytes that each matrix starts at a multiple of. Every type's tiles are multiples of it: quantised matrices of a layer
+leave no gap between them."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How one tensor is held."""
+
+    tensor_type: str
+    """In the file."""
+    held: str
+    """In memory: a key of FORMATS, or DENSE."""
+
+    @property
+    def how(self) -> str:
+        """`native`, `lossless` or `dense`."""
+        if self.held == self.tensor_type:
+            return "native"
+        return "dense" if self.held == DENSE else "lossless"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is held as float16."""
+        return self.held == DENSE
+
+    def n_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of a matrix in memory, without the alignment of what follows."""
+        return 2 * rows * columns if self.is_dense else FORMATS[self.held].packed_bytes(rows, columns)
+
+
+def storage_of(tensor_type: GGMLQuantizationType, name: str, shape: tuple[int, ...]) -> Storage:
+    """How a tensor is held; an error for what is no weight matrix.
+
+    name, shape: for the error only.
+    """
+    kind = tensor_type.name
+    if kind in FORMATS:
+        return Storage(kind, kind)
+    if kind in LOSSLESS:
+        return Storage(kind, LOSSLESS[kind])
+    if kind in _UNSUPPORTED:
+        native = ", ".join(FORMATS)
+        raise CheckpointError(
+            f'tensor "{name}" of shape {list(shape)} has type {kind}, which holds no weights; '
+            f"quantise the model to one of {native}"
+        )
+    return Storage(kind, DENSE)
+
+
+def aligned(n_bytes: int) -> int:
+    """Rounded up to ALIGNMENT."""
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT

@@ -88,33 +88,24 @@ def doctor_page() -> str:
     from pascaline.doctor.checks.cases import CASES, GROUP
 
     lines = [_PAGE_HEAD]
-    group = None
-    for check in ALL_CHECKS:
-        if check.group != group:
-            group = check.group
-            lines += [
-                f"## {group}",
-                "",
-                "| check | what should hold | how it is looked at | remedy |",
-                "|---|---|---|---|",
-            ]
-            if lines[-5:-4] and lines[-5]:
-                lines.insert(-4, "")
-        remedies = [check.remedy.text, *(f"`{part}`" for part in (check.remedy.command, check.remedy.option) if part)]
-        cells = [f"`{check.id}`", check.title, check.explanation, "<br>".join(remedies)]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    lines += [
-        "",
-        "## The guide's cases",
-        "",
-        _CASES_HEAD,
-        "",
-        "| case | the guide's heading | causes |",
-        "|---|---|---|",
-    ]
+    for group, checks in groupby(ALL_CHECKS, key=lambda check: check.group):
+        lines += [f"## {group}", "", *_table("check", "what should hold", "how it is looked at", "remedy")]
+        lines += [*map(_row, checks), ""]
+    lines += [f"## {GROUP}", "", _CASES_HEAD, "", *_table("case", "the guide's heading", "causes")]
     for case, (title, names) in CASES.items():
         lines.append(f"| `{case}` | {title} | {', '.join(f'`{name}`' for name in names)} |")
     return "\n".join(lines) + "\n"
+
+
+def _table(*columns: str) -> list[str]:
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+
+def _row(check: Check) -> str:
+    remedy = check.remedy
+    remedies = [remedy.text, *(f"`{part}`" for part in (remedy.command, remedy.option) if part)]
+    cells = (f"`{check.id}`", check.title, check.explanation, "<br>".join(remedies))
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 _PAGE_HEAD = """# `pascaline doctor`

@@ -300,7 +300,7 @@ def collect_engine(machine: Machine, instance: Instance) -> EngineFacts:
 def collect_model(machine: Machine, settings: Settings | None) -> ModelFacts:
     """Read the header, the tokeniser's presence, the checksum where one is required, and the speed of its disk."""
     if settings is None:
-        return ModelFacts(error="the settings could not be read")
+        return ModelFacts()
     try:
         named, _ = store.locate(settings)
         path = machine.path(named) if machine.root != Path("/") and not named.exists() else named
@@ -308,7 +308,7 @@ def collect_model(machine: Machine, settings: Settings | None) -> ModelFacts:
         tokenizer, template = _tokenizer(path)
     except PascalineError as error:
         return ModelFacts(path=settings.model, error=str(error))
-    checksum, checksum_error = _checksum(settings, path)
+    checksum, checksum_error = _checksum(settings, path, machine.path(store.cache_folder(settings)))
     file = path if path.is_file() else Path(str(spec.files[0]))
     return ModelFacts(
         path=str(path),
@@ -333,12 +333,12 @@ def _tokenizer(path: Path) -> tuple[bool, bool]:
         return "tokenizer.ggml.tokens" in metadata, "tokenizer.chat_template" in metadata
 
 
-def _checksum(settings: Settings, path: Path) -> tuple[str | None, str]:
+def _checksum(settings: Settings, path: Path, cache: Path) -> tuple[str | None, str]:
     """Return (sha256, error), remembered by the store; nothing where no checksum is required."""
     if settings.model_sha256 is None or path.is_dir():
         return None, ""
     try:
-        return store.cached_sha256(path, store.cache_folder(settings)), ""
+        return store.cached_sha256(path, cache), ""
     except (PascalineError, OSError) as error:
         return None, str(error)
 

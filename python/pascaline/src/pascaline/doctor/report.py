@@ -87,13 +87,15 @@ def write_report(path: Path, findings: Sequence[Finding], transcript: Sequence[t
     path.write_text(redact("\n".join(parts)), encoding="utf-8")
 
 
-# A name that says that its value is secret, in any of the notations NAME=value, "name": "value", --name value.
+# A name that says that its value is secret, as NAME=value, "name": "value", or --name value.
 _SECRET = re.compile(
-    r"""(?ix) ( [\w.-]* (?: key | token | secret | passw(?:or)?d | credential ) [\w.-]* ["']? (?: \s*[=:]\s* | \s+ ) )
-        ( "[^"\n]*" | '[^'\n]*' | [^\s,;"']+ )"""
+    r"""(?ix)
+    ( (?P<flag>--)? [\w.-]* (?: key | token | secret | passw(?:or)?d | credential ) [\w.-]* ["']?
+      (?: \s*[=:]\s* | (?(flag)\s+|(?!)) ) )
+    (?P<value> "[^"\n]*" | '[^'\n]*' | [^\s,;"']+ )"""
 )
-# Names that hold such a word and no secret: paths, numbers and counts.
-_NOT_SECRET = re.compile(r"(?i)token(s|izer|_usage|s_total)|api_key_file|tokens?\b|max_tokens|_keys?_file|keyboard")
+# Such a word in a name that holds no secret: a path, a number, a count.
+_NOT_SECRET = re.compile(r"(?i)tokens|tokenizer|token_usage|key_file|keyboard")
 _PATTERNS = (
     (re.compile(r"\bGPU-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"), "GPU-(uuid)"),
     (re.compile(r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"), "(uuid)"),
@@ -107,7 +109,9 @@ _PATTERNS = (
     (re.compile(r"/(home|Users)/[^/\s:\"']+"), r"/\1/(user)"),
     (re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b"), "(mail)"),
 )
-_ADDRESS = re.compile(r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9a-fA-F]{0,4}(?::[0-9a-fA-F]{0,4}){2,7})(?![\w:])")
+_ADDRESS = re.compile(
+    r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.])|(?<![\w.:])(?:[0-9a-fA-F]{0,4}:){2,7}[0-9a-fA-F]{0,4}(?![\w:])"
+)
 
 
 def redact(text: str, host_name: str | None = None, home: str | None = None) -> str:
@@ -129,7 +133,7 @@ def redact(text: str, host_name: str | None = None, home: str | None = None) -> 
 
 
 def _hide(match: re.Match[str]) -> str:
-    if _NOT_SECRET.search(match[1]) or match[2] in ("null", "None", "-"):
+    if _NOT_SECRET.search(match[1]) or match["value"] in ("null", "None", "-"):
         return match[0]
     return f"{match[1]}(secret)"
 

@@ -84,11 +84,13 @@ def _capability(host: Host) -> Result:
 )
 def _card_profile(host: Host) -> Result:
     """Looks the card's name up in the profiles, which carry memory, bandwidth and measured constants."""
-    return _each(
-        host,
-        lambda gpu: ok(gpu.card.name) if gpu.card else info(f"no profile has the name {gpu.name!r}"),
-        "no GPU tells its name",
-    )
+
+    def judge(gpu: Gpu) -> Result | None:
+        if not gpu.reading.values:
+            return None
+        return ok(gpu.card.name) if gpu.card else info(f"no profile has the name {gpu.name!r}")
+
+    return _each(host, judge, "no GPU tells its name")
 
 
 @check(
@@ -386,5 +388,5 @@ def _xid_history(host: Host) -> Result:
     found = xids(host.logs.kernel)
     if not found:
         return ok("none since the boot")
-    words = ", ".join(f"Xid {number} ({count} times)" for number, count in sorted(found.items()))
+    words = ", ".join(f"Xid {number} ({count} in all)" for number, count in sorted(found.items()))
     return Result(Verdict.FAILURE if found.keys() & CRITICAL_XIDS else Verdict.WARNING, words)

@@ -96,6 +96,8 @@ def _instance_state(host: Host) -> Result:
     if instance.health is None:
         if instance.unit.get("ActiveState") == "failed":
             return failure(f"the unit of {instance.name} has failed, and its agent does not answer")
+        if instance.configuration_error:
+            return skipped("its agent's address is not known; see configuration")
         if instance.unit.get("ActiveState") in ("active", "activating"):
             return failure(f"the unit of {instance.name} is {instance.unit['ActiveState']}; its agent does not answer")
         return skipped("no instance runs here")
@@ -133,6 +135,8 @@ def _cpu_fallback(host: Host) -> Result:
     plan = host.instance.plan
     if not plan or plan.get("device") != "cuda" or host.instance.state not in GOOD_STATES:
         return skipped("no instance that was planned for a GPU serves here")
+    if not any(gpu.reading.values for gpu in host.gpus):
+        return skipped("no GPU lists its processes; see nvml and gpu-lost")
     weights = plan.get("weights_bytes", 0)
     unit = f"pascaline-{host.instance.name}.service"
     pid = host.instance.health.get("engine_pid") if host.instance.health else None

@@ -32,7 +32,7 @@ def _model_format(host: Host) -> Result:
         return failure(host.model.error)
     spec = host.model.spec
     if spec is None:
-        return skipped("no model is named")
+        return skipped("the settings, which name it, could not be read; see configuration")
     kind = spec.file_type or spec.format
     return ok(f"{spec.architecture}, {kind}, {format_bytes(spec.file_bytes)}, {spec.n_parameters / 1e9:.2f} B weights")
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pascaline.models.architectures import SGLANG_GGUF, SGLANG_HUGGING_FACE
 from pascaline.planning.kv_cache import Pool, kv_bytes_per_token, llama_pool, sglang_pool, sglang_tokens
 from pascaline.planning.memory import Part, dynamic_parts, static_parts
 from pascaline.planning.speed import Speed, estimate_speed
@@ -252,6 +253,12 @@ def _notes(spec: ModelSpec, request: PlanRequest, pool: Pool, weights: Weights) 
         )
     if spec.context_length and request.context_length > spec.context_length:
         notes.append(f"the model was made for {spec.context_length:,} tokens")
+    served = SGLANG_GGUF if spec.format == "gguf" else SGLANG_HUGGING_FACE
+    if request.engine == "sglang" and spec.architecture not in served:
+        notes.append(
+            f"sglang-pascal does not serve the architecture {spec.architecture!r}, only: {', '.join(served)}; "
+            "engine llama.cpp may"
+        )
     if weights.host_bytes:
         notes.append(f"{format_bytes(weights.host_bytes)} of input embedding stay in the host's memory")
     return notes

@@ -30,7 +30,7 @@ KV_LOSS = {"fp32": 0.0, "fp16": 0.0, "bf16": 0.0, "int8": 0.01, "fp8_e5m2": 0.1}
 LATENCY_PROMPT = 512
 LATENCY_ANSWER = 128
 """Tokens of the request whose time `latency` minimises."""
-REQUESTS = (1, 2, 4, 8, 16, 32)
+REQUESTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 CHUNKS = (128, 256, 512, 1024)
 
 

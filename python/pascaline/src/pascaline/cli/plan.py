@@ -1,0 +1,210 @@
+"""`pascaline plan`: what a model takes on a card, whether it fits, and with which settings it would be best."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pascaline.cards import load_card
+from pascaline.cli.options import add_settings_arguments, load_from_arguments
+from pascaline.errors import ConfigurationError, ExitCode, MissingError, StorageError
+from pascaline.models import store
+from pascaline.models.reader import read_model
+from pascaline.planning import make_plan, nearest_fits, refusal, request_from_settings, table
+from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
+from pascaline.planning.report import choices_table, explanation, sweep_table
+
+if TYPE_CHECKING:
+    import argparse
+
+    from pascaline.cards import Card
+    from pascaline.configuration import Configuration
+    from pascaline.models.spec import ModelSpec
+    from pascaline.planning import Plan, PlanRequest
+
+DESCRIPTION = f"""Plan a model's memory on a card: each part, a verdict, the engine's flags and the speed to expect.
+
+MODEL is a GGUF file, a folder with config.json and safetensors, or an http(s) address of one; only headers are read.
+Without --card the GPU of this host is read by NVML, less what other processes use, or the host's memory if it has none.
+
+  pascaline plan emily.Q4_K_M.gguf --card tesla-p4
+  pascaline plan emily.Q4_K_M.gguf --card tesla-p4 --context 8192 --requests 2 --kv-dtype int8 --explain
+  pascaline plan emily.Q4_K_M.gguf --card tesla-p4 --sweep quant
+  pascaline plan emily.Q4_K_M.gguf --card tesla-p4 --optimize throughput --min-quant Q5_K_M
+  pascaline plan --config emily.toml --json
+
+exit codes:
+  {ExitCode.OK.value:>3}  the plan fits; --sweep, --optimize: at least one does
+  {ExitCode.CONFIGURATION.value:>3}  {ExitCode.CONFIGURATION.meaning}
+  {ExitCode.MODEL.value:>3}  {ExitCode.MODEL.meaning}
+  {ExitCode.DOES_NOT_FIT.value:>3}  the plan needs more memory than the card has
+  {ExitCode.MISSING.value:>3}  {ExitCode.MISSING.meaning}"""
+
+# Short names of settings that people plan with -> the setting.
+ALIASES = {"--context": "context_length", "--requests": "max_running_requests", "--kv-dtype": "kv_cache.dtype"}
+KV_ALLOWANCE = 0.02
+"""Perplexity that --optimize lets a smaller KV type add beyond --min-quant: int8 may, fp8 may not."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags: the plan's own, and those of all settings."""
+    parser.add_argument("file", nargs="?", metavar="MODEL", help="model, as --model")
+    for flag, key in ALIASES.items():
+        parser.add_argument(
+            flag, dest=key, metavar=flag.rpartition("-")[2].upper(), help=f"short for the flag of {key}"
+        )
+    parser.add_argument("--quant", choices=MIXTURES, help="plan the model as if quantised so, without such a file")
+    parser.add_argument("--explain", action="store_true", help="show each formula with its numbers and source")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument("--sweep", choices=("context", "requests", "quant"), help="plan over a range of one setting")
+    parser.add_argument(
+        "--optimize",
+        choices=("throughput", "latency", "context"),
+        help="find the best quantisation, KV type, context, requests and chunk: a list that nothing beats",
+    )
+    parser.add_argument(
+        "--min-quant",
+        choices=MIXTURES,
+        default="Q4_K_M",
+        help="with --optimize: the coarsest quantisation that is good enough (default: %(default)s)",
+    )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the card's memory into a .svg or .png file")
+    add_settings_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plan and print."""
+    if arguments.file is not None:
+        arguments.model = arguments.file
+    configuration = load_from_arguments(arguments, check_host=False)
+    spec = read_spec(configuration)
+    if arguments.quant is not None:
+        spec = requantized(spec, arguments.quant)
+    card, request = target(configuration, spec)
+    if arguments.optimize:
+        return _optimize(arguments, spec, card, request)
+    if arguments.sweep:
+        return _sweep(arguments, spec, card, request)
+    return _plan(arguments, spec, card, request)
+
+
+def read_spec(configuration: Configuration) -> ModelSpec:
+    """Read the model's header from where the settings say."""
+    settings = configuration.settings
+    if settings.model.startswith(("http://", "https://")):
+        return read_model(settings.model)
+    return read_model(store.locate(settings)[0])
+
+
+def target(configuration: Configuration, spec: ModelSpec) -> tuple[Card, PlanRequest]:
+    """Return the card and what is to be planned on it: a named card as its data describe it, else what is here."""
+    from pascaline.serving.task import choose_device, choose_dtype, local_device
+
+    settings = configuration.settings
+    if settings.card is not None and (card := load_card(settings.card)).memory_bytes:
+        device: str = "cuda" if settings.device == "auto" else settings.device
+        total, used = card.memory_bytes, 0
+    else:
+        device = choose_device(settings)
+        card, memory = local_device(settings, device)
+        total, used = memory.total_bytes, memory.used_bytes
+    dtype = choose_dtype(settings, card.name if settings.card else None, device)
+    return card, request_from_settings(settings, spec, device=device, dtype=dtype, card_bytes=total, used_bytes=used)
+
+
+def _plan(arguments: argparse.Namespace, spec: ModelSpec, card: Card, request: PlanRequest) -> int:
+    plan = make_plan(spec, card, request)
+    changes = [] if plan.fits else nearest_fits(spec, card, request)
+    if arguments.picture:
+        draw(plan, arguments.picture)
+    if arguments.json:
+        nearest = {} if plan.fits else {"nearest": [change.to_json() for change in changes]}
+        print(json.dumps(plan.to_json() | nearest, indent=2))
+        return _code([plan])
+    print(table(plan) if plan.fits else refusal(plan, changes))
+    if plan.fits:
+        print(f"\nflags of {request.engine}: {' '.join(plan.engine_args)}")
+    if arguments.explain:
+        print(f"\n{explanation(plan)}")
+    return _code([plan])
+
+
+def _sweep(arguments: argparse.Namespace, spec: ModelSpec, card: Card, request: PlanRequest) -> int:
+    from pascaline.planning.search import sweep
+
+    plans = sweep(spec, card, request, arguments.sweep)
+    if arguments.json:
+        print(json.dumps([plan.to_json() for plan in plans], indent=2))
+    else:
+        print(f"{spec.name or spec.architecture} on {card.name}, {request.engine}\n")
+        print(sweep_table(plans, arguments.sweep))
+    return _code(plans)
+
+
+def _optimize(arguments: argparse.Namespace, spec: ModelSpec, card: Card, request: PlanRequest) -> int:
+    from pascaline.planning.search import optimize
+
+    choices = optimize(spec, card, request, arguments.optimize, PERPLEXITY_LOSS[arguments.min_quant] + KV_ALLOWANCE)
+    if arguments.json:
+        print(json.dumps([choice.to_json() for choice in choices], indent=2))
+    elif choices:
+        print(
+            f"{spec.name or spec.architecture} on {card.name}, {request.engine}, best for {arguments.optimize} first\n"
+        )
+        print(choices_table(choices))
+        print(f"\nflags of the best: {' '.join(choices[0].plan.engine_args)}")
+    else:
+        print(f"nothing down to {arguments.min_quant} fits {card.name}; lower --min-quant or --context")
+    return ExitCode.OK if choices else ExitCode.DOES_NOT_FIT
+
+
+def _code(plans: list[Plan]) -> ExitCode:
+    return ExitCode.OK if any(plan.fits for plan in plans) else ExitCode.DOES_NOT_FIT
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """Write the picture of a plan, in the format that the file's name says."""
+    from pascaline.planning.picture import svg
+
+    try:
+        if path.suffix == ".svg":
+            path.write_text(svg(plan), encoding="utf-8")
+        elif path.suffix == ".png":
+            _draw_png(plan, path)
+        else:
+            raise ConfigurationError(f"--picture: {path} must end in .svg or .png")
+    except OSError as error:
+        raise StorageError(f"failed to write {path}: {error.strerror}") from error
+
+
+def _draw_png(plan: Plan, path: Path) -> None:
+    from pascaline.planning.picture import pieces, title
+
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingError(
+            "--picture: PNG needs matplotlib; run: pip install 'pascaline[plots]', or write .svg"
+        ) from error
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    axes = figure.subplots()
+    left = 0.0
+    for piece in pieces(plan):
+        size = piece.n_bytes / 2**20
+        axes.barh(
+            0,
+            size,
+            left=left,
+            color=piece.colour,
+            edgecolor="#666666",
+            linewidth=0.3,
+            label=f"{piece.name} {size:,.0f}",
+        )
+        left += size
+    axes.axvline(plan.card_bytes / 2**20, color="black" if plan.fits else "red")
+    axes.set_yticks([])
+    axes.set_xlabel("MiB")
+    axes.set_title(title(plan), fontsize=10)
+    axes.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    figure.savefig(path, dpi=150)

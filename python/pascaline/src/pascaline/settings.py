@@ -131,7 +131,13 @@ def contradictions(settings: Settings) -> list[tuple[str, str]]:
     """Return (key, sentence) for every pair of values that cannot both be meant. Only what can be seen without I/O."""
     return [
         (key, sentence)
-        for check in (_kv_cache_problems, _address_problems, _engine_problems, _environment_problems)
+        for check in (
+            _kv_cache_problems,
+            _address_problems,
+            _patience_problems,
+            _engine_problems,
+            _environment_problems,
+        )
         for key, sentence in check(settings)
     ]
 
@@ -150,6 +156,16 @@ def _kv_cache_problems(settings: Settings) -> list[tuple[str, str]]:
 def _address_problems(settings: Settings) -> list[tuple[str, str]]:
     if settings.port == settings.agent_port:
         return [("agent_port", f"{settings.agent_port} is the engine's port too, must be another")]
+    return []
+
+
+def _patience_problems(settings: Settings) -> list[tuple[str, str]]:
+    """An idle engine shows life by test generations only: at least one must fit in before it counts as silent."""
+    if settings.stall_timeout < 2 * settings.probe_interval:
+        least = f"at least twice probe_interval ({settings.probe_interval:g} s)"
+        return [
+            ("stall_timeout", f"{settings.stall_timeout:g} s leaves no time for a test generation, must be {least}")
+        ]
     return []
 
 

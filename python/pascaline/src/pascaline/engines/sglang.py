@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from typing import TYPE_CHECKING, ClassVar
 
 from pascaline.engines.base import VERSION_TIMEOUT_SECONDS, Engine, Launch, Progress, Task, sum_of_series
 from pascaline.engines.client import request
+from pascaline.errors import MissingError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -76,6 +78,8 @@ class SglangEngine(Engine):
         settings = task.settings
         self.check_extra_args(settings.extra_args)
         python = str(settings.engine_executable or sys.executable)
+        if shutil.which(python) is None:
+            raise MissingError(f"engine_executable: {python} is not a program, must be a Python that can import sglang")
         arguments = [*_model_arguments(task), *_limit_arguments(task), *_feature_arguments(task)]
         if task.api_key is not None:
             arguments += ["--config", _write_key_file(task)]

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pascaline.child import with_parent
 from pascaline.errors import ConfigurationError, MissingError, ModelError, PascalineError, StorageError
 from pascaline.models.architectures import SGLANG_GGUF, SGLANG_HUGGING_FACE
 from pascaline.models.reader import read_model
@@ -165,6 +166,9 @@ def prepare(settings: Settings, path: Path, digest: str) -> Path:
     folder = cache_folder(settings) / "prepared" / f"{digest}-v{PREPARED_FORMAT}"
     with writing(folder.parent, needed=PREPARED_BYTES), _locked(folder.with_suffix(".lock")):
         if not _is_prepared_from(folder, path):
+            # Of attempts that were killed: the lock says that none is under way.
+            for left in folder.parent.glob(f".{folder.name}.*"):
+                shutil.rmtree(left, ignore_errors=True)
             _run_prepare(settings, path, digest, folder)
     return folder
 
@@ -179,13 +183,10 @@ def _is_prepared_from(folder: Path, path: Path) -> bool:
 
 def _run_prepare(settings: Settings, path: Path, digest: str, folder: Path) -> None:
     python = str(settings.engine_executable or sys.executable)
-    command = [python, "-m", "sglang_pascal", "prepare", str(path), str(folder), "--sha256", digest]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise MissingError(
-            f"engine_executable: failed to run {python}: {error.strerror}; it must be a Python that can import sglang"
-        ) from error
+    if shutil.which(python) is None:
+        raise MissingError(f"engine_executable: {python} is not a program, must be a Python that can import sglang")
+    command = with_parent(python, "-m", "sglang_pascal", "prepare", str(path), str(folder), "--sha256", digest)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if result.returncode:
         raise _prepare_error(result, python)
 

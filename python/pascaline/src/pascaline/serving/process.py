@@ -6,17 +6,18 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
+
+from pascaline.child import with_parent
 
 if TYPE_CHECKING:
     from pascaline.engines import Launch
 
-CHILD = Path(__file__).with_name("child.py")
+NOT_INHERITED = frozenset({"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"})
+"""The service manager's variables: what an engine tells it would count as ours."""
 KEPT_LINES = 200
 """Last lines of output that explain a failure."""
 MAX_LINE_BYTES = 64 * 1024
@@ -41,11 +42,11 @@ class EngineProcess:
     async def start(cls, launch: Launch, on_line: OnLine) -> EngineProcess:
         """Start the command; it leads a new session and group, and dies with this process."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", str(CHILD), str(os.getpid()), *launch.command),
+            *with_parent(*launch.command),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            env={**os.environ, **launch.environment},
+            env={name: value for name, value in os.environ.items() if name not in NOT_INHERITED} | launch.environment,
             start_new_session=True,
             limit=MAX_LINE_BYTES,
         )

@@ -1,7 +1,7 @@
 """Becomes a program that dies with its parent: child.py PARENT_PID PROGRAM ARGUMENTS…
 
-Run by file with `-I -S`, so that it starts in milliseconds and without anything of the environment. A separate program,
-because nothing may safely run between fork and exec in a process that has threads.
+`with_parent` gives the command. Run by file with `-I -S`, so that it starts in milliseconds and without anything of the
+environment. A separate program, because nothing may safely run between fork and exec in a process that has threads.
 """
 
 import ctypes
@@ -12,6 +12,11 @@ import sys
 PR_SET_PDEATHSIG = 1
 """<linux/prctl.h>"""
 NOT_FOUND = 127
+
+
+def with_parent(*command: str) -> tuple[str, ...]:
+    """Return the command that runs another one until this process dies, more exactly the thread that starts it."""
+    return sys.executable, "-I", "-S", __file__, str(os.getpid()), *command
 
 
 def main() -> None:

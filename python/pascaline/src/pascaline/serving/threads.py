@@ -1,0 +1,43 @@
+"""Threads that nobody waits for: what they still do when the instance ends must not delay its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def start_in_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+    """Run something that blocks in a thread of its own; a cancelled future ignores what comes of it.
+
+    Not asyncio.to_thread: the interpreter waits for its threads, be it for the checksum of 40 GB.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+    # An error that nobody asks for any more is no news.
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+    def work() -> None:
+        result, error = None, None
+        try:
+            result = function(*arguments)
+        except Exception as caught:
+            error = caught
+        # The loop may be closed by now.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=work, daemon=True, name=getattr(function, "__name__", None)).start()
+    return future

@@ -55,7 +55,7 @@ pascaline_instance_state{state="ready"} 0
 pascaline_instance_state{state="busy"} 1
 pascaline_engine_restarts_total{reason="crash"} 2
 pascaline_engine_restarts_total{reason="unresponsive"} 1
-pascaline_settings_info{model="m.gguf",served_model_name="emily"} 1
+pascaline_settings_info{model="m.gguf",served_model_name="emily-7b",unit="pascaline-emily.service"} 1
 pascaline_plan_total_bytes 6e9
 """
 ENGINE = """
@@ -129,6 +129,11 @@ class TestReading:
         before = read_host(pages(), 100.0)
         after = read_host(pages(engine=ENGINE.replace("} 1000", "} 10")), 102.0, before)
         assert after.instances[0].tokens_per_second == 21.5
+
+    @pytest.mark.parametrize("unit", ["", "session-3.scope", "user@0.service"])
+    def test_an_instance_that_was_started_by_hand_is_named_by_its_model(self, unit: str) -> None:
+        agent = AGENT.replace("pascaline-emily.service", unit)
+        assert read_host(pages(agent=agent), 0.0).instances[0].name == "emily-7b"
 
     def test_an_engine_without_agent_is_shown_as_such(self) -> None:
         (instance,) = read_host(pages(agent=None), 0.0).instances

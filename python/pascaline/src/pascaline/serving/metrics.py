@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from pascaline import __version__
+from pascaline.gpu.processes import identify
 from pascaline.serving.health import State
 
 if TYPE_CHECKING:
@@ -22,7 +31,9 @@ class Metrics:
     """All series of one instance, in a registry of their own."""
 
     def __init__(self) -> None:
-        """Register every series; those without labels exist from the first scrape on."""
+        """Register what is known from the start: a series without labels exists from here on."""
+        # A second series for each counter, that nobody reads.
+        disable_created_metrics()
         self.registry = CollectorRegistry()
         self._state = self._gauge("pascaline_instance_state", "1 for the state that the instance is in", ["state"])
         self.engine_up = self._gauge("pascaline_engine_up", "Whether the engine's process runs")
@@ -50,12 +61,8 @@ class Metrics:
         self._settings = self._gauge(
             "pascaline_settings_info",
             "1; the settings that the instance runs with",
-            ["model", "served_model_name", "engine", "device", "dtype", "card"],
+            ["model", "served_model_name", "engine", "device", "dtype", "card", "unit"],
         )
-        self._limits = {
-            name: self._gauge(f"pascaline_settings_{name}", f"Setting {name} as it is in force")
-            for name in ("context_length", "max_running_requests", "max_total_tokens")
-        }
         self._gauge("pascaline_build_info", "1; the version of pascaline", ["version"]).labels(__version__).set(1)
         self.set_state(State.PLANNED)
 
@@ -65,12 +72,22 @@ class Metrics:
             self._state.labels(each.value).set(each is state)
 
     def set_task(self, task: Task, card: str | None) -> None:
-        """Publish what the engine is started with."""
+        """Publish what the engine is started with: once, since these are not there before."""
         labels = (str(task.settings.model), task.model.served_name, task.settings.engine, task.device, task.dtype)
-        self._settings.labels(*labels, card or "").set(1)
-        self._limits["context_length"].set(task.context_length)
-        self._limits["max_running_requests"].set(task.settings.max_running_requests)
-        self._limits["max_total_tokens"].set(task.max_total_tokens)
+        # The unit is what ties the instance to its processes on a GPU, of which the exporter tells the unit too.
+        self._settings.labels(*labels, card or "", identify(os.getpid()).unit).set(1)
+        limits = {
+            "context_length": task.context_length,
+            "max_running_requests": task.settings.max_running_requests,
+            "max_total_tokens": task.max_total_tokens,
+        }
+        for name, value in limits.items():
+            self._gauge(f"pascaline_settings_{name}", f"Setting {name} as it is in force").set(value)
+
+    def set_plan(self, total_bytes: int, weights_bytes: int) -> None:
+        """Publish what the plan allows on the GPU: once, since these are not there before."""
+        self._gauge("pascaline_plan_total_bytes", "Memory of the device that the plan gives the instance").set(total_bytes)
+        self._gauge("pascaline_plan_weights_bytes", "Of it for the model's weights").set(weights_bytes)
 
     def page(self) -> bytes:
         """Return the exposition in Prometheus' text format."""

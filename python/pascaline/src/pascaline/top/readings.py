@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
 
     from pascaline.top.pages import HostPages, Page
 
+_UNIT = re.compile(r"pascaline-(.+)\.service")
+"""An instance's unit, by which it is named."""
 _Candidates = tuple[tuple[str, dict[str, str]], ...]
 # The series that say the same of either engine, SGLang first.
 _GENERATED: _Candidates = (
@@ -109,7 +112,8 @@ def _instance(
     pages: HostPages, port: int, agent: Page | None, engine: Page | None, rate: float | None
 ) -> InstanceReading:
     info = _labels(agent, "pascaline_settings_info")
-    name = info.get("instance") or info.get("served_model_name") or f":{port}"
+    unit = _UNIT.fullmatch(info.get("unit", ""))
+    name = unit[1] if unit else info.get("served_model_name") or f":{port}"
     return InstanceReading(
         name=name,
         agent_port=port,

@@ -1,9 +1,16 @@
-"""A monitoring stack of real programs on free loopback ports: exporter on fake NVML, Prometheus, Alertmanager, webhook."""
+"""A monitoring stack of real programs on free loopback ports: exporter, agent, Prometheus, Alertmanager, webhook.
+
+Host `live` is a real exporter on a fake NVML and a real agent (`pascaline serve`) over a fake engine that answers a
+trickle of requests; the engine is a process on the simulated GPU, in a unit's cgroup. Host `recorded` serves pages of a
+P4 and of a real SGLang.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
+import os
 import re
 import shutil
 import socket
@@ -31,6 +38,11 @@ MONITORING = ROOT / "modules/monitoring"
 PATIENCE = 120.0
 """Seconds within which a state must have come, also on a machine under load."""
 
+INSTANCE = "demo"
+UNIT = f"pascaline-{INSTANCE}.service"
+FAKE_ENGINE = ROOT / "tests/fake_engine/fake_engine.py"
+ENGINE_BYTES = 3 * 10**8
+"""What the simulated NVML says that the engine holds on GPU 0; less than any plan."""
 LIVE_SCENARIO = (
     DEMO_SCENARIO.read_text()
     + """
@@ -42,10 +54,11 @@ xid = 31
 
 
 def shortened(document: dict[str, Any]) -> dict[str, Any]:
-    """The one change that rules undergo here: a `for` of minutes takes as many seconds, groups run at each tick."""
+    """The one change that rules undergo here: a minute is a second, in `for` and in windows; groups run at each tick."""
     for group in document["groups"]:
         group.pop("interval", None)
         for rule in group["rules"]:
+            rule["expr"] = re.sub(r"\[(\d+)m\]", r"[\1s]", rule["expr"])
             if "for" in rule:
                 rule["for"] = re.sub(r"(\d+)m", r"\1s", rule["for"])
     return document
@@ -109,20 +122,125 @@ class Webhook:
         self._server.server_close()
 
 
+def post(url: str, body: dict[str, Any]) -> None:
+    """Send JSON, whatever the answer; an engine that does not answer now is none of the sender's concern."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with contextlib.suppress(OSError, http.client.HTTPException), urllib.request.urlopen(request, timeout=5) as answer:
+        answer.read()
+
+
+class Agent:
+    """`pascaline serve` over the fake engine, as a unit would run it."""
+
+    def __init__(self, folder: Path, programs: contextlib.ExitStack) -> None:
+        self.port, self.engine_port = free_port(), free_port()
+        self.log = folder / "serve.log"
+        self.cgroup = programs.enter_context(unit_cgroup(UNIT))
+        self._faults = folder / "engine.faults"
+        settings = {
+            "engine_executable": FAKE_ENGINE,
+            "device": "cpu",
+            "context_length": 2048,
+            "port": self.engine_port,
+            "agent_port": self.port,
+            "cache_dir": folder / "cache",
+            "probe_interval": 1,
+            "stall_timeout": 3,
+            "max_restarts": 1000,
+        }
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+        command = [sys.executable, "-m", "pascaline", "serve", *flags]
+        if self.cgroup:
+            command = ["sh", "-c", 'echo $$ >"$0/cgroup.procs" && exec "$@"', str(self.cgroup), *command]
+        environment = os.environ | {"FAKE_ENGINE_FILE": str(self._faults)}
+        programs.enter_context(running(command, self.log, stdout=subprocess.DEVNULL, env=environment))
+        self.wait_until_ready()
+
+    def health(self) -> dict[str, Any]:
+        return http_json(f"http://127.0.0.1:{self.port}/health") or {}
+
+    def wait_until_ready(self) -> int:
+        """Return the process of an engine that serves."""
+        ready = wait_for("ready instance", lambda: (now := self.health()).get("state") in ("ready", "busy") and now)
+        return int(ready["engine_pid"])
+
+    def page(self) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
+            return str(answer.read().decode())
+
+    def inject(self, **faults: float) -> None:
+        """Let the running engine misbehave."""
+        post(f"http://127.0.0.1:{self.engine_port}/fake/faults", faults)
+
+    def inject_at_start(self, faults: str) -> None:
+        """Let engines misbehave that are started from now on."""
+        self._faults.write_text(faults)
+
+    def ask(self) -> None:
+        """Send one request of a user, as a stream."""
+        body = {"model": "any", "prompt": "Say something.", "max_tokens": 8, "stream": True}
+        post(f"http://127.0.0.1:{self.engine_port}/v1/completions", body)
+
+
+@contextlib.contextmanager
+def unit_cgroup(unit: str) -> Iterator[Path | None]:
+    """Make a cgroup as systemd does for a unit, below one of our own; None where this user may not."""
+    for root in map(Path, ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified", "/sys/fs/cgroup")):
+        parent = root / f"pascaline-tests-{os.getpid()}"
+        try:
+            (root / "cgroup.procs").stat()
+            parent.mkdir()
+            (parent / unit).mkdir()
+        except OSError:
+            continue
+        try:
+            yield parent / unit
+        finally:
+            for folder in (parent / unit, parent):
+                wait_for(f"end of the processes in {folder}", lambda folder=folder: not _remains(folder))
+        return
+    yield None
+
+
+def _remains(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    return folder.exists()
+
+
+@contextlib.contextmanager
+def traffic(agent: Agent) -> Iterator[None]:
+    """Send requests one after the other, some each second."""
+    stop = threading.Event()
+
+    def send() -> None:
+        while not stop.wait(0.2):
+            agent.ask()
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
 class Stack:
     """The running programs and what a test does to them."""
 
-    def __init__(self, folder: Path, webhook: Webhook) -> None:
+    def __init__(self, folder: Path, webhook: Webhook, agent: Agent) -> None:
         self.folder = folder
         self.webhook = webhook
+        self.agent = agent
         self.scenario = folder / "live.nvml"
-        self.agent_page = folder / "agent.prom"
         self.prometheus = f"http://127.0.0.1:{free_port()}"
         self.alertmanager = f"http://127.0.0.1:{free_port()}"
 
-    def fault(self, lines: str) -> None:
+    def fault(self, lines: str, engine_bytes: int = ENGINE_BYTES) -> None:
         """Change what the live host's NVML answers; an empty fault heals it."""
-        write_scenario(self.scenario, LIVE_SCENARIO + lines)
+        process = f"nvmlDeviceGetComputeRunningProcesses = {self.agent.wait_until_ready()}:{engine_bytes}\n"
+        write_scenario(self.scenario, LIVE_SCENARIO + process + lines)
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         answer = http_json(f"{self.prometheus}/api/v1/query?" + urllib.parse.urlencode({"query": expression}))
@@ -143,12 +261,6 @@ class Stack:
 
         found: list[dict[str, Any]] = wait_for("evaluation of all rules", evaluated)
         return found
-
-    def replace_agent_page(self, text: str) -> None:
-        """Let the recorded agent say something else, in one step."""
-        changed = self.folder / "agent.new"
-        changed.write_text(text)
-        changed.replace(self.agent_page)
 
 
 def prometheus_config(stack: Stack, targets: dict[str, list[tuple[int, dict[str, str]]]]) -> dict[str, Any]:
@@ -184,12 +296,12 @@ def alertmanager_config(webhook: Webhook) -> dict[str, Any]:
 
 
 def backfill(folder: Path) -> None:
-    """Give the recorded instance two days of history, so that its baselines exist."""
+    """Give the live instance two days of history, so that its baselines exist."""
     now = int(time.time())
     lines = []
     for name, value in (("instance:ttft_seconds:p90_10m", 0.8), ("instance:itl_seconds:p50_10m", 0.05)):
         lines.append(f"# TYPE {name} gauge")
-        lines += [f'{name}{{host="recorded",name="demo"}} {value} {now - 300 * age}' for age in range(600, 12, -1)]
+        lines += [f'{name}{{host="live",name="{INSTANCE}"}} {value} {now - 300 * age}' for age in range(600, 12, -1)]
     page = folder / "history.om"
     page.write_text("\n".join([*lines, "# EOF", ""]))
     command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", page, folder / "data"]
@@ -230,33 +342,37 @@ def missing_programs() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Return the running stack: host `live` is a real exporter, host `recorded` recorded pages of a serving P4."""
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
+    with contextlib.ExitStack() as programs:
+        yield Agent(tmp_path_factory.mktemp("agent"), programs)
+
+
+@pytest.fixture(scope="session")
+def stack(agent: Agent, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     if missing := missing_programs():
         pytest.skip(f"{', '.join(missing)} not on PATH (apt install prometheus prometheus-alertmanager)")
     webhook = Webhook()
-    stack = Stack(tmp_path_factory.mktemp("stack"), webhook)
+    stack = Stack(tmp_path_factory.mktemp("stack"), webhook, agent)
     with contextlib.ExitStack() as programs:
         programs.callback(webhook.close)
+        programs.enter_context(traffic(agent))
         _start(stack, programs)
         yield stack
 
 
 def _start(stack: Stack, programs: contextlib.ExitStack) -> None:
-    folder = stack.folder
     stack.fault("")
-    shutil.copy(HERE / "pages/agent.prom", stack.agent_page)
-    pages = [ROOT / "tests/gpu/golden/tesla-p4.prom", stack.agent_page, HERE / "pages/sglang.prom"]
+    pages = [ROOT / "tests/gpu/golden/tesla-p4.prom", HERE / "pages/sglang.prom"]
     command = [sys.executable, str(HERE / "serve_pages.py"), *map(str, pages)]
-    server = programs.enter_context(running(command, folder / "pages.log", stdout=subprocess.PIPE))
+    server = programs.enter_context(running(command, stack.folder / "pages.log", stdout=subprocess.PIPE))
     assert server.stdout
-    gpu_port, agent_port, engine_port = map(int, server.stdout.readline().split())
-    live = _start_exporter(stack, programs)
-    demo = {"host": "recorded", "name": "demo"}
+    gpu_port, engine_port = map(int, server.stdout.readline().split())
+    live, recorded = ({"host": host, "name": INSTANCE} for host in ("live", "recorded"))
+    exporter = _start_exporter(stack, programs)
     targets = {
-        "pascaline-exporter": [(live, {"host": "live"}), (gpu_port, {"host": "recorded"})],
-        "pascaline-agent": [(agent_port, demo)],
-        "pascaline-engine": [(engine_port, demo)],
+        "pascaline-exporter": [(exporter, {"host": "live"}), (gpu_port, {"host": "recorded"})],
+        "pascaline-agent": [(stack.agent.port, live)],
+        "pascaline-engine": [(stack.agent.engine_port, live), (engine_port, recorded)],
     }
     _write_configuration(stack, targets)
     _start_alertmanager(stack, programs)
@@ -300,4 +416,4 @@ def _start_prometheus(stack: Stack, programs: contextlib.ExitStack) -> None:
         f"--web.listen-address={stack.prometheus.removeprefix('http://')}",
     ]
     programs.enter_context(running(command, stack.folder / "prometheus.log"))
-    wait_for("all targets scraped", lambda: len(stack.query("up == 1")) == 4)
+    wait_for("all targets scraped", lambda: len(stack.query("up == 1")) == 5)

@@ -2,7 +2,7 @@
 
     python serve_pages.py PAGE...     prints one port a page, in order, and serves until it is ended
 
-A page is read again at each request, so a test changes a state by replacing the file. @NOW@ stands for the time.
+@NOW@ in a page stands for the time.
 """
 
 from __future__ import annotations

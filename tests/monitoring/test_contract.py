@@ -1,4 +1,4 @@
-"""No rule, dashboard or `pascaline top` asks for a series, or a label of one, that nobody emits."""
+"""What is emitted is a contract, and no rule, dashboard or `pascaline top` asks for anything that nobody emits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MONITORING = ROOT / "modules/monitoring"
 TOP = ROOT / "python/pascaline/src/pascaline/top/readings.py"
 PAGES = Path(__file__).parent / "pages"
+AGENT_CONTRACT = Path(__file__).parent / "agent_contract.json"
 
 # Labels that the scrape configuration adds, and those of every series.
 TARGET_LABELS = {"host", "name", "job", "instance"}
@@ -58,7 +59,7 @@ def emitted() -> dict[str, set[str]]:
     """Every series that can be there -> its labels."""
     known = {name: set(labels) for name, labels in BUILT_IN.items()}
     gpu = json.loads((ROOT / "tests/gpu/contract.json").read_text())
-    agent = json.loads((Path(__file__).parent / "agent_contract.json").read_text())
+    agent = json.loads(AGENT_CONTRACT.read_text())
     known |= {name: set(metric["labels"]) for name, metric in (gpu | agent).items()}
     known |= {f"llamacpp:{name}": set() for name in LLAMA_CPP}
     for family in text_string_to_metric_families((PAGES / "sglang.prom").read_text()):
@@ -100,6 +101,15 @@ def test_every_series_that_is_asked_for_is_emitted_with_those_labels(use: Use) -
     assert use.series in emitted(), f"{use.place} asks for {use.series}, which nobody emits"
     unknown = use.labels - emitted()[use.series] - TARGET_LABELS
     assert not unknown, f"{use.place} asks for labels {sorted(unknown)} of {use.series}"
+
+
+def test_names_types_help_and_labels_of_a_running_agent_are_the_contract(agent: Any) -> None:
+    found = {}
+    for family in text_string_to_metric_families(agent.page()):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})
+        found[name] = {"type": family.type, "help": family.documentation, "labels": labels}
+    assert found == json.loads(AGENT_CONTRACT.read_text())
 
 
 def test_series_are_found_inside_functions_and_not_inside_label_lists() -> None:

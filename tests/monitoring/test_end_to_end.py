@@ -12,6 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+INSTANCE = "demo"
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARDS = sorted((ROOT / "modules/monitoring/dashboards").glob("*.json"))
 
@@ -35,14 +36,39 @@ def test_a_lost_gpu_reaches_the_webhook_and_resolves_when_it_is_back(stack: Any)
     assert fired["annotations"]["runbook_url"] == "docs/operations.md#gpulost"
 
 
-def test_an_engine_that_is_down_reaches_the_webhook_and_resolves_when_it_is_up(stack: Any) -> None:
-    page = stack.agent_page.read_text()
-    stack.replace_agent_page(page.replace("pascaline_engine_up 1.0", "pascaline_engine_up 0.0"))
-    labels = {"alertname": "EngineDown", "host": "recorded", "name": "demo", "severity": "critical"}
+def test_an_engine_that_cannot_start_again_reaches_the_webhook_and_resolves_when_it_can(stack: Any) -> None:
+    stack.agent.inject_at_start("load_error=out-of-memory")
+    stack.agent.inject(crash_now=1)
+    labels = {"alertname": "EngineDown", "host": "live", "name": INSTANCE, "severity": "critical"}
     fired = stack.webhook.wait_for("firing", **labels)
-    stack.replace_agent_page(page)
+    stack.agent.inject_at_start("")
     stack.webhook.wait_for("resolved", **labels)
-    assert fired["annotations"]["summary"] == "demo on recorded has no running engine"
+    assert fired["annotations"]["summary"] == "demo on live has no running engine"
+
+
+def test_an_engine_that_stands_still_reaches_the_webhook_and_resolves_when_it_was_restarted(stack: Any) -> None:
+    stack.agent.wait_until_ready()
+    stack.agent.inject(hang=1)
+    labels = {"alertname": "EngineUnresponsive", "host": "live", "name": INSTANCE, "severity": "critical"}
+    fired = stack.webhook.wait_for("firing", **labels)
+    stack.webhook.wait_for("resolved", **labels)
+    stack.agent.wait_until_ready()
+    assert fired["annotations"]["summary"] == "demo on live accepted requests but made no progress"
+
+
+def test_an_engine_that_outgrows_its_plan_reaches_the_webhook_and_resolves_when_it_shrinks(stack: Any) -> None:
+    need_unit(stack)
+    stack.fault("", engine_bytes=7 * 10**9)
+    labels = {"alertname": "PlanExceeded", "host": "live", "name": INSTANCE, "severity": "warning"}
+    fired = stack.webhook.wait_for("firing", **labels)
+    stack.fault("")
+    stack.webhook.wait_for("resolved", **labels)
+    assert fired["annotations"]["summary"] == "demo on live holds more GPU memory than its plan says"
+
+
+def need_unit(stack: Any) -> None:
+    if stack.agent.cgroup is None:
+        pytest.skip("this user may not make a cgroup, so no process can be in a unit")
 
 
 def queries() -> Iterator[Any]:
@@ -55,6 +81,9 @@ def queries() -> Iterator[Any]:
 @pytest.mark.parametrize("expression", list(queries()))
 def test_every_query_of_every_panel_returns_data(expression: str, stack: Any) -> None:
     """`$host` and `$name` as Grafana fills them in for "all"; the window of rates as for a scrape each second."""
+    need_unit(stack)
+    # Other tests restart the engine, whose process the simulated driver must name.
+    stack.fault("")
     for variable, value in (("$host", ".*"), ("$name", ".*"), ("$__rate_interval", "30s")):
         expression = expression.replace(variable, value)
     assert "$" not in expression

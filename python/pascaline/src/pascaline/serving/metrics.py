@@ -33,7 +33,7 @@ class Metrics:
     def __init__(self) -> None:
         """Register what is known from the start: a series without labels exists from here on."""
         # A second series for each counter, that nobody reads.
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus-client gives it no types
         self.registry = CollectorRegistry()
         self._state = self._gauge("pascaline_instance_state", "1 for the state that the instance is in", ["state"])
         self.engine_up = self._gauge("pascaline_engine_up", "Whether the engine's process runs")

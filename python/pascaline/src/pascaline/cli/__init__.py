@@ -24,6 +24,7 @@ COMMANDS = {
     "doctor": "find out what keeps this host from serving, and what to do",
     "exporter": "serve GPU metrics to Prometheus (NVML)",
     "bench": "measure an instance under load: batch sizes, contexts, rates, types of weights",
+    "models": "download, verify, list and delete model files",
     "top": "show GPUs and instances of this host or a fleet, live",
 }
 

@@ -1,0 +1,174 @@
+"""`pascaline models`: the library of model files on this host."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pascaline.errors import ConfigurationError, ExitCode
+from pascaline.units import format_bytes
+
+if TYPE_CHECKING:
+    import argparse
+
+    from pascaline.models.library import Entry
+
+DESCRIPTION = """Keep model files: downloaded, verified, listed, deleted.
+
+  pascaline models add emily https://models.example.org/emily.Q4_K_M.gguf --sha256 2f3c…
+  pascaline models add emily /data/emily.Q4_K_M.gguf --sha256 2f3c…
+  pascaline models list
+  pascaline models verify [NAME]             read the files again and compare their checksums
+  pascaline models remove NAME
+  pascaline models gc [--keep NAME …]        delete what nothing needs; --dry-run only shows it
+
+Each model is a folder of the library: /var/lib/pascaline/models where that exists (the NixOS module's), else
+~/.local/share/pascaline/models. An interrupted download goes on where it ended, if the server proves that its file is
+the same. Give --sha256 from another source than the server: who can exchange the file can exchange its checksum too.
+Parts of a split model are added one by one under one name. `serve --model` takes the path that `add` and `list`
+print."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare one parser per action."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add = actions.add_parser("add", help="bring a file into the library")
+    add.add_argument("name", metavar="NAME", help="name of the model")
+    add.add_argument("source", metavar="URL|FILE", help="where the file comes from")
+    add.add_argument("--sha256", metavar="HEX", help="checksum that it must have")
+    add.add_argument("--token-file", type=Path, metavar="FILE", help="file with a token that the server asks for")
+    listing = actions.add_parser("list", help="show what is in the library")
+    verify = actions.add_parser("verify", help="read files again and compare their checksums")
+    verify.add_argument("names", nargs="*", metavar="NAME", help="models (default: all)")
+    verify.add_argument("--sha256", metavar="HEX", help="checksum to compare with, and to remember if it fits")
+    remove = actions.add_parser("remove", help="delete a model")
+    remove.add_argument("name", metavar="NAME", help="name of the model")
+    collect = actions.add_parser("gc", help="delete what nothing needs")
+    collect.add_argument("--keep", nargs="+", metavar="NAME", help="models to keep; all others are deleted")
+    collect.add_argument("--dry-run", action="store_true", help="only show what would be deleted")
+    for action in (add, listing, verify, remove, collect):
+        action.add_argument("--store", type=Path, metavar="DIR", help="folder of the library")
+        action.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the action."""
+    from pascaline.models.library import default_store
+
+    store = arguments.store or default_store()
+    return _ACTIONS[arguments.action](arguments, store)
+
+
+def _add(arguments: argparse.Namespace, store: Path) -> int:
+    from pascaline.cli.progress import ByteBar
+    from pascaline.models.library import add
+
+    added = add(
+        store,
+        arguments.name,
+        arguments.source,
+        arguments.sha256,
+        headers=_token(arguments.token_file),
+        on_bytes=ByteBar(arguments.name),
+    )
+    if arguments.json:
+        print(json.dumps({"path": str(added.path), "sha256": added.sha256, "verified": added.verified}))
+        return ExitCode.OK
+    words = "was there already" if added.was_there else "is in place"
+    print(f"{added.path}: {words}, sha256 {added.sha256}{', verified' if added.verified else ''}")
+    if not added.verified:
+        print(
+            "pascaline models: no checksum was given, so nothing says that this is the file that you mean; compare it "
+            f"with another source, then: pascaline models verify {arguments.name} --sha256 {added.sha256}",
+            file=sys.stderr,
+        )
+    return ExitCode.OK
+
+
+def _token(path: Path | None) -> dict[str, str]:
+    if path is None:
+        return {}
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise ConfigurationError(f"--token-file: failed to read {path}: {reason}") from error
+    if not token or len(token.split()) != 1:
+        raise ConfigurationError(f"--token-file: {path} must hold one token and nothing else")
+    return {"Authorization": f"Bearer {token}"}
+
+
+def _list(arguments: argparse.Namespace, store: Path) -> int:
+    from pascaline.models.library import entries
+
+    return _print(arguments, entries(store), f"no models in {store}")
+
+
+def _verify(arguments: argparse.Namespace, store: Path) -> int:
+    from pascaline.cli.progress import ByteBar
+    from pascaline.models.library import entries, verify
+
+    names = arguments.names or sorted({entry.name for entry in entries(store)})
+    if arguments.sha256 and len(names) != 1:
+        raise ConfigurationError("--sha256: names one file, must stand with one NAME")
+    found = [entry for name in names for entry in verify(store, name, arguments.sha256, ByteBar(name))]
+    _print(arguments, found, f"no models in {store}")
+    changed = [entry for entry in found if entry.state == "changed"]
+    for entry in changed:
+        print(f"pascaline models: {entry.path} has sha256 {entry.sha256}, which is not the expected", file=sys.stderr)
+    return ExitCode.MODEL if changed else ExitCode.OK
+
+
+def _print(arguments: argparse.Namespace, found: list[Entry], nothing: str) -> int:
+    if arguments.json:
+        print(json.dumps([_plain(entry) for entry in found], indent=2))
+    elif not found:
+        print(nothing)
+    else:
+        width = max(len(entry.name) for entry in found)
+        for entry in found:
+            print(f"{entry.name:<{width}}  {format_bytes(entry.bytes):>11}  {entry.state:<10}  {entry.path}")
+    return ExitCode.OK
+
+
+def _plain(entry: Entry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "path": str(entry.path),
+        "bytes": entry.bytes,
+        "state": entry.state,
+        "sha256": entry.sha256,
+    }
+
+
+def _remove(arguments: argparse.Namespace, store: Path) -> int:
+    from pascaline.models.library import remove
+
+    freed = remove(store, arguments.name)
+    print(json.dumps({"freed_bytes": freed}) if arguments.json else f"{format_bytes(freed)} freed")
+    return ExitCode.OK
+
+
+def _gc(arguments: argparse.Namespace, store: Path) -> int:
+    from pascaline.models.library import delete, garbage
+    from pascaline.models.store import cache_folder
+    from pascaline.settings import Settings
+
+    keep = frozenset(arguments.keep) if arguments.keep else None
+    found = garbage(store, cache_folder(Settings()), keep)
+    if not arguments.dry_run:
+        for waste in found:
+            delete(waste)
+    if arguments.json:
+        print(json.dumps([{"path": str(w.path), "bytes": w.bytes, "reason": w.reason} for w in found], indent=2))
+        return ExitCode.OK
+    for waste in found:
+        print(f"{format_bytes(waste.bytes):>11}  {waste.path}  ({waste.reason})")
+    freed = format_bytes(sum(waste.bytes for waste in found))
+    print(f"{freed} {'would be freed' if arguments.dry_run else 'freed'}")
+    return ExitCode.OK
+
+
+_ACTIONS = {"add": _add, "list": _list, "verify": _verify, "remove": _remove, "gc": _gc}

@@ -1,0 +1,359 @@
+"""The library of model files: whole or not there, verified against a sha256 that a person gave, safe from each other."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from pascaline.errors import ConfigurationError, ModelError, StorageError
+from pascaline.models import library
+from pascaline.models.library import add, entries, garbage, remove, verify
+from support.models import tiny, write_gguf
+
+FETCH_SCRIPT = Path(__file__).parents[3] / "modules" / "fetch-model.sh"
+WRONG = "0" * 64
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("model") / "tiny.Q4_K_M.gguf", tiny("llama"), "Q4_K_M")
+
+
+@pytest.fixture(scope="module")
+def digest(model: Path) -> str:
+    return hashlib.sha256(model.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def url(model: Path) -> Iterator[str]:
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args, directory=str(model.parent))
+
+        def log_message(self, *_: object) -> None:
+            """Keep the test's output clean."""
+
+    (model.parent / "login.gguf").write_text("<html>please log in</html>")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "models"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+class TestAdd:
+    def test_from_a_url(self, store: Path, url: str, model: Path, digest: str) -> None:
+        """The file is in its folder, with a stamp that says when it was verified."""
+        added = add(store, "emily", f"{url}/{model.name}", digest)
+        assert (added.path, added.sha256, added.was_there, added.verified) == (
+            store / "emily" / model.name,
+            digest,
+            False,
+            True,
+        )
+        assert added.path.read_bytes() == model.read_bytes()
+        assert names(store / "emily") == [".lock", model.name, f"{model.name}.verified"]
+
+    def test_from_a_path(self, store: Path, model: Path, digest: str) -> None:
+        """A copy, so that the original may go."""
+        assert add(store, "emily", str(model), digest).path.read_bytes() == model.read_bytes()
+
+    def test_again(self, store: Path, model: Path, digest: str) -> None:
+        """What is in place and verified is not fetched again, even if the source is gone."""
+        add(store, "emily", str(model), digest)
+        assert add(store, "emily", f"/gone/{model.name}", digest).was_there
+
+    def test_wrong_checksum(self, store: Path, url: str, model: Path, digest: str) -> None:
+        """A file with another checksum does not stay, under any name."""
+        with pytest.raises(ModelError) as caught:
+            add(store, "emily", f"{url}/{model.name}", WRONG)
+        assert str(caught.value) == (
+            f"{url}/{model.name} has sha256 {digest}, must be {WRONG}; "
+            "the file was deleted: correct --sha256, or the source"
+        )
+        assert names(store / "emily") == [".lock"]
+
+    def test_without_checksum(self, store: Path, model: Path, digest: str) -> None:
+        """Nobody vouched for the file, so it does not count as verified."""
+        added = add(store, "emily", str(model))
+        assert (added.sha256, added.verified) == (digest, False)
+        assert [entry.state for entry in entries(store)] == ["unverified"]
+
+    def test_another_file_under_the_same_name(self, store: Path, model: Path, digest: str) -> None:
+        """What is there is not overwritten."""
+        add(store, "emily", str(model), digest)
+        with pytest.raises(ModelError) as caught:
+            add(store, "emily", str(model), WRONG)
+        assert str(caught.value) == (
+            f"{store / 'emily' / model.name} is there already and has sha256 {digest}, must be {WRONG}; "
+            "if it is to be replaced: pascaline models remove emily"
+        )
+
+    def test_page_that_asks_to_log_in(self, store: Path, url: str) -> None:
+        """An answer of 200 that is no model is refused although no checksum was given."""
+        with pytest.raises(ModelError) as caught:
+            add(store, "emily", f"{url}/login.gguf")
+        assert str(caught.value).endswith("; the file was deleted")
+        assert names(store / "emily") == [".lock"]
+
+    @pytest.mark.parametrize("name", ["", "..", "a/b", ".hidden", "a b", "-x"])
+    def test_names_that_are_no_folders(self, store: Path, model: Path, name: str) -> None:
+        """A name cannot lead out of the library."""
+        with pytest.raises(ConfigurationError) as caught:
+            add(store, name, str(model))
+        assert str(caught.value) == f"name: invalid value {name!r}, must be letters, digits, '.', '_' and '-'"
+
+    @pytest.mark.parametrize(
+        "source", ["http://127.0.0.1/", "http://127.0.0.1/..", "http://127.0.0.1/a%2F..%2Fb", "/x/.y"]
+    )
+    def test_sources_that_name_no_file(self, store: Path, source: str) -> None:
+        """Nor can a URL."""
+        with pytest.raises(ConfigurationError, match="names no file"):
+            add(store, "emily", source)
+
+    def test_checksum_that_is_none(self, store: Path, model: Path) -> None:
+        """A mistyped checksum is told before anything is fetched."""
+        with pytest.raises(ConfigurationError) as caught:
+            add(store, "emily", str(model), "ABC")
+        assert str(caught.value) == (
+            "--sha256: invalid value 'ABC', must be 64 hexadecimal digits in lower case, as sha256sum prints them"
+        )
+
+    def test_source_that_is_missing(self, store: Path) -> None:
+        """A path without a file is told as such."""
+        with pytest.raises(ModelError) as caught:
+            add(store, "emily", "/no/such/file.gguf")
+        assert str(caught.value) == "failed to read /no/such/file.gguf: No such file or directory"
+
+    def test_full_disk(self, store: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A copy that has no room is not begun."""
+        monkeypatch.setattr("pascaline.models.library.shutil.disk_usage", lambda _: type("Usage", (), {"free": 5}))
+        with pytest.raises(StorageError) as caught:
+            add(store, "emily", str(model))
+        assert str(caught.value) == (
+            f"no space in {store / 'emily'}: 5 bytes are free, {model.stat().st_size} more are needed; "
+            "make room (pascaline models gc), or name another folder with --store"
+        )
+
+    def test_disk_that_fills_meanwhile(self, tmp_path: Path, model: Path) -> None:
+        """On a real file system of one megabyte the copy fails as a full disk and leaves nothing."""
+        script = f"""
+import sys
+from pathlib import Path
+from pascaline.models import library
+library.shutil.disk_usage = lambda _: type("Usage", (), {{"free": 2**40}})
+try:
+    library.add(Path("{tmp_path}/small"), "emily", "{model}")
+except Exception as error:
+    print(type(error).__name__, str(error).split(";")[0])
+print(sorted(p.name for p in Path("{tmp_path}/small/emily").iterdir()))
+"""
+        (tmp_path / "small").mkdir()
+        mount = f"mount -t tmpfs -o size=1m none {tmp_path}/small && exec {sys.executable} -c '{script}'"
+        done = subprocess.run(
+            ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        if "unshare" in done.stderr or "mount" in done.stderr:
+            pytest.skip(f"no mount namespaces here: {done.stderr.strip()}")
+        assert done.stdout.splitlines() == [
+            f"StorageError no space in {tmp_path}/small/emily: {2**40} bytes are free, "
+            f"{model.stat().st_size} more are needed",
+            "['.lock']",
+        ]
+
+    def test_two_at_once(self, store: Path, url: str, model: Path, digest: str) -> None:
+        """Two processes that add the same model end with one whole file."""
+        command = [sys.executable, "-m", "pascaline", "models", "add", "emily", f"{url}/{model.name}"]
+        command += ["--sha256", digest, "--store", str(store)]
+        both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        output = sorted(process.communicate(timeout=120)[0] for process in both)
+        assert [process.returncode for process in both] == [0, 0]
+        path = store / "emily" / model.name
+        assert output == [
+            f"{path}: is in place, sha256 {digest}, verified\n",
+            f"{path}: was there already, sha256 {digest}, verified\n",
+        ]
+
+    def test_the_nixos_unit_accepts_it(self, store: Path, model: Path, digest: str) -> None:
+        """The stamp is the one of modules/fetch-model.sh, which then spares hashing the file at every boot."""
+        added = add(store, "emily", str(model), digest)
+        command = ["bash", str(FETCH_SCRIPT), "/gone/model.gguf", str(added.path), digest]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, f"{added.path} is in place, verified before\n")
+
+    def test_it_accepts_the_nixos_units(self, store: Path, model: Path, digest: str) -> None:
+        """And the other way round."""
+        target = store / "emily" / model.name
+        subprocess.run(["bash", str(FETCH_SCRIPT), str(model), str(target), digest], check=True, capture_output=True)
+        assert [(entry.state, entry.sha256) for entry in entries(store)] == [("verified", digest)]
+
+
+class TestVerify:
+    def test_sound_file(self, store: Path, model: Path, digest: str) -> None:
+        """The file is read again and is what it was."""
+        add(store, "emily", str(model), digest)
+        assert [(e.state, e.sha256) for e in verify(store, "emily")] == [("verified", digest)]
+
+    def test_damage_that_keeps_size_and_time(self, store: Path, model: Path, digest: str) -> None:
+        """A rotten bit is seen by reading alone."""
+        path = add(store, "emily", str(model), digest).path
+        status = path.stat()
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([byte ^ 1]))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert [entry.state for entry in entries(store)] == ["verified"]
+        assert [entry.state for entry in verify(store, "emily")] == ["changed"]
+
+    def test_touched_file_is_believed_again(self, store: Path, model: Path, digest: str) -> None:
+        """Another time alone is no damage, once the content was compared."""
+        path = add(store, "emily", str(model), digest).path
+        os.utime(path, (1, 1))
+        assert [entry.state for entry in entries(store)] == ["changed"]
+        verify(store, "emily")
+        assert [entry.state for entry in entries(store)] == ["verified"]
+
+    def test_checksum_given_later(self, store: Path, model: Path, digest: str) -> None:
+        """A file of unknown origin becomes verified when someone vouches for it."""
+        add(store, "emily", str(model))
+        assert [entry.state for entry in verify(store, "emily")] == ["unverified"]
+        assert [entry.state for entry in verify(store, "emily", digest)] == ["verified"]
+        assert [entry.state for entry in verify(store, "emily", WRONG)] == ["changed"]
+
+    def test_unknown_model(self, store: Path, model: Path) -> None:
+        """The error names what there is."""
+        add(store, "emily", str(model))
+        with pytest.raises(ModelError) as caught:
+            verify(store, "emely")
+        assert str(caught.value) == f"no model 'emely' in {store}; there are: emily"
+
+
+class TestRemove:
+    def test_frees_the_bytes(self, store: Path, model: Path, digest: str) -> None:
+        """Nothing of the model stays."""
+        add(store, "emily", str(model), digest)
+        assert remove(store, "emily") >= model.stat().st_size
+        assert not (store / "emily").exists()
+
+    def test_not_while_it_is_added(self, store: Path, model: Path) -> None:
+        """A model that another process works on is left alone."""
+        add(store, "emily", str(model))
+        with (store / "emily" / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with pytest.raises(ModelError) as caught:
+                remove(store, "emily")
+        assert str(caught.value) == f"{store / 'emily'} is in use by another pascaline models; wait for its end"
+
+
+class TestGarbage:
+    def test_leftovers(self, store: Path, model: Path, digest: str, tmp_path: Path) -> None:
+        """Downloads that did not end, stamps and caches of files that are gone; never a model."""
+        path = add(store, "emily", str(model), digest).path
+        (store / "emily" / "x.gguf.partial").write_bytes(b"12345")
+        (store / "emily" / "gone.gguf.verified").write_text("x")
+        (store / "empty").mkdir()
+        cache = tmp_path / "cache"
+        for name, gguf in (("kept", path), ("old", "/gone.gguf")):
+            (cache / "prepared" / name).mkdir(parents=True)
+            (cache / "prepared" / name / "pascal.json").write_text(json.dumps({"gguf": str(gguf)}))
+        (cache / "checksums").mkdir()
+        (cache / "checksums" / "a.json").write_text(json.dumps({"identity": ["/gone.gguf", 1]}))
+        found = garbage(store, cache)
+        assert [(str(w.path.relative_to(tmp_path)), w.reason) for w in found] == [
+            ("models/emily/gone.gguf.verified", "the stamp of a file that is gone"),
+            ("models/emily/x.gguf.partial", "a download that did not end"),
+            ("models/empty", "holds no model"),
+            ("cache/prepared/old", "prepared from a file that is gone"),
+            ("cache/checksums/a.json", "checksum of a file that is gone"),
+        ]
+        for waste in found:
+            library.delete(waste)
+        assert garbage(store, cache) == []
+        assert path.exists()
+
+    def test_models_that_are_not_kept(self, store: Path, model: Path, tmp_path: Path) -> None:
+        """With a list of names all others go."""
+        add(store, "emily", str(model))
+        add(store, "old", str(model))
+        found = garbage(store, tmp_path, frozenset({"emily"}))
+        assert [(w.path, w.reason) for w in found] == [(store / "old", "not among the models to keep")]
+
+    def test_what_is_being_added_is_left_alone(self, store: Path, tmp_path: Path) -> None:
+        """A partial file that another process writes is no garbage."""
+        (store / "emily").mkdir(parents=True)
+        (store / "emily" / "x.gguf.partial").write_bytes(b"12345")
+        with (store / "emily" / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert garbage(store, tmp_path) == []
+
+
+class TestCommand:
+    def run(self, store: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"XDG_CACHE_HOME": str(store.parent / "cache")}
+        return subprocess.run(
+            [sys.executable, "-m", "pascaline", "models", *arguments, "--store", str(store)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=environment,
+            check=False,
+        )
+
+    def test_life_of_a_model(self, store: Path, model: Path, digest: str) -> None:
+        """Add, list, verify, gc and remove, as a person would."""
+        path = store / "emily" / model.name
+        added = self.run(store, "add", "emily", str(model))
+        assert (added.returncode, added.stdout) == (0, f"{path}: is in place, sha256 {digest}\n")
+        assert added.stderr.splitlines()[-1] == (
+            "pascaline models: no checksum was given, so nothing says that this is the file that you mean; compare it "
+            f"with another source, then: pascaline models verify emily --sha256 {digest}"
+        )
+        assert self.run(store, "verify", "emily", "--sha256", digest).returncode == 0
+        listed = json.loads(self.run(store, "list", "--json").stdout)
+        assert listed == [
+            {"name": "emily", "path": str(path), "bytes": path.stat().st_size, "state": "verified", "sha256": digest}
+        ]
+        assert self.run(store, "gc").stdout == "0 B freed\n"
+        assert self.run(store, "remove", "emily").returncode == 0
+        assert self.run(store, "list").stdout == f"no models in {store}\n"
+
+    def test_damaged_model(self, store: Path, model: Path, digest: str) -> None:
+        """`verify` ends with the code of model errors and names the file."""
+        path = add(store, "emily", str(model), digest).path
+        path.write_bytes(b"x")
+        done = self.run(store, "verify")
+        assert done.returncode == 3
+        found = hashlib.sha256(b"x").hexdigest()
+        assert done.stderr.splitlines()[-1] == (
+            f"pascaline models: {path} has sha256 {found}, which is not the expected"
+        )
+
+    def test_dry_run_deletes_nothing(self, store: Path, model: Path) -> None:
+        """gc first shows what it would do."""
+        add(store, "old", str(model))
+        done = self.run(store, "gc", "--dry-run", "--keep", "emily")
+        assert done.stdout.splitlines()[-1].endswith(" would be freed")
+        assert (store / "old" / model.name).exists()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -63,13 +62,6 @@ def test_the_contract_holds_the_names_of_the_guide() -> None:
     }
     known = json.loads(CONTRACT.read_text())
     assert {name: {key: known[name][key] for key in ("type", "labels")} for name in wanted} == wanted
-
-
-def test_the_documentation_has_every_metric_with_its_type() -> None:
-    """docs/metrics-gpu.md and the contract are one list."""
-    page = (HERE.parents[1] / "docs" / "metrics-gpu.md").read_text()
-    rows = dict(re.findall(r"^\| `(nvidia_gpu_\w+)` \| (gauge|counter) \|", page, re.MULTILINE))
-    assert rows == {name: metric["type"] for name, metric in json.loads(CONTRACT.read_text()).items()}
 
 
 def update() -> None:

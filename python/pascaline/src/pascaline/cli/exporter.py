@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """Serve metrics of this host's NVIDIA GPUs to Prometheus.
 
 NVML is called in a process of its own, which is killed when the driver hangs; the metrics then say so
-and never repeat old values. docs/metrics-gpu.md lists every metric.
+and never repeat old values. docs/metrics.md lists every metric.
 
   pascaline exporter                      serve http://127.0.0.1:9836/metrics
   pascaline exporter --once               print one page and end

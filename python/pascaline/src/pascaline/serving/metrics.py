@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pascaline.engines import Task
 
 RESTART_REASONS = ("crash", "unresponsive", "gpu-lost")
-STAGES = ("resolve", "verify", "load", "warm-up")
 # A generation of one token: milliseconds on an idle GPU, many seconds behind a long prefill.
 PROBE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -85,8 +84,9 @@ class Metrics:
             self._gauge(f"pascaline_settings_{name}", f"Setting {name} as it is in force").set(value)
 
     def set_plan(self, total_bytes: int, weights_bytes: int) -> None:
-        """Publish what the plan allows on the GPU: once, since these are not there before."""
-        self._gauge("pascaline_plan_total_bytes", "Memory of the device that the plan gives the instance").set(total_bytes)
+        """Publish what the plan allows: once, since these are not there before."""
+        text = "Memory of the device that the plan gives the instance"
+        self._gauge("pascaline_plan_total_bytes", text).set(total_bytes)
         self._gauge("pascaline_plan_weights_bytes", "Of it for the model's weights").set(weights_bytes)
 
     def page(self) -> bytes:

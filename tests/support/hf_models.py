@@ -28,11 +28,48 @@ _CLASSES = {
 
 def write_folder(folder: Path, shape: Shape, *, dtype: str = "float16", seed: int = 0) -> Path:
     """Write config.json and model.safetensors (float16 or float32) into the folder, and return it."""
+    return write_files(folder, config(shape, dtype), tensor_shapes(shape), dtype=dtype, seed=seed)
+
+
+def write_mixture_of_experts(folder: Path, shape: Shape, *, experts: int, used: int, expert_size: int) -> Path:
+    """Write a Qwen 3 mixture of experts: the attention of `shape` (of qwen3), `experts` small MLPs in each layer."""
+    values = config(shape) | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": experts,
+        "num_experts_per_tok": used,
+        "moe_intermediate_size": expert_size,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+    tensors = {}
+    for name, size in tensor_shapes(shape).items():
+        layer, _, part = name.partition(".mlp.")
+        if not part:
+            tensors[name] = size
+            continue
+        tensors[f"{layer}.mlp.gate.weight"] = (experts, shape.hidden_size)
+        for expert in range(experts):
+            rows_or_columns = (expert_size if count == shape.intermediate_size else count for count in size)
+            tensors[f"{layer}.mlp.experts.{expert}.{part}"] = tuple(rows_or_columns)
+    return write_files(folder, values, tensors)
+
+
+def write_files(
+    folder: Path,
+    values: dict[str, object],
+    tensors: dict[str, tuple[int, ...]],
+    *,
+    dtype: str = "float16",
+    seed: int = 0,
+) -> Path:
+    """Write a config.json of these values and random weights of these shapes."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config(shape, dtype), indent=2))
+    (folder / "config.json").write_text(json.dumps(values, indent=2))
     name, width = {"float16": ("F16", 2), "float32": ("F32", 4)}[dtype]
     header, offset = {}, 0
-    for tensor, size in tensor_shapes(shape).items():
+    for tensor, size in tensors.items():
         end = offset + math.prod(size) * width
         header[tensor] = {"dtype": name, "shape": list(size), "data_offsets": [offset, end]}
         offset = end
@@ -40,7 +77,7 @@ def write_folder(folder: Path, shape: Shape, *, dtype: str = "float16", seed: in
     random = np.random.default_rng(seed)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for size in tensor_shapes(shape).values():
+        for size in tensors.values():
             scale = 1.0 if len(size) == 1 else 0.02
             file.write((random.standard_normal(size, dtype=np.float32) * scale).astype(dtype).tobytes())
     return folder

@@ -3,13 +3,16 @@
     python tests/support/sglang_allocations.py --model-path DIR --device cpu --max-total-tokens 4096 …
 
 Takes the flags of `sglang.launch_server`, loads the model and makes its memory pools as the server's scheduler does, and
-adds up the bytes of every tensor that it finds, shared storage once. On CUDA it also says what the driver counts.
+adds up the bytes of every tensor that it finds, shared storage once. On CUDA it then computes a whole prefill chunk and
+some decode steps, and says what the driver counts as used more than before (other processes must leave the GPU alone).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from typing import Any
 
@@ -33,17 +36,35 @@ def main() -> None:
     one_batch.publish(server_args, role="scheduler", ranks=ranks)
     one_batch._init_process_global_configs()
     is_cuda = server_args.device == "cuda"
-    found: dict[str, Any] = {}
-    if is_cuda:
-        found["free_before_bytes"], found["card_bytes"] = torch.cuda.mem_get_info()
+    used_before = driver_used_bytes() if is_cuda else 0
     # The tokenizer is not needed to know sizes, and models with random weights have none.
     one_batch.get_tokenizer = lambda *_, **__: None
-    wrapped, _ = one_batch.load_model(server_args, PortArgs.init_new(server_args), 0, 0)
-    runner = getattr(wrapped, "torch_runner", wrapped)
-    found |= allocations(runner)
+    bench, _ = one_batch.load_model(server_args, PortArgs.init_new(server_args), 0, 0)
+    runner = bench.torch_runner
+    found: dict[str, Any] = allocations(runner)
     if is_cuda:
+        found["idle_bytes"] = driver_used_bytes() - used_before
+        work(one_batch, bench, server_args.chunked_prefill_size, found["context_length"])
         found |= device_totals()
+        found["used_bytes"] = driver_used_bytes() - used_before
     print(json.dumps(found), flush=True)
+
+
+def work(one_batch: Any, bench: Any, chunk: int, context: int) -> None:
+    """Compute one prefill chunk for all requests together, then some decode steps."""
+    requests = bench.torch_runner.req_to_token_pool.size
+    length = max(1, min(chunk // requests, context - 16))
+    one_batch.BenchArgs.output_len = 8
+    tokens, _, batch = bench.extend(one_batch.prepare_synthetic_inputs_for_latency_test(requests, length))
+    for _ in range(8):
+        tokens, _ = bench.decode(tokens, batch)
+
+
+def driver_used_bytes() -> int:
+    """What the driver counts as used on the GPU, asked from outside so that this process needs no context for it."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0] or "0"
+    command = ["nvidia-smi", "-i", gpu, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 2**20
 
 
 def allocations(runner: Any) -> dict[str, Any]:
@@ -82,11 +103,9 @@ def storage_bytes(tensors: Any) -> int:
 
 
 def device_totals() -> dict[str, int]:
-    """What the driver and torch's allocator count on the device."""
+    """What torch's allocator counts on the device."""
     torch.cuda.synchronize()
-    free, _ = torch.cuda.mem_get_info()
     return {
-        "free_after_bytes": free,
         "torch_allocated_bytes": torch.cuda.memory_allocated(),
         "torch_reserved_bytes": torch.cuda.memory_reserved(),
         "torch_peak_bytes": torch.cuda.max_memory_allocated(),

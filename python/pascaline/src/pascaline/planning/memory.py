@@ -20,6 +20,9 @@ Origin = Literal["exact", "measured", "documented", "estimated"]
 
 REQUEST_TABLE_EXTRA = 4
 """SGLang's table of token slots has so many columns beyond the context (mem_cache/allocation_sizing.py)."""
+ROPE_MARGIN = 256
+ROPE_STEP = 128
+"""Positions that SGLang's RoPE table has beyond the context, and the multiple that it is rounded up to (environ.py)."""
 LOGIT_BYTES = 26
 """Per logit while SGLang's PyTorch sampler runs: fp16 and fp32 logits, probabilities, sorted copy, int64 order, sum."""
 ATTENTION_SPLIT = 256
@@ -28,6 +31,8 @@ BUFFERS_PER_TOKEN = 3
 """Hidden vectors alive at once in a layer: residual, normalised input, output (SGLang's models/llama.py)."""
 BLOCK_BYTES = 9 / 8
 """Activations as int8 blocks of 32 with two fp16 numbers (ggml-common.h, block_q8_1)."""
+
+_GEMMA_3 = ("gemma3", "gemma3_text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,30 +100,37 @@ _POOL_SOURCES = {
 
 def _tables(spec: ModelSpec, request: PlanRequest) -> Part:
     rows, columns = request.max_running_requests + 1, request.context_length + REQUEST_TABLE_EXTRA
-    ropes = rope_tables(spec)
-    rope = ropes * spec.context_length * spec.head_dim * 4
-    norms = _norm_copies(spec, request)
+    ropes, positions = rope_tables(spec), rope_positions(spec, request)
+    others = _small_buffers(spec, request)
     text = (
-        f"slots of requests {rows} x {columns:,} x 4 B + RoPE {ropes} x {spec.context_length:,} positions x "
-        f"{spec.head_dim} x 4 B"
+        f"slots of requests {rows} x {columns:,} x 4 B + RoPE {ropes} x {positions:,} positions x {spec.head_dim} x 4 B"
     )
-    if norms:
-        text += f" + copies of the norms {norms:,} B"
-    source = "SGLang 0.5.23, ReqToTokenPool, layers/rotary_embedding/base.py, layers/layernorm.py"
-    return Part("tables", "tables", rows * columns * 4 + rope + norms, text, "exact", source)
+    if others:
+        text += f" + buffers of {spec.architecture} {others:,} B"
+    n_bytes = rows * columns * 4 + ropes * positions * spec.head_dim * 4 + others
+    source = "SGLang 0.5.23: ReqToTokenPool, reserve_rope_cache_for_long_sequences, models/gemma*.py"
+    return Part("tables", "tables", n_bytes, text, "exact", source)
 
 
 def rope_tables(spec: ModelSpec) -> int:
     """Return how many RoPE tables SGLang makes: Gemma 3 turns sliding layers by another base than the rest."""
-    return 2 if spec.architecture in ("gemma3", "gemma3_text") else 1
+    return 2 if spec.architecture in _GEMMA_3 else 1
 
 
-def _norm_copies(spec: ModelSpec, request: PlanRequest) -> int:
-    """SGLang's GemmaRMSNorm keeps weight + 1 beside the weight; Gemma 3 has a norm class of its own."""
+def rope_positions(spec: ModelSpec, request: PlanRequest) -> int:
+    """Return the rows of a RoPE table: the model's context, or the request's with a margin where that is more."""
+    reserved = request.context_length + ROPE_MARGIN
+    return max(spec.context_length, -(-reserved // ROPE_STEP) * ROPE_STEP)
+
+
+def _small_buffers(spec: ModelSpec, request: PlanRequest) -> int:
+    """Gemma 2 keeps each norm's weight + 1 beside the weight, and its normaliser; Gemma 3 two sets of frequencies."""
+    if spec.architecture in _GEMMA_3:
+        return 2 * (spec.head_dim // 2) * 4
     if spec.architecture not in ("gemma", "gemma2"):
         return 0
     norms = sum(tensor.n_elements for tensor in spec.tensors if "norm" in tensor.name and len(tensor.shape) == 1)
-    return norms * DTYPE_BYTES[request.dtype]
+    return (norms + 1) * DTYPE_BYTES[request.dtype]
 
 
 def _dequantized(request: PlanRequest, weights: Weights) -> list[Part]:

@@ -99,7 +99,7 @@ def _candidates(spec: ModelSpec, card: Card, request: PlanRequest) -> Iterator[C
 
 def _fractions(request: PlanRequest) -> Iterator[tuple[float | None, float]]:
     yield request.mem_fraction_static, 0.0
-    if request.mem_fraction_static is not None:
+    if request.mem_fraction_static is not None and request.engine == "sglang":
         yield None, 0.3
 
 

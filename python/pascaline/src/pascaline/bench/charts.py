@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pascaline.bench.claims import claims_for
@@ -96,6 +97,7 @@ def _pareto(document: dict[str, Any]) -> str:
     if not marks:
         return ""
     front = pareto_front(marks, lambda a, b: a.x <= b.x and a.y >= b.y and (a.x, a.y) != (b.x, b.y))
+    front = [replace(mark, label="") for mark in front]
     series = [Series("measured", marks, joined=False), Series("Pareto front", front, dashed=True)]
     return line_chart(Chart("Throughput against latency", "E2E p50, ms", "output tokens/s", series))
 

@@ -39,9 +39,9 @@ def _latencies(key: str, title: str) -> list[Figure]:
 FIGURES: dict[str, Figure] = {
     figure.key: figure
     for figure in (
-        Figure("output_throughput", "output tokens/s", "tok/s", "higher"),
-        Figure("input_throughput", "prompt tokens/s", "tok/s", "higher"),
-        Figure("request_throughput", "requests/s", "1/s", "higher", digits=2),
+        Figure("output_throughput", "output throughput", "tok/s", "higher"),
+        Figure("input_throughput", "prompt throughput", "tok/s", "higher"),
+        Figure("request_throughput", "request throughput", "1/s", "higher", digits=2),
         *_latencies("ttft", "TTFT"),
         *_latencies("itl", "ITL"),
         *_latencies("tpot", "TPOT"),
@@ -92,7 +92,7 @@ def summarize(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 
 def _latency_estimates(runs: Sequence[Run]) -> dict[str, Estimate]:
-    found = {}
+    found: dict[str, Estimate] = {}
     for key, values_of in LATENCIES.items():
         nested = [
             [values for record in run.records if record.error is None and (values := values_of(record))] for run in runs
@@ -105,7 +105,9 @@ def _latency_estimates(runs: Sequence[Run]) -> dict[str, Estimate]:
 
 
 def _throughputs(run: Run, good: Sequence[Record]) -> dict[str, float]:
-    found: dict[str, float] = {"error_ratio": 1 - len(good) / len(run.records)} if run.records else {}
+    found: dict[str, float] = {}
+    if run.records:
+        found["error_ratio"] = 1 - len(good) / len(run.records)
     found["generator_cpu_ratio"] = run.cpu_seconds / run.seconds
     found["late_seconds"] = max((record.late for record in run.records), default=0.0)
     if good:

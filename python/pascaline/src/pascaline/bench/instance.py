@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pascaline.bench.sampling import ExporterGpu, LocalGpu
 from pascaline.bench.server import ask, describe
 from pascaline.bench.stream import Endpoint
+from pascaline.child import with_parent
 from pascaline.errors import EngineError, ExitCode, MissingError
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def started(
     with log.open("ab") as output:
         # A session of its own: Ctrl-C is for this program, which then ends the instance in order.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            with_parent(*command), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
         try:
             _wait_until_ready(process, agent, log, began, on_wait)

@@ -10,7 +10,7 @@ from pascaline.bench.charts import charts
 from pascaline.bench.claims import claims_for
 from pascaline.bench.figures import FIGURES
 from pascaline.bench.results import REPORT_NAME
-from pascaline.bench.table import shown
+from pascaline.bench.table import quality_rows, shown
 from pascaline.errors import StorageError
 from pascaline.units import format_bytes
 
@@ -111,33 +111,9 @@ def _quality(document: dict[str, Any]) -> list[str]:
     """Return size and quality per type of weights."""
     if document["kind"] != "quant":
         return []
-    rows = [["", "file", "bits/weight", "planned memory", "measured memory", "perplexity", "mean KL", "same top token"]]
-    rows += [_quality_row(entry) for entry in document["types"]]
+    rows = [[html.escape(cell) for cell in row] for row in quality_rows(document)]
     note = html.escape(str(document.get("quality_note", "")))
     return ["<h2>Size and quality</h2>", _table(rows), f"<p><small>{note}</small></p>"]
-
-
-def _quality_row(entry: dict[str, Any]) -> list[str]:
-    if entry.get("skipped"):
-        return [html.escape(entry["name"]), html.escape(f"skipped: {entry['skipped']}"), *["-"] * 6]
-
-    def size(key: str) -> str:
-        return format_bytes(entry[key]) if entry.get(key) is not None else "-"
-
-    def plain(key: str, digits: int, factor: float = 1.0) -> str:
-        return f"{entry[key] * factor:.{digits}f}" if entry.get(key) is not None else "-"
-
-    top = plain("same_top", 2, 100)
-    return [
-        html.escape(entry["name"]),
-        size("file_bytes"),
-        plain("bits_per_weight", 2),
-        size("planned_bytes"),
-        size("memory_bytes"),
-        plain("perplexity", 3) + (f" ± {entry['perplexity_error']:.3f}" if entry.get("perplexity_error") else ""),
-        plain("kl_mean", 5),
-        top if top == "-" else f"{top} %",
-    ]
 
 
 def _held_against(document: dict[str, Any]) -> list[str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pascaline.bench.figures import FIGURES
+from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pascaline.bench.figures import Figure
 
+ABSENT = "-"
+"""Stands for what is not known, which is not zero."""
 COLUMNS = {
     "output_throughput": "tok/s out",
     "input_throughput": "tok/s in",
@@ -56,7 +59,45 @@ def results_table(document: dict[str, Any]) -> str:
             rows.append([entry["name"], f"skipped: {entry['skipped']}"])
         elif entry["summary"]:
             rows.append([entry["name"], *(_cell(key, entry["summary"]) for key in keys)])
-    return "\n".join(aligned(rows))
+    tables = [quality_rows(document), rows] if document["kind"] == "quant" else [rows]
+    return "\n\n".join("\n".join(aligned(table)) for table in tables)
+
+
+def quality_rows(document: dict[str, Any]) -> list[list[str]]:
+    """Return size and quality of each type of weights, with a heading."""
+    heading = [
+        "",
+        "file",
+        "bits/weight",
+        "planned memory",
+        "measured memory",
+        "perplexity",
+        "mean KL",
+        "same top token",
+    ]
+    return [heading, *(_quality_row(entry) for entry in document["types"])]
+
+
+def _quality_row(entry: dict[str, Any]) -> list[str]:
+    def size(key: str) -> str:
+        return format_bytes(entry[key]) if entry.get(key) is not None else ABSENT
+
+    def plain(key: str, digits: int) -> str:
+        return f"{entry[key]:.{digits}f}" if entry.get(key) is not None else ABSENT
+
+    if entry.get("skipped") and "file_bytes" not in entry:
+        return [entry["name"], f"skipped: {entry['skipped']}"]
+    error = f" ± {entry['perplexity_error']:.3f}" if entry.get("perplexity_error") is not None else ""
+    return [
+        entry["name"],
+        size("file_bytes"),
+        plain("bits_per_weight", 2),
+        size("planned_bytes"),
+        size("memory_bytes"),
+        plain("perplexity", 3) + error,
+        plain("kl_mean", 5),
+        f"{entry['same_top']:.2%}" if entry.get("same_top") is not None else ABSENT,
+    ]
 
 
 def aligned(rows: list[list[str]]) -> Iterator[str]:
@@ -76,6 +117,6 @@ def aligned(rows: list[list[str]]) -> Iterator[str]:
 
 def _cell(key: str, summary: dict[str, Any]) -> str:
     if key not in summary:
-        return "-"
+        return ABSENT
     precise = {"output_throughput", "ttft_p50", "itl_p50"}
     return with_interval(FIGURES[key], summary[key]) if key in precise else shown(FIGURES[key], summary[key]["value"])

@@ -22,6 +22,8 @@ Item = TypeVar("Item")
 NONCE_TOKENS = 4
 """Random tokens that open every prompt, so that no two share a prefix in the server's cache."""
 MAX_TOKENS = 2**20
+SHIPPED_TEXT = files("pascaline.bench").joinpath("texts/alice.txt")
+"""In the public domain; see texts/README.md."""
 
 _LENGTHS = re.compile(
     r"(?P<fixed>\d+)|(?P<low>\d+)-(?P<high>\d+)|(?P<shape>normal|lognormal):(?P<middle>[\d.]+):(?P<spread>[\d.]+)"
@@ -111,8 +113,8 @@ class Prompts:
 
 @cache
 def shipped_text() -> str:
-    """The public-domain text that prompts are cut from (texts/README.md)."""
-    return files("pascaline.bench").joinpath("texts/alice.txt").read_text(encoding="utf-8")
+    """Return the text that prompts are cut from."""
+    return SHIPPED_TEXT.read_text(encoding="utf-8")
 
 
 def make_requests(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pascaline.bench.results import Results
+    from pascaline.bench.sweep import Target
 
 DESCRIPTION = """Measure an instance under real concurrent load over its OpenAI API.
 
@@ -33,8 +34,11 @@ It starts an instance with the given settings, as `pascaline serve` does, and en
 runs already. Results go to a folder: results.json (schema 1) and report.html, one file without outside parts. An
 interrupted benchmark keeps what it has; the same command with the same --output goes on from there."""
 
+MAX_CHUNKS = 32
+"""The shipped text has some 19,000 tokens, 37 chunks; other tokenisers make fewer of it."""
 # With --url these say what the server has; all other settings belong to an instance that is started.
 _FACTS_OF_A_SERVER = frozenset({"model", "card", "api_key_file"})
+_CHOSEN_HERE = frozenset({"host", "port", "agent_host", "agent_port", "drain_timeout"})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +92,32 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="poisson: as from many users; fixed: evenly spaced (default: %(default)s)",
     )
     _add_lengths(parser, prompt="lognormal:128:0.7", output="lognormal:64:0.7")
+    _add_common(parser)
+
+
+def _add_quant(parser: argparse.ArgumentParser) -> None:
+    from pascaline.bench.quant import DEFAULT_TYPES
+
+    parser.add_argument(
+        "--types",
+        default=",".join(DEFAULT_TYPES),
+        metavar="TYPE,TYPE,…",
+        help="types of the weights, NF4 for bitsandbytes through SGLang (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--chunks",
+        type=int,
+        default=16,
+        metavar="N",
+        help="chunks of 512 tokens of the text that quality is measured on, at most 32 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sizes", default="1,4", metavar="N,N,…", help="concurrent requests of the speeds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--keep-models", action="store_true", help="keep the files of all types (default: each is removed when done)"
+    )
+    _add_lengths(parser, prompt="128", output="128")
     _add_common(parser)
 
 
@@ -178,16 +208,52 @@ def _serve(arguments: argparse.Namespace) -> int:
     return _sweep(arguments, "serve", points, {})
 
 
+def _quant(arguments: argparse.Namespace) -> int:
+    from pascaline.bench import quant
+
+    _check_counts(arguments)
+    if arguments.url:
+        raise ConfigurationError("--url: bench quant starts an instance for each type, must be left out")
+    if not 1 <= arguments.chunks <= MAX_CHUNKS:
+        raise ConfigurationError(f"--chunks: must be between 1 and {MAX_CHUNKS}, got {arguments.chunks}")
+    types = tuple(part.strip().upper() for part in arguments.types.split(","))
+    quant.check_types(types)
+    sizes = _whole_numbers("--sizes", arguments.sizes)
+    comparison = quant.Comparison(
+        types=types,
+        sizes=tuple(sizes),
+        chunks=arguments.chunks,
+        prompt_tokens=arguments.prompt_tokens,
+        output_tokens=arguments.output_tokens,
+        requests=arguments.requests,
+        repeats=arguments.repeats,
+        seed=arguments.seed,
+        timeout=arguments.timeout,
+        keep_models=arguments.keep_models,
+    )
+    target = _target(arguments, {"max_running_requests": max(sizes)})
+    folder = arguments.output or Path(default_folder("quant", target.model_name, time.time()))
+    return _with_results(arguments, folder, lambda: quant.run_quant(target, comparison, folder))
+
+
 def _sweep(arguments: argparse.Namespace, kind: str, points: Any, wanted: dict[str, Any]) -> int:
     """Measure points on one instance. wanted: settings that the sweep needs, where the user chose none."""
-    from pascaline.bench import sweep
     from pascaline.bench.experiment import Experiment
+    from pascaline.bench.sweep import run_sweep
 
     _check_counts(arguments)
     experiment = Experiment(
         kind=kind, points=points, repeats=arguments.repeats, seed=arguments.seed, timeout=arguments.timeout
     )
-    target = sweep.Target(
+    target = _target(arguments, wanted)
+    folder = arguments.output or Path(default_folder(kind, target.model_name, time.time()))
+    return _with_results(arguments, folder, lambda: run_sweep(target, experiment, folder))
+
+
+def _target(arguments: argparse.Namespace, wanted: dict[str, Any]) -> Target:
+    from pascaline.bench.sweep import Target
+
+    return Target(
         url=arguments.url,
         exporter=arguments.exporter,
         configuration=load_from_arguments(arguments),
@@ -195,8 +261,6 @@ def _sweep(arguments: argparse.Namespace, kind: str, points: Any, wanted: dict[s
         config_file=arguments.config,
         wanted=wanted,
     )
-    folder = arguments.output or Path(default_folder(kind, target.model_name, time.time()))
-    return _with_results(arguments, folder, lambda: sweep.run_sweep(target, experiment, folder))
 
 
 def _with_results(arguments: argparse.Namespace, folder: Path, measure: Callable[[], Results]) -> int:
@@ -279,6 +343,9 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 def _given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that flags chose, to be passed on to `pascaline serve`."""
     given = {key: getattr(arguments, key) for key, _ in setting_fields() if getattr(arguments, key, None) is not None}
+    if chosen := sorted(given.keys() & _CHOSEN_HERE):
+        flags = ", ".join(map(flag_of, chosen))
+        raise ConfigurationError(f"{flags}: bench chooses free ports on loopback itself, must be left out")
     useless = sorted(given.keys() - _FACTS_OF_A_SERVER) if arguments.url else []
     if useless:
         flags = ", ".join(map(flag_of, useless))
@@ -296,6 +363,7 @@ ACTIONS: dict[str, tuple[str, Any, Any]] = {
     "batch": ("measure 1, 2, 4, 8 concurrent requests", _add_batch, _batch),
     "context": ("measure long prompts, one at a time", _add_context, _context),
     "serve": ("measure requests that arrive at given rates", _add_serve, _serve),
+    "quant": ("compare types of weights: size, memory, quality, speed", _add_quant, _quant),
     "compare": ("tell which differences between two results are significant", _add_compare, _compare),
     "report": ("print results and renew their report", _add_report, _report),
 }

@@ -1,0 +1,287 @@
+"""Types of weights compared: size, planned and measured memory, quality, speed, for each type from F16 to Q3_K.
+
+Files are made by llama.cpp's llama-quantize from one source, scored by its llama-perplexity on one text, and served one
+after the other by the engine that the settings name. A type that is done is not done again after an interruption.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import as_file
+from typing import TYPE_CHECKING, Any
+
+from pascaline.bench import llama_tools
+from pascaline.bench.environment import describe_machine
+from pascaline.bench.experiment import Experiment, batch_points
+from pascaline.bench.instance import read_api_key, started
+from pascaline.bench.llama_tools import quantize
+from pascaline.bench.progress import Progress
+from pascaline.bench.reference import find_card, reference
+from pascaline.bench.results import create_or_resume
+from pascaline.bench.runner import Runner
+from pascaline.bench.server import make_prompts
+from pascaline.bench.sweep import LOG_NAME, Target, describe_model
+from pascaline.bench.workload import SHIPPED_TEXT
+from pascaline.errors import ConfigurationError, EngineError
+from pascaline.models import store
+from pascaline.models.reader import read_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from pascaline.bench.instance import Instance
+    from pascaline.bench.results import Results
+    from pascaline.models.spec import ModelSpec
+
+DEFAULT_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q3_K_S")
+NF4 = "NF4"
+"""bitsandbytes' 4-bit type, which only SGLang serves."""
+REFERENCE_TYPE = "F16"
+_PRECISE = {"F32", "F16", "BF16"}
+MODELS_FOLDER = "models"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What is compared, and how."""
+
+    types: tuple[str, ...]
+    sizes: tuple[int, ...]
+    """Concurrent requests of the speed measurement."""
+    chunks: int
+    """Of llama_tools.WINDOW_TOKENS tokens, of the text that ships."""
+    prompt_tokens: str
+    output_tokens: str
+    requests: int | None
+    repeats: int
+    seed: int
+    timeout: float
+    keep_models: bool
+
+    def experiment(self) -> Experiment:
+        """Return the speed measurement of each type."""
+        points = batch_points(self.sizes, self.prompt_tokens, self.output_tokens, self.requests)
+        return Experiment(kind="quant", points=points, repeats=self.repeats, seed=self.seed, timeout=self.timeout)
+
+
+def run_quant(target: Target, comparison: Comparison, folder: Path) -> Results:
+    """Compare the types; what an earlier call left in the folder is kept."""
+    path, name = store.locate(target.configuration.settings)
+    results = create_or_resume(folder, "quant", asdict(comparison.experiment()) | _identity(comparison, name))
+    progress = Progress(len(comparison.types) * (1 + comparison.repeats * len(comparison.sizes)))
+    try:
+        _Quant(target, comparison, results, progress, path, name).run()
+    finally:
+        progress.close()
+    results.document["complete"] = True
+    results.save()
+    return results
+
+
+def _identity(comparison: Comparison, name: str) -> dict[str, Any]:
+    """Return what decides the results besides the requests."""
+    return {"types": list(comparison.types), "chunks": comparison.chunks, "model": name}
+
+
+class _Quant:
+    """One comparison under way."""
+
+    def __init__(
+        self, target: Target, comparison: Comparison, results: Results, progress: Progress, path: Path, name: str
+    ) -> None:
+        self._target = target
+        self._comparison = comparison
+        self._results = results
+        self._progress = progress
+        self._source = path
+        self._name = name
+        self._spec = read_model(path)
+        self._machine = describe_machine()
+        self._card = find_card(target.card_name, self._machine.get("gpus", []))
+        self._models = results.folder / MODELS_FOLDER
+        self._scores = results.folder / "reference.kld"
+        self._results.document.setdefault("types", [])
+
+    def run(self) -> None:
+        document = self._results.document
+        document["machine"] = self._machine
+        document["quality_note"] = self._quality_note()
+        document["instance"] = {"server": {"model": self._name}, "model": describe_model(self._spec)}
+        document["reference"] = reference(self._card, None, None, "", self._comparison.experiment())
+        self._models.mkdir(exist_ok=True)
+        for kind in self._comparison.types:
+            self._measure(kind)
+        if not self._comparison.keep_models:
+            for file in (*self._models.iterdir(), self._scores):
+                file.unlink(missing_ok=True)
+            self._models.rmdir()
+
+    def _measure(self, kind: str) -> None:
+        entry = self._entry(kind)
+        reason = self._reason_to_skip(kind)
+        if reason is not None:
+            entry["skipped"] = reason
+            self._progress.say(f"{kind}: skipped: {reason}")
+            self._progress.skipped(1 + self._comparison.repeats * len(self._comparison.sizes))
+            self._results.save()
+            return
+        model = self._source if kind == NF4 else self._file(kind)
+        if "file_bytes" not in entry:
+            entry |= _size_of(read_model(model))
+        if kind != NF4 and "perplexity" not in entry:
+            entry |= self._quality(kind, model)
+        self._results.save()
+        self._progress.skipped(1)
+        self._speed(kind, model, entry)
+        if kind not in {REFERENCE_TYPE, NF4} and not self._comparison.keep_models:
+            model.unlink()
+
+    def _entry(self, kind: str) -> dict[str, Any]:
+        types: list[dict[str, Any]] = self._results.document["types"]
+        found = next((entry for entry in types if entry["name"] == kind), None)
+        if found is None:
+            found = {"name": kind}
+            types.append(found)
+        return found
+
+    def _reason_to_skip(self, kind: str) -> str | None:
+        """Return why a type cannot be measured here."""
+        if kind != NF4:
+            return None
+        settings = self._target.configuration.settings
+        if self._spec.format != "safetensors" or settings.engine != "sglang":
+            return "bitsandbytes quantises a Hugging Face folder in SGLang; --model and --engine name another"
+        if not self._machine.get("gpus"):
+            return "SGLang's bitsandbytes loader needs CUDA, and there is no GPU here"
+        return None
+
+    # --- files
+
+    def _file(self, kind: str) -> Path:
+        """Return the model in a type, made where it is missing."""
+        if kind == self._spec.file_type or (kind == REFERENCE_TYPE and self._spec.file_type in _PRECISE):
+            return self._source
+        file = self._models / f"{self._name}-{kind}.gguf"
+        if not file.exists():
+            source = self._source if kind == REFERENCE_TYPE else self._file(REFERENCE_TYPE)
+            self._progress.running(f"{kind}: quantising", 0.0)
+            quantize(source, kind, file)
+        return file
+
+    def _quality_note(self) -> str:
+        text = f"{self._comparison.chunks} chunks of {llama_tools.WINDOW_TOKENS} tokens of chapters of "
+        text += "Alice's Adventures in Wonderland (shipped with pascaline); KL divergence in nats per token from F16."
+        if self._spec.format == "gguf" and self._spec.file_type not in _PRECISE:
+            text += f" The source is {self._spec.file_type} already: F16 is that file's weights, not the original's."
+        return text
+
+    # --- quality
+
+    def _quality(self, kind: str, model: Path) -> dict[str, float]:
+        with as_file(SHIPPED_TEXT) as text:
+            return self._scores_of(kind, model, text)
+
+    def _scores_of(self, kind: str, model: Path, text: Path) -> dict[str, float]:
+        comparison = self._comparison
+        scoring = llama_tools.Scoring(
+            text=text,
+            chunks=comparison.chunks,
+            on_gpu=bool(self._machine.get("gpus")) and self._target.configuration.settings.device != "cpu",
+            threads=len(os.sched_getaffinity(0)),
+        )
+
+        def on_chunk(done: int) -> None:
+            label = f"{kind}: quality, chunk {done} of {comparison.chunks}"
+            self._progress.running(label, done / comparison.chunks)
+
+        if not self._scores.exists():
+            self._score_reference(scoring, on_chunk)
+        found = llama_tools.score(model, scoring, self._scores, on_chunk)
+        shown = f"perplexity {found['perplexity']:.3f}, mean KL {found['kl_mean']:.5f}"
+        self._progress.say(f"{kind}: {shown}, same top token {found['same_top']:.2%}")
+        return found
+
+    def _score_reference(self, scoring: llama_tools.Scoring, on_chunk: Callable[[int], None]) -> None:
+        needed = llama_tools.reference_bytes(scoring.chunks, self._spec.vocab_size)
+        llama_tools.check_space(self._results.folder, needed, "the reference's probabilities")
+        partial = self._scores.with_suffix(".partial")
+        llama_tools.score_reference(self._file(REFERENCE_TYPE), scoring, partial, on_chunk)
+        partial.replace(self._scores)
+
+    # --- speed and memory
+
+    def _speed(self, kind: str, model: Path, entry: dict[str, Any]) -> None:
+        experiment = self._comparison.experiment()
+        names = [f"{kind} {point.name}" for point in experiment.points]
+        if all(len(self._results.entry(name)["runs"]) >= experiment.repeats for name in names):
+            self._progress.skipped(len(names) * experiment.repeats)
+            return
+        target = self._serving(kind, model)
+        key = read_api_key(target.configuration.settings.api_key_file)
+        flags = target.serve_flags(read_model(model))
+        try:
+            with started(flags, self._results.folder / LOG_NAME, key, self._progress.waiting) as instance:
+                self._describe(kind, entry, instance)
+                prompts = make_prompts(instance.endpoint, instance.server)
+                with contextlib.closing(instance.gpu(target.exporter)) as gpu:
+                    Runner(instance, prompts, gpu, self._progress, experiment).measure(self._results, f"{kind} ")
+        except EngineError as error:
+            # A type that the engine cannot serve must not cost the others.
+            entry["skipped"] = str(error)
+            self._progress.say(f"{kind}: not served: {error}")
+        self._note_memory(names, entry)
+
+    def _serving(self, kind: str, model: Path) -> Target:
+        """Return the target that serves one type."""
+        given = self._target.given | {"model": str(model), "served_model_name": f"{self._name}-{kind}"}
+        given.pop("model_sha256", None)
+        if kind == NF4:
+            given |= {"quantization": "bitsandbytes", "extra_args": ("--load-format", "bitsandbytes")}
+        return replace(self._target, given=given)
+
+    def _describe(self, kind: str, entry: dict[str, Any], instance: Instance) -> None:
+        document = self._results.document
+        document["instance"]["server"] |= asdict(instance.server) | {"model": self._name}
+        entry["load_seconds"] = instance.start_seconds
+        plan = instance.plan()
+        if plan is not None:
+            entry["planned_bytes"] = plan["total_bytes"]
+            spec = read_model(self._file(kind)) if kind != NF4 else None
+            expected = reference(self._card, spec, plan, instance.server.engine, self._comparison.experiment())
+            document["reference"]["points"] |= {f"{kind} {name}": point for name, point in expected["points"].items()}
+            document["reference"]["note"] = expected["note"]
+        self._results.save()
+
+    def _note_memory(self, names: list[str], entry: dict[str, Any]) -> None:
+        """Keep the most memory of all points: of the GPU, or of the engine's processes where there is none."""
+        for key in ("gpu_memory_bytes", "host_memory_bytes"):
+            summaries = [self._results.entry(name)["summary"] for name in names]
+            values = [summary[key]["value"] for summary in summaries if key in summary]
+            if values:
+                entry["memory_bytes"] = max(values)
+                entry["memory_of"] = key.partition("_")[0]
+                break
+        self._results.save()
+
+
+def check_types(types: tuple[str, ...]) -> None:
+    """Raise ConfigurationError for a type that is not known."""
+    known = {*DEFAULT_TYPES, NF4, "Q3_K_L", "Q4_K_S", "Q5_K_S", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K"}
+    if unknown := [kind for kind in types if kind not in known]:
+        raise ConfigurationError(f"--types: unknown type {unknown[0]!r}, must be one of: {', '.join(sorted(known))}")
+
+
+def _size_of(spec: ModelSpec) -> dict[str, Any]:
+    """Return the size of a file, and of its weights by the type that each tensor really has."""
+    by_type: dict[str, int] = {}
+    for tensor in spec.tensors:
+        by_type[tensor.tensor_type] = by_type.get(tensor.tensor_type, 0) + tensor.n_bytes
+    return {
+        "file_bytes": spec.file_bytes,
+        "weights_bytes": spec.weights_bytes,
+        "bits_per_weight": 8 * spec.weights_bytes / spec.n_parameters,
+        "tensor_bytes": dict(sorted(by_type.items(), key=lambda item: -item[1])),
+    }

@@ -27,7 +27,7 @@ from pascaline.cli import main
 from pascaline.errors import ConfigurationError, ExitCode
 from pascaline.top.history import LENGTH, History, sparkline
 from pascaline.top.pages import HostPages, Target, fetch_hosts, parse_page, parse_target
-from pascaline.top.readings import GpuReading, HostReading, InstanceReading, read_host
+from pascaline.top.readings import GpuReading, HostReading, InstanceReading, Observed, read_host
 from pascaline.top.view import render
 from rich.cells import cell_len
 
@@ -47,6 +47,9 @@ nvidia_gpu_temperature_gpu{gpu="0",uuid="GPU-a"} 71
 nvidia_gpu_power_draw{gpu="0",uuid="GPU-a"} 62.5
 nvidia_gpu_power_limit_watts{gpu="0",uuid="GPU-a",limit="enforced"} 75
 nvidia_gpu_power_limit_watts{gpu="0",uuid="GPU-a",limit="max"} 80
+nvidia_gpu_throttle_reason{gpu="0",uuid="GPU-a",reason="gpu_idle"} 1
+nvidia_gpu_throttle_reason{gpu="0",uuid="GPU-a",reason="sw_power_cap"} 1
+nvidia_gpu_throttle_reason{gpu="0",uuid="GPU-a",reason="hw_slowdown"} 0
 nvidia_gpu_process_memory_used_bytes{gpu="0",uuid="GPU-a",pid="7",unit="pascaline-emily.service"} 5900000000
 nvidia_gpu_process_memory_used_bytes{gpu="0",uuid="GPU-a",pid="8",unit="user@0.service"} 200000000
 """
@@ -65,6 +68,10 @@ sglang:gen_throughput 21.5
 sglang:num_running_reqs 3
 sglang:num_queue_reqs 1
 sglang:token_usage 0.41
+sglang:time_to_first_token_seconds_sum{is_streaming="true"} 6.0
+sglang:time_to_first_token_seconds_count{is_streaming="true"} 20
+sglang:inter_token_latency_seconds_sum 50
+sglang:inter_token_latency_seconds_count 1000
 """
 LLAMA = """
 llamacpp:tokens_predicted_total 50
@@ -107,23 +114,40 @@ class TestTarget:
 class TestReading:
     def test_a_gpu_is_what_the_exporter_says_and_unknown_where_it_is_silent(self) -> None:
         first, second = read_host(pages(), 0.0).gpus
-        assert first == GpuReading("0", "GPU-a", "Tesla P4", False, 87, 6100000000, 8053063680, 71, 62.5, 75)
+        assert first == GpuReading(
+            *("0", "GPU-a", "Tesla P4", False, 87, 6100000000, 8053063680, 71, 62.5, 75),
+            throttle_reasons=("sw_power_cap",),
+        )
         assert second == GpuReading("1", "GPU-b", "", True, None, None, None, None, None, None)
 
     def test_an_instance_joins_agent_engine_and_the_memory_of_its_unit(self) -> None:
         assert read_host(pages(), 0.0).instances == (
-            InstanceReading("emily", 30001, "m.gguf", "busy", 3, 3, 1, 1000, 21.5, 0.41, 6e9, 5900000000),
+            InstanceReading(
+                *("emily", 30001, "m.gguf", "busy", 3, 3, 1, 1000, 21.5, 0.41, 6e9, 5900000000),
+                *(Observed(6.0, 20), Observed(50.0, 1000), 0.3, 0.05),
+            ),
         )
 
     def test_llama_cpp_fills_the_same_fields_and_leaves_out_what_it_does_not_say(self) -> None:
         (instance,) = read_host(pages(engine=LLAMA), 0.0).instances
         assert (instance.running_requests, instance.queued_requests, instance.tokens_per_second) == (1, 0, 12.5)
-        assert instance.kv_cache_ratio is None
+        assert (instance.kv_cache_ratio, instance.ttft_seconds, instance.itl_seconds) == (None, None, None)
 
     def test_tokens_per_second_come_from_two_readings(self) -> None:
         before = read_host(pages(), 100.0)
         after = read_host(pages(engine=ENGINE.replace("} 1000", "} 1050")), 102.0, before)
         assert after.instances[0].tokens_per_second == 25.0
+
+    def test_latencies_are_those_of_the_tokens_between_two_readings(self) -> None:
+        before = read_host(pages(), 100.0)
+        engine = ENGINE.replace("} 6.0", "} 14.0").replace("} 20", "} 22")
+        after = read_host(pages(engine=engine), 102.0, before).instances[0]
+        assert (after.ttft_seconds, after.itl_seconds) == (4.0, None)
+
+    def test_latencies_of_an_engine_that_restarted_are_those_since_then(self) -> None:
+        before = read_host(pages(), 100.0)
+        engine = ENGINE.replace("} 6.0", "} 1.0").replace("} 20", "} 2")
+        assert read_host(pages(engine=engine), 102.0, before).instances[0].ttft_seconds == 0.5
 
     def test_an_engine_that_restarted_between_two_readings_has_no_negative_speed(self) -> None:
         before = read_host(pages(), 100.0)
@@ -166,11 +190,15 @@ class TestSparkline:
 
 
 def gpu(utilization: float | None = 100.0, name: str = "Tesla P4", lost: bool = False) -> GpuReading:
-    return GpuReading("0", "GPU-a", name, lost, utilization, 22.9e9, 24.0e9, 104.0, 250.0, 250.0)
+    return GpuReading(
+        *("0", "GPU-a", name, lost, utilization, 22.9e9, 24.0e9, 104.0, 250.0, 250.0, ("hw_thermal_slowdown",))
+    )
 
 
 def instance(name: str = "emily", state: str = "unresponsive") -> InstanceReading:
-    return InstanceReading(name, 30001, "m", state, 0, 4, 1024, 10, 1234.5, 1.0, 23.5e9, 22.9e9)
+    return InstanceReading(
+        name, 30001, "m", state, 0, 4, 1024, 10, 1234.5, 1.0, 23.5e9, 22.9e9, None, None, 123.4, 0.0994
+    )
 
 
 def drawn(readings: list[HostReading], width: int = 80, height: int | None = 24) -> list[str]:
@@ -191,7 +219,13 @@ class TestPicture:
         ):
             assert essential in text, essential
 
-    @pytest.mark.parametrize("width", [80, 81, 120, 200])
+    def test_a_wide_terminal_shows_latencies_and_what_slows_a_gpu_down(self) -> None:
+        reading = HostReading("h", 0.0, None, (gpu(),), (instance(),))
+        for essential in ("TTFT", "ITL", "123.4s", "99ms", "SLOWED BY", "hw_thermal_slowdown"):
+            assert any(essential in line for line in drawn([reading], 100)), essential
+            assert not any(essential in line for line in drawn([reading], 99)), essential
+
+    @pytest.mark.parametrize("width", [80, 81, 99, 100, 120, 200])
     def test_no_line_is_wider_than_the_terminal(self, width: int) -> None:
         reading = HostReading(
             "a-host-with-a-very-long-name.example.org", 0.0, None, (gpu(name="G" * 60),), (instance("n" * 60),)

@@ -30,7 +30,8 @@ DESCRIPTION = """Show what GPUs and instances do now: load, memory planned and u
 
 Reads the metrics pages of the exporter (9836), the agents (30001, 30011, …) and the engines (one port below
 their agent). Columns: RUN/WAIT requests running and queued; PLAN/USED GPU memory planned for the instance and
-held by it. q or Ctrl-C ends it.
+held by it; from 100 columns on TTFT and ITL, mean time to first token and between tokens since the picture before,
+and what slows a GPU's clocks. q or Ctrl-C ends it.
 
   pascaline top                                   this host
   pascaline top --host gpu-1 --host gpu-2:30011   all instances of gpu-1, and one of gpu-2

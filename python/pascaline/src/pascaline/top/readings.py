@@ -22,6 +22,8 @@ _GENERATED: _Candidates = (
 _THROUGHPUT: _Candidates = (("sglang:gen_throughput", {}), ("llamacpp:predicted_tokens_seconds", {}))
 _RUNNING: _Candidates = (("sglang:num_running_reqs", {}), ("llamacpp:requests_processing", {}))
 _QUEUED: _Candidates = (("sglang:num_queue_reqs", {}), ("llamacpp:requests_deferred", {}))
+# Reasons of clocks that nothing is wrong with.
+_AS_WANTED = frozenset({"gpu_idle", "applications_clocks_setting", "display_clock_setting"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,16 @@ class GpuReading:
     temperature_celsius: float | None
     power_watts: float | None
     power_limit_watts: float | None
+    throttle_reasons: tuple[str, ...] = ()
+    """What lowers the clocks now, but for idleness and settings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """Sum and count of a histogram since the engine started."""
+
+    total_seconds: float
+    count: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +71,12 @@ class InstanceReading:
     kv_cache_ratio: float | None
     planned_bytes: float | None
     actual_bytes: float | None
+    ttft: Observed | None = None
+    itl: Observed | None = None
+    ttft_seconds: float | None = None
+    """Mean time to first token between two readings, None without any; of a first reading since the engine started."""
+    itl_seconds: float | None = None
+    """The same of the gap between two tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +94,14 @@ class HostReading:
 def read_host(pages: HostPages, timestamp: float, before: HostReading | None = None) -> HostReading:
     """Return what the pages say; rates need the reading before."""
     elapsed = timestamp - before.timestamp if before else 0.0
-    earlier = {i.agent_port: i.generated_tokens for i in before.instances} if before else {}
+    earlier = {instance.agent_port: instance for instance in before.instances} if before else {}
     return HostReading(
         host=pages.host,
         timestamp=timestamp,
         error=pages.error,
         gpus=tuple(_gpus(pages.exporter)) if pages.exporter else (),
         instances=tuple(
-            _instance(pages, port, agent, engine, _rate(_first(engine, _GENERATED), earlier.get(port), elapsed))
+            _instance(pages, port, agent, engine, earlier.get(port), elapsed)
             for port, (agent, engine) in pages.instances.items()
             if agent or engine
         ),
@@ -105,12 +123,26 @@ def _gpus(page: Page) -> Iterable[GpuReading]:
             temperature_celsius=page.total("nvidia_gpu_temperature_gpu", uuid=uuid),
             power_watts=page.total("nvidia_gpu_power_draw", uuid=uuid),
             power_limit_watts=page.total("nvidia_gpu_power_limit_watts", uuid=uuid, limit="enforced"),
+            throttle_reasons=tuple(
+                sample.labels["reason"]
+                for sample in page.select("nvidia_gpu_throttle_reason", uuid=uuid)
+                if sample.value and sample.labels["reason"] not in _AS_WANTED
+            ),
         )
 
 
 def _instance(
-    pages: HostPages, port: int, agent: Page | None, engine: Page | None, rate: float | None
+    pages: HostPages,
+    port: int,
+    agent: Page | None,
+    engine: Page | None,
+    before: InstanceReading | None,
+    elapsed: float,
 ) -> InstanceReading:
+    generated = _first(engine, _GENERATED)
+    rate = _rate(generated, before.generated_tokens if before else None, elapsed)
+    ttft = _observed(engine, "sglang:time_to_first_token_seconds")
+    itl = _observed(engine, "sglang:inter_token_latency_seconds")
     info = _labels(agent, "pascaline_settings_info")
     unit = _UNIT.fullmatch(info.get("unit", ""))
     name = unit[1] if unit else info.get("served_model_name") or f":{port}"
@@ -122,11 +154,15 @@ def _instance(
         restarts=_total(agent, "pascaline_engine_restarts_total"),
         running_requests=_first(engine, _RUNNING),
         queued_requests=_first(engine, _QUEUED),
-        generated_tokens=_first(engine, _GENERATED),
+        generated_tokens=generated,
         tokens_per_second=_first(engine, _THROUGHPUT) if rate is None else rate,
         kv_cache_ratio=_total(engine, "sglang:token_usage"),
         planned_bytes=_total(agent, "pascaline_plan_total_bytes"),
         actual_bytes=_memory_of(pages, name),
+        ttft=ttft,
+        itl=itl,
+        ttft_seconds=_mean(ttft, before.ttft if before else None),
+        itl_seconds=_mean(itl, before.itl if before else None),
     )
 
 
@@ -152,6 +188,21 @@ def _memory_of(pages: HostPages, name: str) -> float | None:
 def _first(page: Page | None, candidates: _Candidates) -> float | None:
     totals = (_total(page, name, **labels) for name, labels in candidates)
     return next((total for total in totals if total is not None), None)
+
+
+def _observed(page: Page | None, histogram: str) -> Observed | None:
+    total, count = _total(page, f"{histogram}_sum"), _total(page, f"{histogram}_count")
+    return None if total is None or count is None else Observed(total, count)
+
+
+def _mean(now: Observed | None, before: Observed | None) -> float | None:
+    """Return the mean of what came since; of everything without a reading before, or if the engine restarted."""
+    if now is None:
+        return None
+    if before is None or now.count < before.count:
+        before = Observed(0.0, 0.0)
+    count = now.count - before.count
+    return (now.total_seconds - before.total_seconds) / count if count else None
 
 
 def _total(page: Page | None, name: str, **labels: str) -> float | None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 UNKNOWN = "-"
 _MIN_WIDTH = 80
+_WIDE = 100
+"""Width from which on the columns are drawn that 80 have no room for."""
 _MIN_SPARK = 8
 _MAX_SPARK = 60
 _STATE_STYLES = {
@@ -36,6 +38,8 @@ class Column(NamedTuple):
     heading: str
     width: int
     right: bool = False
+    wide: bool = False
+    """Whether it is left out of a terminal that is not wide."""
 
 
 _GPU_COLUMNS = (
@@ -47,6 +51,7 @@ _GPU_COLUMNS = (
     Column("MEMORY", 14, right=True),
     Column("TEMP", 5, right=True),
     Column("POWER", 8, right=True),
+    Column("SLOWED BY", 19, wide=True),
 )
 _INSTANCE_COLUMNS = (
     Column("HOST", 12),
@@ -54,6 +59,8 @@ _INSTANCE_COLUMNS = (
     Column("STATE", 12),
     Column("RUN/WAIT", 8, right=True),
     Column("TOK/S", 6, right=True),
+    Column("TTFT", 6, right=True, wide=True),
+    Column("ITL", 6, right=True, wide=True),
     Column("", 0),
     Column("KV", 4, right=True),
     Column("PLAN/USED", 12, right=True),
@@ -104,14 +111,17 @@ class _Row(NamedTuple):
 
 
 def _table(columns: tuple[Column, ...], rows: list[_Row], width: int) -> Iterator[Text]:
-    fixed = sum(column.width for column in columns) + len(columns) - 1
+    shown = tuple(column for column in columns if width >= _WIDE or not column.wide)
+    fixed = sum(column.width for column in shown) + len(shown) - 1
     spark = min(max(width - fixed, _MIN_SPARK), _MAX_SPARK)
     yield Text()
-    yield _line(columns, tuple(column.heading for column in columns), spark, "reverse")
+    yield _line(shown, tuple(column.heading for column in shown), spark, "reverse")
     for row in rows:
         drawn = sparkline(row.values, spark, row.top)
-        cells = tuple(cell if column.width else drawn for column, cell in zip(columns, row.cells, strict=True))
-        yield _line(columns, cells, spark, row.style)
+        cells = (
+            cell if column.width else drawn for column, cell in zip(columns, row.cells, strict=True) if column in shown
+        )
+        yield _line(shown, tuple(cells), spark, row.style)
 
 
 def _line(columns: tuple[Column, ...], cells: tuple[str, ...], spark: int, style: str) -> Text:
@@ -130,7 +140,8 @@ def _gpu_row(host: str, gpu: GpuReading, history: History) -> _Row:
     memory = f"{_gigabytes(gpu.memory_used_bytes)}/{_gigabytes(gpu.memory_total_bytes)} GB"
     power = f"{_number(gpu.power_watts)}/{_number(gpu.power_limit_watts)}W"
     utilization, temperature = _number(gpu.utilization_percent, "%"), _number(gpu.temperature_celsius, "°C")
-    cells = (host, gpu.gpu, gpu.name.removeprefix("NVIDIA "), utilization, "", memory, temperature, power)
+    slowed_by = ",".join(gpu.throttle_reasons)
+    cells = (host, gpu.gpu, gpu.name.removeprefix("NVIDIA "), utilization, "", memory, temperature, power, slowed_by)
     if gpu.lost:
         cells = (host, gpu.gpu, "LOST", *cells[3:])
     hot = gpu.temperature_celsius is not None and gpu.temperature_celsius > _HOT_CELSIUS
@@ -143,13 +154,21 @@ def _instance_row(host: str, instance: InstanceReading, history: History) -> _Ro
     kv_cache = None if instance.kv_cache_ratio is None else 100 * instance.kv_cache_ratio
     memory = f"{_gigabytes(instance.planned_bytes)}/{_gigabytes(instance.actual_bytes)} GB"
     speed = UNKNOWN if instance.tokens_per_second is None else f"{instance.tokens_per_second:.1f}"
-    cells = (host, instance.name, instance.state, requests, speed, "", _number(kv_cache, "%"), memory)
+    latencies = (_seconds(instance.ttft_seconds), _seconds(instance.itl_seconds))
+    cells = (host, instance.name, instance.state, requests, speed, *latencies, "", _number(kv_cache, "%"), memory)
     style = _STATE_STYLES.get(instance.state, "bold red")
     return _Row(cells, history.of(host, "tokens", str(instance.agent_port)), None, style)
 
 
 def _gigabytes(n_bytes: float | None) -> str:
     return UNKNOWN if n_bytes is None else f"{n_bytes / 1e9:.1f}"
+
+
+def _seconds(value: float | None) -> str:
+    """Four or five characters: milliseconds below a second."""
+    if value is None:
+        return UNKNOWN
+    return f"{value * 1e3:.0f}ms" if value < 0.9995 else f"{value:.1f}s"
 
 
 def _number(value: float | None, unit: str = "") -> str:

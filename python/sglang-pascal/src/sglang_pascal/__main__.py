@@ -1,4 +1,4 @@
-"""The `sglang-pascal` command: prepares models and tells what the plugin does on this machine."""
+"""The `sglang-pascal` command: prepares models, tests the kernels, tells what the plugin does on this machine."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 EXIT_CODES = """exit codes:
   0  done
+  1  a case of the selftest failed
   2  wrong usage
   3  the model is missing, damaged, has another checksum or is not supported
-  8  SGLang is missing or has a version that this plugin was not made for
+  5  a kernel could not be loaded or started
+  8  SGLang, or a compiler of CUDA 11.8, is missing or has a version that this plugin was not made for
   9  a disk is full, or a folder may not be written"""
 
 
@@ -69,8 +71,37 @@ def _run_info(args: argparse.Namespace) -> int:
     return print_info(as_json=args.json)
 
 
+def _add_kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="machine-readable output, with every loop's instructions")
+    parser.add_argument("--architecture", choices=("60", "61"), default="61", help="60 is the P100; default: 61")
+    parser.add_argument("--update", metavar="FILE.md", type=Path, help="put the table between its marks in a document")
+
+
+def _run_kernels(args: argparse.Namespace) -> int:
+    from sglang_pascal.kernels.table import print_table, update_document
+
+    if args.update:
+        update_document(args.update)
+    else:
+        print_table(args.architecture, as_json=args.json)
+    return 0
+
+
+def _add_selftest(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="only cases whose name starts so; default: all")
+
+
+def _run_selftest(args: argparse.Namespace) -> int:
+    from sglang_pascal.selftest import print_selftest
+
+    return print_selftest(as_json=args.json, names=args.names or None)
+
+
 COMMANDS = {
     "prepare": ("make a folder that SGLang can serve from a GGUF file", _add_prepare, _run_prepare),
+    "kernels": ("show what the compiler made of each kernel for Pascal, without a GPU", _add_kernels, _run_kernels),
+    "selftest": ("compare every operation with its reference on the GPU at hand", _add_selftest, _run_selftest),
     "info": ("tell what the plugin does on this machine, and why", _add_info, _run_info),
 }
 """Name -> (help, adds the arguments, runs it and returns the exit code)."""

@@ -6,7 +6,7 @@
 // what else is in the batch. attention_combine adds the splits in order.
 // Scores: HEAD_DIM / 8 lanes share a key (16 bytes of fp16 each), G sums are reduced by halving exchanges, then softmax
 // over the split in shared memory, then the same lanes sum p * v.
-// Shared: (1 + G) KB of positions and scores, 16 * G * HEAD_DIM bytes of warp sums: 41 KB at most (G = 8, HEAD_DIM = 256).
+// Shared: (1 + G) KB of places and scores, 16 * G * HEAD_DIM bytes of warp sums: 41 KB at most (G = 8, HEAD_DIM = 256).
 // A lane holds 8 * G query or output values: 64 registers at G = 8.
 #include "kv.cuh"
 
@@ -53,7 +53,7 @@ struct Attention {
   static constexpr int TOKENS = WARP / LANES; // a warp has at once
   static constexpr int PER_ROUND = WARPS * TOKENS;
 
-  int slots[SPLIT];
+  u32 vectors[SPLIT]; // slot * kv_heads + KV head of each position
   float scores[SPLIT][G];
   float sums[WARPS][G][D];
 
@@ -69,10 +69,6 @@ struct Attention {
     }
   };
 
-  __device__ __forceinline__ u32 vector_of(int i, const Arguments& a, const Heads& heads) const {
-    return static_cast<u32>(slots[i]) * a.kv_heads + heads.kv_head;
-  }
-
   __device__ __forceinline__ void score(const Arguments& a, const Heads& heads, int first, int count) {
     const int lane = threadIdx.x % WARP, part = lane % LANES, token = threadIdx.x / LANES;
     float q[G][EIGHT];
@@ -86,7 +82,7 @@ struct Attention {
     for (int round = first; round < count; round += PER_ROUND) { // the same for all lanes: they exchange below
       const int i = min(round + token, count - 1);
       float k[EIGHT];
-      const u32 vector = vector_of(i, a, heads);
+      const u32 vector = vectors[i];
       load_eight<KV>(a.keys, vector * LANES + part, k);
       float dot[G];
 #pragma unroll
@@ -114,7 +110,7 @@ struct Attention {
         float p = exp2_approx(__fsub_rn(scores[i][g], max));
         sum = __fadd_rn(sum, p);
         if (KV::HAS_SCALE)
-          p = __fmul_rn(p, half_to_float(__ldg(a.value_scales + vector_of(i, a, heads))));
+          p = __fmul_rn(p, half_to_float(__ldg(a.value_scales + vectors[i])));
         scores[i][g] = p;
       }
       sum = warp_sum(sum);
@@ -124,7 +120,7 @@ struct Attention {
     }
   }
 
-  __device__ __forceinline__ void accumulate(const Arguments& a, const Heads& heads, int first, int count) {
+  __device__ __forceinline__ void accumulate(const Arguments& a, int first, int count) {
     const int lane = threadIdx.x % WARP, part = lane % LANES, token = threadIdx.x / LANES;
     float out[G][EIGHT];
 #pragma unroll
@@ -134,7 +130,7 @@ struct Attention {
 #pragma unroll 2
     for (int i = first + token; i < count; i += PER_ROUND) {
       float v[EIGHT];
-      load_eight<KV>(a.values, vector_of(i, a, heads) * LANES + part, v);
+      load_eight<KV>(a.values, vectors[i] * LANES + part, v);
 #pragma unroll
       for (int g = 0; g < G; g++) {
         const float p = scores[i][g];
@@ -163,14 +159,17 @@ struct Attention {
     const int first = a.window < 0 ? 0 : max(0, length - 1 - a.window - base); // within the split
     if (count <= 0 || first >= count) return;
     const size_t request = static_cast<size_t>(load_index(a.requests, blockIdx.z, a.requests_are_64_bit));
-    for (int i = first + threadIdx.x; i < count; i += THREADS) slots[i] = __ldg(a.req_to_token + request * a.stride + base + i);
+    const int* slots = a.req_to_token + request * a.stride + base;
+    for (int i = first + threadIdx.x; i < count; i += THREADS)
+      vectors[i] = static_cast<u32>(__ldg(slots + i)) * a.kv_heads + heads.kv_head;
     __syncthreads();
     score(a, heads, first, count);
     __syncthreads();
     softmax(a, heads, first, count);
     __syncthreads();
-    accumulate(a, heads, first, count);
+    accumulate(a, first, count);
     __syncthreads();
+#pragma unroll 1
     for (int i = threadIdx.x; i < heads.count * D; i += THREADS) {
       const int g = i / D, d = i % D;
       float sum = sums[0][g][d];
@@ -185,7 +184,7 @@ struct Attention {
 #define NAME_(KV, D, G) attention_decode_##KV##_d##D##_g##G
 #define NAME(KV, D, G) NAME_(KV, D, G)
 #define KERNEL(G)                                                                                  \
-  extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 2 : 4)                        \
+  extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 2 : G > 4 ? 3 : 4)                        \
       NAME(KV, HEAD_DIM, G)(Arguments a) {                                                          \
     __shared__ Attention<KV, HEAD_DIM, G> attention;                                               \
     attention.run(a);                                                                              \

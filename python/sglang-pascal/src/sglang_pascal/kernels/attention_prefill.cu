@@ -49,7 +49,7 @@ struct Prefill {
     const int row = threadIdx.x % 64, half = threadIdx.x / 64;
     const int query = place.first_row + min(row, place.n_rows - 1);
     const size_t base = (static_cast<size_t>(query) * a.heads + place.head) * D + chunk * CHUNK + half * 16;
-#pragma unroll
+#pragma unroll(D > 128 ? 4 : 16) // fewer loads in flight where the output needs the registers
     for (int d = 0; d < 16; d++) in.q[half * 16 + d][row] = load_element(a.q, base + d, a.is_half);
 #pragma unroll
     for (int e = 0; e < 2; e++) {

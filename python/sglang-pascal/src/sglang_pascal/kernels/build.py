@@ -205,7 +205,7 @@ def assemble(ptx: bytes, architecture: str) -> tuple[bytes, str]:
         return result.read_bytes(), run.stdout + run.stderr
 
 
-def _candidates(package: str, below: str) -> Iterator[Path]:
+def candidates(package: str, below: str) -> Iterator[Path]:
     """Where a wheel, or CUDA_HOME, would have a file."""
     spec = importlib.util.find_spec("nvidia")
     for root in spec.submodule_search_locations or [] if spec else []:
@@ -224,7 +224,7 @@ def find_ptxas() -> Path:
     on_path = shutil.which("ptxas")
     for path in (
         *_named(PTXAS_VARIABLE),
-        *_candidates("cuda_nvcc", "bin/ptxas"),
+        *candidates("cuda_nvcc", "bin/ptxas"),
         *([Path(on_path)] if on_path else []),
     ):
         if path.is_file() and _release_of(path) == TOOLCHAIN:
@@ -243,8 +243,8 @@ def _release_of(program: Path) -> tuple[int, int] | None:
 def _nvrtc() -> ctypes.CDLL:
     for path in (
         *_named(NVRTC_VARIABLE),
-        *_candidates("cuda_nvrtc", "lib/libnvrtc.so.11.2"),
-        *_candidates("cuda_nvrtc", "lib64/libnvrtc.so.11.2"),
+        *candidates("cuda_nvrtc", "lib/libnvrtc.so.11.2"),
+        *candidates("cuda_nvrtc", "lib64/libnvrtc.so.11.2"),
     ):
         if not path.is_file():
             continue

@@ -9,7 +9,9 @@
 //
 //   N        1     2     4     8    16
 //   R        1     1     2     2     2     rows a lane: a uniform 16-byte shared load may cost 4 cycles on sm_61, so
-//   CHUNK   32    32    16     8     8     columns are shared by two rows from N = 4 on. Tiles of activations staged
+//                                          columns are shared by two rows from N = 4 on (Q6_K, which has more scales
+//                                          and is slower by its bytes: only at N = 4)
+//   CHUNK   32    32    16     8     8     tiles of activations staged
 //   shared 10K   20K   20K   20K   40K     upper bound: 320 bytes * N * CHUNK
 // Registers and the resulting occupancy: docs/kernels.md, checked against ptxas by a test.
 #include "matmul.cuh"
@@ -167,12 +169,14 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
 #define NAME_(T, N) decode_matmul_##T##_n##N
 #define NAME(T, N) NAME_(T, N)
 
+constexpr int WIDE_ROWS = TYPE::HALF_SCALES ? 1 : 2;
+
 KERNEL(TYPE, 1, 1, 32, 4)
 KERNEL(TYPE, 2, 1, 32, 4)
 KERNEL(TYPE, 4, 2, 16, 3)
 #if __CUDA_ARCH__ >= 610
-KERNEL(TYPE, 8, 2, 8, 3)
+KERNEL(TYPE, 8, WIDE_ROWS, 8, 3)
 #else
-KERNEL(TYPE, 8, 2, 8, 2) // the bytes spread for 16-bit products need more registers
+KERNEL(TYPE, 8, WIDE_ROWS, 8, 2) // the bytes spread for 16-bit products need more registers
 #endif
-KERNEL(TYPE, 16, 2, 8, 2)
+KERNEL(TYPE, 16, WIDE_ROWS, 8, 2)

@@ -28,6 +28,8 @@ class Format:
     block_bytes: int
     has_min: bool
     """A block subtracts a minimum: products then need the sum of their activations."""
+    half_scales: bool = False
+    """16 weights share a scale, not 32."""
 
     @property
     def tile_row_bytes(self) -> int:
@@ -38,6 +40,10 @@ class Format:
     def tile_bytes(self) -> int:
         """Bytes of a tile of 32 rows x 256 columns."""
         return self.tile_row_bytes * GROUP_ROWS
+
+    def rows_per_lane(self, width: int) -> int:
+        """Rows that a lane of the decode product for `width` columns has: R of decode_matmul.cu."""
+        return 2 if width == 4 or (width > 4 and not self.half_scales) else 1
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row in the file. `columns` is a multiple of `block_weights`."""
@@ -58,7 +64,7 @@ FORMATS: Final = {
     for form in (
         Format("Q4_K", 256, 144, has_min=True),
         Format("Q5_K", 256, 176, has_min=True),
-        Format("Q6_K", 256, 210, has_min=False),
+        Format("Q6_K", 256, 210, has_min=False, half_scales=True),
         Format("Q8_0", 32, 34, has_min=False),
         Format("Q4_0", 32, 18, has_min=False),
         Format("Q4_1", 32, 20, has_min=True),

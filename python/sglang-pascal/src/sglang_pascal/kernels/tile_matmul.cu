@@ -220,13 +220,13 @@ __device__ __forceinline__ void multiply_tile(const Arguments& a, Buffer<T> (&bu
     if (step == 0) {
       if (at.ends_slice()) {
         end_slice(a, at, acc, own);
-        if (next == n_steps) write_tile(a, acc, first_row, first_column, ty, tx);
-        clear(acc);
+        if (next < n_steps) clear(acc);
       }
       at = ahead;
     }
     __syncthreads();
   }
+  write_tile(a, acc, first_row, first_column, ty, tx);
 }
 
 // One-dimensional grid of persistent CTAs: columns vary fastest, so that a weight tile stays in L2 for all columns.

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 DECODE_COLUMNS: Final = 16
 """Most rows of x that the decode kernel takes; a tile kernel multiplies more."""
 _DECODE_WIDTHS: Final = (1, 2, 4, 8, 16)
-_ONE_ROW_A_LANE: Final = 2
-"""Up to this width a lane has one row of the weight, above two: see decode_matmul.cu."""
 _DECODE_THREADS: Final = 128
 _HALF_ROWS: Final = 16
 """Rows of a float16 weight in one CTA: four a warp."""
@@ -126,7 +124,7 @@ def _decode(
     n, groups = x.q.shape[0], -(-weight.rows // GROUP_ROWS)
     width = next(width for width in _DECODE_WIDTHS if width >= n)
     splits = splits_of(weight)
-    rows_per_lane = 1 if width <= _ONE_ROW_A_LANE else 2
+    rows_per_lane = weight.format.rows_per_lane(width)
     partials = _partials(splits * n * groups * GROUP_ROWS if splits > 1 else 0, out)
     launch(
         f"decode_matmul.{weight.tensor_type}",

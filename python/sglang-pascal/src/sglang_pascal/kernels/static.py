@@ -1,0 +1,259 @@
+"""What the compiler made of each kernel for Pascal: registers, shared memory, spills, the instructions of its loops.
+
+No GPU is asked: ptxas 11.8 assembles for sm_61 (or sm_60) and nvdisasm prints the machine code. That decides whether a
+kernel is bound by instructions or by memory, which a newer card cannot show. It says nothing about latency, caches or
+power. Two instructions that nvdisasm joins by braces are issued together and take one issue slot.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from sglang_pascal.kernels.build import MODULES, Module, ToolchainError, artifact, assemble, candidates
+from sglang_pascal.kernels.formats import TILE_COLUMNS
+
+NVDISASM_VARIABLE: Final = "CUDA_NVDISASM"
+"""Path of nvdisasm, before all other places."""
+NVDISASM_RELEASES: Final = ((11, 0), (13, 0))
+"""From and before: the releases that know sm_60 and sm_61."""
+REGISTERS_PER_SM: Final = 65536
+WARPS_PER_SM: Final = 64
+SHARED_BYTES_PER_SM: Final = {"60": 65536, "61": 98304}
+"""CUDA C++ Programming Guide, technical specifications per compute capability."""
+_REGISTER_UNIT: Final = 256
+"""Registers are given to a warp in multiples of this."""
+_SHARED_UNIT: Final = 256
+_HALF_OPCODES: Final = ("HADD2", "HMUL2", "HFMA2")
+_DOUBLE_OPCODES: Final = ("DADD", "DMUL", "DFMA", "DMNMX", "DSETP")
+SLOW_OPCODES: Final = {"60": _DOUBLE_OPCODES, "61": (*_HALF_OPCODES, *_DOUBLE_OPCODES)}
+"""Arithmetic at 1/64 (half) and 1/32 (double) of the rate of float. sm_60 has fast halves, and converts by HADD2."""
+LOCAL_OPCODES: Final = ("LDL", "STL")
+"""Local memory: registers that did not fit, or an array that was indexed."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop of the machine code: straight instructions that end in a branch to their start."""
+
+    instructions: int
+    dual_issued: int
+    """Instructions that share their issue slot with the one before."""
+    opcodes: dict[str, int]
+    """Counts, without modifiers."""
+
+    @property
+    def slots(self) -> int:
+        """Issue slots of one warp for one pass."""
+        return self.instructions - self.dual_issued
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """One kernel on one architecture."""
+
+    module: str
+    name: str
+    architecture: str
+    """`60` or `61`."""
+    threads: int
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+    """Stack bytes of a thread; 0 wanted."""
+    slow_opcodes: dict[str, int]
+    """Of `SLOW_OPCODES` and `LOCAL_OPCODES`, anywhere in the kernel; empty wanted."""
+    loops: tuple[Loop, ...]
+    """Innermost loops, in the order of the code."""
+
+    @property
+    def warps_per_sm(self) -> int:
+        """Resident warps that registers and shared memory allow."""
+        warps = self.threads // 32
+        per_warp = -(-self.registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
+        ctas = REGISTERS_PER_SM // (per_warp * warps)
+        if self.shared_bytes:
+            shared = -(-self.shared_bytes // _SHARED_UNIT) * _SHARED_UNIT
+            ctas = min(ctas, SHARED_BYTES_PER_SM[self.architecture] // shared)
+        return min(WARPS_PER_SM, ctas * warps)
+
+    @property
+    def main_loop(self) -> Loop | None:
+        """The innermost loop with the most multiplications, which is where the kernel's time goes; None without."""
+        busiest = max(self.loops, key=_multiplications, default=None)
+        return busiest if busiest and _multiplications(busiest) else None
+
+    @property
+    def slots_per_weight(self) -> float | None:
+        """Issue slots per weight of the decode products (all their columns together); None for other kernels.
+
+        One pass of the loop is a tile's 256 weights of each row that a lane has.
+        """
+        if not self.module.startswith("decode_matmul") or self.main_loop is None:
+            return None
+        return self.main_loop.slots / (TILE_COLUMNS * self.rows_per_lane)
+
+    @property
+    def rows_per_lane(self) -> int:
+        """Rows of the weight that a lane of a decode product has: 32 x 2 dot products of 4 per row, tile and column."""
+        assert self.main_loop is not None
+        products = self.main_loop.opcodes.get("IDP", 0) * 4 or self.main_loop.opcodes.get("XMAD", 0)
+        return max(1, products // (TILE_COLUMNS * self.columns))
+
+    @property
+    def columns(self) -> int:
+        """Rows of x that a decode product multiplies at once: the number at the end of its name."""
+        found = re.search(r"_n(\d+)$", self.name)
+        return int(found[1]) if found else 1
+
+
+def _multiplications(loop: Loop) -> int:
+    return sum(loop.opcodes.get(opcode, 0) for opcode in ("IDP", "XMAD", "FFMA"))
+
+
+def analyse(architecture: str, names: tuple[str, ...] = ()) -> list[KernelReport]:
+    """Every kernel of the modules whose name starts with one of `names` (all modules if empty)."""
+    modules = [module for module in MODULES.values() if not names or module.name.startswith(names)]
+    find_nvdisasm()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [report for reports in pool.map(lambda m: _analyse(m, architecture), modules) for report in reports]
+
+
+def _analyse(module: Module, architecture: str) -> list[KernelReport]:
+    ptx = artifact(module, architecture, "ptx")
+    cubin, log = assemble(ptx, architecture)
+    code = disassemble(cubin)
+    reports = []
+    for name, resources in parse_resources(log).items():
+        threads = re.search(rf"\.entry {name}\(.*?\.maxntid (\d+)", ptx.decode(), re.DOTALL)
+        assert threads, f"{name} has no __launch_bounds__"
+        lines = code[name]
+        counts = Counter(line.opcode for line in lines)
+        slow = {opcode: counts[opcode] for opcode in (*SLOW_OPCODES[architecture], *LOCAL_OPCODES) if counts[opcode]}
+        reports.append(
+            KernelReport(
+                module.name, name, architecture, int(threads[1]), *resources, slow, tuple(innermost_loops(lines))
+            )
+        )
+    return reports
+
+
+def parse_resources(log: str) -> dict[str, tuple[int, int, int]]:
+    """Kernel -> registers, bytes of static shared memory, bytes of stack; from `ptxas -v`."""
+    found: dict[str, tuple[int, int, int]] = {}
+    name, stack = "", 0
+    for line in log.splitlines():
+        if entry := re.search(r"Compiling entry function '(\w+)'", line):
+            name, stack = entry[1], 0
+        elif frame := re.search(r"(\d+) bytes stack frame", line):
+            stack = int(frame[1])
+        elif used := re.search(r"Used (\d+) registers(?:, (\d+) bytes smem)?", line):
+            found[name] = (int(used[1]), int(used[2] or 0), stack)
+    return found
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A line of nvdisasm's output."""
+
+    opcode: str
+    """Without modifiers."""
+    target: str | None
+    """Label that a branch goes to."""
+    is_dual: bool
+    labels: tuple[str, ...] = ()
+    """Labels of this place."""
+
+
+def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
+    """Kernel -> its machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = subprocess.run([find_nvdisasm(), "-c", file.name], capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise ToolchainError(f"nvdisasm failed with exit code {run.returncode}: {run.stderr.strip()}")
+    return parse_code(run.stdout)
+
+
+def parse_code(text: str) -> dict[str, list[Instruction]]:
+    """nvdisasm's text -> instructions of each kernel.
+
+    Two lines in braces are one issue: `{ FFMA ...; /* ... */` and `LDS ...; /* ... */ }`.
+    """
+    kernels: dict[str, list[Instruction]] = {}
+    current: list[Instruction] = []
+    labels: list[str] = []
+    for line in text.splitlines():
+        if section := re.match(r"\s*\.section\s+\.text\.(\w+)", line):
+            current = kernels.setdefault(section[1], [])
+        elif label := re.match(r"(\.L_\w+):", line.strip()):
+            labels.append(label[1])
+        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*)$", line):
+            body = code[1].rstrip()
+            statement = re.sub(r"[{}]", "", body).split(";")[0].strip()
+            opcode = re.sub(r"^@!?U?P\w+\s+", "", statement).split()[0].split(".")[0]
+            branch = re.search(r"`\((\.L_\w+)\)", statement)
+            current.append(Instruction(opcode, branch[1] if branch else None, body.endswith("}"), tuple(labels)))
+            labels = []
+    return kernels
+
+
+def innermost_loops(code: list[Instruction]) -> list[Loop]:
+    """Loops that contain no other loop."""
+    place = {label: i for i, line in enumerate(code) for label in line.labels}
+    spans = []
+    for end, line in enumerate(code):
+        start = place.get(line.target or "")
+        if line.opcode == "BRA" and start is not None and start < end:  # one line: the padding at the end
+            spans.append((start, end))
+    inner = [span for span in spans if not any(_contains(span, other) for other in spans)]
+    return [_loop(code[start : end + 1]) for start, end in inner]
+
+
+def _contains(span: tuple[int, int], other: tuple[int, int]) -> bool:
+    return span != other and span[0] <= other[0] and other[1] <= span[1]
+
+
+def _loop(lines: list[Instruction]) -> Loop:
+    return Loop(
+        len(lines), sum(line.is_dual for line in lines), dict(Counter(line.opcode for line in lines).most_common())
+    )
+
+
+@functools.cache
+def find_nvdisasm() -> Path:
+    """A disassembler that knows Pascal."""
+    named, on_path = os.environ.get(NVDISASM_VARIABLE), shutil.which("nvdisasm")
+    places = [*([Path(named)] if named else []), *candidates("cuda_nvcc", "bin/nvdisasm")]
+    for path in (*places, *([Path(on_path)] if on_path else []), *_of_triton()):
+        if path.is_file() and NVDISASM_RELEASES[0] <= _release_of(path) < NVDISASM_RELEASES[1]:
+            return path
+    raise ToolchainError(
+        "no nvdisasm of CUDA 11 or 12 is on this machine, which the table of machine code needs; install Debian's "
+        f"nvidia-cuda-toolkit (non-free) or the triton wheel, or name the program by {NVDISASM_VARIABLE}"
+    )
+
+
+def _of_triton() -> list[Path]:
+    """Triton's wheel brings one."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("triton")
+    roots = (spec.submodule_search_locations or []) if spec else []
+    return [Path(root, "backends/nvidia/bin/nvdisasm") for root in roots]
+
+
+def _release_of(program: Path) -> tuple[int, int]:
+    run = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"release (\d+)\.(\d+)", run.stdout)
+    return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -342,7 +342,7 @@ class Supervisor:
             )
         ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         last = next((line for line in reversed(process.last_lines) if line.strip()), "no output")
-        text = f"the engine ended with {ended}: {explanation or last.strip()}"
+        text = f"the engine ended with {ended}: {explanation or self._engine.parse_line(last)[1].strip()}"
         return Failure("gpu-lost" if explanation == GPU_LOST else "crash", text)
 
     async def _pause_before_restart(self, in_a_row: int, failure: Failure) -> None:

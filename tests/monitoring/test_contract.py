@@ -64,7 +64,9 @@ def emitted() -> dict[str, set[str]]:
     known |= {f"llamacpp:{name}": set() for name in LLAMA_CPP}
     for family in text_string_to_metric_families((PAGES / "sglang.prom").read_text()):
         for sample in family.samples:
-            known.setdefault(sample.name, set()).update(sample.labels)
+            # Of a histogram, code may name the whole.
+            for name in (sample.name, family.name):
+                known.setdefault(name, set()).update(sample.labels)
     return known | {rule["record"]: {"gpu", "uuid", "currency"} for rule in rules() if "record" in rule}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import pty
@@ -336,6 +337,18 @@ class TestFetch:
         reading = read_host(found, 0.0)
         assert (len(reading.gpus), reading.instances[0].name, reading.error) == (2, "emily", None)
 
+    def test_an_engine_is_found_at_the_port_that_its_agent_tells(self, server: Server) -> None:
+        engine_port = server.serve(ENGINE)
+        agent_port = server.serve(AGENT.replace('unit="', f'port="{engine_port}",unit="'))
+        (found,) = fetch(Target("127.0.0.1", agent_port, closed_port()))
+        assert read_host(found, 0.0).instances[0].generated_tokens == 1000
+
+    def test_an_engine_without_agent_is_found_one_port_below(self, server: Server) -> None:
+        agent_port = server.serve_pair(ENGINE, "")
+        server.pages[agent_port] = "<html>"
+        (found,) = fetch(Target("127.0.0.1", agent_port, closed_port()))
+        assert read_host(found, 0.0).instances[0].state == "no agent"
+
     def test_a_silent_host_is_given_up_at_the_deadline_and_delays_no_other(self, server: Server) -> None:
         with silent_port() as silent:
             dead, alive = fetch(
@@ -364,6 +377,9 @@ class TestCommand:
         assert main([*self.arguments(server), "--json"]) == ExitCode.OK
         (host,) = json.loads(capsys.readouterr().out)
         assert host["host"] == "127.0.0.1"
+        assert set(host) == {field.name for field in dataclasses.fields(HostReading)}
+        assert set(host["gpus"][0]) == {field.name for field in dataclasses.fields(GpuReading)}
+        assert set(host["instances"][0]) == {field.name for field in dataclasses.fields(InstanceReading)}
         assert host["gpus"][0]["power_watts"] == 62.5
         assert host["instances"][0]["planned_bytes"] == 6e9
 

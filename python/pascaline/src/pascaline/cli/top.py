@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Show what GPUs and instances do now: load, memory planned and used, requests, tokens/s, heat, power.
 
-Reads the metrics pages of the exporter (9836), the agents (30001, 30011, …) and the engines (one port below
-their agent). Columns: RUN/WAIT requests running and queued; PLAN/USED GPU memory planned for the instance and
+Reads the metrics pages of the exporter (9836), the agents (30001, 30011, …) and the engines (at the port that their
+agent tells). Columns: RUN/WAIT requests running and queued; PLAN/USED GPU memory planned for the instance and
 held by it; from 100 columns on TTFT and ITL, mean time to first token and between tokens since the picture before,
 and what slows a GPU's clocks. q or Ctrl-C ends it.
 

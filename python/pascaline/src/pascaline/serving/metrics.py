@@ -60,7 +60,7 @@ class Metrics:
         self._settings = self._gauge(
             "pascaline_settings_info",
             "1; the settings that the instance runs with",
-            ["model", "served_model_name", "engine", "device", "dtype", "card", "unit"],
+            ["model", "served_model_name", "engine", "port", "device", "dtype", "card", "unit"],
         )
         self._gauge("pascaline_build_info", "1; the version of pascaline", ["version"]).labels(__version__).set(1)
         self.set_state(State.PLANNED)
@@ -72,9 +72,10 @@ class Metrics:
 
     def set_task(self, task: Task, card: str | None) -> None:
         """Publish what the engine is started with: once, since these are not there before."""
-        labels = (str(task.settings.model), task.model.served_name, task.settings.engine, task.device, task.dtype)
+        model = (str(task.settings.model), task.model.served_name)
+        engine = (task.settings.engine, task.settings.port, task.device, task.dtype)
         # The unit is what ties the instance to its processes on a GPU, of which the exporter tells the unit too.
-        self._settings.labels(*labels, card or "", identify(os.getpid()).unit).set(1)
+        self._settings.labels(*model, *engine, card or "", identify(os.getpid()).unit).set(1)
         limits = {
             "context_length": task.context_length,
             "max_running_requests": task.settings.max_running_requests,

@@ -19,7 +19,7 @@ AGENT_PORT = 30001
 # The n-th instance of a host listens this many ports further than the one before it (hosts/default.nix).
 AGENT_PORT_STEP = 10
 MAX_INSTANCES = 8
-# An engine listens one port below its agent (30000 and 30001).
+# Where no agent tells the engine's port: one below its own (30000 and 30001).
 ENGINE_PORT_OFFSET = -1
 
 
@@ -122,11 +122,16 @@ async def _fetch_instances(
 async def _fetch_instance(
     client: httpx.AsyncClient, host: str, agent_port: int, deadline: float
 ) -> tuple[Page | None, Page | None]:
-    (agent, _), (engine, _) = await asyncio.gather(
-        _fetch_page(client, host, agent_port, deadline),
-        _fetch_page(client, host, agent_port + ENGINE_PORT_OFFSET, deadline),
-    )
+    agent, _ = await _fetch_page(client, host, agent_port, deadline)
+    engine, _ = await _fetch_page(client, host, _engine_port(agent, agent_port), deadline)
     return agent, engine
+
+
+def _engine_port(agent: Page | None, agent_port: int) -> int:
+    for sample in agent.select("pascaline_settings_info") if agent else []:
+        if (port := sample.labels.get("port", "")).isdecimal():
+            return int(port)
+    return agent_port + ENGINE_PORT_OFFSET
 
 
 async def _fetch_page(

@@ -234,6 +234,7 @@ class Stack:
         self.webhook = webhook
         self.agent = agent
         self.scenario = folder / "live.nvml"
+        self.exporter_port = 0
         self.prometheus = f"http://127.0.0.1:{free_port()}"
         self.alertmanager = f"http://127.0.0.1:{free_port()}"
 
@@ -368,9 +369,9 @@ def _start(stack: Stack, programs: contextlib.ExitStack) -> None:
     assert server.stdout
     gpu_port, engine_port = map(int, server.stdout.readline().split())
     live, recorded = ({"host": host, "name": INSTANCE} for host in ("live", "recorded"))
-    exporter = _start_exporter(stack, programs)
+    stack.exporter_port = _start_exporter(stack, programs)
     targets = {
-        "pascaline-exporter": [(exporter, {"host": "live"}), (gpu_port, {"host": "recorded"})],
+        "pascaline-exporter": [(stack.exporter_port, {"host": "live"}), (gpu_port, {"host": "recorded"})],
         "pascaline-agent": [(stack.agent.port, live)],
         "pascaline-engine": [(stack.agent.engine_port, live), (engine_port, recorded)],
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,19 +77,48 @@ def queries() -> Iterator[Any]:
     for path in DASHBOARDS:
         for panel in json.loads(path.read_text())["panels"]:
             for target in panel["targets"]:
-                yield pytest.param(target["expr"], id=f"{path.stem}: {panel['title']} {target['refId']}")
+                expression = target["expr"].replace("$__rate_interval", "30s").replace("$name", ".*")
+                # An instance is the live one: its agent, engine, GPU and plan must all meet in one query.
+                expression = expression.replace("$host", "live" if path.stem == "instance" else ".*")
+                yield pytest.param(expression, id=f"{path.stem}: {panel['title']} {target['refId']}")
 
 
 @pytest.mark.parametrize("expression", list(queries()))
 def test_every_query_of_every_panel_returns_data(expression: str, stack: Any) -> None:
-    """`$host` and `$name` as Grafana fills them in for "all"; the window of rates as for a scrape each second."""
+    """With variables as Grafana fills them in, and the window of rates as for a scrape each second."""
     need_unit(stack)
     # Other tests restart the engine, whose process the simulated driver must name.
     stack.fault("")
-    for variable, value in (("$host", ".*"), ("$name", ".*"), ("$__rate_interval", "30s")):
-        expression = expression.replace(variable, value)
     assert "$" not in expression
     stack.wait_for_data(expression)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *("instance:generated_tokens:rate5m", "instance:prompt_tokens:rate5m", "instance:running_requests:sum"),
+        *("instance:queued_requests:sum", "instance:ttft_seconds:p90_10m", "instance:itl_seconds:p50_10m"),
+    ],
+)
+def test_the_page_of_a_real_sglang_feeds_every_rule_that_reads_an_engine(rule: str, stack: Any) -> None:
+    stack.wait_for_data(f'{rule}{{host="recorded", name="{INSTANCE}"}}')
+
+
+def test_top_shows_what_prometheus_has(stack: Any) -> None:
+    need_unit(stack)
+    stack.fault("")
+    (held,) = stack.wait_for_data(f'instance:gpu_memory_bytes:sum{{host="live", name="{INSTANCE}"}}')
+    (planned,) = stack.query('pascaline_plan_total_bytes{host="live"}')
+    host = f"127.0.0.1:{stack.agent.port}"
+    command = [sys.executable, "-m", "pascaline", "top", "--json", "--host", host]
+    command += ["--exporter-port", str(stack.exporter_port)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    (reading,) = json.loads(done.stdout)
+    (instance,) = reading["instances"]
+    assert [gpu["name"] for gpu in reading["gpus"]] == ["Tesla P4", "Tesla P4"]
+    assert (instance["name"], instance["state"]) in ((INSTANCE, "ready"), (INSTANCE, "busy"))
+    assert instance["planned_bytes"] == float(planned["value"][1])
+    assert instance["actual_bytes"] == float(held["value"][1])
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)

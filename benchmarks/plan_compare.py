@@ -27,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 MIB = 1 << 20
 CARD = "tesla-p40"
 """Large enough that every file fits."""
+BUFFERS = ("weights", "kv_pool", "activations")
+"""Parts of a plan that llama.cpp allocates as buffers."""
 BATCH = 512
 TIMEOUT_SECONDS = 300
 _ALLOCATED = re.compile(r"(model|KV|compute|output|RS) buffer size = +([0-9.]+) MiB")
@@ -45,6 +47,7 @@ class Row:
     kv_pascaline: int | None = None
     cpu_true: int | None = None
     cpu_gguf_parser: int | None = None
+    cpu_pascaline: int | None = None
     gpu_gguf_parser: int | None = None
     gpu_pascaline: int | None = None
 
@@ -99,9 +102,9 @@ def _gguf_parser(program: str, path: Path, context: int, layers: str) -> dict:
     return json.loads(answer.stdout)["estimate"]["items"][0]
 
 
-def planned_by_pascaline(path: Path, context: int) -> dict:
-    """The plan of `pascaline plan --json` for llama.cpp; empty where it cannot be made."""
-    command = [sys.executable, "-m", "pascaline", "plan", str(path), "--engine", "llama.cpp", "--card", CARD]
+def planned_by_pascaline(path: Path, context: int, card: str) -> dict:
+    """The plan of `pascaline plan --json` for llama.cpp on a card; empty where it cannot be made."""
+    command = [sys.executable, "-m", "pascaline", "plan", str(path), "--engine", "llama.cpp", "--card", card]
     options = ["--context", str(context), "--requests", "1", "--json"]
     answer = subprocess.run([*command, *options], capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
     if not answer.stdout.startswith("{"):
@@ -119,8 +122,12 @@ def compare(path: Path, model: str, mixture: str, context: int) -> Row:
         row.kv_true, row.cpu_true = allocated.get("KV"), sum(allocated.values())
     if estimated := estimated_by_gguf_parser(path, context):
         row.kv_gguf_parser, row.cpu_gguf_parser, row.gpu_gguf_parser = estimated
-    plan = planned_by_pascaline(path, context)
+    plan = planned_by_pascaline(path, context, CARD)
     row.kv_pascaline, row.gpu_pascaline = plan.get("kv_bytes"), plan.get("total_bytes")
+    # What llama.cpp logs are its buffers, not what the process takes besides.
+    parts = planned_by_pascaline(path, context, "cpu").get("parts", [])
+    if parts:
+        row.cpu_pascaline = sum(part["bytes"] for part in parts if part["key"] in BUFFERS)
     return row
 
 
@@ -132,13 +139,14 @@ def table(rows: list[Row]) -> str:
         "kv_pascaline",
         "cpu_true",
         "cpu_gguf_parser",
+        "cpu_pascaline",
         "gpu_gguf_parser",
         "gpu_pascaline",
     )
     lines = [
-        f"{'':<30}{'KV cache, MiB':^39}{'on the CPU, MiB':^26}{'on the GPU, MiB':^26}",
+        f"{'':<30}{'KV cache, MiB':^39}{'on the CPU, MiB':^39}{'on the GPU, MiB':^26}",
         f"{'model':<13}{'mixture':<9}{'context':>8}"
-        + "".join(f"{title:>13}" for title in ("llama.cpp", "gguf-parser", "pascaline", "llama.cpp", "gguf-parser"))
+        + "".join(f"{title:>13}" for title in 2 * ("llama.cpp", "gguf-parser", "pascaline"))
         + "".join(f"{title:>13}" for title in ("gguf-parser", "pascaline")),
     ]
     for row in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -283,7 +284,5 @@ def _commands(folder: Path, engine: str, kv_dtype: str, dtype: str) -> tuple[tup
 
 def _pairs(arguments: tuple[str, ...]) -> set[tuple[str, str]]:
     return {
-        (flag, value)
-        for flag, value in zip(arguments, arguments[1:], strict=False)
-        if flag.startswith("--") and not value.startswith("--")
+        (flag, value) for flag, value in pairwise(arguments) if flag.startswith("--") and not value.startswith("--")
     }

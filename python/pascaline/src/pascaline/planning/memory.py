@@ -32,6 +32,9 @@ BUFFERS_PER_TOKEN = 3
 BLOCK_BYTES = 9 / 8
 """Activations as int8 blocks of 32 with two fp16 numbers (ggml-common.h, block_q8_1)."""
 
+LLAMA_CPU_VECTORS = 5
+"""Hidden vectors beside the logits in llama.cpp's buffer on the CPU, as its log shows for six models."""
+
 _GEMMA_3 = ("gemma3", "gemma3_text")
 
 
@@ -175,11 +178,18 @@ def _logits(spec: ModelSpec, request: PlanRequest) -> Part:
 
 
 def _llama_compute(spec: ModelSpec, request: PlanRequest) -> Part:
-    """llama.cpp's graph buffer: its peak is the output layer of a full batch, logits beside the hidden vectors."""
+    """llama.cpp's graph buffer: its peak is the output layer of a full batch, logits beside the hidden vectors.
+
+    On the CPU the input of the last layer and the attention mask are in the same buffer.
+    """
     batch = llama_batch(request)
-    n_bytes = batch * (spec.vocab_size + spec.hidden_size) * 4
-    text = f"batch of {batch} x (vocabulary {spec.vocab_size:,} + hidden {spec.hidden_size:,}) x 4 B"
-    source = "llama.cpp: its log of compute buffers, benchmarks/plan_compare.py"
+    vectors = 1 if request.device == "cuda" else LLAMA_CPU_VECTORS
+    n_bytes = batch * (spec.vocab_size + vectors * spec.hidden_size) * 4
+    text = f"batch of {batch} x (vocabulary {spec.vocab_size:,} + {vectors} x hidden {spec.hidden_size:,}) x 4 B"
+    if request.device == "cpu":
+        n_bytes += batch * request.context_length * 4
+        text += f" + mask {batch} x {request.context_length:,} x 4 B"
+    source = "llama.cpp's own log of its compute buffers (benchmarks/plan_compare.py)"
     return Part("activations", "compute buffer", n_bytes, text, "measured", source)
 
 

@@ -1,0 +1,198 @@
+"""Bytes of weights, KV cache and the rest: by the header exactly, and as the plugin and llama.cpp hold them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from pascaline.cards import card_names, load_card
+from pascaline.models.reader import read_model
+from pascaline.models.spec import ModelSpec, TensorSpec
+from pascaline.planning import make_plan
+from pascaline.planning.kv_cache import kv_bytes_per_token, layer_groups, llama_pool, recurrent_bytes, sglang_pool
+from pascaline.planning.mixtures import MIXTURES, requantized
+from pascaline.planning.weights import HELD_AS, PACKED_COLUMNS, PACKED_ROWS, resident_bytes, weights_on_device
+from support.models import PUBLISHED_BYTES, SHAPES, tensor_types, tiny, write_gguf
+from support.planning import LLAMA_2_7B, LLAMA_3_8B, P4, QWEN_3_4B, request, spec_of
+
+GEMMA = spec_of(SHAPES["gemma-2-9b"], sliding_window=4096, sliding_layer_ids=tuple(range(0, 42, 2)), sliding_layers=21)
+HEADER_BYTES = 12 << 20
+"""More than any header of a published file: its tokenizer."""
+
+
+class TestWeights:
+    def test_the_tables_of_the_plugin_and_of_the_planner_agree(self) -> None:
+        storage = pytest.importorskip("sglang_pascal.quantization.storage", reason="sglang-pascal is not installed")
+        formats = pytest.importorskip("sglang_pascal.kernels.formats", reason="sglang-pascal is not installed")
+        assert {kind: kind for kind in formats.FORMATS} | storage.LOSSLESS == HELD_AS
+        assert (formats.GROUP_ROWS, formats.TILE_COLUMNS) == (PACKED_ROWS, PACKED_COLUMNS)
+
+    @pytest.mark.parametrize("kind", sorted(HELD_AS))
+    @pytest.mark.parametrize("shape", [(32, 256), (33, 256), (1, 512), (4096, 4096), (152064, 3584)])
+    def test_a_matrix_takes_what_the_plugin_allocates(self, kind: str, shape: tuple[int, int]) -> None:
+        storage = pytest.importorskip("sglang_pascal.quantization.storage", reason="sglang-pascal is not installed")
+        held = storage.Storage(kind, HELD_AS[kind])
+        tensor = TensorSpec("blk.0.attn_q.weight", shape, kind, 0)
+        assert resident_bytes(tensor, LLAMA_2_7B, request()) == held.n_bytes(*shape)
+
+    @pytest.mark.parametrize(
+        ("kind", "n_bytes"), [("F32", 2), ("F16", 2), ("BF16", 2), ("Q5_1", 2), ("IQ2_XXS", 2), ("Q2_K", 2)]
+    )
+    def test_types_without_kernels_become_float16(self, kind: str, n_bytes: int) -> None:
+        tensor = TensorSpec("blk.0.attn_q.weight", (64, 512), kind, 0)
+        assert resident_bytes(tensor, LLAMA_2_7B, request()) == 64 * 512 * n_bytes
+
+    def test_a_vector_is_in_the_type_of_the_computation(self) -> None:
+        tensor = TensorSpec("blk.0.attn_norm.weight", (4096,), "F32", 4 * 4096)
+        assert resident_bytes(tensor, LLAMA_2_7B, request()) == 2 * 4096
+        assert resident_bytes(tensor, LLAMA_2_7B, request(engine="llama.cpp")) == 4 * 4096
+
+    def test_a_vocabulary_is_padded(self) -> None:
+        tensor = TensorSpec("model.embed_tokens.weight", (32007, 64), "F16", 0)
+        spec = replace(LLAMA_2_7B, format="safetensors")
+        assert resident_bytes(tensor, spec, request()) == 32064 * 64 * 2
+
+    def test_quantised_safetensors_stay_as_they_are(self) -> None:
+        tensor = TensorSpec("model.layers.0.mlp.up_proj.qweight", (512, 512), "I32", 512 * 512 * 4)
+        assert resident_bytes(tensor, replace(LLAMA_2_7B, format="safetensors"), request()) == 512 * 512 * 4
+
+    def test_bitsandbytes_takes_half_a_byte_and_its_scales(self) -> None:
+        spec, wanted = replace(LLAMA_2_7B, format="safetensors"), request(quantization="bitsandbytes")
+        matrix = TensorSpec("model.layers.0.mlp.up_proj.weight", (4096, 4096), "F16", 0)
+        assert resident_bytes(matrix, spec, wanted) == 4096 * 4096 // 2 + 4096 * 4096 // 64 + 4096 * 4096 // 4096
+        head = TensorSpec("lm_head.weight", (4096, 4096), "F16", 0)
+        assert resident_bytes(head, spec, wanted) == 2 * 4096 * 4096
+
+    def test_a_tied_matrix_counts_once_in_sglang_and_on_both_sides_in_llama_cpp(self) -> None:
+        embedding = next(tensor for tensor in QWEN_3_4B.tensors if tensor.name == "token_embd.weight")
+        sglang = weights_on_device(QWEN_3_4B, request())
+        llama = weights_on_device(QWEN_3_4B, request(engine="llama.cpp"))
+        assert sglang.host_bytes == 0
+        assert llama.host_bytes == embedding.n_bytes
+        assert llama.n_bytes == QWEN_3_4B.weights_bytes
+
+    def test_llama_cpp_keeps_an_untied_embedding_on_the_host(self) -> None:
+        llama = weights_on_device(LLAMA_2_7B, request(engine="llama.cpp"))
+        assert llama.n_bytes + llama.host_bytes == LLAMA_2_7B.weights_bytes
+
+    def test_a_step_reads_all_but_the_input_embedding(self) -> None:
+        found = weights_on_device(LLAMA_2_7B, request(engine="llama.cpp"))
+        assert found.dense_read_bytes == found.n_bytes
+        assert found.macs == LLAMA_2_7B.n_parameters - 32000 * 4096 - 65 * 4096
+
+    def test_a_mixture_of_experts_reads_what_it_uses(self) -> None:
+        experts = tuple(
+            TensorSpec(f"blk.0.ffn_{part}_exps.weight", (8, 512, 256), "Q8_0", 8 * 512 * 272) for part in ("up", "gate")
+        )
+        spec = replace(QWEN_3_4B, tensors=(*QWEN_3_4B.tensors, *experts), num_experts=8, num_experts_per_token=2)
+        plain, mixed = weights_on_device(QWEN_3_4B, request()), weights_on_device(spec, request())
+        all_experts = 2 * 8 * 512 * 272
+        assert mixed.n_bytes - plain.n_bytes == all_experts
+        assert mixed.read_bytes(1) - plain.read_bytes(1) == all_experts / 4
+        assert mixed.read_bytes(16) - plain.read_bytes(16) == all_experts
+        assert mixed.macs - plain.macs == 2 * 8 * 512 * 256 // 4
+
+    def test_gpus_share_weights_and_heads(self) -> None:
+        alone, pair = make_plan(LLAMA_3_8B, P4, request()), make_plan(LLAMA_3_8B, P4, request(tensor_parallel=2))
+        assert pair.weights_bytes == -(-alone.weights_bytes // 2)
+        assert pair.kv_bytes_per_token * 2 == alone.kv_bytes_per_token
+
+
+class TestMixtures:
+    @pytest.mark.parametrize(("name", "mixture"), sorted(PUBLISHED_BYTES))
+    def test_sizes_are_those_of_published_files(self, name: str, mixture: str) -> None:
+        """Without the header, which a published file has besides."""
+        size = spec_of(SHAPES[name], mixture).weights_bytes
+        assert 0 <= PUBLISHED_BYTES[name, mixture] - size <= HEADER_BYTES
+
+    @pytest.mark.parametrize("mixture", MIXTURES)
+    @pytest.mark.parametrize("name", ["llama-2-7b", "gemma-3-4b"])
+    def test_each_tensor_has_the_type_that_llama_quantize_chooses(self, name: str, mixture: str) -> None:
+        found = {tensor.name: tensor.tensor_type for tensor in spec_of(SHAPES[name], mixture).tensors}
+        assert found == tensor_types(SHAPES[name], mixture)
+
+    @pytest.mark.parametrize("mixture", MIXTURES)
+    def test_a_file_written_so_has_the_same_bytes(self, mixture: str, tmp_path: Path) -> None:
+        shape = tiny("llama")
+        source = read_model(write_gguf(tmp_path / "source.gguf", shape, "F16", sparse=True))
+        target = read_model(write_gguf(tmp_path / "target.gguf", shape, mixture, sparse=True))
+        assert requantized(source, mixture).weights_bytes == target.weights_bytes
+
+    def test_rows_that_no_block_divides_fall_back(self) -> None:
+        tensors = (TensorSpec("blk.0.ffn_down.weight", (64, 96), "F16", 0), TensorSpec("x", (8, 7), "F16", 0))
+        spec = requantized(replace(LLAMA_2_7B, tensors=tensors), "Q4_K_M")
+        assert [(tensor.tensor_type, tensor.n_bytes) for tensor in spec.tensors] == [("Q8_0", 64 * 102), ("F16", 112)]
+
+
+class TestKvCache:
+    @pytest.mark.parametrize(
+        ("spec", "n_bytes"),
+        [(LLAMA_2_7B, 512 * 1024), (LLAMA_3_8B, 128 * 1024), (QWEN_3_4B, 144 * 1024)],
+        ids=["llama-2-7b", "llama-3.1-8b", "qwen3-4b"],
+    )
+    def test_bytes_of_a_token(self, spec: ModelSpec, n_bytes: int) -> None:
+        assert kv_bytes_per_token(spec, request()) == n_bytes
+        assert kv_bytes_per_token(spec, request(kv_dtype="fp8_e5m2")) == n_bytes // 2
+
+    def test_int8_has_a_scale_per_head_or_per_block(self) -> None:
+        assert kv_bytes_per_token(LLAMA_3_8B, request(kv_dtype="int8")) == 32 * 8 * 2 * (128 + 2)
+        assert (
+            kv_bytes_per_token(LLAMA_3_8B, request(kv_dtype="int8", engine="llama.cpp")) == 32 * 8 * 2 * 128 * 34 // 32
+        )
+
+    def test_sglang_pads_by_one_token(self) -> None:
+        assert sglang_pool(LLAMA_3_8B, request(), 1000).n_bytes == 1001 * 128 * 1024
+
+    def test_sglang_gives_sliding_layers_the_whole_pool(self) -> None:
+        assert kv_bytes_per_token(GEMMA, request()) == 42 * 8 * 2 * 256 * 2
+
+    def test_llama_cpp_gives_sliding_layers_the_window_and_a_batch(self) -> None:
+        pool = llama_pool(GEMMA, request(engine="llama.cpp", context_length=8192, max_running_requests=1))
+        assert pool.n_bytes == 21 * 8 * 2 * 256 * 2 * (8192 + 4096 + 512)
+
+    @pytest.mark.parametrize(("context", "cells"), [(1, 256), (256, 256), (257, 512), (4096, 4096)])
+    def test_llama_cpp_rounds_cells_up(self, context: int, cells: int) -> None:
+        pool = llama_pool(LLAMA_3_8B, request(engine="llama.cpp", context_length=context, max_running_requests=3))
+        assert pool.n_bytes == 3 * cells * 128 * 1024
+
+    def test_layers_without_attention_store_nothing(self) -> None:
+        spec = replace(LLAMA_3_8B, layer_kv_heads=(8, 0) * 16)
+        assert kv_bytes_per_token(spec, request()) == 64 * 1024
+
+    def test_mla_stores_one_vector(self) -> None:
+        spec = replace(LLAMA_3_8B, kv_lora_rank=512, qk_rope_head_dim=64)
+        assert [(group.layers, group.heads) for group in layer_groups(spec)] == [(32, 1)]
+        assert kv_bytes_per_token(spec, request()) == 32 * (512 + 64) * 2
+
+    def test_recurrent_layers_have_a_state_per_request(self) -> None:
+        """A pure Mamba 2 model of 4 layers: convolution over inner size and groups, and the SSM state, in fp32."""
+        spec = replace(
+            LLAMA_3_8B, num_hidden_layers=4, layer_kv_heads=(0,) * 4, num_kv_heads=0, ssm_state_size=128,
+            ssm_inner_size=2048, ssm_conv_kernel=4, ssm_num_groups=1,
+        )  # fmt: skip
+        assert recurrent_bytes(spec) == 4 * 4 * (3 * (2048 + 2 * 128) + 128 * 2048)
+        assert llama_pool(spec, request(engine="llama.cpp")).n_bytes == 4 * recurrent_bytes(spec)
+
+
+class TestParts:
+    @pytest.mark.parametrize("name", card_names())
+    def test_constants_have_an_origin_and_a_source(self, name: str) -> None:
+        for fact in load_card(name).planning.values():
+            assert fact.origin in ("measured", "documented", "estimated")
+            assert fact.source
+            assert fact.value > 0
+
+    def test_every_part_shows_its_formula(self) -> None:
+        for part in make_plan(LLAMA_2_7B, P4, request()).parts:
+            assert part.formula
+            assert part.origin == "exact" or part.source
+
+    def test_tables_grow_with_requests_and_context(self) -> None:
+        one = make_plan(LLAMA_2_7B, P4, request(max_running_requests=1, context_length=4096))
+        two = make_plan(LLAMA_2_7B, P4, request(max_running_requests=2, context_length=4096))
+        assert two.part("tables") - one.part("tables") == (4096 + 4) * 4
+
+    def test_llama_cpp_computes_the_logits_of_a_whole_batch(self) -> None:
+        plan = make_plan(LLAMA_3_8B, P4, request(engine="llama.cpp", max_running_requests=1))
+        assert plan.part("activations") == 512 * (128256 + 4096) * 4

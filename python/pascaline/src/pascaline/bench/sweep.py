@@ -15,6 +15,7 @@ from pascaline.bench.results import create_or_resume
 from pascaline.bench.runner import Runner
 from pascaline.bench.server import make_prompts
 from pascaline.bench.stream import parse_endpoint
+from pascaline.configuration import DEFAULT
 from pascaline.errors import ConfigurationError, PascalineError
 from pascaline.models import store
 from pascaline.models.reader import read_model
@@ -58,16 +59,18 @@ class Target:
         """The server's card profile where it is known; a server elsewhere has not this host's."""
         return self.configuration.card if self.url is None else self.given.get("card")
 
+    def _is_chosen(self, key: str) -> bool:
+        """Whether the user set it; a card's profile only says where to start from."""
+        origin = self.configuration.origins[key]
+        return origin != DEFAULT and not origin.startswith("profile ")
+
     def serve_flags(self, spec: ModelSpec) -> list[str]:
         """Return the arguments of `pascaline serve`."""
-        wanted = {key: value for key, value in self.wanted.items() if self.configuration.origins[key] in _NOT_CHOSEN}
+        wanted = {key: value for key, value in self.wanted.items() if not self._is_chosen(key)}
         if "context_length" in wanted and spec.context_length:
             wanted["context_length"] = min(wanted["context_length"], spec.context_length)
         config = ["--config", str(self.config_file)] if self.config_file else []
         return [*config, *to_flags(self.given | wanted)]
-
-
-_NOT_CHOSEN = {"default"}
 
 
 def run_sweep(target: Target, experiment: Experiment, folder: Path) -> Results:

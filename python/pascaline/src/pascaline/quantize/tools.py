@@ -1,0 +1,117 @@
+"""llama.cpp's programs: where they are, and how they are run so that nothing of them outlives this process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pascaline.errors import MissingError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+KEPT_LINES = 50
+"""Last lines of output, for the message of a failure."""
+INSTALL = "install llama.cpp (Debian: llama.cpp-tools, Nix: llama-cpp)"
+
+# The newest name of each program first.
+_NAMES = {
+    "quantize": ("llama-quantize",),
+    "imatrix": ("llama-imatrix",),
+    "generate": ("llama-completion", "llama-cli"),
+    "convert": ("convert_hf_to_gguf.py", "convert-hf-to-gguf", "convert_hf_to_gguf"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """The programs that are here."""
+
+    folder: Path | None = None
+    """Where to look first; None: on PATH alone."""
+    converter: Path | None = None
+    """llama.cpp's convert_hf_to_gguf.py where it is not on PATH."""
+    python: Path = Path(sys.executable)
+    """Runs the converter; it must have torch, transformers and gguf."""
+
+    def command(self, tool: str) -> list[str]:
+        """Return how to start `quantize`, `imatrix`, `generate` or `convert`; MissingError where it is not here."""
+        if tool == "convert" and self.converter is not None:
+            if not self.converter.is_file():
+                raise MissingError(f"--converter: {self.converter} is not a file")
+            return self._script(self.converter)
+        for name in _NAMES[tool]:
+            if found := self._find(name):
+                return self._script(found) if tool == "convert" else [str(found)]
+        where = f"in {self.folder} or on PATH" if self.folder else "on PATH"
+        option = "--converter" if tool == "convert" else "--tools"
+        raise MissingError(f"{' or '.join(_NAMES[tool])} is not {where}; {INSTALL}, or name it with {option}")
+
+    def _find(self, name: str) -> Path | None:
+        if self.folder is not None and (found := shutil.which(name, path=str(self.folder))):
+            return Path(found)
+        found = shutil.which(name)
+        return Path(found) if found else None
+
+    def _script(self, path: Path) -> list[str]:
+        # A script's own first line names a Python that mostly lacks torch.
+        return [str(self.python), str(path)] if path.suffix == ".py" else [str(path)]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a program ended."""
+
+    code: int
+    """Negative: by that signal."""
+    last_lines: tuple[str, ...]
+    """Of its output and errors together."""
+
+    @property
+    def reason(self) -> str:
+        """Its last words, for a message."""
+        words = next((line for line in reversed(self.last_lines) if line.strip()), "it said nothing")
+        ended = f"signal {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
+        return f"{ended}: {words.strip()}"
+
+
+def run(command: Sequence[str], on_line: Callable[[str], None], *, environment: dict[str, str] | None = None) -> Ended:
+    """Run a program to its end; `on_line` gets each line, ended by a newline or a carriage return.
+
+    However this call ends, the program and all that it started are gone then.
+    """
+    try:
+        process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise MissingError(f"failed to run {command[0]}: {error.strerror}; {INSTALL}") from error
+    last: deque[str] = deque(maxlen=KEPT_LINES)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:  # universal newlines: a carriage return ends one too
+            last.append(line.rstrip("\n"))
+            on_line(last[-1])
+        code = process.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+    return Ended(code, tuple(last))

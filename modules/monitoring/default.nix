@@ -182,6 +182,7 @@ in
             group_wait = "30s";
             repeat_interval = "4h";
           };
+          inhibit_rules = lib.importJSON ./inhibit_rules.json;
           receivers = [
             {
               name = "webhook";

@@ -292,7 +292,7 @@ def alertmanager_config(webhook: Webhook) -> dict[str, Any]:
             "repeat_interval": "1h",
         },
         "receivers": [{"name": "webhook", "webhook_configs": [{"url": webhook.url, "send_resolved": True}]}],
-        "inhibit_rules": yaml.safe_load((MONITORING / "inhibit_rules.yaml").read_text()),
+        "inhibit_rules": json.loads((MONITORING / "inhibit_rules.json").read_text()),
     }
 
 

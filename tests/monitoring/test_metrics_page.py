@@ -38,6 +38,8 @@ NAMED_UNITS = {
     "nvidia_gpu_power_draw": "W",
     "pascaline_settings_context_length": "tokens",
     "pascaline_settings_max_total_tokens": "tokens",
+    "pascaline_plan_kv_tokens": "tokens",
+    "pascaline_engine_kv_tokens": "tokens",
     "pascaline_settings_max_running_requests": "requests",
 }
 OF_EVERY_GPU = {"gpu", "uuid"}

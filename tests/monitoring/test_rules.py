@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -155,6 +156,15 @@ def test_every_paragraph_of_the_manual_has_the_same_four_parts() -> None:
     for name in {rule["alert"] for rule in alerts()}:
         parts = re.findall(r"^\*\*(.+?)\.\*\*", by_name[name], re.MULTILINE)
         assert parts == ["Means", "Look at", "Do", "Do not"], name
+
+
+def test_inhibitions_name_alerts_that_exist_and_are_explained() -> None:
+    inhibitions = json.loads((ROOT / "modules/monitoring/inhibit_rules.json").read_text())
+    matchers = [text for rule in inhibitions for text in rule["source_matchers"] + rule["target_matchers"]]
+    named = {name for text in matchers for name in re.split(r"[|\s\"=~]+", text) if name} - {"alertname"}
+    assert named <= {rule["alert"] for rule in alerts()}
+    sources = {rule["source_matchers"][0].removeprefix("alertname = ") for rule in inhibitions}
+    assert set(re.findall(r"^\| (\w+) \| .* \| .* \|$", OPERATIONS.read_text(), re.MULTILINE)) >= sources
 
 
 def test_the_two_xid_tiers_share_no_number() -> None:

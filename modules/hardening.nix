@@ -34,5 +34,5 @@
     "@system-service"
     "~@privileged"
   ];
-  UMask = "0027";
+  UMask = "0077";
 }

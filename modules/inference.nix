@@ -51,18 +51,19 @@ let
       rendered
     else
       pkgs.runCommand "pascaline-${name}.toml" { nativeBuildInputs = [ cfg.package ]; } ''
-        pascaline config check --no-host ${rendered}
+        pascaline config check --no-host --config ${rendered}
         cp ${rendered} $out
       '';
 
-  nvidiaDevices =
-    instance:
-    map (index: "/dev/nvidia${toString index} rw") instance.gpus
-    ++ [
-      "/dev/nvidiactl rw"
-      "/dev/nvidia-uvm rw"
-      "/dev/nvidia-uvm-tools rw"
-    ];
+  # All GPUs, although only some are used: CUDA counts the GPUs that it may open and NVML counts all, so that with a
+  # narrower rule CUDA_VISIBLE_DEVICES would mean one card to the engine and another to the supervisor.
+  nvidiaDevices = [
+    "char-nvidia rw"
+    "char-nvidia-frontend rw" # their older name
+    "/dev/nvidiactl rw"
+    "/dev/nvidia-uvm rw"
+    "/dev/nvidia-uvm-tools rw"
+  ];
 
   hardening = import ./hardening.nix;
 
@@ -139,7 +140,7 @@ let
       // lib.optionalAttrs (instance.gpus != [ ]) {
         PrivateDevices = false;
         DevicePolicy = "closed";
-        DeviceAllow = nvidiaDevices instance;
+        DeviceAllow = nvidiaDevices;
         # The device nodes belong to root in the host's user namespace.
         PrivateUsers = false;
       };

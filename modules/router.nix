@@ -104,18 +104,25 @@ in
       wants = [ "network-online.target" ];
       after = [ "network-online.target" ];
       startLimitIntervalSec = 0;
-      # The router takes its key by argument only; the shell reads it from the credential, so that it is not in the unit.
-      script = ''
-        ${lib.optionalString (cfg.apiKeyFile != null) ''
-          key=$(cat "$CREDENTIALS_DIRECTORY/api-key")
-          set -- --api-key "$key"
-        ''}
-        exec ${cfg.package}/bin/python -m sglang_router.launch_router \
-          --host ${lib.escapeShellArg cfg.host} --port ${toString cfg.port} \
-          --prometheus-host ${lib.escapeShellArg cfg.host} --prometheus-port ${toString cfg.metricsPort} \
-          --policy ${cfg.policy} --worker-urls ${lib.escapeShellArgs cfg.workers} "$@"
-      '';
       serviceConfig = hardening // {
+        ExecStart = lib.escapeShellArgs (
+          [
+            "${cfg.package}/bin/python"
+            "${./run-router.py}"
+            "--host"
+            cfg.host
+            "--port"
+            cfg.port
+            "--prometheus-host"
+            cfg.host
+            "--prometheus-port"
+            cfg.metricsPort
+            "--policy"
+            cfg.policy
+            "--worker-urls"
+          ]
+          ++ cfg.workers
+        );
         User = config.services.pascaline.user;
         LoadCredential = lib.optional (cfg.apiKeyFile != null) "api-key:${cfg.apiKeyFile}";
         Restart = "always";

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from support import units
 
 pytestmark = pytest.mark.nix
 
@@ -46,6 +50,35 @@ def test_every_option_is_documented(evaluated: Any) -> None:
     assert all(name.endswith((".instance", ".address", ".memory", ".graphics")) for name in required), required
 
 
+def test_rendered_settings_are_accepted_by_the_program(evaluated: Any, tmp_path: Path) -> None:
+    """What the modules render for every host and case is sound to the code that reads it at start."""
+    documents = [text for rendered in evaluated("settings").values() for text in rendered.values()]
+    assert len(documents) > 5
+    for settings in documents:
+        file = tmp_path / "pascaline.toml"
+        file.write_text(units.toml(settings))
+        command = [sys.executable, "-m", "pascaline", "config", "check", "--no-host", "--config", file]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{settings}: {result.stderr}"
+
+
+def test_program_refuses_what_the_modules_cannot_know(tmp_path: Path) -> None:
+    """The check that the build runs ends it: a misspelt key and a value out of range are both named, with their lines."""
+    file = tmp_path / "pascaline.toml"
+    file.write_text(units.toml({"model": "builtin:smollm2-135m", "contxt_length": 4096, "max_running_requests": 0}))
+    command = [sys.executable, "-m", "pascaline", "config", "check", "--no-host", "--config", file]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "contxt_length" in result.stderr
+    assert "max_running_requests" in result.stderr
+    assert f"{file}:2" in result.stderr
+
+
+def test_rendered_tree_is_that_of_the_modules(evaluated: Any) -> None:
+    """The systemd tests run the text that is kept in the repository; to renew it: cd tests && python -m support.units."""
+    assert units.read(units.ROOT) == units.tree(evaluated("container"))
+
+
 class TestFleet:
     """One inventory, from which everything else follows."""
 
@@ -83,9 +116,9 @@ class TestFleet:
         assert hosts["watch"]["firewall"]["extraInputRules"] == ""
 
     def test_router_knows_every_worker(self, evaluated: Any) -> None:
-        script = evaluated("hosts")["watch"]["services"]["pascaline-router"]["script"]
-        assert "--worker-urls http://10.10.1.1:30000 http://10.10.1.2:30000" in script
-        assert 'cat "$CREDENTIALS_DIRECTORY/api-key"' in script
+        service = evaluated("hosts")["watch"]["services"]["pascaline-router"]["serviceConfig"]
+        assert "--worker-urls http://10.10.1.1:30000 http://10.10.1.2:30000" in service["ExecStart"]
+        assert service["LoadCredential"] == ["api-key:/etc/pascaline/api-key"]
 
     def test_serving_host_has_driver_model_and_instance(self, evaluated: Any) -> None:
         host = evaluated("hosts")["gpu-1"]

@@ -130,7 +130,9 @@ class Container:
         with (self.folder / "console").open("ab") as console:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
         wait_until(self._has_init, BOOT_SECONDS, lambda: f"no systemd: {self._console()}")
-        wait_until(lambda: self._state() in {"starting", "running", "degraded"}, BOOT_SECONDS, lambda: f"state {self._state()}")
+        wait_until(
+            lambda: self._state() in {"starting", "running", "degraded"}, BOOT_SECONDS, lambda: f"state {self._state()}"
+        )
 
     def shut_down(self) -> None:
         """Power off, as a person would, and wait for the end."""

@@ -1,6 +1,6 @@
 """From evaluated modules to the files that a systemd without NixOS reads, as a tree that is laid over a root.
 
-    python tests/support/units.py     writes tests/systemd/root anew from tests/systemd/host.nix
+    cd tests && python -m support.units     writes tests/systemd/root anew from tests/systemd/host.nix
 
 The tree is kept in the repository, so that the units also run where Nix' libraries are not; a test compares it.
 """
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
+
+from support.nix import evaluate
 
 ROOT = Path(__file__).resolve().parents[1] / "systemd" / "root"
 
@@ -71,7 +72,4 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from support.nix import evaluate
-
     write(ROOT, tree(evaluate("container")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import sysconfig
 from pathlib import Path
@@ -26,10 +27,8 @@ VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
 PROGRAMS = {
     f"{STORE}-pascaline/bin/pascaline": 'exec env PYTHONPATH=/opt/source /opt/environment/bin/python -m pascaline "$@"',
     f"{STORE}-pascaline-engine/bin/python": 'exec /usr/bin/python3 /opt/fake_engine.py "$@"',
-    f"{STORE}-pascaline-router/bin/python": "exec /opt/environment/bin/python /opt/show_arguments.py",
-    f"{STORE}-pascaline-fetch-model/bin/pascaline-fetch-model": (
-        REPOSITORY / "modules" / "fetch-model.sh"
-    ).read_text(),
+    f"{STORE}-pascaline-router/bin/python": 'exec env PYTHONPATH=/opt/source /opt/environment/bin/python "$@"',
+    f"{STORE}-pascaline-fetch-model/bin/pascaline-fetch-model": (REPOSITORY / "modules/fetch-model.sh").read_text(),
 }
 REAL_ENGINE = 'exec env PYTHONPATH=/opt/source /opt/environment/bin/python "$@"'
 
@@ -59,6 +58,12 @@ def environment() -> dict[str, Path]:
     }
 
 
+def module_files(root: Path) -> set[str]:
+    """Store paths of files in modules/ that units name."""
+    units = "".join(file.read_text() for file in (root / "etc/systemd/system").glob("*.service"))
+    return set(re.findall(r"/nix/store/\S+\.py", units))
+
+
 def host(folder: Path, programs: dict[str, str]) -> Container:
     """A container with the units, their programs, a key and a model; it is not booted yet."""
     binds = {
@@ -74,7 +79,8 @@ def host(folder: Path, programs: dict[str, str]) -> Container:
     for path, script in programs.items():
         container.write(path, f"#!/bin/bash\n{script}\n", mode=0o755)
     container.write("/opt/environment/pyvenv.cfg", "home = /opt/python/bin\n")
-    container.write("/opt/show_arguments.py", "import sys, time; print(*sys.argv); time.sleep(1e6)\n")
+    for path in module_files(ROOT):
+        container.write(path, (REPOSITORY / "modules" / path.split("-", 1)[1]).read_text())
     container.link("/opt/environment/bin/python", f"/opt/python/bin/{VERSION}")
     container.write("/etc/tmpfiles.d/driver.conf", "L /run/opengl-driver - - - - /opt/driver\n")
     container.write("/etc/sysusers.d/pascaline.conf", 'u pascaline - "pascaline inference" /var/lib/pascaline\n')
@@ -90,6 +96,18 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
         "/etc/systemd/system/pascaline-exporter.service.d/fake.conf",
         "[Service]\nEnvironment=PASCALINE_FAKE_NVML=/opt/demo.nvml\n",
     )
+    container.boot()
+    yield container
+    container.kill()
+
+
+@pytest.fixture
+def engine_machine(tmp_path: Path) -> Iterator[Container]:
+    """The host with real SGLang, booted; of its instances only the main one is wanted."""
+    container = host(tmp_path, PROGRAMS | {f"{STORE}-pascaline-engine/bin/python": REAL_ENGINE})
+    for wanted in (tmp_path / "upper/etc/systemd/system/multi-user.target.wants").iterdir():
+        if wanted.name != "pascaline-main.service":
+            wanted.unlink()
     container.boot()
     yield container
     container.kill()

@@ -8,7 +8,6 @@ let
       context_length = 512;
       port = 30000 + 10 * index;
       agent_port = 30001 + 10 * index;
-      stall_timeout = 10;
       probe_interval = 2;
     }
     // settings;
@@ -17,18 +16,20 @@ in
 {
   hardware.pascaline.driver.enable = true;
   services.pascaline = {
-    # The built-in model's file, which the test puts there.
-    models.smollm2 = {
-      path = "/srv/smollm2.gguf";
-      sha256 = digest;
-    };
-    models.late = {
-      path = "/srv/late.gguf";
-      sha256 = digest;
-    };
-    models.wrong = {
-      path = "/srv/smollm2.gguf";
-      sha256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+    models = {
+      # The built-in model's file, which the test puts there.
+      smollm2 = {
+        path = "/srv/smollm2.gguf";
+        sha256 = digest;
+      };
+      late = {
+        path = "/srv/late.gguf";
+        sha256 = digest;
+      };
+      wrong = {
+        path = "/srv/smollm2.gguf";
+        sha256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+      };
     };
     collectModelGarbage = true;
 
@@ -49,7 +50,7 @@ in
       # Computes on the CPU like the others; its device rules are those of a GPU.
       gpu = onCpu 3 { } // {
         model = "smollm2";
-        gpus = [ 1 ];
+        gpus = [ 0 ];
       };
     };
 

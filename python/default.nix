@@ -170,9 +170,9 @@ let
     runCommand "sglang-pascal-kernels-${version}"
       {
         nativeBuildInputs = [ python312 ];
-        CUDA_NVRTC = "${lib.getLib cudaPackages_pascal.cuda_nvrtc}/lib/libnvrtc.so";
+        # The name of NVRTC's library in every 11.x since 11.2.
+        CUDA_NVRTC = "${lib.getLib cudaPackages_pascal.cuda_nvrtc}/lib/libnvrtc.so.11.2";
         CUDA_PTXAS = lib.getExe' cudaPackages_pascal.cuda_nvcc "ptxas";
-        CUDA_INCLUDE = "${lib.getDev cudaPackages_pascal.cuda_cudart}/include";
       }
       ''
         PYTHONPATH=${./sglang-pascal/src} python -m sglang_pascal.kernels.build --output $out

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytestmark = pytest.mark.nix
+
+KERNEL_VARIABLES = ("CUDA_NVRTC", "CUDA_PTXAS")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,26 @@ def test_other_torch_is_another_environment(flake: Any) -> None:
     other = flake("packages.x86_64-linux.pascaline-engine", 'p: (p.override { torchFlavour = "cu118"; }).drvPath')
     assert other.startswith("/nix/store/")
     assert other != locked
+
+
+def test_kernels_are_built_by_the_plugin_itself(flake: Any, repository: Path, tmp_path: Path) -> None:
+    """The derivation calls the plugin's own build with CUDA 11.8 by path; the build needs nothing but a bare Python."""
+    command = flake("packages.x86_64-linux.sglang-pascal-kernels.buildCommand")
+    assert "python -m sglang_pascal.kernels.build --output $out" in command
+    variables = {name: flake(f"packages.x86_64-linux.sglang-pascal-kernels.{name}") for name in KERNEL_VARIABLES}
+    assert all(path.startswith("/nix/store/") for path in variables.values())
+    environment = variables | {"PYTHONPATH": str(repository / "python/sglang-pascal/src"), "HOME": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-S", "-m", "sglang_pascal.kernels.build", "--output", tmp_path / "kernels"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # The stand-ins for CUDA 11.8 hold no files, and the build says so by the variable's name.
+    assert result.returncode == 8
+    assert "NVRTC 11.8 is not on this machine" in result.stderr
+    assert "name the file by CUDA_NVRTC" in result.stderr
 
 
 def test_app_runs_the_control_plane(flake: Any) -> None:

@@ -41,9 +41,9 @@ def info(kind: str, rows: int, columns: int) -> MatrixInfo:
     return MatrixInfo("t", None, storage, rows, columns)
 
 
-def product(matrix, x: torch.Tensor) -> torch.Tensor:
+def product(matrix, x: torch.Tensor, wide: bool = False) -> torch.Tensor:
     out = torch.empty(len(x), matrix.rows)
-    matrix.multiply(Input(x), out)
+    matrix.multiply(Input(x, wide=wide), out)
     return out
 
 
@@ -64,6 +64,18 @@ def test_what_is_loaded_in_chunks_multiplies_as_the_file_says(kind, rows, column
     weights = dequantize_ref(torch.from_numpy(raw), kind)
     x = torch.randn(3, columns, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(product(matrix, x), exact(x, weights), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_wide_activations_are_a_hundred_times_as_exact(kind):
+    raw = random_raw(kind, 64, 1024)
+    matrix = packed(kind, 64, 1024)
+    Stager(CPU).load(matrix, info(kind, 64, 1024), raw)
+    x = torch.randn(8, 1024, generator=torch.Generator().manual_seed(2))
+    wanted = (x.double() @ dequantize_ref(torch.from_numpy(raw), kind).double().T).float()
+    narrow = (product(matrix, x) - wanted).square().mean().sqrt()
+    wide = (product(matrix, x, wide=True) - wanted).square().mean().sqrt()
+    assert wide < narrow / 100
 
 
 def test_the_chunks_of_a_product_do_not_change_it(monkeypatch):
@@ -152,6 +164,12 @@ class TestJoining:
 
 
 def test_an_input_is_quantised_once():
-    x = Input(torch.randn(2, 256))
+    x = Input(torch.randn(2, 256), wide=False)
     assert x.quantized is x.quantized
-    assert Input(torch.randn(2, 256).bfloat16()).quantized.q.dtype == torch.int8
+    assert Input(torch.randn(2, 256).bfloat16(), wide=False).quantized.q.dtype == torch.int8
+
+
+def test_rows_are_counted_once_however_wide_they_are():
+    x = Input(torch.randn(3, 256), wide=True)
+    assert (x.n, len(x.quantized.q)) == (3, 6)
+    assert Input(None, x.quantized, wide=True).n == 3

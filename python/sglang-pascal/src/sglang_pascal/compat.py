@@ -1,12 +1,13 @@
 """Everything that this plugin changes in SGLang and torch, as one table.
 
-A shim is applied in `activate` (before SGLang's modules are imported: what they read at import) or in `register`
-(after: functions and classes). SGLang only logs a hook that fails, so each shim can tell whether it is in place;
-tests and `sglang-pascal info` ask.
+A shim is applied in `activate` (before SGLang's modules are imported: what they read at import), in `register` (after:
+functions and classes) or in `worker` (only in processes that run a model, whose modules others need not import). SGLang
+only logs a hook that fails, so each shim can tell whether it is in place; tests and `sglang-pascal info` ask.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.metadata
@@ -34,7 +35,7 @@ class Shim:
     """Version that was read."""
     devices: tuple[str, ...]
     """Platforms that need it: cpu, cuda."""
-    stage: Literal["activate", "register"]
+    stage: Literal["activate", "register", "worker"]
     is_needed: Callable[[], bool]
     """False = the installed SGLang or torch does without: remove the shim."""
     apply: Callable[[], None]
@@ -247,23 +248,30 @@ def _is_hooked(module: str, *attributes: str) -> bool:
     return hasattr(value, "__wrapped__")
 
 
+_ATTENTION_BACKENDS: Final = ("pascal", "pascal_kernels", "pascal_torch")
+"""Ours by device; our kernels, on a CPU by their reference; plain torch, on any device."""
+
+
 def _register_attention() -> None:
     from sglang.srt.arg_groups.choices import add_attention_backend_choices
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-    add_attention_backend_choices(["pascal"])
-    register_attention_backend("pascal")(_create_attention_backend)
+    add_attention_backend_choices(list(_ATTENTION_BACKENDS))
+    for name in _ATTENTION_BACKENDS:
+        register_attention_backend(name)(functools.partial(_create_attention_backend, name))
 
 
-def _create_attention_backend(runner: Any) -> Any:
-    from sglang_pascal.attention.backend import create_backend
+def _create_attention_backend(name: str, runner: Any) -> Any:
+    from sglang_pascal.attention import backend, kernels_backend
 
-    return create_backend(runner)
+    if name == "pascal":
+        name = "pascal_torch" if str(runner.device).startswith("cpu") else "pascal_kernels"
+    return (kernels_backend if name == "pascal_kernels" else backend).create_backend(runner)
 
 
 def _attention_is_registered() -> bool:
     registry = sys.modules.get("sglang.srt.layers.attention.attention_registry")
-    return registry is not None and "pascal" in registry.ATTENTION_BACKENDS
+    return registry is not None and set(_ATTENTION_BACKENDS) <= set(registry.ATTENTION_BACKENDS)
 
 
 def _register_load_format() -> None:
@@ -277,14 +285,27 @@ _KV_DTYPE: Final = "sglang.srt.mem_cache.kv_cache_dtype"
 _POOL_SIZES: Final = "sglang.srt.model_executor.pool_configurator"
 
 
+def _add_int8_choice() -> None:
+    from sglang_pascal.attention.kv_types import INT8, kv_cache_choices
+
+    kv_cache_choices().append(INT8)
+
+
+def _int8_is_a_choice() -> bool:
+    from sglang_pascal.attention.kv_types import INT8, kv_cache_choices
+
+    return INT8 in kv_cache_choices()
+
+
 def _register_kv_types() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
     from sglang_pascal.attention import kv_types
 
-    if kv_types.INT8 not in kv_types.kv_cache_choices():
-        kv_types.kv_cache_choices().append(kv_types.INT8)
     _hook(f"{_KV_DTYPE}.configure_kv_cache_dtype", kv_types.configure_kv_cache_dtype, "AROUND")
     _hook(f"{_POOL_SIZES}.DefaultPoolConfigurator._compute_cell_size", kv_types.compute_cell_size, "AROUND")
     _hook(f"{_POOL_SIZES}.HybridSWAPoolConfigurator.__init__", kv_types.add_scales_to_hybrid_sizes, "AFTER")
+    HookRegistry.apply_hooks()  # those of the stage before are in place already
 
 
 def _kv_types_are_registered() -> bool:
@@ -357,7 +378,7 @@ SHIMS: Final = (
     ),
     Shim(
         name="attention backend",
-        what="--attention-backend pascal",
+        what="--attention-backend pascal, pascal_kernels, pascal_torch",
         why="SGLang's torch_native pads each prefill chunk to the whole context and turns CUDA graphs off",
         sglang="0.5.23",
         devices=("cpu", "cuda"),
@@ -378,12 +399,23 @@ SHIMS: Final = (
         is_applied=lambda: _is_hooked(_LOAD_CONFIG, "LoadConfig", "_verify_load_format"),
     ),
     Shim(
-        name="KV cache types",
-        what="--kv-cache-dtype int8, and fp8_e5m2 on the CPU: the choice, its type and its bytes per token",
-        why="SGLang has no int8 KV cache, and sizes its pools from the element size alone",
+        name="int8 KV cache, choice",
+        what="--kv-cache-dtype int8",
+        why="SGLang has no int8 KV cache: half of float16's bytes, and more exact than fp8_e5m2",
         sglang="0.5.23",
         devices=("cpu", "cuda"),
         stage="register",
+        is_needed=_always,
+        apply=_add_int8_choice,
+        is_applied=_int8_is_a_choice,
+    ),
+    Shim(
+        name="int8 KV cache, pool",
+        what="the type of the pool and its bytes per token for int8; fp8_e5m2 on the CPU",
+        why="SGLang sizes its pools from the element size alone, and refuses fp8_e5m2 where its own kernels lack it",
+        sglang="0.5.23",
+        devices=("cpu", "cuda"),
+        stage="worker",
         is_needed=_always,
         apply=_register_kv_types,
         is_applied=_kv_types_are_registered,

@@ -32,6 +32,20 @@ class _PascalPlatform(SRTPlatform):  # type: ignore[misc]  # SGLang publishes no
         """Our own."""
         return "pascal"
 
+    def init_backend(self) -> None:
+        """Once per process that runs a model, when SGLang's layers are there."""
+        from sglang_pascal.compat import apply_shims
+        from sglang_pascal.fused_layers import register_norm
+
+        apply_shims(self.device_type, "worker")
+        register_norm(self.get_dispatch_key_name())
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        """Once per model, when its weights are there."""
+        from sglang_pascal.fused_layers import fuse
+
+        fuse(model)
+
     def get_dispatch_key_name(self) -> str:
         """Fused operations run as plain torch, or as what was registered under this key."""
         return "native"
@@ -56,6 +70,15 @@ class _PascalPlatform(SRTPlatform):  # type: ignore[misc]  # SGLang publishes no
         """No inductor: it would generate Triton."""
         del mode
         return "eager"
+
+    def get_torch_profiler_activity_str(self) -> str:
+        """What SGLang's profiler calls the device; without an answer `/start_profile` kills the scheduler."""
+        return "CPU" if self.device_type == "cpu" else "CUDA"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        """The same for torch."""
+        activities = torch.profiler.ProfilerActivity
+        return activities.CPU if self.device_type == "cpu" else activities.CUDA
 
 
 class PascalCpuPlatform(CpuDeviceMixin, _PascalPlatform):  # type: ignore[misc]

@@ -14,6 +14,8 @@ import torch
 from sglang_pascal.kernels.formats import BLOCK, FORMATS, GROUP_ROWS, PLANE_BYTES, TILE_COLUMNS, tiles
 
 INT8_MAX: Final = 127
+LOW_STEPS: Final = 254
+"""Steps of the second int8 of wide activations in one of the first: -127..127 spans a rounding error."""
 TINY: Final = 1e-30
 """A block of activations whose largest magnitude is below counts as zero."""
 
@@ -139,17 +141,25 @@ _DEQUANTIZE: Final = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0, "Q4_K": _q4_k
 # ---- activations ---------------------------------------------------------------------------------------------------
 
 
-def quantize_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[n, columns]` -> int8 `[n, K]` and float32 `[n, K / 32, 2]` of (d, d * sum q); K is padded to 256."""
+def quantize_ref(x: torch.Tensor, *, wide: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[n, columns]` -> int8 `[n, K]` and float32 `[n, K / 32, 2]` of (d, d * sum q); K is padded to 256.
+
+    wide: twice as many rows; the second half is what the rounding of the first lost, in 254ths of its steps.
+    """
     padded = torch.nn.functional.pad(x.float(), (0, tiles(x.shape[1]) * TILE_COLUMNS - x.shape[1]))
     blocks = padded.view(x.shape[0], -1, BLOCK)
     # The largest magnitude as bits, where NaN is above infinity.
     amax = (blocks.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(-1, keepdim=True).view(torch.float32)
     zero = amax < TINY
     d = torch.where(zero, 0.0, amax / INT8_MAX)
-    q = (blocks * torch.where(zero, 0.0, INT8_MAX / amax)).round().nan_to_num(0.0)
-    scales = torch.cat([d, d * q.sum(-1, keepdim=True)], dim=-1)
-    return q.to(torch.int8).view(x.shape[0], -1), scales
+    steps = blocks * torch.where(zero, 0.0, INT8_MAX / amax)
+    q = steps.round().nan_to_num(0.0)
+    parts = [(q, d)]
+    if wide:
+        parts.append((((steps - q) * LOW_STEPS).round().nan_to_num(0.0).clamp(-INT8_MAX, INT8_MAX), d / LOW_STEPS))
+    values = torch.cat([q for q, _ in parts])
+    scales = torch.cat([torch.cat([d, d * q.sum(-1, keepdim=True)], dim=-1) for q, d in parts])
+    return values.to(torch.int8).flatten(1), scales
 
 
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -12,10 +12,17 @@ struct Arguments {
   const float2* partial_stats; // [n, heads, splits] {max, sum}
   const void* lengths;
   void* out;           // [n, heads * head_dim], float or half; may be null
-  signed char* q;      // [n, K]; may be null. K = heads * head_dim, padded with zeros to 256
+  signed char* q;      // [n, K], or [2n, K] where is_wide; may be null. K = heads * head_dim, padded with zeros to 256
   float2* scales;
-  int splits, window, out_is_half, lengths_are_64_bit, K;
+  int splits, window, out_is_half, lengths_are_64_bit, K, is_wide;
 };
+
+__device__ __forceinline__ void put(const Arguments& a, int column, float value) {
+  const size_t block = (static_cast<size_t>(blockIdx.y) * a.K + column) / BLOCK;
+  const size_t second = block + static_cast<size_t>(gridDim.y) * a.K / BLOCK;
+  quantize_block(value, a.q + block * BLOCK, a.scales + block, threadIdx.x % WARP,
+                 a.is_wide ? a.q + second * BLOCK : nullptr, a.scales + second);
+}
 
 extern "C" __global__ void __launch_bounds__(256) attention_combine(Arguments a) {
   const int length = static_cast<int>(load_index(a.lengths, blockIdx.y, a.lengths_are_64_bit));
@@ -36,10 +43,7 @@ extern "C" __global__ void __launch_bounds__(256) attention_combine(Arguments a)
   const size_t at = head * blockDim.x + threadIdx.x;
   if (a.out) store_element(a.out, at, a.out_is_half, value);
   if (!a.q) return;
-  const size_t row = static_cast<size_t>(blockIdx.y) * a.K;
-  int column = blockIdx.x * blockDim.x + threadIdx.x;
-  quantize_block(value, a.q + row + column / BLOCK * BLOCK, a.scales + (row + column) / BLOCK, threadIdx.x % WARP);
+  put(a, blockIdx.x * blockDim.x + threadIdx.x, value);
   if (blockIdx.x < gridDim.x - 1) return; // the last head pads the row: whole warps, as K and head_dim are
-  for (column += blockDim.x; column < a.K; column += blockDim.x)
-    quantize_block(0.0f, a.q + row + column / BLOCK * BLOCK, a.scales + (row + column) / BLOCK, threadIdx.x % WARP);
+  for (int column = gridDim.x * blockDim.x + threadIdx.x; column < a.K; column += blockDim.x) put(a, column, 0.0f);
 }

@@ -121,19 +121,29 @@ __device__ __forceinline__ long long load_index(const void* base, size_t i, bool
 constexpr float INT8_MAX = 127.0f;
 constexpr float TINY = 1e-30f; // below it 127 / amax may overflow: such a block counts as zero
 
-// One warp holds one block of 32 values, a value a lane; writes its int8 values and {d, d * sum q}.
-// d is NaN or infinite where a value is: whatever multiplies it shows that.
-__device__ __forceinline__ void quantize_block(float value, signed char* q_out, float2* scale_out, int lane) {
-  const float amax = warp_absmax(value);
-  const bool zero = amax < TINY;
-  const float inverse = zero ? 0.0f : __fdiv_rn(INT8_MAX, amax);
-  const int q = __float2int_rn(__fmul_rn(value, inverse));
+constexpr float LOW_STEPS = 254.0f; // of the second int8 in one step of the first: -127..127 spans the rounding error
+
+__device__ __forceinline__ void write_block(int q, float d, signed char* q_out, float2* scale_out, int lane) {
   int sum = q;
 #pragma unroll
   for (int offset = 16; offset; offset >>= 1) sum += __shfl_xor_sync(ALL_LANES, sum, offset);
   q_out[lane] = static_cast<signed char>(q);
-  if (lane == 0) {
-    const float d = zero ? 0.0f : __fdiv_rn(amax, INT8_MAX);
-    *scale_out = make_float2(d, __fmul_rn(d, static_cast<float>(sum)));
-  }
+  if (lane == 0) *scale_out = make_float2(d, __fmul_rn(d, static_cast<float>(sum)));
+}
+
+// One warp holds one block of 32 values, a value a lane; writes its int8 values and {d, d * sum q}. With q_low, what the
+// rounding lost is written there as int8 of a 254th of the step: both together are 16 bits.
+// d is NaN or infinite where a value is: whatever multiplies it shows that.
+__device__ __forceinline__ void quantize_block(float value, signed char* q_out, float2* scale_out, int lane,
+                                               signed char* q_low = nullptr, float2* scale_low = nullptr) {
+  const float amax = warp_absmax(value);
+  const bool zero = amax < TINY;
+  const float inverse = zero ? 0.0f : __fdiv_rn(INT8_MAX, amax);
+  const float d = zero ? 0.0f : __fdiv_rn(amax, INT8_MAX);
+  const float steps = __fmul_rn(value, inverse);
+  const int q = __float2int_rn(steps);
+  write_block(q, d, q_out, scale_out, lane);
+  if (!q_low) return;
+  const int low = __float2int_rn(__fmul_rn(__fsub_rn(steps, static_cast<float>(q)), LOW_STEPS));
+  write_block(max(-127, min(127, low)), __fdiv_rn(d, LOW_STEPS), q_low, scale_low, lane);
 }

@@ -1,6 +1,6 @@
 // Activations to int8, fused with what comes before a matrix product.
 //
-// Output of each: q int8 [n, K], scales [n, K / 32] of {d, d * sum q}, d = absmax / 127 over 32 consecutive values. K is a
+// Output of each: q int8 [n, K] (or [2n, K], the second half what the rounding of the first lost), scales [n, K / 32] of {d, d * sum q}, d = absmax / 127 over 32 consecutive values. K is a
 // multiple of 32; columns from `columns` to K (K is padded to 256) become zero.
 //   quantize               x
 //   rms_norm_quantize      x (+ residual, which is replaced by the sum) * rsqrt(mean square + eps) * weight
@@ -12,22 +12,25 @@
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / WARP;
 
-__device__ __forceinline__ void put(float value, int column, int row, int K, signed char* q, float2* scales) {
+// low: rows between a row and the one of its second int8; 0 = there is none.
+__device__ __forceinline__ void put(float value, int column, int row, int K, signed char* q, float2* scales, int low = 0) {
   const size_t block = (static_cast<size_t>(row) * K + column) / BLOCK;
-  quantize_block(value, q + block * BLOCK, scales + block, threadIdx.x % WARP);
+  const size_t second = block + static_cast<size_t>(low) * K / BLOCK;
+  quantize_block(value, q + block * BLOCK, scales + block, threadIdx.x % WARP, low ? q + second * BLOCK : nullptr,
+                 scales + second);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    quantize(const void* x, signed char* q, float2* scales, int x_is_half, int columns, int K) {
+    quantize(const void* x, signed char* q, float2* scales, int x_is_half, int columns, int K, int low) {
   const int row = blockIdx.y;
   const int column = blockIdx.x * THREADS + threadIdx.x;
   if (column >= K) return; // whole warps: K is a multiple of 32
   const float value = column < columns ? load_element(x, static_cast<size_t>(row) * columns + column, x_is_half) : 0.0f;
-  put(value, column, row, K, q, scales);
+  put(value, column, row, K, q, scales, low);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    silu_mul_quantize(const void* x, signed char* q, float2* scales, int x_is_half, int columns, int K) {
+    silu_mul_quantize(const void* x, signed char* q, float2* scales, int x_is_half, int columns, int K, int low) {
   const int row = blockIdx.y;
   const int column = blockIdx.x * THREADS + threadIdx.x;
   if (column >= K) return;
@@ -37,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const float gate = load_element(x, i, x_is_half), up = load_element(x, i + columns, x_is_half);
     value = __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, __expf(-gate))), up);
   }
-  put(value, column, row, K, q, scales);
+  put(value, column, row, K, q, scales, low);
 }
 
 // y (same type as x; may be null) receives the normalised values; q may be null instead.

@@ -17,7 +17,11 @@ _THREADS = 256
 
 
 class Activations(NamedTuple):
-    """`n` rows of quantised activations; x = d * q. K is the number of columns, padded with zeros to 256."""
+    """`n` rows of quantised activations; x = d * q. K is the number of columns, padded with zeros to 256.
+
+    Wide ones have 2n rows: the second half is what the rounding of the first lost, so that a product of x is the sum of
+    the products of both halves, with 16 bits.
+    """
 
     q: torch.Tensor
     """int8 `[n, K]`."""
@@ -34,33 +38,36 @@ def empty_activations(n: int, columns: int, device: torch.device) -> Activations
     )
 
 
-def quantize(x: torch.Tensor) -> Activations:
+def quantize(x: torch.Tensor, *, wide: bool = False) -> Activations:
     """x `[n, columns]`, quantised: d = largest magnitude / 127, q = round(x / d). A NaN or infinity shows in d."""
     require("x", x, FLOATS, (None, None), x)
     if not x.is_cuda:
-        return Activations(*quantize_ref(x))
-    return _quantize("quantize", x, x.shape[1])
+        return Activations(*quantize_ref(x, wide=wide))
+    return _quantize("quantize", x, x.shape[1], wide)
 
 
-def silu_mul_quantize(gate_up: torch.Tensor) -> Activations:
+def silu_mul_quantize(gate_up: torch.Tensor, *, wide: bool = False) -> Activations:
     """silu(gate) * up, quantised. gate_up `[n, 2 * columns]`, gate first."""
     require("gate_up", gate_up, FLOATS, (None, None), gate_up)
     if not gate_up.is_cuda:
-        return Activations(*quantize_ref(silu_mul_ref(gate_up)))
-    return _quantize("silu_mul_quantize", gate_up, gate_up.shape[1] // 2)
+        return Activations(*quantize_ref(silu_mul_ref(gate_up), wide=wide))
+    return _quantize("silu_mul_quantize", gate_up, gate_up.shape[1] // 2, wide)
 
 
-def _quantize(function: str, x: torch.Tensor, columns: int) -> Activations:
-    result = empty_activations(x.shape[0], columns, x.device)
+def _quantize(function: str, x: torch.Tensor, columns: int, wide: bool) -> Activations:
+    result = empty_activations((1 + wide) * x.shape[0], columns, x.device)
     padded = result.q.shape[1]
     if x.shape[0]:
         launch(
             "quantize",
             function,
             _THREADS,
-            "PPPiii",
+            "PPPiiii",
             (padded // _THREADS, x.shape[0], 1),
-            [x.data_ptr(), result.q.data_ptr(), result.scales.data_ptr(), is_half(x), columns, padded],
+            [
+                *(x.data_ptr(), result.q.data_ptr(), result.scales.data_ptr()),
+                *(is_half(x), columns, padded, x.shape[0] if wide else 0),
+            ],
             x,
             f"x {list(x.shape)}",
         )

@@ -58,6 +58,7 @@ def attention_decode(
     window: int | None = None,
     soft_cap: float = 0.0,
     quantized: bool = False,
+    wide: bool = False,
 ) -> torch.Tensor | Activations:
     """query `[n, heads, D]` of the last position of each sequence -> `[n, heads * D]`, or int8 `Activations` of it.
 
@@ -69,7 +70,7 @@ def attention_decode(
     _check(query, pool, sequences, n)
     if not query.is_cuda:
         result = _decode_on_cpu(query, pool, sequences, scale, window, soft_cap)
-        return quantize(result) if quantized else result
+        return quantize(result, wide=wide) if quantized else result
     kv_heads = pool.keys.shape[1]
     width = next((width for width in _GROUPS if width >= heads // kv_heads), _GROUPS[-1])
     chunks = -(-(heads // kv_heads) // width)
@@ -96,7 +97,7 @@ def attention_decode(
             query,
             what,
         )
-    return _combine(query, partial, stats, sequences.lengths, splits, window_argument, quantized)
+    return _combine(query, partial, stats, sequences.lengths, splits, window_argument, quantized, wide)
 
 
 def _combine(
@@ -107,21 +108,23 @@ def _combine(
     splits: int,
     window: int,
     quantized: bool,
+    wide: bool,
 ) -> torch.Tensor | Activations:
     n, heads, head_dim = query.shape
-    activations = empty_activations(n, heads * head_dim, query.device) if quantized else None
+    activations = empty_activations((1 + wide) * n, heads * head_dim, query.device) if quantized else None
     out = None if quantized else query.new_empty(n, heads * head_dim)
     if n:
         launch(
             "attention_combine",
             "attention_combine",
             head_dim,
-            "PPPPPPiiiii0P",
+            "PPPPPPiiiiii0P",
             (heads, n, 1),
             [
                 *(partial.data_ptr(), stats.data_ptr(), lengths.data_ptr(), address(out)),
                 *(address(activations and activations.q), address(activations and activations.scales)),
-                *(splits, window, is_half(query), is_long(lengths), tiles(heads * head_dim) * TILE_COLUMNS),
+                *(splits, window, is_half(query), is_long(lengths)),
+                *(tiles(heads * head_dim) * TILE_COLUMNS, int(wide)),
             ],
             query,
             f"query {list(query.shape)}, {splits} splits",

@@ -14,32 +14,47 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 
 from sglang_pascal.kernels.formats import GROUP_ROWS
-from sglang_pascal.ops.activations import quantize
-from sglang_pascal.ops.matmul import matmul
+from sglang_pascal.ops.activations import Activations, quantize
+from sglang_pascal.ops.matmul import DECODE_COLUMNS, matmul
 from sglang_pascal.ops.weights import PackedWeight, dequantize, pack_into
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sglang_pascal.ops.activations import Activations
-
 CPU_CHUNK_WEIGHTS: Final = 4 * 1024 * 1024
 """Weights that are dequantised at once on the CPU: 48 MB of float32 and float64."""
+SUM_ROWS: Final = 512
+"""Rows whose result is summed in float32 before it is rounded: at most 60 MB for the widest layer of an 8B model."""
 
 
 class Input:
     """What one or several matrices multiply; quantised once, when the first of them needs it."""
 
-    def __init__(self, x: torch.Tensor, quantized: Activations | None = None) -> None:
-        """x: `[n, columns]`. quantized: the same, if what made x has quantised it already."""
-        self.x = x
+    def __init__(self, x: torch.Tensor | None, quantized: Activations | None = None, *, wide: bool) -> None:
+        """x: `[n, columns]`. quantized: the same, if what made it has quantised it already. One of both is enough where
+        all matrices are packed. wide: with 16 bits.
+        """
+        self._x = x
+        self.wide = wide
         if quantized is not None:
             self.quantized = quantized
+
+    @property
+    def n(self) -> int:
+        """Rows."""
+        return len(self.x) if self._x is not None else len(self.quantized.q) // (1 + self.wide)
+
+    @property
+    def x(self) -> torch.Tensor:
+        """As floats."""
+        assert self._x is not None, "a float matrix needs activations that are not quantised"
+        return self._x
 
     @functools.cached_property
     def quantized(self) -> Activations:
         """As int8. The kernels read float16 and float32; anything else (bfloat16 on the CPU) is widened."""
-        return quantize(self.x if self.x.dtype == torch.float16 else self.x.float())
+        x = self.x if self.x.dtype == torch.float16 else self.x.float()
+        return quantize(x.contiguous(), wide=self.wide)
 
 
 @dataclass(frozen=True)
@@ -68,16 +83,32 @@ class PackedMatrix:
 
     def multiply(self, x: Input, out: torch.Tensor) -> None:
         """out `[n, rows]` = x `[n, columns]` x this. Rows of out may be apart."""
-        if out.is_cuda:
+        if not out.is_cuda:
+            self._multiply_on_cpu(x, out)
+        elif not x.wide:
             matmul(x.quantized, self.weight, out=out)
+        elif x.n <= DECODE_COLUMNS // 2:
+            both = matmul(x.quantized, self.weight, dtype=torch.float32)
+            torch.add(both[: x.n], both[x.n :], out=out)
         else:
-            self._multiply_on_cpu(x.quantized, out)
+            self._multiply_halves(x.quantized, out)
 
-    def _multiply_on_cpu(self, x: Activations, out: torch.Tensor) -> None:
+    def _multiply_halves(self, x: Activations, out: torch.Tensor) -> None:
+        """Many rows, with 16 bits: one half after the other, so that the sum in float32 stays small."""
+        n = len(out)
+        for first in range(0, n, SUM_ROWS):
+            end = min(first + SUM_ROWS, n)
+            low = Activations(x.q[n + first : n + end], x.scales[n + first : n + end])
+            high = Activations(x.q[first:end], x.scales[first:end])
+            total = matmul(low, self.weight, dtype=torch.float32)
+            out[first:end] = matmul(high, self.weight, residual=total, out=total)
+
+    def _multiply_on_cpu(self, x: Input, out: torch.Tensor) -> None:
         step = max(1, CPU_CHUNK_WEIGHTS // (GROUP_ROWS * self.weight.columns)) * GROUP_ROWS
         for first in range(0, self.rows, step):
             part = self.weight.row_range(first, min(step, self.rows - first))
-            out[:, first : first + part.rows] = matmul(x, part, dtype=torch.float32)
+            product = matmul(x.quantized, part, dtype=torch.float32)
+            out[:, first : first + part.rows] = product[: x.n] + product[x.n :] if x.wide else product
 
     def lookup(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows `[n]` -> `[n, columns]`, dequantised."""

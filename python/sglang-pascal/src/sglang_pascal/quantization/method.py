@@ -15,10 +15,12 @@ from sglang_pascal.errors import CheckpointError
 from sglang_pascal.kernels.formats import GROUP_ROWS
 from sglang_pascal.ops.weights import PackedWeight
 from sglang_pascal.quantization.matrix import DenseMatrix, Input, Matrix, PackedMatrix, join_adjacent
+from sglang_pascal.quantization.precision import is_wide
 from sglang_pascal.quantization.staging import Stager, out_of_memory
 from sglang_pascal.quantization.storage import aligned
 
 if TYPE_CHECKING:
+    from sglang_pascal.ops.activations import Activations
     from sglang_pascal.quantization.table import MatrixInfo
 
 
@@ -69,15 +71,30 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
         del layer
         return self._multiply(x, x.dtype, bias)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether every matrix multiplies int8 activations: none is held as float16."""
+        return all(isinstance(matrix, PackedMatrix) for matrix in self._products)
+
+    def apply_quantized(
+        self, activations: Activations, dtype: torch.dtype, bias: torch.Tensor | None = None, *, wide: bool
+    ) -> torch.Tensor:
+        """As `apply`, from wide or narrow activations of n rows that are quantised already; only where `is_packed`."""
+        return self._products_of(Input(None, activations, wide=wide), dtype, bias)
+
     def _multiply(self, x: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:
-        inputs = Input(x.reshape(-1, x.shape[-1]))
+        flat = x.reshape(-1, x.shape[-1])
+        result = self._products_of(Input(flat, wide=is_wide(len(flat))), dtype, bias)
+        return result.view(*x.shape[:-1], -1)
+
+    def _products_of(self, inputs: Input, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:
         rows = [matrix.rows for matrix in self._products]
-        result = torch.empty(inputs.x.shape[0], sum(rows), dtype=dtype, device=x.device)
+        result = torch.empty(inputs.n, sum(rows), dtype=dtype, device=self._products[0].data.device)
         for matrix, out in zip(self._products, torch.split(result, rows, dim=1), strict=True):
             matrix.multiply(inputs, out)
         if bias is not None:
             result += bias
-        return result.view(*x.shape[:-1], -1)
+        return result
 
     def _allocate(self, n_bytes: int) -> torch.Tensor:
         try:

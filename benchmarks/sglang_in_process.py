@@ -1,0 +1,101 @@
+"""SGLang's model runner in this process: logits of whole prompts and of single decode steps, without a server.
+
+The model, the weights, the KV pools, the attention backend and the recorded graphs are those that serve; only the
+scheduler and HTTP are missing. One per process: SGLang keeps its configuration in globals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from array import array
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import torch
+
+
+class InProcessEngine:
+    """A prepared model folder, loaded."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        """flags: as on SGLang's command line."""
+        os.environ |= {"SGLANG_PLATFORM": "pascal", "HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
+        from sglang.benchmark import one_batch
+        from sglang.srt.runtime_context import SpawnRanks, publish
+        from sglang.srt.server_args import PortArgs, ServerArgs
+
+        parser = argparse.ArgumentParser()
+        ServerArgs.add_cli_args(parser)
+        base = ["--model-path", str(folder), "--load-format", "pascal_gguf", "--log-level", "warning"]
+        arguments = ServerArgs.from_cli_args(parser.parse_args([*base, *flags]))
+        arguments.resolve_once()
+        publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
+        one_batch._init_process_global_configs()
+        self._bench = one_batch
+        self.runner: Any = one_batch.load_model(arguments, PortArgs.init_new(arguments), 0, 0)[0].torch_runner
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Any]:
+        """Logits `[n, vocabulary]` after each prompt, and the batch to decode with."""
+        _, logits, batch = self._bench.extend(self._requests(prompts), self.runner)
+        return logits.float(), batch
+
+    def decode(self, tokens: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Logits `[n, vocabulary]` after one more token `[n]` of each."""
+        _, logits = self._bench.decode(tokens, batch, self.runner)
+        return logits.float()
+
+    def all_logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Logits `[len(ids), vocabulary]` after each token of one prompt, from one prefill."""
+        import torch
+
+        model, hidden = self.runner.model, []
+        hook = model.model.register_forward_hook(lambda _module, _inputs, output: hidden.append(output))
+        try:
+            self.prefill([ids])
+        finally:
+            hook.remove()
+            self.clear()
+        (states,) = hidden
+        with torch.no_grad():
+            logits = model.logits_processor._compute_lm_head(states, model.lm_head)
+        result: torch.Tensor = logits[:, : model.config.vocab_size].float()
+        return result
+
+    def greedy(self, prompts: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
+        """Tokens at temperature 0 after each prompt, all decoded as one batch."""
+        logits, batch = self.prefill(prompts)
+        columns = [logits.argmax(-1)]
+        for _ in range(n_tokens - 1):
+            columns.append(self.decode(columns[-1], batch).argmax(-1))
+        self.clear()
+        return [list(row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+    def clear(self) -> None:
+        """Forget all requests."""
+        self.runner.req_to_token_pool.clear()
+        self.runner.token_to_kv_pool_allocator.clear()
+
+    def _requests(self, prompts: Sequence[Sequence[int]]) -> list[Any]:
+        from sglang.srt.managers.schedule_batch import Req
+        from sglang.srt.sampling.sampling_params import SamplingParams
+
+        requests = []
+        for number, ids in enumerate(prompts):
+            request = Req(
+                rid=str(number),
+                origin_input_text="",
+                origin_input_ids=array("q", ids),
+                sampling_params=SamplingParams(temperature=0, max_new_tokens=1),
+            )
+            request.full_untruncated_fill_ids = request.origin_input_ids
+            request.logprob_start_len = -1
+            request.extend_end = len(ids)
+            requests.append(request)
+        return requests

@@ -1,0 +1,145 @@
+"""Layers of SGLang's models as few launches: norm and rotation with the write of keys and values, the activation
+function with the quantisation of its result, attention with that of its output.
+
+`fuse` puts each function around a layer's own `forward`. It steps in only where attention runs on our kernels and the
+layer is one that they compute; otherwise SGLang's own code runs. One device: no reduction over ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+from sglang.srt.model_executor.forward_context import get_attn_backend
+
+from sglang_pascal.attention.kernels_backend import KernelAttentionBackend, Rotation
+from sglang_pascal.ops.activations import Activations, rms_norm, silu_mul_quantize
+from sglang_pascal.quantization.method import QuantizedLinearMethod
+from sglang_pascal.quantization.precision import is_wide
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_FLOATS: Final = (torch.float16, torch.float32)
+"""What the kernels read."""
+
+
+def attention_layer(
+    original: Callable[..., torch.Tensor],
+    self: Any,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    forward_batch: Any,
+) -> torch.Tensor:
+    """The attention of Llama, Qwen 2 and Qwen 3: projection, attention, projection."""
+    backend, rotary = get_attn_backend(), self.rotary_emb
+    if not isinstance(backend, KernelAttentionBackend) or not _rotates_as_the_kernel(rotary, hidden_states):
+        return original(positions, hidden_states, forward_batch)
+    qkv, _ = self.qkv_proj(hidden_states)
+    rotation = Rotation(positions, rotary.cos_sin_cache, rotary.is_neox_style, *_norms(self))
+    method = self.o_proj.quant_method
+    is_decode, wide = forward_batch.forward_mode.is_decode(), is_wide(len(qkv))
+    attended = backend.forward_fused(
+        qkv, rotation, self.attn, quantized=is_decode and takes_quantized(method), wide=wide
+    )
+    if isinstance(attended, Activations):
+        projected: torch.Tensor = method.apply_quantized(attended, qkv.dtype, self.o_proj.bias, wide=wide)
+        return projected
+    output: torch.Tensor = self.o_proj(attended)[0]
+    return output
+
+
+def mlp_layer(
+    original: Callable[..., torch.Tensor], self: Any, x: torch.Tensor, *more: Any, **named: Any
+) -> torch.Tensor:
+    """The gated MLP of Llama and Qwen 2: both projections, with silu(gate) * up between them."""
+    method = self.down_proj.quant_method
+    if not (
+        isinstance(get_attn_backend(), KernelAttentionBackend)
+        and x.dtype in _FLOATS
+        and type(self.act_fn) is SiluAndMul
+        and takes_quantized(method)
+    ):
+        return original(x, *more, **named)
+    gate_up, _ = self.gate_up_proj(x)
+    wide = is_wide(len(gate_up))
+    activations = silu_mul_quantize(gate_up, wide=wide)
+    result: torch.Tensor = method.apply_quantized(activations, gate_up.dtype, self.down_proj.bias, wide=wide)
+    return result
+
+
+def rms_norm_layer(
+    self: Any,
+    x: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    post_residual_addition: torch.Tensor | None = None,
+    quant_linear: Any = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """SGLang's `RMSNorm` in one launch; as in its own kernel, the residual becomes its sum with x."""
+    is_ours = (
+        isinstance(get_attn_backend(), KernelAttentionBackend)
+        and x.dim() == 2
+        and x.dtype in _FLOATS
+        and x.dtype == (x if residual is None else residual).dtype
+        and post_residual_addition is None
+        and self.variance_size_override is None
+        and self.override_orig_dtype is None
+        and not self.cast_x_before_out_mul
+        and not self.fp32_residual
+    )
+    if not is_ours:
+        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = self.forward_native(
+            x, residual, post_residual_addition, quant_linear
+        )
+        return result
+    normed = rms_norm(x.contiguous(), self.weight, self.variance_epsilon, residual)
+    return normed if residual is None else (normed, residual)
+
+
+_FUSED: Final[dict[str, Callable[..., torch.Tensor]]] = {
+    "LlamaAttention": attention_layer,
+    "Qwen2Attention": attention_layer,
+    "Qwen3Attention": attention_layer,
+    "LlamaMLP": mlp_layer,
+    "Qwen2MLP": mlp_layer,
+}
+"""Class of SGLang's models -> what stands around its `forward`. Mistral is Llama here; Qwen 3 has Qwen 2's MLP."""
+
+
+def fuse(model: torch.nn.Module) -> None:
+    """Change the layers of a model, in place."""
+    for module in model.modules():
+        if around := _FUSED.get(type(module).__name__):
+            module.forward = functools.partial(around, module.forward, module)
+
+
+def register_norm(platform_key: str) -> None:
+    """Make `rms_norm_layer` SGLang's forward of RMSNorm on the platform of that key."""
+    RMSNorm.register_oot_forward(RMSNorm, rms_norm_layer, platform_key)
+
+
+def takes_quantized(method: Any) -> bool:
+    """Whether a layer's method multiplies int8 activations only."""
+    return isinstance(method, QuantizedLinearMethod) and method.is_packed
+
+
+def _rotates_as_the_kernel(rotary: Any, x: torch.Tensor) -> bool:
+    """SGLang's plain rotation by a table, however the table was scaled."""
+    return (
+        isinstance(rotary, RotaryEmbedding)
+        and type(rotary).forward_native is RotaryEmbedding.forward_native
+        and rotary.cos_sin_cache.dtype == torch.float32
+        and x.dtype in _FLOATS
+    )
+
+
+def _norms(attention: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
+    """Weights and epsilon of the norm of queries and keys, where there is one."""
+    q_norm = getattr(attention, "q_norm", None)
+    if q_norm is None:
+        return None, None, 0.0
+    return q_norm.weight, attention.k_norm.weight, q_norm.variance_epsilon

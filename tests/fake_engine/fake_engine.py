@@ -372,6 +372,8 @@ class Engine:
             "num_queue_reqs": self.queued,
             "num_retracted_reqs": 0,
             "max_total_num_tokens": pool,
+            "weight_memory_usage_gb": 0.25,
+            "kv_cache_memory_usage_gb": (pool + 1) * 23040 / 2**30,
             "context_len": self.arguments.context_length,
             "num_used_tokens": self.used_tokens,
             "kv_used_tokens": self.used_tokens,

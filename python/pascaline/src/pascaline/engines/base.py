@@ -95,6 +95,11 @@ class Engine(ABC):
     def parse_line(self, line: str) -> tuple[str, str]:
         """Return (level, text) of a line of its output; level is a name of the logging module."""
 
+    def allocated(self, metrics: str) -> dict[str, int]:
+        """Read from its /metrics what it allocated: weights_bytes, kv_bytes, kv_tokens, as far as it says so."""
+        del metrics
+        return {}
+
     def check_extra_args(self, extra_args: Sequence[str]) -> None:
         """Refuse arguments that a setting stands for, since the two would contradict each other."""
         for argument in extra_args:

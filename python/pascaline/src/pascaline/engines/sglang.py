@@ -21,6 +21,12 @@ KV_DTYPES = {"auto": "auto", "fp16": "auto", "bf16": "bf16", "fp8_e5m2": "fp8_e5
 # "[2026-11-23 20:15:01] INFO message" or "[2026-11-23 20:15:01 TP0] message"; SGLang leaves INFO out.
 _LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[^\]]*\] (?:(DEBUG|INFO|WARNING|ERROR|CRITICAL):? )?(.*)")
 _UVICORN_LINE = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL):\s+(.*)")
+# What it allocated: ours -> SGLang's gauge, and the unit of that ("gb" is GiB).
+_ALLOCATED = {
+    "weights_bytes": ("weight_memory_usage_gb", 2**30),
+    "kv_bytes": ("kv_cache_memory_usage_gb", 2**30),
+    "kv_tokens": ("max_total_num_tokens", 1),
+}
 
 
 class SglangEngine(Engine):
@@ -94,6 +100,11 @@ class SglangEngine(Engine):
             return None
         queued = sum_of_series(metrics, "sglang:num_queue_reqs")
         return Progress(tokens or 0.0, int(running), int(queued or 0))
+
+    def allocated(self, metrics: str) -> dict[str, int]:
+        """Read its gauges. On the CPU its weights are what the host's free memory fell by: rough."""
+        found = {name: sum_of_series(metrics, f"sglang:{series}") for name, (series, _) in _ALLOCATED.items()}
+        return {name: round(value * _ALLOCATED[name][1]) for name, value in found.items() if value is not None}
 
     def version(self, address: tuple[str, int], api_key: str | None) -> str:
         """Ask the running engine."""

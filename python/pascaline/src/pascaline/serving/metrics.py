@@ -20,10 +20,18 @@ from pascaline.serving.health import State
 
 if TYPE_CHECKING:
     from pascaline.engines import Task
+    from pascaline.planning import Plan
 
 RESTART_REASONS = ("crash", "unresponsive", "gpu-lost")
 # A generation of one token: milliseconds on an idle GPU, many seconds behind a long prefill.
 PROBE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+ALLOCATED = {
+    "weights_bytes": "Memory that the engine says its weights take",
+    "kv_bytes": "Memory that the engine says its KV cache takes",
+    "kv_tokens": "Tokens that the engine's KV cache holds",
+}
+"""What an engine may say of its memory -> meaning."""
 
 
 class Metrics:
@@ -34,6 +42,7 @@ class Metrics:
         # A second series for each counter, that nobody reads.
         disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus-client gives it no types
         self.registry = CollectorRegistry()
+        self._allocated: dict[str, Gauge] = {}
         self._state = self._gauge("pascaline_instance_state", "1 for the state that the instance is in", ["state"])
         self.engine_up = self._gauge("pascaline_engine_up", "Whether the engine's process runs")
         self.restarts = Counter(
@@ -84,11 +93,24 @@ class Metrics:
         for name, value in limits.items():
             self._gauge(f"pascaline_settings_{name}", f"Setting {name} as it is in force").set(value)
 
-    def set_plan(self, total_bytes: int, weights_bytes: int) -> None:
+    def set_plan(self, plan: Plan) -> None:
         """Publish what the plan allows: once, since these are not there before."""
-        text = "Memory of the device that the plan gives the instance"
-        self._gauge("pascaline_plan_total_bytes", text).set(total_bytes)
-        self._gauge("pascaline_plan_weights_bytes", "Of it for the model's weights").set(weights_bytes)
+        values = {
+            "total_bytes": ("Memory of the device that the plan gives the instance", plan.total_bytes),
+            "weights_bytes": ("Of it for the model's weights", plan.weights_bytes),
+            "kv_bytes": ("Of it for the KV cache", plan.kv_bytes),
+            "kv_tokens": ("Tokens that the plan gives the KV cache", plan.kv_tokens),
+            "device_bytes": ("Memory of the device, as the plan found it", plan.card_bytes),
+        }
+        for name, (text, value) in values.items():
+            self._gauge(f"pascaline_plan_{name}", text).set(value)
+
+    def set_allocated(self, allocated: dict[str, int]) -> None:
+        """Publish what the engine says that it allocated, beside what was planned."""
+        for name, value in allocated.items():
+            if name not in self._allocated:
+                self._allocated[name] = self._gauge(f"pascaline_engine_{name}", ALLOCATED[name])
+            self._allocated[name].set(value)
 
     def page(self) -> bytes:
         """Return the exposition in Prometheus' text format."""

@@ -183,8 +183,8 @@ class Supervisor:
             self._console.line("WARNING", "pascaline", f"allow_overcommit: {reason}")
         for note in plan.notes:
             self._console.line("INFO", "pascaline", f"plan: {note}")
-        self.plan = plan.to_json()
-        self.metrics.set_plan(plan.total_bytes, plan.weights_bytes)
+        self.plan = plan.to_json() | {"allocated": None}
+        self.metrics.set_plan(plan)
         return plan
 
     def _record_stage(self, name: str, seconds: float) -> None:
@@ -242,8 +242,9 @@ class Supervisor:
             return False
         self._record_stage("warm-up", warm_up.seconds)
         self._change(State.READY, "a generation succeeded")
-        await self._ask_version(task)
         self._notifier.ready()
+        await self._ask_version(task)
+        await self._note_allocated(task)
         agent = (self.settings.agent_host, self.settings.agent_port)
         self._console.ready(task, agent, load.seconds + warm_up.seconds)
         return True
@@ -253,6 +254,15 @@ class Supervisor:
         with contextlib.suppress(OSError, ValueError, KeyError):
             version = await self._in_thread(self._engine.version, task.address, task.api_key)
             self.versions[self._engine.name] = version
+
+    async def _note_allocated(self, task: Task) -> None:
+        """Put what the engine allocated beside what was planned."""
+        with contextlib.suppress(OSError):
+            call = partial(request, task.address, "/metrics", api_key=task.api_key, timeout=POLL_TIMEOUT_SECONDS)
+            _, page = await self._in_thread(call)
+            allocated = self._engine.allocated(page.decode(errors="replace"))
+            self.metrics.set_allocated(allocated)
+            self.plan = (self.plan or {}) | {"allocated": allocated or None}
 
     async def _poll_until(
         self, process: EngineProcess, started: float, check: Callable[[], Coroutine[Any, Any, bool]]

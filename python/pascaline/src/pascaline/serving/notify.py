@@ -1,4 +1,6 @@
-"""systemd's notification protocol: one datagram a message to $NOTIFY_SOCKET; does nothing where that is not set.
+"""systemd's notification protocol: datagrams of NAME=VALUE lines to $NOTIFY_SOCKET; does nothing where that is not set.
+
+Never blocks: a manager that is restarted or that does not read gets what it missed with the next message.
 
 Source: sd_notify(3), sd_watchdog_enabled(3).
 """
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 MICROSECONDS = 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Notifier:
     """The service manager's socket, and how often it wants a sign of life."""
 
@@ -24,6 +26,7 @@ class Notifier:
     """None where no service manager listens."""
     watchdog_seconds: float | None
     """None where the unit has no WatchdogSec."""
+    _unsent: dict[str, str] = field(default_factory=dict, init=False)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Notifier:
@@ -35,33 +38,35 @@ class Notifier:
 
     def ready(self) -> None:
         """Say that the service serves."""
-        self._send("READY=1")
+        self._send("READY", "1")
 
     def stopping(self) -> None:
         """Say that the service is on its way out."""
-        self._send("STOPPING=1")
+        self._send("STOPPING", "1")
 
     def status(self, text: str) -> None:
         """Show one line in `systemctl status`."""
-        self._send("STATUS=" + text.replace("\n", " "))
+        self._send("STATUS", text.replace("\n", " "))
 
     def watchdog(self) -> None:
         """Say that the main loop still turns."""
         if self.watchdog_seconds is not None:
-            self._send("WATCHDOG=1")
+            self._send("WATCHDOG", "1")
 
     def extend_timeout(self, seconds: float) -> None:
         """Ask for this much more time to start or to stop, from now on."""
-        self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * MICROSECONDS)}")
+        self._send("EXTEND_TIMEOUT_USEC", str(int(seconds * MICROSECONDS)))
 
-    def _send(self, message: str) -> None:
+    def _send(self, name: str, value: str) -> None:
         if not self.address:
             return
+        self._unsent[name] = value
+        message = "\n".join(f"{name}={value}" for name, value in self._unsent.items())
         # A leading @ stands for the zero byte of an abstract socket.
         address = "\0" + self.address[1:] if self.address.startswith("@") else self.address
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as connection:
             try:
-                connection.sendto(message.encode(), address)
+                connection.sendto(message.encode(), socket.MSG_DONTWAIT, address)
             except OSError:
-                # The manager restarts, or its socket is full: the next message repeats what matters.
                 return
+        self._unsent.clear()

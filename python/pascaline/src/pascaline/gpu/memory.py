@@ -48,7 +48,7 @@ def gpu_memory(visible: str | None = None, environment: Mapping[str, str] | None
                 f"CUDA_VISIBLE_DEVICES={visible} names none of the GPUs here, "
                 f"must be an index below {len(devices)} or a UUID"
             )
-        reason = reading.message or "the driver counts no GPU"
+        reason = reading.message or "NVML counts no GPU"
         raise MissingError(f"NVML shows no GPU: {reason}; name a card with --card to plan without one")
     name = str(device.values.get(NAME.key, "GPU")).removeprefix("NVIDIA ")
     for call, total_at, free_at in GPU_MEMORY_CALLS:

@@ -1,0 +1,134 @@
+"""`pascaline plan` as a process: text, JSON, exit codes, pictures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.models import SHAPES, write_gguf
+
+OK, CONFIGURATION, MODEL, DOES_NOT_FIT, STORAGE = 0, 2, 3, 7, 9
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 7B file of the published size, sparse."""
+    return write_gguf(
+        tmp_path_factory.mktemp("models") / "llama-2-7b.gguf", SHAPES["llama-2-7b"], "Q4_K_M", sparse=True
+    )
+
+
+def plan(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pascaline", "plan", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def document(*arguments: object) -> Any:
+    return json.loads(plan(*arguments, "--json").stdout)
+
+
+def test_it_fits(llama: Path) -> None:
+    result = plan(llama, "--card", "tesla-p4")
+    assert result.returncode == OK
+    assert "fits: a KV cache of 5,025 tokens, 512.00 KiB each" in result.stdout
+    assert "flags of sglang: --context-length 4096 --max-running-requests 4 --max-total-tokens 5025 " in result.stdout
+
+
+def test_it_does_not_fit(llama: Path) -> None:
+    result = plan(llama, "--card", "tesla-p4", "--kv-cache-max-bytes", "64 MiB")
+    assert result.returncode == DOES_NOT_FIT
+    assert (
+        "does not fit: kv_cache.max_bytes: 64.00 MiB holds 128 tokens of this model (512.00 KiB each) and cannot serve "
+        "a 4,096-token request"
+    ) in result.stdout
+    assert "nearest that fit:\n  1. kv_cache.max_bytes 2.00 GiB" in result.stdout
+
+
+def test_json_of_a_refusal_names_the_nearest(llama: Path) -> None:
+    found = document(llama, "--card", "tesla-p4", "--context", 4096, "--requests", 4, "--engine", "llama.cpp")
+    assert not found["fits"]
+    assert found["kv_bytes"] == 4 * 4096 * 524288
+    assert len(found["nearest"]) == 3
+    assert all({"settings", "sentence", "total_bytes"} == set(change) for change in found["nearest"])
+
+
+def test_short_names_are_those_settings(llama: Path) -> None:
+    found = document(llama, "--card", "tesla-p40", "--context", 2048, "--requests", 7, "--kv-dtype", "int8")
+    assert (found["context_length"], found["max_running_requests"], found["kv_dtype"]) == (2048, 7, "int8")
+
+
+def test_another_quantisation_needs_no_file(llama: Path) -> None:
+    small, large = (document(llama, "--card", "tesla-p40", "--quant", quant) for quant in ("Q4_K_M", "Q8_0"))
+    assert large["weights_bytes"] > 1.7 * small["weights_bytes"]
+
+
+def test_explain_shows_formulas(llama: Path) -> None:
+    assert (
+        "x 524,288 B; one token: 32 layers x 32 KV heads x (2 x 128 x 2 B)"
+        in plan(llama, "--card", "tesla-p4", "--explain").stdout
+    )
+
+
+@pytest.mark.parametrize("over", ["context", "requests", "quant"])
+def test_sweeps(llama: Path, over: str) -> None:
+    found = document(llama, "--card", "tesla-p4", "--sweep", over)
+    assert len(found) > 2
+    assert any(row["fits"] for row in found)
+    assert "verdict" in plan(llama, "--card", "tesla-p4", "--sweep", over).stdout
+
+
+def test_optimize(llama: Path) -> None:
+    choices = document(llama, "--card", "tesla-p4", "--optimize", "throughput")
+    rates = [choice["tokens_per_second"] for choice in choices]
+    assert rates == sorted(rates, reverse=True)
+    assert choices[0]["engine_args"]
+
+
+def test_nothing_to_choose_from(llama: Path) -> None:
+    result = plan(llama, "--card", "tesla-p4", "--optimize", "latency", "--min-quant", "Q8_0")
+    assert (result.returncode, result.stdout) == (
+        DOES_NOT_FIT, "nothing down to Q8_0 fits tesla-p4; lower --min-quant or --context\n"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "begin"), [("a.svg", b"<svg"), ("a.png", b"\x89PNG")])
+def test_pictures(llama: Path, tmp_path: Path, name: str, begin: bytes) -> None:
+    if name.endswith(".png"):
+        pytest.importorskip("matplotlib", reason="PNG needs matplotlib")
+    assert plan(llama, "--card", "tesla-p4", "--picture", tmp_path / name).returncode == OK
+    assert (tmp_path / name).read_bytes().startswith(begin)
+
+
+def test_a_picture_of_another_kind(llama: Path, tmp_path: Path) -> None:
+    result = plan(llama, "--card", "tesla-p4", "--picture", tmp_path / "a.gif")
+    assert (result.returncode, result.stderr) == (
+        CONFIGURATION, f"pascaline plan: --picture: {tmp_path}/a.gif must end in .svg or .png\n"
+    )  # fmt: skip
+
+
+def test_a_picture_that_cannot_be_written(llama: Path, tmp_path: Path) -> None:
+    result = plan(llama, "--card", "tesla-p4", "--picture", tmp_path / "none/a.svg")
+    assert (result.returncode, result.stderr) == (
+        STORAGE, f"pascaline plan: failed to write {tmp_path}/none/a.svg: No such file or directory\n"
+    )  # fmt: skip
+
+
+def test_without_a_card_it_is_what_is_here(llama: Path) -> None:
+    """The host's memory, on a machine without a GPU."""
+    found = document(llama, "--device", "cpu", "--context", 512)
+    assert found["card"] == "cpu"
+    assert found["weights_bytes"] >= 2 * 6_700_000_000
+
+
+def test_no_model(tmp_path: Path) -> None:
+    result = plan(tmp_path / "none.gguf", "--card", "tesla-p4")
+    assert (result.returncode, result.stderr) == (
+        MODEL,
+        f"pascaline plan: failed to read {tmp_path}/none.gguf: there is no such file; "
+        "name a GGUF file or a Hugging Face folder\n",
+    )

@@ -1,0 +1,57 @@
+"""What SGLang really allocates is what was planned, to the byte; benchmarks/plan_error.py does it for more models."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import plan_error
+
+pytestmark = pytest.mark.engine
+needs_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed")
+
+
+def has_gpu() -> bool:
+    """Whether NVIDIA's driver shows a GPU and torch can use it."""
+    if not Path("/proc/driver/nvidia/gpus").is_dir() or importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@needs_sglang
+@pytest.mark.parametrize(("name", "context"), [("qwen2", 512), ("gemma2", 1024), ("qwen3-moe", 2048)])
+def test_on_the_cpu_everything_is_equal_to_the_byte(name: str, context: int, tmp_path: Path) -> None:
+    """A padded vocabulary; soft caps and two kinds of layers; experts."""
+    shape = replace(plan_error.shapes(large=False)[name], context_length=2048)
+    place = plan_error.write_model(tmp_path, name, shape, gguf=None)
+    row = plan_error.compare(place, name, context, device="cpu", card=None)
+    assert (row.weights_plan, row.kv_plan, row.tables_plan) == (row.weights_true, row.kv_true, row.tables_true)
+
+
+@needs_sglang
+def test_a_gguf_file_is_planned_as_the_plugin_loads_it(tmp_path: Path) -> None:
+    """On the CPU: dequantised, the output tied."""
+    shape = plan_error.shapes(large=False)["qwen3"]
+    place = plan_error.write_model(tmp_path, "qwen3", shape, gguf="Q4_K_M")
+    row = plan_error.compare(place, "qwen3", 1024, device="cpu", card=None)
+    assert (row.weights_plan, row.kv_plan, row.tables_plan) == (row.weights_true, row.kv_true, row.tables_true)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="there is no NVIDIA GPU here")
+@needs_sglang
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_on_a_gpu_the_total_is_within_what_is_allowed(name: str, tmp_path: Path) -> None:
+    """3 % or 150 MiB of what the driver counts; weights and KV cache to the byte."""
+    place = plan_error.write_model(tmp_path, name, plan_error.shapes(large=True)[name], gguf=None)
+    row = plan_error.compare(place, name, 1024, device="cuda", card=None)
+    assert row.is_exact
+    assert row.total_is_close, (row.total_plan, row.total_true)

@@ -30,27 +30,36 @@ OnLine = Callable[[str], None]
 class EngineProcess:
     """One run of an engine."""
 
-    def __init__(self, process: asyncio.subprocess.Process, on_line: OnLine) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, output: Output, on_line: OnLine) -> None:
         """Take over a started process; use `start`."""
         self.pid = process.pid
         self.last_lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._process = process
+        self._output = output
         self._on_line = on_line
         self._reader = asyncio.create_task(self._pass_output_on())
 
     @classmethod
     async def start(cls, launch: Launch, on_line: OnLine) -> EngineProcess:
         """Start the command; it leads a new session and group, and dies with this process."""
-        process = await asyncio.create_subprocess_exec(
-            *with_parent(*launch.command),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env={name: value for name, value in os.environ.items() if name not in NOT_INHERITED} | launch.environment,
-            start_new_session=True,
-            limit=MAX_LINE_BYTES,
-        )
-        return cls(process, on_line)
+        read_end, write_end = os.pipe()
+        output = await Output.open(read_end)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *with_parent(*launch.command),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=write_end,
+                stderr=write_end,
+                env={name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+                | launch.environment,
+                start_new_session=True,
+            )
+        except BaseException:
+            output.close()
+            raise
+        finally:
+            os.close(write_end)
+        return cls(process, output, on_line)
 
     @property
     def exit_code(self) -> int | None:
@@ -74,13 +83,13 @@ class EngineProcess:
         """End it and everything in its group at once; return its exit code."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        return await self.wait()
+        code = await self.wait()
+        self._output.close()
+        return code
 
     async def _pass_output_on(self) -> None:
-        stream = self._process.stdout
-        assert stream is not None
         window, shown, dropped = monotonic(), 0, 0
-        while line := await _read_line(stream):
+        while line := await self._output.read_line():
             text = line.decode(errors="replace").rstrip()
             self.last_lines.append(text)
             if monotonic() - window >= 1.0:
@@ -94,11 +103,33 @@ class EngineProcess:
                 dropped += 1
 
 
-async def _read_line(stream: asyncio.StreamReader) -> bytes:
-    """Return the next line, or a piece of one that is longer than the limit; empty at the end."""
-    try:
-        return await stream.readuntil(b"\n")
-    except asyncio.IncompleteReadError as error:
-        return error.partial
-    except asyncio.LimitOverrunError as error:
-        return await stream.readexactly(max(error.consumed, 1))
+class Output:
+    """The reading end of a pipe. Not asyncio's own for a child: that one's end is waited for together with the child's,
+    and a grandchild that left the group can hold it open for ever."""
+
+    def __init__(self, stream: asyncio.StreamReader, transport: asyncio.ReadTransport) -> None:
+        """Use `open`."""
+        self._stream = stream
+        self._transport = transport
+
+    @classmethod
+    async def open(cls, read_end: int) -> Output:
+        """Take over a file descriptor."""
+        stream = asyncio.StreamReader(limit=MAX_LINE_BYTES)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(read_end, "rb", buffering=0)
+        )
+        return cls(stream, transport)
+
+    async def read_line(self) -> bytes:
+        """Return the next line, or a piece of one that is longer than the limit; empty at the end."""
+        try:
+            return await self._stream.readuntil(b"\n")
+        except asyncio.IncompleteReadError as error:
+            return error.partial
+        except asyncio.LimitOverrunError as error:
+            return await self._stream.readexactly(max(error.consumed, 1))
+
+    def close(self) -> None:
+        """Read no more; whoever still writes gets SIGPIPE."""
+        self._transport.close()

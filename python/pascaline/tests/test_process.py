@@ -1,0 +1,244 @@
+"""The engine's process: real programs that behave badly, and whether anything of them is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from pascaline.child import with_parent
+from pascaline.engines import Launch
+from pascaline.serving.process import KEPT_LINES, LINES_PER_SECOND, MAX_LINE_BYTES, EngineProcess
+from pascaline.serving.threads import start_in_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+PATIENCE = 30.0
+
+
+def program(code: str, **environment: str) -> Launch:
+    return Launch((sys.executable, "-I", "-S", "-c", code), environment)
+
+
+def wait_until(probe: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not probe():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def run(code: str, **environment: str) -> tuple[int, list[str]]:
+    """Run a program to its end; return the exit code and the lines that were passed on."""
+    lines: list[str] = []
+
+    async def whole() -> int:
+        process = await EngineProcess.start(program(code, **environment), lines.append)
+        return await asyncio.wait_for(process.wait(), PATIENCE)
+
+    return asyncio.run(whole()), lines
+
+
+class TestOutput:
+    def test_both_streams_come_line_by_line(self) -> None:
+        code = "import sys; print('one', flush=True); print('two', file=sys.stderr); print('three', end='')"
+        assert run(code) == (0, ["one", "two", "three"])
+
+    def test_the_last_lines_are_kept(self) -> None:
+        async def whole() -> list[str]:
+            process = await EngineProcess.start(program("for i in range(300): print(i)"), lambda _: None)
+            await process.wait()
+            return list(process.last_lines)
+
+        assert asyncio.run(whole()) == [str(i) for i in range(300 - KEPT_LINES, 300)]
+
+    def test_bytes_that_are_no_text_are_shown_as_such(self) -> None:
+        assert run("import os; os.write(1, b'a\\xffb\\n')") == (0, ["a\N{REPLACEMENT CHARACTER}b"])
+
+    def test_a_line_without_end_comes_in_pieces(self) -> None:
+        size = 10 * MAX_LINE_BYTES + 1
+        code, lines = run(f"import sys; sys.stdout.write('x' * {size})")
+        assert (code, "".join(lines)) == (0, "x" * size)
+        assert max(map(len, lines)) <= 2 * MAX_LINE_BYTES
+
+    def test_a_flood_is_read_and_counted_and_not_shown(self) -> None:
+        # The second half comes in a later window, which tells of the first.
+        code = (
+            "import time\nfor i in range(2):\n    print('x\\n' * 5000, flush=True)\n    time.sleep(1.2)\nprint('end')"
+        )
+        ended, lines = run(code)
+        assert ended == 0
+        notes = [line for line in lines if line.startswith("WARNING: ")]
+        assert notes[0].endswith(" lines of output in one second were not shown")
+        assert len(lines) <= 3 * LINES_PER_SECOND + len(notes)
+
+    def test_it_reads_nothing(self) -> None:
+        assert run("import sys; print(repr(sys.stdin.read()))") == (0, ["''"])
+
+
+class TestEnvironment:
+    def test_variables_are_added(self) -> None:
+        assert run("import os; print(os.environ['EXTRA'])", EXTRA="1") == (0, ["1"])
+
+    def test_the_service_managers_are_not_passed_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
+            monkeypatch.setenv(name, "1")
+        monkeypatch.setenv("KEPT", "1")
+        code = (
+            "import os; print(sorted(os.environ.keys() & {'NOTIFY_SOCKET', 'WATCHDOG_USEC', 'WATCHDOG_PID', 'KEPT'}))"
+        )
+        assert run(code) == (0, ["['KEPT']"])
+
+
+class TestEnd:
+    @pytest.mark.parametrize(
+        ("code", "expected"),
+        [("pass", 0), ("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -signal.SIGKILL)],
+    )
+    def test_exit_codes(self, code: str, expected: int) -> None:
+        assert run(code)[0] == expected
+
+    def test_a_program_that_does_not_exist(self) -> None:
+        async def whole() -> tuple[int, list[str]]:
+            process = await EngineProcess.start(Launch(("/none/such",), {}), lambda _: None)
+            return await process.wait(), list(process.last_lines)
+
+        assert asyncio.run(whole()) == (127, ["failed to run /none/such: No such file or directory"])
+
+    def test_killing_ends_the_whole_group(self, tmp_path: Path) -> None:
+        pids = tmp_path / "pids"
+        code = (
+            "import os, signal, time\n"
+            "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+            "os.fork(); os.fork()\n"
+            f"open({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
+            "time.sleep(600)"
+        )
+
+        async def whole() -> int:
+            process = await EngineProcess.start(program(code), lambda _: None)
+            await asyncio.to_thread(wait_until, lambda: pids.exists() and len(pids.read_text().splitlines()) == 4)
+            process.terminate()
+            await asyncio.sleep(0.2)
+            assert process.exit_code is None
+            return await asyncio.wait_for(process.kill(), PATIENCE)
+
+        assert asyncio.run(whole()) == -signal.SIGKILL
+        wait_until(lambda: not any(is_alive(int(pid)) for pid in pids.read_text().split()))
+
+    def test_killing_also_ends_those_whose_leader_is_gone(self, tmp_path: Path) -> None:
+        pid = tmp_path / "pid"
+        code = (
+            "import os, time\n"
+            "if os.fork() == 0:\n"
+            f"    open({str(pid)!r}, 'w').write(str(os.getpid()))\n"
+            "    time.sleep(600)\n"
+            "time.sleep(0.2)\n"
+            "os._exit(1)"
+        )
+
+        async def whole() -> int:
+            process = await EngineProcess.start(program(code), lambda _: None)
+            # The grandchild holds the pipe open, which must not hold the end up.
+            await asyncio.wait_for(process.wait(), PATIENCE)
+            assert is_alive(int(pid.read_text()))
+            return await asyncio.wait_for(process.kill(), PATIENCE)
+
+        assert asyncio.run(whole()) == 1
+        wait_until(lambda: not is_alive(int(pid.read_text())))
+
+    def test_one_that_left_the_group_holds_nothing_up(self, tmp_path: Path) -> None:
+        pid = tmp_path / "pid"
+        code = (
+            "import os, time\n"
+            "if os.fork() == 0:\n"
+            "    os.setsid()\n"
+            f"    open({str(pid)!r}, 'w').write(str(os.getpid()))\n"
+            "time.sleep(600)"
+        )
+
+        async def whole() -> int:
+            process = await EngineProcess.start(program(code), lambda _: None)
+            await asyncio.to_thread(wait_until, lambda: pid.exists() and pid.read_text() != "")
+            return await asyncio.wait_for(process.kill(), PATIENCE)
+
+        assert asyncio.run(whole()) == -signal.SIGKILL
+        # Only a service manager's control group finds it.
+        assert is_alive(int(pid.read_text()))
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+
+    def test_it_dies_with_its_parent(self) -> None:
+        code = (
+            "import asyncio, sys, time\n"
+            "from pascaline.engines import Launch\n"
+            "from pascaline.serving.process import EngineProcess\n"
+            "async def main():\n"
+            "    launch = Launch((sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(600)'), {})\n"
+            "    started = asyncio.Event()\n"
+            "    process = await EngineProcess.start(launch, lambda line: started.set())\n"
+            "    await started.wait()\n"
+            "    print(process.pid, flush=True)\n"
+            "    await asyncio.sleep(600)\n"
+            "asyncio.run(main())"
+        )
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+            assert parent.stdout
+            pid = int(parent.stdout.readline())
+            assert is_alive(pid)
+            parent.kill()
+        wait_until(lambda: not is_alive(pid))
+
+    def test_a_parent_that_is_gone_before_it_was_asked_for(self) -> None:
+        *head, _pid, program_name = with_parent("true")
+        # No process of this number is the parent of what is started here.
+        assert subprocess.run([*head, str(os.getpid() + 1), program_name], check=False).returncode == 127
+
+
+class TestThreads:
+    def test_a_result_and_an_error_come_back(self) -> None:
+        async def whole() -> None:
+            assert await start_in_thread(int, "7") == 7
+            with pytest.raises(ValueError, match="invalid literal"):
+                await start_in_thread(int, "seven")
+
+        asyncio.run(whole())
+
+    def test_one_that_still_works_does_not_hold_up_the_end(self) -> None:
+        code = (
+            "import asyncio, time\n"
+            "from pascaline.serving.threads import start_in_thread\n"
+            "async def main():\n"
+            "    future = start_in_thread(time.sleep, 600)\n"
+            "    await asyncio.sleep(0.1)\n"
+            "    future.cancel()\n"
+            "asyncio.run(main())"
+        )
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+        assert (ended.returncode, ended.stderr) == (0, "")
+
+    def test_an_error_that_nobody_asks_for_is_no_news(self) -> None:
+        code = (
+            "import asyncio, gc\n"
+            "from pascaline.serving.threads import start_in_thread\n"
+            "async def main():\n"
+            "    start_in_thread(int, 'seven')\n"
+            "    await asyncio.sleep(0.2)\n"
+            "    gc.collect()\n"
+            "asyncio.run(main())"
+        )
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+        assert (ended.returncode, ended.stderr) == (0, "")

@@ -15,8 +15,8 @@ in
       type = types.package;
       default = pkgs.pascaline;
       defaultText = lib.literalExpression "pkgs.pascaline";
-      example = lib.literalExpression "pkgs.pascaline.override { python3 = pkgs.python312; }";
-      description = "The control plane: the `pascaline` program, without torch.";
+      example = lib.literalExpression "pkgs.pascaline-app";
+      description = "The control plane: the `pascaline` program, without torch. `pkgs.pascaline-app` has the built-in model too.";
     };
 
     enginePackage = mkOption {

@@ -304,7 +304,7 @@ in
               type = types.attrs;
               readOnly = true;
               default = settingsOf name instance.config;
-              defaultText = lib.literalMD "{option}`settings`, with the model, the engine and the key that the other options name";
+              defaultText = lib.literalMD "settings, with the model, the engine and the key that the other options name";
               example = {
                 served_model_name = "emily";
               };
@@ -315,7 +315,7 @@ in
               type = types.package;
               readOnly = true;
               default = configFile name instance.config;
-              defaultText = lib.literalMD "the rendered {option}`finalSettings`";
+              defaultText = lib.literalMD "finalSettings, rendered";
               example = lib.literalExpression "\"pascaline plan --config \${config.services.pascaline.instances.emily.configFile}\"";
               description = "The rendered TOML file, for other commands of `pascaline` on this host.";
             };

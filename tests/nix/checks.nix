@@ -56,6 +56,27 @@ in
       ) cases.failing
     )
   );
+
+  # The units as NixOS writes them say what those in tests/systemd/root say, which a real systemd has run.
+  units =
+    let
+      folder = ../systemd/root/etc/systemd/system;
+      inherit ((system ../systemd/host.nix).config.systemd) units;
+      linesOf = lib.splitString "\n";
+      serviceLines =
+        text:
+        lib.filter (line: line != "" && !lib.hasInfix builtins.storeDir line) (
+          linesOf (lib.last (lib.splitString "[Service]" text))
+        );
+      missing = lib.concatMap (
+        file:
+        map (line: "${file}: ${line}") (
+          lib.subtractLists (linesOf units.${file}.text) (serviceLines (lib.readFile (folder + "/${file}")))
+        )
+      ) (lib.filter (lib.hasSuffix ".service") (lib.attrNames (builtins.readDir folder)));
+    in
+    assert lib.assertMsg (missing == [ ]) "not in NixOS' units: ${lib.concatStringsSep "; " missing}";
+    pkgs.writeText "units" "";
 }
 // lib.mapAttrs' (
   name: host: lib.nameValuePair "host-${name}" (evaluates name host)
@@ -63,4 +84,4 @@ in
 // lib.mapAttrs' (
   name: module: lib.nameValuePair "case-${name}" (evaluates name (system module))
 ) cases.working
-// import ./vm.nix { inherit self pkgs; }
+// import ./vm.nix { inherit pkgs; }

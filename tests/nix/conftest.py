@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,41 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
-def nixpkgs_stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Flakes that stand for the inputs nixpkgs and nixpkgs-cuda: nixpkgs' lib, and a trimmed package set."""
+def input_overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Nix' arguments that put a stand-in for every input of the flake, so that nothing is fetched."""
     corepkgs, library = STAND_INS / "corepkgs", STAND_INS / "nixpkgs-lib"
     if not (corepkgs.is_dir() and library.is_dir()):
         pytest.skip(f"no trimmed package set is at hand (looked in {corepkgs} and {library})")
     folder = tmp_path_factory.mktemp("flakes")
-    for name in ("nixpkgs", "nixpkgs-cuda"):
-        shutil.copytree(Path(__file__).parent / "stand-in" / name, folder / name)
-        for file in (folder / name).glob("*.nix"):
+    inputs = {name: folder / name for name in ("nixpkgs", "nixpkgs-cuda")}
+    for name, path in inputs.items():
+        shutil.copytree(Path(__file__).parent / "stand-in" / name, path)
+        for file in path.rglob("*.nix"):
             text = file.read_text().replace("@corepkgs@", str(corepkgs)).replace("@lib@", str(library / "lib"))
             file.write_text(text.replace("@repository@", str(REPOSITORY)))
-    return {name: folder / name for name in ("nixpkgs", "nixpkgs-cuda")}
+    inputs["colmena"] = STAND_INS / "colmena"
+    if not inputs["colmena"].is_dir():
+        pytest.skip(f"no checkout of Colmena is at hand (looked in {inputs['colmena']})")
+    return [part for name, path in inputs.items() for part in ("--override-input", name, f"path:{path}")]
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that git knows of, without the environments and caches beside them, which Nix would copy into its store."""
+    folder = tmp_path_factory.mktemp("source")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    for name in filter(lambda name: (REPOSITORY / name).is_file(), listing.stdout.splitlines()):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(REPOSITORY / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def nix_command() -> Any:
+    """A function that runs the new-style `nix` offline and returns its result."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return nix("nix", "--extra-experimental-features", "nix-command flakes", "--offline", *arguments)
+
+    return run

@@ -50,7 +50,7 @@ let
           ]
         )
       ) config.systemd.services;
-      firewall = config.networking.firewall;
+      firewall = removeAttrs config.networking.firewall [ "enable" ];
       fileSystems = plain config.fileSystems;
       grub = config.boot.loader.grub;
       inherit (config.boot) kernelModules kernelParams;
@@ -87,18 +87,27 @@ let
 
   cases = import ./cases.nix { inherit lib; };
 
+  # What the reference page says of each of our options (support/options.py).
+  textOf = value: value.text or (lib.generators.toPretty { } value);
   optionDocs =
     options:
     lib.concatMap (
       option:
       lib.optional
         (lib.hasPrefix "services.pascaline" option.name || lib.hasPrefix "hardware.pascaline" option.name)
-        {
-          inherit (option) name internal type;
-          hasDescription = option ? description;
-          hasDefault = option ? default;
-          hasExample = option ? example;
-        }
+        (
+          {
+            inherit (option)
+              name
+              internal
+              type
+              readOnly
+              ;
+            description = option.description.text or option.description or null;
+          }
+          // lib.optionalAttrs (option ? default) { default = textOf option.default; }
+          // lib.optionalAttrs (option ? example) { example = textOf option.example; }
+        )
     ) (lib.optionAttrSetToDocList options);
 in
 {
@@ -125,5 +134,19 @@ in
     lib.mapAttrs (host: _: (rendered (fleetLib.moduleOf fleet host)).settings) fleet.hosts
     // lib.mapAttrs (_: module: (rendered module).settings) cases.working;
   targets = fleetLib.targets fleet;
+  # The inventory with one more line.
+  grown =
+    let
+      larger = lib.recursiveUpdate fleet {
+        hosts.gpu-3 = fleet.hosts.gpu-1 // {
+          address = "10.10.1.3";
+        };
+      };
+    in
+    {
+      targets = fleetLib.targets larger;
+      host = host [ (fleetLib.moduleOf larger "gpu-3") ];
+      watch = host [ (fleetLib.moduleOf larger "watch") ];
+    };
   problems = lib.mapAttrs (_: case: fleetLib.problems case) cases.badFleets;
 }

@@ -135,6 +135,7 @@ in
         interfaces = anything;
         nftables.enable = bool;
         firewall = {
+          enable = option types.bool true;
           allowedTCPPorts = option (types.listOf types.port) [ ];
           extraInputRules = lines;
         };
@@ -164,12 +165,17 @@ in
         };
         xserver.videoDrivers = strings;
       };
-      system.stateVersion = option types.str "";
+      system = {
+        activationScripts = anything;
+        stateVersion = option types.str "";
+      };
       systemd = {
         services = option (types.attrsOf service) { };
+        paths = anything;
         slices = anything;
         tmpfiles.settings = option (types.attrsOf types.anything) { };
       };
+      virtualisation.memorySize = option types.int 1024;
       users = {
         users = option (types.attrsOf (
           types.submodule {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import units
+from support import options, units
 
 pytestmark = pytest.mark.nix
 
@@ -39,14 +39,10 @@ def test_every_option_is_documented(evaluated: Any) -> None:
     """Type, default, example and description: nobody should have to read a module to use it."""
     options = [option for option in evaluated("options") if not option["internal"]]
     assert options
-    incomplete = {
-        option["name"]: [key for key in ("hasDescription", "hasExample") if not option[key]]
-        for option in options
-        if not (option["hasDescription"] and option["hasExample"])
-    }
-    assert {name: lacks for name, lacks in incomplete.items() if not name.endswith((".enable", "._module.args"))} == {}
+    incomplete = [option["name"] for option in options if not (option["description"] and "example" in option)]
+    assert [name for name in incomplete if not name.endswith("._module.args")] == []
     # A submodule's leaf without a default must be given; these are the only ones.
-    required = [option["name"] for option in options if not option["hasDefault"]]
+    required = [option["name"] for option in options if "default" not in option]
     assert all(name.endswith((".instance", ".address", ".memory", ".graphics")) for name in required), required
 
 
@@ -79,6 +75,11 @@ def test_rendered_tree_is_that_of_the_modules(evaluated: Any) -> None:
     assert units.read(units.ROOT) == units.tree(evaluated("container"))
 
 
+def test_reference_page_is_that_of_the_modules(evaluated: Any) -> None:
+    """To renew it: cd tests && python -m support.options."""
+    assert options.PAGE.read_text() == options.page(evaluated("options"))
+
+
 class TestFleet:
     """One inventory, from which everything else follows."""
 
@@ -97,6 +98,23 @@ class TestFleet:
             {"instance": "gpu-1", "address": "10.10.1.1:9836"},
             {"instance": "gpu-2", "address": "10.10.1.2:9836"},
         ]
+
+    def test_adding_a_host_is_one_line(self, evaluated: Any) -> None:
+        """The new host serves, is scraped and gets requests, and lets in the host that does both, with nothing else said."""
+        grown = evaluated("grown")
+        assert grown["host"]["failed"] == []
+        assert sorted(grown["host"]["services"]) == ["pascaline-emily", "pascaline-exporter", "pascaline-model-emily"]
+        assert "ip saddr { 10.10.1.10 }" in grown["host"]["firewall"]["extraInputRules"]
+        assert "http://10.10.1.3:30000" in grown["targets"]["workers"]
+        scraped = {
+            target
+            for job in grown["watch"]["scrapeConfigs"]
+            for each in job["static_configs"]
+            for target in each["targets"]
+        }
+        assert {"10.10.1.3:30000", "10.10.1.3:30001", "10.10.1.3:9836"} <= scraped
+        router = grown["watch"]["services"]["pascaline-router"]["serviceConfig"]["ExecStart"]
+        assert router.endswith("http://10.10.1.1:30000 http://10.10.1.2:30000 http://10.10.1.3:30000")
 
     def test_monitoring_host_scrapes_every_serving_host(self, evaluated: Any) -> None:
         jobs = {job["job_name"]: job["static_configs"] for job in evaluated("hosts")["watch"]["scrapeConfigs"]}

@@ -31,7 +31,7 @@ def test_files_are_clean(repository: Path, run_nix: Any, command: list[str]) -> 
 
 
 def test_statix_finds_nothing(run_nix: Any) -> None:
-    result = run_nix("statix", "check", ".")
+    result = run_nix("statix", "check", "--format", "errfmt", ".")
     assert result.returncode == 0, result.stdout
 
 

@@ -1,13 +1,18 @@
 # Virtual machines: a serving host and a fleet of two, with the fake engine and the fake NVML instead of a GPU.
-{ self, pkgs }:
+{ pkgs }:
 let
   inherit (pkgs) lib;
   fakeEngine = pkgs.writeShellScriptBin "python" ''
     exec ${lib.getExe pkgs.python312} ${../fake_engine}/fake_engine.py "$@"
   '';
+  nvmlSource = ../../python/pascaline/src/pascaline/gpu/fake_nvml;
+  fakeNvml = pkgs.runCommandCC "fake-nvml" { } ''
+    mkdir $out
+    $CC -std=c11 -D_GNU_SOURCE -O2 -shared -fPIC -pthread -o $out/libnvidia-ml.so.1 ${nvmlSource}/fake_nvml.c
+  '';
   common = {
-    imports = [ self.nixosModules.default ];
-    nixpkgs.pkgs = lib.mkForce pkgs;
+    # Without the flake's overlay: the machines' package set is this one, which has it.
+    imports = [ ../../modules ];
     services.pascaline.enginePackage = fakeEngine;
     virtualisation.memorySize = 2048;
   };
@@ -22,8 +27,15 @@ let
   };
   serving = {
     imports = [ common ];
-    services.pascaline.package = pkgs.pascaline-app;
-    services.pascaline.instances.tiny = instance;
+    services.pascaline = {
+      package = pkgs.pascaline-app;
+      instances.tiny = instance;
+      exporter.enable = true;
+    };
+    systemd.services.pascaline-exporter.environment = {
+      LD_LIBRARY_PATH = lib.mkForce "${fakeNvml}";
+      PASCALINE_FAKE_NVML = "${nvmlSource}/demo.nvml";
+    };
     networking.firewall.enable = false;
   };
   script = name: builtins.readFile (./vm + "/${name}.py");

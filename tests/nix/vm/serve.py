@@ -4,6 +4,11 @@ host.wait_for_unit("pascaline-tiny.service")
 host.wait_until_succeeds("curl --fail --silent http://127.0.0.1:30001/readyz", timeout=120)
 host.succeed("curl --fail --silent http://127.0.0.1:30000/v1/models | grep tiny")
 
+with subtest("the exporter sees both GPUs of the simulated driver"):
+    host.wait_until_succeeds(
+        "test $(curl --silent http://127.0.0.1:9836/metrics | grep -c '^nvidia_gpu_temperature_gpu{') = 2", timeout=60
+    )
+
 with subtest("the engine's death is seen, and it is restarted"):
     host.succeed(
         "kill -9 $(curl --silent http://127.0.0.1:30001/health | grep -o '\"engine_pid\":[0-9]*' | cut -d: -f2)"

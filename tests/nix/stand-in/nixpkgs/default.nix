@@ -16,7 +16,24 @@ import "@corepkgs@" (
         deadnix = final.gnugrep;
         prometheus.cli = final.gnugrep;
         nixosOptionsDoc = _: { optionsCommonMark = final.gnugrep; };
-        testers.runNixOSTest = test: final.writeText test.name (builtins.toJSON (builtins.attrNames test));
+        # Evaluates every node, and fails where an assertion does.
+        testers.runNixOSTest =
+          test:
+          let
+            evalConfig = import ./nixos/lib/eval-config.nix;
+            broken = final.lib.concatMapAttrs (
+              name: module:
+              let
+                node = evalConfig { modules = [ module ]; };
+                messages = map (a: a.message) (final.lib.filter (a: !a.assertion) node.config.assertions);
+              in
+              builtins.seq node.config.system.build.toplevel.drvPath (
+                final.lib.optionalAttrs (messages != [ ]) { ${name} = messages; }
+              )
+            ) test.nodes;
+          in
+          assert broken == { } || throw (builtins.toJSON broken);
+          final.writeText test.name test.testScript;
       })
     ]
     ++ (arguments.overlays or [ ]);

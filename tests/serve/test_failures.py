@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pascaline.errors import ExitCode
 from support.instance import FAKE_ENGINE, PATIENCE
+from support.privileges import ordinary
 from support.raw_models import CONFIG, LLAMA, gguf_file, safetensors_file, value
 
 if TYPE_CHECKING:
@@ -81,14 +82,15 @@ class TestConfiguration:
             "it must be a file that this user may read (flag --api-key-file)"
         )
 
-    def test_an_api_key_file_that_may_not_be_read(self, serve: Serve, tmp_path: Path) -> None:
-        if os.geteuid() == 0:
-            pytest.skip("root may read every file")
+    def test_an_api_key_file_that_may_not_be_read(self, tmp_path: Path) -> None:
         path = tmp_path / "key"
         path.touch(mode=0)
-        assert refusal(serve, ExitCode.CONFIGURATION, api_key_file=path) == (
-            f"api_key_file: failed to read {path}: Permission denied; "
-            "it must be a file that this user may read (flag --api-key-file)"
+        command = ordinary([sys.executable, "-m", "pascaline", "serve", "--api-key-file", str(path)])
+        result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert result.returncode == ExitCode.CONFIGURATION
+        assert result.stderr == (
+            f"pascaline serve: api_key_file: failed to read {path}: Permission denied; "
+            "it must be a file that this user may read (flag --api-key-file)\n"
         )
 
     def test_an_api_key_file_that_is_a_folder(self, serve: Serve, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Measures `pascaline exporter` beside nvidia_gpu_exporter and nvitop-exporter on the same simulated NVML with 8 GPUs.
 
-    python benchmarks/exporter.py [--scrapes 300] [--seconds 30] [--output docs/results/exporter.md]
+    python benchmarks/exporter.py [--scrapes 300] [--seconds 15] [--output docs/results/exporter.md]
 
 Latency: scrapes 50 ms apart over a connection that is kept, as Prometheus does. Memory and CPU: at one scrape a second,
 of the exporter and all its child processes. Peers are taken from PATH and left out where they are missing.
@@ -20,12 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from pascaline.gpu.fake_nvml import DEMO_SCENARIO, fake_nvml_environment
 
 GPUS = 8
+ROUNDS = 3
 PAUSE_SECONDS = 0.05
 START_SECONDS = 60.0
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -78,7 +79,7 @@ class Result:
     p99_ms: float
     resident_mib: float
     cpu_percent: float
-    series: int
+    series: float
     page_kib: float
 
 
@@ -185,47 +186,58 @@ def steady_state(pid: int, connection: http.client.HTTPConnection, seconds: int)
 
 
 def report(scrapes: int, seconds: int) -> str:
-    """Measure all and return the Markdown page."""
+    """Measure all in rounds, so that a busy minute of the machine spoils none of them, and return the Markdown page."""
+    results: list[list[Result | str]] = [[] for _ in EXPORTERS]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "eight.nvml"
+        path.write_text(scenario())
+        environment = fake_nvml_environment(path)
+        for number in range(1, ROUNDS + 1):
+            for exporter, found in zip(EXPORTERS, results, strict=True):
+                found.append(attempt(exporter, environment, scrapes, seconds))
+                print(f"round {number} of {ROUNDS}: {exporter.name}: {found[-1]}", file=sys.stderr, flush=True)
     lines = [
         "# Scrape latency, memory and CPU of GPU exporters",
         "",
         f"{GPUS} simulated GPUs (Tesla P4), {scrapes} scrapes for latency, "
-        f"{seconds} s at one scrape a second for memory and CPU; "
+        f"{seconds} s at one scrape a second for memory and CPU, median of {ROUNDS} rounds; "
         f"{os.cpu_count()} cores, Python {platform.python_version()}, Linux {platform.release().split('-')[0]}; "
         f"{time.strftime('%Y-%m-%d', time.gmtime())}, `benchmarks/exporter.py`.",
         "Resident memory is that of all processes of the exporter together.",
         "",
         "| exporter | mode | p50 (ms) | p99 (ms) | resident (MiB) | CPU (% of a core) | samples | page (KiB) |",
         "|---|---|---|---|---|---|---|---|",
+        *(row(exporter, found) for exporter, found in zip(EXPORTERS, results, strict=True)),
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "eight.nvml"
-        path.write_text(scenario())
-        environment = fake_nvml_environment(path)
-        for exporter in EXPORTERS:
-            lines.append(row(exporter, environment, scrapes, seconds))
-            print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines) + "\n"
 
 
-def row(exporter: Exporter, environment: dict[str, str], scrapes: int, seconds: int) -> str:
-    """The table's line of one exporter: figures, or why there are none."""
-    start = f"| {exporter.name} | {exporter.mode} |"
+def attempt(exporter: Exporter, environment: dict[str, str], scrapes: int, seconds: int) -> Result | str:
+    """Figures of one exporter, or why there are none."""
     if not shutil.which(exporter.command[0]):
-        return f"{start} not measured: no {exporter.command[0]} on PATH | | | | | |"
+        return f"no {exporter.command[0]} on PATH"
     try:
-        r = measure(exporter, environment, scrapes, seconds)
+        return measure(exporter, environment, scrapes, seconds)
     except (OSError, RuntimeError) as error:
-        return f"{start} not measured: {error} | | | | | |"
-    timed = f"{r.p50_ms:.2f} | {r.p99_ms:.2f} | {r.resident_mib:.1f} | {r.cpu_percent:.1f}"
-    return f"{start} {timed} | {r.series} | {r.page_kib:.0f} |"
+        return str(error)
+
+
+def row(exporter: Exporter, found: list[Result | str]) -> str:
+    """The table's line of one exporter: the median of each figure, or why there are none."""
+    start = f"| {exporter.name} | {exporter.mode} |"
+    results = [result for result in found if isinstance(result, Result)]
+    if not results:
+        return f"{start} not measured: {found[0]} | | | | | |"
+    m = Result(*(statistics.median(figures) for figures in zip(*map(astuple, results), strict=True)))
+    timed = f"{m.p50_ms:.2f} | {m.p99_ms:.2f} | {m.resident_mib:.1f} | {m.cpu_percent:.1f}"
+    return f"{start} {timed} | {m.series:.0f} | {m.page_kib:.0f} |"
 
 
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scrapes", type=int, default=300, help="scrapes for the latency (default: %(default)s)")
-    parser.add_argument("--seconds", type=int, default=30, help="seconds for memory and CPU (default: %(default)s)")
+    parser.add_argument("--seconds", type=int, default=15, help="seconds for memory and CPU (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="file for the table")
     arguments = parser.parse_args()
     text = report(arguments.scrapes, arguments.seconds)

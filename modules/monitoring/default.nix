@@ -58,6 +58,7 @@ let
       // t.labels;
     }) targets;
   };
+  grafanaSecret = "${config.services.grafana.dataDir}/secret-key";
 in
 {
   options.services.pascaline.monitoring = {
@@ -199,6 +200,8 @@ in
         http_addr = cfg.grafana.host;
         http_port = cfg.grafana.port;
       };
+      # It encrypts what is typed in as a data source's password; NixOS gives none, so that every host has its own.
+      settings.security.secret_key = lib.mkDefault "$__file{${grafanaSecret}}";
       provision = {
         enable = true;
         datasources.settings.datasources = [
@@ -222,6 +225,14 @@ in
           }
         ];
       };
+    };
+
+    systemd.services.grafana = lib.mkIf cfg.grafana.enable {
+      preStart = ''
+        if [ ! -s ${grafanaSecret} ]; then
+          (umask 077 && head -c 32 /dev/urandom | base64 -w 0 >${grafanaSecret})
+        fi
+      '';
     };
 
     networking.firewall.allowedTCPPorts = lib.optional (

@@ -64,6 +64,8 @@ def instance() -> Dashboard:
                 (f"instance:plan_limit_bytes:max{{{_HERE}}}", f"{_WHO} alert above"),
             )
         )
+        .with_panel(_planned_and_allocated("Weights", "weights_bytes", p.BYTES))
+        .with_panel(_planned_and_allocated("KV cache size", "kv_tokens", p.TOKENS))
         .with_panel(
             p.lines("GPU utilisation", p.PERCENT, (f"nvidia_gpu_utilization_gpu {_ITS_GPUS}", "{{host}} GPU {{gpu}}"))
         )
@@ -79,4 +81,14 @@ def instance() -> Dashboard:
             )
         )
         .with_panel(p.listing("Alerts", f'ALERTS{{alertstate="firing", {_HERE}}}', span=p.HALF))
+    )
+
+
+def _planned_and_allocated(title: str, what: str, unit: str) -> p.PanelBuilder:
+    """Return what the plan gives beside what the engine says that it took."""
+    return p.lines(
+        f"{title}, planned and allocated",
+        unit,
+        (f"pascaline_plan_{what}{{{_HERE}}}", f"{_WHO} planned"),
+        (f"pascaline_engine_{what}{{{_HERE}}}", f"{_WHO} allocated"),
     )

@@ -54,7 +54,7 @@ NUMBER_HEIGHT = 4
 BYTES, PERCENT, RATIO = units.BytesIEC, units.Percent, units.PercentUnit
 SECONDS, WATTS, CELSIUS, HERTZ, COUNT = units.Seconds, units.Watt, units.Celsius, units.Hertz, units.Short
 BYTES_PER_SECOND = units.BytesPerSecondIEC
-TOKENS_PER_SECOND, TOKENS_PER_JOULE = "suffix:tok/s", "suffix:tok/J"
+TOKENS, TOKENS_PER_SECOND, TOKENS_PER_JOULE = "suffix:tok", "suffix:tok/s", "suffix:tok/J"
 NONE = units.NoUnit
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "exporter": "serve GPU metrics to Prometheus (NVML)",
     "bench": "measure an instance under load: batch sizes, contexts, rates, types of weights",
     "models": "download, verify, list and delete model files",
+    "profile": "record the kernels of a decode and hold them against the card's roofline",
     "quantize": "make smaller weights with llama.cpp's tools",
     "top": "show GPUs and instances of this host or a fleet, live",
 }

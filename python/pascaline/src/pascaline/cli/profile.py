@@ -1,0 +1,251 @@
+"""`pascaline profile`: where the time of a decode goes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pascaline.cli.options import add_settings_arguments, given_flags
+from pascaline.errors import ConfigurationError, EngineError, ExitCode, MissingError, StorageError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from pascaline.doctor.host import Instance
+    from pascaline.profile.session import Load, Recording, Target
+    from pascaline.profile.timeline import Timeline
+
+DESCRIPTION = """Record the kernels of a running decode and hold them against the card's memory bandwidth.
+
+  pascaline profile --instance emily          a running instance, with requests of our own beside its users'
+  pascaline profile --model emily.gguf        starts an instance for the time of the record
+  pascaline profile --tool nvprof             the same under nvprof of CUDA 11.8, the last profiler made for Pascal
+  pascaline profile --read FILE               sum up a trace of torch or a database of nvprof
+
+Prints the kinds of work and the kernels that take most, each with the bandwidth that it achieves, and leaves a trace
+for ui.perfetto.dev. torch's profiler is used on CPUs and on every card that its CUPTI serves; nvprof cannot attach to
+a running process, so it needs an instance of its own."""
+
+DEFAULT_STEPS = 20
+TIMEOUT_SECONDS = 600.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("--instance", metavar="NAME|URL|FILE", help="instance to record: unit, agent or TOML file")
+    parser.add_argument("--read", type=Path, metavar="FILE", help="sum up a record instead of making one")
+    parser.add_argument(
+        "--steps", type=int, default=DEFAULT_STEPS, help="decode steps to record (default: %(default)s)"
+    )
+    parser.add_argument("--requests", type=int, default=1, help="requests to decode at once (default: %(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, default=32, help="length of their prompts (default: %(default)s)")
+    parser.add_argument("--no-load", action="store_true", help="send nothing, record what others send")
+    parser.add_argument(
+        "--tool", choices=("auto", "torch", "nvprof"), default="auto", help="auto: nvprof on Pascal where it is here"
+    )
+    parser.add_argument("--top", type=int, default=15, help="kernels to list (default: %(default)s)")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="folder for the trace (default: a new one here)"
+    )
+    parser.add_argument("--json", action="store_true", help="the summary as JSON")
+    add_settings_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Record, or read, and print the summary."""
+    for flag, number in (("--steps", arguments.steps), ("--requests", arguments.requests), ("--top", arguments.top)):
+        if number < 1:
+            raise ConfigurationError(f"{flag} must be at least 1, got {number}")
+    if arguments.read is not None:
+        _print(arguments, _read(arguments.read, arguments.steps), {}, 0.0)
+        return ExitCode.OK
+    instance = _instance(arguments)
+    folder = _new_folder(arguments.output)
+    timeline, plan, context, trace = _record(arguments, instance, folder)
+    _print(arguments, timeline, plan, context)
+    print(f"pascaline profile: the trace is {trace}; open it in ui.perfetto.dev", file=sys.stderr)
+    return ExitCode.OK
+
+
+def _instance(arguments: argparse.Namespace) -> Instance:
+    from pascaline.doctor.collect import Question, collect_instance
+    from pascaline.doctor.machine import Machine
+
+    question = Question(arguments.instance, arguments.config, given_flags(arguments))
+    instance = collect_instance(Machine(), question)
+    if instance.configuration_error:
+        raise ConfigurationError(instance.configuration_error)
+    if instance.settings and instance.settings.engine != "sglang":
+        raise ConfigurationError("engine: llama.cpp has no profiler interface, must be sglang")
+    if arguments.instance and instance.health is None:
+        raise EngineError(f"--instance: no agent of {arguments.instance} answers; see pascaline doctor --instance")
+    return instance
+
+
+def _record(
+    arguments: argparse.Namespace, instance: Instance, folder: Path
+) -> tuple[Timeline, dict[str, Any], float, Path]:
+    """Return (timeline, plan of the instance, tokens in the KV cache, trace for a viewer)."""
+    from pascaline.profile.session import Load, record
+
+    load = None if arguments.no_load else Load(arguments.requests, arguments.prompt_tokens)
+    if instance.health is None:
+        return _record_own(arguments, instance, folder, load)
+    if arguments.tool == "nvprof":
+        raise ConfigurationError(
+            "--tool: nvprof cannot attach to a running instance; stop it and profile without --instance"
+        )
+    engine_folder = _engine_folder(instance, folder)
+    recording = record(
+        _target(instance), engine_folder, steps=arguments.steps, load=load, timeout=TIMEOUT_SECONDS, on_stage=_say
+    )
+    assert recording.trace is not None
+    trace = folder / recording.trace.name
+    if recording.trace.parent != folder:
+        shutil.move(recording.trace, trace)
+    return _read(trace, arguments.steps), dict(instance.plan or {}), recording.context_tokens, trace
+
+
+def _target(instance: Instance) -> Target:
+    from pascaline.engines.client import reachable
+    from pascaline.profile.session import Target
+
+    if instance.settings is None:
+        raise ConfigurationError("--instance: an agent's URL does not tell the engine's address; give NAME or FILE")
+    host, port = reachable((instance.settings.host, instance.settings.port))
+    key = instance.settings.api_key_file
+    try:
+        return Target(f"http://{f'[{host}]' if ':' in host else host}:{port}", key.read_text().strip() if key else None)
+    except OSError as error:
+        raise ConfigurationError(f"api_key_file: failed to read {key}: {error.strerror}") from error
+
+
+def _engine_folder(instance: Instance, folder: Path) -> Path:
+    """Where the engine may write: a hardened unit only in folders of its own, any other where we may."""
+    if not instance.unit:
+        return folder
+    base = Path(instance.settings.cache_dir) if instance.settings and instance.settings.cache_dir else None
+    target = (base or Path(f"/var/cache/pascaline-{instance.name}")) / f"profile-{int(time.time())}"
+    try:
+        target.mkdir(parents=True)
+        target.chmod(0o777)
+    except OSError as error:
+        raise StorageError(f"failed to write to {target.parent}: {error.strerror}; run it as root") from error
+    return target
+
+
+def _record_own(
+    arguments: argparse.Namespace, instance: Instance, folder: Path, load: Load | None
+) -> tuple[Timeline, dict[str, Any], float, Path]:
+    from pascaline.profile.engine import serving, write_nvprof_wrapper
+    from pascaline.profile.nvprof import write_chrome_trace
+    from pascaline.profile.session import Target, ask, record
+
+    settings = _as_texts(given_flags(arguments))
+    nvprof = _nvprof(arguments.tool, instance)
+    if nvprof:
+        configured = instance.settings.engine_executable if instance.settings else None
+        wrapper = write_nvprof_wrapper(folder, nvprof, str(configured or sys.executable))
+        settings["engine_executable"] = str(wrapper)
+    _say("starting an instance")
+    with serving(settings, arguments.config, folder / "serve.log", TIMEOUT_SECONDS) as (engine, agent):
+        plan = ask(f"{agent}/plan") or {}
+        recording: Recording = record(
+            Target(engine),
+            folder,
+            steps=arguments.steps,
+            load=load,
+            timeout=TIMEOUT_SECONDS,
+            external=bool(nvprof),
+            on_stage=_say,
+        )
+    if recording.trace is not None:
+        return _read(recording.trace, arguments.steps), plan, recording.context_tokens, recording.trace
+    databases = sorted(folder.glob("nvprof-*.sqlite"), key=lambda path: path.stat().st_size)
+    if not databases:
+        raise EngineError(f"nvprof wrote no record to {folder}; see {folder / 'serve.log'}")
+    timeline = _read(databases[-1], arguments.steps)
+    trace = folder / "nvprof.trace.json"
+    write_chrome_trace(timeline, trace)
+    return timeline, plan, recording.context_tokens, trace
+
+
+def _as_texts(flags: dict[str, Any]) -> dict[str, str]:
+    """Settings as variables hold them."""
+    return {key: _text(value) for key, value in flags.items()}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{name}={item}" for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _nvprof(tool: str, instance: Instance) -> str | None:
+    """Return nvprof's path where it is to be used: asked for, or on a Pascal card where it is here."""
+    from pascaline.cards import load_card
+
+    found = shutil.which("nvprof")
+    if tool == "nvprof" and not found:
+        raise MissingError(
+            "nvprof is not on PATH; it comes with CUDA 11.8 (NixOS: hardware.pascaline.cuda.enable = true;)"
+        )
+    if tool == "nvprof":
+        return found
+    card = instance.configuration.card if instance.configuration else None
+    is_pascal = bool(card) and (load_card(str(card)).compute_capability or "").startswith("6.")
+    return found if tool == "auto" and is_pascal else None
+
+
+def _new_folder(output: Path | None) -> Path:
+    folder = (output or Path(f"profile-{time.strftime('%Y%m%d-%H%M%S')}")).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"failed to write to {folder}: {error.strerror}; name a folder with --output") from error
+    if any(folder.iterdir()):
+        raise ConfigurationError(f"--output: {folder} is not empty, must be a new folder")
+    return folder
+
+
+def _read(path: Path, steps: int) -> Timeline:
+    from pascaline.profile.nvprof import is_nvprof, read_nvprof
+    from pascaline.profile.trace import read_trace
+
+    return read_nvprof(path, steps) if is_nvprof(path) else read_trace(path, steps)
+
+
+def _print(arguments: argparse.Namespace, timeline: Timeline, plan: dict[str, Any], context: float) -> None:
+    from pascaline.profile.roofline import summarise, to_text
+
+    per_token = plan.get("kv_bytes_per_token") or 0
+    summary = summarise(
+        timeline,
+        bandwidth=_bandwidth(timeline.device, plan),
+        weights_bytes=plan.get("weights_bytes"),
+        kv_bytes=round(per_token * context) or None,
+        top=arguments.top,
+    )
+    print(json.dumps(summary.to_json(), indent=2) if arguments.json else to_text(summary), end="")
+    if arguments.json:
+        print()
+
+
+def _bandwidth(device: str, plan: dict[str, Any]) -> float | None:
+    """The card's, by the name that the driver gives it, else by the plan's profile; None for a CPU."""
+    from pascaline.cards import card_for_device, card_names, load_card
+
+    name = plan.get("card", "")
+    card = card_for_device(device.removeprefix("NVIDIA ")) or (load_card(name) if name in card_names() else None)
+    fact = card.facts.get("bandwidth_bytes_per_second") if card else None
+    return fact.value if fact else None
+
+
+def _say(stage: str) -> None:
+    print(f"pascaline profile: {stage} …", file=sys.stderr)

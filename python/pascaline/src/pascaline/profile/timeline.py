@@ -1,0 +1,88 @@
+"""What a profiler recorded: kernels with their times and, where they are known, the bytes that they moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["matmul", "attention", "norm", "sampling", "copy", "other"]
+
+# Parts of names that tell what a kernel does, the most telling first; ours are those of sglang_pascal/kernels.
+_KINDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+    ("copy", ("memcpy", "memset", "copy_", "fill_", "aten::cat", "catarray", "aten::index_put", "repack")),
+    ("attention", ("attention", "sdpa", "flash", "fmha", "scaled_dot_product", "paged", "kv_cache", "set_kv")),
+    ("sampling", ("argmax", "softmax", "sort", "topk", "multinomial", "sampl", "cumsum", "radix", "exponential")),
+    (
+        "matmul",
+        (
+            "matmul",
+            "gemm",
+            "gemv",
+            "aten::mm",
+            "aten::addmm",
+            "aten::bmm",
+            "linear",
+            "mul_mat",
+            "dp4a",
+            "cutlass",
+            "xmma",
+            "splitk",
+            "quantize",
+        ),
+    ),
+    ("norm", ("norm", "silu", "gelu", "rope", "rotary", "embedding", "mean", "rsqrt")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One kernel, or on a CPU one operator without what it called."""
+
+    name: str
+    start: float
+    """Seconds from the start of the record."""
+    seconds: float
+    bytes: int | None
+    """Read and written; None where the record does not tell."""
+    stream: int = 0
+
+    @property
+    def kind(self) -> Kind:
+        """What it does, by its name."""
+        return kind_of(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """One record."""
+
+    device: str
+    """Name of the GPU, or `CPU`."""
+    kernels: tuple[Kernel, ...]
+    steps: int
+    """Decode steps in it; 0 where that is unknown."""
+    device_bandwidth: float | None = None
+    """Bytes per second as the driver tells it; None where the record does not."""
+
+    @property
+    def wall_seconds(self) -> float:
+        """From the first kernel's start to the last one's end."""
+        if not self.kernels:
+            return 0.0
+        return max(k.start + k.seconds for k in self.kernels) - min(k.start for k in self.kernels)
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time in which at least one kernel ran: overlapping ones count once."""
+        total, end = 0.0, float("-inf")
+        for kernel in sorted(self.kernels, key=lambda kernel: kernel.start):
+            stop = kernel.start + kernel.seconds
+            total += max(0.0, stop - max(kernel.start, end))
+            end = max(end, stop)
+        return total
+
+
+def kind_of(name: str) -> Kind:
+    """Return what a kernel of this name does."""
+    lower = name.lower()
+    return next((kind for kind, parts in _KINDS if any(part in lower for part in parts)), "other")

@@ -1,0 +1,175 @@
+"""Traces of torch's profiler (Chrome's format, plain or gzip) as timelines.
+
+On a GPU kernels are events of their own, tied by `External id` to the operator that launched them. On a CPU the
+operators themselves are the kernels, each without the time of the operators that it called.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import re
+import zlib
+from typing import TYPE_CHECKING, Any
+
+from pascaline.errors import PascalineError
+from pascaline.profile.timeline import Kernel, Timeline
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+MICRO = 1e-6
+GPU_CATEGORIES = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
+MAX_TRACE_BYTES = 4 << 30
+"""Unpacked; a longer record is of no use to a viewer either."""
+DTYPE_BYTES = {
+    "double": 8,
+    "long": 8,
+    "long int": 8,
+    "int": 4,
+    "float": 4,
+    "c10::half": 2,
+    "c10::bfloat16": 2,
+    "short": 2,
+    "c10::float8_e5m2": 1,
+    "c10::float8_e4m3fn": 1,
+    "unsigned char": 1,
+    "signed char": 1,
+    "char": 1,
+    "bool": 1,
+}
+"""torch's names in `Input type`, in lower case."""
+MATRIX_PRODUCTS = re.compile(r"aten::(mm|addmm|bmm|linear|matmul)$|mkldnn.*linear")
+VIEWS = re.compile(
+    r"aten::(view|as_strided|slice|transpose|t|expand|unsqueeze|squeeze|select|permute|detach|alias|empty.*)$"
+)
+"""They only describe memory."""
+# What SGLang calls each of its decode steps, as in step[DECODE bs=4].
+_STEP = re.compile(r"step\[DECODE\b")
+
+
+class TraceError(PascalineError):
+    """A file is no trace, or an empty one."""
+
+
+def read_trace(path: Path, steps: int = 0) -> Timeline:
+    """Read a trace. steps: decode steps that were recorded, where the trace does not tell.
+
+    Raises TraceError where the file is cut off or is no trace, or holds no operator.
+    """
+    document = _load(path)
+    events = document.get("traceEvents")
+    if not isinstance(events, list):
+        raise TraceError(f"{path} is no trace: it has no traceEvents")
+    spans = [event for event in events if event.get("ph") == "X" and "dur" in event]
+    device = [event for event in spans if event.get("cat") in GPU_CATEGORIES]
+    operators = [event for event in spans if event.get("cat") == "cpu_op"]
+    if not device and not operators:
+        raise TraceError(f"{path} holds neither kernels nor operators: nothing ran while it was recorded")
+    if device:
+        kernels = _gpu_kernels(device, operators)
+        name = next((str(d.get("name")) for d in document.get("deviceProperties", []) if d.get("name")), "GPU")
+    else:
+        kernels, name = _cpu_kernels(operators), "CPU"
+    start = min(kernel.start for kernel in kernels)
+    shifted = tuple(_shift(kernel, start) for kernel in sorted(kernels, key=lambda kernel: kernel.start))
+    return Timeline(name, shifted, _steps(spans) or steps)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a trace that another process writes is complete."""
+    try:
+        _load(path)
+    except TraceError:
+        return False
+    return True
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+            text = file.read(MAX_TRACE_BYTES)
+        document = json.loads(text)
+    except OSError as error:
+        raise TraceError(f"failed to read {path}: {error.strerror or error}") from error
+    except (ValueError, EOFError, zlib.error) as error:
+        raise TraceError(f"{path} is no trace, or is cut off: {error}") from error
+    if not isinstance(document, dict):
+        raise TraceError(f"{path} is no trace: it holds a {type(document).__name__}")
+    return document
+
+
+def _shift(kernel: Kernel, start: float) -> Kernel:
+    return Kernel(kernel.name, kernel.start - start, kernel.seconds, kernel.bytes, kernel.stream)
+
+
+def _gpu_kernels(events: Iterable[dict[str, Any]], operators: Iterable[dict[str, Any]]) -> list[Kernel]:
+    by_id = {event["args"].get("External id"): event for event in operators if "args" in event}
+    kernels = []
+    for event in events:
+        arguments = event.get("args", {})
+        launcher = by_id.get(arguments.get("External id"))
+        size = arguments.get("bytes")
+        moved = int(size) if isinstance(size, int) else _bytes(launcher) if launcher else None
+        kernels.append(_kernel(event, event["dur"], moved, int(arguments.get("stream") or 0)))
+    return kernels
+
+
+def _cpu_kernels(operators: list[dict[str, Any]]) -> list[Kernel]:
+    """Operators with their own time: a parent's less its children's, per thread."""
+    kernels = []
+    for thread in {(event.get("pid"), event.get("tid")) for event in operators}:
+        own = [event for event in operators if (event.get("pid"), event.get("tid")) == thread]
+        stack: list[tuple[dict[str, Any], float]] = []
+        for event in sorted(own, key=lambda event: (event["ts"], -event["dur"])):
+            while stack and stack[-1][0]["ts"] + stack[-1][0]["dur"] <= event["ts"]:
+                kernels.append(_closed(*stack.pop()))
+            if stack:
+                parent, children = stack[-1]
+                stack[-1] = (parent, children + event["dur"])
+            stack.append((event, 0.0))
+        kernels += [_closed(*entry) for entry in stack]
+    return [kernel for kernel in kernels if kernel.seconds > 0]
+
+
+def _closed(event: dict[str, Any], children: float) -> Kernel:
+    # An operator that mostly calls others moves no bytes of its own.
+    own = max(0.0, event["dur"] - children)
+    return _kernel(event, own, _bytes(event) if own > children else None, 0)
+
+
+def _kernel(event: dict[str, Any], microseconds: float, moved: int | None, stream: int) -> Kernel:
+    return Kernel(str(event["name"]), event["ts"] * MICRO, microseconds * MICRO, moved, stream)
+
+
+def _bytes(event: dict[str, Any]) -> int | None:
+    """Bytes of an operator's inputs and, for a matrix product, its result; None where shapes were not recorded."""
+    arguments = event.get("args", {})
+    shapes, types = arguments.get("Input Dims"), arguments.get("Input type")
+    name = str(event.get("name"))
+    if not isinstance(shapes, list) or not isinstance(types, list) or VIEWS.match(name):
+        return None
+    sizes: list[tuple[list[int], int]] = [
+        (shape, DTYPE_BYTES[kind.lower()])
+        for shape, kind in zip(shapes, types, strict=False)
+        if isinstance(kind, str) and kind.lower() in DTYPE_BYTES and shape and all(isinstance(n, int) for n in shape)
+    ]
+    if not sizes:
+        return None
+    total = sum(math.prod(shape) * width for shape, width in sizes)
+    matrices = [(shape, width) for shape, width in sizes if len(shape) >= 2]
+    if MATRIX_PRODUCTS.match(name) and len(matrices) >= 2:
+        (left, width), (right, _) = matrices[-2:]
+        return total + math.prod(left[:-1]) * right[-1] * width
+    # An element-wise operator writes as much as its largest input.
+    return total + max(math.prod(shape) * width for shape, width in sizes)
+
+
+def _steps(spans: Iterable[dict[str, Any]]) -> int:
+    """Decode steps that SGLang marked, 0 where it marked none."""
+    marks = [e for e in spans if e.get("cat") == "user_annotation" and _STEP.search(str(e.get("name")))]
+    return len(marks)

@@ -172,10 +172,12 @@ def _patience_problems(settings: Settings) -> list[tuple[str, str]]:
 # Settings that llama-server has no counterpart of, with the value that asks for nothing.
 _SGLANG_ONLY: dict[str, Any] = {
     "attention_backend": None,
+    "max_queued_requests": None,
     "pipeline_parallel": 1,
     "quantization": None,
     "radix_cache": True,
     "schedule_policy": "fcfs",
+    "tensor_parallel": 1,
 }
 
 

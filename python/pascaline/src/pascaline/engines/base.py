@@ -103,12 +103,21 @@ class Engine(ABC):
     def check_extra_args(self, extra_args: Sequence[str]) -> None:
         """Refuse arguments that a setting stands for, since the two would contradict each other."""
         for argument in extra_args:
-            flag = argument.partition("=")[0]
-            if flag in self.setting_flags:
+            given = argument.partition("=")[0]
+            flag = self._flag_of_setting(given)
+            if flag is not None:
+                shown = given if given == flag else f"{given} ({flag})"
                 raise ConfigurationError(
-                    f"extra_args: {flag} is set by {self.setting_flags[flag]}, must be left out; "
+                    f"extra_args: {shown} is set by {self.setting_flags[flag]}, must be left out; "
                     f"set {self.setting_flags[flag]} instead"
                 )
+
+    def _flag_of_setting(self, given: str) -> str | None:
+        """Return the flag that a setting stands for; engines that use argparse take abbreviations too."""
+        if given in self.setting_flags:
+            return given
+        abbreviates = given.startswith("--") and given != "--"
+        return next((flag for flag in self.setting_flags if abbreviates and flag.startswith(given)), None)
 
     def explain(self, lines: Sequence[str]) -> str | None:
         """Return in plain words why it failed, judged by its last lines; None where they are not understood."""

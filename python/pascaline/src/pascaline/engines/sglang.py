@@ -55,10 +55,8 @@ class SglangEngine(Engine):
         "--quantization": "quantization",
         "--tp-size": "tensor_parallel",
         "--tensor-parallel-size": "tensor_parallel",
-        "--tp": "tensor_parallel",
         "--pp-size": "pipeline_parallel",
         "--pipeline-parallel-size": "pipeline_parallel",
-        "--pp": "pipeline_parallel",
         "--api-key": "api_key_file",
         "--config": "the settings of pascaline",
     }

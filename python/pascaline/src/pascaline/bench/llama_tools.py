@@ -121,19 +121,3 @@ def _read(process: subprocess.Popen[bytes], on_chunk: Callable[[int], None]) -> 
 def _end(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return " | ".join(lines[-LAST_LINES:])[-1000:]
-
-
-def quantize(source: Path, kind: str, output: Path) -> None:
-    """Write a GGUF file in another type; the file appears whole."""
-    program = shutil.which("llama-quantize")
-    if program is None:
-        raise MissingError("llama-quantize is not on PATH; install llama.cpp (Debian: llama.cpp-tools)")
-    partial = output.with_suffix(".partial")
-    command = with_parent(program, "--allow-requantize", str(source), str(partial), kind)
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise PascalineError(
-            f"llama-quantize ended with exit code {done.returncode} for {source}; "
-            f"its last lines: {_end(done.stdout + done.stderr)}"
-        )
-    partial.replace(output)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import as_file
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,6 @@ from pascaline.bench import llama_tools
 from pascaline.bench.environment import describe_machine
 from pascaline.bench.experiment import Experiment, batch_points
 from pascaline.bench.instance import read_api_key, started
-from pascaline.bench.llama_tools import quantize
 from pascaline.bench.progress import Progress
 from pascaline.bench.reference import find_card, reference
 from pascaline.bench.results import create_or_resume
@@ -27,6 +27,7 @@ from pascaline.bench.workload import SHIPPED_TEXT
 from pascaline.errors import ConfigurationError, EngineError
 from pascaline.models import store
 from pascaline.models.reader import read_model
+from pascaline.quantize import Options, quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,9 +116,8 @@ class _Quant:
         for kind in self._comparison.types:
             self._measure(kind)
         if not self._comparison.keep_models:
-            for file in (*self._models.iterdir(), self._scores):
-                file.unlink(missing_ok=True)
-            self._models.rmdir()
+            shutil.rmtree(self._models)
+            self._scores.unlink(missing_ok=True)
 
     def _measure(self, kind: str) -> None:
         entry = self._entry(kind)
@@ -137,7 +137,7 @@ class _Quant:
         self._progress.skipped(1)
         self._speed(kind, model, entry)
         if kind not in {REFERENCE_TYPE, NF4} and not self._comparison.keep_models:
-            model.unlink()
+            _remove(model)
 
     def _entry(self, kind: str) -> dict[str, Any]:
         types: list[dict[str, Any]] = self._results.document["types"]
@@ -167,9 +167,13 @@ class _Quant:
         file = self._models / f"{self._name}-{kind}.gguf"
         if not file.exists():
             source = self._source if kind == REFERENCE_TYPE else self._file(REFERENCE_TYPE)
-            self._progress.running(f"{kind}: quantising", 0.0)
-            quantize(source, kind, file)
+            # That it works is what the measurement shows.
+            options = Options(allow_requantize=True, verify=False)
+            quantize(source, kind, file, options=options, on_step=self._on_step)
         return file
+
+    def _on_step(self, what: str, done: int, total: int) -> None:
+        self._progress.running(what, done / max(1, total))
 
     def _quality_note(self) -> str:
         text = f"{self._comparison.chunks} chunks of {llama_tools.WINDOW_TOKENS} tokens of chapters of "
@@ -272,6 +276,12 @@ def check_types(types: tuple[str, ...]) -> None:
     known = {*DEFAULT_TYPES, NF4, "Q3_K_L", "Q4_K_S", "Q5_K_S", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K"}
     if unknown := [kind for kind in types if kind not in known]:
         raise ConfigurationError(f"--types: unknown type {unknown[0]!r}, must be one of: {', '.join(sorted(known))}")
+
+
+def _remove(model: Path) -> None:
+    """Delete a model and the checksum beside it."""
+    model.unlink()
+    model.with_name(f"{model.name}.sha256").unlink(missing_ok=True)
 
 
 def _size_of(spec: ModelSpec) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A streamed HTTP request with a time stamp for each event, written out because general clients cost too much.
 
-At the 200 events a second that a Tesla P4 can send, httpx takes about a fifth of a core; this takes about a hundredth.
+At the 200 events a second that a Tesla P4 can send, this takes half of httpx's CPU time (benchmarks/bench_load.py).
 One connection a request, HTTP/1.1, chunked or not; server-sent events as OpenAI's API defines them.
 """
 

@@ -106,8 +106,12 @@ class PascalCudaPlatform(CudaDeviceMixin, _PascalPlatform):  # type: ignore[misc
     capabilities = PlatformCapabilities(supports_triton=False, graph_capture=True)
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """No prefill graph, few decode graphs."""
+        """No prefill graph, few decode graphs; float16, which the kernels read; GGUF weights as in the file."""
         super().apply_server_args_defaults(server_args)
+        if server_args.dtype == "auto":
+            server_args.dtype = "float16"
+        if server_args.load_format == "pascal_gguf" and server_args.quantization is None:
+            server_args.quantization = "gguf"
         server_args.cuda_graph_config = graph_config(
             server_args.cuda_graph_config, server_args._cuda_graph_config_locked
         )

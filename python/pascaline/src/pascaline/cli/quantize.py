@@ -26,7 +26,7 @@ file that `sha256sum -c` reads. A run that was interrupted goes on with the type
 llama-imatrix and llama-completion are looked for on PATH, convert_hf_to_gguf.py too (a folder needs it, and a Python
 with torch, transformers and gguf).
 
-Types that run on Pascal by kernels of their own: Q4_K_M, Q4_K_S, Q5_K_M, Q5_K_S, Q6_K, Q8_0, Q4_0, Q4_1."""
+`pascaline doctor` warns of types that the plugin has no kernels for: they are expanded to 16 bits when loaded."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

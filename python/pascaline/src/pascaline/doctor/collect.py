@@ -271,10 +271,10 @@ def _json(text: str | None) -> dict[str, Any] | None:
 
 
 def collect_engine(machine: Machine, instance: Instance) -> EngineFacts:
-    """Ask the Python that runs SGLang what it has; llama.cpp is one program with nothing to ask."""
+    """Ask the Python that runs SGLang what it has, or llama-server for its version."""
     settings = instance.settings
-    if settings is not None and settings.engine != "sglang":
-        return EngineFacts(error="the engine is llama.cpp")
+    if settings is not None and settings.engine == "llama.cpp":
+        return _llama_server(machine, str(settings.engine_executable or "llama-server"))
     python = str(settings.engine_executable) if settings and settings.engine_executable else sys.executable
     variables = sorted(name for name in instance.environment if name.startswith(("SGLANG_", "SGL_")))
     output = machine.run("engine-probe", [python, str(PROBE), *variables], timeout=PROBE_SECONDS)
@@ -295,6 +295,14 @@ def collect_engine(machine: Machine, instance: Instance) -> EngineFacts:
         entry_points=tuple(answer.get("entry_points", ())),
         unknown_variables=tuple(answer.get("unknown_variables", ())),
     )
+
+
+def _llama_server(machine: Machine, program: str) -> EngineFacts:
+    output = machine.run("llama-server", [program, "--version"])
+    if output is None:
+        return EngineFacts(error=f"failed to run {program}: there is no such program")
+    match = re.search(r"^version: (.+)$", output.errors + output.text, re.MULTILINE)
+    return EngineFacts(versions={"llama.cpp": match[1]}) if match else EngineFacts(error=f"{program} names no version")
 
 
 def collect_model(machine: Machine, settings: Settings | None) -> ModelFacts:

@@ -29,15 +29,16 @@ def _absent(host: Host, package: str) -> str | None:
 
 @check(
     "engine",
-    "The engine's Python has SGLang, torch and the plugin",
+    "The engine is installed",
     "install the engine, or name the Python that has it",
     command="pip install 'pascaline[engine]'; pascaline config show --engine-executable PYTHON",
     option="services.pascaline.enginePackage = pkgs.pascaline-engine;",
 )
 def _engine(host: Host) -> Result:
-    """Runs the Python of engine_executable and asks for the packages that serving needs."""
-    if host.settings and host.settings.engine != "sglang":
-        return skipped(f"the engine is {host.settings.engine}")
+    """Runs the Python of engine_executable and asks for torch, SGLang and the plugin; for llama.cpp, llama-server."""
+    if host.settings and host.settings.engine == "llama.cpp":
+        version = host.engine.versions.get("llama.cpp")
+        return ok(f"llama.cpp {version}") if version else failure(host.engine.error)
     missing = [name for name in ("torch", "sglang", "sglang-pascal") if name not in host.engine.versions]
     if missing:
         return failure(host.engine.error or f"not installed: {', '.join(missing)}")

@@ -34,7 +34,6 @@ def test_instance_that_serves_and_then_crashes(tmp_path: Path) -> None:
         "device": "cpu",
         "probe_interval": 0.5,
         "stall_timeout": 3,
-        "max_restarts": 0,
     }
     with running(tmp_path, model=model, **settings) as instance:
         wait_until("ready", lambda: any(" is ready after " in line for line in instance.lines))

@@ -237,6 +237,7 @@ class Stack:
         self.webhook = webhook
         self.agent = agent
         self.scenario = folder / "live.nvml"
+        self.exporter: subprocess.Popen[str] | None = None
         self.exporter_port = 0
         self.prometheus = f"http://127.0.0.1:{free_port()}"
         self.alertmanager = f"http://127.0.0.1:{free_port()}"
@@ -384,9 +385,19 @@ def _start(stack: Stack, programs: contextlib.ExitStack) -> None:
 
 
 def _start_exporter(stack: Stack, programs: contextlib.ExitStack) -> int:
-    command = [sys.executable, "-m", "pascaline", "exporter", "--port", "0", "--interval", "0.5", "--max-age", "10"]
+    command = [
+        sys.executable,
+        "-m",
+        "pascaline",
+        "exporter",
+        "--port",
+        "0",
+        "--interval=0.5",
+        "--max-age=10",
+        "--deadline=2",
+    ]
     log = stack.folder / "exporter.log"
-    programs.enter_context(running(command, log, env=fake_nvml_environment(stack.scenario)))
+    stack.exporter = programs.enter_context(running(command, log, env=fake_nvml_environment(stack.scenario)))
     return exporter_port(log)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,26 @@ def test_a_lost_gpu_reaches_the_webhook_and_resolves_when_it_is_back(stack: Any)
     stack.webhook.wait_for("resolved", **labels)
     assert fired["annotations"]["summary"] == "GPU 1 of live no longer answers its driver"
     assert fired["annotations"]["runbook_url"] == "docs/operations.md#gpulost"
+
+
+def test_a_driver_that_hangs_reaches_the_webhook_and_resolves_when_it_answers(stack: Any) -> None:
+    stack.fault("[library]\nall = hang\n")
+    labels = {"alertname": "ExporterStale", "host": "live", "severity": "warning"}
+    fired = stack.webhook.wait_for("firing", **labels)
+    stack.fault("")
+    stack.webhook.wait_for("resolved", **labels)
+    assert fired["annotations"]["summary"] == "the exporter of live gets no readings from the driver"
+
+
+def test_an_exporter_that_does_not_answer_reaches_the_webhook_and_resolves_when_it_does(stack: Any) -> None:
+    stack.exporter.send_signal(signal.SIGSTOP)
+    try:
+        labels = {"alertname": "ExporterDown", "host": "live", "severity": "critical"}
+        fired = stack.webhook.wait_for("firing", **labels)
+    finally:
+        stack.exporter.send_signal(signal.SIGCONT)
+    stack.webhook.wait_for("resolved", **labels)
+    assert fired["annotations"]["summary"] == "the GPU exporter of live does not answer"
 
 
 def test_an_engine_that_cannot_start_again_reaches_the_webhook_and_resolves_when_it_can(stack: Any) -> None:

@@ -128,6 +128,7 @@ class TestOutput:
                 "INFO    pascaline: resolve"
             }
         }
+        secrets["commands/systemctl-show"] = {"HOME=": "MY_API_KEY=topsecret HOME="}
         machine = recorded_host(tmp_path / "host", {"edits": secrets})
         findings = examine(collect(machine, Question()))
         write_report(tmp_path / "report.txt", findings, machine.transcript)
@@ -138,6 +139,8 @@ class TestOutput:
         assert [secret for secret in leaked.split() if secret in text] == []
         assert "driver-branch: driver 580.105.08, branch R580" in text
         assert "127.0.0.1" in text
+        assert "CUDA_VISIBLE_DEVICES=0" in text
+        assert '"context_length": 4096' in text
 
 
 class TestRedact:

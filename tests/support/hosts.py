@@ -55,7 +55,9 @@ class RecordedMachine(Machine):
     def reading(self) -> Reading:
         environment = fake_nvml_environment(self.folder / "host.nvml")
         with Reader(environment=environment, deadline=DEADLINE_SECONDS, start_deadline=DEADLINE_SECONDS) as reader:
-            return reader.read()
+            reading = reader.read()
+        self.transcript.append(("nvml", repr(reading)))
+        return reading
 
     def read_speed(self, path: Path) -> float | None:
         return float((self.folder / "read_speed").read_text())

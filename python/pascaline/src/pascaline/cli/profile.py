@@ -93,7 +93,8 @@ def _record(
     from pascaline.profile.session import Load, record
 
     load = None if arguments.no_load else Load(arguments.requests, arguments.prompt_tokens)
-    if instance.health is None:
+    chosen = given_flags(arguments) or arguments.config
+    if instance.health is None or (chosen and not arguments.instance):
         return _record_own(arguments, instance, folder, load)
     if arguments.tool == "nvprof":
         raise ConfigurationError(

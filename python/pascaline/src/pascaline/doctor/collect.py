@@ -9,9 +9,10 @@ import resource
 import shlex
 import stat
 import sys
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pascaline.cards import card_for_device, load_card
 from pascaline.configuration import load
@@ -76,28 +77,52 @@ def collect(machine: Machine, question: Question, on_part: Callable[[str], None]
     """Collect everything; `on_part` is told what is being looked at."""
     on_part("instance")
     instance = collect_instance(machine, question)
+    _note_settings(machine, instance)
     on_part("driver")
-    driver = collect_driver(machine)
+    driver = _standing(machine, "driver", lambda: collect_driver(machine), Driver())
     reading = machine.reading() if driver.version or driver.pci or driver.nodes else None
+    devices = reading.devices if reading else ()
     on_part("engine")
-    engine = collect_engine(machine, instance)
+    engine = _standing(machine, "engine", lambda: collect_engine(machine, instance), EngineFacts())
     on_part("model")
-    model = collect_model(machine, instance.settings)
+    model = _standing(machine, "model", lambda: collect_model(machine, instance.settings), ModelFacts())
     on_part("system")
     host = Host(
         driver=driver,
         nvml=reading,
-        gpus=tuple(_gpu(machine, device) for device in reading.devices) if reading else (),
+        gpus=_standing(machine, "GPUs", lambda: tuple(_gpu(machine, device) for device in devices), ()),
         libcuda=_find_libcuda(machine, instance.environment),
         nvcc=_nvcc_release(machine),
-        system=collect_system(machine, instance),
+        system=_standing(machine, "system", lambda: collect_system(machine, instance), System()),
         engine=engine,
         model=model,
         instance=instance,
-        logs=collect_logs(machine, instance.name),
+        logs=_standing(machine, "logs", lambda: collect_logs(machine, instance.name), Logs()),
     )
-    plan, plan_error = _plan(host)
+    no_plan: tuple[Plan | None, str] = (None, "the planner failed; pascaline doctor --report tells why")
+    plan, plan_error = _standing(machine, "plan", lambda: _plan(host), no_plan)
     return replace(host, plan=plan, plan_error=plan_error)
+
+
+Part = TypeVar("Part")
+
+
+def _standing(machine: Machine, name: str, collect_part: Callable[[], Part], nothing: Part) -> Part:
+    """Return a part, or nothing of it where this program met what it was not made for: the rest must still be told."""
+    try:
+        return collect_part()
+    except Exception:
+        machine.transcript.append((f"failed to collect: {name}", traceback.format_exc()))
+        return nothing
+
+
+def _note_settings(machine: Machine, instance: Instance) -> None:
+    """Keep for the report what the instance runs with."""
+    lines = [f"{name}={value}" for name, value in sorted(instance.environment.items())]
+    machine.transcript.append((f"environment of {instance.environment_source}", "\n".join(lines)))
+    if instance.configuration is not None:
+        document = instance.configuration.settings.model_dump_json(indent=1)
+        machine.transcript.append(("settings", f"{document}\n{json.dumps(instance.configuration.origins, indent=1)}"))
 
 
 # The driver and the GPUs
@@ -254,7 +279,6 @@ def _answers(machine: Machine, instance: Instance, agent: str, engine: str | Non
         instance,
         health=health,
         plan=_json(machine.fetch(f"{agent}/plan")),
-        agent_metrics=machine.fetch(f"{agent}/metrics") or "",
         engine_metrics=(machine.fetch(f"{engine}/metrics") or "") if engine else "",
     )
 
@@ -391,13 +415,10 @@ def collect_system(machine: Machine, instance: Instance) -> System:
     folder = _cuda_cache(instance.environment)
     return System(
         is_nixos="ID=nixos" in (machine.read("/etc/os-release") or ""),
-        is_container=machine.read("/run/systemd/container") is not None or machine.path("/.dockerenv").exists(),
-        kernel=(machine.read("/proc/sys/kernel/osrelease") or "").strip(),
         glibc=_glibc(machine),
         memory=_memory(machine.read("/proc/meminfo") or ""),
         huge_pages=_chosen(machine.read("/sys/kernel/mm/transparent_hugepage/enabled") or ""),
         governor=(machine.read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "").strip(),
-        cpus=len(os.sched_getaffinity(0)),
         memory_limit=memory_limit,
         cpu_limit=cpu_limit,
         limits_of=whose,

@@ -185,7 +185,6 @@ class Instance:
     """The agent's /health; None where it does not answer."""
     plan: Mapping[str, Any] | None = None
     """The agent's /plan."""
-    agent_metrics: str = ""
     engine_metrics: str = ""
 
     @property
@@ -219,8 +218,6 @@ class System:
     """The machine around the GPU."""
 
     is_nixos: bool = False
-    is_container: bool = False
-    kernel: str = ""
     glibc: str = ""
     """Version; empty where there is none."""
     memory: Mapping[str, int] = field(default_factory=dict)
@@ -229,8 +226,6 @@ class System:
     """always, madvise or never."""
     governor: str = ""
     """CPU frequency governor; empty where the kernel has none (a virtual machine)."""
-    cpus: int = 1
-    """That this process may use."""
     memory_limit: int | None = None
     """Bytes that the cgroup allows; None: no limit."""
     cpu_limit: float | None = None

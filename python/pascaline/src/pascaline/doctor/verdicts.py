@@ -82,8 +82,12 @@ class Check:
     judge: Callable[[Host], Result]
 
     def examine(self, host: Host) -> Finding:
-        """Apply the check."""
-        result = self.judge(host)
+        """Apply the check. One that fails is a finding too: on an ill host the others are needed all the more."""
+        try:
+            result = self.judge(host)
+        except Exception as error:
+            words = f"this check failed: {type(error).__name__}: {error}"
+            result = Result(Verdict.WARNING, words, Remedy("report it", "pascaline doctor --report bug.txt"))
         remedy = None
         if result.verdict.severity >= Verdict.INFO.severity:
             remedy = result.remedy or self.remedy

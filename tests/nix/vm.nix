@@ -23,6 +23,8 @@ let
       host = "0.0.0.0";
       agent_host = "0.0.0.0";
       device = "cpu";
+      # The fake engine takes nothing; the plan is of the real one, which these machines have no memory for.
+      allow_overcommit = true;
     };
   };
   serving = {

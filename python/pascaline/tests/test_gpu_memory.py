@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from pascaline.errors import MissingError
+from pascaline.errors import ConfigurationError, MissingError
 from pascaline.gpu.fake_nvml import fake_nvml_environment, write_scenario
 from pascaline.gpu.memory import DeviceMemory, gpu_memory, host_memory
 
@@ -30,7 +30,7 @@ class TestGpu:
 
     @pytest.mark.parametrize("visible", ["1", "", "-1", "GPU-ffff"])
     def test_what_it_does_not_name(self, visible: str, p4: Mapping[str, str]) -> None:
-        with pytest.raises(MissingError) as caught:
+        with pytest.raises(ConfigurationError) as caught:
             gpu_memory(visible, p4)
         assert str(caught.value) == (
             f"CUDA_VISIBLE_DEVICES={visible} names none of the GPUs here, must be an index below 1 or a UUID"
@@ -42,7 +42,7 @@ class TestGpu:
         with pytest.raises(MissingError) as caught:
             gpu_memory(environment=fake_nvml_environment(scenario))
         assert str(caught.value) == (
-            "NVML shows no GPU: NVML counts no GPU; name a card with --card to plan without one"
+            "NVML shows no GPU: NVML counts no GPU; name a card (--card) to plan without it"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,7 +108,9 @@ def target(configuration: Configuration, spec: ModelSpec) -> tuple[Card, PlanReq
         total, used = card.memory_bytes, 0
     else:
         device = choose_device(settings)
-        card, memory = local_device(settings, device)
+        card, memory, doubt = local_device(settings, device)
+        if doubt:
+            print(f"pascaline plan: {doubt}", file=sys.stderr)
         total, used = memory.total_bytes, memory.used_bytes
     dtype = choose_dtype(settings, card.name if settings.card else None, device)
     return card, request_from_settings(settings, spec, device=device, dtype=dtype, card_bytes=total, used_bytes=used)

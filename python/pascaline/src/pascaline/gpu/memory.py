@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pascaline.errors import MissingError
+from pascaline.errors import ConfigurationError, MissingError
 from pascaline.gpu.metrics import GPU_MEMORY_CALLS, NAME
 from pascaline.gpu.reader import Reader
 
@@ -36,7 +36,7 @@ def gpu_memory(visible: str | None = None, environment: Mapping[str, str] | None
     """Return the memory of the first GPU that a process would see.
 
     visible: value of CUDA_VISIBLE_DEVICES, None = all. environment: of the process that asks NVML (None = this one's).
-    Raises MissingError where NVML shows no such GPU.
+    Raises ConfigurationError where `visible` names none of the GPUs, MissingError where NVML shows none or fails.
     """
     with Reader(environment=environment) as reader:
         reading = reader.read()
@@ -44,12 +44,12 @@ def gpu_memory(visible: str | None = None, environment: Mapping[str, str] | None
     device = _first_visible(devices, visible)
     if device is None:
         if devices:
-            raise MissingError(
+            raise ConfigurationError(
                 f"CUDA_VISIBLE_DEVICES={visible} names none of the GPUs here, "
                 f"must be an index below {len(devices)} or a UUID"
             )
         reason = reading.message or "NVML counts no GPU"
-        raise MissingError(f"NVML shows no GPU: {reason}; name a card with --card to plan without one")
+        raise MissingError(f"NVML shows no GPU: {reason}; name a card (--card) to plan without it")
     name = str(device.values.get(NAME.key, "GPU")).removeprefix("NVIDIA ")
     for call, total_at, free_at in GPU_MEMORY_CALLS:
         values = device.values.get(call.key)
@@ -57,7 +57,7 @@ def gpu_memory(visible: str | None = None, environment: Mapping[str, str] | None
             total, free = values[total_at], values[free_at]
             if isinstance(total, int) and isinstance(free, int):
                 return DeviceMemory(name, total, total - free)
-    raise MissingError(f"NVML does not tell the memory of {name}; name a card with --card to plan without it")
+    raise MissingError(f"NVML does not tell the memory of {name}; name a card (--card) to plan without it")
 
 
 def _first_visible(devices: list[DeviceReading], visible: str | None) -> DeviceReading | None:

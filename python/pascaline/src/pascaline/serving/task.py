@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pascaline.cards import card_for_device, installed_models, load_card, unknown_card
+from pascaline.cards import card_for_device, detect_card, installed_models, load_card, unknown_card
 from pascaline.engines import Task
-from pascaline.errors import ConfigurationError, DoesNotFitError
-from pascaline.gpu.memory import gpu_memory, host_memory
+from pascaline.errors import ConfigurationError, DoesNotFitError, MissingError
+from pascaline.gpu.memory import DeviceMemory, gpu_memory, host_memory
 from pascaline.planning import Plan, make_plan, nearest_fits, refusal, request_from_settings
 
 if TYPE_CHECKING:
     from pascaline.cards import Card
     from pascaline.configuration import Configuration
-    from pascaline.gpu.memory import DeviceMemory
     from pascaline.models.spec import ModelSpec
     from pascaline.models.store import ResolvedModel
     from pascaline.settings import Settings
@@ -31,7 +31,7 @@ def plan_instance(configuration: Configuration, spec: ModelSpec) -> Plan:
     settings = configuration.settings
     device = choose_device(settings)
     dtype = choose_dtype(settings, configuration.card, device)
-    card, memory = local_device(settings, device)
+    card, memory, doubt = local_device(settings, device)
     request = request_from_settings(
         settings, spec, device=device, dtype=dtype, card_bytes=memory.total_bytes, used_bytes=memory.used_bytes
     )
@@ -39,16 +39,27 @@ def plan_instance(configuration: Configuration, spec: ModelSpec) -> Plan:
     if not plan.fits and not settings.allow_overcommit:
         changes = nearest_fits(spec, card, request)
         raise DoesNotFitError(f"the plan does not fit: {plan.reasons[0]}\n\n{refusal(plan, changes)}")
-    return plan
+    return replace(plan, notes=(*plan.notes, doubt)) if doubt else plan
 
 
-def local_device(settings: Settings, device: str) -> tuple[Card, DeviceMemory]:
-    """Return what the model is to run on, and its memory: the GPU that the engine will see, or the host."""
+def local_device(settings: Settings, device: str) -> tuple[Card, DeviceMemory, str | None]:
+    """Return what the model is to run on, its memory, and why that is in doubt (None: it is not).
+
+    It is the GPU that the engine will see, or the host. Where NVML fails but the card is known, its profile stands in:
+    an instance is not to stay down because of a reading that it can do without.
+    """
     if device == "cpu":
-        return load_card("cpu"), host_memory()
+        return load_card("cpu"), host_memory(), None
     visible = settings.environment.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
-    memory = gpu_memory(visible)
-    return card_for_device(memory.name) or unknown_card(memory.name, memory.total_bytes), memory
+    try:
+        memory = gpu_memory(visible)
+    except MissingError as error:
+        name = settings.card or detect_card()
+        if name is None or not load_card(name).memory_bytes:
+            raise
+        card = load_card(name)
+        return card, DeviceMemory(name, card.memory_bytes), f"planned as if nothing else used the card: {error}"
+    return card_for_device(memory.name) or unknown_card(memory.name, memory.total_bytes), memory, None
 
 
 def make_task(configuration: Configuration, model: ResolvedModel, plan: Plan, runtime_dir: Path) -> Task:

@@ -19,6 +19,10 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 16, 40, 52
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2")
 """Told apart by most colour-blind people, on light and on dark ground."""
 LEGEND_ROW = 16
+LEGEND_COLUMNS, LONG_NAME = 3, 22
+"""Names of the legend in a row; two where one has more characters than fit a third of the width."""
+LABEL_ROOM = 1.06
+"""Highest tick over highest value at least: room for what is written above it."""
 MAX_TICKS = 6
 
 _STYLE = """
@@ -94,9 +98,12 @@ class _Area:
         self._chart = chart
         marks = [mark for series in chart.series for mark in series.marks]
         ends = [value for mark in marks for value in (mark.y, mark.high) if value is not None]
-        self._y_ticks = ticks(0.0, max(ends, default=1.0) or 1.0)
+        self._y_ticks = ticks(0.0, LABEL_ROOM * (max(ends, default=1.0) or 1.0))
         self._x_ticks = [] if chart.categories else ticks(0.0, max((mark.x for mark in marks), default=1.0) or 1.0)
-        self._top = TOP + LEGEND_ROW * ((len(chart.series) + 2) // 3 if len(chart.series) > 1 else 0)
+        long = any(len(series.name) > LONG_NAME for series in chart.series)
+        self._columns = LEGEND_COLUMNS - long
+        rows = math.ceil(len(chart.series) / self._columns) if len(chart.series) > 1 else 0
+        self._top = TOP + LEGEND_ROW * rows
         self._height = self._top + HEIGHT - TOP
 
     def x(self, value: float) -> float:
@@ -134,9 +141,9 @@ class _Area:
         if len(self._chart.series) < 2:
             return []
         parts = []
-        column = (WIDTH - LEFT - RIGHT) / 3
+        column = (WIDTH - LEFT - RIGHT) / self._columns
         for n, series in enumerate(self._chart.series):
-            x, y = LEFT + column * (n % 3), 36 + LEGEND_ROW * (n // 3)
+            x, y = LEFT + column * (n % self._columns), 36 + LEGEND_ROW * (n // self._columns)
             colour = COLOURS[n % len(COLOURS)]
             dash = ' stroke-dasharray="5 4"' if series.dashed else ""
             parts.append(

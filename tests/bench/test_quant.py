@@ -1,0 +1,77 @@
+"""`bench quant` whole on the CPU with the embedded model and llama.cpp's real tools."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+from pascaline.errors import ExitCode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from .conftest import Bench
+
+    Start = Callable[..., Bench]
+
+TOOLS = ("llama-quantize", "llama-perplexity", "llama-server")
+MISSING = [tool for tool in TOOLS if shutil.which(tool) is None]
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"not on PATH: {', '.join(MISSING)} (llama.cpp)")
+def test_types_are_made_scored_and_served(bench: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    run = bench(
+        *("quant", "--engine", "llama.cpp", "--types", "F16,Q8_0,Q4_K_M,NF4", "--chunks", 1, "--sizes", "1,2"),
+        *(
+            "--requests",
+            2,
+            "--prompt-tokens",
+            8,
+            "--output-tokens",
+            4,
+            "--repeats",
+            1,
+            "--cache-dir",
+            tmp_path / "cache",
+        ),
+        *("--context-length", 512, "--output", folder),
+    )
+    assert run.finish(seconds=500) == ExitCode.OK, run.errors
+    document = json.loads((folder / "results.json").read_text())
+    types = {entry["name"]: entry for entry in document["types"]}
+    f16, q8, q4, nf4 = (types[name] for name in ("F16", "Q8_0", "Q4_K_M", "NF4"))
+
+    assert f16["file_bytes"] > q8["file_bytes"] > q4["file_bytes"] > 50e6
+    assert f16["bits_per_weight"] == pytest.approx(16, abs=0.1)
+    assert q8["bits_per_weight"] == pytest.approx(8.5, abs=0.1)
+    assert abs(f16["kl_mean"]) < 1e-3 < q8["kl_mean"] * 10 < q4["kl_mean"]
+    assert f16["same_top"] > q8["same_top"] > q4["same_top"] > 0.5
+    assert f16["perplexity"] < q4["perplexity"]
+    assert all(each["planned_bytes"] > 0 and each["memory_bytes"] > each["weights_bytes"] for each in (f16, q8, q4))
+    assert nf4["skipped"].startswith("bitsandbytes quantises a Hugging Face folder in SGLang")
+
+    names = [f"{name} batch {size}" for name in ("F16", "Q8_0", "Q4_K_M") for size in (1, 2)]
+    assert [entry["name"] for entry in document["points"]] == names
+    assert all(entry["summary"]["output_throughput"]["value"] > 0 for entry in document["points"])
+    assert "The source is Q4_1 already" in document["quality_note"]
+    assert "KL divergence from the highest precision" in (folder / "report.html").read_text()
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "results.json", "serve.log"]
+
+
+def test_types_that_are_not_known_are_refused(bench: Start) -> None:
+    run = bench("quant", "--types", "F16,Q5_X")
+    assert run.finish() == ExitCode.CONFIGURATION
+    assert run.errors == (
+        "pascaline bench: --types: unknown type 'Q5_X', must be one of: F16, NF4, Q2_K, Q3_K_L, Q3_K_M, Q3_K_S, Q4_0, Q4_1, "
+        "Q4_K_M, Q4_K_S, Q5_0, Q5_1, Q5_K_M, Q5_K_S, Q6_K, Q8_0\n"
+    )
+
+
+def test_a_comparison_of_types_needs_instances_of_its_own(bench: Start) -> None:
+    run = bench("quant", "--url", "http://127.0.0.1:30000")
+    assert run.finish() == ExitCode.CONFIGURATION
+    assert run.errors == "pascaline bench: --url: bench quant starts an instance for each type, must be left out\n"

@@ -1,6 +1,6 @@
 """What a model costs and how fast it is in SGLang on this device: loading, memory, prefill, decode by batch size.
 
-    python benchmarks/engine_speed.py MODEL.gguf [--device cuda] [--memory-gib 7.5] [--json FILE] [-- SGLANG FLAGS]
+    python benchmarks/engine_speed.py MODEL.gguf [--device cuda] [--memory-gib 7.5] [--json FILE] [SGLANG FLAGS]
 
 One request per row of a batch, no HTTP: what the scheduler adds is not in it. `--memory-gib` lets torch allocate no
 more, as on a smaller card. Times are medians; a decode step includes the choice of the next token.
@@ -39,8 +39,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--memory-gib", type=float, help="most that torch may allocate")
     parser.add_argument("--full-requests", type=int, nargs=2, metavar=("N", "TOKENS"), help="prefill so many at once")
     parser.add_argument("--json", type=Path, help="also write the results there")
-    parser.add_argument("flags", nargs="*", help="for SGLang, after --")
-    return parser.parse_args(arguments)
+    args, args.flags = parser.parse_known_args(arguments)
+    return args
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -44,12 +44,12 @@ class InProcessEngine:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Any]:
         """Logits `[n, vocabulary]` after each prompt, and the batch to decode with."""
         _, logits, batch = self._bench.extend(self._requests(prompts), self.runner)
-        return logits.float(), batch
+        return logits.float().clone(), batch
 
     def decode(self, tokens: torch.Tensor, batch: Any) -> torch.Tensor:
         """Logits `[n, vocabulary]` after one more token `[n]` of each."""
         _, logits = self._bench.decode(tokens, batch, self.runner)
-        return logits.float()
+        return logits.float().clone()  # a recorded step writes the next ones to the same memory
 
     def all_logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Logits `[len(ids), vocabulary]` after each token of one prompt, from one prefill."""

@@ -42,7 +42,9 @@ def test_rows_of_a_device_and_a_stage():
         "logit soft cap",
         "attention backend",
         "load format",
+        "int8 KV cache, choice",
     ]
+    assert [shim.name for shim in shims_for("cpu", "worker")] == ["int8 KV cache, pool"]
     assert "is_cuda" not in [shim.name for shim in shims_for("cpu")]
     assert "Triton driver" not in [shim.name for shim in shims_for("cuda")]
 
@@ -74,6 +76,13 @@ from sglang.srt.model_loader.loader import get_model_loader
 from sglang_pascal.compat import shims_for
 import torch.fx.experimental.symbolic_shapes as shapes
 import triton
+import sglang.srt.model_executor.model_runner  # as a worker does
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.quantization import get_quantization_config
+from sglang.srt.mem_cache.kv_cache_dtype import configure_kv_cache_dtype
+def kv(name):
+    return [str(x) for x in configure_kv_cache_dtype(server_args_kv_cache_dtype=name, model=None, model_dtype=torch.float32,
+        is_draft_worker=False, is_dflash=False, speculative_draft_attention_backend="")]
 print(json.dumps({
     "platform": type(current_platform).__name__,
     "out_of_tree": current_platform.is_out_of_tree(),
@@ -87,6 +96,10 @@ print(json.dumps({
     "loader": type(get_model_loader(LoadConfig(load_format="pascal_gguf"))).__name__,
     "other_loader": type(get_model_loader(LoadConfig(load_format="auto"))).__name__,
     "cuda_initialised": torch.cuda.is_initialized(),
+    "kv": {name: kv(name) for name in ("int8", "fp8_e5m2", "auto")},
+    "pools": [getattr(current_platform.get_kv_pool_cls(kind=kind), "__name__", None) for kind in ("mha", "mla")],
+    "quantization": [get_quantization_config(name).__name__ for name in ("gguf", "fp8")],
+    "norm": RMSNorm._oot_forward_registry["native"][RMSNorm].__name__,
 }))
 """)
 
@@ -107,6 +120,17 @@ def test_shims_do_what_they_say(on_cpu):
     assert on_cpu["load_format_choice"]
     assert on_cpu["loader"] == "PascalGgufLoader"
     assert on_cpu["other_loader"] == "DefaultModelLoader"
+
+
+def test_kv_types_pools_and_quantisation_are_ours_where_they_must_be(on_cpu):
+    assert on_cpu["kv"] == {
+        "int8": ["int8", "torch.int8"],
+        "fp8_e5m2": ["None", "torch.float8_e5m2"],
+        "auto": ["None", "torch.float32"],
+    }
+    assert on_cpu["pools"] == ["PascalKVPool", None]
+    assert on_cpu["quantization"] == ["PascalGgufConfig", "Fp8Config"]
+    assert on_cpu["norm"] == "rms_norm_layer"
 
 
 def test_the_soft_cap_is_plain_torch_in_place_or_into_float32():
@@ -164,7 +188,7 @@ print(json.dumps({
     "is_ours": common.is_cuda is is_not_cuda,
     "finders": sum(type(finder).__name__ == "_IsCudaFinder" for finder in sys.meta_path),
     "stale": stale,
-    "applied": {shim.name: shim.is_applied() for shim in shims_for("cuda")},
+    "applied": {shim.name: shim.is_applied() for shim in shims_for("cuda") if shim.stage != "worker"},
     "dtype": str(config.dtype),
     "full": str(full.dtype),
     "overrides": overrides,

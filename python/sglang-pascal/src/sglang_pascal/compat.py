@@ -292,6 +292,8 @@ def _add_int8_choice() -> None:
 
 
 def _int8_is_a_choice() -> bool:
+    if "sglang.srt.server_args" not in sys.modules:
+        return False
     from sglang_pascal.attention.kv_types import INT8, kv_cache_choices
 
     return INT8 in kv_cache_choices()

@@ -117,6 +117,10 @@ def explanation(plan: Plan) -> str:
         lines.append(
             f"mem_fraction_static {plan.mem_fraction_static:g}: share of what is free before the model is loaded"
         )
+    if plan.speed is not None:
+        rates = {"one request": plan.speed.single, "all requests": plan.speed.decode, "prompt": plan.speed.prefill}
+        lines += [f"{name}: {rate.tokens_per_second:,.1f} tok/s\n    = {rate.formula}" for name, rate in rates.items()]
+        lines.append("    source: pascaline/cards/planning.toml, docs/planning.md")
     return "\n".join(lines)
 
 

@@ -142,6 +142,11 @@ def _variants(
     if (shorter := longest_context(spec, card, request, weights)) and shorter < request.context_length:
         changed = replace(request, context_length=shorter)
         yield {"context_length": shorter}, changed, _halvings(request.context_length, shorter)
+    for chunk in sorted((chunk for chunk in CHUNKS if chunk < request.chunked_prefill_tokens), reverse=True):
+        changed = replace(request, chunked_prefill_tokens=chunk)
+        if make_plan(spec, card, changed, weights).fits:
+            yield {"chunked_prefill_tokens": chunk}, changed, 0.2 * _halvings(request.chunked_prefill_tokens, chunk)
+            break
     if request.max_running_requests > 1 and request.engine == "llama.cpp":
         for fewer in range(request.max_running_requests - 1, 0, -1):
             changed = replace(request, max_running_requests=fewer)
@@ -192,6 +197,7 @@ def _sentence(settings: dict[str, Any], plan: Plan) -> str:
         "kv_cache.max_bytes": "kv_cache.max_bytes {}",
         "mem_fraction_static": "mem_fraction_static {:g}",
         "context_length": "context_length {:,}",
+        "chunked_prefill_tokens": "chunked_prefill_tokens {}",
         "max_running_requests": "max_running_requests {}",
     }
     shown = settings | {key: format_bytes(value) for key, value in settings.items() if key == "kv_cache.max_bytes"}

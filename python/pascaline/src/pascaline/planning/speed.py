@@ -45,6 +45,8 @@ class Rate:
     """Tokens of each request that are in the cache."""
     bound: Literal["bandwidth", "compute"]
     """What takes the most time."""
+    formula: str
+    """The calculation with its numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ class _Model:
         memory = (self._weights.read_bytes(batch) + batch * context * self._kv) / self._bandwidth
         kind = kind_of(batch)
         compute = self._compute(batch * self._weights.macs, kind)
-        return self._rate(batch, memory, compute, kind, batch, context)
+        return self._rate(batch, (memory, compute, self._overhead), kind, batch, context)
 
     def prefill(self) -> Rate:
         """Chunks of a prompt that fills the context: the last one attends to all that came before."""
@@ -131,16 +133,25 @@ class _Model:
         macs = total * (self._weights.macs - self._weights.output_macs)
         heads = self._spec.num_heads * (self._spec.head_dim + self._spec.v_head_dim) / self._request.tensor_parallel
         attention = self._spec.num_hidden_layers * heads * total**2 / 2 / (self._fp32 * ATTENTION_SHARE)
-        return self._rate(total, memory, self._compute(macs, kind) + attention, kind, chunk, total)
+        times = (memory, self._compute(macs, kind) + attention, steps * self._overhead)
+        return self._rate(total, times, kind, chunk, total)
 
     def _compute(self, macs: float, kind: Kind) -> float:
         return 0.0 if kind == "bandwidth" else macs / (self._peak * getattr(self.calibration, kind))
 
-    def _rate(self, tokens: int, memory: float, compute: float, kind: Kind, batch: int, context: int) -> Rate:
-        rate = tokens / (memory + compute + self._overhead)
+    def _rate(self, tokens: int, times: tuple[float, float, float], kind: Kind, batch: int, context: int) -> Rate:
+        """times: seconds of memory traffic, of arithmetic and of launches."""
+        memory, compute, launches = times
+        rate = tokens / sum(times)
         error = self.calibration.errors[kind]
         bound: Literal["bandwidth", "compute"] = "bandwidth" if memory >= compute else "compute"
-        return Rate(rate, rate * (1 - error), rate * (1 + error), batch, context, bound)
+        share = f" at {getattr(self.calibration, kind):.0%} of {self._peak / 1e12:.1f} T/s" if compute else ""
+        formula = (
+            f"{tokens:,} tokens / ({memory * 1e3:,.1f} ms for {memory * self._bandwidth / 1e9:,.2f} GB at "
+            f"{self._bandwidth / 1e9:,.0f} GB/s + {compute * 1e3:,.1f} ms of arithmetic{share}"
+            f" + {launches * 1e3:,.1f} ms of launches)"
+        )
+        return Rate(rate, rate * (1 - error), rate * (1 + error), batch, context, bound, formula)
 
 
 def kind_of(batch: int) -> Kind:

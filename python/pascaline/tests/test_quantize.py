@@ -69,6 +69,16 @@ class TestRealTools:
         assert [(r.type, r.was_there) for r in again] == [("Q4_K_M", True), ("Q8_0", False), ("Q6_K", False)]
         assert again[1].sha256 == results[1].sha256
 
+    def test_result_of_another_source(self, tmp_path: Path) -> None:
+        """A source that changed makes its results anew, although files of their names are there and whole."""
+        source = write_gguf(tmp_path / "m-F16.gguf", tiny("llama"), "F16")
+        options = Options(verify=False)
+        first = quantize(source, "Q8_0", tmp_path / "m.Q8_0.gguf", options=options)
+        write_gguf(source, tiny("llama"), "F16", seed=1)
+        second = quantize(source, "Q8_0", tmp_path / "m.Q8_0.gguf", options=options)
+        assert (second.was_there, second.sha256 != first.sha256) == (False, True)
+        assert quantize(source, "Q8_0", tmp_path / "m.Q8_0.gguf", options=options).was_there
+
     def test_planned_size(self, results: list[Quantized], model: Path) -> None:
         """The size that the disk is checked for is the size of the file, and never less."""
         for result in results:

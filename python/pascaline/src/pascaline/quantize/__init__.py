@@ -4,8 +4,8 @@ tools   the programs and how they are run
 steps   one step each: convert, importance matrix, size, quantise, verify
 
 A source is a Hugging Face folder or a GGUF file of 16 or 32 bits. Each result STEM.TYPE.gguf has STEM.TYPE.gguf.sha256
-beside it, as sha256sum writes it; a result that is there, with the checksum that it had when it was made, is not made
-again, so that an interrupted run goes on where it was.
+beside it, as sha256sum writes it, with a comment that says from what. A result that is there, from the same source and
+with the checksum that it had when it was made, is not made again: an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -102,18 +102,22 @@ def quantize_all(
 
 def _all(source: Path, outputs: dict[str, Path], options: Options, on_step: OnStep) -> list[Quantized]:
     """Make what is missing; the source is converted only if anything is."""
-    results = {} if options.force else {name: made for name, path in outputs.items() if (made := _made(name, path))}
+    read_model(source)  # a source that is none is told before anything else
+    origins = {name: steps.origin_of(source, name, options.imatrix, options.calibration) for name in outputs}
+    made = {name: _made(name, path, origins[name]) for name, path in outputs.items() if not options.force}
+    results = {name: result for name, result in made.items() if result is not None}
     missing = {name: path for name, path in outputs.items() if name not in results}
     if missing:
         folder = next(iter(missing.values())).parent
         with _plain_source(source, folder, options, on_step) as plain:
-            results |= {name: _one(plain, name, path, options, on_step) for name, path in missing.items()}
+            for name, path in missing.items():
+                results[name] = _one(plain, name, path, origins[name], options, on_step)
     return [results[name] for name in outputs]
 
 
-def _made(name: str, output: Path) -> Quantized | None:
-    """A result that is there with the checksum that it had when it was made."""
-    digest = steps.digest_if_unchanged(output)
+def _made(name: str, output: Path, origin: str) -> Quantized | None:
+    """A result that is there, from this source, with the checksum that it had when it was made."""
+    digest = steps.digest_if_unchanged(output, origin)
     return None if digest is None else Quantized(output, name, output.stat().st_size, digest, True, 0.0, None)
 
 
@@ -140,7 +144,7 @@ def _require_plain(source: Path, spec: ModelSpec, options: Options) -> None:
         )
 
 
-def _one(plain: Path, name: str, output: Path, options: Options, on_step: OnStep) -> Quantized:
+def _one(plain: Path, name: str, output: Path, origin: str, options: Options, on_step: OnStep) -> Quantized:
     began = time.monotonic()
     if plain.resolve() == output.resolve():
         raise ConfigurationError(f"output: {output} is the source itself, must be another file")
@@ -167,5 +171,5 @@ def _one(plain: Path, name: str, output: Path, options: Options, on_step: OnStep
             on_step(f"{name}: generate", 0, 1)
             text = steps.verify_generation(options.tools, partial)
             on_step(f"{name}: generate", 1, 1)
-        digest = steps.finish(partial, output, lambda done, total: on_step(f"{name}: checksum", done, total))
+        digest = steps.finish(partial, output, origin, lambda done, total: on_step(f"{name}: checksum", done, total))
     return Quantized(output, name, output.stat().st_size, digest, False, time.monotonic() - began, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -189,8 +190,8 @@ def verify_generation(tools: Tools, result: Path) -> str:
     return text
 
 
-def finish(partial: Path, output: Path, on_bytes: OnDone) -> str:
-    """Give a result its name and its checksum file, and return the checksum."""
+def finish(partial: Path, output: Path, origin: str, on_bytes: OnDone) -> str:
+    """Give a result its name and its checksum file, and return the checksum. origin: as origin_of gives it."""
     digest = file_sha256(partial, lambda done, total: on_bytes(done, total or done))
     with partial.open("rb") as file:
         os.fsync(file.fileno())
@@ -199,17 +200,27 @@ def finish(partial: Path, output: Path, on_bytes: OnDone) -> str:
     checksum.unlink(missing_ok=True)
     partial.replace(output)
     note = partial.with_name(partial.name + CHECKSUM_SUFFIX)
-    note.write_text(f"{digest}  {output.name}\n")
+    # sha256sum takes a line that begins so for a comment.
+    note.write_text(f"# {origin}\n{digest}  {output.name}\n")
     note.replace(checksum)
     return digest
 
 
-def digest_if_unchanged(output: Path) -> str | None:
-    """Return the checksum of a result that is there as it was made; None where it is not, or changed since."""
+def origin_of(source: Path, name: str, *inputs: Path | None) -> str:
+    """Return words that change whenever a result would: type, and name, size and time of each input."""
+    files = sorted(file for file in source.iterdir() if file.is_file()) if source.is_dir() else [source]
+    files += [path for path in inputs if path is not None]
+    states = [(file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in files]
+    return f"{name} of {source.name}, inputs {hashlib.sha256(repr(states).encode()).hexdigest()[:32]}"
+
+
+def digest_if_unchanged(output: Path, origin: str) -> str | None:
+    """Return the checksum of a result that is there as it was made, from the same origin; None otherwise."""
     checksum = output.with_name(output.name + CHECKSUM_SUFFIX)
     try:
-        expected = checksum.read_text().split()[0]
-        return expected if file_sha256(output) == expected else None
+        comment, _, line = checksum.read_text().partition("\n")
+        expected = line.split()[0]
+        return expected if comment == f"# {origin}" and file_sha256(output) == expected else None
     except (OSError, IndexError):
         return None
 

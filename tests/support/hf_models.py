@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from support.models import Shape
 
+REPEATED = 1 << 22
+"""Weights after which a tensor repeats itself: a model of a gigabyte is written in seconds."""
+
 _CLASSES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -79,7 +82,9 @@ def write_files(
         file.write(struct.pack("<Q", len(text)) + text)
         for size in tensors.values():
             scale = 1.0 if len(size) == 1 else 0.02
-            file.write((random.standard_normal(size, dtype=np.float32) * scale).astype(dtype).tobytes())
+            n_elements = math.prod(size)
+            block = random.standard_normal(min(n_elements, REPEATED), dtype=np.float32) * scale
+            file.write(np.resize(block.astype(dtype), n_elements).tobytes())
     return folder
 
 

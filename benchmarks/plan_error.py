@@ -4,8 +4,9 @@
 
 Each model has random weights and is loaded by SGLang itself, in a process of its own, with the flags of the plan
 (tests/support/sglang_allocations.py). On the CPU each takes half a minute, most of it imports. On a GPU, models of a
-gigabyte are made, and the driver's count of used memory is compared with the plan's total; --card names the profile
-whose constants are used (default: those of a GPU without a profile).
+gigabyte are made, and the driver's count of used memory, after a prefill and some decode steps, is compared with the
+plan's total. --card names the profile whose constants are used; without it they are those of a GPU without a profile,
+and the size of its CUDA context, which no plan can know, is taken as measured.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Row:
     tables_true: int
     total_plan: int | None = None
     total_true: int | None = None
-    """On a GPU: what the driver counts beyond what was used before, loaded and with its graphs recorded."""
+    """On a GPU: what the driver counts beyond what was used before, after some work."""
+    context_true: int | None = None
+    """On a GPU: what the driver counts once torch has made its context, before anything is loaded."""
 
     @property
     def is_exact(self) -> bool:
@@ -140,7 +143,9 @@ def compare(
         plan.part("tables"), found["weights_bytes"] - found["parameters_bytes"] + found["request_table_bytes"],
     )  # fmt: skip
     if device == "cuda":
-        row.total_plan, row.total_true = plan.total_bytes, found["used_bytes"]
+        row.total_plan, row.total_true, row.context_true = plan.total_bytes, found["used_bytes"], found["context_bytes"]
+        if card is None:
+            row.total_plan += row.context_true - plan.part("context")
     return row
 
 
@@ -156,7 +161,7 @@ def prepared(place: Path, python: str) -> Path:
 def table(rows: list[Row]) -> str:
     """The rows as text: planned sizes in MiB, and by how many bytes they miss."""
     lines = [
-        f"{'':<22}{'weights':^26}{'KV cache':^26}{'tables':^26}{'total':^32}",
+        f"{'':<22}{'weights':^26}{'KV cache':^26}{'tables':^26}{'total':^38}{'context':>10}",
         f"{'model':<14}{'context':>8}" + f"{'plan, MiB':>14}{'off by, B':>12}" * 3 + f"{'plan, MiB':>14}{'off by':>18}",
     ]
     for row in rows:
@@ -166,7 +171,8 @@ def table(rows: list[Row]) -> str:
             cells += f"{plan / MIB:>14,.2f}{plan - true:>12,}"
         if row.total_plan is not None and row.total_true is not None:
             off = row.total_plan - row.total_true
-            cells += f"{row.total_plan / MIB:>14,.1f}{off / MIB:>10,.1f} MiB{off / row.total_true:>6.1%}"
+            cells += f"{row.total_plan / MIB:>14,.1f}{off / MIB:>10,.1f} MiB{off / row.total_true:>8.1%}"
+            cells += f"{(row.context_true or 0) / MIB:>10,.0f} MiB"
         lines.append(f"{row.model:<14}{row.context:>8,}{cells}")
     return "\n".join(lines)
 

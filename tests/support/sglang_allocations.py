@@ -37,12 +37,17 @@ def main() -> None:
     one_batch._init_process_global_configs()
     is_cuda = server_args.device == "cuda"
     used_before = driver_used_bytes() if is_cuda else 0
+    context_bytes = 0
+    if is_cuda:
+        torch.zeros(1, device="cuda")
+        context_bytes = driver_used_bytes() - used_before
     # The tokenizer is not needed to know sizes, and models with random weights have none.
     one_batch.get_tokenizer = lambda *_, **__: None
     bench, _ = one_batch.load_model(server_args, PortArgs.init_new(server_args), 0, 0)
     runner = bench.torch_runner
     found: dict[str, Any] = allocations(runner)
     if is_cuda:
+        found["context_bytes"] = context_bytes
         found["idle_bytes"] = driver_used_bytes() - used_before
         work(one_batch, bench, server_args.chunked_prefill_size, found["context_length"])
         found |= device_totals()

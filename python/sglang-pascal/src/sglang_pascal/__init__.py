@@ -42,7 +42,7 @@ def activate() -> str | None:
     if device is None:
         return None
     check_sglang_version()
-    # SGLang would keep the table of the rotary embedding in float16; the kernels read float32, which is also more exact.
+    # SGLang would keep the rotary embedding's table in float16; the kernels read float32, which is also more exact.
     os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")
     apply_shims(device, "activate")
     return _PLATFORM_CLASSES[device]

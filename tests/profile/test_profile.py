@@ -34,7 +34,24 @@ CPU_TRACE = RECORDS / "sglang-0.5.23-cpu.trace.json.gz"
 GPU_TRACE = RECORDS / "torch-cuda.trace.json.gz"
 """Three steps of two layers of half-precision products, torch 2.11 on an H200."""
 FAKE_ENGINE = Path(__file__).parent.parent / "fake_engine" / "fake_engine.py"
+PROFILED_ENGINE = Path(__file__).parent / "profiled_engine.py"
 P4_BANDWIDTH = 192e9
+NVPROF = """#!{python}
+# Runs the program behind its options, and writes a database when that ends.
+import signal, sqlite3, subprocess, sys
+options = sys.argv[1:]
+target = options[options.index("--export-profile") + 1]
+child = subprocess.Popen(options[options.index("--export-profile") + 2 :])
+signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+code = child.wait()
+connection = sqlite3.connect(target.replace("%p", str(child.pid)))
+connection.executescript('''{tables}''')
+connection.execute("insert into StringTable values (1, 'Tesla P4'), (2, 'decode_matmul_q4_k')")
+connection.execute("insert into CUPTI_ACTIVITY_KIND_DEVICE values (1, 192224000, 1)")
+connection.execute("insert into CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL values (1, 5000000, 35000000, 0, 13, 2)")
+connection.commit()
+sys.exit(code)
+"""
 
 
 def write_trace(path: Path, *events: dict) -> Path:
@@ -492,6 +509,44 @@ class TestCommand:
             "pascaline profile: nvprof is not on PATH; it comes with CUDA 11.8 "
             "(NixOS: hardware.pascaline.cuda.enable = true;)\n",
         )
+
+    def test_instance_of_its_own(self, tmp_path: Path) -> None:
+        """An instance is started for the record, and gone afterwards; the plan tells what a step reads."""
+        output = tmp_path / "record"
+        command = [sys.executable, "-m", "pascaline", "profile", "--device", "cpu", "--json", "-o", str(output)]
+        command += ["--engine-executable", str(PROFILED_ENGINE), "--cache-dir", str(tmp_path / "cache")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.splitlines() == [
+            "pascaline profile: starting an instance …",
+            "pascaline profile: waiting for the first tokens …",
+            "pascaline profile: recording …",
+            f"pascaline profile: the trace is {output / '1-TP-0.trace.json.gz'}; open it in ui.perfetto.dev",
+        ]
+        summary = json.loads(done.stdout)
+        assert summary["kernels"][0]["name"] == "aten::mm"
+        assert summary["step_bytes"] > 90e6
+
+    def test_under_nvprof(self, tmp_path: Path) -> None:
+        """With nvprof the engine runs inside of it, and its database becomes the trace."""
+        programs = tmp_path / "bin"
+        programs.mkdir()
+        nvprof = programs / "nvprof"
+        nvprof.write_text(NVPROF.format(python=sys.executable, tables=NVPROF_TABLES))
+        nvprof.chmod(0o755)
+        output = tmp_path / "record"
+        command = [sys.executable, "-m", "pascaline", "profile", "--tool", "nvprof", "--device", "cpu", "--steps", "7"]
+        command += ["--engine-executable", str(PROFILED_ENGINE), "--cache-dir", str(tmp_path / "cache")]
+        environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            [*command, "-o", str(output)], capture_output=True, text=True, timeout=200, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("Tesla P4: 7 steps in 30.0 ms, a kernel ran 100% of the time (4.29 ms a step)\n")
+        assert done.stderr.splitlines()[-1] == (
+            f"pascaline profile: the trace is {output / 'nvprof.trace.json'}; open it in ui.perfetto.dev"
+        )
+        assert read_trace(output / "nvprof.trace.json").kernels[0].name == "decode_matmul_q4_k"
 
     @pytest.mark.engine
     def test_real_engine(self, tmp_path: Path) -> None:

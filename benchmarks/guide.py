@@ -284,10 +284,12 @@ def types_table(models: dict[tuple[str, str], ModelSpec]) -> str:
 
 def quant_table(document: dict[str, Any]) -> str:
     """Measured size and quality."""
-    rows = [[row[0], row[1], row[2], *row[5:]] if len(row) > 2 else row for row in quality_rows(document)]
+    heading, *rows = quality_rows(document)
+    shown = [n for n, name in enumerate(heading) if "memory" not in name]
+    measured = [[row[n] for n in shown] for row in (heading, *rows) if len(row) == len(heading)]
     machine = document["machine"]
     where = f"{machine['cpu']}, {machine['cpu_count']} CPUs; {document['quality_note']}"
-    return f"{markdown([row for row in rows if len(row) > 2])}\n\n{where}"
+    return f"{markdown(measured)}\n\n{where}"
 
 
 def markdown(rows: list[list[str]]) -> str:

@@ -75,3 +75,22 @@ def test_a_comparison_of_types_needs_instances_of_its_own(bench: Start) -> None:
     run = bench("quant", "--url", "http://127.0.0.1:30000")
     assert run.finish() == ExitCode.CONFIGURATION
     assert run.errors == "pascaline bench: --url: bench quant starts an instance for each type, must be left out\n"
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(bool(MISSING), reason=f"not on PATH: {', '.join(MISSING)} (llama.cpp)")
+def test_sglang_serves_the_quality_that_llama_cpp_measures(bench: Start, tmp_path: Path) -> None:
+    """Two engines, one file, one text: their perplexities differ by the windows' first token and by rounding."""
+    folder = tmp_path / "out"
+    run = bench(
+        *("quant", "--types", "Q8_0", "--chunks", 1, "--sizes", "1", "--requests", 2, "--prompt-tokens", 8),
+        *("--output-tokens", 4, "--repeats", 1, "--cache-dir", tmp_path / "cache", "--output", folder),
+    )
+    assert run.finish(seconds=550) == ExitCode.OK, run.errors
+    document = json.loads((folder / "results.json").read_text())
+    (entry,) = document["types"]
+    assert entry["served_perplexity"] == pytest.approx(entry["perplexity"], rel=0.05)
+    point = document["points"][0]
+    assert point["summary"]["error_ratio"]["value"] == 0
+    assert {request["output_tokens"] for request in point["runs"][0]["requests"]} == {4}
+    assert {request["prompt_tokens"] for request in point["runs"][0]["requests"]} == {8}

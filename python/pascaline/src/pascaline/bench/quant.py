@@ -21,6 +21,7 @@ from pascaline.bench.progress import Progress
 from pascaline.bench.reference import find_card, reference
 from pascaline.bench.results import create_or_resume
 from pascaline.bench.runner import Runner
+from pascaline.bench.served_quality import compare_scores, load_scores, score_server
 from pascaline.bench.server import make_prompts
 from pascaline.bench.sweep import LOG_NAME, Target, describe_model
 from pascaline.bench.workload import SHIPPED_TEXT
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from pascaline.bench.instance import Instance
     from pascaline.bench.results import Results
+    from pascaline.bench.workload import Prompts
     from pascaline.models.spec import ModelSpec
 
 DEFAULT_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q3_K_S")
@@ -43,6 +45,7 @@ NF4 = "NF4"
 REFERENCE_TYPE = "F16"
 _PRECISE = {"F32", "F16", "BF16"}
 MODELS_FOLDER = "models"
+SERVED_REFERENCE = "served.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +121,7 @@ class _Quant:
         if not self._comparison.keep_models:
             shutil.rmtree(self._models)
             self._scores.unlink(missing_ok=True)
+            (self._results.folder / SERVED_REFERENCE).unlink(missing_ok=True)
 
     def _measure(self, kind: str) -> None:
         entry = self._entry(kind)
@@ -230,6 +234,7 @@ class _Quant:
             with started(flags, self._results.folder / LOG_NAME, key, self._progress.waiting) as instance:
                 self._describe(kind, entry, instance)
                 prompts = make_prompts(instance.endpoint, instance.server)
+                self._served_quality(kind, entry, instance, prompts)
                 with contextlib.closing(instance.gpu(target.exporter)) as gpu:
                     Runner(instance, prompts, gpu, self._progress, experiment).measure(self._results, f"{kind} ")
         except EngineError as error:
@@ -237,6 +242,27 @@ class _Quant:
             entry["skipped"] = str(error)
             self._progress.say(f"{kind}: not served: {error}")
         self._note_memory(names, entry)
+
+    def _served_quality(self, kind: str, entry: dict[str, Any], instance: Instance, prompts: Prompts) -> None:
+        """Score the text by the engine itself, where it is SGLang; the F16 of this comparison is the reference."""
+        if instance.server.engine != "sglang" or prompts.tokens is None or "served_perplexity" in entry:
+            return
+        chunks, file = self._comparison.chunks, self._results.folder / SERVED_REFERENCE
+        scores = score_server(
+            instance.endpoint,
+            prompts.tokens,
+            chunks,
+            lambda done: self._progress.running(f"{kind}: served quality, chunk {done} of {chunks}", 0.0),
+        )
+        if scores is None:
+            return
+        entry["served_perplexity"] = scores.perplexity
+        if kind == REFERENCE_TYPE:
+            scores.save(file)
+        elif file.exists():
+            entry |= compare_scores(load_scores(file), scores)
+        self._progress.say(f"{kind}: perplexity as served {scores.perplexity:.3f}")
+        self._results.save()
 
     def _serving(self, kind: str, model: Path) -> Target:
         """Return the target that serves one type."""

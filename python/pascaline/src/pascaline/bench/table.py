@@ -47,6 +47,20 @@ def with_interval(figure: Figure, summary: dict[str, Any]) -> str:
     return f"{text} ± {shown(figure, half)}"
 
 
+QUALITY_HEADING = (
+    "",
+    "file",
+    "bits/weight",
+    "planned memory",
+    "measured memory",
+    "perplexity",
+    "mean KL",
+    "same top token",
+    "perplexity served",
+    "KL served, at least",
+)
+
+
 def results_table(document: dict[str, Any]) -> str:
     """Return the points as rows. Figures that no point has are left out; latencies are in ms, ± 95 % interval."""
     measured = [entry for entry in document["points"] if entry["summary"]]
@@ -64,18 +78,12 @@ def results_table(document: dict[str, Any]) -> str:
 
 
 def quality_rows(document: dict[str, Any]) -> list[list[str]]:
-    """Return size and quality of each type of weights, with a heading."""
-    heading = [
-        "",
-        "file",
-        "bits/weight",
-        "planned memory",
-        "measured memory",
-        "perplexity",
-        "mean KL",
-        "same top token",
-    ]
-    return [heading, *(_quality_row(entry) for entry in document["types"])]
+    """Return size and quality of each type of weights, with a heading; columns that nobody filled are left out."""
+    heading = list(QUALITY_HEADING)
+    rows = [heading, *(_quality_row(entry) for entry in document["types"])]
+    measured = [row for row in rows[1:] if len(row) == len(heading)]
+    kept = [n for n in range(len(heading)) if n == 0 or any(row[n] != ABSENT for row in measured)]
+    return [[row[n] for n in kept] if len(row) == len(heading) else row for row in rows]
 
 
 def _quality_row(entry: dict[str, Any]) -> list[str]:
@@ -97,6 +105,8 @@ def _quality_row(entry: dict[str, Any]) -> list[str]:
         plain("perplexity", 3) + error,
         plain("kl_mean", 5),
         f"{entry['same_top']:.2%}" if entry.get("same_top") is not None else ABSENT,
+        plain("served_perplexity", 3),
+        plain("served_kl_least", 5),
     ]
 
 

@@ -11,6 +11,7 @@ import psutil
 import pytest
 from pascaline.errors import ExitCode
 from pascaline.serving.process import MAX_LINE_BYTES
+from pascaline.serving.supervisor import BLIND_SECONDS
 from support.instance import wait_until
 
 if TYPE_CHECKING:
@@ -241,6 +242,17 @@ class TestProgress:
         instance.fault(hang=1)
         instance.wait_for_state("restarting")
         instance.wait_for_state("ready")
+
+    def test_a_supervisor_that_was_stopped_itself_blames_nobody(self, serve: Serve) -> None:
+        instance = serve()
+        instance.wait_for_state("ready")
+        instance.process.send_signal(signal.SIGSTOP)
+        time.sleep(BLIND_SECONDS + 1)
+        instance.process.send_signal(signal.SIGCONT)
+        before = instance.agent("/health").json["last_probe"]["at"]
+        wait_until("another look", lambda: instance.agent("/health").json["last_probe"]["at"] > before)
+        assert instance.agent("/health").json["restarts"] == 0
+        assert set(instance.states) == {"starting", "ready"}
 
     def test_an_engine_that_answers_nothing_at_all(self, serve: Serve) -> None:
         instance = serve()

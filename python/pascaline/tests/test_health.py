@@ -125,6 +125,16 @@ class TestJudge:
         assert Judge(STALL, last_sign=0.0).wants_probe(silence, interval) == (silence >= interval)
 
 
+class TestMissedTime:
+    """Time in which the supervisor itself stood still says nothing of the engine."""
+
+    def test_it_is_not_counted_as_silence(self) -> None:
+        judge = Judge(STALL, last_sign=0.0)
+        judge.missed(1000.0)
+        assert judge.verdict(1000.0 + STALL)[0] is State.READY
+        assert judge.verdict(1001.0 + STALL)[0] is State.UNRESPONSIVE
+
+
 class TestBackoff:
     def test_it_doubles_up_to_the_cap(self) -> None:
         assert [backoff_seconds(n, 1.0, 60.0) for n in range(9)] == [0, 1, 2, 4, 8, 16, 32, 60, 60]

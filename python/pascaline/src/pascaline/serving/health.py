@@ -91,6 +91,10 @@ class Judge:
         """Take in that a test generation succeeded."""
         self.last_sign = now
 
+    def missed(self, seconds: float) -> None:
+        """Take in that nobody looked for so long: silence that nobody listened to is no evidence."""
+        self.last_sign += seconds
+
     def wants_probe(self, now: float, interval: float) -> bool:
         """Whether the engine has shown no sign of life for an interval, so that a test generation is due."""
         return now - self.last_sign >= interval

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 POLL_SECONDS = 1.0
 """How often counters are read; a scrape of SGLang takes some milliseconds."""
 POLL_TIMEOUT_SECONDS = 5.0
+BLIND_SECONDS = POLL_SECONDS + POLL_TIMEOUT_SECONDS + 4.0
+"""Between two looks at an engine; more means that this process was stopped, or the machine slept."""
 EXTEND_SECONDS = 30.0
 """Start and stop time that the service manager is asked for, again and again while there is progress."""
 BACKOFF_SECONDS = 1.0
@@ -285,11 +287,15 @@ class Supervisor:
 
     async def _watch(self, task: Task, process: EngineProcess) -> None:
         """Follow the engine's progress until it ends or is unresponsive."""
-        judge = Judge(self.settings.stall_timeout, last_sign=time.monotonic())
+        looked = time.monotonic()
+        judge = Judge(self.settings.stall_timeout, last_sign=looked)
         probe: asyncio.Task[bool] | None = None
         try:
             while process.exit_code is None:
                 now = time.monotonic()
+                if now - looked > BLIND_SECONDS:
+                    judge.missed(now - looked)
+                looked = now
                 judge.observe(now, await self._progress(task))
                 if probe is not None and probe.done():
                     if probe.result():

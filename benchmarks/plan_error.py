@@ -114,7 +114,14 @@ def measure(model: Path, flags: list[str], *, python: str = sys.executable) -> d
 
 
 def compare(
-    place: Path, name: str, context: int, *, device: str, card: str | None, python: str = sys.executable
+    place: Path,
+    name: str,
+    context: int,
+    *,
+    device: str,
+    card: str | None,
+    kv_dtype: str = "auto",
+    python: str = sys.executable,
 ) -> Row:
     """Plan a model, let SGLang allocate it with the plan's flags, and put both side by side."""
     from pascaline.cards import load_card, unknown_card
@@ -122,11 +129,12 @@ def compare(
     from pascaline.planning import PlanRequest, make_plan
 
     dtype = "float32" if device == "cpu" else "float16"
+    kv_dtype = {"float32": "fp32", "float16": "fp16"}[dtype] if kv_dtype == "auto" else kv_dtype
     spec = read_model(place)
     # Only constants come from the profile: the memory is that of a card on which everything fits.
     profile = load_card("cpu") if device == "cpu" else load_card(card) if card else unknown_card("GPU", 0)
     request = PlanRequest(
-        card_bytes=64 << 30, device=device, dtype=dtype, kv_dtype={"float32": "fp32"}.get(dtype, "fp16"),
+        card_bytes=64 << 30, device=device, dtype=dtype, kv_dtype=kv_dtype,
         context_length=context, max_running_requests=REQUESTS, max_total_tokens=REQUESTS * context,
     )  # fmt: skip
     plan = make_plan(spec, profile, request)
@@ -184,6 +192,7 @@ def main() -> int:
     parser.add_argument("--models", help="names, separated by commas (default: all)")
     parser.add_argument("--contexts", default="512,1024,2048", help="tokens (default: %(default)s)")
     parser.add_argument("--gguf", metavar="MIXTURE", help="load GGUF files of this mixture instead of folders")
+    parser.add_argument("--kv-dtype", default="auto", help="type of the KV cache: auto, int8, fp8_e5m2, bf16")
     parser.add_argument("--card", help="profile whose constants the plan takes on a GPU")
     parser.add_argument(
         "--python", default=sys.executable, help="interpreter that can import sglang (default: this one)"
@@ -202,7 +211,8 @@ def main() -> int:
             place = write_model(Path(folder), name, shape, gguf=arguments.gguf)
             for context in contexts:
                 rows.append(compare(
-                    place, name, context, device=arguments.device, card=arguments.card, python=arguments.python
+                    place, name, context, device=arguments.device, card=arguments.card, python=arguments.python,
+                    kv_dtype=arguments.kv_dtype,
                 ))  # fmt: skip
                 print(f"{name} {context}", file=sys.stderr, flush=True)
     print(json.dumps([asdict(row) for row in rows], indent=2) if arguments.json else table(rows))

@@ -45,6 +45,15 @@ def test_a_gguf_file_is_planned_as_the_plugin_loads_it(tmp_path: Path) -> None:
     assert (row.weights_plan, row.kv_plan, row.tables_plan) == (row.weights_true, row.kv_true, row.tables_true)
 
 
+@needs_sglang
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8_e5m2"])
+def test_a_small_kv_type_takes_what_was_planned(kv_dtype: str, tmp_path: Path) -> None:
+    """int8 with its scales."""
+    place = plan_error.write_model(tmp_path, "llama", plan_error.shapes(large=False)["llama"], gguf=None)
+    row = plan_error.compare(place, "llama", 512, device="cpu", card=None, kv_dtype=kv_dtype)
+    assert (row.kv_plan, row.weights_plan) == (row.kv_true, row.weights_true)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not has_gpu(), reason="there is no NVIDIA GPU here")
 @needs_sglang

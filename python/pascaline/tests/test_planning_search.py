@@ -97,11 +97,6 @@ class TestNearest:
         changes = nearest_fits(LLAMA_2_7B, P4, request(engine="llama.cpp"))
         assert {"max_running_requests"} in [set(change.settings) for change in changes]
 
-    def test_the_cpu_has_no_int8_pool(self) -> None:
-        wanted = request(device="cpu", dtype="float32", kv_dtype="fp32", card_bytes=24 << 30, context_length=4096)
-        for change in nearest_fits(LLAMA_2_7B, load_card("cpu"), wanted):
-            assert "kv_cache.dtype" not in change.settings
-
     def test_nothing_fits(self) -> None:
         assert nearest_fits(LLAMA_3_8B, P4, request(used_bytes=7 << 30)) == []
 

@@ -119,10 +119,9 @@ def _files(spec: ModelSpec, request: PlanRequest) -> Iterator[tuple[str | None, 
 def _kv_types(request: PlanRequest) -> Iterator[tuple[str, float]]:
     yield request.kv_dtype, 0.0
     if request.kv_dtype in ("fp16", "bf16", "fp32"):
-        smaller = [kind for kind in KV_DTYPES[request.engine] if kind in ("int8", "fp8_e5m2")]
-        # There is no int8 pool on the CPU.
-        for kind in smaller if request.device == "cuda" or request.engine == "llama.cpp" else ():
-            yield kind, 0.5 if kind == "int8" else 0.6
+        for kind, distance in (("int8", 0.5), ("fp8_e5m2", 0.6)):
+            if kind in KV_DTYPES[request.engine]:
+                yield kind, distance
 
 
 def _variants(

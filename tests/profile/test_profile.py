@@ -36,6 +36,7 @@ GPU_TRACE = RECORDS / "torch-cuda.trace.json.gz"
 FAKE_ENGINE = Path(__file__).parent.parent / "fake_engine" / "fake_engine.py"
 PROFILED_ENGINE = Path(__file__).parent / "profiled_engine.py"
 P4_BANDWIDTH = 192e9
+H200_BANDWIDTH = 4.8e12
 NVPROF = """#!{python}
 # Runs the program behind its options, and writes a database when that ends.
 import signal, sqlite3, subprocess, sys
@@ -133,16 +134,40 @@ class TestGpuTrace:
         assert row.bytes_per_second == pytest.approx(moved / 50e-6)
         assert row.roof_ratio == pytest.approx(moved / 50e-6 / P4_BANDWIDTH)
 
-    @pytest.mark.skipif(not GPU_TRACE.exists(), reason="no trace of a GPU was recorded")
+    def test_operator_with_several_kernels(self, tmp_path: Path) -> None:
+        """What an operator reads is counted once, with its longest kernel; all of them do its kind of work."""
+        shapes = {"Input Dims": [[1, 64], [64, 64]], "Input type": ["c10::Half", "c10::Half"], "External id": 7}
+        kernels = [
+            {
+                "ph": "X",
+                "cat": "kernel",
+                "pid": 0,
+                "tid": 7,
+                "name": name,
+                "ts": ts,
+                "dur": dur,
+                "args": {"External id": 7},
+            }
+            for name, ts, dur in (("x_first", 100, 5), ("x_main", 110, 50), ("x_reduce", 170, 5))
+        ]
+        timeline = read_trace(write_trace(tmp_path / "t.json", operator("aten::mm", 0, 50, **shapes), *kernels))
+        assert [kernel.bytes for kernel in timeline.kernels] == [0, 2 * (64 + 64 * 64 + 64), 0]
+        assert {kernel.kind for kernel in timeline.kernels} == {"matmul"}
+
     def test_recorded(self) -> None:
         """A real record: kernels of a GPU by their own names, steps by their marks, bytes by their operators."""
         timeline = read_trace(GPU_TRACE)
-        assert timeline.device == "NVIDIA H200"
-        assert timeline.steps == 3
-        summary = summarise(timeline, bandwidth=4.8e12)
+        assert (timeline.device, timeline.steps) == ("NVIDIA H200", 3)
+        summary = summarise(timeline, bandwidth=H200_BANDWIDTH)
+        kinds = {row.name: row for row in summary.kinds}
         assert summary.kinds[0].name == "matmul"
-        products = [row for row in summary.kernels if kind_of(row.name) == "matmul"]
-        assert all(row.roof_ratio is not None and 0 < row.roof_ratio < 1.5 for row in products)
+        # Two layers of four products each, and the head, in three steps: 27, and what split ones need besides.
+        assert kinds["matmul"].count >= 27
+        assert kinds["attention"].count == 6
+        weights = 2 * (2 * (2048 * 6144 + 2048 * 2048 + 2048 * 8192 + 8192 * 2048) + 2048 * 32000)
+        moved = (kinds["matmul"].bytes_per_second or 0) * kinds["matmul"].seconds
+        assert 3 * weights < moved < 3 * weights * 1.01
+        assert 0.3 < (kinds["matmul"].roof_ratio or 0) < 1
 
 
 class TestBadTraces:

@@ -45,11 +45,14 @@ class Kernel:
     bytes: int | None
     """Read and written; None where the record does not tell."""
     stream: int = 0
+    operator: str = ""
+    """Operator that launched it; empty where that is not known, as in a replayed CUDA graph."""
 
     @property
     def kind(self) -> Kind:
-        """What it does, by its name."""
-        return kind_of(self.name)
+        """What it does: by its operator, whose names are few, else by its own name."""
+        kind = kind_of(self.operator)
+        return kind if kind != "other" else kind_of(self.name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import zlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pascaline.errors import PascalineError
@@ -104,19 +105,34 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _shift(kernel: Kernel, start: float) -> Kernel:
-    return Kernel(kernel.name, kernel.start - start, kernel.seconds, kernel.bytes, kernel.stream)
+    return replace(kernel, start=kernel.start - start)
 
 
-def _gpu_kernels(events: Iterable[dict[str, Any]], operators: Iterable[dict[str, Any]]) -> list[Kernel]:
+def _gpu_kernels(events: list[dict[str, Any]], operators: Iterable[dict[str, Any]]) -> list[Kernel]:
     by_id = {event["args"].get("External id"): event for event in operators if "args" in event}
+    longest: dict[Any, dict[str, Any]] = {}
+    for event in events:
+        number = event.get("args", {}).get("External id")
+        if number not in longest or event["dur"] > longest[number]["dur"]:
+            longest[number] = event
     kernels = []
     for event in events:
         arguments = event.get("args", {})
-        launcher = by_id.get(arguments.get("External id"))
-        size = arguments.get("bytes")
-        moved = int(size) if isinstance(size, int) else _bytes(launcher) if launcher else None
-        kernels.append(_kernel(event, event["dur"], moved, int(arguments.get("stream") or 0)))
+        number = arguments.get("External id")
+        launcher = by_id.get(number)
+        moved = _transferred(arguments)
+        if moved is None and launcher is not None:
+            # What an operator reads is counted once, with the longest of its kernels.
+            moved = _bytes(launcher) if longest[number] is event else 0
+        operator = str(launcher["name"]) if launcher else ""
+        kernels.append(_kernel(event, event["dur"], moved, int(arguments.get("stream") or 0), operator))
     return kernels
+
+
+def _transferred(arguments: dict[str, Any]) -> int | None:
+    """Bytes of a copy, as the driver tells them."""
+    size = arguments.get("bytes")
+    return size if isinstance(size, int) else None
 
 
 def _cpu_kernels(operators: list[dict[str, Any]]) -> list[Kernel]:
@@ -142,8 +158,8 @@ def _closed(event: dict[str, Any], children: float) -> Kernel:
     return _kernel(event, own, _bytes(event) if own > children else None, 0)
 
 
-def _kernel(event: dict[str, Any], microseconds: float, moved: int | None, stream: int) -> Kernel:
-    return Kernel(str(event["name"]), event["ts"] * MICRO, microseconds * MICRO, moved, stream)
+def _kernel(event: dict[str, Any], microseconds: float, moved: int | None, stream: int, operator: str = "") -> Kernel:
+    return Kernel(str(event["name"]), event["ts"] * MICRO, microseconds * MICRO, moved, stream, operator)
 
 
 def _bytes(event: dict[str, Any]) -> int | None:

@@ -239,8 +239,8 @@ def test_table_shows_values_with_half_their_interval(tmp_path: Path) -> None:
     document = document_of(tmp_path, 10.0, 10.0)
     document["points"].append({"name": "batch 4", "runs": [], "summary": {}, "skipped": "too wide"})
     assert results_table(document).splitlines() == [
-        "         tok/s out  tok/s in  req/s     TTFT p50    p99      ITL p50    p99  E2E p50     p99",
-        "batch 1  2.2 ± 0.0      20.0   0.20  500.0 ± 0.0  500.0  100.0 ± 0.0  100.0   1500.0  1500.0",
+        "         tok/s out  tok/s in  req/s     TTFT p50    p99      ITL p50    p99  E2E p50     p99  guide",
+        "batch 1  2.2 ± 0.0      20.0   0.20  500.0 ± 0.0  500.0  100.0 ± 0.0  100.0   1500.0  1500.0    3.0",
         "batch 4  skipped: too wide",
     ]
 

@@ -7,10 +7,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pascaline.bench.charts import charts
-from pascaline.bench.claims import claims_for
 from pascaline.bench.figures import FIGURES
+from pascaline.bench.held import held_against
 from pascaline.bench.results import REPORT_NAME
-from pascaline.bench.table import quality_rows, shown
+from pascaline.bench.table import ABSENT, quality_rows, shown
 from pascaline.errors import StorageError
 from pascaline.units import format_bytes
 
@@ -118,25 +118,18 @@ def _quality(document: dict[str, Any]) -> list[str]:
 
 def _held_against(document: dict[str, Any]) -> list[str]:
     """Return throughput beside the guide's claim, the plan's estimate and the roofline."""
-    found = document.get("reference") or {}
     rows = [["", "measured tok/s", "guide claims", "plan expects", "roofline", "of the roofline"]]
-    claims = claims_for(document["kind"], "output_throughput")
-    axes = {point["name"]: point["axis"] for point in document["experiment"].get("points", [])}
-    for entry in document["points"]:
-        if "output_throughput" in entry["summary"]:
-            expected = found.get("points", {}).get(entry["name"], {})
-            rows.append(_held_row(entry, claims.get(axes.get(entry["name"], "")), expected))
-    parts = ["<h2>Held against</h2>", _table(rows)]
-    notes = [found.get("note"), "The guide's figures are for a 7B model on a Tesla P4: floors, not goals."]
-    return [*parts, f"<p><small>{html.escape(' '.join(note for note in notes if note))}</small></p>"]
-
-
-def _held_row(entry: dict[str, Any], claim: float | None, expected: dict[str, Any]) -> list[str]:
-    measured = entry["summary"]["output_throughput"]["value"]
-    plan = expected.get("plan", {}).get("output_throughput")
-    limit = expected.get("roofline", {}).get("output_throughput")
-    cells = [f"{value:.1f}" if value is not None else "-" for value in (claim, plan, limit)]
-    return [html.escape(entry["name"]), f"{measured:.1f}", *cells, f"{measured / limit:.0%}" if limit else "-"]
+    for held in held_against(document):
+        cells = [ABSENT if value is None else f"{value:.1f}" for value in (held.claim, held.plan, held.roofline)]
+        share = f"{held.measured / held.roofline:.0%}" if held.roofline else ABSENT
+        rows.append([html.escape(held.name), f"{held.measured:.1f}", *cells, share])
+    note = (document.get("reference") or {}).get("note")
+    notes = [note, "The guide's figures are for a 7B model on a Tesla P4: floors, not goals."]
+    return [
+        "<h2>Held against</h2>",
+        _table(rows),
+        f"<p><small>{html.escape(' '.join(each for each in notes if each))}</small></p>",
+    ]
 
 
 def _description(document: dict[str, Any]) -> str:

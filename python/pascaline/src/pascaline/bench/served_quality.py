@@ -1,8 +1,8 @@
 """Quality of a model as SGLang serves it, by the log-probabilities that it returns for a prompt.
 
 It measures the engine's own arithmetic, and what no other tool reads (bitsandbytes). Windows and scored tokens are
-those of llama-perplexity. SGLang returns the likeliest tokens of each place, not the whole vocabulary, so the divergence
-is of distributions in which all other tokens are one: never more than the true one.
+those of llama-perplexity. SGLang returns the likeliest tokens of each place, not the whole vocabulary, so the
+divergence is of distributions in which all other tokens are one: never more than the true one.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pascaline.bench.figures import FIGURES
+from pascaline.bench.held import held_against
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def with_interval(figure: Figure, summary: dict[str, Any]) -> str:
     return f"{text} ± {shown(figure, half)}"
 
 
+HELD_HEADING = ("guide", "plan", "roofline")
 QUALITY_HEADING = (
     "",
     "file",
@@ -62,17 +64,23 @@ QUALITY_HEADING = (
 
 
 def results_table(document: dict[str, Any]) -> str:
-    """Return the points as rows. Figures that no point has are left out; latencies are in ms, ± 95 % interval."""
+    """Return the points as rows. Figures that no point has are left out; latencies are in ms, ± 95 % interval.
+
+    The last columns are what the guide claims, the plan expects and the card's roofline allows, in output tokens/s.
+    """
     measured = [entry for entry in document["points"] if entry["summary"]]
     keys = [key for key in COLUMNS if any(key in entry["summary"] for entry in measured)]
     if "error_ratio" in keys and not any(entry["summary"]["error_ratio"]["value"] for entry in measured):
         keys.remove("error_ratio")
-    rows = [["", *(COLUMNS[key] for key in keys)]]
+    held = {each.name: (each.claim, each.plan, each.roofline) for each in held_against(document)}
+    known = [n for n in range(len(HELD_HEADING)) if any(values[n] is not None for values in held.values())]
+    rows = [["", *(COLUMNS[key] for key in keys), *(HELD_HEADING[n] for n in known)]]
     for entry in document["points"]:
         if entry["skipped"]:
             rows.append([entry["name"], f"skipped: {entry['skipped']}"])
         elif entry["summary"]:
-            rows.append([entry["name"], *(_cell(key, entry["summary"]) for key in keys)])
+            limits = [ABSENT if (value := held[entry["name"]][n]) is None else f"{value:.1f}" for n in known]
+            rows.append([entry["name"], *(_cell(key, entry["summary"]) for key in keys), *limits])
     tables = [quality_rows(document), rows] if document["kind"] == "quant" else [rows]
     return "\n\n".join("\n".join(aligned(table)) for table in tables)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 import sys
 import time
@@ -274,7 +275,7 @@ def _with_results(arguments: argparse.Namespace, folder: Path, measure: Callable
     except KeyboardInterrupt:
         if not (folder / FILE_NAME).exists():
             raise
-        again = " ".join([*sys.argv[:1], *sys.argv[1:]])
+        again = shlex.join(["pascaline", *sys.argv[1:]])
         results = load(folder)
         _show(results, as_json=arguments.json)
         extra = "" if arguments.output else f" --output {folder}"

@@ -1,0 +1,43 @@
+"""Measured throughput beside what the guide claims, the plan expects and the card allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pascaline.bench.claims import claims_for
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One point, output tokens per second; None where nothing is known."""
+
+    name: str
+    measured: float
+    claim: float | None
+    """The guide's, for a 7B model on a Tesla P4."""
+    plan: float | None
+    roofline: float | None
+
+
+def held_against(document: dict[str, Any]) -> list[Held]:
+    """Return every point of a result that was measured."""
+    expected = (document.get("reference") or {}).get("points", {})
+    found = []
+    for entry in document["points"]:
+        measured = entry["summary"].get("output_throughput")
+        if measured:
+            point = expected.get(entry["name"], {})
+            limits = [point.get(source, {}).get("output_throughput") for source in ("plan", "roofline")]
+            found.append(Held(entry["name"], measured["value"], _claim(document, entry["name"]), *limits))
+    return found
+
+
+def _claim(document: dict[str, Any], name: str) -> float | None:
+    """Return the guide's figure: by the point's place on the axis, or by the type, of one request."""
+    claims = claims_for(document["kind"], "output_throughput")
+    if document["kind"] == "quant":
+        kind, _, size = name.rpartition(" batch ")
+        return claims.get(kind) if size == "1" else None
+    axes = {point["name"]: point["axis"] for point in document["experiment"]["points"]}
+    return claims.get(axes[name])

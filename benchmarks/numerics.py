@@ -172,7 +172,7 @@ def measure(args: argparse.Namespace, folder: Path) -> int:
 
     flags = ["--device", args.device, "--quantization", "gguf", "--attention-backend", args.attention_backend]
     flags += ["--kv-cache-dtype", args.kv_cache_dtype, "--dtype", "float16" if args.device == "cuda" else "float32"]
-    flags += ["--max-total-tokens", "8192", "--mem-fraction-static", "0.2", "--context-length", "2048"]
+    flags += ["--max-total-tokens", "8192", "--mem-fraction-static", "0.2"]
     engine = InProcessEngine(folder, *flags)
     reference = load_reference(folder, args.device)
     ids = transformers.AutoTokenizer.from_pretrained(folder)(text_of(args.text))["input_ids"]

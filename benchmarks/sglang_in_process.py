@@ -64,9 +64,11 @@ class InProcessEngine:
             self.clear()
         (states,) = hidden
         with torch.no_grad():
-            logits = model.logits_processor._compute_lm_head(states, model.lm_head)
+            head = getattr(model, "lm_head", model.model.embed_tokens)  # Gemma 2 has no other name for it
+            logits = model.logits_processor._compute_lm_head(states, head)
         result: torch.Tensor = logits[:, : model.config.vocab_size].float()
-        return result
+        cap = getattr(model.config, "final_logit_softcapping", None)
+        return result if cap is None else cap * torch.tanh(result / cap)
 
     def greedy(self, prompts: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
         """Tokens at temperature 0 after each prompt, all decoded as one batch."""

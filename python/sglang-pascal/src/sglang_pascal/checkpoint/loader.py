@@ -15,9 +15,8 @@ from sglang.srt.model_loader.loader import DefaultModelLoader
 from sglang_pascal.checkpoint.dequantize import dequantized
 from sglang_pascal.checkpoint.prepare import open_prepared
 from sglang_pascal.checkpoint.weights import raw_tensors
+from sglang_pascal.quantization.binding import bind
 from sglang_pascal.quantization.config import NAME as QUANTIZATION
-from sglang_pascal.quantization.config import loading
-from sglang_pascal.quantization.method import held_matrices
 from sglang_pascal.quantization.progress import LoadingProgress
 from sglang_pascal.quantization.table import WeightTable, summary
 
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
+
+    from sglang_pascal.checkpoint.gguf_file import GgufFile
 
 LOAD_FORMAT: Final = "pascal_gguf"
 """Value of `--load-format`."""
@@ -43,20 +44,18 @@ class PascalGgufLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang publ
         """Nothing is downloaded: the folder names a local file. Checks that it is there and unchanged."""
         open_prepared(Path(model_config.model_path))
 
-    def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
-        """SGLang's hook; gives the quantisation configuration, if one is asked for, the file's types."""
-        is_quantized = model_config.quantization == QUANTIZATION
-        table = WeightTable(open_prepared(Path(model_config.model_path))) if is_quantized else None
-        with loading(table):
-            model: torch.nn.Module = super().load_model(model_config=model_config, device_config=device_config)
-        return model
-
     def _get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """What `load_model` of the base class hands to the model's `load_weights`."""
+        """What `load_model` of the base class hands to the model's `load_weights`.
+
+        Layers are bound here, not in the stream: `load_weights` lists the model's parameters before it asks for the first.
+        """
         file = open_prepared(Path(model_config.model_path))
-        held = held_matrices(model)
+        held = bind(model, WeightTable(file)) if model_config.quantization == QUANTIZATION else []
         logger.info("weights held: %s", summary(held) or f"all dequantised to {model_config.dtype}")
-        total = sum(info.n_bytes for info in file.tensors.values())
-        with LoadingProgress(total) as progress:
-            keep = {matrix.name for matrix in held}
-            yield from dequantized(raw_tensors(file), model_config.dtype, keep=keep, on_bytes=progress.add)
+        return _streamed(file, {matrix.name for matrix in held}, model_config.dtype)
+
+
+def _streamed(file: GgufFile, keep: set[str], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """The file's tensors, one after the other, with a progress bar. keep: those that are given as raw rows."""
+    with LoadingProgress(sum(info.n_bytes for info in file.tensors.values())) as progress:
+        yield from dequantized(raw_tensors(file), dtype, keep=keep, on_bytes=progress.add)

@@ -5,7 +5,9 @@ convert   rows of a type without kernels -> rows of one that has them, without l
 matrix    one weight matrix in memory: load rows, multiply, look rows up
 staging   host rows -> device, in bounded chunks, repacked on arrival
 table     what a GGUF file holds, under the names that SGLang's models use
+precision  with how many bits activations are multiplied
 method    SGLang's linear and embedding methods over it
+binding    the layers of a model get the file's matrices
 config    SGLang's quantisation configuration `gguf`
 progress  how far loading is, on a terminal or in a log
 """

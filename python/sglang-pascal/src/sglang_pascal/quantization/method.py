@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 
-from sglang_pascal.errors import CheckpointError
+from sglang_pascal.errors import CheckpointError, PluginError
 from sglang_pascal.kernels.formats import GROUP_ROWS
 from sglang_pascal.ops.weights import PackedWeight
 from sglang_pascal.quantization.matrix import DenseMatrix, Input, Matrix, PackedMatrix, join_adjacent
@@ -25,14 +25,21 @@ if TYPE_CHECKING:
 
 
 class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang publishes no types
-    """One layer's matrices. Each layer has its own method object, which holds them."""
+    """One layer's matrices. Each layer has its own method object, which holds them.
 
-    def __init__(self, parts: list[MatrixInfo]) -> None:
-        """parts: in row order."""
-        self.parts = parts
+    SGLang makes it with the layer, whose name not every model tells then; `bind` gives it the file's matrices later.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[MatrixInfo] = []
+        """In row order; none before `bind`."""
+        self._columns = 0
+        self._rows: list[int] = []
+        self._dtype = torch.float16
+        self._device = torch.device("cpu")
         self._matrices: dict[str | int | None, Matrix] = {}
         self._products: list[Matrix] = []
-        self._missing = {part.shard_id for part in parts}
+        self._missing: set[str | int | None] = set()
         self._stager: Stager | None = None
 
     def create_weights(
@@ -45,22 +52,31 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
         params_dtype: torch.dtype,
         **_: Any,
     ) -> None:
-        """SGLang's hook: allocate, on the device that torch has as its default here."""
-        del output_size
-        self._dtype = params_dtype
-        self._check_shapes(input_size_per_partition, output_partition_sizes, input_size)
-        sizes = [aligned(part.storage.n_bytes(part.rows, part.columns)) for part in self.parts]
+        """SGLang's hook: remember the shape, and the device that torch has as its default here."""
+        del layer, output_size
+        if input_size_per_partition != input_size:
+            raise NotImplementedError("quantised GGUF models are served on one device: use --tp-size 1")
+        self._columns, self._rows, self._dtype = input_size, output_partition_sizes, params_dtype
+        self._device = torch.get_default_device()
+
+    def bind(self, layer: torch.nn.Module, parts: list[MatrixInfo]) -> None:
+        """Allocate for these matrices of the file, in row order, and give the layer its parameter."""
+        self._check_shapes(parts)
+        self.parts, self._missing = parts, {part.shard_id for part in parts}
+        sizes = [aligned(part.storage.n_bytes(part.rows, part.columns)) for part in parts]
         weight = torch.nn.Parameter(self._allocate(sum(sizes)), requires_grad=False)
         weight.weight_loader = self._load  # type: ignore[attr-defined]  # where SGLang's models look for it
         layer.register_parameter("weight", weight)
-        for part, data in zip(self.parts, torch.split(weight.data, sizes), strict=True):
+        for part, data in zip(parts, torch.split(weight.data, sizes), strict=True):
             self._matrices[part.shard_id] = _matrix(part, data)
         self._products = join_adjacent(list(self._matrices.values()))
-        self._stager = Stager(weight.device)
+        self._stager = Stager(self._device)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """SGLang's hook: every matrix must have come."""
         del layer
+        if not self.parts:
+            raise PluginError("--quantization gguf needs --load-format pascal_gguf and a prepared model folder")
         for part in self.parts:
             if part.shard_id in self._missing:
                 raise CheckpointError(f"{part} was never loaded: the model file ended before it; copy it again")
@@ -98,20 +114,23 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
 
     def _allocate(self, n_bytes: int) -> torch.Tensor:
         try:
-            return torch.zeros(n_bytes, dtype=torch.uint8)
+            return torch.zeros(n_bytes, dtype=torch.uint8, device=self._device)
         except torch.cuda.OutOfMemoryError as exc:
             names = ", ".join(map(str, self.parts))
-            raise out_of_memory(f"allocating {n_bytes} bytes for {names}", torch.get_default_device()) from exc
+            raise out_of_memory(f"allocating {n_bytes} bytes for {names}", self._device) from exc
 
-    def _check_shapes(self, columns: int, rows: list[int], all_columns: int) -> None:
-        if columns != all_columns or len(rows) != len(self.parts):
-            raise NotImplementedError("quantised GGUF models are served on one device: use --tp-size 1")
-        for part, expected in zip(self.parts, rows, strict=True):
-            if (part.rows, part.columns) != (expected, columns):
+    def _check_shapes(self, parts: list[MatrixInfo]) -> None:
+        for part, rows in zip(parts, self._rows, strict=True):
+            if (part.rows, part.columns) != (self._wanted_rows(part, rows), self._columns):
                 raise CheckpointError(
-                    f"{part} does not fit the model's configuration, which needs [{expected}, {columns}]; "
+                    f"{part} does not fit the model's configuration, which needs [{rows}, {self._columns}]; "
                     "prepare the model again"
                 )
+
+    def _wanted_rows(self, part: MatrixInfo, rows: int) -> int:
+        """Rows that a matrix must have where SGLang's layer has `rows`."""
+        del part
+        return rows
 
     def _load(self, _parameter: torch.nn.Parameter, loaded: torch.Tensor, shard_id: str | int | None = None) -> None:
         """SGLang's models call it with the file's raw rows, uint8 `[rows, bytes per row]`."""
@@ -135,10 +154,9 @@ class QuantizedEmbeddingMethod(QuantizedLinearMethod):
         (matrix,) = self._matrices.values()
         return matrix.lookup(ids, self._dtype)
 
-    def _check_shapes(self, columns: int, rows: list[int], all_columns: int) -> None:
+    def _wanted_rows(self, part: MatrixInfo, rows: int) -> int:
         """The vocabulary is padded in SGLang's models; the padding has no rows here."""
-        (part,) = self.parts
-        super()._check_shapes(columns, [min(rows[0], part.rows)], all_columns)
+        return min(part.rows, rows)
 
 
 def _matrix(part: MatrixInfo, data: torch.Tensor) -> Matrix:
@@ -148,9 +166,3 @@ def _matrix(part: MatrixInfo, data: torch.Tensor) -> Matrix:
         return DenseMatrix(data.view(torch.float16).view(part.rows, part.columns))
     tickets = torch.zeros(-(-part.rows // GROUP_ROWS), dtype=torch.int32, device=data.device)
     return PackedMatrix(PackedWeight(data, part.storage.held, part.rows, part.columns, tickets))
-
-
-def held_matrices(model: torch.nn.Module) -> list[MatrixInfo]:
-    """What the layers of a model hold quantised, each matrix once."""
-    methods = {id(method): method for module in model.modules() if (method := getattr(module, "quant_method", None))}
-    return [part for method in methods.values() if isinstance(method, QuantizedLinearMethod) for part in method.parts]

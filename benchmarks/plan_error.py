@@ -121,6 +121,7 @@ def compare(
     device: str,
     card: str | None,
     kv_dtype: str = "auto",
+    quantization: str | None = None,
     python: str = sys.executable,
 ) -> Row:
     """Plan a model, let SGLang allocate it with the plan's flags, and put both side by side."""
@@ -136,6 +137,7 @@ def compare(
     request = PlanRequest(
         card_bytes=64 << 30, device=device, dtype=dtype, kv_dtype=kv_dtype,
         context_length=context, max_running_requests=REQUESTS, max_total_tokens=REQUESTS * context,
+        quantization=quantization,
     )  # fmt: skip
     plan = make_plan(spec, profile, request)
     assert plan.fits, plan.reasons
@@ -143,6 +145,8 @@ def compare(
     # The fraction is of this machine's memory, whatever the plan's card has.
     flags[flags.index("--mem-fraction-static") + 1] = "0.5"
     place = prepared(place, python)
+    if quantization is not None:
+        flags += ["--quantization", quantization]
     if place.is_dir() and (place / "pascal.json").exists():
         flags += ["--load-format", "pascal_gguf"]
     found = measure(place, flags, python=python)
@@ -193,6 +197,9 @@ def main() -> int:
     parser.add_argument("--contexts", default="512,1024,2048", help="tokens (default: %(default)s)")
     parser.add_argument("--gguf", metavar="MIXTURE", help="load GGUF files of this mixture instead of folders")
     parser.add_argument("--kv-dtype", default="auto", help="type of the KV cache: auto, int8, fp8_e5m2, bf16")
+    parser.add_argument(
+        "--quantization", help="as SGLang's flag; gguf keeps a GGUF file's types in memory on a CPU too"
+    )
     parser.add_argument("--card", help="profile whose constants the plan takes on a GPU")
     parser.add_argument(
         "--python", default=sys.executable, help="interpreter that can import sglang (default: this one)"
@@ -212,7 +219,7 @@ def main() -> int:
             for context in contexts:
                 rows.append(compare(
                     place, name, context, device=arguments.device, card=arguments.card, python=arguments.python,
-                    kv_dtype=arguments.kv_dtype,
+                    kv_dtype=arguments.kv_dtype, quantization=arguments.quantization,
                 ))  # fmt: skip
                 print(f"{name} {context}", file=sys.stderr, flush=True)
     print(json.dumps([asdict(row) for row in rows], indent=2) if arguments.json else table(rows))

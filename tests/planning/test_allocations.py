@@ -46,6 +46,16 @@ def test_a_gguf_file_is_planned_as_the_plugin_loads_it(tmp_path: Path) -> None:
 
 
 @needs_sglang
+@pytest.mark.parametrize("mixture", ["Q4_K_M", "Q3_K_M"])
+def test_weights_that_stay_quantised_take_what_was_planned(mixture: str, tmp_path: Path) -> None:
+    """As on a GPU: Q3_K is held as Q6_K, rows and columns are padded."""
+    shape = replace(plan_error.shapes(large=False)["qwen2"], vocab_size=500)
+    place = plan_error.write_model(tmp_path, "qwen2", shape, gguf=mixture)
+    row = plan_error.compare(place, "qwen2", 512, device="cpu", card=None, quantization="gguf")
+    assert row.weights_plan == row.weights_true
+
+
+@needs_sglang
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8_e5m2"])
 def test_a_small_kv_type_takes_what_was_planned(kv_dtype: str, tmp_path: Path) -> None:
     """int8 with its scales."""

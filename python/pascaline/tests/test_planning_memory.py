@@ -43,6 +43,15 @@ class TestWeights:
         tensor = TensorSpec("blk.0.attn_q.weight", (64, 512), kind, 0)
         assert resident_bytes(tensor, LLAMA_2_7B, request()) == 64 * 512 * n_bytes
 
+    @pytest.mark.parametrize(
+        ("device", "quantization", "stays"),
+        [("cuda", None, True), ("cuda", "gguf", True), ("cpu", None, False), ("cpu", "gguf", True)],
+    )
+    def test_a_cpu_dequantises_unless_told_otherwise(self, device: str, quantization: str, stays: bool) -> None:
+        wanted = request(device=device, quantization=quantization)
+        expected = 64 * 512 * 144 // 256 if stays else 64 * 512 * 2
+        assert resident_bytes(TensorSpec("blk.0.attn_q.weight", (64, 512), "Q4_K", 0), LLAMA_2_7B, wanted) == expected
+
     def test_a_vector_is_in_the_type_of_the_computation(self) -> None:
         tensor = TensorSpec("blk.0.attn_norm.weight", (4096,), "F32", 4 * 4096)
         assert resident_bytes(tensor, LLAMA_2_7B, request()) == 2 * 4096

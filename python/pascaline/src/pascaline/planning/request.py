@@ -47,7 +47,7 @@ class PlanRequest:
     mem_fraction_static: float | None = None
     """Upper bound on the share of the device's memory for weights and KV pool."""
     quantization: str | None = None
-    """SGLang's quantisation method for safetensors models; only bitsandbytes changes what weights take."""
+    """SGLang's quantisation method; what weights take changes with bitsandbytes, and with gguf on a CPU."""
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
 

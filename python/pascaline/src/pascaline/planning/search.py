@@ -106,7 +106,7 @@ def _fractions(request: PlanRequest) -> Iterator[tuple[float | None, float]]:
 def _files(spec: ModelSpec, request: PlanRequest) -> Iterator[tuple[str | None, float]]:
     """The file itself, then mixtures of it that take less in the engine's memory."""
     yield None, 0.0
-    if request.quantization is not None:
+    if request.quantization not in (None, "gguf"):
         return
     smallest, steps = 0.97 * weights_on_device(spec, request).n_bytes, 0
     for mixture in MIXTURES:

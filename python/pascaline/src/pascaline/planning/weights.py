@@ -88,13 +88,21 @@ def resident_bytes(tensor: TensorSpec, spec: ModelSpec, request: PlanRequest) ->
     if _is_vocabulary(tensor.name):
         rows = _padded(rows, VOCABULARY_MULTIPLE)
     is_matrix = len(tensor.shape) > 1
-    if spec.format == "gguf" and request.device == "cuda" and is_matrix:
+    if is_matrix and stays_quantized(spec, request):
         return _held_bytes(tensor)
     if spec.format == "safetensors" and tensor.tensor_type not in _FLOATS:
         return tensor.n_bytes
     if request.quantization == "bitsandbytes" and is_matrix and not _is_vocabulary(tensor.name):
         return round(rows * columns * NF4_BYTES)
     return rows * columns * element
+
+
+def stays_quantized(spec: ModelSpec, request: PlanRequest) -> bool:
+    """Whether SGLang holds a GGUF file's matrices in their types: on a GPU, and where quantization says `gguf`.
+
+    sglang_pascal/platform.py makes it the GPU's default; on a CPU all is dequantised, which is faster there.
+    """
+    return spec.format == "gguf" and (request.quantization or {"cuda": "gguf"}.get(request.device)) == "gguf"
 
 
 class _Sums:

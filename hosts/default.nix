@@ -19,7 +19,17 @@ let
     alertWebhook = null;
     apiKeyFile = null;
   };
-  complete = fleet: lib.mapAttrs (_: host: hostDefaults // host) fleet.hosts;
+  # What a profile's hardware has without being told.
+  profileGpus.c240g5 = {
+    card = "tesla-p100";
+    capability = "6.0";
+  };
+  profiles = map (lib.removeSuffix ".nix") (lib.attrNames (builtins.readDir ./profiles));
+  complete =
+    fleet:
+    lib.mapAttrs (
+      _: host: hostDefaults // { gpu = profileGpus.${toString (host.profile or null)} or null; } // host
+    ) fleet.hosts;
 
   unknownIn =
     allowed: kind: host: names:
@@ -40,9 +50,9 @@ let
         name: host:
         unknownIn (lib.attrNames (fleet.instances or { })) "instance" name host.instances
         ++ unknownIn [ "monitoring" "router" ] "role" name host.roles
-        ++ lib.optional (
-          host.profile != null && !builtins.pathExists (profilePath host.profile)
-        ) "fleet: host ${name} has profile '${host.profile}', must be one of: c220g5, c240g5"
+        ++
+          lib.optional (host.profile != null && !lib.elem host.profile profiles)
+            "fleet: host ${name} has profile '${host.profile}', must be one of: ${lib.concatStringsSep ", " profiles}"
         ++ lib.optional (
           lib.count (a: a == host.address) addresses > 1
         ) "fleet: address ${host.address} of host ${name} is used twice"
@@ -207,6 +217,6 @@ in
     // lib.mapAttrs (name: host: {
       imports = [ (moduleOf fleet name) ];
       deployment.targetHost = host.address;
-      deployment.tags = host.roles or [ ] ++ lib.optional (host ? gpu) "gpu";
-    }) fleet.hosts;
+      deployment.tags = host.roles ++ lib.optional (host.gpu != null) "gpu";
+    }) (complete fleet);
 }

@@ -60,12 +60,6 @@ in
     };
     users.groups = lib.mkIf (cfg.user == "pascaline") { pascaline = { }; };
 
-    systemd.tmpfiles.settings."10-pascaline".${cfg.stateDir}.d = {
-      inherit (cfg) user;
-      group = config.users.users.${cfg.user}.group or "pascaline";
-      mode = "0750";
-    };
-
     environment.systemPackages = [ cfg.package ];
   };
 }

@@ -119,7 +119,9 @@ let
         RestartMaxDelaySec = 300;
         # Bad configuration, model, plan, missing program: the next start would fail in the same way.
         RestartPreventExitStatus = "2 3 7 8";
-        LoadCredential = lib.optional (instance.apiKeyFile != null) "api-key:${instance.apiKeyFile}";
+        LoadCredential = lib.optional (
+          instance.apiKeyFile != null
+        ) "api-key:${toString instance.apiKeyFile}";
         StateDirectory = unitName name;
         CacheDirectory = unitName name;
         RuntimeDirectory = unitName name;
@@ -249,7 +251,7 @@ in
             };
 
             apiKeyFile = mkOption {
-              type = types.nullOr types.path;
+              type = types.nullOr types.externalPath;
               default = null;
               example = "/run/secrets/emily-api-key";
               description = "File on the host with the API key that requests must carry. It may be readable by root alone; it never enters the Nix store.";

@@ -18,6 +18,11 @@ let
     ];
     text = builtins.readFile ./fetch-model.sh;
   };
+  storeUnit = "pascaline-store.service";
+  inStore = {
+    requires = [ storeUnit ];
+    after = [ storeUnit ];
+  };
   keepList = lib.concatMapStringsSep " " lib.escapeShellArg (lib.attrNames models);
 in
 {
@@ -104,8 +109,9 @@ in
           description = "Model ${name} in the store";
           wantedBy = [ "multi-user.target" ];
           wants = lib.optional (model.url != null) "network-online.target";
-          after = lib.optional (model.url != null) "network-online.target";
-          unitConfig.RequiresMountsFor = [ cfg.stateDir ];
+          inherit (inStore) requires;
+          after = inStore.after ++ lib.optional (model.url != null) "network-online.target";
+          unitConfig.RequiresMountsFor = lib.optional (model.path != null) model.path;
           startLimitIntervalSec = 0;
           serviceConfig = hardening // {
             Type = "oneshot";
@@ -127,16 +133,47 @@ in
             # A wrong checksum stays wrong.
             RestartPreventExitStatus = "3";
             ReadWritePaths = [ cfg.stateDir ];
+            PrivateNetwork = model.url == null;
             # A model is often given by a path under /home.
             ProtectHome = "read-only";
           };
         }
       ) models
+      // {
+        # Not by tmpfiles: a data disk that the boot does not wait for may be mounted after they ran.
+        pascaline-store = {
+          description = "Folder of the model store";
+          unitConfig.RequiresMountsFor = [ cfg.stateDir ];
+          serviceConfig = hardening // {
+            Type = "oneshot";
+            RemainAfterExit = true;
+            ExecStart = lib.escapeShellArgs [
+              "${pkgs.coreutils}/bin/install"
+              "--directory"
+              "--owner=${cfg.user}"
+              "--group=${config.users.users.${cfg.user}.group or "pascaline"}"
+              "--mode=0750"
+              cfg.stateDir
+            ];
+            # Root, to make a folder anywhere and give it away.
+            CapabilityBoundingSet = [
+              "CAP_CHOWN"
+              "CAP_DAC_OVERRIDE"
+              "CAP_FOWNER"
+            ];
+            PrivateNetwork = true;
+            PrivateUsers = false;
+            ProtectHome = false;
+            ProtectSystem = "full";
+            SystemCallFilter = "@system-service";
+          };
+        };
+      }
       // lib.optionalAttrs cfg.collectModelGarbage {
         pascaline-model-gc = {
           description = "Delete models that are no longer declared";
           wantedBy = [ "multi-user.target" ];
-          unitConfig.RequiresMountsFor = [ cfg.stateDir ];
+          inherit (inStore) requires after;
           path = [ pkgs.coreutils ];
           script = ''
             cd ${lib.escapeShellArg "${cfg.stateDir}/models"} 2>/dev/null || exit 0
@@ -150,6 +187,7 @@ in
           serviceConfig = hardening // {
             Type = "oneshot";
             User = cfg.user;
+            PrivateNetwork = true;
             ReadWritePaths = [ cfg.stateDir ];
           };
         };

@@ -65,7 +65,7 @@ in
     };
 
     apiKeyFile = mkOption {
-      type = types.nullOr types.path;
+      type = types.nullOr types.externalPath;
       default = null;
       example = "/run/secrets/router-api-key";
       description = "File with the API key of the workers, which requests to the router must carry too.";
@@ -124,7 +124,7 @@ in
           ++ cfg.workers
         );
         User = config.services.pascaline.user;
-        LoadCredential = lib.optional (cfg.apiKeyFile != null) "api-key:${cfg.apiKeyFile}";
+        LoadCredential = lib.optional (cfg.apiKeyFile != null) "api-key:${toString cfg.apiKeyFile}";
         Restart = "always";
         RestartSec = 5;
       };

@@ -231,7 +231,21 @@ in
       enable = true;
       rootPartition = "/dev/sda";
     };
+    keyInStore = instance "emily" {
+      gpus = [ ];
+      apiKeyFile = "/nix/store/00000000000000000000000000000000-key";
+    };
     unknownOption.services.pascaline.instances.emily.portt = 1;
+  };
+
+  # A host with what its profile brings.
+  smallFleet = {
+    instances.emily = builtinModel;
+    hosts.only = {
+      address = "10.0.0.1";
+      profile = "c240g5";
+      instances = [ "emily" ];
+    };
   };
 
   badFleets = {

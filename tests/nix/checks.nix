@@ -41,7 +41,7 @@ let
     );
 in
 {
-  format = run "format" [ pkgs.nixfmt-rfc-style ] "nixfmt --check $(find . -name '*.nix')";
+  format = run "format" [ pkgs.nixfmt ] "nixfmt --check $(find . -name '*.nix')";
   statix = run "statix" [ pkgs.statix ] "statix check .";
   deadnix = run "deadnix" [ pkgs.deadnix ] "deadnix --fail .";
   options = self.packages.x86_64-linux.docs;

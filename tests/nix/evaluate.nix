@@ -54,6 +54,8 @@ let
       fileSystems = plain config.fileSystems;
       grub = config.boot.loader.grub;
       inherit (config.boot) kernelModules kernelParams;
+      inherit (config.hardware.pascaline.driver) computeCapability;
+      grafana = lib.optionalAttrs config.services.grafana.enable config.services.grafana.settings;
       nvidia = {
         inherit (config.hardware.nvidia) branch open nvidiaPersistenced;
       };
@@ -125,6 +127,7 @@ in
     [
       config.assertions
       config.boot.loader.grub.device
+      (lib.mapAttrs (_: service: service.serviceConfig) config.systemd.services)
     ]
   ) cases.typeErrors;
   options = optionDocs (evaluate [ ]).options;
@@ -134,6 +137,7 @@ in
     lib.mapAttrs (host: _: (rendered (fleetLib.moduleOf fleet host)).settings) fleet.hosts
     // lib.mapAttrs (_: module: (rendered module).settings) cases.working;
   targets = fleetLib.targets fleet;
+  small = host [ (fleetLib.moduleOf cases.smallFleet "only") ];
   # The inventory with one more line.
   grown =
     let

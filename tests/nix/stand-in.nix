@@ -48,6 +48,7 @@ let
       unitConfig = option (types.attrsOf unitOption) { };
       serviceConfig = option (types.attrsOf unitOption) { };
       script = lines;
+      preStart = lines;
     };
   };
 
@@ -145,7 +146,19 @@ in
         overlays = option (types.listOf types.unspecified) [ ];
       };
       services = {
-        grafana = anything;
+        # As in 26.05, which has no secret of its own.
+        grafana = {
+          enable = bool;
+          dataDir = option types.path "/var/lib/grafana";
+          provision = anything;
+          settings = mkOption {
+            type = types.submodule {
+              freeformType = types.attrsOf types.anything;
+              options.security.secret_key = mkOption { type = types.str; };
+            };
+            default = { };
+          };
+        };
         openssh.enable = bool;
         prometheus = {
           enable = bool;

@@ -13,6 +13,7 @@ from support import options, units
 pytestmark = pytest.mark.nix
 
 LEAST_FAILING_CASES = 12
+SERVING_UNITS = ["pascaline-emily", "pascaline-exporter", "pascaline-model-emily", "pascaline-store"]
 
 
 def test_working_configurations_break_no_assertion(evaluated: Any) -> None:
@@ -29,7 +30,7 @@ def test_failing_configurations_say_why(evaluated: Any) -> None:
     assert [name for name, case in cases.items() if len(case["failed"]) > 1] == ["twoOnOneGpu"]
 
 
-@pytest.mark.parametrize("case", ["badDigest", "badCapability", "wholeDisk", "unknownOption"])
+@pytest.mark.parametrize("case", ["badDigest", "badCapability", "wholeDisk", "keyInStore", "unknownOption"])
 def test_option_types_refuse(evaluated: Any, case: str) -> None:
     with pytest.raises(RuntimeError, match=r"is not of type|does not exist"):
         evaluated(f"typeErrors.{case}")
@@ -103,7 +104,7 @@ class TestFleet:
         """The new host serves, is scraped and gets requests, and lets in the host that does both, with nothing else said."""
         grown = evaluated("grown")
         assert grown["host"]["failed"] == []
-        assert sorted(grown["host"]["services"]) == ["pascaline-emily", "pascaline-exporter", "pascaline-model-emily"]
+        assert sorted(grown["host"]["services"]) == SERVING_UNITS
         assert "ip saddr { 10.10.1.10 }" in grown["host"]["firewall"]["extraInputRules"]
         assert "http://10.10.1.3:30000" in grown["targets"]["workers"]
         scraped = {
@@ -115,6 +116,26 @@ class TestFleet:
         assert {"10.10.1.3:30000", "10.10.1.3:30001", "10.10.1.3:9836"} <= scraped
         router = grown["watch"]["services"]["pascaline-router"]["serviceConfig"]["ExecStart"]
         assert router.endswith("http://10.10.1.1:30000 http://10.10.1.2:30000 http://10.10.1.3:30000")
+
+    def test_profile_brings_its_gpu(self, evaluated: Any) -> None:
+        """A c240g5 has a P100; nobody has to say so."""
+        host = evaluated("small")
+        assert host["failed"] == []
+        assert host["computeCapability"] == "6.0"
+        assert sorted(host["services"]) == ["pascaline-emily", "pascaline-exporter"]
+
+    def test_grafana_has_a_secret_of_its_own(self, evaluated: Any, tmp_path: Path) -> None:
+        """Made at the first start and kept; NixOS 26.05 refuses to evaluate without one."""
+        host = evaluated("hosts")["watch"]
+        assert host["grafana"]["security"]["secret_key"] == "$__file{/var/lib/grafana/secret-key}"
+        script = host["services"]["grafana"]["preStart"].replace("/var/lib/grafana", str(tmp_path))
+        secrets = set()
+        for _ in range(2):
+            subprocess.run(["bash", "-euc", script], check=True)
+            secrets.add((tmp_path / "secret-key").read_text())
+        assert len(secrets) == 1
+        assert len(secrets.pop()) == 44
+        assert (tmp_path / "secret-key").stat().st_mode & 0o777 == 0o600
 
     def test_monitoring_host_scrapes_every_serving_host(self, evaluated: Any) -> None:
         jobs = {job["job_name"]: job["static_configs"] for job in evaluated("hosts")["watch"]["scrapeConfigs"]}
@@ -141,7 +162,7 @@ class TestFleet:
     def test_serving_host_has_driver_model_and_instance(self, evaluated: Any) -> None:
         host = evaluated("hosts")["gpu-1"]
         assert host["nvidia"] == {"branch": "legacy_580", "open": False, "nvidiaPersistenced": True}
-        assert sorted(host["services"]) == ["pascaline-emily", "pascaline-exporter", "pascaline-model-emily"]
+        assert sorted(host["services"]) == SERVING_UNITS
         assert host["grub"]["device"] == "/dev/sda1"
         assert host["grub"]["forceInstall"] is True
         assert "console=ttyS0,115200n8" in host["kernelParams"]

@@ -65,6 +65,8 @@ def image() -> Path:
     for program in ("unshare", "nsenter", "pivot_root", "setpriv"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not on this machine (Debian: apt install util-linux)")
+    if subprocess.run(["unshare", "--mount", "--pid", "--net", "--fork", "true"], check=False).returncode:
+        pytest.skip("this machine allows no new namespaces")
     found = CACHE / RELEASE
     if not found.is_dir():
         _make_image(found)

@@ -28,6 +28,7 @@ PROGRAMS = {
     f"{STORE}-pascaline/bin/pascaline": 'exec env PYTHONPATH=/opt/source /opt/environment/bin/python -m pascaline "$@"',
     f"{STORE}-pascaline-engine/bin/python": 'exec /usr/bin/python3 /opt/fake_engine.py "$@"',
     f"{STORE}-pascaline-router/bin/python": 'exec env PYTHONPATH=/opt/source /opt/environment/bin/python "$@"',
+    f"{STORE}-coreutils/bin/install": 'exec /usr/bin/install "$@"',
     f"{STORE}-pascaline-fetch-model/bin/pascaline-fetch-model": (REPOSITORY / "modules/fetch-model.sh").read_text(),
 }
 REAL_ENGINE = 'exec env PYTHONPATH=/opt/source /opt/environment/bin/python "$@"'

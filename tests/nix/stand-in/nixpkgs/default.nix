@@ -11,7 +11,7 @@ import "@corepkgs@" (
         mkShell = attributes: final.runCommand "shell" { inherit (attributes) packages; } "";
         llama-cpp = final.hello or final.gnugrep;
         nixfmt-tree = final.gnugrep;
-        nixfmt-rfc-style = final.gnugrep;
+        nixfmt = final.gnugrep;
         statix = final.gnugrep;
         deadnix = final.gnugrep;
         prometheus.cli = final.gnugrep;

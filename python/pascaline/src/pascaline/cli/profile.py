@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _instance(arguments: argparse.Namespace) -> Instance:
-    from pascaline.doctor.collect import Question, collect_instance
+    from pascaline.doctor.evidence.instance import Question, collect_instance
     from pascaline.doctor.machine import Machine
 
     question = Question(arguments.instance, arguments.config, given_flags(arguments))

@@ -1,7 +1,7 @@
 """Finds out what keeps a host from serving, and says what to do: evidence, verdict and remedy for every check.
 
 machine    the way to a machine's files, programs and services
-collect    machine -> Host, which holds everything that is known
+collect    machine -> Host, which holds everything that is known; evidence/ has a module a part
 checks/    Host -> findings; pure functions
 report     findings -> text for people, JSON, and a redacted file for a bug report
 """

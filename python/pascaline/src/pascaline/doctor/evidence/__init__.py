@@ -1,0 +1,1 @@
+"""How each part of a Host is learned from a machine; each module stands what is missing, broken or slow."""

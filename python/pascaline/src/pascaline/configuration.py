@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 PREFIX = "PASCALINE_"
 CONFIG_VARIABLE = "PASCALINE_CONFIG"
-# Variables of ours that are no settings: the file itself, and what ./dev reads.
-OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, "PASCALINE_ENV", "PASCALINE_PYTHON", "PASCALINE_NIX_STAND_INS"})
+# Variables of ours that are no settings: the file itself, and what ./dev, the tests and the simulated NVML read.
+OTHER_VARIABLES = frozenset(
+    {CONFIG_VARIABLE, "PASCALINE_ENV", "PASCALINE_PYTHON", "PASCALINE_NIX_STAND_INS", "PASCALINE_FAKE_NVML"}
+)
 DEFAULT = "default"
 
 

@@ -65,7 +65,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nix_command() -> Any:
     """A function that runs the new-style `nix` offline and returns its result."""
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return nix("nix", "--extra-experimental-features", "nix-command flakes", "--offline", *arguments)
+    def run(*arguments: str, folder: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+        command = ("nix", "--extra-experimental-features", "nix-command flakes", "--offline")
+        return nix(*command, *arguments, folder=folder)
 
     return run

@@ -12,6 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.nix
 
+INPUTS = ("nixpkgs", "nixpkgs-cuda", "colmena")
 KERNEL_VARIABLES = ("CUDA_NVRTC", "CUDA_PTXAS")
 
 
@@ -109,17 +110,17 @@ def test_checks_evaluate(flake: Any) -> None:
     assert {"format", "statix", "deadnix", "options", "failures", "host-gpu-1", "vm-serve", "vm-fleet"} <= set(checks)
 
 
-def test_template_is_a_fleet(flake: Any, repository: Path, run_nix: Any) -> None:
-    assert Path(flake("templates.default.path")).name == "fleet"
-    shown = run_nix(
-        "nix-instantiate",
-        "--eval",
-        "--strict",
-        "--json",
-        "-E",
-        "builtins.attrNames (import ./templates/fleet/fleet.nix).hosts",
-    )
-    assert json.loads(shown.stdout) == ["gpu-1", "watch"]
+def test_template_becomes_a_fleet(nix_command: Any, source: Path, input_overrides: list[str], tmp_path: Path) -> None:
+    """What `nix flake init -t` leaves in an empty folder evaluates to systems without a further word."""
+    template = nix_command("flake", "init", "-t", f"path:{source}", folder=tmp_path)
+    assert template.returncode == 0, template.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["common.nix", "flake.nix", "fleet.nix"]
+    inputs = [f"pascaline/{part}" if part in INPUTS else part for part in input_overrides]
+    options = ("--impure", "--json", "--no-write-lock-file", "--override-input", "pascaline", f"path:{source}", *inputs)
+    systems = "builtins.mapAttrs (_: host: host.config.system.build.toplevel.drvPath)"
+    result = nix_command("eval", *options, f"path:{tmp_path}#nixosConfigurations", "--apply", systems)
+    assert result.returncode == 0, result.stderr
+    assert sorted(json.loads(result.stdout)) == ["gpu-1", "watch"]
 
 
 def test_development_shell_evaluates(flake: Any) -> None:

@@ -31,10 +31,10 @@ def tool(name: str) -> str:
     return found
 
 
-def nix(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run one of the Nix programs in the repository, without network or user configuration."""
+def nix(*arguments: str, folder: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    """Run one of the Nix programs, in the repository unless told otherwise."""
     command = [tool(arguments[0]), *arguments[1:]]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
 
 def evaluate(attribute: str) -> Any:

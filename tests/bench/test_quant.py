@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from pascaline.errors import ExitCode
+from pascaline.models.store import builtin_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +61,29 @@ def test_types_are_made_scored_and_served(bench: Start, tmp_path: Path) -> None:
     assert "The source is Q4_1 already" in document["quality_note"]
     assert "KL divergence from the highest precision" in (folder / "report.html").read_text()
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "results.json", "serve.log"]
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"not on PATH: {', '.join(MISSING)} (llama.cpp)")
+def test_the_users_own_file_is_measured_where_it_is_and_stays(bench: Start, tmp_path: Path) -> None:
+    """A Q4_1 file asked for as Q4_1 is not made again, and what is done is not done again by a second call."""
+    own, folder = tmp_path / "own.gguf", tmp_path / "out"
+    shutil.copy(builtin_model(), own)
+    arguments = (
+        *("quant", "--engine", "llama.cpp", "--model", own, "--types", "Q4_1", "--chunks", 1, "--sizes", "1"),
+        *("--requests", 1, "--prompt-tokens", 8, "--output-tokens", 4, "--repeats", 1, "--context-length", 512),
+        *("--cache-dir", tmp_path / "cache", "--output", folder),
+    )
+    first = bench(*arguments)
+    assert first.finish(seconds=500) == ExitCode.OK, first.errors
+    document = json.loads((folder / "results.json").read_text())
+    assert own.stat().st_size == document["types"][0]["file_bytes"] == builtin_model().stat().st_size
+    # The reference is the same weights in F16.
+    assert abs(document["types"][0]["kl_mean"]) < 0.01
+    second = bench(*arguments)
+    assert second.finish() == ExitCode.OK, second.errors
+    again = json.loads((folder / "results.json").read_text())
+    assert (again["types"], again["points"]) == (document["types"], document["points"])
+    assert "perplexity" not in second.errors
 
 
 def test_types_that_are_not_known_are_refused(bench: Start) -> None:

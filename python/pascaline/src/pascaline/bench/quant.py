@@ -132,6 +132,9 @@ class _Quant:
             self._progress.skipped(1 + self._comparison.repeats * len(self._comparison.sizes))
             self._results.save()
             return
+        if self._is_done(kind, entry):
+            self._progress.skipped(1 + self._comparison.repeats * len(self._comparison.sizes))
+            return
         model = self._source if kind == NF4 else self._file(kind)
         if "file_bytes" not in entry:
             entry |= _size_of(read_model(model))
@@ -140,8 +143,14 @@ class _Quant:
         self._results.save()
         self._progress.skipped(1)
         self._speed(kind, model, entry)
-        if kind not in {REFERENCE_TYPE, NF4} and not self._comparison.keep_models:
+        # The user's own file may be one of the types, and the reference is the source of all others.
+        if model.parent == self._models and kind != REFERENCE_TYPE and not self._comparison.keep_models:
             _remove(model)
+
+    def _is_done(self, kind: str, entry: dict[str, Any]) -> bool:
+        points = [self._results.entry(f"{kind} {point.name}") for point in self._comparison.experiment().points]
+        measured = all(point["skipped"] or len(point["runs"]) >= self._comparison.repeats for point in points)
+        return measured and (kind == NF4 or "perplexity" in entry)
 
     def _entry(self, kind: str) -> dict[str, Any]:
         types: list[dict[str, Any]] = self._results.document["types"]
@@ -166,22 +175,28 @@ class _Quant:
 
     def _file(self, kind: str) -> Path:
         """Return the model in a type, made where it is missing."""
-        if kind == self._spec.file_type or (kind == REFERENCE_TYPE and self._spec.file_type in _PRECISE):
+        if kind == self._spec.file_type:
             return self._source
         file = self._models / f"{self._name}-{kind}.gguf"
         if not file.exists():
-            source = self._source if kind == REFERENCE_TYPE else self._file(REFERENCE_TYPE)
+            source = self._source if kind == REFERENCE_TYPE else self._precise_file()
             # That it works is what the measurement shows.
             options = Options(allow_requantize=True, verify=False)
             quantize(source, kind, file, options=options, on_step=self._on_step)
         return file
 
+    def _precise_file(self) -> Path:
+        """Return what other types are made from and compared with: the source if it is precise, else its F16."""
+        return self._source if self._spec.file_type in _PRECISE else self._file(REFERENCE_TYPE)
+
     def _on_step(self, what: str, done: int, total: int) -> None:
         self._progress.running(what, done / max(1, total))
 
     def _quality_note(self) -> str:
+        reference = self._spec.file_type if self._spec.file_type in _PRECISE else REFERENCE_TYPE
         text = f"{self._comparison.chunks} chunks of {llama_tools.WINDOW_TOKENS} tokens of chapters of "
-        text += "Alice's Adventures in Wonderland (shipped with pascaline); KL divergence in nats per token from F16."
+        text += "Alice's Adventures in Wonderland (shipped with pascaline); KL divergence in nats per token from "
+        text += f"{reference}."
         if self._spec.format == "gguf" and self._spec.file_type not in _PRECISE:
             text += f" The source is {self._spec.file_type} already: F16 is that file's weights, not the original's."
         return text
@@ -216,7 +231,7 @@ class _Quant:
         needed = llama_tools.reference_bytes(scoring.chunks, self._spec.vocab_size)
         llama_tools.check_space(self._results.folder, needed, "the reference's probabilities")
         partial = self._scores.with_suffix(".partial")
-        llama_tools.score_reference(self._file(REFERENCE_TYPE), scoring, partial, on_chunk)
+        llama_tools.score_reference(self._precise_file(), scoring, partial, on_chunk)
         partial.replace(self._scores)
 
     # --- speed and memory

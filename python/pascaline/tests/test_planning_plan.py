@@ -18,8 +18,8 @@ from pascaline.models.spec import ModelSpec
 from pascaline.models.store import ResolvedModel
 from pascaline.planning import PlanRequest, make_plan, nearest_fits, request_from_settings
 from pascaline.planning.mixtures import MIXTURES, requantized
+from pascaline.planning.nearest import longest_context
 from pascaline.planning.request import KV_DTYPES
-from pascaline.planning.search import longest_context
 from support.planning import LLAMA_2_7B, LLAMA_3_8B, P4, QWEN_3_4B, request
 
 GPUS = [name for name in card_names() if name != "cpu"]

@@ -6,15 +6,16 @@
 
 request     what is to be planned           weights, kv_cache, memory    bytes of each part, with formulas
 plan        the parts together, a verdict   speed                        tokens per second, from measured points
-mixtures    the model in another quant      search                       nearest that fit, sweeps, the best settings
+mixtures    the model in another quant      nearest                      what would fit where a plan does not
+search      sweeps, the best settings
 report      all of it as text               picture                      the bar as SVG
 """
 
 from pascaline.planning.memory import Part
+from pascaline.planning.nearest import Change, nearest_fits
 from pascaline.planning.plan import Plan, make_plan
 from pascaline.planning.report import refusal, table
 from pascaline.planning.request import PlanRequest, request_from_settings
-from pascaline.planning.search import Change, nearest_fits
 
 __all__ = [
     "Change",

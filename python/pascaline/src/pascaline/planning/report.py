@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pascaline.planning.memory import Part
+    from pascaline.planning.nearest import Change
     from pascaline.planning.plan import Plan
-    from pascaline.planning.search import Change, Choice
+    from pascaline.planning.search import Choice
     from pascaline.planning.speed import Rate
 
 BAR_WIDTH = 64

@@ -1,0 +1,224 @@
+"""The nearest settings that fit, where a plan does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from pascaline.planning.kv_cache import PADDING_TOKENS
+from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
+from pascaline.planning.plan import Plan, make_plan
+from pascaline.planning.request import KV_DTYPES
+from pascaline.planning.weights import weights_on_device
+from pascaline.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pascaline.cards import Card
+    from pascaline.models.spec import ModelSpec
+    from pascaline.planning.request import PlanRequest
+    from pascaline.planning.weights import Weights
+
+CONTEXT_STEP = 256
+MIN_CONTEXT = 512
+"""Shorter contexts are of no use to anybody."""
+CHUNKS = (128, 256, 512, 1024)
+"""Values of chunked_prefill_tokens that are tried."""
+
+# What a change costs beside others: halving a number costs 1 (_shrinkage), of some numbers less.
+POOL_DISTANCE, ONE_REQUEST_DISTANCE = 0.4, 0.2
+KV_DISTANCES = {"int8": 0.5, "fp8_e5m2": 0.6}
+FILE_STEP_DISTANCE = 0.8
+FRACTION_DISTANCE = 0.3
+CHUNK_WEIGHT, REQUESTS_WEIGHT = 0.2, 0.7
+
+_WORDS = {
+    "file_type": "the model quantised to {}",
+    "kv_cache.dtype": "kv_cache.dtype {}",
+    "kv_cache.max_tokens": "kv_cache.max_tokens {:,}",
+    "kv_cache.max_bytes": "kv_cache.max_bytes {}",
+    "mem_fraction_static": "mem_fraction_static {:g}",
+    "context_length": "context_length {:,}",
+    "chunked_prefill_tokens": "chunked_prefill_tokens {}",
+    "max_running_requests": "max_running_requests {}",
+}
+
+_Variant = tuple[dict[str, Any], "PlanRequest", float]
+"""Changed settings, the request with them, and what they cost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Settings that fit, and how they differ from those that were asked for."""
+
+    settings: dict[str, Any]
+    """Setting -> value; `file_type` is none of pascaline's settings: it asks for the model in that quantisation."""
+    sentence: str
+    plan: Plan
+    distance: float
+    """How far from what was asked for: halving a number costs 1."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"settings": self.settings, "sentence": self.sentence, "total_bytes": self.plan.total_bytes}
+
+
+def nearest_fits(spec: ModelSpec, card: Card, request: PlanRequest, count: int = 3) -> list[Change]:
+    """Return the nearest settings that fit, at most `count`, of different kinds where there are such."""
+    fitting = sorted((one for one in _candidates(spec, card, request) if one.plan.fits), key=lambda one: one.distance)
+    useful = [one for one in fitting if not any(_does_as_much(other, one) for other in fitting)]
+    ranked: dict[tuple[str, ...], Change] = {}
+    for change in useful:
+        ranked.setdefault(tuple(sorted(change.settings)), change)
+    kinds = [set(kind) for kind in ranked]
+    # What changes all that another one changes, and more, comes after; then further values of the same settings.
+    simple = [one for kind, one in ranked.items() if not any(other < set(kind) for other in kinds)]
+    chosen: list[Change] = []
+    for change in (*simple, *ranked.values(), *useful):
+        if all(change.settings != other.settings for other in chosen):
+            chosen.append(change)
+    return sorted(chosen[:count], key=lambda change: change.distance)
+
+
+def _does_as_much(simpler: Change, change: Change) -> bool:
+    """Whether fewer changes give at least the same context and KV cache."""
+    return (
+        set(simpler.settings) < set(change.settings)
+        and simpler.plan.context_length >= change.plan.context_length
+        and simpler.plan.kv_tokens >= change.plan.kv_tokens
+    )
+
+
+def _candidates(spec: ModelSpec, card: Card, request: PlanRequest) -> Iterator[Change]:
+    """Every combination of a file, a KV type, a memory fraction, and one other number."""
+    for (mixture, file_cost), (kv_dtype, kv_cost), (fraction, fraction_cost) in product(
+        _files(spec, request), _kv_types(request), _fractions(request)
+    ):
+        model = requantized(spec, mixture) if mixture else spec
+        weights = weights_on_device(model, request)
+        base: dict[str, Any] = {"file_type": mixture} if mixture else {}
+        if kv_dtype != request.kv_dtype:
+            base["kv_cache.dtype"] = kv_dtype
+        changed = replace(request, kv_dtype=kv_dtype, mem_fraction_static=fraction)
+        for settings, variant, cost in _variants(model, card, changed, weights):
+            plan = make_plan(model, card, variant, weights)
+            every = base | settings
+            if fraction != request.mem_fraction_static:
+                every["mem_fraction_static"] = plan.mem_fraction_static
+            if every:
+                yield Change(every, _sentence(every, plan), plan, file_cost + kv_cost + fraction_cost + cost)
+
+
+def _files(spec: ModelSpec, request: PlanRequest) -> list[tuple[str | None, float]]:
+    """The file itself, then mixtures of it that take less in the engine's memory."""
+    found: list[tuple[str | None, float]] = [(None, 0.0)]
+    if request.quantization not in (None, "gguf"):
+        return found
+    smallest = 0.97 * weights_on_device(spec, request).n_bytes
+    for mixture in MIXTURES:
+        size = weights_on_device(requantized(spec, mixture), request).n_bytes
+        if size < smallest:
+            smallest = size
+            found.append((mixture, FILE_STEP_DISTANCE * len(found) + PERPLEXITY_LOSS[mixture]))
+    return found
+
+
+def _kv_types(request: PlanRequest) -> list[tuple[str, float]]:
+    found = [(request.kv_dtype, 0.0)]
+    if request.kv_dtype in ("fp16", "bf16", "fp32"):
+        found += [(kind, cost) for kind, cost in KV_DISTANCES.items() if kind in KV_DTYPES[request.engine]]
+    return found
+
+
+def _fractions(request: PlanRequest) -> list[tuple[float | None, float]]:
+    found: list[tuple[float | None, float]] = [(request.mem_fraction_static, 0.0)]
+    if request.mem_fraction_static is not None and request.engine == "sglang":
+        found.append((None, FRACTION_DISTANCE))
+    return found
+
+
+def _variants(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights) -> Iterator[_Variant]:
+    """The same file and KV type as they are, and with one other number changed."""
+    yield {}, request, 0.0
+    yield from _other_pools(spec, card, request, weights)
+    if (shorter := longest_context(spec, card, request, weights)) and shorter < request.context_length:
+        changed = replace(request, context_length=shorter)
+        yield {"context_length": shorter}, changed, _shrinkage(request.context_length, shorter)
+    chunk = request.chunked_prefill_tokens
+    smaller = sorted((other for other in CHUNKS if other < chunk), reverse=True)
+    yield from _first_that_fits(spec, card, request, weights, "chunked_prefill_tokens", smaller, CHUNK_WEIGHT)
+    if request.engine == "llama.cpp":
+        fewer = list(range(request.max_running_requests - 1, 0, -1))
+        yield from _first_that_fits(spec, card, request, weights, "max_running_requests", fewer, REQUESTS_WEIGHT)
+
+
+def _other_pools(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights) -> Iterator[_Variant]:
+    """In place of a pool of a set size: what the card has left, and just enough for one request."""
+    if request.max_total_tokens is None and request.max_kv_bytes is None:
+        return
+    free = replace(request, max_total_tokens=None, max_kv_bytes=None)
+    plan = make_plan(spec, card, free, weights)
+    yield {"kv_cache.max_tokens": plan.kv_tokens}, replace(free, max_total_tokens=plan.kv_tokens), POOL_DISTANCE
+    if request.max_kv_bytes is not None:
+        n_bytes = (request.context_length + PADDING_TOKENS) * plan.kv_bytes_per_token
+        n_bytes = -(-n_bytes // 2**20) * 2**20
+        yield {"kv_cache.max_bytes": n_bytes}, replace(free, max_kv_bytes=n_bytes), ONE_REQUEST_DISTANCE
+
+
+def _first_that_fits(
+    spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights, key: str, values: list[int], weight: float
+) -> Iterator[_Variant]:
+    """The first of some values of a setting that fits."""
+    for value in values:
+        setting: dict[str, Any] = {key: value}
+        changed = replace(request, **setting)
+        if make_plan(spec, card, changed, weights).fits:
+            yield setting, changed, weight * _shrinkage(getattr(request, key), value)
+            return
+
+
+def longest_context(
+    spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights | None = None, *, all_at_once: bool = False
+) -> int | None:
+    """Return the longest context that fits, in steps of CONTEXT_STEP, at most the model's; None where none does.
+
+    all_at_once: all requests together must have room for it, not only one.
+    """
+    weights = weights or weights_on_device(spec, request)
+
+    def fits(steps: int) -> bool:
+        context = steps * CONTEXT_STEP
+        changed = together(request, context) if all_at_once else replace(request, context_length=context)
+        return make_plan(spec, card, changed, weights).fits
+
+    low, high = MIN_CONTEXT // CONTEXT_STEP, max(spec.context_length, request.context_length) // CONTEXT_STEP
+    if high < low or not fits(low):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low * CONTEXT_STEP
+
+
+def together(request: PlanRequest, context: int) -> PlanRequest:
+    """Return the request with room for all of its requests at once, each of a whole context."""
+    if request.engine == "llama.cpp":
+        return replace(request, context_length=context, max_total_tokens=None, max_kv_bytes=None)
+    tokens = request.max_running_requests * context
+    return replace(request, context_length=context, max_total_tokens=tokens, max_kv_bytes=None)
+
+
+def _shrinkage(before: float, after: float) -> float:
+    """0 for the same, 1 for half of it, 3 for a quarter."""
+    return before / after - 1
+
+
+def _sentence(settings: dict[str, Any], plan: Plan) -> str:
+    shown = settings | {key: format_bytes(value) for key, value in settings.items() if key == "kv_cache.max_bytes"}
+    said = " and ".join(_WORDS[key].format(value) for key, value in shown.items())
+    return f"{said}: {plan.kv_tokens:,} tokens of KV cache, {plan.headroom_bytes / 2**20:,.0f} MiB to spare"

@@ -47,7 +47,7 @@ class PascalGgufLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang publ
     def _get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """What `load_model` of the base class hands to the model's `load_weights`.
 
-        Layers are bound here, not in the stream: `load_weights` lists the model's parameters before it asks for the first.
+        Layers are bound here, not in the stream: `load_weights` lists the parameters before it asks for a tensor.
         """
         file = open_prepared(Path(model_config.model_path))
         held = bind(model, WeightTable(file)) if model_config.quantization == QUANTIZATION else []

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pascaline.bench import llama_tools
 from pascaline.bench.experiment import Experiment, batch_points
-from pascaline.bench.instance import to_flags
+from pascaline.bench.instance import Instance, to_flags
 from pascaline.bench.llama_tools import Scoring, check_space, reference_bytes, score, score_reference
 from pascaline.bench.reference import Setting, find_card, reference, roofline
 from pascaline.bench.sampling import ExporterGpu, LocalGpu, Sampler, family, host_memory_bytes
+from pascaline.bench.server import Server
+from pascaline.bench.stream import Endpoint
 from pascaline.cards import load_card
 from pascaline.cli.options import add_settings_arguments, load_from_arguments
 from pascaline.errors import MissingError, PascalineError, StorageError
@@ -328,3 +330,25 @@ def test_card_is_known_by_profile_or_by_the_drivers_name() -> None:
         assert card.name == "tesla-p4"
     assert find_card(None, []) is None
     assert find_card(None, ["Tesla V100"]) is None
+
+
+# --- which GPU belongs to an instance ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "device", "exporter", "source"),
+    [
+        ("http://127.0.0.1:1", "cuda", None, LocalGpu),
+        ("http://127.0.0.1:1", None, None, LocalGpu),
+        ("http://127.0.0.1:1", "cpu", None, None),
+        ("http://10.0.0.1:1", "cuda", None, ExporterGpu),
+        ("http://127.0.0.1:1", "cuda", "http://127.0.0.1:9836/metrics", ExporterGpu),
+    ],
+)
+def test_gpu_is_read_where_the_engine_runs(
+    url: str, device: str | None, exporter: str | None, source: type | None
+) -> None:
+    """An engine on the CPU has no GPU, even where its host has one."""
+    server = Server(model="m", engine="sglang", settings={"device": device} if device else None)
+    with Instance(Endpoint(url), server, None).gpu(exporter) as gpu:
+        assert (None if gpu is None else type(gpu)) is source

@@ -59,13 +59,23 @@ class Instance:
         model = (self._agent_says("/health") or {}).get("model") or {}
         return model.get("path") or self.server.model_path
 
-    def gpu(self, exporter_url: str | None) -> GpuSource:
-        """Return where its GPU can be read: this machine's NVML, or an exporter's page."""
-        if exporter_url is not None:
-            return ExporterGpu(exporter_url)
-        if self.endpoint.is_local:
-            return LocalGpu()
-        return ExporterGpu(f"http://{self.endpoint.address[0]}:{EXPORTER_PORT}/metrics")
+    @contextlib.contextmanager
+    def gpu(self, exporter_url: str | None) -> Iterator[GpuSource | None]:
+        """Give what reads its GPU: this machine's NVML, or an exporter's page; None for one that runs on the CPU."""
+        if self._runs_on_cpu():
+            yield None
+            return
+        source: GpuSource
+        if exporter_url is None and self.endpoint.is_local:
+            source = LocalGpu()
+        else:
+            source = ExporterGpu(exporter_url or f"http://{self.endpoint.address[0]}:{EXPORTER_PORT}/metrics")
+        with contextlib.closing(source):
+            yield source
+
+    def _runs_on_cpu(self) -> bool:
+        """Whether it says so itself: the GPU of its host is none of its business then."""
+        return "cpu" in {(self.plan() or {}).get("device"), (self.server.settings or {}).get("device")}
 
     def _agent_says(self, path: str) -> dict[str, Any] | None:
         if self.agent is None:

@@ -6,7 +6,6 @@ after the other by the engine that the settings name. A type that is done is not
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -250,7 +249,7 @@ class _Quant:
                 self._describe(kind, entry, instance)
                 prompts = make_prompts(instance.endpoint, instance.server)
                 self._served_quality(kind, entry, instance, prompts)
-                with contextlib.closing(instance.gpu(target.exporter)) as gpu:
+                with instance.gpu(target.exporter) as gpu:
                     Runner(instance, prompts, gpu, self._progress, experiment).measure(self._results, f"{kind} ")
         except EngineError as error:
             # A type that the engine cannot serve must not cost the others.

@@ -82,7 +82,7 @@ def run_sweep(target: Target, experiment: Experiment, folder: Path) -> Results:
             spec = spec_of(target, instance)
             describe_instance(results, instance, target, spec, experiment)
             prompts = make_prompts(instance.endpoint, instance.server)
-            with contextlib.closing(instance.gpu(target.exporter)) as gpu:
+            with instance.gpu(target.exporter) as gpu:
                 Runner(instance, prompts, gpu, progress, experiment).measure(results)
     finally:
         progress.close()

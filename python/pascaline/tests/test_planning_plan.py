@@ -122,6 +122,29 @@ class TestPromises:
             assert longest + 256 > most or not make_plan(spec, card, further).fits
 
 
+class TestOddModels:
+    """Headers may say anything; a plan is made of it all the same."""
+
+    @given(
+        st.integers(0, 5), st.integers(0, 3), st.integers(0, 300), st.integers(0, 70_000), st.integers(0, 4),
+        st.sampled_from(["sglang", "llama.cpp"]), st.sampled_from(["tesla-p4", "tesla-p100", "cpu"]), st.booleans(),
+    )  # fmt: skip
+    @settings(max_examples=200, deadline=None)
+    def test_no_number_breaks_it(
+        self, layers: int, heads: int, size: int, vocabulary: int, experts: int, engine: str, card: str, empty: bool
+    ) -> None:
+        spec = replace(
+            QWEN_3_4B, num_hidden_layers=layers, num_heads=heads, num_kv_heads=heads, head_dim=size, v_head_dim=size,
+            hidden_size=size, intermediate_size=size, vocab_size=vocabulary, context_length=size, num_experts=experts,
+            num_experts_per_token=1, tensors=() if empty else QWEN_3_4B.tensors[:3],
+        )  # fmt: skip
+        profile = load_card(card)
+        wanted = request(profile, card_bytes=8 << 30, engine=engine, device="cpu" if card == "cpu" else "cuda")
+        plan = make_plan(spec, profile, wanted)
+        assert plan.to_json()["fits"] == plan.fits
+        nearest_fits(spec, profile, replace(wanted, context_length=1 << 22))
+
+
 class TestGuidesExample:
     """The guide's own case: a 7B model in Q4_K_M on 8 GB, 4 requests, context 4096."""
 
@@ -248,6 +271,18 @@ class TestRequestFromSettings:
             configuration.settings, QWEN_3_4B, device="cpu", dtype="bfloat16", card_bytes=1 << 30, used_bytes=5
         )
         assert (made.kv_dtype, made.context_length, made.used_bytes) == ("bf16", QWEN_3_4B.context_length, 5)
+
+    def test_a_model_that_names_no_context_needs_one(self) -> None:
+        configuration = load({"card": "cpu"}, environment={}, check_host=False)
+        with pytest.raises(ConfigurationError) as caught:
+            request_from_settings(
+                configuration.settings,
+                replace(QWEN_3_4B, context_length=0),
+                device="cpu",
+                dtype="float32",
+                card_bytes=1,
+            )
+        assert str(caught.value) == "context_length: the model names none, must be set to the tokens of a request"
 
     def test_sglang_has_no_fp16_pool_beside_another_computation(self) -> None:
         configuration = load({"card": "cpu", "kv_cache.dtype": "fp16"}, environment={}, check_host=False)

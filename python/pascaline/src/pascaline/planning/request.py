@@ -68,7 +68,13 @@ class PlanRequest:
 def request_from_settings(
     settings: Settings, spec: ModelSpec, *, device: str, dtype: str, card_bytes: int, used_bytes: int = 0
 ) -> PlanRequest:
-    """Return the request of an instance. device and dtype are decided already: never auto."""
+    """Return the request of an instance. device and dtype are decided already: never auto.
+
+    Raises ConfigurationError where neither settings nor model say how long a request may be.
+    """
+    context_length = settings.context_length or spec.context_length
+    if context_length < 1:
+        raise ConfigurationError("context_length: the model names none, must be set to the tokens of a request")
     kv_dtype: str = settings.kv_cache.dtype
     if kv_dtype == "auto":
         # llama.cpp stores fp16 whatever it computes in.
@@ -82,7 +88,7 @@ def request_from_settings(
         engine=settings.engine,
         device="cuda" if device == "cuda" else "cpu",
         dtype=dtype,
-        context_length=settings.context_length or spec.context_length,
+        context_length=context_length,
         max_running_requests=settings.max_running_requests,
         kv_dtype=kv_dtype,
         max_total_tokens=settings.kv_cache.max_tokens,

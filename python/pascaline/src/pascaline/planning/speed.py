@@ -82,11 +82,11 @@ class Calibration:
 
 
 def estimate_speed(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights, kv_tokens: int) -> Speed | None:
-    """Return what to expect; None for a device whose bandwidth and clock are not known.
+    """Return what to expect; None for a device whose bandwidth and clock are not known, or no weights.
 
     kv_tokens: of the KV cache, which all requests share.
     """
-    if "bandwidth_bytes_per_second" not in card.facts or request.device == "cpu":
+    if "bandwidth_bytes_per_second" not in card.facts or request.device == "cpu" or not weights.n_bytes:
         return None
     model = _Model(spec, card, request, weights, calibration(request.engine))
     prefill = model.prefill()

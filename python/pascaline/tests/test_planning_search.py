@@ -81,9 +81,9 @@ class TestSweep:
 class TestNearest:
     def test_a_model_that_is_too_large_is_offered_smaller(self) -> None:
         changes = nearest_fits(requantized(LLAMA_3_8B, "Q8_0"), P4, request())
-        assert changes[0].settings == {"file_type": "Q6_K"}
+        assert changes[0].settings == {"file_type": "Q5_K_M"}
         assert changes[0].sentence == (
-            f"the model quantised to Q6_K: {changes[0].plan.kv_tokens:,} tokens of KV cache, "
+            f"the model quantised to Q5_K_M: {changes[0].plan.kv_tokens:,} tokens of KV cache, "
             f"{changes[0].plan.headroom_bytes / 2**20:,.0f} MiB to spare"
         )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pascaline.planning.kv_cache import llama_batch
-from pascaline.planning.weights import DTYPE_BYTES
+from pascaline.planning.weights import DTYPE_BYTES, stays_quantized
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
@@ -29,8 +29,10 @@ ATTENTION_SPLIT = 256
 """Tokens of one part of a sequence in decode attention; each part leaves its result in fp32 for the second kernel."""
 BUFFERS_PER_TOKEN = 3
 """Hidden vectors alive at once in a layer: residual, normalised input, output (SGLang's models/llama.py)."""
-BLOCK_BYTES = 9 / 8
-"""Activations as int8 blocks of 32 with two fp16 numbers (ggml-common.h, block_q8_1)."""
+WIDE_BYTES = 2 * (1 + 8 / 32)
+"""An activation as sglang-pascal multiplies it: two int8, and two fp32 numbers for 32 of each (ops/activations.py)."""
+SUM_ROWS = 512
+"""Rows of a product that sglang-pascal sums in fp32 at a time (quantization/matrix.py)."""
 
 LLAMA_CPU_VECTORS = 5
 """Hidden vectors beside the logits in llama.cpp's buffer on the CPU, as its log shows for six models."""
@@ -151,16 +153,20 @@ def _activations(spec: ModelSpec, request: PlanRequest) -> Part:
     heads = spec.num_heads * spec.head_dim + 2 * spec.num_kv_heads * spec.head_dim
     widest = max(3 * inner, 2 * heads)
     layer = tokens * (BUFFERS_PER_TOKEN * spec.hidden_size + widest) * element
-    blocks = round(tokens * max(inner, spec.hidden_size) * BLOCK_BYTES)
     splits = -(-request.context_length // ATTENTION_SPLIT)
     partial = request.max_running_requests * spec.num_heads * splits * (spec.v_head_dim + 2) * 4
     attention = partial if request.device == "cuda" else _cpu_attention(spec, request)
     text = (
         f"{tokens:,} tokens x ({BUFFERS_PER_TOKEN} x {spec.hidden_size:,} + {widest:,}) x {element} B"
-        f" + int8 copy {format_bytes(blocks)} + attention {format_bytes(attention)}"
+        f" + attention {format_bytes(attention)}"
     )
+    quantized = 0
+    if stays_quantized(spec, request):
+        copies, sums = round(tokens * max(inner, spec.hidden_size) * WIDE_BYTES), min(tokens, SUM_ROWS) * 2 * inner * 4
+        quantized = copies + sums
+        text += f" + two int8 copies {format_bytes(copies)} + fp32 sums {format_bytes(sums)}"
     source = "SGLang 0.5.23, models/llama.py; sglang-pascal: attention"
-    return Part("activations", "activations", layer + blocks + attention, text, "estimated", source)
+    return Part("activations", "activations", layer + attention + quantized, text, "estimated", source)
 
 
 def _cpu_attention(spec: ModelSpec, request: PlanRequest) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -89,6 +91,17 @@ def host(folder: Path, programs: dict[str, str]) -> Container:
     return container
 
 
+@contextlib.contextmanager
+def booted(container: Container) -> Iterator[Container]:
+    """Boot it, and in the end take it away with all that it wrote, gigabytes after a few runs."""
+    try:
+        container.boot()
+        yield container
+    finally:
+        container.kill()
+        shutil.rmtree(container.folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
     """The host with the fake engine, booted."""
@@ -97,9 +110,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
         "/etc/systemd/system/pascaline-exporter.service.d/fake.conf",
         "[Service]\nEnvironment=PASCALINE_FAKE_NVML=/opt/demo.nvml\n",
     )
-    container.boot()
-    yield container
-    container.kill()
+    with booted(container):
+        yield container
 
 
 @pytest.fixture
@@ -109,6 +121,5 @@ def engine_machine(tmp_path: Path) -> Iterator[Container]:
     for wanted in (tmp_path / "upper/etc/systemd/system/multi-user.target.wants").iterdir():
         if wanted.name != "pascaline-main.service":
             wanted.unlink()
-    container.boot()
-    yield container
-    container.kill()
+    with booted(container):
+        yield container

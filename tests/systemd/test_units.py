@@ -17,7 +17,7 @@ from support.units import ROOT
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = [pytest.mark.systemd, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.systemd, pytest.mark.timeout(900)]
 
 MAIN = "pascaline-main.service"
 API, AGENT = "http://127.0.0.1:30000", "http://127.0.0.1:30001"

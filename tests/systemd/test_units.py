@@ -164,11 +164,34 @@ class TestTrouble:
         wait_until(changed(main, pid), WATCHDOG_SECONDS + 40, lambda: main.journal(MAIN)[-2000:])
         assert "Failed with result 'watchdog'." in main.journal(MAIN)
 
-    def test_engine_that_never_loads_is_given_up(self, main: Container) -> None:
-        """Not looped for ever: systemd's limit of starts ends it, and says so."""
-        assert main.show(MAIN, "StartLimitBurst") == "10"
-        assert main.show(MAIN, "StartLimitIntervalUSec") == "1h"
-        assert main.show(MAIN, "RestartMaxDelayUSec") == "5min"
+    def test_engine_that_never_loads_is_given_up_with_its_reason(self, machine: Container) -> None:
+        """Not looped for ever: systemd's limit of starts ends it. The drop-in makes its tries quick and few."""
+        unit = "pascaline-gpu.service"
+        assert machine.show(unit, "StartLimitBurst") == "10"
+        assert machine.show(unit, "StartLimitIntervalUSec") == "1h"
+        assert machine.show(unit, "RestartMaxDelayUSec") == "5min"
+        folder = f"/run/systemd/system/{unit}.d"
+        quick = (
+            "[Unit]\nStartLimitBurst=3\n"
+            "[Service]\nRestartSec=100ms\nRestartSteps=0\nEnvironment=FAKE_ENGINE_FAULTS=load_error=out-of-memory\n"
+        )
+        machine.run("systemctl", "stop", unit)
+        machine.run(
+            "bash", "-c", f"mkdir --parents {folder} && printf '{quick}' >{folder}/quick.conf".replace("\n", "\\n")
+        )
+        machine.run("systemctl", "daemon-reload")
+        try:
+            machine.run("systemctl", "start", "--no-block", unit)
+            gave_up = "Start request repeated too quickly."
+            wait_until(lambda: gave_up in machine.journal(unit), explain=lambda: machine.journal(unit)[-2000:])
+            assert machine.show(unit, "ActiveState") == "failed"
+            assert machine.show(unit, "ExecMainStatus") == "5"
+            assert "not enough memory on the device; lower mem_fraction_static" in machine.journal(unit)
+        finally:
+            machine.run("rm", "--recursive", folder)
+            machine.run("systemctl", "daemon-reload")
+            machine.run("systemctl", "reset-failed", unit)
+            machine.run("systemctl", "start", unit)
 
 
 class TestStop:

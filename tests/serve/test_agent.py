@@ -131,6 +131,8 @@ class TestMetrics:
     def test_the_page_is_valid_and_keeps_the_contract(self, serve: Serve) -> None:
         instance = serve()
         instance.wait_for_state("ready")
+        # What the engine says of itself is asked for once it is ready.
+        instance.wait_for_line("is ready after")
         answer = instance.agent("/metrics")
         assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
         families = {family.name: family for family in text_string_to_metric_families(answer.text)}

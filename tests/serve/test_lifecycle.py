@@ -204,7 +204,9 @@ class TestRestarts:
     def test_the_worker_of_the_engine_dies(self, serve: Serve) -> None:
         instance = serve()
         instance.wait_for_state("ready")
-        [worker] = [each for each in instance.descendants() if each.name() == "sglang::schedul"]
+        [worker] = wait_until(
+            "the worker", lambda: [each for each in instance.descendants() if each.name() == "sglang::schedul"]
+        )
         worker.kill()
         instance.wait_for_state("restarting")
         assert instance.wait_for_state("ready")["restarts"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -41,9 +42,9 @@ def download(wheels: Path, *requirements: str) -> None:
     )  # fmt: skip
 
 
-def build_own(wheels: Path) -> None:
-    """Build our two packages as wheels, with the build backend of this environment."""
-    for package in ("pascaline", "sglang-pascal"):
+def build_own(wheels: Path, *packages: str) -> None:
+    """Build packages of ours as wheels, with the build backend of this environment."""
+    for package in packages:
         command = [
             uv(),
             "build",
@@ -91,6 +92,39 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     assert result.stderr == f"install-environment: {tmp_path} exists, must be a new folder\n"
 
 
+def members(environment: str) -> list[str]:
+    """Return the packages that a Nix environment is made of."""
+    document = json.loads((REPOSITORY / "python" / "wheels.json").read_text())
+    return list(document["environments"][environment])
+
+
+def test_control_plane_needs_its_own_wheels_alone(tmp_path: Path) -> None:
+    """From the few wheels of its environment, without torch, every command loads."""
+    wheels, out = tmp_path / "wheels", tmp_path / "environment"
+    download(wheels, *members("pascaline"))
+    build_own(wheels, "pascaline")
+    result = install(out, wheels)
+    assert result.returncode == 0, result.stderr
+    commands = json.loads(python_says(out, "import json, pascaline.cli as c; print(json.dumps(list(c.COMMANDS)))"))
+    assert {"serve", "config", "exporter"} <= set(commands)
+    for command in commands:
+        shown = subprocess.run([out / "bin/pascaline", command, "--help"], capture_output=True, text=True, check=False)
+        assert shown.returncode == 0, shown.stderr
+    settings = tmp_path / "pascaline.toml"
+    settings.write_text('model = "/data/emily.gguf"\ncard = "tesla-p4"\n')
+    command = [out / "bin/pascaline", "config", "check", "--no-host", "--config", settings]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_router_needs_its_own_wheels_alone(tmp_path: Path) -> None:
+    wheels, out = tmp_path / "wheels", tmp_path / "environment"
+    download(wheels, *members("router"))
+    result = install(out, wheels)
+    assert result.returncode == 0, result.stderr
+    assert python_says(out, "from sglang_router.router import Router; print(Router.__name__)") == "Router"
+
+
 @pytest.mark.engine
 @pytest.mark.timeout(1800)
 def test_environment_from_wheels_alone_imports_the_engine(tmp_path: Path) -> None:
@@ -98,7 +132,7 @@ def test_environment_from_wheels_alone_imports_the_engine(tmp_path: Path) -> Non
     wheels, out = tmp_path / "wheels", tmp_path / "environment"
     try:
         download(wheels)
-        build_own(wheels)
+        build_own(wheels, "pascaline", "sglang-pascal")
         result = install(out, wheels)
         assert result.returncode == 0, result.stderr
         assert python_says(out, "import torch; print(torch.__version__)").startswith("2.7.1")

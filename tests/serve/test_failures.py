@@ -281,12 +281,17 @@ class TestEngine:
         assert message == f"the engine ended with {expected}"
 
     def test_start_timeout(self, serve: Serve) -> None:
-        message = refusal(serve, ExitCode.ENGINE_FAILED, start_timeout=2, faults="start_seconds=600")
-        assert message == "the engine was not ready within start_timeout (2 s)"
+        instance = serve(start_timeout=2, faults="start_seconds=600")
+        assert instance.wait() == ExitCode.ENGINE_FAILED
+        assert instance.error == "the engine was not ready within start_timeout (2 s)"
+        assert any(line.startswith("ERROR   pascaline: load failed after ") for line in instance.lines)
 
     def test_it_never_generates(self, serve: Serve) -> None:
-        message = refusal(serve, ExitCode.ENGINE_FAILED, start_timeout=2, faults="error_status=500")
-        assert message == "the engine was not ready within start_timeout (2 s)"
+        message = refusal(serve, ExitCode.ENGINE_FAILED, start_timeout=3, faults="error_status=500")
+        assert message == (
+            "the engine was not ready within start_timeout (3 s); the last test generation: "
+            'status 500: {"object": "error", "message": "the fake engine was told to fail", "code": 500}'
+        )
 
 
 def small_folder(path: Path) -> Path:

@@ -66,7 +66,8 @@ class Console:
         stage.seconds = monotonic() - self._stage_start
         self._clear()
         self._stage = None
-        self.line("INFO", "pascaline", f"{name} done in {stage.seconds:.1f} s{stage.note}")
+        level, words = ("ERROR", "failed after") if stage.failed else ("INFO", "done in")
+        self.line(level, "pascaline", f"{name} {words} {stage.seconds:.1f} s{stage.note}")
 
     def tick(self, detail: str | None = None) -> None:
         """Renew the running stage's line; detail: what it is at, None = as before."""
@@ -107,6 +108,7 @@ class Stage:
         """Belongs to a console; use Console.stage."""
         self.name = name
         self.seconds = 0.0
+        self.failed = False
         self.note = ""
         """Shown behind the duration."""
         self._console = console

@@ -218,7 +218,7 @@ class Supervisor:
         self._change(State.STARTING, "the engine is loading")
         process = self._process = await EngineProcess.start(self._engine.launch(task), self._show_line)
         self.metrics.engine_up.set(1)
-        ready_since = None
+        started, ready_since = time.time(), None
         try:
             if await self._wait_until_ready(task, process):
                 ready_since = time.monotonic()
@@ -226,7 +226,7 @@ class Supervisor:
             if process.exit_code is not None:
                 # Its last words say why.
                 await process.wait()
-            failure = self._failure(process)
+            failure = self._failure(process, started)
         finally:
             self.metrics.engine_up.set(0)
         return (time.monotonic() - ready_since if ready_since is not None else 0.0), failure
@@ -235,13 +235,13 @@ class Supervisor:
         """Wait for the first generation; False where the engine ended or took too long."""
         started = time.monotonic()
         with self._console.stage("load") as load:
-            answering = await self._poll_until(process, started, partial(self._answers, task))
-        if not answering:
+            load.failed = not await self._poll_until(process, started, partial(self._answers, task))
+        if load.failed:
             return False
         self._record_stage("load", load.seconds)
         with self._console.stage("warm-up") as warm_up:
-            generated = await self._poll_until(process, started, partial(self._generate, task))
-        if not generated:
+            warm_up.failed = not await self._poll_until(process, started, partial(self._generate, task))
+        if warm_up.failed:
             return False
         self._record_stage("warm-up", warm_up.seconds)
         self._change(State.READY, "a generation succeeded")
@@ -347,16 +347,17 @@ class Supervisor:
             self.metrics.probe_failures.inc()
         return reason is None
 
-    def _failure(self, process: EngineProcess) -> Failure:
-        """Put into words why the engine is not running any more."""
+    def _failure(self, process: EngineProcess, started: float) -> Failure:
+        """Put into words why the engine, started at that Unix time, is not running any more."""
         explanation = self._engine.explain(list(process.last_lines))
         if self.health.state is State.UNRESPONSIVE:
             return Failure("unresponsive", f"the engine was unresponsive ({self.health.reason}) and was killed")
         code = process.exit_code
         if code is None:
-            return Failure(
-                "crash", f"the engine was not ready within start_timeout ({self.settings.start_timeout:g} s)"
-            )
+            text = f"the engine was not ready within start_timeout ({self.settings.start_timeout:g} s)"
+            if self.last_probe is not None and self.last_probe.at > started and not self.last_probe.ok:
+                text += f"; the last test generation: {self.last_probe.reason}"
+            return Failure("crash", text)
         ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         last = next((line for line in reversed(process.last_lines) if line.strip()), "no output")
         text = f"the engine ended with {ended}: {explanation or self._engine.parse_line(last)[1].strip()}"

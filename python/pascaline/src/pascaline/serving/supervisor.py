@@ -286,7 +286,7 @@ class Supervisor:
         return False
 
     async def _watch(self, task: Task, process: EngineProcess) -> None:
-        """Follow the engine's progress until it ends or is unresponsive."""
+        """Follow the engine's progress until it ends or is unresponsive, and see to it that it has ended."""
         looked = time.monotonic()
         judge = Judge(self.settings.stall_timeout, last_sign=looked)
         probe: asyncio.Task[bool] | None = None
@@ -303,22 +303,19 @@ class Supervisor:
                     probe = None
                 if probe is None and judge.wants_probe(now, self.settings.probe_interval):
                     probe = asyncio.create_task(self._generate(task, timeout=self.settings.stall_timeout))
-                await self._obey(judge, process)
+                self._change(*judge.verdict(time.monotonic()))
+                if self.health.state is State.UNRESPONSIVE:
+                    break
                 if judge.last_sign >= now:
                     self.metrics.last_generation.set(time.time())
                 await self._sleep(POLL_SECONDS, process)
         finally:
+            # Before the engine is killed, so that the kill does not pass for the engine's own failure to answer.
             if probe is not None:
                 probe.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Stopped):
                     await probe
-
-    async def _obey(self, judge: Judge, process: EngineProcess) -> None:
-        """Enter the state that the evidence speaks for; an unresponsive engine is killed."""
-        state, reason = judge.verdict(time.monotonic())
-        self._change(state, reason)
-        if self.health.state is State.UNRESPONSIVE:
-            await process.kill()
+        await process.kill()
 
     async def _progress(self, task: Task) -> Any:
         with contextlib.suppress(OSError):

@@ -41,9 +41,7 @@ class TestGpu:
         write_scenario(scenario, "[library]\nnvmlSystemGetDriverVersion = 580.1\n")
         with pytest.raises(MissingError) as caught:
             gpu_memory(environment=fake_nvml_environment(scenario))
-        assert str(caught.value) == (
-            "NVML shows no GPU: NVML counts no GPU; name a card (--card) to plan without it"
-        )
+        assert str(caught.value) == "NVML shows no GPU: NVML counts no GPU; name a card (--card) to plan without it"
 
 
 class TestHost:

@@ -87,7 +87,9 @@ def shapes(*, large: bool) -> dict[str, Shape]:
 def write_model(folder: Path, name: str, shape: Shape, *, gguf: str | None) -> Path:
     """Write the model that a name stands for; gguf: the mixture of a GGUF file instead of a folder."""
     if gguf is not None:
-        return write_gguf(folder / f"{name}.gguf", shape, gguf)
+        caps = {"gemma2.attn_logit_softcapping": 50.0, "gemma2.final_logit_softcapping": 30.0}
+        metadata = caps if shape.architecture == "gemma2" else None
+        return write_gguf(folder / f"{name}.gguf", shape, gguf, metadata=metadata)
     if name == "qwen3-moe":
         size = shape.intermediate_size // 4
         return write_mixture_of_experts(folder / name, shape, experts=8, used=2, expert_size=size)
@@ -166,7 +168,10 @@ def prepared(place: Path, python: str) -> Path:
     if place.suffix != ".gguf":
         return place
     folder = place.with_suffix("")
-    subprocess.run([python, "-m", "sglang_pascal", "prepare", str(place), str(folder)], check=True, capture_output=True)
+    command = [python, "-m", "sglang_pascal", "prepare", str(place), str(folder)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise RuntimeError(f"failed to prepare {place.name}: {answer.stderr}")
     return folder
 
 

@@ -99,6 +99,8 @@ class Instance:
         """settings: dotted key -> value, passed as flags."""
         self.folder = folder
         self.mark = uuid.uuid4().hex
+        self._sessions: set[int] = set()
+        """Of the engines so far."""
         self.lines: list[str] = []
         """Its standard error, line by line."""
         ports = {"port": free_port(), "agent_port": free_port(), "cache_dir": folder / "cache"}
@@ -222,13 +224,19 @@ class Instance:
         return self.text.rpartition("pascaline serve: ")[2]
 
     def descendants(self) -> list[psutil.Process]:
-        """Return every living process of this instance but itself, wherever its parent went."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get(MARK) == self.mark and process.pid != self.process.pid:
-                    found += [process] if process.status() != psutil.STATUS_ZOMBIE else []
-        return found
+        """Return every living process of this instance but itself, wherever its parent went.
+
+        By the mark, and by the session that a marked one leads or is in: a process that sets its title overwrites its
+        variables, as SGLang's do.
+        """
+        living = list(_living_processes())
+        marked = [process for process in living if _marked(process, self.mark)]
+        self._sessions |= {session for process in marked if (session := _session(process)) is not None}
+        return [
+            process
+            for process in living
+            if process.pid != self.process.pid and (process in marked or _session(process) in self._sessions)
+        ]
 
     def end(self) -> list[str]:
         """End all that is left; return the command lines of what should not have been there any more."""
@@ -247,6 +255,29 @@ class Instance:
         assert self.process.stderr is not None
         self.process.stderr.close()
         return left
+
+
+def _living_processes() -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+
+
+def _marked(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get(MARK) == mark
+    except psutil.Error:
+        return False
+
+
+def _session(process: psutil.Process) -> int | None:
+    """Return the session of an engine's process; None for one that shares that of the tests."""
+    try:
+        session = os.getsid(process.pid)
+    except OSError:
+        return None
+    return session if session != os.getsid(0) else None
 
 
 def flags(settings: Mapping[str, Any]) -> Iterator[str]:

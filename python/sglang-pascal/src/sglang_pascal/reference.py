@@ -147,12 +147,13 @@ def quantize_ref(x: torch.Tensor, *, wide: bool = False) -> tuple[torch.Tensor, 
     wide: twice as many rows; the second half is what the rounding of the first lost, in 254ths of its steps.
     """
     padded = torch.nn.functional.pad(x.float(), (0, tiles(x.shape[1]) * TILE_COLUMNS - x.shape[1]))
-    blocks = padded.view(x.shape[0], -1, BLOCK)
+    blocks = padded.view(x.shape[0], padded.shape[1] // BLOCK, BLOCK)
     # The largest magnitude as bits, where NaN is above infinity.
     amax = (blocks.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(-1, keepdim=True).view(torch.float32)
     zero = amax < TINY
     d = torch.where(zero, 0.0, amax / INT8_MAX)
-    steps = blocks * torch.where(zero, 0.0, INT8_MAX / amax)
+    # One division: `127 / amax` would be torch's reciprocal and a product, with another rounding.
+    steps = blocks * torch.where(zero, 0.0, torch.full_like(amax, INT8_MAX).div(amax))
     q = steps.round().nan_to_num(0.0)
     parts = [(q, d)]
     if wide:

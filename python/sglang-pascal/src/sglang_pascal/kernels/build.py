@@ -84,7 +84,8 @@ def _all_modules() -> Iterator[Module]:
     for source in ("attention_decode", "attention_prefill"):
         for kv in KV_TYPES:
             yield from (Module(source, (f"KV={kv}", f"HEAD_DIM={head_dim}")) for head_dim in HEAD_DIMS)
-    yield from (Module(source) for source in ("attention_combine", "half_matmul", "kv_cache", "quantize", "sampling"))
+    plain = ("attention_combine", "half_matmul", "kv_cache", "probe", "quantize", "sampling")
+    yield from (Module(source) for source in plain)
 
 
 MODULES: Final = {module.name: module for module in _all_modules()}

@@ -113,11 +113,12 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int groups = (a.rows + WARP - 1) / WARP;
   const int begin = split_begin(a, blockIdx.y), end = split_begin(a, blockIdx.y + 1);
-  const uint4* base[R];
+  const uint4* tile[R]; // the warp's next tile: SLICES further each time, in the next chunk too
+  static_assert(CHUNK % SLICES == 0, "a warp has the same slice in every chunk");
 #pragma unroll
   for (int r = 0; r < R; r++) {
     const int group = min(static_cast<int>(blockIdx.x) * R + r, groups - 1); // an odd last group is computed twice
-    base[r] = a.weights + static_cast<size_t>(group) * a.n_tiles * T::UNITS + lane;
+    tile[r] = a.weights + (static_cast<size_t>(group) * a.n_tiles + begin + warp) * T::UNITS + lane;
   }
   float acc[R][N];
 #pragma unroll
@@ -133,10 +134,9 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
     __syncthreads();
 #pragma unroll 1
     for (int i = warp; i < count; i += SLICES) {
-      const uint4* tile[R];
-#pragma unroll
-      for (int r = 0; r < R; r++) tile[r] = base[r] + static_cast<size_t>(first + i) * T::UNITS;
       add_tile<T, N, R, CHUNK>(acc, tile, x + i * 16, scales + i * 8 * (T::HAS_MIN ? 2 : 1));
+#pragma unroll
+      for (int r = 0; r < R; r++) tile[r] += SLICES * T::UNITS;
     }
   }
 

@@ -117,7 +117,9 @@ class KernelReport:
 
 
 def _multiplications(loop: Loop) -> int:
-    return sum(loop.opcodes.get(opcode, 0) for opcode in ("IDP", "XMAD", "FFMA"))
+    """Products of numbers; XMAD, which also multiplies addresses, only counts where it stands for dp4a (sm_60)."""
+    weights = {"IDP": 4, "FFMA": 1} if loop.opcodes.get("IDP") else {"FFMA": 1, "XMAD": 1}
+    return sum(weight * loop.opcodes.get(opcode, 0) for opcode, weight in weights.items())
 
 
 def analyse(architecture: str, names: tuple[str, ...] = ()) -> list[KernelReport]:
@@ -125,7 +127,9 @@ def analyse(architecture: str, names: tuple[str, ...] = ()) -> list[KernelReport
     modules = [module for module in MODULES.values() if not names or module.name.startswith(names)]
     find_nvdisasm()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [report for reports in pool.map(lambda m: _analyse(m, architecture), modules) for report in reports]
+        found = [report for reports in pool.map(lambda m: _analyse(m, architecture), modules) for report in reports]
+    order = {module.name: i for i, module in enumerate(modules)}
+    return sorted(found, key=lambda r: (order[r.module], r.columns))
 
 
 def _analyse(module: Module, architecture: str) -> list[KernelReport]:

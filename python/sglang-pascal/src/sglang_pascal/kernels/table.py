@@ -1,0 +1,145 @@
+"""The table of the kernels on Pascal: what the compiler made of them, and the speed that follows as an upper bound.
+
+The bounds are estimates by arithmetic, no measurements: of a Tesla P4 at its default clock, with full memory bandwidth
+and every issue slot used. No Pascal card reaches them; what they show is which of both limits a kernel meets first.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from sglang_pascal.errors import PluginError, StorageError
+from sglang_pascal.kernels.formats import FORMATS
+from sglang_pascal.kernels.static import KernelReport, analyse
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+P4_BANDWIDTH: Final = 192e9
+"""Bytes per second: 256 bit of GDDR5 at 6 Gbit/s a pin (NVIDIA, Tesla P4 datasheet)."""
+P4_LANE_INSTRUCTIONS: Final = 20 * 4 * 32 * 1.063e9
+"""Instructions of a lane per second: 20 multiprocessors x 4 schedulers x 32 lanes x base clock."""
+_HEAD: Final = (
+    "| kernel | threads | registers | shared bytes | spilled bytes | warps per SM | loop: instructions | issue slots |"
+)
+BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights that one token reads, by type, of a Q4_K_M file."""
+
+    name: str
+    weights: dict[str, float]
+    """Type -> number of weights, output head included, embedding not."""
+
+
+MODELS: Final = (
+    Model("Qwen3-4B", {"Q4_K": 3.14e9, "Q6_K": 0.88e9}),
+    Model("Qwen2.5-7B", {"Q4_K": 5.71e9, "Q6_K": 1.36e9}),
+    Model("Llama-3.1-8B", {"Q4_K": 6.01e9, "Q6_K": 1.50e9}),
+)
+"""Shapes of the published models: sums over their layers; value and down projections of half of the layers, and the
+head, are Q6_K."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Estimated upper bound of a model's decode speed on a P4."""
+
+    model: str
+    batch: int
+    memory_tokens_per_second: float
+    """All requests together, if only memory limited: weights only, empty context."""
+    issue_tokens_per_second: float
+    """If only issue slots limited."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The stricter one."""
+        return min(self.memory_tokens_per_second, self.issue_tokens_per_second)
+
+
+def bounds(reports: list[KernelReport]) -> list[Bound]:
+    """For each model and batch size, from the issue slots per weight of the decode products."""
+    slots = {(r.module.partition(".")[2], r.columns): r.slots_per_weight for r in reports if r.slots_per_weight}
+    result = []
+    for model in MODELS:
+        n_bytes = sum(count * FORMATS[kind].tile_row_bytes / 256 for kind, count in model.weights.items())
+        for batch in sorted({width for _, width in slots}):
+            if not all((kind, batch) in slots for kind in model.weights):
+                continue
+            instructions = sum(count * (slots[kind, batch] or 0.0) for kind, count in model.weights.items())
+            result.append(
+                Bound(model.name, batch, batch * P4_BANDWIDTH / n_bytes, batch * P4_LANE_INSTRUCTIONS / instructions)
+            )
+    return result
+
+
+def budget(tensor_type: str) -> float:
+    """Issue slots per weight at which a P4's instructions take as long as its memory."""
+    return P4_LANE_INSTRUCTIONS / (P4_BANDWIDTH / (FORMATS[tensor_type].tile_row_bytes / 256))
+
+
+def as_markdown(reports: list[KernelReport]) -> str:
+    """The tables of docs/kernels.md."""
+    lines = [_HEAD, "|---|---|---|---|---|---|---|---|", *map(_row, reports)]
+    decode = [report for report in reports if report.slots_per_weight]
+    if decode:
+        lines += ["", "| product | N | rows a lane | issue slots per weight | of a P4's budget (estimate) |"]
+        lines += ["|---|---|---|---|---|", *map(_product_row, decode)]
+        lines += ["", "| model, Q4_K_M | batch | tok/s by memory | tok/s by issue slots | upper bound (estimate) |"]
+        lines += ["|---|---|---|---|---|", *map(_bound_row, bounds(reports))]
+    return "\n".join(lines) + "\n"
+
+
+def _row(report: KernelReport) -> str:
+    loop = report.main_loop
+    cells = (
+        *(report.name, report.threads, report.registers, report.shared_bytes, report.spill_bytes),
+        *(report.warps_per_sm, loop.instructions if loop else "", loop.slots if loop else ""),
+    )
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _product_row(report: KernelReport) -> str:
+    kind, slots = report.module.partition(".")[2], report.slots_per_weight or 0.0
+    return f"| {kind} | {report.columns} | {report.rows_per_lane} | {slots:.2f} | {100 * slots / budget(kind):.0f} % |"
+
+
+def _bound_row(bound: Bound) -> str:
+    return (
+        f"| {bound.model} | {bound.batch} | {bound.memory_tokens_per_second:.0f} | "
+        f"{bound.issue_tokens_per_second:.0f} | {bound.tokens_per_second:.0f} |"
+    )
+
+
+def print_table(architecture: str, *, as_json: bool) -> None:
+    """To standard output."""
+    reports = analyse(architecture)
+    if as_json:
+        facts: dict[str, Any] = {
+            "architecture": f"sm_{architecture}",
+            "kernels": [
+                asdict(r) | {"warps_per_sm": r.warps_per_sm, "slots_per_weight": r.slots_per_weight} for r in reports
+            ],
+            "estimates": [asdict(bound) for bound in bounds(reports)] if architecture == "61" else [],
+        }
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+    else:
+        sys.stdout.write(as_markdown(reports))
+
+
+def update_document(path: Path) -> None:
+    """Put the table for sm_61 between the marks of a Markdown file."""
+    try:
+        before, begin, rest = path.read_text().partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not begin or not end:
+            raise PluginError(f"{path} has no place for the table; put the lines {BEGIN} and {END} into it")
+        path.write_text(f"{before}{BEGIN}\n{as_markdown(analyse('61'))}{END}{after}")
+    except OSError as exc:
+        raise StorageError(f"cannot update {path}: {exc.strerror}") from exc

@@ -1,0 +1,196 @@
+"""The operations: every case of the selftest on the GPU, the doors of each operation, and what a launch says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from sglang_pascal import selftest
+from sglang_pascal.__main__ import main
+from sglang_pascal.kernels import driver
+from sglang_pascal.kernels.build import ARCHITECTURES
+from sglang_pascal.kernels.formats import FORMATS
+from sglang_pascal.ops._call import OperationError
+from sglang_pascal.ops.activations import Activations, quantize, rms_norm
+from sglang_pascal.ops.attention import Sequences, attention_decode, attention_prefill
+from sglang_pascal.ops.kv_cache import KvPool, rope_and_store
+from sglang_pascal.ops.matmul import matmul, matmul_half, splits_of
+from sglang_pascal.ops.sampling import argmax, top_k_top_p_filter_
+from sglang_pascal.ops.weights import UnsupportedTypeError, allocate_packed, dequantize, pack, pack_into, unpack
+
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+QUICK = ("repack", "dequantize", "matmul epilogue", "matmul float16", "quantize", "rms_norm", "top_k", "CUDA graph")
+"""Cases that take a moment where the references compute both sides."""
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", selftest.CASES)
+def test_an_operation_agrees_with_its_reference(name, architecture, monkeypatch):
+    monkeypatch.setenv(driver.ARCHITECTURE_VARIABLE, architecture)
+    driver._module.cache_clear()
+    driver._kernel.cache_clear()
+    assert selftest.CASES[name](torch.device("cuda", 0)) <= 1
+
+
+@pytest.mark.parametrize("name", [name for name in selftest.CASES if name.startswith(QUICK)])
+def test_the_cpu_path_has_the_shapes_and_types_of_the_kernels(name):
+    assert selftest.CASES[name](CPU) <= 1
+
+
+class TestSelftest:
+    def test_a_wrong_result_fails_the_command(self, monkeypatch, capsys):
+        monkeypatch.setattr(
+            selftest, "CASES", {"good": lambda _: 0.5, "bad": lambda _: 2.0, "nan": lambda _: float("nan")}
+        )
+        assert main(["selftest", "--json"]) == 1
+        assert json.loads(capsys.readouterr().out)["failed"] == ["bad", "nan"]
+
+    def test_no_matching_case_fails_too(self, capsys):
+        assert main(["selftest", "no such case"]) == 1
+        assert capsys.readouterr().out.endswith(": 0 of 0 cases pass\n")
+
+    def test_a_wrong_kernel_would_be_noticed(self, monkeypatch):
+        monkeypatch.setattr(selftest, "dequantize", lambda weight, *args: dequantize(weight, *args) * 1.001)
+        assert selftest.CASES["dequantize Q4_K"](CPU) == float("inf")
+
+
+class TestWeights:
+    def test_a_matrix_is_loaded_in_pieces(self):
+        raw = selftest.random_blocks("Q6_K", 100, 512)
+        whole, pieces = pack(raw, "Q6_K", 512), allocate_packed("Q6_K", 100, 512, CPU)
+        for first, rows in ((64, 36), (0, 32), (32, 32)):
+            pack_into(pieces.row_range(first, rows), raw[first : first + rows])
+        assert torch.equal(pieces.data, whole.data)
+        assert torch.equal(unpack(whole.row_range(64, 36)), raw[64:])
+
+    @pytest.mark.parametrize(("first", "rows"), [(1, 32), (32, 31), (64, 37), (96, 32)])
+    def test_a_range_that_cuts_a_group_is_refused(self, first, rows):
+        with pytest.raises(OperationError) as caught:
+            allocate_packed("Q4_K", 100, 512, CPU).row_range(first, rows)
+        assert str(caught.value) == (
+            f"rows {first} to {first + rows} of a Q4_K matrix of 100 rows: "
+            "a range must begin at a multiple of 32, and end at one or with the matrix"
+        )
+
+    def test_a_type_without_kernels_is_named_with_those_that_have_them(self):
+        with pytest.raises(UnsupportedTypeError) as caught:
+            allocate_packed("IQ2_XS", 32, 256, CPU)
+        assert str(caught.value) == (
+            "no kernel for tensor type IQ2_XS; types with kernels: Q4_K, Q5_K, Q6_K, Q8_0, Q4_0, Q4_1"
+        )
+
+    def test_a_row_that_blocks_do_not_divide_is_refused(self):
+        with pytest.raises(UnsupportedTypeError) as caught:
+            allocate_packed("Q4_K", 32, 576, CPU)
+        assert str(caught.value) == "a Q4_K matrix with 576 columns: must be a multiple of 256"
+
+    def test_dequantising_to_another_type_is_refused(self):
+        with pytest.raises(OperationError, match=r"^dequantize to bfloat16, must be float16 or float32$"):
+            dequantize(allocate_packed("Q8_0", 32, 256, CPU), torch.bfloat16)
+
+
+class TestDoors:
+    """Kernels trust their arguments, so each wrong one is refused by name."""
+
+    @pytest.fixture
+    def weight(self):
+        return pack(selftest.random_blocks("Q8_0", 40, 256), "Q8_0", 256)
+
+    def test_the_type(self):
+        with pytest.raises(OperationError, match=r"^x is bfloat16, must be float16 or float32$"):
+            quantize(torch.zeros(1, 32, dtype=torch.bfloat16))
+
+    def test_the_memory_layout(self):
+        with pytest.raises(OperationError) as caught:
+            quantize(torch.zeros(64, 2).T)
+        assert str(caught.value) == "x has strides [1, 2], must be contiguous; call contiguous() on it"
+
+    def test_activations_of_another_width(self, weight):
+        with pytest.raises(OperationError) as caught:
+            matmul(quantize(torch.zeros(2, 512)), weight)
+        assert str(caught.value) == "x.q has shape [2, 512], must be [any, 256]"
+
+    def test_bias_and_residual(self, weight):
+        x = quantize(torch.zeros(2, 256))
+        with pytest.raises(OperationError, match=r"^bias has shape \[39\], must be \[40\]$"):
+            matmul(x, weight, bias=torch.zeros(39))
+        with pytest.raises(OperationError, match=r"^residual is float32, must be float16$"):
+            matmul(x, weight, residual=torch.zeros(2, 40))
+
+    def test_norm_and_half_weights(self):
+        with pytest.raises(OperationError, match=r"^weight has shape \[31\], must be \[32\]$"):
+            rms_norm(torch.zeros(1, 32), torch.ones(31), 1e-6)
+        with pytest.raises(OperationError, match=r"^x is float32, must be float16$"):
+            matmul_half(torch.zeros(1, 32), torch.zeros(4, 32).half())
+
+    def test_a_pool_of_a_type_or_size_without_kernels(self):
+        with pytest.raises(OperationError) as caught:
+            _ = KvPool(torch.zeros(4, 1, 80).half(), torch.zeros(4, 1, 80).half()).kind
+        assert str(caught.value) == (
+            "no attention kernel for a KV cache of float16 with head_dim 80: types float16, float8_e5m2 and int8, "
+            "head_dim 64, 128, 256; choose kv_cache.dtype fp16, fp8_e5m2 or int8"
+        )
+
+    def test_scales_belong_to_int8_pools_only(self):
+        buffer, scales = torch.zeros(4, 1, 64, dtype=torch.int8), torch.zeros(4, 1).half()
+        with pytest.raises(
+            OperationError, match=r"^pool\.key_scales must be given for an int8 pool, and for no other$"
+        ):
+            KvPool(buffer, buffer).check()
+        with pytest.raises(
+            OperationError, match=r"^pool\.key_scales must be given for an int8 pool, and for no other$"
+        ):
+            KvPool(buffer.half(), buffer.half(), scales, scales).check()
+
+    def test_attention(self):
+        pool = KvPool(torch.zeros(4, 2, 64), torch.zeros(4, 2, 64))
+        sequences = Sequences(torch.zeros(1, 4, dtype=torch.int32), torch.tensor([0]), torch.tensor([1]))
+        with pytest.raises(OperationError, match=r"^query has 3 heads, must be a multiple of the pool's 2$"):
+            attention_decode(torch.zeros(1, 3, 64), pool, sequences, scale=1.0, max_length=4)
+        starts = torch.zeros(1, dtype=torch.int32)
+        with pytest.raises(OperationError, match=r"^query_starts has shape \[1\], must be \[2\]$"):
+            attention_prefill(torch.zeros(1, 2, 64), pool, sequences, starts, scale=1.0, max_new=1)
+        with pytest.raises(OperationError, match=r"^req_to_token is int64, must be int32$"):
+            Sequences(torch.zeros(1, 4, dtype=torch.int64), torch.tensor([0]), torch.tensor([1]))
+
+    def test_rope_and_sampling(self):
+        pool = KvPool(torch.zeros(4, 2, 64), torch.zeros(4, 2, 64))
+        with pytest.raises(OperationError, match=r"^slots has shape \[2\], must be \[1\]$"):
+            rope_and_store(
+                torch.zeros(1, 512), torch.zeros(1).int(), torch.zeros(2).int(), torch.zeros(4, 64), pool, is_neox=True
+            )
+        with pytest.raises(OperationError, match=r"^logits is int64, must be float16 or float32$"):
+            argmax(torch.zeros(1, 4, dtype=torch.int64))
+        with pytest.raises(OperationError, match=r"^top_k is int64, must be int32$"):
+            top_k_top_p_filter_(torch.ones(1, 4), torch.tensor([1]))
+
+
+class TestEmptyBatches:
+    def test_no_rows_give_no_rows(self):
+        weight = allocate_packed("Q4_K", 40, 256, CPU)
+        x = quantize(torch.zeros(0, 256))
+        assert isinstance(x, Activations)
+        assert matmul(x, weight).shape == (0, 40)
+
+
+class TestSplits:
+    """How K is cut depends on the weight alone, so that a row's bits do not depend on the batch."""
+
+    @pytest.mark.parametrize(
+        ("rows", "columns", "splits"),
+        [(1024, 4096, 4), (4096, 4096, 3), (4096, 14336, 3), (28672, 4096, 1), (32, 256, 1)],
+    )
+    def test_few_rows_are_cut_until_a_p4_is_full(self, rows, columns, splits):
+        weight = allocate_packed("Q4_K", 32, columns, CPU)
+        weight = type(weight)(weight.data, "Q4_K", rows, columns, weight.tickets)
+        assert splits_of(weight) == splits
+
+    @pytest.mark.parametrize("tensor_type", FORMATS)
+    def test_every_slice_of_every_split_has_tiles(self, tensor_type):
+        for columns in range(1024, 16384, 256):
+            weight = allocate_packed(tensor_type, 32, columns, CPU)
+            assert weight.n_tiles // splits_of(weight) >= 4

@@ -1,0 +1,121 @@
+"""What the owner of a Tesla P4, P40, P100 or GTX 10xx runs to send us real numbers. Any other NVIDIA GPU works too.
+
+    python benchmarks/first_hour_on_pascal.py [FILE.json]
+
+Under ten minutes, no root, nothing is sent: attach the one file that it writes to an issue. It holds the card's name,
+driver, clocks, temperatures and times; no host name, no serial number. Needs torch and sglang-pascal (with its built kernels,
+or the extra `kernels`), and 4 GB of free device memory. In order, so that a stop leaves the most important part:
+
+  1. bandwidth of a plain read
+  2. instructions per clock: above all what a 16-byte shared load of one address costs, 1 clock or 4
+  3. every operation against its reference
+  4. decode products of Llama-3.1-8B's layers for 1, 4, 8 and 16 rows, prefill products for 512
+  5. attention over 1024 positions
+with the clocks, power and temperature before and after each part.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from sglang_pascal import measure, selftest
+
+NAMES = [name for name in measure.SHAPES if name.startswith("Llama-3.1-8B")]
+ROWS = (1, 4, 8, 16, 512)
+QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,pstate"
+LIMIT_SECONDS = 9 * 60
+
+
+def card_state() -> dict[str, str]:
+    """What nvidia-smi says of the first visible card now; empty without it."""
+    command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(QUERY.split(","), done.stdout.strip().split(", "), strict=False))
+
+
+def rates(device: torch.device) -> dict:
+    """Bandwidth and instructions."""
+    return {
+        "read_bytes_per_second": measure.stream_bandwidth(device),
+        "lanes_per_clock_and_multiprocessor": {
+            # sm_60 has no dp4a, and no kernel for it.
+            name: measure.instructions_per_clock(name, device)
+            for name in measure.PROBES
+            if name != "dp4a" or torch.cuda.get_device_capability(device) != (6, 0)
+        },
+    }
+
+
+def correctness(device: torch.device) -> list[dict]:
+    """All cases of the selftest."""
+    return [asdict(outcome) | {"passed": outcome.passed} for outcome in selftest.run(device)]
+
+
+def products(device: torch.device) -> list[dict]:
+    """Each layer at each number of rows."""
+    return [asdict(measure.product(name, n, device, with_torch=False)) for name in NAMES for n in ROWS]
+
+
+def attention(device: torch.device) -> list[dict]:
+    """Decode of one and four sequences in each KV type, and one prefill."""
+    cases = [("decode", kind, n, 1024) for kind in ("F16", "E5M2", "INT8") for n in (1, 4)]
+    return [asdict(measure.attention(*case, device)) for case in [*cases, ("prefill", "F16", 1, 1024)]]
+
+
+PARTS: dict[str, Callable[[torch.device], object]] = {
+    "rates": rates,
+    "correctness": correctness,
+    "products": products,
+    "attention": attention,
+}
+
+
+def main() -> int:
+    """Run the parts, writing the file after each; exit code 1 if an operation was wrong, 6 without a GPU."""
+    path = Path(sys.argv[1] if len(sys.argv) > 1 else "pascal-report.json")
+    if not torch.cuda.is_available():
+        sys.stderr.write("first_hour_on_pascal: error: no NVIDIA GPU is visible; run it where nvidia-smi lists one\n")
+        return 6
+    device, start = torch.device("cuda", 0), time.monotonic()
+    report: dict = {
+        "card": torch.cuda.get_device_name(device),
+        "compute_capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "parts": {},
+    }
+    for name, part in PARTS.items():
+        if time.monotonic() - start > LIMIT_SECONDS:
+            report["parts"][name] = {"skipped": f"more than {LIMIT_SECONDS} s had passed"}
+            continue
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        before = card_state()
+        try:
+            result = part(device)
+        except Exception as exc:  # a part that fails is a finding: the others still run
+            result = {"failed": f"{type(exc).__name__}: {exc}"}
+        report["parts"][name] = {"before": before, "result": result, "after": card_state()}
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    checked = report["parts"]["correctness"].get("result")
+    right = isinstance(checked, list) and all(case["passed"] for case in checked)
+    print(
+        f"{path}: please attach it to an issue" + ("" if right else "; an operation gave a wrong result"),
+        file=sys.stderr,
+    )
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

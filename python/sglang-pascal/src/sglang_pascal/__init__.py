@@ -37,11 +37,13 @@ def activate() -> str | None:
     Runs in every process while SGLang's first module is being imported.
     """
     from sglang_pascal.compat import apply_shims, check_sglang_version
+    from sglang_pascal.orphans import die_with_parent
 
     device = _decision().device
     if device is None:
         return None
     check_sglang_version()
+    die_with_parent()
     # SGLang would keep the rotary embedding's table in float16; the kernels read float32, which is also more exact.
     os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")
     apply_shims(device, "activate")

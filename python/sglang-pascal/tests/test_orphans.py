@@ -1,0 +1,74 @@
+"""A spawned worker ends with its server, whichever of the two comes first: the death or the request."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PATIENCE = 60.0
+SERVER = """
+import multiprocessing, sys, time
+sys.path.insert(0, {folder!r})
+import worker_of_test
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=worker_of_test.work, args=({late},))
+    process.start()
+    print(process.pid, flush=True)
+    time.sleep(600)
+"""
+WORKER = """
+import time
+from pathlib import Path
+
+def work(late):
+    Path({started!r}).touch()
+    time.sleep(late)
+    from sglang_pascal.orphans import die_with_parent
+    die_with_parent()
+    Path({asked!r}).touch()
+    time.sleep(600)
+"""
+
+
+def wait_until(probe: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not probe():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("late", [0.0, 2.0])
+def test_a_worker_ends_with_its_server(tmp_path: Path, late: float) -> None:
+    started, asked = tmp_path / "started", tmp_path / "asked"
+    (tmp_path / "worker_of_test.py").write_text(WORKER.format(started=str(started), asked=str(asked)))
+    server = tmp_path / "server.py"
+    server.write_text(SERVER.format(folder=str(tmp_path), late=late))
+    with subprocess.Popen([sys.executable, server], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        wait_until(started.exists if late else asked.exists)
+        assert is_alive(worker)
+        process.kill()
+    wait_until(lambda: not is_alive(worker))
+
+
+def test_a_process_that_nobody_spawned_is_left_alone() -> None:
+    code = "from sglang_pascal.orphans import die_with_parent; die_with_parent(); print('alive')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert ended.stdout == "alive\n"

@@ -3,8 +3,9 @@
     python benchmarks/first_hour_on_pascal.py [FILE.json]
 
 Under ten minutes, no root, nothing is sent: attach the one file that it writes to an issue. It holds the card's name,
-driver, clocks, temperatures and times; no host name, no serial number. Needs torch and sglang-pascal (with its built kernels,
-or the extra `kernels`), and 4 GB of free device memory. In order, so that a stop leaves the most important part:
+driver, clocks, temperatures and times; no host name, no serial number. Needs torch and sglang-pascal (with its
+built kernels, or the extra `kernels`), and 4 GB of free device memory. In order, so that a stop leaves the most
+important part:
 
   1. bandwidth of a plain read
   2. instructions per clock: above all what a 16-byte shared load of one address costs, 1 clock or 4
@@ -21,12 +22,15 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from sglang_pascal import measure, selftest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NAMES = [name for name in measure.SHAPES if name.startswith("Llama-3.1-8B")]
 ROWS = (1, 4, 8, 16, 512)

@@ -22,8 +22,8 @@ SLOTS, KV, HEADS, DIM, CONTEXT = 40, 2, 4, 8, 16
 class Pool:
     def __init__(self):
         self.keys, self.values = torch.randn(SLOTS, KV, DIM), torch.randn(SLOTS, KV, DIM)
-    def get_key_buffer(self, layer_id): return self.keys
-    def get_value_buffer(self, layer_id): return self.values
+    def get_kv_buffer(self, layer_id): return self.keys, self.values
+    def scales_of(self, layer_id): return None, None
     def set_kv_buffer(self, layer, loc, k, v):
         self.keys[loc.loc], self.values[loc.loc] = k, v
 

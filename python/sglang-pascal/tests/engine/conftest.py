@@ -59,12 +59,14 @@ class Engine:
 
 
 @contextlib.contextmanager
-def running_engine(folder: Path, log: Path, *options: str):
+def running_engine(folder: Path, log: Path, *options: str, device: str = "cpu"):
     """Start SGLang as the supervisor does, wait until it has generated once, and stop it."""
     port = free_port()
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--device", "cpu"]
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--device", device]
     command += ["--host", "127.0.0.1", "--port", str(port), *options]
-    environment = os.environ | recommended_cpu_settings().environment | {"CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | recommended_cpu_settings().environment
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
@@ -116,3 +118,41 @@ def gemma_engine(tiny_model, tmp_path_factory):
     options = [*COMMON_OPTIONS, "--chunked-prefill-size", "32"]
     with running_engine(root / "model", root / "engine.log", *options) as engine:
         yield engine
+
+
+@pytest.fixture(scope="module", params=["auto", "int8", "fp8_e5m2"])
+def gpu_engine(request, builtin_gguf, tmp_path_factory):
+    """The builtin model on a GPU with what the platform chooses there; one engine per KV type."""
+    root = tmp_path_factory.mktemp(f"gpu-{request.param}")
+    prepare(builtin_gguf, root / "model")
+    options = ["--load-format", "pascal_gguf", "--context-length", "4096", "--max-total-tokens", "20480"]
+    options += ["--mem-fraction-static", "0.2", "--chunked-prefill-size", "512", "--max-running-requests", "8"]
+    options += ["--kv-cache-dtype", request.param, "--served-model-name", "smollm2"]
+    with running_engine(root / "model", root / "engine.log", *options, device="cuda") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def quantized_engine(builtin_gguf, tmp_path_factory):
+    """The builtin model on the CPU with its weights as they are in the file, and an int8 KV cache."""
+    root = tmp_path_factory.mktemp("quantized")
+    prepare(builtin_gguf, root / "model")
+    options = [*COMMON_OPTIONS, "--quantization", "gguf", "--kv-cache-dtype", "int8", "--chunked-prefill-size", "128"]
+    with running_engine(root / "model", root / "engine.log", *options) as engine:
+        yield engine
+
+
+@pytest.fixture
+def start_engine(tmp_path):
+    """start_engine(folder, *options) -> the log of an SGLang that must fail to start."""
+
+    def start(folder: Path, *options: str) -> str:
+        log = tmp_path / "engine.log"
+        with (
+            pytest.raises(AssertionError, match="SGLang ended with"),
+            running_engine(folder, log, *COMMON_OPTIONS, *options),
+        ):
+            pass
+        return log.read_text()
+
+    return start

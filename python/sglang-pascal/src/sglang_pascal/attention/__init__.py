@@ -1,5 +1,8 @@
-"""Paged attention in plain torch: SGLang's backend `pascal`, and the reference for the CUDA kernels.
+"""Paged attention behind SGLang's interface.
 
-paged    the arithmetic and the plan of a prefill, on tensors only
-backend  SGLang's interface over it
+kernels_backend  over our kernels: the default on CUDA
+backend          in plain torch: the default on the CPU, and the reference for the other
+paged            its arithmetic and the plan of a prefill, on tensors only
+kv_pool          SGLang's pool with int8 storage
+kv_types         the types of `--kv-cache-dtype` that SGLang must be told of
 """

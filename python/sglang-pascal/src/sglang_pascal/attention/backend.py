@@ -1,4 +1,4 @@
-"""SGLang's attention backend `pascal` over `paged`.
+"""SGLang's attention backend over `paged`: the default on the CPU, `pascal_torch` by name.
 
 On CUDA a decode step has static shapes (all of the context length, masked), so that a CUDA graph records it. On the
 CPU, where nothing is recorded, a step reads only up to its longest sequence.
@@ -15,11 +15,12 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sglang_pascal.attention import paged
+from sglang_pascal.attention.kv_pool import kv_of_layer
 
 if TYPE_CHECKING:
     from sglang_pascal.attention.paged import Rectangle
 
-NAME: Final = "pascal"
+NAME: Final = "pascal_torch"
 """Value of `--attention-backend`."""
 _View = tuple[int | None, bool]
 """Sliding window in positions (None = none), and whether the layer's pool is the sliding-window one."""
@@ -107,8 +108,9 @@ class PascalAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
         return output.view(query.shape[0], -1)
 
     def _attend(self, query: torch.Tensor, slots: torch.Tensor, mask: torch.Tensor, layer: Any) -> torch.Tensor:
-        keys = paged.gather(self.token_to_kv_pool.get_key_buffer(layer.layer_id), slots, query.dtype)
-        values = paged.gather(self.token_to_kv_pool.get_value_buffer(layer.layer_id), slots, query.dtype)
+        kv = kv_of_layer(self.token_to_kv_pool, layer.layer_id)
+        keys = paged.gather(kv.keys, slots, query.dtype, kv.key_scales)
+        values = paged.gather(kv.values, slots, query.dtype, kv.value_scales)
         return paged.attend(query, keys, values, mask, scaling=layer.scaling, soft_cap=layer.logit_cap)
 
     def _decode_view(self, layer: Any, forward_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,11 +14,13 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
+from sglang_pascal.attention.kv_pool import kv_of_layer
 from sglang_pascal.ops.attention import Sequences, attention_decode, attention_prefill
-from sglang_pascal.ops.kv_cache import KvPool, rope_and_store
+from sglang_pascal.ops.kv_cache import rope_and_store
 
 if TYPE_CHECKING:
     from sglang_pascal.ops.activations import Activations
+    from sglang_pascal.ops.kv_cache import KvPool
 
 NAME: Final = "pascal_kernels"
 """Value of `--attention-backend`."""
@@ -181,13 +183,7 @@ class KernelAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
     def _pool(self, layer: Any) -> KvPool:
         layer_id = layer.layer_id
         if layer_id not in self._pools:
-            pool = self.token_to_kv_pool
-            index = layer_id
-            if self._swa_pool is not None:
-                index, is_swa = self._swa_pool.layers_mapping[layer_id]
-                pool = self._swa_pool.swa_kv_pool if is_swa else self._swa_pool.full_kv_pool
-            keys, values = pool.get_kv_buffer(index)
-            self._pools[layer_id] = KvPool(keys, values, *pool.scales_of(index))
+            self._pools[layer_id] = kv_of_layer(self.token_to_kv_pool, layer_id)
         return self._pools[layer_id]
 
 

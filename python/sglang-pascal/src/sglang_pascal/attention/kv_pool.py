@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, unwrap_write_loc
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
+from sglang_pascal.ops.kv_cache import KvPool
 from sglang_pascal.reference import quantize_kv_ref
 
 
@@ -59,3 +61,12 @@ class PascalKVPool(MHATokenToKVPool):  # type: ignore[misc]  # SGLang publishes 
             values, new_scales = quantize_kv_ref(new)
             buffers[index][slots] = values
             scale_buffers[index][slots] = new_scales
+
+
+def kv_of_layer(pool: Any, layer_id: int) -> KvPool:
+    """Keys and values of a layer, whichever of SGLang's two pools of a sliding-window model holds them."""
+    if isinstance(pool, SWAKVPool) and pool.swa_layer_nums > 0:
+        layer_id, is_swa = pool.layers_mapping[layer_id]
+        pool = pool.swa_kv_pool if is_swa else pool.full_kv_pool
+    keys, values = pool.get_kv_buffer(layer_id)
+    return KvPool(keys, values, *pool.scales_of(layer_id))

@@ -190,11 +190,17 @@ def _attend_capped(
     return scores.softmax(-1).to(values.dtype) @ values
 
 
-def gather(pool: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`[n, L]` slots of a pool `[slots, heads, D]` -> `[n, L, heads, D]` in `dtype` (an fp8 pool is widened here)."""
-    if pool.element_size() == 1:  # torch cannot index fp8, but its bytes
+def gather(
+    pool: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`[n, L]` slots of a pool `[slots, heads, D]` -> `[n, L, heads, D]` in `dtype` (narrower types are widened here).
+
+    scales: `[slots, heads]` of an int8 pool.
+    """
+    if pool.is_floating_point() and pool.element_size() == 1:  # torch cannot index fp8, but its bytes
         return _take(pool.view(torch.uint8), slots).view(pool.dtype).to(dtype)
-    return _take(pool, slots).to(dtype)
+    values = _take(pool, slots).to(dtype)
+    return values if scales is None else values * _take(scales, slots).to(dtype)[..., None]
 
 
 def _take(pool: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

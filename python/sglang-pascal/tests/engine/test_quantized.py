@@ -1,0 +1,63 @@
+"""SGLang on the CPU with weights that stay quantised in memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+from sglang_pascal.checkpoint.prepare import MANIFEST, prepare
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+ROOT = Path(__file__).parents[4]
+TINY = {
+    "qwen3": ("Q4_1", "--attention-backend", "pascal_kernels"),
+    "gemma2": ("Q5_0", "--attention-backend", "pascal_kernels"),
+    "gemma3": ("Q8_0",),
+    "llama-3.2": ("F16",),
+}
+"""Model -> tensor type (native, converted without loss, held as float16), and flags."""
+
+
+def test_the_answer_makes_sense(quantized_engine):
+    answer = quantized_engine.chat("What is the capital of France?", max_tokens=12)["choices"][0]
+    assert answer["message"]["content"] == "The capital of France is Paris."
+
+
+def test_weights_and_keys_are_held_in_their_few_bytes(quantized_engine):
+    log = quantized_engine.log.read_text()
+    assert "weights held: Q4_1 210, Q8_0 1" in log
+    assert "loading weights: 100 % of 0.10 GB" in log
+    # 16384 tokens and the padding page x 30 layers x 3 heads x (64 + 2) bytes, for keys and for values.
+    assert "K size: 0.09 GB, V size: 0.09 GB" in log
+
+
+def numerics(path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "numerics.py"), str(path), *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
+
+
+def test_the_builtin_model_is_as_good_as_in_float32(builtin_gguf):
+    done = numerics(builtin_gguf, "--tokens", "256", "--steps", "4", "--batch", "2")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "2 of 2 sequences of 4 tokens are the same alone and together" in done.stdout
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_way_to_hold_a_matrix_is_as_good_as_float32(name, build_model, tmp_path):
+    kind, *flags = TINY[name]
+    build_model(name, tmp_path / "m.gguf", tensor_type=gguf.GGMLQuantizationType[kind])
+    done = numerics(tmp_path / "m.gguf", "--tokens", "200", "--steps", "8", "--batch", "3", *flags)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+def test_a_file_that_changed_since_it_was_prepared_is_refused(build_model, tmp_path, start_engine):
+    build_model("llama", tmp_path / "m.gguf")
+    prepare(tmp_path / "m.gguf", tmp_path / "model")
+    with (tmp_path / "m.gguf").open("ab") as file:
+        file.write(b"more")
+    log = start_engine(tmp_path / "model", "--quantization", "gguf")
+    assert f'when "{tmp_path / "model"}" was prepared; prepare it again' in log
+    assert (tmp_path / "model" / MANIFEST).is_file()

@@ -14,27 +14,32 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PATIENCE = 60.0
+# As in SGLang, the worker's imports run before multiprocessing knows the parent.
 SERVER = """
 import multiprocessing, sys, time
 sys.path.insert(0, {folder!r})
-import worker_of_test
 
 if __name__ == "__main__":
-    process = multiprocessing.get_context("spawn").Process(target=worker_of_test.work, args=({late},))
+    from sglang_pascal.orphans import die_with_parent
+    die_with_parent()
+    import worker_of_test
+    process = multiprocessing.get_context("spawn").Process(target=worker_of_test.work)
     process.start()
     print(process.pid, flush=True)
     time.sleep(600)
 """
 WORKER = """
-import time
+import multiprocessing, sys, time
 from pathlib import Path
 
-def work(late):
+if "--multiprocessing-fork" in sys.orig_argv:
     Path({started!r}).touch()
-    time.sleep(late)
+    time.sleep({late})
     from sglang_pascal.orphans import die_with_parent
     die_with_parent()
     Path({asked!r}).touch()
+
+def work():
     time.sleep(600)
 """
 
@@ -56,9 +61,9 @@ def is_alive(pid: int) -> bool:
 @pytest.mark.parametrize("late", [0.0, 2.0])
 def test_a_worker_ends_with_its_server(tmp_path: Path, late: float) -> None:
     started, asked = tmp_path / "started", tmp_path / "asked"
-    (tmp_path / "worker_of_test.py").write_text(WORKER.format(started=str(started), asked=str(asked)))
+    (tmp_path / "worker_of_test.py").write_text(WORKER.format(started=str(started), asked=str(asked), late=late))
     server = tmp_path / "server.py"
-    server.write_text(SERVER.format(folder=str(tmp_path), late=late))
+    server.write_text(SERVER.format(folder=str(tmp_path)))
     with subprocess.Popen([sys.executable, server], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         worker = int(process.stdout.readline())

@@ -7,20 +7,26 @@ leaves a detokenizer of a gigabyte behind, which waits for ever.
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import signal
+import sys
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 """<linux/prctl.h>"""
+PARENT_VARIABLE = "SGLANG_PASCAL_PARENT_PID"
+"""How a spawned process knows its parent's number: multiprocessing tells it only after the imports."""
+SPAWNED = "--multiprocessing-fork"
+"""Argument of every process that multiprocessing spawns."""
 
 
 def die_with_parent() -> None:
-    """Ask for SIGKILL at the death of the process that spawned this one; does nothing in the server itself."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
+    """In a spawned worker ask for SIGKILL at the death of its parent; in every process be known to its children."""
+    parent = os.environ.get(PARENT_VARIABLE)
+    os.environ[PARENT_VARIABLE] = str(os.getpid())
+    if parent is None or SPAWNED not in sys.orig_argv:
         return
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent.pid:
+    if os.getppid() != int(parent) and not Path("/proc", parent).exists():
         # It died before the kernel was asked.
         os._exit(1)

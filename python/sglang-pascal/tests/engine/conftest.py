@@ -22,7 +22,7 @@ STOP_DEADLINE_SECONDS = 60
 
 
 COMMON_OPTIONS = ["--load-format", "pascal_gguf", "--dtype", "float32", "--max-total-tokens", "16384"]
-COMMON_OPTIONS += ["--mem-fraction-static", "0.2"]
+COMMON_OPTIONS += ["--mem-fraction-static", "0.2", "--sleep-on-idle"]
 
 
 def free_port() -> int:

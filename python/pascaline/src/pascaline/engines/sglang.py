@@ -148,7 +148,8 @@ def _limit_arguments(task: Task) -> list[str]:
 
 def _feature_arguments(task: Task) -> list[str]:
     settings = task.settings
-    arguments = ["--enable-metrics", "--kv-cache-dtype", KV_DTYPES[settings.kv_cache.dtype]]
+    # Without --sleep-on-idle its scheduler keeps one core busy for ever, waiting for requests.
+    arguments = ["--enable-metrics", "--sleep-on-idle", "--kv-cache-dtype", KV_DTYPES[settings.kv_cache.dtype]]
     if not settings.radix_cache:
         arguments.append("--disable-radix-cache")
     if settings.attention_backend is not None:

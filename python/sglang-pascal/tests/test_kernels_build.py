@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import locale
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,11 @@ class TestNames:
 
 @needs_toolchain
 class TestCompiling:
+    def test_the_thread_keeps_its_locale(self):
+        before = locale.nl_langinfo(locale.CODESET)
+        build.compile_ptx(b'extern "C" __global__ void nothing() {}', "nothing.cu", "61")
+        assert locale.nl_langinfo(locale.CODESET) == before
+
     def test_ptx_is_for_pascal_and_machine_code_follows(self, own_cache):
         module = MODULES["quantize"]
         ptx = build.artifact(module, "61", "ptx")

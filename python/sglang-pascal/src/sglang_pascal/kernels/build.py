@@ -9,6 +9,7 @@ source is never served from a cache. Looked up in order: the folder that SGLANG_
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -172,7 +173,8 @@ def compile_ptx(source: bytes, name: str, architecture: str, defines: tuple[str,
     try:
         options = [f"--gpu-architecture=compute_{architecture}", *_OPTIONS, *(f"-D{define}" for define in defines)]
         encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-        failed = nvrtc.nvrtcCompileProgram(program, len(options), encoded)
+        with _locale_kept():
+            failed = nvrtc.nvrtcCompileProgram(program, len(options), encoded)
         log = _text(nvrtc, program, "nvrtcGetProgramLog").decode(errors="replace").strip()
         if failed or log:
             raise ToolchainError(f"NVRTC does not accept {name} with {' '.join(options)}:\n{log}")
@@ -181,6 +183,18 @@ def compile_ptx(source: bytes, name: str, architecture: str, defines: tuple[str,
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     refuse_unresolved(ptx, name)
     return ptx
+
+
+@contextlib.contextmanager
+def _locale_kept() -> Iterator[None]:
+    """NVRTC 11.8 leaves its thread in the locale "C", in which Python takes every text file for ASCII."""
+    uselocale = ctypes.CDLL(None).uselocale
+    uselocale.argtypes, uselocale.restype = [ctypes.c_void_p], ctypes.c_void_p
+    before = uselocale(None)
+    try:
+        yield
+    finally:
+        uselocale(before)
 
 
 def refuse_unresolved(ptx: bytes, name: str) -> None:

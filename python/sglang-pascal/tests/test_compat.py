@@ -61,10 +61,12 @@ def test_the_installed_sglang_is_supported():
 
 
 @pytest.fixture(scope="module")
-def on_cpu():
+def on_cpu(tmp_path_factory):
     """What a real SGLang looks like after its own start-up sequence on a CPU."""
-    return run_python("""
-import json, torch
+    compiled = tmp_path_factory.mktemp("compiled")
+    return run_python(
+        """
+import json, os, torch
 from sglang.srt.platforms import current_platform
 from sglang.srt.plugins import load_plugins
 load_plugins()
@@ -100,8 +102,12 @@ print(json.dumps({
     "pools": [getattr(current_platform.get_kv_pool_cls(kind=kind), "__name__", None) for kind in ("mha", "mla")],
     "quantization": [get_quantization_config(name).__name__ for name in ("gguf", "fp8")],
     "norm": RMSNorm._oot_forward_registry["native"][RMSNorm].__name__,
+    "rope": os.environ["SGLANG_ROPE_CACHE_FP32"],
+    "compiled": __import__("tvm_ffi") and os.listdir(os.environ["TVM_FFI_CACHE_DIR"]),
 }))
-""")
+""",
+        TVM_FFI_CACHE_DIR=str(compiled),
+    )
 
 
 def test_the_platform_is_ours(on_cpu):
@@ -120,6 +126,8 @@ def test_shims_do_what_they_say(on_cpu):
     assert on_cpu["load_format_choice"]
     assert on_cpu["loader"] == "PascalGgufLoader"
     assert on_cpu["other_loader"] == "DefaultModelLoader"
+    assert on_cpu["rope"] == "1"
+    assert on_cpu["compiled"] == []
 
 
 def test_kv_types_pools_and_quantisation_are_ours_where_they_must_be(on_cpu):

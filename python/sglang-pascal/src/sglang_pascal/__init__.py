@@ -44,8 +44,6 @@ def activate() -> str | None:
         return None
     check_sglang_version()
     die_with_parent()
-    # SGLang would keep the rotary embedding's table in float16; the kernels read float32, which is also more exact.
-    os.environ.setdefault("SGLANG_ROPE_CACHE_FP32", "1")
     apply_shims(device, "activate")
     return _PLATFORM_CLASSES[device]
 

@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.abc
 import importlib.metadata
+import os
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -68,6 +69,23 @@ def apply_shims(device: str, stage: str) -> None:
     for shim in shims_for(device, stage):
         if shim.is_needed() and not shim.is_applied():
             shim.apply()
+
+
+# --- variables that are read at an import ---------------------------------------------------------------------------
+
+_ROPE_FP32: Final = "SGLANG_ROPE_CACHE_FP32"
+_NO_DLPACK_BUILD: Final = "TVM_FFI_DISABLE_TORCH_C_DLPACK"
+
+
+def _builds_dlpack_exchange() -> bool:
+    """Newer releases of torch bring what tvm_ffi would compile."""
+    import torch
+
+    return not hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+
+
+def _set_unless_chosen(name: str) -> None:
+    os.environ.setdefault(name, "1")
 
 
 # --- torch without guard_or_false -----------------------------------------------------------------------------------
@@ -323,6 +341,28 @@ def _always() -> bool:
 
 
 SHIMS: Final = (
+    Shim(
+        name="rotary table in float32",
+        what=f"{_ROPE_FP32}=1, unless it is set",
+        why="SGLang would keep the table in float16; the kernels read float32, which is also more exact",
+        sglang="0.5.23",
+        devices=("cpu", "cuda"),
+        stage="activate",
+        is_needed=_always,
+        apply=lambda: _set_unless_chosen(_ROPE_FP32),
+        is_applied=lambda: _ROPE_FP32 in os.environ,
+    ),
+    Shim(
+        name="no compiler at the first start",
+        what=f"{_NO_DLPACK_BUILD}=1, unless it is set",
+        why="tvm_ffi (of xgrammar) would compile C++ at its first import: half a minute, for a faster DLPack",
+        sglang="0.5.23",
+        devices=("cpu", "cuda"),
+        stage="activate",
+        is_needed=_builds_dlpack_exchange,
+        apply=lambda: _set_unless_chosen(_NO_DLPACK_BUILD),
+        is_applied=lambda: _NO_DLPACK_BUILD in os.environ,
+    ),
     Shim(
         name="symbolic-shape guards",
         what="torch.fx.experimental.symbolic_shapes.guard_or_false and guard_or_true become bool",

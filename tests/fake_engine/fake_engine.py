@@ -25,6 +25,7 @@ changes those of the running process; `GET /fake/faults` shows them.
     prefill_tokens_per_second=N  speed for prompts
     decode_tokens_per_second=N   speed for answers, for each request
     error_status=N               HTTP status that requests for a generation get
+    empty_answers=1              an answer that is not streamed has status 200 and no token
     cut_stream_after=N           a streamed answer is cut off after N tokens, without its end
     flood_lines_per_second=N     lines of output
     flood_line_bytes=80          length of each
@@ -133,6 +134,7 @@ class Faults:
     prefill_tokens_per_second: float = 20_000.0
     decode_tokens_per_second: float = 500.0
     error_status: int = 0
+    empty_answers: int = 0
     cut_stream_after: int = 0
     flood_lines_per_second: int = 0
     flood_line_bytes: int = 80
@@ -549,7 +551,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._error(503, "The request queue is full.")
 
     def _whole(self, words: Iterator[str], kind: str, choice: Any, prompt_tokens: int) -> None:
-        said = list(words)
+        said = [] if self.engine.faults.empty_answers else list(words)
         text = " ".join(said)
         if kind == "generate":
             self._send(200, {"text": text, "meta_info": {"completion_tokens": len(said)}})

@@ -293,6 +293,14 @@ class TestEngine:
             'status 500: {"object": "error", "message": "the fake engine was told to fail", "code": 500}'
         )
 
+    def test_it_answers_without_a_token(self, serve: Serve) -> None:
+        """Status 200 is not yet a generation."""
+        message = refusal(serve, ExitCode.ENGINE_FAILED, start_timeout=3, faults="empty_answers=1")
+        assert message.startswith(
+            "the engine was not ready within start_timeout (3 s); the last test generation: "
+            'no token in the answer: {"id": "fake-'
+        )
+
 
 def small_folder(path: Path) -> Path:
     """A Hugging Face folder that can be read."""

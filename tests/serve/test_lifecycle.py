@@ -84,6 +84,7 @@ class TestEnds:
             instance.wait_for_state("draining")
             verdict = instance.agent("/readyz")
             assert (verdict.status, verdict.json["state"]) == (503, "draining")
+            assert instance.metric("pascaline_engine_up") == 1
             assert answer.result().json["usage"]["completion_tokens"] == 50
         assert instance.wait() == ExitCode.OK
         assert instance.states[-2:] == ["draining", "stopped"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import psutil
 import pytest
 from pascaline.errors import ExitCode
 from pascaline.models.store import builtin_model
+from pascaline.serving.supervisor import POLL_TIMEOUT_SECONDS
 from support.instance import Instance, running, wait_until
 
 if TYPE_CHECKING:
@@ -100,6 +102,29 @@ def test_sigterm_lets_a_request_in_flight_complete(own: Callable[..., Instance])
         assert answer.result().json["usage"]["completion_tokens"] == 60
     assert instance.wait() == ExitCode.OK
     assert instance.states[-2:] == ["draining", "stopped"]
+
+
+def test_an_engine_that_is_too_busy_to_answer_is_waited_for(own: Callable[..., Instance]) -> None:
+    """llama-server tells of its requests between two batches only, and a batch may take longer than any patience."""
+    instance = own()
+    engine = psutil.Process(instance.health()["engine_pid"])
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(instance.api, "/v1/completions", STORY, timeout=300)
+        instance.wait_for_state("busy")
+        engine.suspend()
+        instance.process.send_signal(signal.SIGTERM)
+        time.sleep(POLL_TIMEOUT_SECONDS + 2)
+        engine.resume()
+        assert answer.result().json["usage"]["completion_tokens"] == 60
+    assert instance.wait() == ExitCode.OK
+
+
+def test_a_second_signal_ends_at_once_one_that_does_not_answer(own: Callable[..., Instance]) -> None:
+    instance = own()
+    psutil.Process(instance.health()["engine_pid"]).suspend()
+    instance.process.send_signal(signal.SIGINT)
+    instance.wait_for_state("draining")
+    assert instance.stop(signal.SIGINT, seconds=POLL_TIMEOUT_SECONDS - 2) == ExitCode.INTERRUPTED
 
 
 def test_a_killed_engine_comes_back(own: Callable[..., Instance]) -> None:

@@ -20,7 +20,7 @@ def request(
     """Return (status, answer) of a GET, or of a POST where there is a body.
 
     address: host and port. timeout: seconds for connecting and for each read.
-    Raises OSError where no whole answer came.
+    Raises OSError where no whole answer of at most MAX_ANSWER_BYTES came.
     """
     connection = http.client.HTTPConnection(*reachable(address), timeout=timeout)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -31,11 +31,21 @@ def request(
             headers["Content-Type"] = "application/json"
             connection.request("POST", path, json.dumps(body), headers)
         answer = connection.getresponse()
-        return answer.status, answer.read(MAX_ANSWER_BYTES)
+        return answer.status, _whole(answer)
     except http.client.HTTPException as error:
         raise ConnectionError(f"broken answer: {error!r}") from error
     finally:
         connection.close()
+
+
+def _whole(answer: http.client.HTTPResponse) -> bytes:
+    content = answer.read(MAX_ANSWER_BYTES + 1)
+    if len(content) > MAX_ANSWER_BYTES:
+        raise ConnectionError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+    # A read of at most so many bytes does not tell an early end, as of an engine that was killed, from the real one.
+    if answer.length:
+        raise ConnectionError(f"the answer ended {answer.length} bytes early")
+    return content
 
 
 def reachable(address: tuple[str, int]) -> tuple[str, int]:

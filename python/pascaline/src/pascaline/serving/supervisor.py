@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 import tempfile
 import time
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from pascaline.configuration import Configuration
+    from pascaline.engines import Progress
     from pascaline.models.spec import ModelSpec
     from pascaline.models.store import ResolvedModel
     from pascaline.planning import Plan
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 POLL_SECONDS = 1.0
 """How often counters are read; a scrape of SGLang takes some milliseconds."""
 POLL_TIMEOUT_SECONDS = 5.0
+DRAIN_POLL_SECONDS = 0.2
+"""The same while the instance drains, when somebody waits for the end."""
 BLIND_SECONDS = POLL_SECONDS + POLL_TIMEOUT_SECONDS + 4.0
 """Between two looks at an engine; more means that this process was stopped, or the machine slept."""
 EXTEND_SECONDS = 30.0
@@ -219,17 +223,16 @@ class Supervisor:
         process = self._process = await EngineProcess.start(self._engine.launch(task), self._show_line)
         self.metrics.engine_up.set(1)
         started, ready_since = time.time(), None
-        try:
-            if await self._wait_until_ready(task, process):
-                ready_since = time.monotonic()
-                await self._watch(task, process)
-            if process.exit_code is not None:
-                # Its last words say why.
-                await process.wait()
-            failure = self._failure(process, started)
-        finally:
-            self.metrics.engine_up.set(0)
-        return (time.monotonic() - ready_since if ready_since is not None else 0.0), failure
+        # Where this is left because the instance is to stop, the engine still runs: it drains.
+        if await self._wait_until_ready(task, process):
+            ready_since = time.monotonic()
+            await self._watch(task, process)
+        if process.exit_code is not None:
+            # Its last words say why.
+            await process.wait()
+        self.metrics.engine_up.set(0)
+        served = time.monotonic() - ready_since if ready_since is not None else 0.0
+        return served, self._failure(process, started)
 
     async def _wait_until_ready(self, task: Task, process: EngineProcess) -> bool:
         """Wait for the first generation; False where the engine ended or took too long."""
@@ -247,7 +250,7 @@ class Supervisor:
         self._change(State.READY, "a generation succeeded")
         self._notifier.ready()
         await self._ask_version(task)
-        await self._note_allocated(task)
+        await self._note_allocated()
         agent = (self.settings.agent_host, self.settings.agent_port)
         self._console.ready(task, agent, load.seconds + warm_up.seconds)
         return True
@@ -258,12 +261,10 @@ class Supervisor:
             version = await self._in_thread(self._engine.version, task.address, task.api_key)
             self.versions[self._engine.name] = version
 
-    async def _note_allocated(self, task: Task) -> None:
+    async def _note_allocated(self) -> None:
         """Put what the engine allocated beside what was planned."""
         with contextlib.suppress(OSError):
-            call = partial(request, task.address, "/metrics", api_key=task.api_key, timeout=POLL_TIMEOUT_SECONDS)
-            _, page = await self._in_thread(call)
-            allocated = self._engine.allocated(page.decode(errors="replace"))
+            allocated = self._engine.allocated(await self._in_thread(self._metrics_page))
             self.metrics.set_allocated(allocated)
             self.plan = (self.plan or {}) | {"allocated": allocated or None}
 
@@ -296,7 +297,7 @@ class Supervisor:
                 if now - looked > BLIND_SECONDS:
                     judge.missed(now - looked)
                 looked = now
-                judge.observe(now, await self._progress(task))
+                judge.observe(now, await self._progress())
                 if probe is not None and probe.done():
                     if probe.result():
                         judge.probed(time.monotonic())
@@ -317,12 +318,18 @@ class Supervisor:
                     await probe
         await process.kill()
 
-    async def _progress(self, task: Task) -> Any:
+    async def _progress(self) -> Progress | None:
         with contextlib.suppress(OSError):
-            call = partial(request, task.address, "/metrics", api_key=task.api_key, timeout=POLL_TIMEOUT_SECONDS)
-            status, page = await self._in_thread(call)
-            return self._engine.progress(page.decode(errors="replace")) if status == 200 else None
+            return self._engine.progress(await self._in_thread(self._metrics_page))
         return None
+
+    def _metrics_page(self) -> str:
+        """Return the engine's /metrics; OSError where it does not answer with it in time."""
+        address = (self.settings.host, self.settings.port)
+        status, page = request(address, "/metrics", api_key=self._api_key, timeout=POLL_TIMEOUT_SECONDS)
+        if status != 200:
+            raise ConnectionError(f"/metrics: status {status}")
+        return page.decode(errors="replace")
 
     async def _generate(self, task: Task, timeout: float = 60.0) -> bool:
         """Let the model generate one token, by the way that users' requests take."""
@@ -333,6 +340,8 @@ class Supervisor:
             status, answer = await self._in_thread(call)
             if status != 200:
                 reason = f"status {status}: {answer[:200].decode(errors='replace')}"
+            elif not _has_token(answer):
+                reason = f"no token in the answer: {answer[:200].decode(errors='replace')}"
         except OSError as error:
             reason = str(error) or type(error).__name__
         seconds = time.monotonic() - start
@@ -383,10 +392,12 @@ class Supervisor:
             self._console.line("INFO", "pascaline", f"draining for at most {settings.drain_timeout:g} s")
             deadline = time.monotonic() + settings.drain_timeout
             if not self._engine.drains_on_sigterm:
-                await self._drain_until(deadline, self._is_idle)
+                idle = asyncio.create_task(self._until_idle())
+                await self._drain_until(deadline, lambda: idle.done() or process.exit_code is not None)
+                idle.cancel()
             process.terminate()
             grace = 0.0 if self._engine.drains_on_sigterm else KILL_GRACE_SECONDS
-            await self._drain_until(deadline + grace, lambda: self._has_ended(process))
+            await self._drain_until(deadline + grace, lambda: process.exit_code is not None)
             if process.exit_code is None and not self._stop_now.is_set():
                 text = (
                     f"the engine had not ended after drain_timeout ({settings.drain_timeout:g} s), killing it and "
@@ -397,24 +408,25 @@ class Supervisor:
         self._change(State.STOPPED, "stopped")
         return ExitCode.INTERRUPTED if self._stop_now.is_set() else ExitCode.OK
 
-    async def _drain_until(self, deadline: float, done: Callable[[], Coroutine[Any, Any, bool]]) -> None:
-        while time.monotonic() < deadline and not self._stop_now.is_set() and not await done():
+    async def _drain_until(self, deadline: float, done: Callable[[], bool]) -> None:
+        while time.monotonic() < deadline and not self._stop_now.is_set() and not done():
             self._show_life()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop_now.wait(), timeout=0.2)
+                await asyncio.wait_for(self._stop_now.wait(), timeout=DRAIN_POLL_SECONDS)
 
-    async def _is_idle(self) -> bool:
-        address = (self.settings.host, self.settings.port)
-        call = partial(request, address, "/metrics", api_key=self._api_key, timeout=POLL_TIMEOUT_SECONDS)
+    async def _until_idle(self) -> None:
+        while await start_in_thread(self._has_work):
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+
+    def _has_work(self) -> bool:
         try:
-            _, page = await start_in_thread(call)
-        except OSError:
+            progress = self._engine.progress(self._metrics_page())
+        except TimeoutError:
+            # llama-server answers between two batches only: silence means that it computes one.
             return True
-        progress = self._engine.progress(page.decode(errors="replace"))
-        return progress is None or not progress.has_work
-
-    async def _has_ended(self, process: EngineProcess) -> bool:
-        return process.exit_code is not None
+        except OSError:
+            return False
+        return progress is not None and progress.has_work
 
     # --- small ones ---------------------------------------------------------------------------------------------------
 
@@ -465,6 +477,14 @@ class Supervisor:
                 break
         if self._stop.is_set():
             raise Stopped
+
+
+def _has_token(answer: bytes) -> bool:
+    """Whether a completion in OpenAI's form says that something was generated."""
+    try:
+        return int(json.loads(answer)["usage"]["completion_tokens"]) > 0
+    except (ValueError, LookupError, TypeError):
+        return False
 
 
 @dataclass(frozen=True, slots=True)

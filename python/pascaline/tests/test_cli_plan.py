@@ -96,7 +96,31 @@ def test_nothing_to_choose_from(llama: Path) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "begin"), [("a.svg", b"<svg"), ("a.png", b"\x89PNG")])
+def test_a_speed_that_is_not_known_ranks_nothing(llama: Path) -> None:
+    """As on a host without a GPU: the cause is not that nothing fits."""
+    result = plan(llama, "--card", "cpu", "--optimize", "latency")
+    assert (result.returncode, result.stdout, result.stderr) == (
+        CONFIGURATION,
+        "",
+        "pascaline plan: --optimize: the speed of cpu is not known, so nothing can be best for latency; "
+        "name a GPU with --card, or take --optimize context\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--optimize", "latency"], "--optimize: is set beside --sweep, must be the only one of the two"),
+        (["--explain"], "--explain: shows one plan, must not be set beside --sweep, which makes many"),
+        (["--picture", "a.svg"], "--picture: shows one plan, must not be set beside --sweep, which makes many"),
+    ],
+)
+def test_nothing_that_was_asked_for_is_left_out_in_silence(llama: Path, flags: list[str], message: str) -> None:
+    result = plan(llama, "--card", "tesla-p4", "--sweep", "quant", *flags)
+    assert (result.returncode, result.stdout, result.stderr) == (CONFIGURATION, "", f"pascaline plan: {message}\n")
+
+
+@pytest.mark.parametrize(("name", "begin"), [("a.svg", b"<svg"), ("A.SVG", b"<svg"), ("a.png", b"\x89PNG")])
 def test_pictures(llama: Path, tmp_path: Path, name: str, begin: bytes) -> None:
     if name.endswith(".png"):
         pytest.importorskip("matplotlib", reason="PNG needs matplotlib")

@@ -423,6 +423,11 @@ class TestDamagedFiles:
         message = refusal(gguf_file({"a\0\x1b[31m": array}))
         assert message.startswith("failed to read m.gguf: it is truncated: 'a\\x00\\x1b[31m' at byte ")
 
+    def test_names_in_tables_obey_no_terminal(self) -> None:
+        """A name is shown in tables, and in pictures where a control character would break the file."""
+        found = read(gguf_file(LLAMA | {"general.name": value("string", "a\x1b[31m\nb\0\u202ec")}))
+        assert found.name == "a\ufffd[31m\ufffdb\ufffd\ufffdc"
+
     def test_nested_arrays_have_a_limit(self) -> None:
         nested: object = ("uint8", [1])
         for _ in range(5):

@@ -19,7 +19,9 @@ from pascaline.models.store import ResolvedModel
 from pascaline.planning import PlanRequest, make_plan, nearest_fits, request_from_settings
 from pascaline.planning.mixtures import MIXTURES, requantized
 from pascaline.planning.nearest import longest_context
+from pascaline.planning.plan import SHORTEST_CONTEXT
 from pascaline.planning.request import KV_DTYPES
+from pascaline.settings import Settings
 from support.planning import LLAMA_2_7B, LLAMA_3_8B, P4, QWEN_3_4B, request
 
 GPUS = [name for name in card_names() if name != "cpu"]
@@ -154,6 +156,18 @@ class TestGuidesExample:
             "kv_cache.max_bytes: 64.00 MiB holds 128 tokens of this model (512.00 KiB each) and cannot serve a "
             "4,096-token request: set at least 2.00 GiB, or context_length to 127, or take a smaller kv_cache.dtype or "
             "a model with fewer KV heads",
+        )
+
+    def test_a_pool_of_nothing_offers_no_context_of_nothing(self) -> None:
+        """The shortest context that can be set is the least that is offered."""
+        shortest = next(rule.ge for rule in Settings.model_fields["context_length"].metadata if hasattr(rule, "ge"))
+        assert shortest == SHORTEST_CONTEXT
+        for tokens, offers in ((shortest, False), (shortest + 1, True)):
+            plan = make_plan(LLAMA_2_7B, P4, request(max_kv_bytes=tokens * 524288))
+            assert ("or context_length to 16," in plan.reasons[0]) is offers
+        assert make_plan(LLAMA_2_7B, P4, request(max_kv_bytes=64)).reasons == (
+            "kv_cache.max_bytes: 64 B holds 0 tokens of this model (512.00 KiB each) and cannot serve a "
+            "4,096-token request: set at least 2.00 GiB, or take a smaller kv_cache.dtype or a model with fewer KV heads",
         )
 
     def test_it_fits_with_a_pool_for_one_whole_request(self) -> None:

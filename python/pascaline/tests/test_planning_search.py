@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from pascaline.cards import load_card
+from pascaline.cards import load_card, unknown_card
 from pascaline.planning import make_plan, nearest_fits
 from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
 from pascaline.planning.search import REQUESTS, Choice, Goal, optimize, sweep
@@ -55,6 +55,14 @@ class TestOptimize:
 
     def test_nothing_fits(self) -> None:
         assert optimize(spec_of(SHAPES["llama-3.1-8b"]), P4, request(used_bytes=7 << 30), "latency", 9.0) == []
+
+    def test_the_longest_context_needs_no_speed(self) -> None:
+        """A GPU without a profile: what cannot be known is absent, in JSON too."""
+        card = unknown_card("NVIDIA T1000", 8 << 30)
+        choices = optimize(LLAMA_3_8B, card, request(card), "context", MAX_LOSS)
+        assert choices[0].plan.context_length == max(choice.plan.context_length for choice in choices) > 4096
+        found = choices[0].to_json()
+        assert (found["tokens_per_second"], found["latency_seconds"]) == (None, None)
 
     def test_throughput_keeps_the_context_that_was_asked_for(self) -> None:
         for choice in optimize(QWEN_3_4B, P4, request(context_length=8192), "throughput", MAX_LOSS):

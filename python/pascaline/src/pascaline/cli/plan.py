@@ -78,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Plan and print."""
     if arguments.file is not None:
         arguments.model = arguments.file
+    _check_kinds(arguments)
     configuration = load_from_arguments(arguments, check_host=False)
     spec = read_spec(configuration)
     if arguments.quant is not None:
@@ -88,6 +89,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.sweep:
         return _sweep(arguments, spec, card, request)
     return _plan(arguments, spec, card, request)
+
+
+def _check_kinds(arguments: argparse.Namespace) -> None:
+    """Refuse flags of one plan beside those of many, rather than to leave them out in silence."""
+    many = [flag for flag in ("sweep", "optimize") if getattr(arguments, flag)]
+    if len(many) > 1:
+        raise ConfigurationError("--optimize: is set beside --sweep, must be the only one of the two")
+    for flag in ("explain", "picture"):
+        if many and getattr(arguments, flag):
+            raise ConfigurationError(f"--{flag}: shows one plan, must not be set beside --{many[0]}, which makes many")
 
 
 def read_spec(configuration: Configuration) -> ModelSpec:
@@ -171,9 +182,9 @@ def draw(plan: Plan, path: Path) -> None:
     from pascaline.planning.picture import svg
 
     try:
-        if path.suffix == ".svg":
+        if path.suffix.lower() == ".svg":
             path.write_text(svg(plan), encoding="utf-8")
-        elif path.suffix == ".png":
+        elif path.suffix.lower() == ".png":
             _draw_png(plan, path)
         else:
             raise ConfigurationError(f"--picture: {path} must end in .svg or .png")

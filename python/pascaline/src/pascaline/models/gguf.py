@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pascaline.errors import ModelError
 from pascaline.models.ggml_types import FILE_TYPES, GUESSED_FILE_TYPE
-from pascaline.models.gguf_header import GgufHeader, Metadata, check_unique_names, read_header, shown
+from pascaline.models.gguf_header import GgufHeader, Metadata, check_unique_names, printable, read_header, shown
 from pascaline.models.layers import differing, most_common_heads, sliding_layer_ids
 from pascaline.models.source import Source, open_file
 from pascaline.models.spec import ModelSpec, TensorSpec
@@ -125,8 +125,8 @@ def _spec(headers: tuple[GgufHeader, ...], files: tuple[Path | str, ...]) -> Mod
     return ModelSpec(
         format="gguf",
         files=files,
-        architecture=keys.architecture,
-        name=_text(metadata, "general.name"),
+        architecture=printable(keys.architecture),
+        name=printable(_text(metadata, "general.name")),
         num_hidden_layers=layers,
         hidden_size=hidden,
         intermediate_size=max(keys.per_layer("feed_forward_length", layers, default=[0] * layers)),

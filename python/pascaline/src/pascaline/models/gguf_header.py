@@ -280,6 +280,11 @@ def shown(text: str) -> str:
     return ascii(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
 
 
+def printable(text: str) -> str:
+    """A name from a file as tables and pictures may show it: what a terminal would obey is replaced."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
 _SHOWN = 80
 _TYPE_NUMBERS = {name: number for number, name in _VALUE_TYPES.items()}
 

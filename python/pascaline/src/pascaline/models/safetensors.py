@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pascaline.errors import ModelError
-from pascaline.models.gguf_header import check_extents, check_unique_names, shown
+from pascaline.models.gguf_header import check_extents, check_unique_names, printable, shown
 from pascaline.models.hf_config import HfConfig
 from pascaline.models.json_file import MAX_JSON_BYTES, parse_object
 from pascaline.models.layers import differing, most_common_heads
@@ -185,8 +185,8 @@ def _spec(
     return ModelSpec(
         format="safetensors",
         files=files,
-        architecture=config.architecture,
-        name=name,
+        architecture=printable(config.architecture),
+        name=printable(name),
         num_hidden_layers=layers,
         hidden_size=hidden,
         intermediate_size=config.optional("intermediate") or 4 * hidden,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 CPU_POOL_BYTES = 2**30
 """KV cache on the CPU that nobody gave a size: small beside a host's memory, and enough for a few requests."""
+SHORTEST_CONTEXT = 16
+"""Shortest context that can be set; a test holds it against the settings."""
 MAX_FRACTION = 0.98
 """Highest mem_fraction_static that is passed on: a little must stay for what no plan knows."""
 RESIDENT_FIRST = ("context", "process")
@@ -233,10 +235,14 @@ def _too_small_a_pool(request: PlanRequest, pool: Pool, per_token: int) -> str:
             f"kv_cache.max_bytes: {format_bytes(request.max_kv_bytes)} holds {held:,} tokens of this model "
             f"({format_bytes(per_token)} each)"
         )
-        remedy = f"set at least {format_bytes(needed)}, or context_length to {max(held - 1, 0):,}"
+        remedy = f"set at least {format_bytes(needed)}"
+        if held > SHORTEST_CONTEXT:
+            remedy += f", or context_length to {held - 1:,}"
     else:
         setting = f"kv_cache.max_tokens: {pool.tokens:,} tokens"
-        remedy = f"set at least {request.context_length:,}, or context_length to {pool.tokens:,}"
+        remedy = f"set at least {request.context_length:,}"
+        if pool.tokens >= SHORTEST_CONTEXT:
+            remedy += f", or context_length to {pool.tokens:,}"
     return (
         f"{setting} and cannot serve a {request.context_length:,}-token request: {remedy}, "
         "or take a smaller kv_cache.dtype or a model with fewer KV heads"

@@ -173,9 +173,11 @@ def choices_table(choices: Sequence[Choice]) -> str:
     ]
     for choice in choices:
         request = choice.plan.request
+        rate = "-" if choice.throughput is None else f"{choice.throughput:,.0f}"
+        latency = "-" if choice.latency_seconds is None else f"{choice.latency_seconds:,.1f} s"
         lines.append(
             f"{choice.file_type:<8}{request.kv_dtype:<10}{request.context_length:>9,}{request.max_running_requests:>10}"
-            f"{request.chunked_prefill_tokens:>7}{choice.throughput:>8,.0f}{choice.latency_seconds:>8,.1f} s"
+            f"{request.chunked_prefill_tokens:>7}{rate:>8}{latency:>10}"
             f"{choice.loss:>8.3f}{_size(choice.plan.total_bytes):>13}{_size(choice.plan.headroom_bytes):>13}"
         )
     return "\n".join(lines)

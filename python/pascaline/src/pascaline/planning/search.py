@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from pascaline.errors import ConfigurationError
 from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
 from pascaline.planning.nearest import CHUNKS, longest_context, together
 from pascaline.planning.plan import Plan, make_plan
 from pascaline.planning.request import KV_DTYPES
+from pascaline.planning.speed import is_speed_known
 from pascaline.planning.weights import weights_on_device
 
 if TYPE_CHECKING:
@@ -37,13 +39,13 @@ class Choice:
     plan: Plan
     loss: float
     """Perplexity that quantisation adds, an indication (see PERPLEXITY_LOSS)."""
-    latency_seconds: float
-    """Of a request of LATENCY_PROMPT and LATENCY_ANSWER tokens, alone."""
+    latency_seconds: float | None
+    """Of a request of LATENCY_PROMPT and LATENCY_ANSWER tokens, alone; None where the card's speed is not known."""
 
     @property
-    def throughput(self) -> float:
-        """Tokens per second, all requests together."""
-        return self.plan.speed.decode.tokens_per_second if self.plan.speed else 0.0
+    def throughput(self) -> float | None:
+        """Tokens per second, all requests together; None where the card's speed is not known."""
+        return self.plan.speed.decode.tokens_per_second if self.plan.speed else None
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -69,8 +71,15 @@ def optimize(spec: ModelSpec, card: Card, request: PlanRequest, goal: Goal, max_
 
     throughput and latency keep at least the request's context; context keeps its number of requests. All requests have
     room for their whole context at once. max_loss: what loses more is left out (PERPLEXITY_LOSS, KV_LOSS).
+
+    Raises ConfigurationError for a goal that is a speed where the card's speed is not known.
     """
-    choices = [choice for choice in _choices(spec, card, request, goal, max_loss) if choice.plan.speed]
+    if goal != "context" and not is_speed_known(card, request):
+        raise ConfigurationError(
+            f"--optimize: the speed of {card.name} is not known, so nothing can be best for {goal}; "
+            "name a GPU with --card, or take --optimize context"
+        )
+    choices = _choices(spec, card, request, goal, max_loss)
     ranked = sorted(choices, key=lambda choice: (*_scores(choice, goal), _nearness(choice, request)), reverse=True)
     return _pareto(ranked, goal)
 
@@ -117,21 +126,22 @@ def _contexts(spec: ModelSpec, request: PlanRequest) -> list[int]:
     return [request.context_length, *(context for context in doubled if context <= spec.context_length)]
 
 
-def latency_seconds(plan: Plan) -> float:
+def latency_seconds(plan: Plan) -> float | None:
     """Return the time of one request of LATENCY_PROMPT and LATENCY_ANSWER tokens on an idle engine."""
     if plan.speed is None:
-        return float("inf")
+        return None
     return LATENCY_PROMPT / plan.speed.prefill.tokens_per_second + LATENCY_ANSWER / plan.speed.single.tokens_per_second
 
 
 def _scores(choice: Choice, goal: Goal) -> tuple[float, float, float]:
     """What is compared, larger is better: the goal first. Rounded, so that what nobody can tell apart is equal."""
     context, quality = choice.plan.context_length, -choice.loss
+    throughput = round(choice.throughput or 0.0, 1)
     if goal == "latency":
-        return -round(choice.latency_seconds, 2), context, quality
+        return -round(choice.latency_seconds or 0.0, 2), context, quality
     if goal == "context":
-        return context, round(choice.throughput, 1), quality
-    return round(choice.throughput, 1), context, quality
+        return context, throughput, quality
+    return throughput, context, quality
 
 
 def _nearness(choice: Choice, request: PlanRequest) -> float:

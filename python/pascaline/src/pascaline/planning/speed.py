@@ -86,7 +86,7 @@ def estimate_speed(spec: ModelSpec, card: Card, request: PlanRequest, weights: W
 
     kv_tokens: of the KV cache, which all requests share.
     """
-    if "bandwidth_bytes_per_second" not in card.facts or request.device == "cpu" or not weights.n_bytes:
+    if not is_speed_known(card, request) or not weights.n_bytes:
         return None
     model = _Model(spec, card, request, weights, calibration(request.engine))
     prefill = model.prefill()
@@ -100,6 +100,11 @@ def estimate_speed(spec: ModelSpec, card: Card, request: PlanRequest, weights: W
         ttft_seconds=seconds,
         basis=model.calibration.basis,
     )
+
+
+def is_speed_known(card: Card, request: PlanRequest) -> bool:
+    """Whether the card's data say enough for an estimate: not of a CPU, nor of a GPU without a profile."""
+    return "bandwidth_bytes_per_second" in card.facts and request.device != "cpu"
 
 
 class _Model:

@@ -107,7 +107,7 @@ class TestConfiguration:
 
     def test_an_engine_argument_that_a_setting_stands_for(self, serve: Serve) -> None:
         message = refusal(serve, ExitCode.CONFIGURATION, extra_args=["--port=1"])
-        assert message == "extra_args: --port is set by port, must be left out; set port instead"
+        assert message == ("extra_args: --port is set by port, must be left out; set port instead (flag --extra-args)")
 
     def test_a_gpu_that_is_not_there(self, serve: Serve) -> None:
         if Path("/proc/driver/nvidia/gpus").exists():

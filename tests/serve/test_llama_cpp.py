@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from pascaline.engines.llama_cpp import LlamaCppEngine
 from pascaline.errors import ExitCode
 from pascaline.models.store import builtin_model
 from pascaline.serving.supervisor import POLL_TIMEOUT_SECONDS
@@ -48,6 +51,17 @@ def own(tmp_path: Path) -> Iterator[Callable[..., Instance]]:
 def _settings(**changes: Any) -> dict[str, Any]:
     impatient = {"probe_interval": 2, "stall_timeout": 60, "drain_timeout": 300}
     return {"engine": "llama.cpp", "device": "cpu", "context_length": 2048, **impatient, **changes}
+
+
+def test_every_argument_is_one_that_it_knows() -> None:
+    """No argument of ours is unknown to it, and no other spelling of one gets past the check."""
+    text = subprocess.run(["llama-server", "--help"], capture_output=True, text=True, check=True).stdout
+    spec = re.compile(r"^(-[\w-]+(?:, +-[\w-]+)*)", re.MULTILINE)
+    options = [set(re.split(", +", found)) for found in spec.findall(text)]
+    flags = set(LlamaCppEngine.setting_flags)
+    for flag in flags:
+        [spellings] = [each for each in options if flag in each]
+        assert spellings <= flags, flag
 
 
 def test_it_completes(instance: Instance) -> None:

@@ -73,9 +73,9 @@ class TestPrecedence:
         assert load(environment={"PASCALINE_KV_CACHE_MAX_TOKENS": "512"}).settings.kv_cache.max_tokens == 512
 
     def test_lists_and_pairs_in_variables(self) -> None:
-        environment = {"PASCALINE_EXTRA_ARGS": "--a,--b=1", "PASCALINE_ENVIRONMENT": "X=1,Y=2"}
+        environment = {"PASCALINE_EXTRA_ARGS": "--sleep-on-idle,--page-size=1", "PASCALINE_ENVIRONMENT": "X=1,Y=2"}
         settings = load(environment=environment).settings
-        assert settings.extra_args == ("--a", "--b=1")
+        assert settings.extra_args == ("--sleep-on-idle", "--page-size=1")
         assert settings.environment == {"X": "1", "Y": "2"}
 
     def test_every_setting_can_be_told_by_flag_and_variable(self) -> None:
@@ -136,6 +136,24 @@ class TestMistakes:
                 "[kv_cache]\nmax_tokens = 100\nmax_bytes = 100",
                 "kv_cache.max_bytes: is set beside kv_cache.max_tokens, must be the only one of the two ({file}:3)",
             ),
+            ("model = ''", "model: invalid value '', must be a text that is not empty ({file}:1)"),
+            (
+                "environment = ['A=1']",
+                "environment: invalid value ['A=1'], must be pairs NAME=VALUE ({file}:1)",
+            ),
+            (
+                "extra_args = ['--sleep-on-idle', '--tp=2']",
+                "extra_args: --tp (--tp-size) is set by tensor_parallel, must be left out; "
+                "set tensor_parallel instead ({file}:1)",
+            ),
+            (
+                "engine = 'llama.cpp'\nextra_args = ['-hf', 'someone/model']",
+                "extra_args: -hf is set by model, must be left out; set model instead ({file}:2)",
+            ),
+            (
+                "engine = 'llama.cpp'\n[kv_cache]\ndtype = 'fp8_e5m2'",
+                "kv_cache.dtype: llama.cpp has no 'fp8_e5m2', must be one of: auto, fp16, bf16, int8 ({file}:3)",
+            ),
             (
                 "engine = 'llama.cpp'\nquantization = 'bitsandbytes'",
                 "quantization: 'bitsandbytes' has no counterpart in llama.cpp, "
@@ -150,6 +168,12 @@ class TestMistakes:
     def test_unknown_variable(self) -> None:
         assert problems(environment={"PASCALINE_PROT": "1"}) == [
             "PASCALINE_PROT: unknown variable, did you mean PASCALINE_PORT?"
+        ]
+
+    def test_a_pair_without_a_value(self) -> None:
+        environment = {"PASCALINE_ENVIRONMENT": "A=1,DEBUG"}
+        assert problems(environment=environment) == [
+            "environment: invalid value 'DEBUG', must be pairs NAME=VALUE (variable PASCALINE_ENVIRONMENT)"
         ]
 
     def test_all_problems_are_reported_at_once(self, toml: Any) -> None:
@@ -203,6 +227,13 @@ class TestCommand:
         assert result.returncode == ExitCode.CONFIGURATION
         assert result.stderr == (
             "pascaline config: port: invalid value 'x', must be a whole number between 1 and 65535 (variable PASCALINE_PORT)\n"
+        )
+
+    def test_check_of_pairs_and_arguments(self) -> None:
+        result = run("config", "check", "--environment", "A=1", "--environment", "B", "--extra-args=--a")
+        assert (result.returncode, result.stderr) == (
+            ExitCode.CONFIGURATION,
+            "pascaline config: environment: invalid value 'B', must be pairs NAME=VALUE (flag --environment)\n",
         )
 
     def test_check_of_a_sound_file(self, toml: Any) -> None:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from pascaline.cards import card_names, detect_card, load_card
+from pascaline.engines import ENGINES
 from pascaline.errors import ConfigurationError
 from pascaline.settings import Settings, contradictions
 from pascaline.units import parse_bytes, parse_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from pydantic.fields import FieldInfo
 
@@ -181,12 +182,18 @@ def _read_environment(environment: Mapping[str, str], problems: list[str]) -> di
 def from_text(text: str, field: FieldInfo) -> Any:
     """Turn a variable's or flag's text into what the field's type expects of a TOML value."""
     if _is_pairs(field):
-        return dict(part.partition("=")[::2] for part in text.split(",") if part)
+        return from_pairs([part for part in text.split(",") if part])
     if _is_sequence(field):
         return [part for part in text.split(",") if part]
     if field.annotation is bool and text.lower() in {"true", "1", "yes", "on", "false", "0", "no", "off"}:
         return text.lower() in {"true", "1", "yes", "on"}
     return text
+
+
+def from_pairs(texts: Sequence[str]) -> Any:
+    """Return the mapping that texts NAME=VALUE stand for; the first that is no such text alone, to be refused."""
+    wrong = next((text for text in texts if "=" not in text), None)
+    return dict(text.partition("=")[::2] for text in texts) if wrong is None else wrong
 
 
 def _is_pairs(field: FieldInfo) -> bool:
@@ -253,6 +260,8 @@ def allowed_values(field: FieldInfo) -> str:
 
 
 def _range_words(field: FieldInfo) -> str:
+    if any(getattr(part, "min_length", None) == 1 for part in _all_metadata(field)):
+        return " that is not empty"
     limits = {
         name: getattr(part, name)
         for part in _all_metadata(field)
@@ -294,7 +303,8 @@ def _all_metadata(field: FieldInfo) -> list[Any]:
 
 
 def _contradiction_sentences(settings: Settings, values: Mapping[str, Value]) -> list[str]:
-    return [f"{key}: {sentence} ({_origin_of(key, values)})" for key, sentence in contradictions(settings)]
+    found = [*contradictions(settings), *ENGINES[settings.engine].problems(settings)]
+    return [f"{key}: {sentence} ({_origin_of(key, values)})" for key, sentence in found]
 
 
 def _host_problems(settings: Settings, values: Mapping[str, Value]) -> list[str]:

@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin
 
-from pascaline.configuration import Configuration, allowed_values, flag_of, from_text, load, setting_fields
+from pascaline.configuration import (
+    Configuration,
+    allowed_values,
+    flag_of,
+    from_pairs,
+    from_text,
+    load,
+    setting_fields,
+)
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -70,5 +78,5 @@ def _default_words(field: FieldInfo) -> str:
 
 def _flag_value(value: Any, field: FieldInfo) -> Any:
     if get_origin(field.annotation) is dict:
-        return dict(item.partition("=")[::2] for item in value)
+        return from_pairs(value)
     return from_text(value, field) if isinstance(value, str) else value

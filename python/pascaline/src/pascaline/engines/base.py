@@ -100,17 +100,25 @@ class Engine(ABC):
         del metrics
         return {}
 
+    def problems(self, settings: Settings) -> list[tuple[str, str]]:
+        """Return (key, sentence) for everything that this engine cannot be started with. Only what needs no I/O."""
+        sentences = map(self._contradiction, settings.extra_args)
+        return [("extra_args", sentence) for sentence in sentences if sentence is not None]
+
+    def _contradiction(self, argument: str) -> str | None:
+        """Say why an argument is refused: one that a setting stands for would contradict it."""
+        given = argument.partition("=")[0]
+        flag = self._flag_of_setting(given)
+        if flag is None:
+            return None
+        shown, setting = given if given == flag else f"{given} ({flag})", self.setting_flags[flag]
+        return f"{shown} is set by {setting}, must be left out; set {setting} instead"
+
     def check_extra_args(self, extra_args: Sequence[str]) -> None:
-        """Refuse arguments that a setting stands for, since the two would contradict each other."""
+        """Raise ConfigurationError for the first argument that a setting stands for."""
         for argument in extra_args:
-            given = argument.partition("=")[0]
-            flag = self._flag_of_setting(given)
-            if flag is not None:
-                shown = given if given == flag else f"{given} ({flag})"
-                raise ConfigurationError(
-                    f"extra_args: {shown} is set by {self.setting_flags[flag]}, must be left out; "
-                    f"set {self.setting_flags[flag]} instead"
-                )
+            if sentence := self._contradiction(argument):
+                raise ConfigurationError(f"extra_args: {sentence}")
 
     def _flag_of_setting(self, given: str) -> str | None:
         """Return the flag that a setting stands for; engines that use argparse take abbreviations too."""

@@ -14,6 +14,8 @@ from pascaline.errors import ConfigurationError, MissingError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from pascaline.settings import Settings
+
 # Ours -> llama.cpp's types of a stored key or value.
 KV_TYPES = {"auto": "f16", "fp16": "f16", "bf16": "bf16", "int8": "q8_0"}
 ALL_LAYERS = 999
@@ -33,6 +35,15 @@ class LlamaCppEngine(Engine):
     setting_flags: ClassVar[Mapping[str, str]] = {
         "-m": "model",
         "--model": "model",
+        "-mu": "model",
+        "--model-url": "model",
+        "-dr": "model",
+        "--docker-repo": "model",
+        "-hf": "model",
+        "-hfr": "model",
+        "--hf-repo": "model",
+        "-hff": "model",
+        "--hf-file": "model",
         "-a": "served_model_name",
         "--alias": "served_model_name",
         "--host": "host",
@@ -49,6 +60,8 @@ class LlamaCppEngine(Engine):
         "--cache-type-k": "kv_cache.dtype",
         "-ctv": "kv_cache.dtype",
         "--cache-type-v": "kv_cache.dtype",
+        "-dev": "device",
+        "--device": "device",
         "-ngl": "device",
         "--n-gpu-layers": "device",
         "--gpu-layers": "device",
@@ -88,6 +101,11 @@ class LlamaCppEngine(Engine):
         environment = {"CUDA_VISIBLE_DEVICES": ""} if task.device == "cpu" else {}
         return Launch((_program(task), *arguments, *settings.extra_args), environment | settings.environment)
 
+    def problems(self, settings: Settings) -> list[tuple[str, str]]:
+        """Return what is wrong with the extra arguments, and a type of the KV cache that llama.cpp does not have."""
+        sentence = _kv_problem(settings.kv_cache.dtype)
+        return [*super().problems(settings), *([("kv_cache.dtype", sentence)] if sentence else [])]
+
     def progress(self, metrics: str) -> Progress | None:
         """Read the counter of decode calls, which moves with every batch, of prompt or answer."""
         running = sum_of_series(metrics, "llamacpp:requests_processing")
@@ -122,8 +140,11 @@ def _program(task: Task) -> str:
     return found
 
 
+def _kv_problem(dtype: str) -> str | None:
+    return None if dtype in KV_TYPES else f"llama.cpp has no {dtype!r}, must be one of: {', '.join(KV_TYPES)}"
+
+
 def _kv_arguments(dtype: str) -> list[str]:
-    if dtype not in KV_TYPES:
-        allowed = ", ".join(KV_TYPES)
-        raise ConfigurationError(f"kv_cache.dtype: llama.cpp has no {dtype!r}, must be one of: {allowed}")
+    if sentence := _kv_problem(dtype):
+        raise ConfigurationError(f"kv_cache.dtype: {sentence}")
     return ["--cache-type-k", KV_TYPES[dtype], "--cache-type-v", KV_TYPES[dtype]]

@@ -157,7 +157,6 @@ class Supervisor:
 
     async def _prepare(self, runtime_dir: Path) -> Task:
         settings = self.settings
-        self._engine.check_extra_args(settings.extra_args)
         with self._console.stage("resolve") as stage:
             path, name = await self._in_thread(store.locate, settings)
             spec = await self._in_thread(store.read, settings, path)

@@ -1,6 +1,6 @@
 """What `pascaline serve` costs: time to ready, memory, latency of the agent, and tokens/s beside two references.
 
-    python benchmarks/serve.py [--runs 3] [--tokens 64] [--json FILE]
+    python benchmarks/serve.py [--runs 3] [--tokens 64] [--json FILE] > docs/results/serve.md
 
 References, on the same model file and CPU, one server at a time:
   plain SGLang   `python -m sglang.launch_server` with the same plugin and the very arguments that pascaline chose
@@ -22,6 +22,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,63 +30,91 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 API_PORT, AGENT_PORT = 31400, 31401
 CONCURRENCIES = (1, 4, 8)
 AGENT_REQUESTS = 500
 START_TIMEOUT_SECONDS = 600.0
 MODEL = "SmolLM2-135M-Instruct"
+OURS, PLAIN, LLAMA = "pascaline serve", "plain SGLang, same plugin and arguments", "llama-server, same file"
 TOPICS = ("rivers", "bread", "glass", "clocks", "bridges", "salt", "maps", "wool")
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, and print a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3, help="repetitions of each throughput (default: 3)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens generated for each request (default: 64)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
 
+    figures: dict[str, Any] = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))}
+    figures["load_before"] = os.getloadavg()[0]
+    throughput = figures["tokens_per_second"] = {}
     with pascaline():
         command = engine_command()
-    figures: dict[str, Any] = {"cpu": cpu_name(), "cores": os.cpu_count(), "tokens_per_second": {}}
-    throughput = figures["tokens_per_second"]
+    figures["dtype"] = command[command.index("--dtype") + 1]
     started = time.perf_counter()
     with pascaline() as pid:
         figures["seconds_to_ready"] = time.perf_counter() - started
         figures["stages_seconds"] = stages()
         figures["agent_resident_bytes"] = resident_bytes(pid)
         figures["latency_seconds"] = {path: latencies(path) for path in ("/readyz", "/metrics")}
-        throughput["pascaline serve"] = measure(arguments.runs, arguments.tokens)
+        throughput[OURS] = measure(arguments.runs, arguments.tokens)
     with plain(command):
-        throughput["plain SGLang"] = measure(arguments.runs, arguments.tokens)
+        throughput[PLAIN] = measure(arguments.runs, arguments.tokens)
     if shutil.which("llama-server"):
         with pascaline("--engine", "llama.cpp"):
-            throughput["llama-server"] = measure(arguments.runs, arguments.tokens)
-    report(figures)
+            throughput[LLAMA] = measure(arguments.runs, arguments.tokens)
+    figures["load_after"] = os.getloadavg()[0]
+    print(report(figures, arguments.runs, arguments.tokens))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def report(figures: dict[str, Any]) -> None:
-    """Print the figures beside their aims."""
-    stage_text = ", ".join(f"{name} {seconds:.1f}" for name, seconds in figures["stages_seconds"].items())
-    print(f"\n{figures['cpu']}, {figures['cores']} cores\n")
-    print(f"command to ready, warm     {figures['seconds_to_ready']:8.1f} s      ({stage_text}; aim: 40 s on 2 cores)")
-    print(f"agent's resident memory    {figures['agent_resident_bytes'] / 2**20:8.1f} MiB    (aim: 60 MiB)")
-    for path, (p50, p99) in figures["latency_seconds"].items():
-        print(f"{path:<26} {p50 * 1e3:8.2f} ms p50, {p99 * 1e3:.2f} ms p99 (aim: 5 ms p99)")
+def report(figures: dict[str, Any], runs: int, tokens: int) -> str:
+    """Return the figures beside their aims, as Markdown."""
+    memory = figures["agent_resident_bytes"] / 2**20
     rows = figures["tokens_per_second"]
-    print("\ntokens/s at concurrency    " + "".join(f"{n:>10}" for n in CONCURRENCIES))
-    for name, row in rows.items():
-        print(f"{name:<27}" + "".join(f"{row[n]:10.1f}" for n in CONCURRENCIES))
-    ours = rows["pascaline serve"]
-    for name in ("plain SGLang", "llama-server"):
-        if name in rows:
-            print(f"ratio to {name:<18}" + "".join(f"{ours[n] / rows[name][n]:10.2f}" for n in CONCURRENCIES))
-        else:
-            print(f"{name}: not on PATH, left out")
+    stage_rows = [
+        ("ready, of it " + name, f"{seconds:.1f} s", "") for name, seconds in figures["stages_seconds"].items()
+    ]
+    latency_rows = [
+        (f"`{path}`, p50 and p99", f"{p50 * 1e3:.2f} ms, {p99 * 1e3:.2f} ms", "p99 at most 5 ms")
+        for path, (p50, p99) in figures["latency_seconds"].items()
+    ]
+    measured = [
+        ("command to ready, warm cache", f"{figures['seconds_to_ready']:.1f} s", "40 s on 2 cores"),
+        *stage_rows,
+        ("resident memory of supervisor and agent", f"{memory:.1f} MiB", "at most 60 MiB"),
+        *latency_rows,
+    ]
+    speeds = [(name, *(f"{row[n]:.1f}" for n in CONCURRENCIES)) for name, row in rows.items()]
+    ratios = [
+        (f"pascaline / {name}", *(f"{rows[OURS][n] / row[n]:.2f}" for n in CONCURRENCIES))
+        for name, row in rows.items()
+        if name != OURS
+    ]
+    left_out = [] if LLAMA in rows else [f"\n{LLAMA} is not on PATH: left out.\n"]
+    return "\n".join(
+        [
+            "# What `pascaline serve` costs\n",
+            f"{figures['cpu']}, {figures['cores']} cores; {MODEL} (GGUF) computed in {figures['dtype']} with "
+            f"{figures['cores']} threads; `benchmarks/serve.py`.",
+            f"Load average of the machine over 1 minute: {figures['load_before']:.1f} before, "
+            f"{figures['load_after']:.1f} after.\n",
+            *table(("what", "measured", "aim"), measured),
+            f"\nTokens/s of all requests together, {tokens} tokens each, median of {runs}:\n",
+            *table(("concurrent requests", *map(str, CONCURRENCIES)), [*speeds, *ratios]),
+            *left_out,
+        ]
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 @contextmanager
@@ -109,14 +138,15 @@ def running(command: list[str], path: str, port: int) -> Iterator[int]:
     """Run a server until the block ends; yields once GET path answers 200."""
     environment = {**os.environ, "SGLANG_PLATFORM": "pascal", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
-    )
+    print(f"starting: {' '.join(command)}", file=sys.stderr)
+    log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed at the end of the process
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
         while not answers(path, port):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"serve.py: not ready: {' '.join(command)}")
+                log.seek(0)
+                raise SystemExit(f"serve.py: not ready: {' '.join(command)}\n{log.read()[-2000:]}")
             time.sleep(0.05)
         yield process.pid
     finally:

@@ -37,19 +37,22 @@ let
     url = "https://download.pytorch.org/whl/cu118/torch-2.7.1%2Bcu118-cp312-cp312-manylinux_2_28_x86_64.whl";
     sha256 = "91454dcfdb81f181fdf216d6d6d9912fbd8795578b90384b3b8b8132737072bb";
   };
-  cu118Libraries = with cudaPackages_pascal; [
-    cuda_cudart
-    cuda_cupti
-    cuda_nvrtc
-    cuda_nvtx
-    cudnn
-    libcublas
-    libcufft
-    libcurand
-    libcusolver
-    libcusparse
-    nccl
-  ];
+  cu118Libraries = map lib.getLib (
+    with cudaPackages_pascal;
+    [
+      cuda_cudart
+      cuda_cupti
+      cuda_nvrtc
+      cuda_nvtx
+      cudnn
+      libcublas
+      libcufft
+      libcurand
+      libcusolver
+      libcusparse
+      nccl
+    ]
+  );
   cu118 =
     assert lib.assertOneOf "torchFlavour" torchFlavour [
       "pypi"
@@ -128,12 +131,20 @@ let
         zlib
       ]
       ++ libraries;
-      # The driver's own libraries come from the running system.
       autoPatchelfIgnoreMissingDeps = [
+        # The driver's own libraries come from the running system.
         "libcuda.so.1"
         "libnvidia-ml.so.1"
+        # cuFile reads remote disks by RDMA with them; torch brings it, serving never calls it.
+        "libibverbs.so.1"
+        "libmlx5.so.1"
+        "librdmacm.so.1"
       ];
-      appendRunpaths = [ "/run/opengl-driver/lib" ];
+      # Their own folder too: cuDNN and NVRTC open their parts by name, which autoPatchelf cannot see.
+      appendRunpaths = [
+        "$ORIGIN"
+        "/run/opengl-driver/lib"
+      ];
       installPhase = ''
         runHook preInstall
         sh ${./install-environment} $out ${lib.getExe python312} ${linkFarm "${name}-wheels" wheels}

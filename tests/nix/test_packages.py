@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,33 @@ def test_kernels_are_built_by_the_plugin_itself(flake: Any, repository: Path, tm
     assert "name the file by CUDA_NVRTC" in result.stderr
 
 
+C_LIBRARY = {
+    *("ld-linux-x86-64.so.2", "libc.so.6", "libdl.so.2", "libm.so.6", "libmvec.so.1", "libpthread.so.0", "librt.so.1"),
+    *("libutil.so.1",),
+}
+BUILD_INPUTS = {"libgcc_s.so.1", "libstdc++.so.6", "libz.so.1"}
+"""Of stdenv's compiler and zlib, which python/default.nix names."""
+
+
+def test_wheels_need_no_library_that_nix_lacks(flake: Any, run_nix: Any) -> None:
+    """autoPatchelf fails the build on a library that is neither in the environment nor named as to be left out."""
+    packages = Path(sysconfig.get_path("purelib"))
+    if not (packages / "torch").is_dir():
+        pytest.skip("torch is not installed here")
+    files = [file for file in packages.rglob("*.so*") if file.is_file()]
+    listing = run_nix("readelf", "--dynamic", *files).stdout
+    needed = set(re.findall(r"\(NEEDED\) +Shared library: \[(.+)\]", listing))
+    assert "libcudnn.so.9" in needed
+    ignored = set(flake("packages.x86_64-linux.pascaline-engine.autoPatchelfIgnoreMissingDeps"))
+    missing = needed - {file.name for file in files} - C_LIBRARY - BUILD_INPUTS - ignored
+    assert missing == set()
+
+
+def test_libraries_find_their_parts_beside_them(flake: Any) -> None:
+    """NVRTC and cuDNN open further files of their own folder by name, which no header tells autoPatchelf."""
+    assert "$ORIGIN" in flake("packages.x86_64-linux.pascaline-engine.appendRunpaths")
+
+
 def test_app_runs_the_control_plane(flake: Any) -> None:
     assert flake("apps.x86_64-linux.default.program").endswith("/bin/pascaline")
 
@@ -117,10 +146,13 @@ def test_template_becomes_a_fleet(nix_command: Any, source: Path, input_override
     assert sorted(file.name for file in tmp_path.iterdir()) == ["common.nix", "flake.nix", "fleet.nix"]
     inputs = [f"pascaline/{part}" if part in INPUTS else part for part in input_overrides]
     options = ("--impure", "--json", "--no-write-lock-file", "--override-input", "pascaline", f"path:{source}", *inputs)
-    systems = "builtins.mapAttrs (_: host: host.config.system.build.toplevel.drvPath)"
-    result = nix_command("eval", *options, f"path:{tmp_path}#nixosConfigurations", "--apply", systems)
-    assert result.returncode == 0, result.stderr
-    assert sorted(json.loads(result.stdout)) == ["gpu-1", "watch"]
+    for output, systems in {
+        "nixosConfigurations": "builtins.mapAttrs (_: host: host.config.system.build.toplevel.drvPath)",
+        "colmenaHive": "hive: builtins.mapAttrs (_: system: system.drvPath) hive.toplevel",
+    }.items():
+        result = nix_command("eval", *options, f"path:{tmp_path}#{output}", "--apply", systems)
+        assert result.returncode == 0, result.stderr
+        assert sorted(json.loads(result.stdout)) == ["gpu-1", "watch"]
 
 
 def test_development_shell_evaluates(flake: Any) -> None:

@@ -22,48 +22,65 @@
     let
       inherit (nixpkgs) lib;
       system = "x86_64-linux";
+      unfree = import ./python/unfree.nix { inherit lib; };
       overlay = import ./python/overlay.nix { inherit nixpkgs-cuda; };
       pkgs = import nixpkgs {
         inherit system;
         overlays = [ overlay ];
-        config = import ./python/unfree.nix { inherit lib; };
+        config = unfree.driver;
       };
       modules = [ self.nixosModules.default ];
       fleetLib = import ./hosts { inherit lib; };
       fleet = import ./hosts/fleet.nix;
-      withOverlay = module: {
-        imports = [ module ];
+      colmenaHive =
+        fleet:
+        { modules }:
+        import "${colmena}/src/nix/hive/eval.nix" {
+          rawHive = fleetLib.colmena fleet {
+            nixpkgs = pkgs;
+            inherit modules;
+          };
+          hermetic = true;
+        };
+      packageSet = {
+        # So that it is there once, whichever of our modules are imported.
+        key = "pascaline:packages";
         nixpkgs.overlays = [ overlay ];
-        nixpkgs.config = import ./python/unfree.nix { inherit lib; };
+        nixpkgs.config = unfree.driver;
       };
     in
     {
       overlays.default = overlay;
-      lib = fleetLib;
-
-      nixosModules = lib.mapAttrs (_: withOverlay) {
-        default = ./modules;
-        cloudlab = ./modules/cloudlab.nix;
-        cuda = ./modules/cuda.nix;
-        driver = ./modules/driver.nix;
-        exporter = ./modules/exporter.nix;
-        inference = ./modules/inference.nix;
-        models = ./modules/models.nix;
-        monitoring = ./modules/monitoring;
-        router = ./modules/router.nix;
+      lib = fleetLib // {
+        # fleet, { modules } -> what the colmena program evaluates
+        inherit colmenaHive;
       };
+
+      nixosModules =
+        lib.mapAttrs
+          (_: module: {
+            imports = [
+              module
+              packageSet
+            ];
+          })
+          {
+            default = ./modules;
+            cloudlab = ./modules/cloudlab.nix;
+            cuda = ./modules/cuda.nix;
+            driver = ./modules/driver.nix;
+            exporter = ./modules/exporter.nix;
+            inference = ./modules/inference.nix;
+            models = ./modules/models.nix;
+            monitoring = ./modules/monitoring;
+            router = ./modules/router.nix;
+          };
 
       nixosConfigurations = fleetLib.nixosConfigurations fleet {
         inherit (lib) nixosSystem;
         inherit modules;
       };
-      colmenaHive = import "${colmena}/src/nix/hive/eval.nix" {
-        rawHive = fleetLib.colmena fleet {
-          nixpkgs = pkgs;
-          inherit modules;
-        };
-        hermetic = true;
-      };
+      colmenaHive = colmenaHive fleet { inherit modules; };
 
       packages.${system} = {
         inherit (pkgs)

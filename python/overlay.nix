@@ -4,7 +4,7 @@ final: _prev:
 let
   inherit (final) lib;
   inherit (final.stdenv.hostPlatform) system;
-  unfree = import ./unfree.nix { inherit lib; };
+  unfree = (import ./unfree.nix { inherit lib; }).cuda;
   capabilities = [
     "6.0"
     "6.1"

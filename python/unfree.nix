@@ -1,15 +1,20 @@
-# The unfree packages that a Pascal host needs, by name and by licence, and no others.
+# The unfree packages that are allowed, and no others: a Pascal host's driver by name, CUDA by licence.
 { lib }:
 {
-  nvidia.acceptLicense = true;
-  allowUnfreePredicate =
-    package:
-    lib.elem (lib.getName package) [
+  # Names, not a predicate: NixOS adds up lists of several modules, but takes one predicate of many.
+  driver = {
+    nvidia.acceptLicense = true;
+    allowUnfreePackages = [
+      "nvidia-kernel-modules"
       "nvidia-persistenced"
       "nvidia-settings"
       "nvidia-x11"
-    ]
-    || lib.any (
+    ];
+  };
+
+  cuda.allowUnfreePredicate =
+    package:
+    lib.any (
       licence:
       lib.elem (licence.shortName or "") [
         "CUDA EULA"

@@ -18,5 +18,6 @@
         inherit (nixpkgs.lib) nixosSystem;
         inherit modules;
       };
+      colmenaHive = pascaline.lib.colmenaHive fleet { inherit modules; };
     };
 }

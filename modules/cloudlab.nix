@@ -2,7 +2,6 @@
 {
   config,
   lib,
-  modulesPath,
   ...
 }:
 let
@@ -52,12 +51,12 @@ in
     };
   };
 
-  imports = [
-    ./common.nix
-    (modulesPath + "/profiles/all-hardware.nix")
-  ];
+  imports = [ ./common.nix ];
 
   config = lib.mkIf cfg.enable {
+    # Every disk controller's driver is there to boot with: what a node has is known only once it is allocated.
+    hardware.enableAllHardware = true;
+
     boot = {
       loader.systemd-boot.enable = false;
       loader.grub = {

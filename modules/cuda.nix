@@ -10,7 +10,13 @@ let
   cfg = config.hardware.pascaline.cuda;
   toolkit = pkgs.symlinkJoin {
     name = "cuda-toolkit-${cfg.packages.cudaMajorMinorVersion or "11.8"}";
-    paths = cfg.components cfg.packages;
+    # Headers, libraries and programs of a component are outputs of their own. Static libraries are gigabytes; nvcc links one.
+    paths = lib.concatMap (
+      component:
+      map (output: component.${output}) (
+        lib.filter (output: output != "static" || lib.getName component == "cuda_cudart") component.outputs
+      )
+    ) (cfg.components cfg.packages);
   };
 in
 {

@@ -107,8 +107,9 @@ in
       open = lib.mkDefault false;
       nvidiaSettings = false;
       nvidiaPersistenced = cfg.persistence;
+      # Nothing is shown and no video decoded on a server.
+      videoAcceleration = lib.mkDefault false;
     };
-    nixpkgs.config.nvidia.acceptLicense = true;
 
     # Hardened units may not load modules, so CUDA's device must exist before they start.
     boot.kernelModules = [ "nvidia_uvm" ];

@@ -7,6 +7,7 @@
 let
   inherit (lib) mkOption types;
   cfg = config.services.pascaline.exporter;
+  exec = import ./exec.nix { inherit lib; };
   hardening = import ./hardening.nix;
 in
 {
@@ -58,7 +59,7 @@ in
       startLimitIntervalSec = 0;
       environment.LD_LIBRARY_PATH = "/run/opengl-driver/lib";
       serviceConfig = hardening // {
-        ExecStart = lib.escapeShellArgs (
+        ExecStart = exec (
           [
             (lib.getExe config.services.pascaline.package)
             "exporter"

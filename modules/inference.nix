@@ -23,6 +23,10 @@ let
   # Beside what the user set: what only the host knows.
   settingsOf =
     name: instance:
+    let
+      # Null for a name that is not declared too: an assertion says so.
+      model = cfg.models.${toString instance.model} or null;
+    in
     {
       served_model_name = name;
       engine_executable =
@@ -31,9 +35,9 @@ let
         else
           lib.getExe' instance.llamaCppPackage "llama-server";
     }
-    // lib.optionalAttrs (instance.model != null) {
-      model = "${config.services.pascaline.models.${instance.model}.file}";
-      model_sha256 = config.services.pascaline.models.${instance.model}.sha256;
+    // lib.optionalAttrs (model != null) {
+      model = "${model.file}";
+      model_sha256 = model.sha256;
     }
     // lib.optionalAttrs (instance.apiKeyFile != null) {
       # systemd copies the credential here; the file itself stays readable by root alone.
@@ -97,7 +101,16 @@ let
       TMPDIR = "/run/${unitName name}";
       LD_LIBRARY_PATH = "/run/opengl-driver/lib";
     }
+    // lib.optionalAttrs (instance.gpus != [ ]) {
+      # SGLang's modules ask Triton for its driver when they are imported. Triton compiles a small one, against a libcuda.so that
+      # it looks for with /sbin/ldconfig, which NixOS does not have.
+      CC = "${pkgs.stdenv.cc}/bin/cc";
+      TRITON_LIBCUDA_PATH = "/run/opengl-driver/lib";
+    }
     // instance.environment;
+
+    # SGLang reads the card's memory and capability by nvidia-smi.
+    path = lib.optional (instance.gpus != [ ]) (lib.getBin config.hardware.nvidia.package);
 
     serviceConfig =
       hardening

@@ -9,6 +9,7 @@ let
   inherit (lib) mkOption types;
   cfg = config.services.pascaline;
   inherit (cfg) models;
+  exec = import ./exec.nix { inherit lib; };
   hardening = import ./hardening.nix;
   fetchModel = pkgs.writeShellApplication {
     name = "pascaline-fetch-model";
@@ -23,6 +24,8 @@ let
     requires = [ storeUnit ];
     after = [ storeUnit ];
   };
+  # A download link may end in a query, which is no part of the file's name.
+  fileName = url: baseNameOf (lib.head (builtins.match "([^?#]*).*" url));
   keepList = lib.concatMapStringsSep " " lib.escapeShellArg (lib.attrNames models);
 in
 {
@@ -73,7 +76,7 @@ in
               file = mkOption {
                 type = types.path;
                 default = "${cfg.stateDir}/models/${name}/${
-                  baseNameOf (if config.url != null then config.url else toString config.path)
+                  if config.url != null then fileName config.url else baseNameOf (toString config.path)
                 }";
                 defaultText = lib.literalExpression "\"\${config.services.pascaline.stateDir}/models/<name>/<file name>\"";
                 example = "/data/models/emily.gguf";
@@ -116,7 +119,7 @@ in
           serviceConfig = hardening // {
             Type = "oneshot";
             RemainAfterExit = true;
-            ExecStart = lib.escapeShellArgs [
+            ExecStart = exec [
               (lib.getExe fetchModel)
               (if model.url != null then model.url else model.path)
               model.file
@@ -147,7 +150,7 @@ in
           serviceConfig = hardening // {
             Type = "oneshot";
             RemainAfterExit = true;
-            ExecStart = lib.escapeShellArgs [
+            ExecStart = exec [
               "${pkgs.coreutils}/bin/install"
               "--directory"
               "--owner=${cfg.user}"

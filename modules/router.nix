@@ -8,6 +8,7 @@
 let
   inherit (lib) mkOption types;
   cfg = config.services.pascaline.router;
+  exec = import ./exec.nix { inherit lib; };
   hardening = import ./hardening.nix;
 in
 {
@@ -105,7 +106,7 @@ in
       after = [ "network-online.target" ];
       startLimitIntervalSec = 0;
       serviceConfig = hardening // {
-        ExecStart = lib.escapeShellArgs (
+        ExecStart = exec (
           [
             "${cfg.package}/bin/python"
             "${./run-router.py}"

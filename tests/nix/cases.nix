@@ -1,5 +1,9 @@
 # Configurations that must evaluate, that must fail with a given message, and that the option types must refuse.
-{ lib }:
+{
+  lib,
+  # Version of the driver's default branch.
+  newest ? "595.84",
+}:
 let
   digest = lib.concatStrings (lib.genList (_: "ab") 32);
   driver.hardware.pascaline.driver.enable = true;
@@ -16,8 +20,8 @@ in
         memoryMax = "8G";
       }
     );
-    p4 = on (
-      instance "emily" {
+    p4 = on [
+      (instance "emily" {
         model = "emily";
         apiKeyFile = "/run/secrets/key";
         openFirewall = true;
@@ -26,14 +30,14 @@ in
           card = "tesla-p4";
           kv_cache.dtype = "int8";
         };
-      }
-      // {
+      })
+      {
         services.pascaline.models.emily = {
           path = "/data/emily.gguf";
           sha256 = digest;
         };
       }
-    );
+    ];
     shared = on [
       (instance "a" (lib.recursiveUpdate builtinModel { settings.mem_fraction_static = 0.45; }))
       (instance "b" (
@@ -63,6 +67,11 @@ in
       enable = true;
       debug = true;
     };
+    # Neither the query nor the blank of a link is lost on the way to the unit.
+    download.services.pascaline.models.emily = {
+      url = "https://models.example.org/my%20emily.gguf?download=true";
+      sha256 = digest;
+    };
     garbage.services.pascaline = {
       collectModelGarbage = true;
       models.emily = {
@@ -87,7 +96,7 @@ in
   failing = {
     newDriver = {
       module = on { hardware.pascaline.driver.branch = "stable"; };
-      message = "hardware.pascaline.driver.branch: driver 595.84 of branch 'stable' ignores Pascal, must be R580 or older; set hardware.pascaline.driver.branch = \"legacy_580\" and do not set hardware.nvidia.package";
+      message = "hardware.pascaline.driver.branch: driver ${newest} of branch 'stable' ignores Pascal, must be R580 or older; set hardware.pascaline.driver.branch = \"legacy_580\" and do not set hardware.nvidia.package";
     };
     oldCard = {
       module = on { hardware.pascaline.driver.computeCapability = "5.2"; };

@@ -11,7 +11,10 @@ let
       ${script}
       touch $out
     '';
-  cases = import ./cases.nix { inherit lib; };
+  cases = import ./cases.nix {
+    inherit lib;
+    newest = pkgs.linuxPackages.nvidiaPackages.stable.version;
+  };
 
   system =
     module:

@@ -15,10 +15,7 @@ let
         ../../modules
       ]
       ++ modules;
-      specialArgs = {
-        inherit (standIn) pkgs;
-        modulesPath = ./stand-in;
-      };
+      specialArgs = { inherit (standIn) pkgs; };
     };
   failed = config: map (a: a.message) (lib.filter (a: !a.assertion) config.assertions);
 
@@ -54,6 +51,8 @@ let
       fileSystems = plain config.fileSystems;
       grub = config.boot.loader.grub;
       inherit (config.boot) kernelModules kernelParams;
+      inherit (config.hardware) enableAllHardware;
+      packages = map (p: p.joined or [ "${p}" ]) config.environment.systemPackages;
       inherit (config.hardware.pascaline.driver) computeCapability;
       grafana = lib.optionalAttrs config.services.grafana.enable config.services.grafana.settings;
       nvidia = {
@@ -115,10 +114,17 @@ in
 {
   hosts = lib.mapAttrs (name: _: host [ (fleetLib.moduleOf fleet name) ]) fleet.hosts;
   units = lib.mapAttrs (_: host) (lib.mapAttrs (_: module: [ module ]) cases.working);
-  failures = lib.mapAttrs (_: case: {
-    inherit (case) message;
-    failed = failed (evaluate [ case.module ]).config;
-  }) cases.failing;
+  # NixOS reads the units before the assertions: a mistake must not break them before it is named.
+  failures = lib.mapAttrs (
+    _: case:
+    let
+      inherit (evaluate [ case.module ]) config;
+    in
+    {
+      inherit (case) message;
+      failed = builtins.deepSeq (lib.mapAttrs (_: plain) config.systemd.services) (failed config);
+    }
+  ) cases.failing;
   typeErrors = lib.mapAttrs (
     _: module:
     let
@@ -137,6 +143,17 @@ in
     lib.mapAttrs (host: _: (rendered (fleetLib.moduleOf fleet host)).settings) fleet.hosts
     // lib.mapAttrs (_: module: (rendered module).settings) cases.working;
   targets = fleetLib.targets fleet;
+  # The driver's packages that a host allows, and licence -> whether a package of it may be part of CUDA.
+  unfree =
+    let
+      inherit (import ../../python/unfree.nix { inherit lib; }) driver cuda;
+    in
+    {
+      packages = driver.allowUnfreePackages;
+      licences = lib.genAttrs [ "CUDA EULA" "cuDNN EULA" "unfree" ] (
+        shortName: cuda.allowUnfreePredicate { meta.license = { inherit shortName; }; }
+      );
+    };
   small = host [ (fleetLib.moduleOf cases.smallFleet "only") ];
   # The inventory with one more line.
   grown =

@@ -10,10 +10,7 @@ let
         options._module.args = lib.mkOption { internal = true; };
       }
     ];
-    specialArgs = {
-      inherit pkgs;
-      modulesPath = "${pkgs.path}/nixos/modules";
-    };
+    specialArgs = { inherit pkgs; };
   };
   root = toString ../..;
 in

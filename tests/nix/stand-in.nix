@@ -61,9 +61,23 @@ let
       pname = name;
       outPath = "/nix/store/00000000000000000000000000000000-${name}";
       outputName = "out";
+      outputs = [ "out" ];
+      out = package name extra;
       meta.mainProgram = name;
     }
     // extra;
+  # As nixpkgs splits CUDA's components.
+  outputs =
+    name:
+    lib.genAttrs [ "dev" "lib" "static" ] (output: package "${name}-${output}" { })
+    // {
+      outputs = [
+        "out"
+        "dev"
+        "lib"
+        "static"
+      ];
+    };
   text = name: content: builtins.unsafeDiscardStringContext (builtins.toFile name content);
 in
 {
@@ -73,6 +87,7 @@ in
     pascaline-router = package "pascaline-router" { };
     llama-cpp-pascal = package "llama-cpp" { meta.mainProgram = "llama-server"; };
     coreutils = package "coreutils" { };
+    stdenv.cc = package "gcc" { };
     curl = package "curl" { };
     cudaPackages_pascal = lib.genAttrs [
       "cuda_cccl"
@@ -83,8 +98,10 @@ in
       "cudnn"
       "libcublas"
       "nccl"
-    ] (name: package name { });
-    symlinkJoin = { name, paths }: package name { inherit paths; };
+    ] (name: package name (outputs name));
+    symlinkJoin =
+      { name, paths }:
+      package name { joined = map (path: "${path}") paths; };
     linkFarm = name: _entries: package name { };
     runCommand =
       name: _attrs: script:
@@ -118,6 +135,7 @@ in
       };
       fileSystems = anything;
       hardware = {
+        enableAllHardware = bool;
         cpu.intel.updateMicrocode = bool;
         graphics.enable = bool;
         nvidia = {
@@ -127,6 +145,7 @@ in
           open = option (types.nullOr types.bool) null;
           nvidiaSettings = option types.bool true;
           nvidiaPersistenced = bool;
+          videoAcceleration = option types.bool true;
         };
       };
       networking = {

@@ -81,6 +81,45 @@ def test_reference_page_is_that_of_the_modules(evaluated: Any) -> None:
     assert options.PAGE.read_text() == options.page(evaluated("options"))
 
 
+def test_link_reaches_the_unit_whole(evaluated: Any) -> None:
+    """systemd would read %20 as a specifier of its own; and a query is no part of the file's name."""
+    unit = evaluated("units.download")["services"]["pascaline-model-emily"]["serviceConfig"]
+    _, url, target, _ = unit["ExecStart"].split()
+    assert url == '"https://models.example.org/my%%20emily.gguf?download=true"'
+    assert target == "/var/lib/pascaline/models/emily/my%%20emily.gguf"
+
+
+def test_toolkit_has_the_outputs_of_its_components(evaluated: Any) -> None:
+    """nixpkgs keeps headers and libraries apart from programs; of the static libraries nvcc wants one."""
+    (joined,) = evaluated("units.cuda")["packages"]
+    names = {path.split("-", 1)[1] for path in joined}
+    assert {"cuda_nvcc", "cuda_cudart-dev", "cuda_cudart-lib", "cuda_cudart-static", "libcublas-lib"} <= names
+    assert "libcublas-static" not in names
+
+
+def test_triton_finds_driver_and_compiler(evaluated: Any) -> None:
+    """Asked for its driver at import, it looks where NixOS has nothing, and compiles."""
+    units = evaluated("units")
+    unit = units["p4"]["services"]["pascaline-emily"]
+    assert unit["environment"]["TRITON_LIBCUDA_PATH"] == "/run/opengl-driver/lib"
+    assert unit["environment"]["CC"].endswith("-gcc/bin/cc")
+    assert "CC" not in units["cpu"]["services"]["pascaline-tiny"]["environment"]
+
+
+def test_cloudlab_changes_nothing_where_it_is_off(evaluated: Any) -> None:
+    units = evaluated("units")
+    assert units["cloudlab"]["enableAllHardware"] is True
+    assert units["p4"]["enableAllHardware"] is False
+
+
+def test_unfree_packages_of_a_host_are_allowed_and_no_others(evaluated: Any) -> None:
+    """The driver of NixOS 26.05 comes in four parts, one of them its kernel module."""
+    unfree = evaluated("unfree")
+    parts = ["nvidia-kernel-modules", "nvidia-persistenced", "nvidia-settings", "nvidia-x11"]
+    assert unfree["packages"] == parts
+    assert unfree["licences"] == {"CUDA EULA": True, "cuDNN EULA": True, "unfree": False}
+
+
 class TestFleet:
     """One inventory, from which everything else follows."""
 

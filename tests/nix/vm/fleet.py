@@ -9,5 +9,5 @@ watch.wait_until_succeeds(
 with subtest("a host that is gone is alerted"):
     host.shutdown()
     watch.wait_until_succeeds(
-        "curl --silent http://127.0.0.1:9090/api/v1/alerts | grep -E 'EngineDown|FleetHostMissing'", timeout=600
+        "curl --silent http://127.0.0.1:9090/api/v1/alerts | grep -E 'AgentDown|FleetHostMissing'", timeout=600
     )

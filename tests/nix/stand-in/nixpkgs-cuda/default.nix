@@ -10,6 +10,7 @@ let
     // {
       pname = name;
       meta.mainProgram = name;
+      outputs = [ "out" ];
     };
 in
 {

@@ -15,6 +15,7 @@ import "@corepkgs@" (
         statix = final.gnugrep;
         deadnix = final.gnugrep;
         prometheus.cli = final.gnugrep;
+        linuxPackages.nvidiaPackages.stable.version = "595.84";
         nixosOptionsDoc = _: { optionsCommonMark = final.gnugrep; };
         # Evaluates every node, and fails where an assertion does.
         testers.runNixOSTest =

@@ -16,7 +16,6 @@ let
     ++ modules;
     specialArgs = {
       inherit (standIn) pkgs;
-      modulesPath = "@repository@/tests/nix/stand-in";
     }
     // specialArgs;
   };

@@ -1,2 +1,0 @@
-# Stands for NixOS' own profile of this name, which only adds kernel modules.
-{ }

@@ -117,6 +117,19 @@ def test_control_plane_needs_its_own_wheels_alone(tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stderr
 
 
+def test_environment_does_not_name_its_wheels(tmp_path: Path) -> None:
+    """What names a path of Nix' store keeps it: the wheels would be copied to every host, twice the environment's size."""
+    wheels, out = tmp_path / "wheels", tmp_path / "environment"
+    download(wheels, "idna")
+    build_own(wheels, "pascaline")
+    assert install(out, wheels).returncode == 0
+    naming = [file for file in out.rglob("*") if file.is_file() and str(wheels).encode() in file.read_bytes()]
+    assert naming == []
+    for record in out.glob("lib/python*/site-packages/*.dist-info/RECORD"):
+        listed = [record.parents[1] / line.split(",")[0] for line in record.read_text().splitlines()]
+        assert [file for file in listed if not file.exists()] == []
+
+
 def test_router_needs_its_own_wheels_alone(tmp_path: Path) -> None:
     wheels, out = tmp_path / "wheels", tmp_path / "environment"
     download(wheels, *members("router"))

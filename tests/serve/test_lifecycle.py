@@ -13,6 +13,7 @@ from pascaline.errors import ExitCode
 from pascaline.serving.process import MAX_LINE_BYTES
 from pascaline.serving.supervisor import BLIND_SECONDS
 from support.instance import wait_until
+from support.stuck import unkillable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -332,6 +333,22 @@ class TestGpuLost:
         assert instance.metric('pascaline_instance_state{state="gpu-lost"}') == 1
         instance.wait_for_line("the GPU is lost; restart 1 in 300 s")
         assert instance.stop(seconds=10) == ExitCode.OK
+
+    def test_a_process_that_cannot_be_killed(self, serve: Serve) -> None:
+        """As one in a driver call that does not return: nothing is started beside it, and the instance says so."""
+        instance = serve()
+        pid = instance.wait_for_state("ready")["engine_pid"]
+        with unkillable(pid):
+            instance.fault(hang=1)
+            report = instance.wait_for_state("gpu-lost")
+            assert report["reason"].startswith("the engine was unresponsive (no token for ")
+            assert report["reason"].endswith(
+                f"; its process {pid} does not end when it is killed, as where a driver call does not return"
+            )
+            assert report["engine_pid"] == pid
+            assert instance.agent("/readyz").status == 503
+            assert instance.stop() == ExitCode.OK
+        assert f"left behind: its process {pid} does not end when it is killed" in instance.text
 
 
 def _status_or_none(instance: Instance, max_tokens: int = 4) -> int | None:

@@ -14,8 +14,10 @@ import psutil
 import pytest
 from pascaline.child import with_parent
 from pascaline.engines import Launch
+from pascaline.serving import process as process_module
 from pascaline.serving.process import KEPT_LINES, LINES_PER_SECOND, MAX_LINE_BYTES, EngineProcess
 from pascaline.serving.threads import start_in_thread
+from support.stuck import unkillable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -180,6 +182,17 @@ class TestEnd:
         # Only a service manager's control group finds it.
         assert is_alive(int(pid.read_text()))
         os.kill(int(pid.read_text()), signal.SIGKILL)
+
+    def test_one_that_cannot_be_killed_holds_nothing_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(process_module, "KILL_SECONDS", 0.5)
+
+        async def whole() -> list[int | None]:
+            process = await EngineProcess.start(program("import time; time.sleep(600)"), lambda _: None)
+            with unkillable(process.pid):
+                codes = [await process.kill(), await process.kill()]
+            return [*codes, await asyncio.wait_for(process.kill(), PATIENCE)]
+
+        assert asyncio.run(whole()) == [None, None, -signal.SIGKILL]
 
     def test_it_dies_with_its_parent(self) -> None:
         code = (

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 NOT_INHERITED = frozenset({"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"})
 """The service manager's variables: what an engine tells it would count as ours."""
+KILL_SECONDS = 10.0
+"""From SIGKILL to the end of a process, on a machine under load; one that takes longer waits in the kernel, as for a
+driver that does not return."""
 KEPT_LINES = 200
 """Last lines of output that explain a failure."""
 MAX_LINE_BYTES = 64 * 1024
@@ -79,13 +82,14 @@ class EngineProcess:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGTERM)
 
-    async def kill(self) -> int:
-        """End it and everything in its group at once; return its exit code."""
+    async def kill(self) -> int | None:
+        """End it and everything in its group at once; return its exit code, None where not even SIGKILL ends it."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        code = await self.wait()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.wait(), KILL_SECONDS)
         self._output.close()
-        return code
+        return self.exit_code
 
     async def _pass_output_on(self) -> None:
         window, shown, dropped = monotonic(), 0, 0

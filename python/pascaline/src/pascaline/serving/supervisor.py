@@ -56,6 +56,8 @@ BACKOFF_SECONDS = 1.0
 BACKOFF_CAP_SECONDS = 60.0
 GPU_LOST_SECONDS = 300.0
 """Wait after the GPU is lost: restarts do not bring it back, a reset by a person does."""
+STUCK_SECONDS = 30.0
+"""Between two looks whether a process that could not be killed has ended."""
 STABLE_SECONDS = 600.0
 """An engine that served this long has recovered: its next crash is the first again."""
 KILL_GRACE_SECONDS = 20.0
@@ -148,8 +150,8 @@ class Supervisor:
             self._change(State.FAILED, str(error).partition("\n")[0])
             raise
         finally:
-            if self._process is not None:
-                await self._process.kill()
+            if self._process is not None and await self._process.kill() is None:
+                self._console.line("ERROR", "pascaline", f"left behind: {_stuck(self._process)}")
             self.metrics.engine_up.set(0)
         raise AssertionError("an instance ends by Stopped or an error")
 
@@ -355,9 +357,12 @@ class Supervisor:
     def _failure(self, process: EngineProcess, started: float) -> Failure:
         """Put into words why the engine, started at that Unix time, is not running any more."""
         explanation = self._engine.explain(list(process.last_lines))
-        if self.health.state is State.UNRESPONSIVE:
-            return Failure("unresponsive", f"the engine was unresponsive ({self.health.reason}) and was killed")
         code = process.exit_code
+        if self.health.state is State.UNRESPONSIVE:
+            text = f"the engine was unresponsive ({self.health.reason})"
+            if code is None:
+                return Failure("gpu-lost", f"{text}; {_stuck(process)}")
+            return Failure("unresponsive", f"{text} and was killed")
         if code is None:
             text = f"the engine was not ready within start_timeout ({self.settings.start_timeout:g} s)"
             if self.last_probe is not None and self.last_probe.at > started and not self.last_probe.ok:
@@ -381,6 +386,10 @@ class Supervisor:
         self.metrics.restarts.labels(failure.kind).inc()
         self._console.line("ERROR", "pascaline", f"{failure.text}; restart {in_a_row} in {wait:g} s")
         await self._sleep(wait)
+        # It still holds the GPU and the port: another one beside it could only fail.
+        while self._process is not None and await self._process.kill() is None:
+            self._change(State.GPU_LOST, _stuck(self._process))
+            await self._sleep(STUCK_SECONDS)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -476,6 +485,10 @@ class Supervisor:
                 break
         if self._stop.is_set():
             raise Stopped
+
+
+def _stuck(process: EngineProcess) -> str:
+    return f"its process {process.pid} does not end when it is killed, as where a driver call does not return"
 
 
 def _has_token(answer: bytes) -> bool:

@@ -85,6 +85,10 @@ class TestSglangCommand:
         assert command[3:5] == ("--model-path", "/m/emily")
         assert "--load-format" not in command
 
+    def test_bitsandbytes_quantises_with_a_loader_of_its_own(self, task: Callable[..., Task]) -> None:
+        command = " ".join(SGLANG.launch(task(FOLDER, quantization="bitsandbytes")).command)
+        assert " --quantization bitsandbytes --load-format bitsandbytes " in command
+
     @pytest.mark.parametrize(
         ("settings", "expected"),
         [

@@ -51,7 +51,11 @@ class _PascalPlatform(SRTPlatform):  # type: ignore[misc]  # SGLang publishes no
         return "native"
 
     def get_quantization_config(self, name: str) -> type | None:
-        """Our own for GGUF; SGLang's for any other."""
+        """Our own for GGUF and bitsandbytes; SGLang's for any other."""
+        if name == "bitsandbytes":
+            from sglang_pascal.quantization.nf4 import PascalNf4Config
+
+            return PascalNf4Config
         if name != "gguf":
             return None
         from sglang_pascal.quantization.config import PascalGgufConfig

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # Ours -> SGLang's names of KV types.
 KV_DTYPES = {"auto": "auto", "fp16": "auto", "bf16": "bf16", "fp8_e5m2": "fp8_e5m2", "int8": "int8"}
 
+BITSANDBYTES = "bitsandbytes"
+"""Quantisation that SGLang does itself, while it loads a folder."""
+
 # "[2026-11-23 20:15:01] INFO message" or "[2026-11-23 20:15:01 TP0] message"; SGLang leaves INFO out.
 _LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[^\]]*\] (?:(DEBUG|INFO|WARNING|ERROR|CRITICAL):? )?(.*)")
 _UVICORN_LINE = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL):\s+(.*)")
@@ -125,6 +128,9 @@ def _model_arguments(task: Task) -> list[str]:
         arguments += ["--load-format", "pascal_gguf"]
     if task.settings.quantization is not None:
         arguments += ["--quantization", task.settings.quantization]
+        if task.settings.quantization == BITSANDBYTES and model.prepared_dir is None:
+            # Only this loader quantises, and SGLang does not choose it by the method.
+            arguments += ["--load-format", BITSANDBYTES]
     return [*arguments, "--device", task.device, "--dtype", task.dtype]
 
 

@@ -1,0 +1,87 @@
+"""SGLang's quantisation `bitsandbytes` (NF4, double quantisation) as Pascal can run it.
+
+SGLang 0.5.23 has faults here. It refuses the method below compute capability 7.0, though bitsandbytes has code for
+6.0, which 6.1 runs. It multiplies in bfloat16, which Pascal emulates; bitsandbytes multiplies in the type of its
+input, so activations stay as they are. And its loader names what it quantises itself `qweight`, while its layers hold
+`weight`, as checkpoints that were quantised before do: "Parameter ... qweight not found in the model".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.quantization.bitsandbytes import (
+    BitsAndBytesConfig,
+    BitsAndBytesLinearMethod,
+    is_layer_skipped_bnb,
+)
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+
+class PascalNf4Config(BitsAndBytesConfig):  # type: ignore[misc]  # SGLang publishes no types
+    """Gives linear layers a method that multiplies in the activations' type."""
+
+    is_quantized_before = False
+    """Whether the checkpoint holds NF4; else the loader makes it of 16-bit weights."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> PascalNf4Config:
+        """SGLang's constructor; config: the checkpoint's `quantization_config`, or one without a method."""
+        made: PascalNf4Config = super().from_config(config)
+        made.is_quantized_before = "quant_method" in config
+        return made
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """6.0, the oldest that bitsandbytes' CUDA 12.6 library holds code for."""
+        return 60
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """The method of a linear layer; None for any other."""
+        if not isinstance(layer, LinearBase):
+            return None
+        if is_layer_skipped_bnb(prefix, self.llm_int8_skip_modules):
+            return UnquantizedLinearMethod()
+        return PascalNf4LinearMethod(self)
+
+
+class PascalNf4LinearMethod(BitsAndBytesLinearMethod):  # type: ignore[misc]
+    """One layer whose weight SGLang's loader fills."""
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        """Register the parameter under the name that the loader fills, two weights a byte."""
+        del params_dtype  # SGLang takes the weights of a byte from its width, which is right for 16 bits only
+        sizes = (input_size_per_partition, output_partition_sizes, input_size, output_size, torch.float16)
+        super().create_weights(layer, *sizes, **attributes)
+        if not self.quant_config.is_quantized_before:
+            layer.qweight = layer.weight
+            del layer.weight
+
+    def _apply_4bit_weight(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return x [..., in] times the weight [out, in], in x's type."""
+        from bitsandbytes import matmul_4bit
+
+        weight: Any = layer.weight if self.quant_config.is_quantized_before else layer.qweight
+        rows, ends = x.reshape(-1, x.size(-1)), weight.bnb_shard_offsets.tolist()
+        # Not by SGLang's operator around this, which is registered for its own CUDA platform alone.
+        parts = [
+            matmul_4bit(rows, weight[ends[n] : ends[n + 1]].t(), state)
+            for n, state in sorted(weight.bnb_quant_state.items())
+        ]
+        result = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        if bias is not None:
+            result = result + bias
+        return result.view(*x.shape[:-1], result.size(-1))

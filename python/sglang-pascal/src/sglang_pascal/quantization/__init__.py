@@ -9,5 +9,6 @@ precision  with how many bits activations are multiplied
 method    SGLang's linear and embedding methods over it
 binding    the layers of a model get the file's matrices
 config    SGLang's quantisation configuration `gguf`
+nf4       SGLang's quantisation configuration `bitsandbytes`
 progress  how far loading is, on a terminal or in a log
 """

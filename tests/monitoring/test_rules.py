@@ -158,6 +158,14 @@ def test_every_paragraph_of_the_manual_has_the_same_four_parts() -> None:
         assert parts == ["Means", "Look at", "Do", "Do not"], name
 
 
+def test_every_nixos_option_that_rules_and_manual_name_exists() -> None:
+    texts = [path.read_text() for path in (*RULES.glob("*.yaml"), OPERATIONS)]
+    named = {option for text in texts for option in re.findall(r"(?:hardware|services)\.pascaline(?:\.\w+)+", text)}
+    options = (ROOT / "docs/nixos-options.md").read_text()
+    assert named
+    assert {option for option in named if f"`{option}`" not in options} == set()
+
+
 def test_inhibitions_name_alerts_that_exist_and_are_explained() -> None:
     inhibitions = json.loads((ROOT / "modules/monitoring/inhibit_rules.json").read_text())
     matchers = [text for rule in inhibitions for text in rule["source_matchers"] + rule["target_matchers"]]

@@ -337,6 +337,15 @@ class TestFetch:
         reading = read_host(found, 0.0)
         assert (len(reading.gpus), reading.instances[0].name, reading.error) == (2, "emily", None)
 
+    def test_a_stopped_instance_hides_none_of_those_after_it(
+        self, server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With the steps of ports here one of several: the usual ones may be taken on this machine."""
+        agent_port = server.serve_pair(ENGINE, AGENT)
+        monkeypatch.setattr("pascaline.top.pages.AGENT_PORT", agent_port - 20)
+        (found,) = fetch(Target("127.0.0.1", exporter_port=closed_port()))
+        assert found.instances[agent_port] == (parse_page(AGENT), parse_page(ENGINE))
+
     def test_an_engine_is_found_at_the_port_that_its_agent_tells(self, server: Server) -> None:
         engine_port = server.serve(ENGINE)
         agent_port = server.serve(AGENT.replace('unit="', f'port="{engine_port}",unit="'))
@@ -369,6 +378,16 @@ class TestFetch:
 
 
 class TestCommand:
+    def test_a_hundred_silent_hosts_do_not_hide_one_that_answers(
+        self, server: Server, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Regression: their connections were all that the client would open, and the last host's pages waited in vain."""
+        alive = server.serve_pair(ENGINE, AGENT)
+        with silent_port() as silent:
+            hosts = [f"--host=127.0.0.1:{port}" for port in (*[silent] * 100, alive)]
+            assert main(["top", "--json", f"--exporter-port={silent}", "--timeout=5", *hosts]) == ExitCode.OK
+        assert json.loads(capsys.readouterr().out)[-1]["instances"][0]["state"] == "busy"
+
     def arguments(self, server: Server) -> list[str]:
         agent_port = server.serve_pair(ENGINE, AGENT)
         return ["top", "--host", f"127.0.0.1:{agent_port}", "--exporter-port", str(server.serve(EXPORTER))]

@@ -171,8 +171,9 @@ def _keys(stop: asyncio.Event) -> Iterator[None]:
 def _client(deadline: float) -> httpx.AsyncClient:
     import httpx
 
-    # Metrics pages of a fleet are not behind the proxy that the environment may name.
-    return httpx.AsyncClient(trust_env=False, timeout=deadline)
+    # Metrics pages of a fleet are not behind the proxy that the environment may name. Without limits: a page that waits
+    # for a free connection would count as one that does not answer.
+    return httpx.AsyncClient(trust_env=False, timeout=deadline, limits=httpx.Limits())
 
 
 def _size(console: Console) -> tuple[int, int]:

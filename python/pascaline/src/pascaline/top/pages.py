@@ -109,14 +109,10 @@ async def _fetch_instances(
 ) -> dict[int, tuple[Page | None, Page | None]]:
     if target.agent_port is not None:
         return {target.agent_port: await _fetch_instance(client, target.host, target.agent_port, deadline)}
-    found: dict[int, tuple[Page | None, Page | None]] = {}
-    for number in range(MAX_INSTANCES):
-        port = AGENT_PORT + AGENT_PORT_STEP * number
-        pair = await _fetch_instance(client, target.host, port, deadline)
-        if pair == (None, None):
-            break
-        found[port] = pair
-    return found
+    # All at once: an instance that is stopped hides none of those after it.
+    ports = [AGENT_PORT + AGENT_PORT_STEP * number for number in range(MAX_INSTANCES)]
+    pairs = await asyncio.gather(*(_fetch_instance(client, target.host, port, deadline) for port in ports))
+    return {port: pair for port, pair in zip(ports, pairs, strict=True) if pair != (None, None)}
 
 
 async def _fetch_instance(

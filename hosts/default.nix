@@ -6,7 +6,7 @@ let
   exporterPort = 9836;
 
   hostDefaults = {
-    address = throw "every host needs an address";
+    address = null;
     profile = null;
     gpu = null;
     instances = [ ];
@@ -31,12 +31,33 @@ let
       _: host: hostDefaults // { gpu = profileGpus.${toString (host.profile or null)} or null; } // host
     ) fleet.hosts;
 
-  unknownIn =
-    allowed: kind: host: names:
-    map (
-      name:
-      "fleet: host ${host} names ${kind} '${name}', must be one of: ${lib.concatStringsSep ", " allowed}"
-    ) (lib.subtractLists allowed names);
+  oneOf = allowed: "must be one of: ${lib.concatStringsSep ", " allowed}";
+  # Names that stand where only some are allowed, each as a sentence.
+  unknown =
+    what: allowed: names:
+    map (name: "fleet: ${what} '${name}', ${oneOf allowed}") (lib.subtractLists allowed names);
+
+  problemsOfHost =
+    fleet: addresses: name: host:
+    let
+      gpuKeys = lib.attrNames (if host.gpu == null then profileGpus.c240g5 else host.gpu);
+    in
+    unknown "host ${name} names instance" (lib.attrNames (fleet.instances or { })) host.instances
+    ++ unknown "host ${name} names role" [ "monitoring" "router" ] host.roles
+    ++ unknown "host ${name} has profile" profiles (lib.optional (host.profile != null) host.profile)
+    ++ unknown "host ${name} has an unknown key" (lib.attrNames hostDefaults) (
+      lib.attrNames fleet.hosts.${name}
+    )
+    # Firewall rules and /etc/hosts are made of it.
+    ++
+      lib.optional (builtins.match "[0-9]+(\\.[0-9]+){3}" (toString host.address) == null)
+        "fleet: host ${name} has address '${toString host.address}', must be an IPv4 address, for example 10.10.1.1"
+    ++ lib.optional (
+      host.address != null && lib.count (address: address == host.address) addresses > 1
+    ) "fleet: address ${host.address} of host ${name} is used twice"
+    ++
+      lib.optional (gpuKeys != lib.attrNames profileGpus.c240g5)
+        "fleet: gpu of host ${name} has the keys ${lib.concatStringsSep ", " gpuKeys}, must have card and capability, for example { card = \"tesla-p4\"; capability = \"6.1\"; }";
 
   # Every mistake of an inventory as a sentence; empty where it is sound.
   problems =
@@ -44,24 +65,29 @@ let
     let
       hosts = complete fleet;
       addresses = lib.mapAttrsToList (_: host: host.address) hosts;
+      modelOf =
+        name: instance:
+        lib.optional (instance ? model) {
+          inherit name;
+          inherit (instance) model;
+        };
+      models = lib.concatLists (lib.mapAttrsToList modelOf (fleet.instances or { }));
     in
-    lib.concatLists (
+    unknown "unknown key" (lib.attrNames fleetDefaults ++ [ "hosts" ]) (lib.attrNames fleet)
+    ++ lib.concatMap (
+      { name, model }:
+      unknown "instance ${name} names model" (lib.attrNames (fleet.models or { })) [ model ]
+    ) models
+    ++ lib.concatLists (
       lib.mapAttrsToList (
-        name: host:
-        unknownIn (lib.attrNames (fleet.instances or { })) "instance" name host.instances
-        ++ unknownIn [ "monitoring" "router" ] "role" name host.roles
-        ++
-          lib.optional (host.profile != null && !lib.elem host.profile profiles)
-            "fleet: host ${name} has profile '${host.profile}', must be one of: ${lib.concatStringsSep ", " profiles}"
-        ++ lib.optional (
-          lib.count (a: a == host.address) addresses > 1
-        ) "fleet: address ${host.address} of host ${name} is used twice"
-        ++ map (
+        name: instance:
+        map (
           key:
-          "fleet: host ${name} has an unknown key '${key}', must be one of: ${lib.concatStringsSep ", " (lib.attrNames hostDefaults)}"
-        ) (lib.subtractLists (lib.attrNames hostDefaults) (lib.attrNames fleet.hosts.${name}))
-      ) hosts
-    );
+          "fleet: instance ${name} sets settings.${key}, must leave ports to the fleet, whose scrape targets, workers and firewall rules follow them"
+        ) (lib.intersectLists [ "port" "agent_port" ] (lib.attrNames (instance.settings or { })))
+      ) (fleet.instances or { })
+    )
+    ++ lib.concatLists (lib.mapAttrsToList (problemsOfHost fleet addresses) hosts);
 
   profilePath = profile: ./profiles + "/${profile}.nix";
 

@@ -274,6 +274,25 @@ in
       address = "10.0.0.1";
       profile = "c220g6";
     };
+    ownPort = {
+      hosts.a.address = "10.0.0.1";
+      instances.emily.settings.port = 8000;
+    };
+    noAddress.hosts.a.roles = [ "router" ];
+    nameForAddress.hosts.a.address = "gpu-1.example.org";
+    halfGpu.hosts.a = {
+      address = "10.0.0.1";
+      gpu.card = "tesla-p4";
+    };
+    misspeltKey = {
+      hosts.a.address = "10.0.0.1";
+      instnaces = { };
+    };
+    unknownModel = {
+      hosts.a.address = "10.0.0.1";
+      instances.emily.model = "emilie";
+      models.emily = { };
+    };
     sameAddress.hosts = {
       a.address = "10.0.0.1";
       b.address = "10.0.0.1";

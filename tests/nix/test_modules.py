@@ -217,6 +217,26 @@ class TestFleet:
                 "must be one of: address, gpu, instances, modules, profile, roles",
             ),
             ("unknownProfile", "fleet: host a has profile 'c220g6', must be one of: c220g5, c240g5"),
+            (
+                "ownPort",
+                "fleet: instance emily sets settings.port, must leave ports to the fleet, "
+                "whose scrape targets, workers and firewall rules follow them",
+            ),
+            ("noAddress", "fleet: host a has address '', must be an IPv4 address, for example 10.10.1.1"),
+            (
+                "nameForAddress",
+                "fleet: host a has address 'gpu-1.example.org', must be an IPv4 address, for example 10.10.1.1",
+            ),
+            (
+                "halfGpu",
+                "fleet: gpu of host a has the keys card, must have card and capability, "
+                'for example { card = "tesla-p4"; capability = "6.1"; }',
+            ),
+            (
+                "misspeltKey",
+                "fleet: unknown key 'instnaces', must be one of: alertWebhook, apiKeyFile, instances, models, hosts",
+            ),
+            ("unknownModel", "fleet: instance emily names model 'emilie', must be one of: emily"),
             ("sameAddress", "fleet: address 10.0.0.1 of host a is used twice"),
         ],
     )

@@ -173,7 +173,8 @@ let
       }
       ''
         mkdir -p $out/bin
-        makeWrapper ${target}/bin/pascaline $out/bin/pascaline ${flags}
+        # For `doctor`, `top` and `plan` in a shell: NixOS keeps the driver's libraries where no program looks by itself.
+        makeWrapper ${target}/bin/pascaline $out/bin/pascaline --suffix LD_LIBRARY_PATH : /run/opengl-driver/lib ${flags}
       '';
 
   # Kernels are compiled to sm_60 and sm_61 here, so that no host compiles at start.

@@ -108,6 +108,11 @@ def test_libraries_find_their_parts_beside_them(flake: Any) -> None:
     assert "$ORIGIN" in flake("packages.x86_64-linux.pascaline-engine.appendRunpaths")
 
 
+def test_commands_find_the_driver_where_nixos_keeps_it(flake: Any) -> None:
+    command = flake("packages.x86_64-linux.pascaline.buildCommand")
+    assert "--suffix LD_LIBRARY_PATH : /run/opengl-driver/lib" in command
+
+
 def test_app_runs_the_control_plane(flake: Any) -> None:
     assert flake("apps.x86_64-linux.default.program").endswith("/bin/pascaline")
 

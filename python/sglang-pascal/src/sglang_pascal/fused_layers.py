@@ -1,5 +1,5 @@
-"""Layers of SGLang's models as few launches: norm and rotation with the write of keys and values, the activation
-function with the quantisation of its result, attention with that of its output.
+"""Layers of SGLang's models as few launches: norm and rotation with the write of keys and values; the norm before a
+product, the activation function and attention each with the quantisation of its result.
 
 `fuse` puts each function around a layer's own `forward`. It steps in only where attention runs on our kernels and the
 layer is one that they compute; otherwise SGLang's own code runs. One device: no reduction over ranks.
@@ -17,7 +17,8 @@ from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.model_executor.forward_context import get_attn_backend
 
 from sglang_pascal.attention.kernels_backend import KernelAttentionBackend, Rotation
-from sglang_pascal.ops.activations import Activations, rms_norm, silu_mul_quantize
+from sglang_pascal.ops.activations import Activations, rms_norm, rms_norm_quantize, silu_mul_quantize
+from sglang_pascal.quantization.handover import hand_over
 from sglang_pascal.quantization.method import QuantizedLinearMethod
 from sglang_pascal.quantization.precision import is_wide
 
@@ -96,8 +97,17 @@ def rms_norm_layer(
             x, residual, post_residual_addition, quant_linear
         )
         return result
-    normed = rms_norm(x.contiguous(), self.weight, self.variance_epsilon, residual)
+    normed = _normed(x.contiguous(), self, residual, self._quant_linear if quant_linear is None else quant_linear)
     return normed if residual is None else (normed, residual)
+
+
+def _normed(x: torch.Tensor, norm: Any, residual: torch.Tensor | None, linear: Any) -> torch.Tensor:
+    """linear: the layer that multiplies the result, if SGLang has told the norm of it."""
+    if linear is None or not takes_quantized(linear.quant_method):
+        return rms_norm(x, norm.weight, norm.variance_epsilon, residual)
+    output, wide = torch.empty_like(x), is_wide(len(x))
+    hand_over(output, rms_norm_quantize(x, norm.weight, norm.variance_epsilon, residual, wide=wide, output=output))
+    return output
 
 
 _FUSED: Final[dict[str, Callable[..., torch.Tensor]]] = {
@@ -110,11 +120,19 @@ _FUSED: Final[dict[str, Callable[..., torch.Tensor]]] = {
 """Class of SGLang's models -> what stands around its `forward`. Mistral is Llama here; Qwen 3 has Qwen 2's MLP."""
 
 
+_NORMS_UNTOLD: Final = ("Qwen3DecoderLayer",)
+"""Classes of layers whose norms SGLang does not tell what multiplies their result; Llama's and Qwen 2's it does."""
+
+
 def fuse(model: torch.nn.Module) -> None:
     """Change the layers of a model, in place."""
     for module in model.modules():
         if around := _FUSED.get(type(module).__name__):
             module.forward = functools.partial(around, module.forward, module)
+        if type(module).__name__ in _NORMS_UNTOLD:
+            layer: Any = module
+            layer.input_layernorm.fuse_input_quant(layer.self_attn.qkv_proj)
+            layer.post_attention_layernorm.fuse_input_quant(layer.mlp.gate_up_proj)
 
 
 def register_norm(platform_key: str) -> None:

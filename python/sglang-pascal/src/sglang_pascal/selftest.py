@@ -23,6 +23,7 @@ from typing import Final
 
 import torch
 
+from sglang_pascal.errors import PluginError
 from sglang_pascal.kernels.build import HEAD_DIMS
 from sglang_pascal.kernels.formats import FORMATS, TILE_COLUMNS
 from sglang_pascal.ops.activations import Activations, quantize, rms_norm, rms_norm_quantize, silu_mul_quantize
@@ -68,6 +69,8 @@ class Outcome:
     error: float
     """Difference from the reference as a share of the limit; NaN = the comparison itself is broken."""
     seconds: float
+    failure: str = ""
+    """What was raised instead of a result: a kernel that the driver refuses, a launch that fails."""
 
     @property
     def passed(self) -> bool:
@@ -202,6 +205,32 @@ def _silu_mul(device: torch.device) -> float:
     return max(errors)
 
 
+def _wide(device: torch.device) -> float:
+    """Two int8 hold each value to a 254th of a step of one, whatever quantised it."""
+    errors = []
+    for columns, dtype in itertools.product(_COLUMNS, (torch.float32, torch.float16)):
+        x, weight = _normal(5, columns).to(dtype) * 3, _normal(1, columns, seed=4)[0].to(dtype)
+        gate_up = _normal(5, 2 * columns, seed=6).to(dtype)
+        normed = torch.empty_like(x, device=device)
+        norm = rms_norm_quantize(x.to(device), weight.to(device), 1e-6, wide=True, output=normed)
+        wanted = rms_norm_ref(x, weight, 1e-6)
+        errors += [
+            _wide_error(quantize(x.to(device), wide=True), x.float()),
+            _wide_error(silu_mul_quantize(gate_up.to(device), wide=True), silu_mul_ref(gate_up)),
+            _wide_error(norm, wanted),
+            _share(normed, wanted, wanted.abs() * (HALF_ULP if dtype == torch.float16 else 1e-5) + 1e-6),
+        ]
+    return max(errors)
+
+
+def _wide_error(result: Activations, wanted: torch.Tensor) -> float:
+    n, columns = wanted.shape
+    values = (result.q.cpu().view(2 * n, -1, 32).double() * result.scales[..., :1].cpu().double()).flatten(1)
+    padded = torch.nn.functional.pad(wanted.double(), (0, values.shape[1] - columns))
+    largest = padded.view(n, -1, 32).abs().amax(-1, keepdim=True).expand(-1, -1, 32).flatten(1)
+    return _share(values[:n] + values[n:], padded, largest * (1 / 127 / 254 + 1e-5) + 2e-30)
+
+
 def _rms_norm(device: torch.device) -> float:
     errors = []
     for columns, dtype in itertools.product(_COLUMNS, (torch.float32, torch.float16)):
@@ -242,8 +271,8 @@ def _not_a_number(device: torch.device) -> float:
 
 # ---- products ------------------------------------------------------------------------------------------------------
 
-_MATRICES: Final = ((1, 256), (33, 768), (130, 1280), (320, 4608))
-"""Rows and columns: fewer tiles than slices, a last tile row, and K cut into splits."""
+_MATRICES: Final = ((1, 256), (33, 768), (130, 1280), (320, 4608), (64, 14336))
+"""Rows and columns: fewer tiles than slices, a last tile row, K in splits, and the widest layer of an 8B model."""
 _WIDTHS: Final = (1, 2, 3, 5, 8, 11, 16, 17, 64, 65, 150)
 
 
@@ -589,6 +618,7 @@ def _all_cases() -> dict[str, Case]:
         cases[f"matmul {tensor_type} extreme blocks"] = functools.partial(_product_of_extremes, tensor_type=tensor_type)
     cases |= {"matmul epilogue": _epilogue, "matmul float16": _half_product}
     cases |= {"quantize": _quantize, "silu_mul_quantize": _silu_mul, "rms_norm": _rms_norm}
+    cases |= {"quantize to 16 bits": _wide}
     cases |= {"NaN and infinity": _not_a_number, "argmax": _argmax, "top_k_top_p_filter": _filter}
     for kind in ("F16", "E5M2", "INT8"):
         cases[f"rope_and_store {kind}"] = functools.partial(_rope, kind=kind)
@@ -609,10 +639,18 @@ def run(device: torch.device, names: list[str] | None = None) -> list[Outcome]:
     outcomes = []
     for name, case in CASES.items():
         if names is None or name.startswith(tuple(names)):
-            start = time.monotonic()
-            error = case(device)
-            outcomes.append(Outcome(name, error, time.monotonic() - start))
+            outcomes.append(_outcome(name, case, device))
     return outcomes
+
+
+def _outcome(name: str, case: Case, device: torch.device) -> Outcome:
+    """One case. That it raises is its result: the others are still run."""
+    start, error, failure = time.monotonic(), float("nan"), ""
+    try:
+        error = case(device)
+    except (PluginError, RuntimeError) as exc:
+        failure = str(exc)
+    return Outcome(name, error, time.monotonic() - start, failure)
 
 
 def print_selftest(*, as_json: bool, names: list[str] | None = None) -> int:
@@ -628,6 +666,8 @@ def print_selftest(*, as_json: bool, names: list[str] | None = None) -> int:
         for outcome in outcomes:
             state = "ok  " if outcome.passed else "FAIL"
             sys.stdout.write(f"{state} {outcome.error:9.3f} of the limit  {outcome.seconds:6.2f} s  {outcome.name}\n")
+            if outcome.failure:
+                sys.stdout.write(f"     {outcome.failure}\n")
         sys.stdout.write(f"{where}: {len(outcomes) - len(failed)} of {len(outcomes)} cases pass\n")
     return 1 if failed or not outcomes else 0
 

@@ -1,7 +1,8 @@
 // Activations to int8, fused with what comes before a matrix product.
 //
-// Output of each: q int8 [n, K] (or [2n, K], the second half what the rounding of the first lost), scales [n, K / 32] of {d, d * sum q}, d = absmax / 127 over 32 consecutive values. K is a
-// multiple of 32; columns from `columns` to K (K is padded to 256) become zero.
+// Output of each: q int8 [n, K], scales [n, K / 32] of {d, d * sum q}, d = absmax / 127 over 32 consecutive values. Where
+// `low` is not 0 both have 2n rows: the second half is what the rounding of the first lost. K is a multiple of 32;
+// columns from `columns` to K (K is padded to 256) become zero.
 //   quantize               x
 //   rms_norm_quantize      x (+ residual, which is replaced by the sum) * rsqrt(mean square + eps) * weight
 //   silu_mul_quantize      silu(gate) * up, x = [n, 2 * columns] with gate first
@@ -46,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // y (same type as x; may be null) receives the normalised values; q may be null instead.
 extern "C" __global__ void __launch_bounds__(THREADS)
     rms_norm_quantize(const void* x, void* residual, const void* weight, void* y, signed char* q, float2* scales,
-                      float eps, int x_is_half, int weight_is_half, int columns, int K) {
+                      float eps, int x_is_half, int weight_is_half, int columns, int K, int low) {
   __shared__ float sums[WARPS];
   const int row = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const size_t base = static_cast<size_t>(row) * columns;
@@ -78,6 +79,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       value = __fmul_rn(__fmul_rn(value, factor), load_element(weight, column, weight_is_half));
       if (y) store_element(y, base + column, x_is_half, value);
     }
-    if (q) put(value, column, row, K, q, scales);
+    if (q) put(value, column, row, K, q, scales, low);
   }
 }

@@ -82,11 +82,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
 
 
 def rms_norm_quantize(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    *,
+    wide: bool = False,
+    output: torch.Tensor | None = None,
 ) -> Activations:
-    """As `rms_norm`, quantised in the same launch."""
-    result = empty_activations(x.shape[0], x.shape[1], x.device)
-    _rms_norm(x, weight, eps, residual, None, result)
+    """As `rms_norm`, quantised in the same launch, before the result is rounded to x's type.
+
+    output: like x, receives the floats as well.
+    """
+    result = empty_activations((1 + wide) * x.shape[0], x.shape[1], x.device)
+    _rms_norm(x, weight, eps, residual, output, result)
     return result
 
 
@@ -101,8 +110,9 @@ def _rms_norm(
     n, columns = x.shape
     require("x", x, FLOATS, (None, None), x)
     require("weight", weight, FLOATS, (columns,), x)
-    if residual is not None:
-        require("residual", residual, (x.dtype,), (n, columns), x)
+    for name, like_x in (("residual", residual), ("output", output)):
+        if like_x is not None:
+            require(name, like_x, (x.dtype,), (n, columns), x)
     if not x.is_cuda:
         _rms_norm_on_cpu(x, weight, eps, residual, output, result)
     elif n:
@@ -110,12 +120,13 @@ def _rms_norm(
             "quantize",
             "rms_norm_quantize",
             _THREADS,
-            "PPPPPPfiiii",
+            "PPPPPPfiiiii",
             (n, 1, 1),
             [
                 *(x.data_ptr(), address(residual), weight.data_ptr(), address(output)),
                 *(address(result and result.q), address(result and result.scales)),
                 *(eps, is_half(x), is_half(weight), columns, tiles(columns) * TILE_COLUMNS),
+                n if result is not None and len(result.q) > n else 0,
             ],
             x,
             f"x {list(x.shape)}",
@@ -136,5 +147,5 @@ def _rms_norm_on_cpu(
     if output is not None:
         output.copy_(normed)
     if result is not None:
-        for part, value in zip(result, quantize_ref(normed), strict=True):
+        for part, value in zip(result, quantize_ref(normed, wide=len(result.q) > len(x)), strict=True):
             part.copy_(value)

@@ -5,6 +5,7 @@ convert   rows of a type without kernels -> rows of one that has them, without l
 matrix    one weight matrix in memory: load rows, multiply, look rows up
 staging   host rows -> device, in bounded chunks, repacked on arrival
 table     what a GGUF file holds, under the names that SGLang's models use
+handover  activations that a norm has quantised already
 precision  with how many bits activations are multiplied
 method    SGLang's linear and embedding methods over it
 binding    the layers of a model get the file's matrices

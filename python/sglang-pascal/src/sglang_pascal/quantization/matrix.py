@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 
 from sglang_pascal.kernels.formats import GROUP_ROWS
 from sglang_pascal.ops.activations import Activations, quantize
-from sglang_pascal.ops.matmul import DECODE_COLUMNS, matmul
+from sglang_pascal.ops.matmul import DECODE_COLUMNS, matmul, matmul_half
 from sglang_pascal.ops.weights import PackedWeight, dequantize, pack_into
 
 if TYPE_CHECKING:
@@ -144,8 +144,11 @@ class DenseMatrix:
         self.values[first : first + values.shape[0]].copy_(values)
 
     def multiply(self, x: Input, out: torch.Tensor) -> None:
-        """out `[n, rows]` = x `[n, columns]` x this, in x's type: the weights are widened where it is wider."""
-        out.copy_(F.linear(x.x, self.values.to(x.x.dtype)))
+        """out `[n, rows]` = x `[n, columns]` x this: by our kernel from float16, else in x's type, which is wider."""
+        if x.x.dtype == torch.float16:
+            matmul_half(x.x.contiguous(), self.values, out=out)
+        else:
+            out.copy_(F.linear(x.x, self.values.to(x.x.dtype)))
 
     def lookup(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows `[n]` -> `[n, columns]`."""

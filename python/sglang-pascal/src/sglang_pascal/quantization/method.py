@@ -14,6 +14,7 @@ from sglang.srt.layers.quantization.base_config import LinearMethodBase
 from sglang_pascal.errors import CheckpointError, PluginError
 from sglang_pascal.kernels.formats import GROUP_ROWS
 from sglang_pascal.ops.weights import PackedWeight
+from sglang_pascal.quantization.handover import take
 from sglang_pascal.quantization.matrix import DenseMatrix, Input, Matrix, PackedMatrix, join_adjacent
 from sglang_pascal.quantization.precision import is_wide
 from sglang_pascal.quantization.staging import Stager, out_of_memory
@@ -100,7 +101,7 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
 
     def _multiply(self, x: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        result = self._products_of(Input(flat, wide=is_wide(len(flat))), dtype, bias)
+        result = self._products_of(Input(flat, take(x), wide=is_wide(len(flat))), dtype, bias)
         return result.view(*x.shape[:-1], -1)
 
     def _products_of(self, inputs: Input, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:

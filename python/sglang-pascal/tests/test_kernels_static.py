@@ -10,6 +10,7 @@ from sglang_pascal.kernels import static, table
 from sglang_pascal.kernels.build import ToolchainError
 from sglang_pascal.kernels.formats import FORMATS
 from sglang_pascal.kernels.static import Instruction, KernelReport, Loop, innermost_loops, parse_code, parse_resources
+from sglang_pascal.ops.matmul import DECODE_COLUMNS
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "kernels.md"
 MAX_SHARED_BYTES = 48 * 1024
@@ -108,6 +109,32 @@ class TestTheDocument:
         assert between == table.as_markdown(list(reports["61"].values())).strip(), (
             "run: sglang-pascal kernels --update docs/kernels.md"
         )
+
+
+class TestBounds:
+    def test_a_request_is_two_columns_and_more_than_eight_are_two_passes(self):
+        def decode(kind: str, n: int, slots: int) -> KernelReport:
+            loop = Loop(slots, 0, {"IDP": 64 * n})
+            return KernelReport(f"decode_matmul.{kind}", f"decode_matmul_{kind}_n{n}", "61", 128, 90, 0, 0, {}, (loop,))
+
+        reports = [decode(kind, n, 256 * n) for kind in ("Q4_K", "Q6_K") for n in (1, 2, 4, 8, 16)]
+        found = {bound.batch: bound for bound in table.bounds(reports) if bound.model == "Llama-3.1-8B"}
+        assert {batch: (bound.columns, bound.passes) for batch, bound in found.items()} == {
+            1: (2, 1),
+            2: (4, 1),
+            4: (8, 1),
+            8: (16, 1),
+            16: (16, 2),
+        }
+        by_memory = {batch: bound.memory_tokens_per_second for batch, bound in found.items()}
+        assert by_memory[8] == pytest.approx(8 * by_memory[1])
+        assert by_memory[16] == pytest.approx(by_memory[8])
+        # One slot per weight and column: both int8 of a token cost the same whatever the batch is.
+        by_slots = [bound.issue_tokens_per_second for bound in found.values()]
+        assert by_slots == pytest.approx([table.P4_LANE_INSTRUCTIONS / (2 * 7.51e9)] * 5)
+
+    def test_the_columns_are_those_of_the_operations(self):
+        assert table.MOST_COLUMNS == DECODE_COLUMNS
 
 
 class TestReading:

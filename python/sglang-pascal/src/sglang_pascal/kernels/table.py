@@ -1,7 +1,9 @@
 """The table of the kernels on Pascal: what the compiler made of them, and the speed that follows as an upper bound.
 
-The bounds are estimates by arithmetic, no measurements: of a Tesla P4 at its default clock, with full memory bandwidth
-and every issue slot used. No Pascal card reaches them; what they show is which of both limits a kernel meets first.
+The bounds are of products as they are served: activations of 16 bits are two columns for each request, and more than
+eight requests are multiplied in two passes over the weights. They are estimates by arithmetic, no measurements: of a
+Tesla P4 at its default clock, with full memory bandwidth and every issue slot used. No Pascal card reaches them; what
+they show is which of both limits a kernel meets first.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ P4_LANE_INSTRUCTIONS: Final = 20 * 4 * 32 * 1.063e9
 _HEAD: Final = (
     "| kernel | threads | registers | shared bytes | spilled bytes | warps per SM | loop: instructions | issue slots |"
 )
+_LIMITS: Final = ("tok/s by memory", "tok/s by issue slots", "upper bound (estimate)")
 BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
 
 
@@ -46,12 +49,24 @@ MODELS: Final = (
 head, are Q6_K."""
 
 
+BATCHES: Final = (1, 2, 4, 8, 16)
+COLUMNS_PER_REQUEST: Final = 2
+"""Of a product: the two int8 of an activation (`quantization.precision`)."""
+MOST_COLUMNS: Final = 16
+"""Of one pass over the weights (`ops.matmul.DECODE_COLUMNS`)."""
+
+
 @dataclass(frozen=True)
 class Bound:
     """Estimated upper bound of a model's decode speed on a P4."""
 
     model: str
     batch: int
+    """Requests that are decoded together."""
+    columns: int
+    """N of the products."""
+    passes: int
+    """Over all weights, in each step."""
     memory_tokens_per_second: float
     """All requests together, if only memory limited: weights only, empty context."""
     issue_tokens_per_second: float
@@ -69,12 +84,18 @@ def bounds(reports: list[KernelReport]) -> list[Bound]:
     result = []
     for model in MODELS:
         n_bytes = sum(count * FORMATS[kind].tile_row_bytes / 256 for kind, count in model.weights.items())
-        for batch in sorted({width for _, width in slots}):
-            if not all((kind, batch) in slots for kind in model.weights):
+        for batch in BATCHES:
+            columns = min(MOST_COLUMNS, COLUMNS_PER_REQUEST * batch)
+            if not all((kind, columns) in slots for kind in model.weights):
                 continue
-            instructions = sum(count * (slots[kind, batch] or 0.0) for kind, count in model.weights.items())
+            passes = COLUMNS_PER_REQUEST * batch // columns
+            instructions = sum(count * (slots[kind, columns] or 0.0) for kind, count in model.weights.items())
+            per_pass = batch / passes
             result.append(
-                Bound(model.name, batch, batch * P4_BANDWIDTH / n_bytes, batch * P4_LANE_INSTRUCTIONS / instructions)
+                Bound(
+                    *(model.name, batch, columns, passes),
+                    *(per_pass * P4_BANDWIDTH / n_bytes, per_pass * P4_LANE_INSTRUCTIONS / instructions),
+                )
             )
     return result
 
@@ -91,8 +112,8 @@ def as_markdown(reports: list[KernelReport]) -> str:
     if decode:
         lines += ["", "| product | N | rows a lane | issue slots per weight | of a P4's budget (estimate) |"]
         lines += ["|---|---|---|---|---|", *map(_product_row, decode)]
-        lines += ["", "| model, Q4_K_M | batch | tok/s by memory | tok/s by issue slots | upper bound (estimate) |"]
-        lines += ["|---|---|---|---|---|", *map(_bound_row, bounds(reports))]
+        lines += ["", f"| model, Q4_K_M | batch | N | passes | {' | '.join(_LIMITS)} |"]
+        lines += ["|---|---|---|---|---|---|---|", *map(_bound_row, bounds(reports))]
     return "\n".join(lines) + "\n"
 
 
@@ -112,7 +133,7 @@ def _product_row(report: KernelReport) -> str:
 
 def _bound_row(bound: Bound) -> str:
     return (
-        f"| {bound.model} | {bound.batch} | {bound.memory_tokens_per_second:.0f} | "
+        f"| {bound.model} | {bound.batch} | {bound.columns} | {bound.passes} | {bound.memory_tokens_per_second:.0f} | "
         f"{bound.issue_tokens_per_second:.0f} | {bound.tokens_per_second:.0f} |"
     )
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from pascaline.errors import ExitCode
 from pascaline.serving.process import MAX_LINE_BYTES
-from pascaline.serving.supervisor import BLIND_SECONDS
+from pascaline.serving.supervisor import BLIND_SECONDS, STOP_SIGNALS
 from support.instance import wait_until
 from support.stuck import unkillable
 
@@ -74,7 +74,7 @@ class TestReady:
 
 
 class TestEnds:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("number", STOP_SIGNALS)
     def test_a_request_in_flight_completes(self, serve: Serve, number: signal.Signals) -> None:
         instance = serve(faults="decode_tokens_per_second=20")
         instance.wait_for_state("ready")
@@ -90,6 +90,19 @@ class TestEnds:
         assert instance.wait() == ExitCode.OK
         assert instance.states[-2:] == ["draining", "stopped"]
         assert f"draining: {number.name}" in instance.text
+
+    def test_nohup_lets_it_outlive_its_terminal(self, serve: Serve) -> None:
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as from nohup
+        try:
+            instance = serve()
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        instance.wait_for_state("ready")
+        instance.process.send_signal(signal.SIGHUP)
+        instance.fault(crash_now=1)
+        instance.wait_for_state("restarting")
+        assert instance.wait_for_state("ready")["restarts"] == 1
+        assert instance.stop() == ExitCode.OK
 
     def test_drain_timeout_ends_what_does_not_end(self, serve: Serve) -> None:
         instance = serve(drain_timeout=1, faults="decode_tokens_per_second=1")

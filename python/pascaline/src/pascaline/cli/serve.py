@@ -15,9 +15,9 @@ _CODES = "\n".join(f"  {code.value:>3}  {code.meaning}" for code in ExitCode)
 DESCRIPTION = f"""Serve one model: find and verify it, start the engine, say when a generation has succeeded, watch
 it by its progress, and start it again when it crashes or falls silent.
 
-The model's API (OpenAI's) listens on --port, the agent (health, metrics) on --agent-port. SIGTERM or Ctrl-C lets
-running requests end within --drain-timeout; a second one stops at once. Under systemd it speaks Type=notify and
-WatchdogSec.
+The model's API (OpenAI's) listens on --port, the agent (health, metrics) on --agent-port. SIGTERM, Ctrl-C or a
+closed terminal lets running requests end within --drain-timeout; a second one stops at once. Under systemd it speaks
+Type=notify and WatchdogSec.
 
   pascaline serve                                   the built-in model
   pascaline serve --model emily.Q4_K_M.gguf --card tesla-p4

@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import TYPE_CHECKING, TextIO
 
@@ -25,7 +25,10 @@ PLAIN = "\033[0m"
 
 
 class Console:
-    """Writes lines to standard error; a running stage is one line that is renewed where that is a terminal."""
+    """Writes lines to standard error; a running stage is one line that is renewed where that is a terminal.
+
+    Never fails: a line that cannot be written is lost.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         """stream: None = standard error."""
@@ -40,12 +43,12 @@ class Console:
         """Write one line: level and source in front, as every log here."""
         self._clear()
         if self._journal:
-            self._stream.write(f"<{JOURNAL_LEVELS.get(level, 6)}>{source}: {text}\n")
+            self._write(f"<{JOURNAL_LEVELS.get(level, 6)}>{source}: {text}\n")
         else:
             colour = COLOURS.get(level, "") if self._terminal else ""
-            self._stream.write(f"{colour}{level:<7} {source}: {text}{PLAIN if colour else ''}\n")
+            self._write(f"{colour}{level:<7} {source}: {text}{PLAIN if colour else ''}\n")
         self._show_stage()
-        self._stream.flush()
+        self._flush()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -54,7 +57,7 @@ class Console:
         self._stage, self._stage_start, self._detail = name, monotonic(), ""
         if self._terminal:
             self._show_stage()
-            self._stream.flush()
+            self._flush()
         else:
             self.line("INFO", "pascaline", f"{name} …")
         try:
@@ -76,29 +79,38 @@ class Console:
         if self._terminal and self._stage:
             self._clear()
             self._show_stage()
-            self._stream.flush()
+            self._flush()
 
     def ready(self, task: Task, agent: tuple[str, int], seconds: float) -> None:
         """Say where everything is, and a command that works."""
         host, port = reachable(task.address)
         agent_host, agent_port = reachable(agent)
         self._clear()
-        self._stream.write(
+        self._write(
             f"\n{task.model.served_name} is ready after {seconds:.1f} s\n"
             f"  API    http://{_bracketed(host)}:{port}/v1\n"
             f"  agent  http://{_bracketed(agent_host)}:{agent_port}  (/health, /metrics, /plan, /docs)\n"
             f"  try    {try_command(task)}\n\n"
         )
-        self._stream.flush()
+        self._flush()
+
+    def _write(self, text: str) -> None:
+        # The reader of our lines went away, as with `| head` or a terminal that was closed: serving goes on.
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def _flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
 
     def _show_stage(self) -> None:
         if self._terminal and self._stage:
             seconds = monotonic() - self._stage_start
-            self._stream.write(f"… {self._stage} {seconds:.0f} s {self._detail}"[: _width(self._stream) - 1])
+            self._write(f"… {self._stage} {seconds:.0f} s {self._detail}"[: _width(self._stream) - 1])
 
     def _clear(self) -> None:
         if self._terminal and self._stage:
-            self._stream.write("\r\033[K")
+            self._write("\r\033[K")
 
 
 class Stage:

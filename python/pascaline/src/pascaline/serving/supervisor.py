@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from pascaline.serving.notify import Notifier
     from pascaline.settings import Settings
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""The service manager's, Ctrl-C's, and a closed terminal's."""
 POLL_SECONDS = 1.0
 """How often counters are read; a scrape of SGLang takes some milliseconds."""
 POLL_TIMEOUT_SECONDS = 5.0
@@ -127,8 +129,10 @@ class Supervisor:
     async def run(self) -> ExitCode:
         """Serve until asked to stop; raises PascalineError where the instance cannot serve."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
+        for number in STOP_SIGNALS:
+            # nohup has SIGHUP ignored, and means it.
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, self._on_signal, number.name)
         listener = ports.bind(self.settings.agent_host, self.settings.agent_port, "agent", "agent_port")
         ports.check_free(self.settings.host, self.settings.port, "engine", "port")
         server = create_server(self)

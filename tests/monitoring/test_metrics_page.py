@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pascaline.gpu.reading import DeviceStatus, DriverStatus
 from prometheus_client.parser import text_string_to_metric_families
 
 HERE = Path(__file__).parent
@@ -106,6 +107,13 @@ def test_type_unit_labels_and_meaning_are_those_of_the_code(name: str) -> None:
     assert row["meaning"] == metric["help"]
     expected = set(metric["labels"]) - (OF_EVERY_GPU if name.startswith("nvidia_gpu_") else set())
     assert set(codes(row["labels"])) == expected
+
+
+def test_every_state_of_the_driver_and_of_a_gpu_is_in_the_table_of_failures() -> None:
+    table = PAGE.partition("### When something fails")[2].partition("\n### ")[0]
+    assert [status for status in DriverStatus if f"| `{status}` |" not in table] == []
+    told = set(re.findall(r'nvidia_gpu_device_status\{status="(\w+)"\}', table))
+    assert told == set(DeviceStatus) - {DeviceStatus.OK}
 
 
 def test_every_series_of_sglang_that_is_used_is_on_the_page_as_sglang_emits_it() -> None:

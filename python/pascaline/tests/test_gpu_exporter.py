@@ -226,6 +226,21 @@ def test_a_signal_ends_it_while_the_driver_hangs_without_a_word(tmp_path: Path) 
     assert len(exporter.log) == 2, exporter.log
 
 
+def test_an_exporter_that_can_read_no_longer_ends_instead_of_being_stale_for_ever(tmp_path: Path) -> None:
+    """Here the thread that reads fails because what takes its log is gone."""
+    write_scenario(tmp_path / "scenario.nvml", ONE_GPU)
+    command = [sys.executable, "-m", "pascaline", "exporter", "--port=0", f"--demo={tmp_path / 'scenario.nvml'}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "listening" in process.stderr.readline()
+        process.stderr.close()
+        write_scenario(tmp_path / "scenario.nvml", ONE_GPU + "all = error GPU_IS_LOST")
+        try:
+            assert process.wait(PATIENCE) == ExitCode.OK
+        finally:
+            process.kill()
+
+
 def run_exporter(*flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pascaline", "exporter", *flags]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)

@@ -245,6 +245,29 @@ def test_zero_devices_is_an_answer_and_not_a_failure(driver: Driver) -> None:
     assert (reading.status, reading.succeeded, reading.devices) == (DriverStatus.NO_DEVICES, True, ())
 
 
+def test_a_host_without_gpus_is_looked_at_by_a_new_process_again_and_again(driver: Driver) -> None:
+    """A real NVML counts GPUs when it is initialised and never again; the fake one would tell the old process too."""
+    driver.write("", base="nvmlDeviceGetCount = 0")
+    driver.read_until(lambda reading: reading.reader_starts >= 3)
+    driver.write("")
+    starts = driver.read_until(is_ok).reader_starts
+    assert driver.reader.read().reader_starts == starts
+
+
+def test_a_process_that_cannot_be_started_is_a_failure_that_is_tried_again() -> None:
+    environment = {"TOO_LONG_FOR_THE_KERNEL": "x" * 2**20}
+    with Reader(environment=environment) as reader:
+        reading = reader.read()
+        assert (reading.status, reading.reader_starts) == (DriverStatus.ERROR, 0)
+        assert reading.message == "failed to start the process that calls NVML: Argument list too long"
+        environment.clear()
+        environment.update(os.environ)
+        deadline = time.monotonic() + PATIENCE
+        while not (reading := reader.read()).reader_starts:
+            assert time.monotonic() < deadline, reading.message
+            time.sleep(0.05)
+
+
 def test_a_host_without_the_library_says_so(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
     with Reader(environment=environment, start_deadline=PATIENCE) as reader:
@@ -285,6 +308,27 @@ def test_an_xid_that_comes_just_before_a_hang_is_kept(driver: Driver) -> None:
     reading = driver.reader.read()
     assert reading.status is DriverStatus.HUNG
     assert [(x.uuid, x.xid) for x in reading.xids] == [("GPU-b", 79)]
+
+
+def test_events_still_come_after_the_wait_for_them_failed(driver: Driver) -> None:
+    driver.write("[library]\nnvmlEventSetWait = error GPU_IS_LOST")
+    driver.reader.read()
+    time.sleep(0.1)  # the wait has failed by now
+    driver.write("[gpu 1]\nxid = 31")
+    reading = driver.read_until(lambda reading: bool(reading.xids))
+    assert [(x.index, x.uuid, x.xid) for x in reading.xids] == [(1, "GPU-b", 31)]
+    assert reading.reader_starts == 1
+
+
+def test_an_event_is_told_by_its_handle_or_else_by_asking_for_it(driver: Driver) -> None:
+    program = (
+        "import pynvml\nfrom pascaline.gpu.nvml_process import _address, _identify\n"
+        "pynvml.nvmlInit()\nhandle = pynvml.nvmlDeviceGetHandleByIndex(1)\n"
+        "print(_identify(handle, {_address(handle): (7, 'known')}), _identify(handle, {}), _identify(None, {}))\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=driver.environment, capture_output=True, text=True, check=True, timeout=PATIENCE)
+    assert done.stdout == "(7, 'known') (1, 'GPU-b') (-1, '')\n"
 
 
 def test_a_driver_without_events_still_gives_readings(driver: Driver) -> None:

@@ -127,6 +127,7 @@ class Exporter:
         self._readings = Readings(max_age)
         self._log = ChangeLog(log)
         self._stop = threading.Event()
+        self._error: Exception | None = None
         self._server = _listen(host, port, self._readings)
         self._thread = threading.Thread(target=self._read_forever, name="nvml", daemon=True)
 
@@ -138,7 +139,10 @@ class Exporter:
         return f"http://{f'[{name}]' if ':' in name else name}:{port}/metrics"
 
     def run(self) -> None:
-        """Read and answer until `stop` is called from another thread or a signal handler's."""
+        """Read and answer until `stop` is called from another thread or a signal handler's.
+
+        Raises what ended the reading thread: pages that stay stale for ever would hide it.
+        """
         sys.setswitchinterval(_SWITCH_SECONDS)
         self._thread.start()
         try:
@@ -149,12 +153,21 @@ class Exporter:
             # Ends a reading that is under way, however long it hangs.
             self._reader.close()
             self._thread.join(_STOP_SECONDS)
+        if self._error:
+            raise self._error
 
     def stop(self) -> None:
         """Let `run` return."""
         threading.Thread(target=self._server.shutdown, daemon=True).start()
 
     def _read_forever(self) -> None:
+        try:
+            self._read_until_stopped()
+        except Exception as error:
+            self._error = error
+            self.stop()
+
+    def _read_until_stopped(self) -> None:
         due = time.monotonic()
         while not self._stop.is_set():
             reading = self._reader.read()

@@ -186,11 +186,22 @@ def _listen(events: Any, devices: dict[int, tuple[int, str]], send: Callable[[di
         except pynvml.NVMLError_Timeout:
             continue
         except pynvml.NVMLError:
-            # The next reading says what is wrong, and the process that follows this one listens again.
-            return
-        # By its handle: a lost GPU no longer tells its index.
-        index, uuid = devices[_address(event.device)]
+            # One lost GPU fails the wait for all: readings say which, and events of the others still come.
+            time.sleep(_EVENT_WAIT_MS / 1000)
+            continue
+        index, uuid = _identify(event.device, devices)
         send({"xid": event.eventData, "index": index, "uuid": uuid, "timestamp": time.time()})
+
+
+def _identify(handle: Any, devices: dict[int, tuple[int, str]]) -> tuple[int, str]:
+    """Return index and UUID: by the handle, as a lost GPU no longer tells them; -1 and "" where all fails."""
+    known = devices.get(_address(handle))
+    if known is not None:
+        return known
+    try:
+        return pynvml.nvmlDeviceGetIndex(handle), pynvml.nvmlDeviceGetUUID(handle)
+    except pynvml.NVMLError:
+        return -1, ""
 
 
 if __name__ == "__main__":

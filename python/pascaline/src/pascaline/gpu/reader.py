@@ -78,7 +78,7 @@ class Reader:
 
         deadline: a reading that takes longer has hung.
         start_deadline: the same for the first reading of a child, which loads the driver.
-        recheck: longest pause between attempts after failures, and between new children while a GPU is lost.
+        recheck: longest pause between attempts after failures, and between children without a sound GPU.
         environment: of the child (None: this process's). kill: how to end a child.
         """
         self._deadline = deadline
@@ -139,7 +139,7 @@ class Reader:
         return self._last
 
     def _attempt(self, now: float) -> Reading:
-        # NVML never finds a GPU again in a process that lost it.
+        # NVML never finds a GPU again in a process that lost it, nor one that was not there when the process began.
         if self._child and self._anything_wrong() and now - self._child.started >= self._recheck:
             self._end_child()
         if self._child is None:
@@ -148,7 +148,12 @@ class Reader:
                     DriverStatus.HUNG,
                     f"{MAX_ABANDONED} processes hang in the driver and cannot be killed; restart the host",
                 )
-            self._child = _Child(self._environment, self._count_xid)
+            try:
+                self._child = _Child(self._environment, self._count_xid)
+            except OSError as error:
+                return self._failure(
+                    DriverStatus.ERROR, f"failed to start the process that calls NVML: {error.strerror or error}"
+                )
             self._starts += 1
         child = self._child
         limit = self._deadline if child.answered else self._start_deadline
@@ -160,7 +165,7 @@ class Reader:
             return self._failure(DriverStatus.CRASHED, f"the process that calls NVML {child.ending()}")
 
     def _anything_wrong(self) -> bool:
-        return any(device.status is not DeviceStatus.OK for device in self._known.values())
+        return not self._known or any(device.status is not DeviceStatus.OK for device in self._known.values())
 
     def _interpret(self, answer: dict[str, Any]) -> Reading:
         if "failure" in answer:
@@ -249,16 +254,18 @@ class _Child:
         descriptor = os.memfd_create("pascaline-nvml-progress")
         os.truncate(descriptor, _PROGRESS_BYTES)
         self._progress = mmap.mmap(descriptor, _PROGRESS_BYTES)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "pascaline.gpu.nvml_process", str(descriptor)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            pass_fds=[descriptor],
-            # A Ctrl-C in the terminal is the parent's to handle.
-            start_new_session=True,
-        )
-        os.close(descriptor)
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pascaline.gpu.nvml_process", str(descriptor)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                pass_fds=[descriptor],
+                # A Ctrl-C in the terminal is the parent's to handle.
+                start_new_session=True,
+            )
+        finally:
+            os.close(descriptor)
         threading.Thread(target=self._receive, args=(on_xid,), daemon=True).start()
 
     def ask(self, limit: float) -> dict[str, Any]:

@@ -368,6 +368,13 @@ class TestExplanations:
             (["RuntimeError: Not enough memory. Please try to increase --mem-fraction-static."], None),
             (["torch.AcceleratorError: CUDA error: GPU is lost", "CUDA out of memory"], "the GPU is lost"),
             (["OSError: [Errno 98] Address already in use"], "its port is in use"),
+            (
+                [
+                    "torch.distributed.DistNetworkError: The server socket has failed to listen on any local network "
+                    "address. port: 26718, useIpv6: false, code: -98, name: EADDRINUSE, message: address already in use"
+                ],
+                "a port that SGLang had chosen for its own processes was taken by another program; start it again",
+            ),
             (["all is well"], None),
             ([], None),
         ],

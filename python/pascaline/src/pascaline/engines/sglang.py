@@ -69,6 +69,11 @@ class SglangEngine(Engine):
             re.compile(r"OutOfMemoryError|CUDA out of memory|Not enough memory"),
             "not enough memory on the device; lower mem_fraction_static, context_length or max_running_requests",
         ),
+        (
+            # It chooses a port for its own processes at once and listens on it a minute later.
+            re.compile(r"DistNetworkError.*EADDRINUSE"),
+            "a port that SGLang had chosen for its own processes was taken by another program; start it again",
+        ),
         (re.compile(r"address already in use", re.IGNORECASE), "its port is in use"),
         (re.compile(r"incomplete metadata, file not fully covered"), "a safetensors file is truncated; copy it again"),
         (

@@ -1,19 +1,23 @@
 """What a model costs and how fast it is in SGLang on this device: loading, memory, prefill, decode by batch size.
 
-    python benchmarks/engine_speed.py MODEL.gguf [--device cuda] [--memory-gib 7.5] [--json FILE] [SGLANG FLAGS]
+    python benchmarks/engine_speed.py MODEL.gguf [--device cuda] [--memory-gib 7.5] [--torch-only] [--json FILE] [FLAGS]
 
 One request per row of a batch, no HTTP: what the scheduler adds is not in it. `--memory-gib` lets torch allocate no
-more, as on a smaller card. Times are medians; a decode step includes the choice of the next token.
+more, as on a smaller card. `--torch-only` serves the same file without our kernels: weights dequantised to float16,
+attention in plain torch. FLAGS are SGLang's. Times are medians; a decode step includes the choice of the next token.
+On a GPU the Triton kernels that were launched are counted by name: a Pascal card has none.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +42,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--memory-gib", type=float, help="most that torch may allocate")
     parser.add_argument("--full-requests", type=int, nargs=2, metavar=("N", "TOKENS"), help="prefill so many at once")
+    parser.add_argument("--torch-only", action="store_true", help="float16 weights and attention in plain torch")
     parser.add_argument("--json", type=Path, help="also write the results there")
     args, args.flags = parser.parse_known_args(arguments)
     return args
@@ -55,24 +60,47 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         prepare(args.model, folder)
+        launches = _count_triton_launches() if on_cuda else Counter[str]()
         start = time.monotonic()
-        engine = InProcessEngine(folder, "--device", args.device, "--random-seed", "1", *args.flags)
+        flags = ["--device", args.device, "--random-seed", "1", *args.flags]
+        if args.torch_only:
+            flags += ["--attention-backend", "pascal_torch"]
+        engine = InProcessEngine(folder, *flags, quantized=not args.torch_only)
         results: dict[str, Any] = {
             "model": args.model.name,
             "device": torch.cuda.get_device_name() if on_cuda else "cpu",
             "flags": args.flags,
             "file_bytes": args.model.stat().st_size,
             "ready_seconds": round(time.monotonic() - start, 2),
+            "import_seconds": round(engine.import_seconds, 2),
+            "torch_only": args.torch_only,
             "max_total_tokens": engine.runner.max_total_num_tokens,
         }
         _measure(engine, args, results)
     if on_cuda:
         results["peak_bytes"] = torch.cuda.max_memory_allocated()
         results["reserved_bytes"] = torch.cuda.max_memory_reserved()
+    results["host_peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    results["triton_launches"] = dict(launches)
     print(json.dumps(results, indent=2))
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _count_triton_launches() -> Counter[str]:
+    """Name of a Triton kernel -> how often it was launched from now on."""
+    from triton.runtime.jit import JITFunction
+
+    counts: Counter[str] = Counter()
+    run = JITFunction.run
+
+    def counted(self: Any, *arguments: Any, **named: Any) -> Any:
+        counts[self.fn.__name__] += 1
+        return run(self, *arguments, **named)
+
+    JITFunction.run = counted
+    return counts
 
 
 def _measure(engine: InProcessEngine, args: argparse.Namespace, results: dict[str, Any]) -> None:

@@ -12,11 +12,13 @@ important part:
   3. every operation against its reference
   4. decode products of Llama-3.1-8B's layers for 1, 4, 8 and 16 rows, prefill products for 512
   5. attention over 1024 positions
-with the clocks, power and temperature before and after each part.
+with the clocks, power and temperature before and after each part. Exit codes: 0 done, 1 an operation gave a wrong
+result, 6 no GPU, 7 too little free memory, 8 something is not installed, 9 the file cannot be written.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import subprocess
@@ -24,18 +26,31 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
-from sglang_pascal import measure, selftest
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+def fail(code: int, message: str) -> NoReturn:
+    """One line on standard error, and the exit code."""
+    sys.stderr.write(f"first_hour_on_pascal: error: {message}\n")
+    sys.exit(code)
+
+
+try:
+    import torch
+    from sglang_pascal import measure, selftest
+except ImportError as exc:
+    fail(8, f"{exc}; install torch and sglang-pascal as python/sglang-pascal/README.md says, or run ./dev sync")
 
 NAMES = [name for name in measure.SHAPES if name.startswith("Llama-3.1-8B")]
 ROWS = (1, 4, 8, 16, 512)
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,pstate"
 LIMIT_SECONDS = 9 * 60
+"""After which no further measurement is begun."""
+NEEDED_BYTES = 4 * 10**9
+DEADLINE = time.monotonic() + LIMIT_SECONDS
 
 
 def card_state() -> dict[str, str]:
@@ -67,14 +82,22 @@ def correctness(device: torch.device) -> list[dict]:
 
 
 def products(device: torch.device) -> list[dict]:
-    """Each layer at each number of rows."""
-    return [asdict(measure.product(name, n, device, with_torch=False)) for name in NAMES for n in ROWS]
+    """Each layer at each number of rows, while there is time; the few rows of decoding first."""
+    return [
+        asdict(measure.product(name, n, device, with_torch=False)) for n in ROWS for name in NAMES if is_time_left()
+    ]
 
 
 def attention(device: torch.device) -> list[dict]:
     """Decode of one and four sequences in each KV type, and one prefill."""
     cases = [("decode", kind, n, 1024) for kind in ("F16", "E5M2", "INT8") for n in (1, 4)]
-    return [asdict(measure.attention(*case, device)) for case in [*cases, ("prefill", "F16", 1, 1024)]]
+    cases.append(("prefill", "F16", 1, 1024))
+    return [asdict(measure.attention(*case, device)) for case in cases if is_time_left()]
+
+
+def is_time_left() -> bool:
+    """Whether a measurement may begin."""
+    return time.monotonic() < DEADLINE
 
 
 PARTS: dict[str, Callable[[torch.device], object]] = {
@@ -85,13 +108,30 @@ PARTS: dict[str, Callable[[torch.device], object]] = {
 }
 
 
-def main() -> int:
-    """Run the parts, writing the file after each; exit code 1 if an operation was wrong, 6 without a GPU."""
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else "pascal-report.json")
+def check(path: Path) -> torch.device:
+    """The device; ends the program where nothing can be measured, or written."""
     if not torch.cuda.is_available():
-        sys.stderr.write("first_hour_on_pascal: error: no NVIDIA GPU is visible; run it where nvidia-smi lists one\n")
-        return 6
-    device, start = torch.device("cuda", 0), time.monotonic()
+        fail(6, "no NVIDIA GPU is visible; run it where nvidia-smi lists one")
+    device = torch.device("cuda", 0)
+    free, _ = torch.cuda.mem_get_info(device)
+    if free < NEEDED_BYTES:
+        fail(
+            7,
+            f"{free / 1e9:.1f} GB of device memory are free, must be {NEEDED_BYTES / 1e9:.0f}; stop what uses the card",
+        )
+    try:
+        path.touch()
+    except OSError as exc:
+        fail(9, f"cannot write {path}: {exc.strerror}; name a file in a folder that you may write")
+    return device
+
+
+def main() -> int:
+    """Run the parts, writing the file after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", metavar="FILE.json", nargs="?", type=Path, default=Path("pascal-report.json"))
+    path: Path = parser.parse_args().file
+    device = check(path)
     report: dict = {
         "card": torch.cuda.get_device_name(device),
         "compute_capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
@@ -100,7 +140,7 @@ def main() -> int:
         "parts": {},
     }
     for name, part in PARTS.items():
-        if time.monotonic() - start > LIMIT_SECONDS:
+        if not is_time_left():
             report["parts"][name] = {"skipped": f"more than {LIMIT_SECONDS} s had passed"}
             continue
         print(f"{name} ...", file=sys.stderr, flush=True)

@@ -1,23 +1,30 @@
-"""One report of the kernels on the GPU at hand: correctness, memory checks, speed; one JSON and one HTML file.
+"""One report of quantised execution on the GPU at hand; one JSON and one HTML file.
 
-    python benchmarks/gpu_report.py OUT_DIR [--ggml FILE] [--quick]
+    python benchmarks/gpu_report.py OUT_DIR [--parts NAME ...] [--model FILE.gguf] [--ggml FILE] [--quick]
 
-Parts, each of which says so if it could not run:
+Parts, each with its date, and each of which says so if it could not run:
+  rates       instructions per clock and multiprocessor, bandwidth of a plain read
   selftest    every operation against its reference, with the code for sm_61 and with that for sm_60
-  sanitizer   compute-sanitizer memcheck and racecheck over the selftest, where the program is installed
+  sanitizer   compute-sanitizer memcheck and racecheck on every kernel, where the program is installed
   products    decode and prefill products of three models' layers: microseconds, bandwidth, torch, and ggml
   attention   decode and prefill, against torch's scaled_dot_product_attention
-  rates       instructions per clock and multiprocessor, bandwidth of a plain read
+  numerics    SGLang against the same weights in float32: the model of --model, and random ones of other types
+  engine      SGLang with random weights in the shapes of Llama 3.1 8B and Qwen 2.5 7B, Q4_K_M, in 8 GB: speed, four
+              requests of 4096 tokens, Triton kernels that were launched; and the first without our kernels
+  serve       `pascaline serve` with both files and --model in 8 GB, held to its plan
+  tests       the tests that need a GPU
 
---ggml: what `test-backend-ops perf -o MUL_MAT` of ggml printed on the same card (build it there from its source, with
-the shapes of `sglang_pascal.measure.SHAPES` as test cases). No figure of this report is one of a Pascal card unless the
-card's name says so.
+A file of an earlier run on the same card and driver is kept, but for the parts that are run: the whole takes about 25
+minutes on a fast card, and may be cut. --ggml: what `test-backend-ops perf -o MUL_MAT` of ggml printed on the same card
+(build it there from its source, with the shapes of `sglang_pascal.measure.SHAPES` as test cases). No figure of this
+report is one of a Pascal card unless the card's name says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import html
 import json
 import os
@@ -26,20 +33,50 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from sglang_pascal import measure
+from sglang_pascal.kernels.build import HEAD_DIMS, KV_TYPES
+from sglang_pascal.kernels.formats import FORMATS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).parents[1]
 
 AIMS = {"Q4_K": {1: 0.45, 2: 0.38, 4: 0.30, 8: 0.22}, "other": {1: 0.5, 2: 0.45, 4: 0.35, 8: 0.3}}
 """Share of ggml's time that is aimed at, by number of rows of x."""
-SANITIZER_CASES = ["matmul", "repack", "dequantize", "quantize", "silu", "rms_norm", "NaN", "argmax", "top_k", "rope"]
-SANITIZER_CASES += ["attention_decode", "attention_prefill"]
-"""All but the CUDA graph, whose kernels are the same."""
-LIMIT_SECONDS = 240
-"""Of a selftest, with or without the sanitizer."""
+SANITIZER_GROUPS = [
+    ["quantize", "silu", "rms_norm", "NaN", "argmax", "rope_and_store", "matmul epilogue", "matmul float16"],
+    ["top_k"],
+    *([f"repack {name}", f"dequantize {name}", f"matmul {name} [33, 768]"] for name in FORMATS),
+    ["matmul Q4_K [320, 4608]", "matmul Q6_K [320, 4608]"],
+    *(
+        [f"attention_decode {kv} head_dim {size}", f"attention_prefill {kv} head_dim {size}"]
+        for kv in KV_TYPES
+        for size in HEAD_DIMS
+    ),
+]
+"""Cases that together start every kernel, a process each; the CUDA graph's kernels are the same."""
+SANITIZER_PROCESSES = 6
+"""At once: a checked kernel waits for the host most of the time."""
+SELFTEST_SECONDS = 240
+SANITIZER_SECONDS = 200
+"""Of one group."""
+ENGINE_SECONDS = 420
+"""Of one program that loads a model."""
+MEMORY_GIB = 7.4
+"""What a Tesla P4 has for a process of torch: 7.6 less the CUDA context."""
+SHAPES = {"llama-3.1-8b": "Q4_K_M", "qwen2.5-7b": "Q4_K_M"}
+"""Models made on the spot: shape of `tests/support/models.py` -> mixture."""
+RANDOM_TYPES = ("Q4_K_M", "Q8_0", "Q4_0")
+"""Mixtures of small random models whose numerics are measured beside --model's."""
 
 
 def environment() -> dict:
@@ -61,11 +98,18 @@ def environment() -> dict:
         "clocks_and_power": smi[1:],
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
     }
 
 
-def run_selftest(architecture: str, prefix: list[str] | None = None, names: list[str] | None = None) -> dict:
+def now() -> str:
+    """UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def run_selftest(
+    architecture: str, prefix: list[str] | None = None, names: list[str] | None = None, seconds: int = SELFTEST_SECONDS
+) -> dict:
     """The selftest in a process of its own: its outcomes, and what a sanitizer said."""
     command = [*(prefix or []), sys.executable, "-m", "sglang_pascal", "selftest", "--json", *(names or [])]
     start = time.monotonic()
@@ -75,11 +119,11 @@ def run_selftest(architecture: str, prefix: list[str] | None = None, names: list
             capture_output=True,
             text=True,
             check=False,
-            timeout=LIMIT_SECONDS,
+            timeout=seconds,
             env=os.environ | {"SGLANG_PASCAL_ARCHITECTURE": architecture},
         )
     except subprocess.TimeoutExpired:
-        return {"state": f"not finished in {LIMIT_SECONDS} s"}
+        return {"state": f"not finished in {seconds} s"}
     text = done.stdout
     body = text[text.find("{") : text.rfind("}") + 1]
     facts = json.loads(body) if body else {"error": (done.stderr or text)[-2000:]}
@@ -92,13 +136,31 @@ def run_selftest(architecture: str, prefix: list[str] | None = None, names: list
     }
 
 
+def find_sanitizer() -> str | None:
+    """compute-sanitizer, which a CUDA toolkit does not always put on PATH."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
+
+
 def run_sanitizer() -> dict:
-    """memcheck and racecheck over all operations."""
-    program = shutil.which("compute-sanitizer")
+    """memcheck and racecheck of all kernels: what each group of cases gave."""
+    program = find_sanitizer()
     if program is None:
         return {"state": "compute-sanitizer is not installed"}
-    tools = {tool: [program, "--tool", tool, "--error-exitcode", "9"] for tool in ("memcheck", "racecheck")}
-    return {tool: run_selftest("61", prefix, SANITIZER_CASES) for tool, prefix in tools.items()}
+    jobs = [(tool, names) for names in SANITIZER_GROUPS for tool in ("memcheck", "racecheck")]
+
+    def check(job: tuple[str, list[str]]) -> dict:
+        tool, names = job
+        found = run_selftest("61", [program, "--tool", tool, "--error-exitcode", "9"], names, SANITIZER_SECONDS)
+        print(f"{tool} {', '.join(names)}: {found['state']}", file=sys.stderr)
+        return {"tool": tool, "cases": ", ".join(names)} | {
+            key: found[key] for key in ("state", "seconds", "sanitizer", "error") if key in found
+        }
+
+    with ThreadPoolExecutor(SANITIZER_PROCESSES) as pool:
+        checks = list(pool.map(check, jobs))
+    unclean = sum(found["state"] != "clean" for found in checks)
+    return {"state": "clean" if not unclean else f"{unclean} of {len(checks)} groups are not clean", "groups": checks}
 
 
 def run_products(*, quick: bool) -> list[dict]:
@@ -131,6 +193,101 @@ def run_rates() -> dict:
         "stream_bandwidth": measure.stream_bandwidth(device),
         "lanes_per_clock_and_multiprocessor": {p: measure.instructions_per_clock(p, device) for p in measure.PROBES},
     }
+
+
+def run_program(name: str, *arguments: str | Path, seconds: int = ENGINE_SECONDS) -> dict:
+    """One of the programs beside this one, which writes a JSON file: what is in it, and how the program ended."""
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / "result.json"
+        command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments), "--json", str(result)]
+        start = time.monotonic()
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+            state = "clean" if done.returncode == 0 else f"exit code {done.returncode}"
+            last = "" if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
+        except subprocess.TimeoutExpired:
+            state, last = f"not finished in {seconds} s", ""
+        facts = json.loads(result.read_text()) if result.is_file() else {}
+    print(f"{name} {' '.join(map(str, arguments))}: {state}", file=sys.stderr)
+    return {"state": state, "seconds": round(time.monotonic() - start, 1), **({"last": last} if last else {}), **facts}
+
+
+class Files:
+    """The models of a run, made when they are first asked for."""
+
+    def __init__(self, folder: Path, model: Path | None) -> None:
+        self._folder = folder
+        self.model = model
+        """A real one, if there is one."""
+
+    def shaped(self, shape: str, mixture: str) -> Path:
+        """Random weights in the shape of a known model, or in a small one's (`tiny-` and its architecture)."""
+        sys.path.insert(0, str(ROOT / "tests"))
+        from support import models
+
+        path = self._folder / f"{shape}.{mixture}.gguf"
+        if not path.exists():
+            small = {"hidden_size": 512, "intermediate_size": 1024, "num_heads": 8, "num_kv_heads": 2, "head_dim": 64}
+            known = models.SHAPES.get(shape) or models.tiny(shape.removeprefix("tiny-"), **small)
+            models.write_gguf(path, known, mixture)
+        return path
+
+
+def run_numerics(files: Files) -> dict:
+    """Each model against float32; the real one with each type of KV cache, and once with prompts in 8 bits."""
+    found = {}
+    if files.model is not None:
+        kv_types = ("auto", "int8", "fp8_e5m2")
+        for kv in kv_types:
+            found[f"{files.model.name}, KV {kv}"] = run_program(
+                "numerics.py", files.model, "--device", "cuda", "--kv-cache-dtype", kv
+            )
+        # A record, not a check: it is known to change the most likely token now and then.
+        eight = run_program("numerics.py", files.model, "--device", "cuda", "--prefill-bits", "8")
+        found[f"{files.model.name}, prompts in 8 bits"] = eight | {"outcome": eight["state"], "state": "clean"}
+    for mixture in RANDOM_TYPES:
+        path = files.shaped("tiny-qwen3", mixture)
+        found[path.name] = run_program("numerics.py", path, "--device", "cuda", "--tokens", "1024")
+    return found
+
+
+def run_engine(files: Files) -> dict:
+    """Speed and memory in SGLang, in 8 GB; the first model also without our kernels, in all of the card's memory."""
+    small = ["--memory-gib", str(MEMORY_GIB), "--context-length", "4400", "--mem-fraction-static", "0.3"]
+    full = ["--full-requests", "4", "4096", "--max-total-tokens", "17000", "--kv-cache-dtype", "int8"]
+    found = {}
+    for shape, mixture in SHAPES.items():
+        path = files.shaped(shape, mixture)
+        found[f"{shape}, four requests of 4096 tokens"] = run_program("engine_speed.py", path, *small, *full)
+    path = files.shaped(*next(iter(SHAPES.items())))
+    free = ["--context-length", "4400", "--max-total-tokens", "8192", "--mem-fraction-static", "0.3"]
+    found[f"{path.name}, our kernels"] = run_program("engine_speed.py", path, *free)
+    found[f"{path.name}, torch only"] = run_program("engine_speed.py", path, *free, "--torch-only")
+    return found
+
+
+def run_serve(files: Files) -> dict:
+    """`pascaline serve` in 8 GB."""
+    paths = [*([files.model] if files.model else []), *(files.shaped(*item) for item in SHAPES.items())]
+    return {path.name: run_program("serve_in_8_gb.py", path) for path in paths}
+
+
+def run_tests() -> dict:
+    """What pytest says of the tests that are marked gpu."""
+    command = [sys.executable, "-m", "pytest", "-c", "pyproject.toml", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    try:
+        done = subprocess.run(
+            [*command, "sglang-pascal/tests"],
+            cwd=ROOT / "python",
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=ENGINE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return {"state": f"not finished in {ENGINE_SECONDS} s"}
+    state = "clean" if done.returncode == 0 else f"exit code {done.returncode}"
+    return {"state": state, "last": done.stdout[-4000:]}
 
 
 def read_ggml(path: Path) -> dict[tuple[str, int, int, int], float]:
@@ -181,38 +338,92 @@ def _cell(value: object) -> str:
     return "" if value is None else html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))
 
 
-def main() -> int:
-    """Run all parts and write the files; exit code 1 if an operation is wrong or a check not clean."""
+def steps(args: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Callable[[], object]]]:
+    """Part -> name in the report -> what computes it."""
+    files = Files(scratch, args.model)
+    return {
+        "rates": {"rates": run_rates},
+        "selftest": {f"selftest sm_{arch}": functools.partial(run_selftest, arch) for arch in ("61", "60")},
+        "products": {"products": lambda: run_products(quick=args.quick)},
+        "attention": {"attention": run_attention},
+        "engine": {"engine": lambda: run_engine(files)},
+        "serve": {"serve": lambda: run_serve(files)},
+        "numerics": {"numerics": lambda: run_numerics(files)},
+        "sanitizer": {"sanitizer": run_sanitizer},
+        "tests": {"tests": run_tests},
+    }
+
+
+def unclean(report: dict) -> list[str]:
+    """Names of the checks in a report that are there and not clean."""
+    states = {}
+    for name, part in report.items():
+        if isinstance(part, dict) and "state" in part:
+            states[name] = part["state"]
+        elif isinstance(part, dict):
+            states |= {f"{name}: {key}": value["state"] for key, value in part.items() if _has_state(value)}
+    return [name for name, state in states.items() if state != "clean"]
+
+
+def _has_state(value: object) -> bool:
+    return isinstance(value, dict) and "state" in value
+
+
+def earlier(path: Path, place: dict) -> dict:
+    """The report that is there, if it is of this card and driver."""
+    if not path.is_file():
+        return {}
+    report: dict = json.loads(path.read_text())
+    same = all(report.get("environment", {}).get(key) == place[key] for key in ("card", "driver", "torch"))
+    return report if same else {}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="OUT_DIR", type=Path)
+    parser.add_argument("--parts", metavar="NAME", nargs="+", help="only these; default: all")
+    parser.add_argument("--model", metavar="FILE.gguf", type=Path, help="a real model, such as SmolLM2-135M-Instruct")
     parser.add_argument("--ggml", metavar="FILE", type=Path, help="output of ggml's performance test on this card")
     parser.add_argument("--quick", action="store_true", help="no prefill products")
     args = parser.parse_args()
+    known = steps(args, Path())
+    for name in args.parts or []:
+        if name not in known:
+            parser.error(f"--parts: unknown part {name!r}, must be of: {', '.join(known)}")
+    for option, path in (("--model", args.model), ("--ggml", args.ggml)):
+        if path is not None and not path.is_file():
+            parser.error(f"{option}: there is no file {path}")
+    return args
+
+
+def main() -> int:
+    """Run the parts and write the files after each; exit code 1 if a check is not clean."""
+    args = parse()
     if not torch.cuda.is_available():
         sys.stderr.write("gpu_report: error: no NVIDIA GPU is visible; run it where nvidia-smi lists one\n")
         return 6
-    report: dict = {"environment": environment()}
+    place = environment()
     args.folder.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", report["environment"]["card"].lower())
-    steps = {
-        "rates": run_rates,
-        "selftest sm_61": lambda: run_selftest("61"),
-        "selftest sm_60": lambda: run_selftest("60"),
-        "products": lambda: run_products(quick=args.quick),
-        "attention": run_attention,
-        "sanitizer": run_sanitizer,
-    }
-    for name, step in steps.items():
-        print(name, file=sys.stderr)
-        report[name] = step()
-        if name == "products" and args.ggml:
-            add_ggml(report["products"], read_ggml(args.ggml))
-        (args.folder / f"kernels-{slug}.json").write_text(json.dumps(report, indent=1) + "\n")
-        (args.folder / f"kernels-{slug}.html").write_text(as_html(report))
-    checks = [report["selftest sm_61"], report["selftest sm_60"], *report["sanitizer"].values()]
-    return (
-        0 if all(check == "clean" or (isinstance(check, dict) and check["state"] == "clean") for check in checks) else 1
-    )
+    slug = re.sub(r"[^a-z0-9]+", "-", place["card"].lower())
+    target = args.folder / f"kernels-{slug}.json"
+    report = earlier(target, place) | {"environment": place}
+    dates = report.setdefault("dates", {})
+    with tempfile.TemporaryDirectory() as scratch:
+        for part, computed in steps(args, Path(scratch)).items():
+            if args.parts and part not in args.parts:
+                continue
+            for name, step in computed.items():
+                print(name, file=sys.stderr)
+                report[name] = step()
+                dates[name] = now()
+            if "products" in report and args.ggml:
+                add_ggml(report["products"], read_ggml(args.ggml))
+            target.write_text(json.dumps(report, indent=1) + "\n")
+            target.with_suffix(".html").write_text(as_html(report))
+    if bad := unclean(report):
+        print("not clean: " + "; ".join(bad), file=sys.stderr)
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from array import array
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 class InProcessEngine:
     """A prepared model folder, loaded."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
-        """flags: as on SGLang's command line."""
+    def __init__(self, folder: Path, *flags: str, quantized: bool = True) -> None:
+        """flags: as on SGLang's command line. quantized: False = dequantise the weights, also on a GPU."""
+        start = time.monotonic()
         os.environ |= {"SGLANG_PLATFORM": "pascal", "HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         from sglang.srt.plugins import load_plugins
 
@@ -35,9 +37,13 @@ class InProcessEngine:
         ServerArgs.add_cli_args(parser)
         base = ["--model-path", str(folder), "--load-format", "pascal_gguf", "--log-level", "warning"]
         arguments = ServerArgs.from_cli_args(parser.parse_args([*base, *flags]))
+        if not quantized:
+            _dequantize_by_default()
         arguments.resolve_once()
         publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
         one_batch._init_process_global_configs()
+        self.import_seconds = time.monotonic() - start
+        """Until the model began to be loaded."""
         self._bench = one_batch
         self.runner: Any = one_batch.load_model(arguments, PortArgs.init_new(arguments), 0, 0)[0].torch_runner
 
@@ -101,3 +107,16 @@ class InProcessEngine:
             request.extend_end = len(ids)
             requests.append(request)
         return requests
+
+
+def _dequantize_by_default() -> None:
+    """Take back what the plugin chooses on a GPU for weights of a GGUF file."""
+    from sglang_pascal.platform import PascalCudaPlatform
+
+    choose = PascalCudaPlatform.apply_server_args_defaults
+
+    def without_quantization(self: Any, server_args: Any) -> None:
+        choose(self, server_args)
+        server_args.quantization = None
+
+    PascalCudaPlatform.apply_server_args_defaults = without_quantization

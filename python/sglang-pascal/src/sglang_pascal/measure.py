@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 REPLAYS: Final = 7
+MOST_US: Final = 1e6
+"""Of the replays of one measurement together, if one round is not longer: what is slow needs no repetition."""
 _COLD_FACTOR: Final = 4
 """Cold copies of a weight are this many times the L2 cache together."""
 _PROBE_THREADS: Final = 1024
@@ -81,24 +83,34 @@ class Product:
 
 
 def median_us(functions: list[Callable[[], object]], rounds: int = 1) -> float:
-    """Median time of one call, in microseconds; the functions take turns in a CUDA graph."""
-    for function in functions:
-        function()
+    """Median time of one call, in microseconds; the functions take turns in a CUDA graph.
+
+    rounds: turns of all functions in one graph; fewer where they would take longer than MOST_US.
+    """
+
+    def take_turns() -> None:
+        for function in functions:
+            function()
+
+    take_turns()
     torch.cuda.synchronize()
+    rounds = max(1, min(rounds, int(MOST_US / REPLAYS / max(_elapsed_us(take_turns), 1.0))))
     graph = torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
     with torch.cuda.graph(graph):
         for _ in range(rounds):
-            for function in functions:
-                function()
-    times: list[float] = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()  # type: ignore[no-untyped-call]
-        graph.replay()  # type: ignore[no-untyped-call]
-        end.record()  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / (rounds * len(functions)))  # type: ignore[no-untyped-call]
-    return statistics.median(times)
+            take_turns()
+    times = [_elapsed_us(graph.replay) for _ in range(REPLAYS)]
+    return statistics.median(times) / (rounds * len(functions))
+
+
+def _elapsed_us(work: Callable[[], object]) -> float:
+    """Time on the device of what `work` starts."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()  # type: ignore[no-untyped-call]
+    work()
+    end.record()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) * 1e3  # type: ignore[no-untyped-call]
 
 
 def _copies(n_bytes: int, device: torch.device) -> int:

@@ -1,0 +1,103 @@
+"""The programs that measure a GPU, on a machine without one: what they say, and that they say it before they begin."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sglang_pascal import selftest
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+
+
+def run(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / name), *arguments]
+    clean = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=clean)
+
+
+@pytest.fixture(scope="module")
+def report():
+    """gpu_report.py as a module."""
+    spec = importlib.util.spec_from_file_location("gpu_report", BENCHMARKS / "gpu_report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("gpu_report.py", ["{}"]), ("first_hour_on_pascal.py", ["{}/f.json"])])
+def test_without_a_gpu_nothing_is_written(name, arguments, tmp_path):
+    done = run(name, *(argument.format(tmp_path) for argument in arguments))
+    assert done.returncode == 6
+    program = name.removesuffix(".py")
+    assert done.stderr == f"{program}: error: no NVIDIA GPU is visible; run it where nvidia-smi lists one\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_owner_of_a_card_is_told_what_to_install(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('there is no torch here')")
+    done = run("first_hour_on_pascal.py", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 8
+    assert done.stderr == (
+        "first_hour_on_pascal: error: there is no torch here; "
+        "install torch and sglang-pascal as python/sglang-pascal/README.md says, or run ./dev sync\n"
+    )
+
+
+class TestReport:
+    def test_every_kernel_is_in_a_group_of_the_sanitizer(self, report):
+        """All cases but those of other shapes, whose kernels are the same, and the CUDA graph of them."""
+        names = [name for group in report.SANITIZER_GROUPS for name in group]
+        checked = [case for case in selftest.CASES if case.startswith(tuple(names))]
+        left = [case for case in selftest.CASES if case not in checked and not case.startswith("matmul ")]
+        assert left == ["CUDA graph"]
+        for name in names:
+            assert any(case.startswith(name) for case in selftest.CASES), name
+
+    def test_only_what_is_not_clean_is_named(self, report):
+        found = {
+            "environment": {"card": "x"},
+            "rates": {"stream_bandwidth": 1.0},
+            "selftest sm_61": {"state": "clean"},
+            "sanitizer": {"state": "1 of 3 groups are not clean", "groups": []},
+            "engine": {"a": {"state": "clean"}, "b": {"state": "exit code 1"}},
+            "products": [{"state": "never asked"}],
+        }
+        assert report.unclean(found) == ["sanitizer", "engine: b"]
+
+    def test_parts_of_an_earlier_run_stay_where_card_and_driver_are_the_same(self, report, tmp_path):
+        place = {"card": "A", "driver": "1", "torch": "2", "date": "today"}
+        path = tmp_path / "kernels-a.json"
+        assert report.earlier(path, place) == {}
+        path.write_text(json.dumps({"environment": place | {"date": "before"}, "rates": 1}))
+        assert report.earlier(path, place)["rates"] == 1
+        assert report.earlier(path, place | {"driver": "2"}) == {}
+
+    def test_ggmls_times_are_found_by_type_and_shape(self, report, tmp_path):
+        path = tmp_path / "ggml.txt"
+        path.write_text(
+            "  MUL_MAT(type_a=q4_K,type_b=f32,m=131072,n=1,k=4096,bs=[1,1],nr=[1,1]):  \x1b[1;34m 100 runs\x1b[0m -   153.25 us/run\n"
+        )
+        rows = [{"tensor_type": "Q4_K", "rows": 131072, "columns": 4096, "n": 1, "hot_us": 76.625}]
+        report.add_ggml(rows, report.read_ggml(path))
+        assert rows[0]["share_of_ggml"] == pytest.approx(0.5)
+        assert rows[0]["aim"] == 0.45
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["x", "--parts", "speed"], "--parts: unknown part 'speed', must be of: rates, selftest, products, "),
+            (["x", "--model", "/nowhere.gguf"], "--model: there is no file /nowhere.gguf"),
+        ],
+    )
+    def test_wrong_arguments_are_named(self, report, monkeypatch, capsys, arguments, message):
+        monkeypatch.setattr(sys, "argv", ["gpu_report.py", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            report.parse()
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err

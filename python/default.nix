@@ -157,6 +157,11 @@ let
     wheels = wheelsOf "pascaline" ++ [ (ownWheel "pascaline") ];
   };
 
+  builtin = environment {
+    name = "pascaline-builtin-environment";
+    wheels = wheelsOf "builtin" ++ [ (ownWheel "pascaline") ];
+  };
+
   only =
     target: flags:
     runCommand "pascaline-${version}"
@@ -207,9 +212,8 @@ in
     name = "pascaline-router";
     wheels = wheelsOf "router";
   };
-  # What `nix run` starts: with the built-in model, and the engine beside it.
-  pascaline-app = only (environment {
-    name = "pascaline-app-environment";
-    wheels = wheelsOf "builtin" ++ [ (ownWheel "pascaline") ];
-  }) "--set-default PASCALINE_ENGINE_EXECUTABLE ${engine}/bin/python";
+  # With the built-in model, for tests that bring an engine of their own.
+  pascaline-builtin = only builtin "";
+  # What `nix run` starts: the same with the engine beside it.
+  pascaline-app = only builtin "--set-default PASCALINE_ENGINE_EXECUTABLE ${engine}/bin/python";
 }

@@ -26,6 +26,7 @@ in
     pascaline
     pascaline-router
     pascaline-app
+    pascaline-builtin
     sglang-pascal-kernels
     ;
 

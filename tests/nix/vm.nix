@@ -30,7 +30,7 @@ let
   serving = {
     imports = [ common ];
     services.pascaline = {
-      package = pkgs.pascaline-app;
+      package = pkgs.pascaline-builtin;
       instances.tiny = instance;
       exporter.enable = true;
     };

@@ -41,6 +41,34 @@ def test_lines_and_stages() -> None:
     assert last == "WARNING engine: hot"
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("kind", "shown"), [(io.StringIO, "x" * 15_000), (Terminal, "x" * 500 + "… (15,000 characters)")]
+)
+def test_a_very_long_line_does_not_fill_a_terminal(kind: type[io.StringIO], shown: str) -> None:
+    stream = kind()
+    Console(stream).line("INFO", "engine", "x" * 15_000)
+    assert stream.getvalue() == f"INFO    engine: {shown}\n"
+
+
+def test_a_running_stage_is_one_line_that_is_renewed() -> None:
+    stream = Terminal()
+    console = Console(stream)
+    with console.stage("verify") as stage:
+        stage.progress(1, 2)
+        console.line("ERROR", "engine", "hot")
+    clear = "\r\033[K"
+    assert stream.getvalue() == (
+        f"… verify 0 s {clear}… verify 0 s ██████████··········  50%"
+        f"{clear}\033[31mERROR   engine: hot\033[0m\n… verify 0 s ██████████··········  50%"
+        f"{clear}INFO    pascaline: verify done in 0.0 s\n"
+    )
+
+
 def test_a_reader_that_went_away_stops_nothing(unread: TextIO) -> None:
     console = Console(unread)
     with console.stage("load") as stage:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 JOURNAL_LEVELS = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 COLOURS = {"WARNING": "\033[33m", "ERROR": "\033[31m", "CRITICAL": "\033[31m"}
 PLAIN = "\033[0m"
+SHOWN_CHARACTERS = 500
+"""Of a line in a terminal: SGLang prints its 500 arguments in one. Files and the journal get it whole."""
 
 
 class Console:
@@ -42,6 +44,8 @@ class Console:
     def line(self, level: str, source: str, text: str) -> None:
         """Write one line: level and source in front, as every log here."""
         self._clear()
+        if self._terminal and len(text) > SHOWN_CHARACTERS:
+            text = f"{text[:SHOWN_CHARACTERS]}… ({len(text):,} characters)"
         if self._journal:
             self._write(f"<{JOURNAL_LEVELS.get(level, 6)}>{source}: {text}\n")
         else:

@@ -234,7 +234,8 @@ def test_a_tool_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(MissingError) as caught:
         score(tmp_path / "q4.gguf", scoring, tmp_path / "base", lambda _: None)
     assert str(caught.value) == (
-        "llama-perplexity is not on PATH; install llama.cpp with all of its tools (Debian: llama.cpp-tools-extra)"
+        "llama-perplexity is not on PATH; install llama.cpp (Debian: llama.cpp-tools and llama.cpp-tools-extra, "
+        "Nix: llama-cpp), or name it with --tools"
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -115,8 +114,15 @@ class TestRealTools:
         without = quantize(model, "Q3_K_M", tmp_path / "without.gguf", options=Options(verify=False))
         options = Options(calibration=text, verify=False)
         result = quantize(model, "Q3_K_M", tmp_path / "with.gguf", options=options)
-        assert (tmp_path / "tiny.text.imatrix.gguf").exists()
+        matrices = list(tmp_path.glob("tiny.text.*.imatrix.gguf"))
+        assert len(matrices) == 1
         assert result.bytes != without.bytes or result.sha256 != without.sha256
+        # The same text again takes the matrix that is there, another of the same name does not.
+        assert quantize(model, "Q3_K_M", tmp_path / "again.gguf", options=options).sha256 == result.sha256
+        assert list(tmp_path.glob("tiny.text.*.imatrix.gguf")) == matrices
+        text.write_text("".join(chr(97 + i * i * i % 26) for i in range(1200)))
+        quantize(model, "Q3_K_M", tmp_path / "other.gguf", options=options)
+        assert len(list(tmp_path.glob("tiny.text.*.imatrix.gguf"))) == 2
 
     def test_disk_that_fills(self, model: Path, tmp_path: Path) -> None:
         """On a file system of one megabyte it is refused before the first byte, with the numbers."""
@@ -282,7 +288,8 @@ class TestFailures:
         with pytest.raises(MissingError) as caught:
             quantize(model, "Q4_K_M", tmp_path / "x.gguf")
         assert str(caught.value) == (
-            "llama-quantize is not on PATH; install llama.cpp (Debian: llama.cpp-tools, Nix: llama-cpp), "
+            "llama-quantize is not on PATH; install llama.cpp (Debian: llama.cpp-tools and llama.cpp-tools-extra, "
+            "Nix: llama-cpp), "
             "or name it with --tools"
         )
 
@@ -298,8 +305,9 @@ class TestFailures:
             quantize(model, "F16", model, options=stand_ins.options)
         assert str(caught.value) == f"output: {model} is the source itself, must be another file"
 
-    def test_interrupt(self, stand_ins: StandIns, model: Path, tmp_path: Path) -> None:
-        """Ctrl-C ends the tool too, and leaves nothing."""
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+    def test_interrupt(self, stand_ins: StandIns, model: Path, tmp_path: Path, number: signal.Signals) -> None:
+        """Whatever ends it ends the tool too, and leaves nothing; after SIGKILL the next run takes the rest away."""
         note = tmp_path / "pid"
         stand_ins.quantizer(f'open("{note}", "w").write(str(os.getpid())); open(target, "w"); time.sleep(600)')
         out = tmp_path / "out"
@@ -309,11 +317,17 @@ class TestFailures:
         while not (note.exists() and note.read_text()):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(PATIENCE_SECONDS) == 130
+        process.send_signal(number)
+        assert process.wait(PATIENCE_SECONDS) == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+        while Path("/proc", note.read_text()).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        if number == signal.SIGKILL:
+            assert len(left_in(out)) == 1
+            stand_ins.quantizer("sys.exit(1)")
+            with pytest.raises(ModelError):
+                quantize(model, "Q4_K_M", out / "tiny.Q4_K_M.gguf", options=stand_ins.options)
         assert left_in(out) == []
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(note.read_text()), 0)
 
 
 class TestNames:

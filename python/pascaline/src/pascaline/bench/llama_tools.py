@@ -6,11 +6,12 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pascaline.child import with_parent
-from pascaline.errors import MissingError, PascalineError, StorageError
+from pascaline.errors import PascalineError, StorageError
+from pascaline.quantize.tools import Tools
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,6 +46,7 @@ class Scoring:
     chunks: int
     on_gpu: bool
     threads: int
+    tools: Tools = field(default_factory=Tools)
 
 
 def score_reference(
@@ -83,12 +85,8 @@ def check_space(folder: Path, needed: int, purpose: str) -> None:
 
 
 def _run(model: Path, scoring: Scoring, arguments: Sequence[str], on_chunk: Callable[[int], None]) -> str:
-    program = shutil.which(PROGRAM)
-    if program is None:
-        raise MissingError(
-            f"{PROGRAM} is not on PATH; install llama.cpp with all of its tools (Debian: llama.cpp-tools-extra)"
-        )
-    command = [program, "--model", str(model), "--file", str(scoring.text), "--ctx-size", str(WINDOW_TOKENS)]
+    command = [*scoring.tools.command("perplexity"), "--model", str(model), "--file", str(scoring.text)]
+    command += ["--ctx-size", str(WINDOW_TOKENS)]
     command += ["--chunks", str(scoring.chunks), "--threads", str(scoring.threads)]
     command += ["--n-gpu-layers", str(ALL_LAYERS if scoring.on_gpu else 0), *arguments]
     with subprocess.Popen(

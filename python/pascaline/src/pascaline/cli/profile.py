@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -63,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.read is not None:
         _print(arguments, _read(arguments.read, arguments.steps), {}, 0.0)
         return ExitCode.OK
+    # So that an instance that was started is ended in order, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     instance = _instance(arguments)
     folder = _new_folder(arguments.output)
     timeline, plan, context, trace = _record(arguments, instance, folder)

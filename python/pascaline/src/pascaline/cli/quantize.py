@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     from pascaline.quantize import Options, Tools, quantize, quantize_all
 
     _check(arguments)
+    # So that what is half done is removed, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = Options(
         tools=Tools(arguments.tools, arguments.converter, arguments.python or Path(sys.executable)),
         imatrix=arguments.imatrix,

@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from pascaline.child import with_parent
 from pascaline.configuration import CONFIG_VARIABLE, variable_of
 from pascaline.errors import EngineError
 from pascaline.profile.session import POLL_SECONDS, ask
@@ -67,7 +68,7 @@ def serving(settings: Mapping[str, str], config: Path | None, log: Path, timeout
     agent = f"http://127.0.0.1:{agent_port}"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pascaline", "serve"],
+            with_parent(sys.executable, "-m", "pascaline", "serve"),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

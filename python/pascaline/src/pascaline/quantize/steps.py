@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
@@ -61,6 +62,7 @@ class PlainSource:
         _make_folder(self._folder)
         if self._spec.format == "gguf":
             return Path(str(self._spec.files[0]))
+        _clear_left(self._folder, f".{stem_of(self._source)}", ".converted.gguf")
         self._converted = self._folder / f".{stem_of(self._source)}.{os.getpid()}.converted.gguf"
         try:
             convert(self._tools, self._source, self._spec, self._converted, self._on_percent)
@@ -88,7 +90,9 @@ def convert(tools: Tools, source: Path, spec: ModelSpec, target: Path, on_percen
 
 def importance_matrix(tools: Tools, source: Path, text: Path, folder: Path, on_chunk: OnDone) -> Path:
     """Return an importance matrix of the source over a text, computed where it is not in the folder yet."""
-    target = folder / f"{stem_of(source)}.{text.stem}.imatrix.gguf"
+    # Of another text or model it would be used without a word.
+    inputs = hashlib.sha256(repr([_state(source), _state(text)]).encode()).hexdigest()[:8]
+    target = folder / f"{stem_of(source)}.{text.stem}.{inputs}.imatrix.gguf"
     if target.exists():
         return target
     total = 0
@@ -210,8 +214,14 @@ def origin_of(source: Path, name: str, *inputs: Path | None) -> str:
     """Return words that change whenever a result would: type, and name, size and time of each input."""
     files = sorted(file for file in source.iterdir() if file.is_file()) if source.is_dir() else [source]
     files += [path for path in inputs if path is not None]
-    states = [(file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in files]
+    states = [_state(file) for file in files]
     return f"{name} of {source.name}, inputs {hashlib.sha256(repr(states).encode()).hexdigest()[:32]}"
+
+
+def _state(file: Path) -> tuple[str, int, int]:
+    """What changes when a file does: name, size, time of change."""
+    status = file.stat()
+    return file.name, status.st_size, status.st_mtime_ns
 
 
 def digest_if_unchanged(output: Path, origin: str) -> str | None:
@@ -229,11 +239,20 @@ def digest_if_unchanged(output: Path, origin: str) -> str | None:
 def unfinished(target: Path) -> Iterator[Path]:
     """Give a file of the target's folder to write to; what is left of it at the end is deleted."""
     _make_folder(target.parent)
+    _clear_left(target.parent, f".{target.name}", ".partial")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         yield partial
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _clear_left(folder: Path, begin: str, end: str) -> None:
+    """Delete what processes that were killed left: gigabytes under a name with the number of a process that is gone."""
+    for file in folder.glob(f"{glob.escape(begin)}.*{end}"):
+        pid = file.name.removeprefix(f"{begin}.").removesuffix(end)
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            file.unlink(missing_ok=True)
 
 
 def _matching(pattern: re.Pattern[str], act: Callable[[re.Match[str]], None]) -> Callable[[str], None]:

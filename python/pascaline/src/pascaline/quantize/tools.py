@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pascaline.child import with_parent
 from pascaline.errors import MissingError
 
 if TYPE_CHECKING:
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 
 KEPT_LINES = 50
 """Last lines of output, for the message of a failure."""
-INSTALL = "install llama.cpp (Debian: llama.cpp-tools, Nix: llama-cpp)"
+INSTALL = "install llama.cpp (Debian: llama.cpp-tools and llama.cpp-tools-extra, Nix: llama-cpp)"
 
 # The newest name of each program first.
 _NAMES = {
     "quantize": ("llama-quantize",),
     "imatrix": ("llama-imatrix",),
     "generate": ("llama-completion", "llama-cli"),
+    "perplexity": ("llama-perplexity",),
     "convert": ("convert_hf_to_gguf.py", "convert-hf-to-gguf", "convert_hf_to_gguf"),
 }
 
@@ -43,7 +45,7 @@ class Tools:
     """Runs the converter; it must have torch, transformers and gguf."""
 
     def command(self, tool: str) -> list[str]:
-        """Return how to start `quantize`, `imatrix`, `generate` or `convert`; MissingError where it is not here."""
+        """Return how to start one of the keys of _NAMES; MissingError where it is not here."""
         if tool == "convert" and self.converter is not None:
             if not self.converter.is_file():
                 raise MissingError(f"--converter: {self.converter} is not a file")
@@ -83,24 +85,22 @@ class Ended:
         return f"{ended}: {words.strip()}"
 
 
-def run(command: Sequence[str], on_line: Callable[[str], None], *, environment: dict[str, str] | None = None) -> Ended:
+def run(command: Sequence[str], on_line: Callable[[str], None]) -> Ended:
     """Run a program to its end; `on_line` gets each line, ended by a newline or a carriage return.
 
-    However this call ends, the program and all that it started are gone then.
+    However this call ends, the program and all that it started are gone then; killing this process ends the program.
     """
-    try:
-        process = subprocess.Popen(
-            list(command),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env={**os.environ, **(environment or {})},
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise MissingError(f"failed to run {command[0]}: {error.strerror}; {INSTALL}") from error
+    if shutil.which(command[0]) is None:
+        raise MissingError(f"failed to run {command[0]}: it is no program; {INSTALL}")
+    process = subprocess.Popen(
+        with_parent(*command),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     last: deque[str] = deque(maxlen=KEPT_LINES)
     try:
         assert process.stdout is not None

@@ -86,6 +86,21 @@ def test_the_users_own_file_is_measured_where_it_is_and_stays(bench: Start, tmp_
     assert "perplexity" not in second.errors
 
 
+def test_tools_that_are_missing_are_told_before_any_work(bench: Start, tmp_path: Path) -> None:
+    """llama-quantize alone is no use: without llama-perplexity nothing would be scored in the end."""
+    tools, folder = tmp_path / "bin", tmp_path / "out"
+    tools.mkdir()
+    (tools / "llama-quantize").write_text("#!/bin/sh\nexit 1\n")
+    (tools / "llama-quantize").chmod(0o755)
+    run = bench("quant", "--tools", tools, "--output", folder, PATH=str(tmp_path))
+    assert run.finish() == ExitCode.MISSING
+    assert run.errors == (
+        f"pascaline bench: llama-perplexity is not in {tools} or on PATH; install llama.cpp (Debian: llama.cpp-tools and "
+        "llama.cpp-tools-extra, Nix: llama-cpp), or name it with --tools\n"
+    )
+    assert [path.name for path in folder.iterdir()] == []
+
+
 def test_types_that_are_not_known_are_refused(bench: Start) -> None:
     run = bench("quant", "--types", "F16,Q5_X")
     assert run.finish() == ExitCode.CONFIGURATION

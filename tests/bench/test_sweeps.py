@@ -133,6 +133,22 @@ def test_a_server_that_dies_ends_the_benchmark_with_what_it_has(bench: Start, se
         run.errors.splitlines()[-1],
     )
     assert len(results(folder)["points"][0]["runs"]) == 1
+    assert "interrupted; to go on: " in run.errors
+    assert "Interrupted" in (folder / "report.html").read_text()
+
+
+def test_runs_of_another_instance_are_not_mixed_in(bench: Start, server: Serve, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    arguments = ("--sizes", "1", "--repeats", 1, *SHORT, "--output", folder)
+    assert bench("batch", "--url", server(), *arguments).finish() == ExitCode.OK
+    before = (folder / "results.json").read_bytes()
+    run = bench("batch", "--url", server("", "--context-length", "512"), *arguments)
+    assert run.finish() == ExitCode.CONFIGURATION
+    assert run.errors.splitlines()[-1] == (
+        f"pascaline bench: --output: {folder} holds runs of another instance (context length: 8192, now 512); "
+        "name another folder, or measure with the settings that began it"
+    )
+    assert (folder / "results.json").read_bytes() == before
 
 
 def test_a_server_that_refuses_everything_is_quoted(bench: Start, server: Serve, tmp_path: Path) -> None:

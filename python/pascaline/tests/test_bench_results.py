@@ -16,7 +16,7 @@ from pascaline.bench.compare import compare, comparison_table
 from pascaline.bench.experiment import Experiment, batch_points
 from pascaline.bench.figures import FIGURES, figures_of_run, summarize
 from pascaline.bench.load import Record
-from pascaline.bench.plot import MAX_TICKS, Mark, number, pareto_front, ticks
+from pascaline.bench.plot import MAX_TICKS, WIDTH, Chart, Mark, Series, line_chart, number, pareto_front, ticks
 from pascaline.bench.report import render, write_report
 from pascaline.bench.results import SCHEMA, Results, create_or_resume, load
 from pascaline.bench.run import Run, Sample
@@ -239,8 +239,10 @@ def test_table_shows_values_with_half_their_interval(tmp_path: Path) -> None:
     document = document_of(tmp_path, 10.0, 10.0)
     document["points"].append({"name": "batch 4", "runs": [], "summary": {}, "skipped": "too wide"})
     assert results_table(document).splitlines() == [
-        "         tok/s out  tok/s in  req/s     TTFT p50    p99      ITL p50    p99  E2E p50     p99  guide",
-        "batch 1  2.2 ± 0.0      20.0   0.20  500.0 ± 0.0  500.0  100.0 ± 0.0  100.0   1500.0  1500.0    3.0",
+        "         tok/s out  tok/s in  req/s  TTFT ms p50    p90    p99   ITL ms p50    p90    p99  "
+        "E2E ms p50     p90     p99  guide",
+        "batch 1  2.2 ± 0.0      20.0   0.20  500.0 ± 0.0  500.0  500.0  100.0 ± 0.0  100.0  100.0  "
+        "    1500.0  1500.0  1500.0    3.0",
         "batch 4  skipped: too wide",
     ]
 
@@ -280,6 +282,55 @@ def test_every_chart_is_well_formed_and_names_what_it_shows(tmp_path: Path) -> N
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
         titles.append(root.get("aria-label"))
     assert titles == ["Throughput", "Latency of requests", "Inter-token latency", "Throughput against latency"]
+
+
+def test_report_shows_what_the_guide_expects_of_four_requests(tmp_path: Path) -> None:
+    """Row 13: the load time of the instance that was started, and figures at batch 4."""
+    results = results_in(tmp_path, *(("batch 1", 10.0),) * 3, *(("batch 4", 5.0),) * 3)
+    page = render(results.document)
+    assert "<tr><td>output throughput at batch 4, tok/s</td><td>4.4</td><td>8.0</td></tr>" in page
+    assert "<tr><td>TTFT p50 at batch 4, ms</td><td>500.0</td><td>200.0</td></tr>" in page
+    assert "from start to ready" not in page
+    results.document["instance"] = {"server": {"model": "tiny"}, "start_seconds": 12.5}
+    page = render(results.document)
+    assert "<tr><td>from start to ready, s</td><td>12.5</td><td>10.0</td></tr>" in page
+    assert "Its latency of 200 ms does not say which one." in page
+    results.document["points"], results.document["instance"] = results.document["points"][:1], {}
+    assert "guide expects" not in render(results.document)
+
+
+def test_speeds_of_types_stand_beside_claim_plan_and_roofline(tmp_path: Path) -> None:
+    document = document_of(tmp_path, 10.0, 10.0)
+    summary = document["points"][0]["summary"]
+    names = ("F16", "Q4_K_M")
+    document |= {
+        "kind": "quant",
+        "types": [{"name": name, "file_bytes": 2e8, "kl_mean": 0.1, "perplexity": 20.0} for name in names],
+        "points": [{"name": f"{name} batch 1", "runs": [], "summary": summary, "skipped": None} for name in names],
+        "reference": {
+            "points": {"F16 batch 1": {"plan": {"output_throughput": 9.0}, "roofline": {"output_throughput": 15.0}}}
+        },
+    }
+    *_, speed = charts(document)
+    root = ET.fromstring(speed)
+    tips = [title.text for title in root.iter("{http://www.w3.org/2000/svg}title")]
+    assert tips == [
+        *("batch 1: 2.2", "batch 1: 2.2"),
+        "guide's claim (7B, P4): 10",
+        "plan's estimate, batch 1: 9",
+        "roofline of the card, batch 1: 15",
+    ]
+
+
+@pytest.mark.parametrize("x", [0.1, 5.0, 9.9])
+def test_labels_of_marks_stay_inside_the_picture(x: float) -> None:
+    """At 12 pixels a character is some 7 wide."""
+    label = "10 requests/s"
+    chart = ET.fromstring(line_chart(Chart("t", "x", "y", [Series("s", [Mark(x, 1.0, label=label), Mark(10.0, 2.0)])])))
+    text = next(each for each in chart.iter("{http://www.w3.org/2000/svg}text") if each.text == label)
+    left = float(text.attrib["x"]) - (7 * len(label) if text.get("text-anchor") == "end" else 0)
+    assert left >= 0
+    assert left + 7 * len(label) <= WIDTH
 
 
 def test_report_of_an_interrupted_benchmark_says_so(tmp_path: Path) -> None:

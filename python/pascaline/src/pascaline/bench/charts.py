@@ -135,12 +135,20 @@ def _quant_speed(document: dict[str, Any], names: list[str]) -> list[str]:
             if (key := f"{name} batch {size}") in by_name
         ]
         series.append(Series(f"batch {size}", marks))
-    claims = claims_for("quant", "output_throughput")
-    claimed = [Mark(n, claims[name]) for n, name in enumerate(names) if name in claims]
     if not series:
         return []
-    if claimed:
-        series.append(Series(GUIDE_NAME, claimed, dashed=True))
+    claims = claims_for("quant", "output_throughput")
+    points, least = (document.get("reference") or {}).get("points", {}), f"batch {sizes[0]}"
+    for words, values in (
+        (GUIDE_NAME, [claims.get(name) for name in names]),
+        *(
+            (f"{words}, {least}", [_expected(points, f"{name} {least}", source, "output_throughput") for name in names])
+            for words, source in ((PLAN_NAME, "plan"), (ROOFLINE_NAME, "roofline"))
+        ),
+    ):
+        marks = [Mark(n, value) for n, value in enumerate(values) if value is not None]
+        if marks:
+            series.append(Series(words, marks, dashed=True))
     return [bar_chart(Chart("Speed", AXES["quant"], "output tokens/s", series, names))]
 
 

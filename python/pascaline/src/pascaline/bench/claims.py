@@ -33,7 +33,20 @@ GUIDE_CLAIMS = (
         for kind, value in (("Q8_0", 5), ("Q6_K", 7), ("Q4_K_M", 10))
     ),
 )
-"""docs/guide.md, rows 5 and 13. The guide's latency of 200 ms says neither which latency nor of which length."""
+"""docs/guide.md, rows 3, 5 and 13."""
+
+EXPECTED_BATCH = 4
+"""Concurrent requests of the guide's expected performance, row 13."""
+EXPECTED_LOAD_SECONDS = 10.0
+EXPECTED = {
+    "output_throughput": 8.0,
+    "gpu_memory_bytes": 7.0 * 2**30,
+    # The guide does not say which latency its 200 ms are.
+    "ttft_p50": 0.2,
+    "itl_p50": 0.2,
+    "e2e_p50": 0.2,
+}
+"""Row 13, in the figures' base units."""
 
 WHALEVAULT = "MykytaKyt/WhaleVault docs/models.md, llama.cpp on a Tesla P4, driver 580.105.08, October 2026"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pascaline.bench.claims import claims_for
+from pascaline.bench.claims import EXPECTED, EXPECTED_BATCH, EXPECTED_LOAD_SECONDS, claims_for
+from pascaline.bench.figures import FIGURES
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,31 @@ def held_against(document: dict[str, Any]) -> list[Held]:
             point = expected.get(entry["name"], {})
             limits = [point.get(source, {}).get("output_throughput") for source in ("plan", "roofline")]
             found.append(Held(entry["name"], measured["value"], _claim(document, entry["name"]), *limits))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """One figure of the guide's expected performance beside what was measured, both as they are shown."""
+
+    name: str
+    measured: float
+    claim: float
+
+
+def expectations(document: dict[str, Any]) -> list[Expectation]:
+    """Return what the guide's row 13 expects, as far as the result has it: four requests at once, and loading."""
+    found = []
+    name = f"batch {EXPECTED_BATCH}"
+    summary: dict[str, Any] = next((point["summary"] for point in document["points"] if point["name"] == name), {})
+    for key, claim in EXPECTED.items():
+        if key in summary:
+            figure = FIGURES[key]
+            words = f"{figure.title} at {name}, {figure.unit}"
+            found.append(Expectation(words, summary[key]["value"] * figure.factor, claim * figure.factor))
+    started = (document.get("instance") or {}).get("start_seconds")
+    if started is not None:
+        found.append(Expectation("from start to ready, s", started, EXPECTED_LOAD_SECONDS))
     return found
 
 

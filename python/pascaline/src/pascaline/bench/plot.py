@@ -24,10 +24,13 @@ LEGEND_COLUMNS, LONG_NAME = 3, 22
 LABEL_ROOM = 1.06
 """Highest tick over highest value at least: room for what is written above it."""
 MAX_TICKS = 6
+NARROW_BAR = 32.0
+"""Pixels under which a value above a bar is written smaller."""
 
 _STYLE = """
 svg.chart { font: 12px system-ui, sans-serif; background: #fff; color: #1f2937; }
 svg.chart text { fill: currentColor; } svg.chart .title { font-weight: 600; font-size: 14px; }
+svg.chart .small { font-size: 9px; }
 svg.chart .grid { stroke: currentColor; opacity: .15; } svg.chart .axis { stroke: currentColor; opacity: .6; }
 @media (prefers-color-scheme: dark) { svg.chart { background: #111827; color: #e5e7eb; } }
 """
@@ -84,11 +87,14 @@ def bar_chart(chart: Chart) -> str:
     parts = [*area.frame()]
     slot = (WIDTH - LEFT - RIGHT) / max(1, len(chart.categories))
     wide = slot * 0.8 / max(1, len(chart.series))
+    labels = []
     for number, series in enumerate(chart.series):
         for mark in series.marks:
             left = area.x(mark.x) - slot * 0.4 + number * wide
             parts.append(_bar(area, mark, series, left, wide, COLOURS[number % len(COLOURS)]))
-    return area.document(parts)
+            labels.append(_bar_label(area, mark, left, wide))
+    # Last, so that no neighbour covers them.
+    return area.document([*parts, *labels])
 
 
 class _Area:
@@ -185,7 +191,9 @@ def _series(area: _Area, series: Series, colour: str) -> list[str]:
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{colour}"><title>{tip}</title></circle>'
         )
         if mark.label:
-            parts.append(_text(x + 8, y - 6, mark.label, "start"))
+            # Towards the middle, so that it stays inside the picture.
+            is_left = x < (LEFT + WIDTH - RIGHT) / 2
+            parts.append(_text(x + 8 if is_left else x - 8, y - 6, mark.label, "start" if is_left else "end"))
     return parts
 
 
@@ -195,8 +203,13 @@ def _bar(area: _Area, mark: Mark, series: Series, left: float, wide: float, colo
     look = f'fill="none" stroke="{colour}" stroke-dasharray="5 4"' if series.dashed else f'fill="{colour}"'
     return (
         f'<rect x="{left:.1f}" y="{top:.1f}" width="{wide - 2:.1f}" height="{max(0.0, bottom - top):.1f}" {look}>'
-        f"<title>{tip}</title></rect>" + _text(left + wide / 2 - 1, top - 4, mark.label or number(mark.y), "middle")
+        f"<title>{tip}</title></rect>"
     )
+
+
+def _bar_label(area: _Area, mark: Mark, left: float, wide: float) -> str:
+    kind = "small" if wide < NARROW_BAR else ""
+    return _text(left + wide / 2 - 1, area.y(mark.y) - 4, mark.label or number(mark.y), "middle", kind)
 
 
 def ticks(low: float, high: float) -> list[float]:

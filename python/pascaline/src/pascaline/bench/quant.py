@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import as_file
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +24,12 @@ from pascaline.bench.results import create_or_resume
 from pascaline.bench.runner import Runner
 from pascaline.bench.served_quality import compare_scores, load_scores, score_server
 from pascaline.bench.server import make_prompts
-from pascaline.bench.sweep import LOG_NAME, Target, describe_model
+from pascaline.bench.sweep import LOG_NAME, Target, check_same_target, describe_model
 from pascaline.bench.workload import SHIPPED_TEXT
 from pascaline.errors import ConfigurationError, EngineError
 from pascaline.models import store
 from pascaline.models.reader import read_model
-from pascaline.quantize import Options, quantize
+from pascaline.quantize import Options, Tools, quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 DEFAULT_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q3_K_S")
 NF4 = "NF4"
 """bitsandbytes' 4-bit type, which only SGLang serves."""
+BITSANDBYTES = "bitsandbytes==0.49.2"
+"""Not among the locked packages: 180 MB for one method. Has code for 6.0 with CUDA 12.6; SGLang asks for 0.46.1."""
 REFERENCE_TYPE = "F16"
 _PRECISE = {"F32", "F16", "BF16"}
 MODELS_FOLDER = "models"
@@ -63,6 +67,7 @@ class Comparison:
     seed: int
     timeout: float
     keep_models: bool
+    tools: Tools = field(default_factory=Tools)
 
     def experiment(self) -> Experiment:
         """Return the speed measurement of each type."""
@@ -110,10 +115,18 @@ class _Quant:
 
     def run(self) -> None:
         document = self._results.document
+        check_same_target(
+            self._results, {"settings given": self._target.plain_settings, "GPUs": self._machine.get("gpus")}
+        )
         document["machine"] = self._machine
         document["quality_note"] = self._quality_note()
-        document["instance"] = {"server": {"model": self._name}, "model": describe_model(self._spec)}
+        document["instance"] = {
+            "server": {"model": self._name},
+            "settings": self._target.plain_settings,
+            "model": describe_model(self._spec),
+        }
         document["reference"] = reference(self._card, None, None, "", self._comparison.experiment())
+        self._require_tools()
         self._models.mkdir(exist_ok=True)
         for kind in self._comparison.types:
             self._measure(kind)
@@ -122,8 +135,17 @@ class _Quant:
             self._scores.unlink(missing_ok=True)
             (self._results.folder / SERVED_REFERENCE).unlink(missing_ok=True)
 
+    def _require_tools(self) -> None:
+        """Raise MissingError before an hour of work where it could not be ended."""
+        kinds = [kind for kind in self._comparison.types if kind != NF4 and not self._is_done(kind, self._entry(kind))]
+        for tool in ("quantize", "perplexity") if kinds else ():
+            self._comparison.tools.command(tool)
+        if kinds and self._spec.format == "safetensors":
+            self._comparison.tools.command("convert")
+
     def _measure(self, kind: str) -> None:
         entry = self._entry(kind)
+        entry.pop("skipped", None)  # what was missing may be here now
         reason = self._reason_to_skip(kind)
         if reason is not None:
             entry["skipped"] = reason
@@ -168,6 +190,9 @@ class _Quant:
             return "bitsandbytes quantises a Hugging Face folder in SGLang; --model and --engine name another"
         if not self._machine.get("gpus"):
             return "SGLang's bitsandbytes loader needs CUDA, and there is no GPU here"
+        python = str(settings.engine_executable or sys.executable)
+        if subprocess.run([python, "-c", "import bitsandbytes"], capture_output=True, check=False).returncode:
+            return f"SGLang needs a package that is missing: {python} -m pip install --no-deps {BITSANDBYTES}"
         return None
 
     # --- files
@@ -180,7 +205,7 @@ class _Quant:
         if not file.exists():
             source = self._source if kind == REFERENCE_TYPE else self._precise_file()
             # That it works is what the measurement shows.
-            options = Options(allow_requantize=True, verify=False)
+            options = Options(tools=self._comparison.tools, allow_requantize=True, verify=False)
             quantize(source, kind, file, options=options, on_step=self._on_step)
         return file
 
@@ -213,6 +238,7 @@ class _Quant:
             chunks=comparison.chunks,
             on_gpu=bool(self._machine.get("gpus")) and self._target.configuration.settings.device != "cpu",
             threads=len(os.sched_getaffinity(0)),
+            tools=comparison.tools,
         )
 
         def on_chunk(done: int) -> None:
@@ -280,10 +306,10 @@ class _Quant:
 
     def _serving(self, kind: str, model: Path) -> Target:
         """Return the target that serves one type."""
-        given = self._target.given | {"model": str(model), "served_model_name": f"{self._name}-{kind}"}
+        given: dict[str, Any] = self._target.given | {"model": str(model), "served_model_name": f"{self._name}-{kind}"}
         given.pop("model_sha256", None)
         if kind == NF4:
-            given |= {"quantization": "bitsandbytes", "extra_args": ("--load-format", "bitsandbytes")}
+            given |= {"quantization": "bitsandbytes"}
         return replace(self._target, given=given)
 
     def _describe(self, kind: str, entry: dict[str, Any], instance: Instance) -> None:
@@ -293,6 +319,9 @@ class _Quant:
         plan = instance.plan()
         if plan is not None:
             entry["planned_bytes"] = plan["total_bytes"]
+            if kind == NF4:
+                # Its file is the 16-bit one; what it becomes in memory is the plan's to say.
+                entry["bits_per_weight"] = 8 * plan["weights_bytes"] / self._spec.n_parameters
             spec = read_model(self._file(kind)) if kind != NF4 else None
             expected = reference(self._card, spec, plan, instance.server.engine, self._comparison.experiment())
             document["reference"]["points"] |= {f"{kind} {name}": point for name, point in expected["points"].items()}

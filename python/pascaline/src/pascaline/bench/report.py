@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pascaline.bench.charts import charts
 from pascaline.bench.figures import FIGURES
-from pascaline.bench.held import held_against
+from pascaline.bench.held import expectations, held_against
 from pascaline.bench.results import REPORT_NAME
 from pascaline.bench.table import ABSENT, quality_rows, shown
 from pascaline.errors import StorageError
@@ -24,7 +24,7 @@ TITLES = {"batch": "Batch sweep", "context": "Context sweep", "serve": "Arrival 
 
 _STYLE = """
 :root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #8884; }
 th:first-child, td:first-child { text-align: left; } .scroll { overflow-x: auto; }
@@ -125,9 +125,14 @@ def _held_against(document: dict[str, Any]) -> list[str]:
         rows.append([html.escape(held.name), f"{held.measured:.1f}", *cells, share])
     note = (document.get("reference") or {}).get("note")
     notes = [note, "The guide's figures are for a 7B model on a Tesla P4: floors, not goals."]
+    expected = [["", "measured", "guide expects"]]
+    expected += [[html.escape(row.name), f"{row.measured:.1f}", f"{row.claim:.1f}"] for row in expectations(document)]
+    if len(expected) > 1:
+        notes.append("Its latency of 200 ms does not say which one.")
     return [
         "<h2>Held against</h2>",
         _table(rows),
+        _table(expected) if len(expected) > 1 else "",
         f"<p><small>{html.escape(' '.join(each for each in notes if each))}</small></p>",
     ]
 

@@ -56,6 +56,7 @@ class Results:
         entry = self.entry(name)
         entry["runs"].append(run.to_json())
         entry["summary"] = summarize(self.runs(name))
+        entry["skipped"] = None
         self.save()
 
     def skip(self, name: str, reason: str) -> None:

@@ -72,7 +72,8 @@ class ExporterGpu:
     def read(self, pids: Sequence[int]) -> dict[str, float]:  # noqa: ARG002 - another machine's processes
         """Read the first GPU of the page; nothing where no page came."""
         try:
-            with urllib.request.urlopen(self._url, timeout=PAGE_TIMEOUT_SECONDS) as answer:
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with opener.open(self._url, timeout=PAGE_TIMEOUT_SECONDS) as answer:
                 page = answer.read().decode()
         except (OSError, http.client.HTTPException):
             return {}

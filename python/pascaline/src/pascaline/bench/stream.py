@@ -177,7 +177,7 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             self._parser.feed(time.perf_counter(), data)
-        except (StreamError, ValueError, KeyError) as error:
+        except (StreamError, ValueError, KeyError, TypeError, AttributeError) as error:
             self._finish(error if isinstance(error, StreamError) else StreamError(f"broken event: {error!r}"))
             return
         if self._parser.complete:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,11 @@ class Target:
         """The server's card profile where it is known; a server elsewhere has not this host's."""
         return self.configuration.card if self.url is None else self.given.get("card")
 
+    @property
+    def plain_settings(self) -> dict[str, str]:
+        """The settings that flags chose, as text."""
+        return {key: str(value) for key, value in self.given.items()}
+
     def _is_chosen(self, key: str) -> bool:
         """Whether the user set it; a card's profile only says where to start from."""
         origin = self.configuration.origins[key]
@@ -108,26 +114,49 @@ def describe_instance(
     results: Results, instance: Instance, target: Target, spec: ModelSpec | None, experiment: Experiment
 ) -> None:
     """Note what is measured, where, and what theory and the guide say of it."""
-    server = asdict(instance.server)
-    before = results.document.get("instance", {}).get("server", {})
-    if before and (before["model"], before["engine"]) != (server["model"], server["engine"]):
-        raise ConfigurationError(
-            f"--output: {results.folder} holds results of {before['model']} on {before['engine']}, "
-            f"the server has {server['model']} on {server['engine']}; name another folder"
-        )
-    machine = describe_machine()
+    machine, settings = describe_machine(), target.plain_settings
+    measured = asdict(instance.server) | {"settings given": settings, "GPUs": machine.get("gpus")}
+    check_same_target(results, measured)
     results.document["machine"] = machine
     results.document["instance"] = {
         "url": instance.endpoint.url if target.url else None,
         "start_seconds": instance.start_seconds,
-        "server": server,
-        "settings": {key: str(value) for key, value in target.given.items()},
+        "server": asdict(instance.server),
+        "settings": settings,
         "model": describe_model(spec),
     }
     plan = results.document["plan"] = instance.plan()
     card = find_card(target.card_name, machine.get("gpus", []))
     results.document["reference"] = reference(card, spec, plan, instance.server.engine, experiment)
     results.save()
+
+
+# What may differ between two starts of the same instance, or says only where it is.
+_CHANGING = frozenset({"model_path", "max_total_tokens"})
+
+
+def check_same_target(results: Results, now: dict[str, Any]) -> None:
+    """Raise ConfigurationError where a folder's earlier runs were measured on something else.
+
+    now: the server's own account, with `settings given` and `GPUs`.
+    """
+    document = results.document
+    if not any(entry["runs"] for entry in document["points"]):
+        return
+    instance = document.get("instance") or {}
+    before = (instance.get("server") or {}) | {
+        "settings given": instance.get("settings"),
+        "GPUs": (document.get("machine") or {}).get("gpus"),
+    }
+    # As it was written: JSON has lists where there were tuples.
+    plain = json.loads(json.dumps(now))
+    different = [key for key in plain if key in before and key not in _CHANGING and plain[key] != before[key]]
+    if different:
+        words = "; ".join(f"{key.replace('_', ' ')}: {before[key]}, now {plain[key]}" for key in different)
+        raise ConfigurationError(
+            f"--output: {results.folder} holds runs of another instance ({words}); "
+            "name another folder, or measure with the settings that began it"
+        )
 
 
 def describe_model(spec: ModelSpec | None) -> dict[str, Any] | None:

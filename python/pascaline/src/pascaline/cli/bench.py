@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pascaline.cli.options import add_settings_arguments, load_from_arguments
 from pascaline.configuration import flag_of, setting_fields
-from pascaline.errors import ConfigurationError, ExitCode
+from pascaline.errors import ConfigurationError, EngineError, ExitCode
 
 if TYPE_CHECKING:
     import argparse
@@ -118,6 +118,10 @@ def _add_quant(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-models", action="store_true", help="keep the files of all types (default: each is removed when done)"
     )
+    parser.add_argument("--tools", type=Path, metavar="DIR", help="folder of llama.cpp's programs (default: PATH)")
+    parser.add_argument(
+        "--converter", type=Path, metavar="FILE", help="convert_hf_to_gguf.py, which a Hugging Face folder needs"
+    )
     _add_lengths(parser, prompt="128", output="128")
     _add_common(parser)
 
@@ -211,6 +215,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _quant(arguments: argparse.Namespace) -> int:
     from pascaline.bench import quant
+    from pascaline.quantize import Tools
 
     _check_counts(arguments)
     if arguments.url:
@@ -231,6 +236,7 @@ def _quant(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         timeout=arguments.timeout,
         keep_models=arguments.keep_models,
+        tools=Tools(arguments.tools, arguments.converter),
     )
     target = _target(arguments, {"max_running_requests": max(sizes)})
     folder = arguments.output or Path(default_folder("quant", target.model_name, time.time()))
@@ -272,15 +278,12 @@ def _with_results(arguments: argparse.Namespace, folder: Path, measure: Callable
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         results = measure()
-    except KeyboardInterrupt:
-        if not (folder / FILE_NAME).exists():
-            raise
-        again = shlex.join(["pascaline", *sys.argv[1:]])
-        results = load(folder)
-        _show(results, as_json=arguments.json)
-        extra = "" if arguments.output else f" --output {folder}"
-        print(f"interrupted; to go on: {again}{extra}", file=sys.stderr)
-        return ExitCode.INTERRUPTED
+    except (KeyboardInterrupt, EngineError):
+        if (folder / FILE_NAME).exists():
+            _show(load(folder), as_json=arguments.json)
+            again = shlex.join(["pascaline", *sys.argv[1:], *([] if arguments.output else ["--output", str(folder)])])
+            print(f"interrupted; to go on: {again}", file=sys.stderr)
+        raise
     _show(results, as_json=arguments.json)
     failed = any(not entry["summary"] for entry in results.document["points"])
     return ExitCode.FAILED if failed else ExitCode.OK

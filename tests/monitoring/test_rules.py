@@ -25,7 +25,7 @@ PROMISED = {
     *("HighVRAMUsage", "HighGPUTemp", "GpuLost", "GpuXidCritical", "GpuXidWarning", "GpuThrottled", "EccUncorrectable"),
     *("RetiredPagesPending", "PcieReplays", "ExporterDown", "ExporterStale", "EngineDown", "EngineNotReady"),
     *("EngineRestarting", "EngineUnresponsive", "QueueGrowing", "KvCacheSaturated", "SlowFirstToken", "SlowDecode"),
-    *("SilentCpuFallback", "PlanExceeded", "FleetHostMissing"),
+    *("SilentCpuFallback", "PlanExceeded", "FleetHostMissing", "GpuMissing"),
 }
 
 needs_promtool = pytest.mark.skipif(

@@ -36,6 +36,23 @@ let
     };
   failed =
     module: map (a: a.message) (lib.filter (a: !a.assertion) (system module).config.assertions);
+  # An instance's settings name its engine, which need not be built for them to be checked.
+  withoutEngine =
+    let
+      engine = pkgs.emptyDirectory;
+    in
+    {
+      nixpkgs.overlays = [
+        (_final: _prev: {
+          pascaline-engine = engine;
+          llama-cpp-pascal = engine;
+        })
+      ];
+    };
+  settingsOf =
+    configuration:
+    lib.mapAttrsToList (_: instance: "${instance.configFile}")
+      (configuration.extendModules { modules = [ withoutEngine ]; }).config.services.pascaline.instances;
   # Evaluating the whole system proves it; building it would need CUDA.
   evaluates =
     name: configuration:
@@ -57,6 +74,15 @@ in
         )) "${name}: expected '${case.message}', got ${builtins.toJSON (failed case.module)}";
         "${name}\n"
       ) cases.failing
+    )
+  );
+
+  # Building a settings file runs `pascaline config check` on it.
+  settings = pkgs.writeText "settings" (
+    lib.concatLines (
+      lib.concatMap settingsOf (
+        lib.attrValues self.nixosConfigurations ++ map system (lib.attrValues cases.working)
+      )
     )
   );
 

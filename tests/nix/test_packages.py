@@ -141,7 +141,18 @@ def test_hive_deploys_every_host(flake: Any) -> None:
 def test_checks_evaluate(flake: Any) -> None:
     """Each check is a derivation; building them needs the real nixpkgs."""
     checks = flake("checks.x86_64-linux", "builtins.mapAttrs (_: check: check.drvPath)")
-    assert {"format", "statix", "deadnix", "options", "failures", "host-gpu-1", "vm-serve", "vm-fleet"} <= set(checks)
+    assert {
+        "format",
+        "statix",
+        "deadnix",
+        "options",
+        "failures",
+        "settings",
+        "units",
+        "host-gpu-1",
+        "vm-serve",
+        "vm-fleet",
+    } <= set(checks)
 
 
 def test_template_becomes_a_fleet(nix_command: Any, source: Path, input_overrides: list[str], tmp_path: Path) -> None:

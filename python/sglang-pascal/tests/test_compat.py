@@ -196,7 +196,7 @@ print(json.dumps({
     "is_ours": common.is_cuda is is_not_cuda,
     "finders": sum(type(finder).__name__ == "_IsCudaFinder" for finder in sys.meta_path),
     "stale": stale,
-    "applied": {shim.name: shim.is_applied() for shim in shims_for("cuda") if shim.stage != "worker"},
+    "applied": {shim.name: shim.is_applied() for shim in shims_for("cuda")},
     "dtype": str(config.dtype),
     "full": str(full.dtype),
     "overrides": overrides,

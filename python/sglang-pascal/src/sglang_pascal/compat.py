@@ -336,6 +336,63 @@ def _kv_types_are_registered() -> bool:
     )
 
 
+_TRITON_LAUNCHES: Final = {
+    "sglang.kernels.ops.memory.small_copy.try_small_copy": "try_small_copy",
+    "sglang.kernels.ops.grammar.bitmask_ops.apply_token_bitmask_inplace_triton": "apply_token_bitmask",
+    "sglang.srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator._free_swa_pages_cuda": "free_swa_pages",
+    "sglang.srt.layers.logsumexp.row_logsumexp": "row_logsumexp",
+    "sglang.srt.layers.logsumexp.row_logsumexp_topk": "row_logsumexp_topk",
+}
+"""Launcher -> function of `plain_torch`: recorded decode steps, grammars, sliding windows, log-probabilities."""
+_FORMS: Final = {
+    "sglang.kernels.ops.grammar.token_filter_ops.set_token_filter_triton": (
+        "sglang.srt.constrained.torch_ops.token_filter_torch_ops",
+        "set_token_filter_torch",
+    ),
+    "sglang.kernels.ops.memory.common.get_last_loc_triton": ("sglang.srt.mem_cache.allocation", "get_last_loc_torch"),
+}
+"""Launcher -> module and name of SGLang's own other form of it."""
+_SAMPLER: Final = "sglang.srt.layers.sampler"
+_SAMPLE: Final = "top_k_top_p_min_p_sampling_from_probs_torch"
+_DYNAMO: Final = "TORCHDYNAMO_DISABLE"
+
+
+def _replace_triton_launches() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from sglang_pascal import plain_torch
+
+    for target, name in _TRITON_LAUNCHES.items():
+        _hook(target, getattr(plain_torch, name), "REPLACE")
+    for target, (module, name) in _FORMS.items():
+        _hook(target, getattr(importlib.import_module(module), name), "REPLACE")
+    HookRegistry.apply_hooks()
+
+
+def _triton_launches_are_replaced() -> bool:
+    return all(_target_is_hooked(target) for target in (*_TRITON_LAUNCHES, *_FORMS))
+
+
+def _last_name(target: str) -> str:
+    return target.rpartition(".")[2]
+
+
+def _target_is_hooked(target: str) -> bool:
+    """target: a function of a module, or of a class in one."""
+    parent, _, name = target.rpartition(".")
+    module, _, owner = parent.rpartition(".")
+    return _is_hooked(module, owner, name) if owner[:1].isupper() else _is_hooked(parent, name)
+
+
+def _register_sampler() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from sglang_pascal.plain_torch import sample_from_probs
+
+    _hook(f"{_SAMPLER}.{_SAMPLE}", sample_from_probs, "AROUND")
+    HookRegistry.apply_hooks()
+
+
 def _always() -> bool:
     return True
 
@@ -461,6 +518,39 @@ SHIMS: Final = (
         is_needed=_always,
         apply=_register_kv_types,
         is_applied=_kv_types_are_registered,
+    ),
+    Shim(
+        name="no torch.compile",
+        what=f"{_DYNAMO}=1, unless it is set",
+        why="torch.compile generates Triton for a CUDA device and refuses one below compute capability 7.0",
+        sglang="0.5.23",
+        devices=("cuda",),
+        stage="activate",
+        is_needed=_always,
+        apply=lambda: _set_unless_chosen(_DYNAMO),
+        is_applied=lambda: _DYNAMO in os.environ,
+    ),
+    Shim(
+        name="Triton kernels",
+        what=f"plain torch in place of {', '.join(map(_last_name, (*_TRITON_LAUNCHES, *_FORMS)))}",
+        why="SGLang launches them for any CUDA tensor, though the platform says that it has no Triton",
+        sglang="0.5.23",
+        devices=("cuda",),
+        stage="worker",
+        is_needed=_always,
+        apply=_replace_triton_launches,
+        is_applied=_triton_launches_are_replaced,
+    ),
+    Shim(
+        name="sampler",
+        what=f"{_SAMPLER}.{_SAMPLE} filters by our kernel where it would sort the vocabulary",
+        why="to sort 150,000 probabilities per request and step takes longer than to find the smallest one that stays",
+        sglang="0.5.23",
+        devices=("cuda",),
+        stage="worker",
+        is_needed=_always,
+        apply=_register_sampler,
+        is_applied=lambda: _is_hooked(_SAMPLER, _SAMPLE),
     ),
 )
 """The table, in the order of application."""

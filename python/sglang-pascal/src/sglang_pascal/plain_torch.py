@@ -1,0 +1,94 @@
+"""What SGLang launches as Triton kernels on any CUDA tensor, whatever the platform says of Triton, in plain torch.
+
+Triton's compiler is made for compute capability 7.0 and newer, and builds its launchers with a C compiler that a server
+need not have. Each function has the arguments and the result of SGLang's own; `compat` puts it in its place.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_BITS: Final = 32
+"""Tokens in one word of a grammar's mask."""
+
+
+def try_small_copy(dsts: list[torch.Tensor], srcs: list[torch.Tensor]) -> bool:
+    """Never in one launch: SGLang then copies the inputs of a recorded step by `torch._foreach_copy_`."""
+    del dsts, srcs
+    return False
+
+
+def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, indices: Any = None) -> None:
+    """Logits `[n, vocabulary]` of tokens that a grammar forbids become -inf, in place.
+
+    bitmask: int32 `[n, words]`, one bit a token, 1 = allowed; logits beyond its end stay. indices: the rows to change;
+    None = all.
+    """
+    logits, bitmask = logits.view(-1, logits.shape[-1]), bitmask.view(-1, bitmask.shape[-1])
+    rows = torch.arange(len(logits), device=logits.device) if indices is None else torch.as_tensor(indices)
+    rows = rows.to(logits.device)
+    vocabulary = min(logits.shape[1], bitmask.shape[1] * _BITS)
+    shifts = torch.arange(_BITS, dtype=torch.int32, device=bitmask.device)
+    allowed = (bitmask[rows, :, None] >> shifts & 1).flatten(1)[:, :vocabulary].bool()
+    logits[rows, :vocabulary] = logits[rows, :vocabulary].masked_fill(~allowed, -torch.inf)
+
+
+def free_swa_pages(self: Any, full_page_representatives: torch.Tensor) -> torch.Tensor:
+    """`SWATokenToKVPoolAllocator`: as SGLang does it on any other device."""
+    pages: torch.Tensor = self._free_swa_pages_none_cuda(full_page_representatives)
+    return pages
+
+
+def row_logsumexp(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per row of x `[n, columns]`, float32: the largest value, and logsumexp less it."""
+    if not x.shape[1]:
+        return x.new_full((len(x),), -torch.inf, dtype=torch.float32), x.new_zeros(len(x), dtype=torch.float32)
+    values = x.float()
+    largest = values.amax(-1)
+    rest = torch.logsumexp(values - largest[:, None], dim=-1)
+    return largest, torch.where(largest.isinf(), 0.0, rest)
+
+
+def row_logsumexp_topk(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `row_logsumexp`, and the k largest values as float32 and their columns, largest first."""
+    values, columns = x.float().topk(k, dim=-1)
+    return *row_logsumexp(x), values, columns
+
+
+def sample_from_probs(
+    original: Callable[..., Any],
+    probs: torch.Tensor,
+    top_ks: torch.Tensor,
+    top_ps: torch.Tensor,
+    min_ps: torch.Tensor,
+    need_min_p_sampling: bool,
+    sampling_seed: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    *,
+    return_filtered_probs: bool = False,
+    max_top_k: int | None = None,
+) -> Any:
+    """Around `top_k_top_p_min_p_sampling_from_probs_torch`: where SGLang would sort the vocabulary, our kernel finds
+    the smallest value that stays.
+
+    Not where the order is asked for (a seed, the filtered values), and not where every request has a small top k: then
+    SGLang only looks for the k largest.
+    """
+    sorts = max_top_k is None or max_top_k >= probs.shape[-1]
+    if not sorts or sampling_seed is not None or return_filtered_probs or probs.dtype != torch.float32:
+        return original(
+            *(probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, positions),
+            return_filtered_probs=return_filtered_probs,
+            max_top_k=max_top_k,
+        )
+    from sglang_pascal.ops.sampling import top_k_top_p_filter_
+
+    kept = top_k_top_p_filter_(
+        probs.clone(), top_ks.int(), top_ps.float(), min_ps.float() if need_min_p_sampling else None
+    )
+    return torch.multinomial(kept, num_samples=1).view(-1).to(torch.int32)

@@ -18,6 +18,7 @@ import sglang.srt.model_executor.model_runner
 from sglang_pascal.attention.backend import PascalAttentionBackend
 from sglang_pascal.attention.kernels_backend import KernelAttentionBackend, Rotation
 from sglang_pascal.attention.kv_pool import PascalKVPool
+from sglang_pascal.errors import PluginError
 from sglang_pascal.reference import rope_ref
 
 SLOTS, KV, HEADS, DIM, CONTEXT = 200, 2, 6, 64, 64
@@ -93,6 +94,13 @@ try:
     backend.forward_extend(q.flatten(1), k, v, layer_of(cross=True), batch)
 except NotImplementedError as error:
     facts["refusal"] = str(error)
+try:
+    narrow = PascalKVPool(SLOTS, page_size=1, dtype=torch.float16, head_num=KV, head_dim=80, layer_num=2, device="cpu",
+                          enable_memory_saver=False)
+    KernelAttentionBackend(types.SimpleNamespace(device="cuda:0", token_to_kv_pool=narrow, req_to_token_pool=None,
+                                                 model_config=types.SimpleNamespace(context_len=CONTEXT)))
+except PluginError as error:
+    facts["no kernel"] = str(error)
 facts["graph"] = [backend.get_cuda_graph_seq_len_fill_value(), backend.support_triton(), backend.init_cuda_graph_state(4, 4)]
 print(json.dumps(facts))
 """
@@ -128,6 +136,10 @@ def test_an_int8_pool_takes_one_scale_per_token_and_head(facts):
 
 def test_cross_attention_is_refused(facts):
     assert facts["refusal"] == "attention backend 'pascal' serves decoder-only text models: no cross attention"
+
+
+def test_a_model_that_no_kernel_reads_is_refused_before_it_is_asked(facts):
+    assert facts["no kernel"].startswith("no attention kernel for a head_dim of 80, must be 64, 128, 256; choose ")
 
 
 def test_graph_padding_has_length_one_and_no_triton_is_used(facts):

@@ -127,12 +127,20 @@ class TestDoors:
         with pytest.raises(OperationError, match=r"^x is float32, must be float16$"):
             matmul_half(torch.zeros(1, 32), torch.zeros(4, 32).half())
 
-    def test_a_pool_of_a_type_or_size_without_kernels(self):
+    def test_a_pool_of_a_size_without_kernels(self):
         with pytest.raises(OperationError) as caught:
             _ = KvPool(torch.zeros(4, 1, 80).half(), torch.zeros(4, 1, 80).half()).kind
         assert str(caught.value) == (
-            "no attention kernel for a KV cache of float16 with head_dim 80: types float16, float8_e5m2 and int8, "
-            "head_dim 64, 128, 256; choose kv_cache.dtype fp16, fp8_e5m2 or int8"
+            "no attention kernel for a head_dim of 80, must be 64, 128, 256; choose attention_backend pascal_torch "
+            "(SGLang's --attention-backend), which takes any, more slowly"
+        )
+
+    def test_a_pool_of_a_type_without_kernels(self):
+        with pytest.raises(OperationError) as caught:
+            _ = KvPool(torch.zeros(4, 1, 64).bfloat16(), torch.zeros(4, 1, 64).bfloat16()).kind
+        assert str(caught.value) == (
+            "no attention kernel for a KV cache of bfloat16, must be float16, float8_e5m2 or int8; "
+            "choose kv_cache.dtype (SGLang's --kv-cache-dtype) fp16, fp8_e5m2 or int8"
         )
 
     def test_scales_belong_to_int8_pools_only(self):

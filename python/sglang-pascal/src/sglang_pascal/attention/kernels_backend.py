@@ -65,6 +65,8 @@ class KernelAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
         pool = self.token_to_kv_pool
         self._swa_pool = pool if isinstance(pool, SWAKVPool) and pool.swa_layer_nums > 0 else None
         self._pools: dict[int, KvPool] = {}
+        if str(runner.device).startswith("cuda"):
+            _ = kv_of_layer(pool, getattr(pool, "start_layer", 0)).kind  # refuses now what no kernel reads
         self._plan: _ForwardPlan | None = None
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:

@@ -35,11 +35,17 @@ class KvPool:
     def kind(self) -> str:
         """F16, E5M2 or INT8: a name of `kernels.build.KV_TYPES`."""
         kinds = {torch.float16: "F16", torch.float8_e5m2: "E5M2", torch.uint8: "E5M2", torch.int8: "INT8"}
-        if self.keys.dtype not in kinds or self.keys.shape[-1] not in HEAD_DIMS:
+        head_dim = self.keys.shape[-1]
+        if head_dim not in HEAD_DIMS:
             raise OperationError(
-                f"no attention kernel for a KV cache of {str(self.keys.dtype).removeprefix('torch.')} with head_dim "
-                f"{self.keys.shape[-1]}: types float16, float8_e5m2 and int8, head_dim "
-                f"{', '.join(map(str, HEAD_DIMS))}; choose kv_cache.dtype fp16, fp8_e5m2 or int8"
+                f"no attention kernel for a head_dim of {head_dim}, must be {', '.join(map(str, HEAD_DIMS))}; "
+                "choose attention_backend pascal_torch (SGLang's --attention-backend), which takes any, more slowly"
+            )
+        if self.keys.dtype not in kinds:
+            dtype = str(self.keys.dtype).removeprefix("torch.")
+            raise OperationError(
+                f"no attention kernel for a KV cache of {dtype}, must be float16, float8_e5m2 or int8; "
+                "choose kv_cache.dtype (SGLang's --kv-cache-dtype) fp16, fp8_e5m2 or int8"
             )
         return kinds[self.keys.dtype]
 

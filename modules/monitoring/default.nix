@@ -173,6 +173,8 @@ in
       alertmanager = lib.mkIf cfg.alertmanager.enable {
         enable = true;
         listenAddress = lib.mkDefault "127.0.0.1";
+        # No cluster of one: joining it, Alertmanager ends at once on a host that has public addresses only.
+        extraFlags = lib.mkDefault [ "--cluster.listen-address=" ];
         configuration = lib.mkIf (cfg.alertmanager.webhookUrl != null) {
           route = {
             receiver = "webhook";

@@ -35,6 +35,7 @@ in
     };
   };
 
+  # Where alerts are posted (what listens there is yours), and the file on each host with the key that protects the APIs.
   alertWebhook = "http://127.0.0.1:9099/alerts";
   apiKeyFile = "/etc/pascaline/api-key";
 }

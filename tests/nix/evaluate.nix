@@ -61,7 +61,9 @@ let
       variables = config.environment.variables;
       scrapeConfigs = config.services.prometheus.scrapeConfigs;
       ruleFiles = map toString config.services.prometheus.ruleFiles;
-      alertmanager = config.services.prometheus.alertmanager.configuration;
+      alertmanager = {
+        inherit (config.services.prometheus.alertmanager) configuration extraFlags;
+      };
       tmpfiles = config.systemd.tmpfiles.settings;
     };
 

@@ -193,6 +193,7 @@ in
             port = option types.port 9093;
             listenAddress = option types.str "";
             configuration = option (types.nullOr types.attrs) null;
+            extraFlags = strings;
           };
         };
         xserver.videoDrivers = strings;

@@ -184,6 +184,14 @@ class TestFleet:
             "labels": {"host": "gpu-1", "name": "emily"},
         }
 
+    def test_alertmanager_joins_no_cluster(self, evaluated: Any) -> None:
+        """It would look for a private address to advertise, and end where a host has none, as CloudLab nodes may."""
+        alertmanager = evaluated("hosts")["watch"]["alertmanager"]
+        assert alertmanager["extraFlags"] == ["--cluster.listen-address="]
+        assert alertmanager["configuration"]["receivers"][0]["webhook_configs"] == [
+            {"url": "http://127.0.0.1:9099/alerts"}
+        ]
+
     def test_firewall_admits_monitoring_and_router_and_nobody_else(self, evaluated: Any) -> None:
         hosts = evaluated("hosts")
         assert hosts["gpu-1"]["firewall"] == {

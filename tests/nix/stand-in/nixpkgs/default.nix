@@ -12,7 +12,6 @@ import "@corepkgs@" (
         llama-cpp = final.hello or final.gnugrep;
         nixfmt-tree = final.gnugrep;
         nixfmt = final.gnugrep;
-        emptyDirectory = final.gnugrep;
         statix = final.gnugrep;
         deadnix = final.gnugrep;
         prometheus.cli = final.gnugrep;

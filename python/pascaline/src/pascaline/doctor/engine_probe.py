@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-PACKAGES = ("torch", "sglang", "sglang-pascal", "transformers")
+PACKAGES = ("torch", "sglang", "sglang-pascal", "transformers", "bitsandbytes")
 
 
 def main() -> None:

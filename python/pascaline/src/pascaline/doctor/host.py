@@ -132,7 +132,7 @@ class EngineFacts:
     error: str = ""
     """Why it could not be asked."""
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Installed packages among torch, sglang, sglang-pascal, transformers."""
+    """Installed packages among torch, sglang, sglang-pascal, transformers, bitsandbytes."""
     torch_cuda: str = ""
     """CUDA version that torch was built for; empty: without CUDA."""
     torch_architectures: tuple[str, ...] = ()

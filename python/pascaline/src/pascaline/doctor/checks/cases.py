@@ -61,6 +61,7 @@ CASES: Mapping[str, tuple[str, tuple[str, ...]]] = {
             "driver-cuda",
             "torch-architectures",
             "engine",
+            "bitsandbytes",
         ),
     ),
 }

@@ -16,6 +16,8 @@ PLATFORM = "pascal"
 """Entry point of the plugin."""
 LEAST_GLIBC = (2, 34)
 """SGLang's wheels are manylinux_2_34."""
+LEAST_BITSANDBYTES = (0, 46, 1)
+"""SGLang 0.5.23, `require_bitsandbytes`."""
 
 
 def _absent(host: Host, package: str) -> str | None:
@@ -79,6 +81,25 @@ def _plugin(host: Host) -> Result:
     if PLATFORM not in points:
         return failure(f"platforms registered: {', '.join(points) or 'none'}")
     return ok(f"sglang-pascal {host.engine.versions.get('sglang-pascal', '(unknown version)')}")
+
+
+@check(
+    "bitsandbytes",
+    "The quantisation bitsandbytes has its package",
+    "install it into the engine's Python, for it is not among the locked packages; or serve a GGUF file",
+    command="pip install --no-deps bitsandbytes==0.49.2",
+)
+def _bitsandbytes(host: Host) -> Result:
+    """Where the setting `quantization` names it, looks for 0.46.1 or newer: SGLang fails without it."""
+    if host.settings is None or host.settings.quantization != "bitsandbytes":
+        return ok("the settings do not ask for it")
+    if reason := _absent(host, "sglang"):
+        return skipped(reason)
+    found = host.engine.versions.get("bitsandbytes")
+    if found is None:
+        return failure("it is not installed")
+    numbers = tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
+    return ok(found) if numbers >= LEAST_BITSANDBYTES else failure(f"{found} is installed, SGLang needs 0.46.1")
 
 
 @check(

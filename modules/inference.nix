@@ -199,6 +199,7 @@ in
 {
   imports = [
     ./common.nix
+    ./driver.nix
     ./models.nix
   ];
 

@@ -11,7 +11,7 @@ let
   on = module: { imports = [ driver ] ++ lib.toList module; };
   builtinModel.settings.model = "builtin:smollm2-135m";
 in
-{
+rec {
   working = {
     cpu = instance "tiny" (
       builtinModel
@@ -91,6 +91,21 @@ in
       nixDevice = "/dev/disk/by-label/nix";
       controlInterface = "eno1";
     };
+  };
+
+  # One for each file of modules/ that the flake exposes.
+  alone = {
+    "cloudlab.nix" = working.cloudlab;
+    "cuda.nix" = working.cuda;
+    "driver.nix" = driver;
+    "exporter.nix".services.pascaline.exporter.enable = true;
+    "inference.nix" = instance "tiny" builtinModel;
+    "models.nix" = working.download;
+    monitoring.services.pascaline.monitoring = {
+      enable = true;
+      alertmanager.webhookUrl = "http://127.0.0.1:9099/";
+    };
+    "router.nix" = working.router;
   };
 
   failing = {

@@ -127,6 +127,25 @@ in
       failed = builtins.deepSeq (lib.mapAttrs (_: plain) config.systemd.services) (failed config);
     }
   ) cases.failing;
+  # Each module as the only one of ours: what it needs of the others it brings.
+  alone = lib.mapAttrs (
+    name: module:
+    let
+      inherit
+        (lib.evalModules {
+          modules = [
+            standIn.module
+            standIn.driverModule
+            (../../modules + "/${name}")
+            module
+          ];
+          specialArgs = { inherit (standIn) pkgs; };
+        })
+        config
+        ;
+    in
+    builtins.deepSeq (lib.mapAttrs (_: plain) config.systemd.services) (failed config)
+  ) cases.alone;
   typeErrors = lib.mapAttrs (
     _: module:
     let

@@ -20,6 +20,12 @@ def test_working_configurations_break_no_assertion(evaluated: Any) -> None:
     assert {name: case["failed"] for name, case in evaluated("units").items() if case["failed"]} == {}
 
 
+def test_every_module_stands_alone(evaluated: Any) -> None:
+    """Who imports one of `nixosModules` need not know which others it reads."""
+    exposed = ["cloudlab.nix", "cuda.nix", "driver.nix", "exporter.nix", "inference.nix", "models.nix", "router.nix"]
+    assert evaluated("alone") == {name: [] for name in [*exposed, "monitoring"]}
+
+
 def test_failing_configurations_say_why(evaluated: Any) -> None:
     """Each mistake is answered by exactly its message, which carries the remedy."""
     cases = evaluated("failures")

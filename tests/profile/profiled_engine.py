@@ -32,6 +32,8 @@ class ProfiledHandler(fake_engine.Handler):
         if self.path not in ("/generate", "/start_profile", "/stop_profile"):
             super().do_POST()
             return
+        if not self._may_answer():
+            return
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"null") or {}
         if not body.get("stream"):
             if "GPU" in body.get("activities", []):

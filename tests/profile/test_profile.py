@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -27,6 +28,7 @@ from pascaline.profile.roofline import summarise, to_text
 from pascaline.profile.session import Load, Target, record
 from pascaline.profile.timeline import Kernel, Timeline, kind_of
 from pascaline.profile.trace import TraceError, is_whole, read_trace
+from support.instance import PATIENCE, wait_until
 
 RECORDS = Path(__file__).parent / "records"
 CPU_TRACE = RECORDS / "sglang-0.5.23-cpu.trace.json.gz"
@@ -537,9 +539,11 @@ class TestCommand:
 
     def test_instance_of_its_own(self, tmp_path: Path) -> None:
         """An instance is started for the record, and gone afterwards; the plan tells what a step reads."""
-        output = tmp_path / "record"
+        output, key = tmp_path / "record", tmp_path / "key"
+        key.write_text("sesame\n")
         command = [sys.executable, "-m", "pascaline", "profile", "--device", "cpu", "--json", "-o", str(output)]
         command += ["--engine-executable", str(PROFILED_ENGINE), "--cache-dir", str(tmp_path / "cache")]
+        command += ["--api-key-file", str(key)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stderr.splitlines() == [
@@ -551,6 +555,19 @@ class TestCommand:
         summary = json.loads(done.stdout)
         assert summary["kernels"][0]["name"] == "aten::mm"
         assert summary["step_bytes"] > 90e6
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+    def test_instance_is_gone_however_it_ends(self, tmp_path: Path, number: signal.Signals, code: int) -> None:
+        """Else an engine would hold the GPU's memory for ever."""
+        cache = str(tmp_path / "cache")
+        command = [sys.executable, "-m", "pascaline", "profile", "--device", "cpu", "-o", str(tmp_path / "record")]
+        command += ["--engine-executable", str(PROFILED_ENGINE), "--cache-dir", cache]
+        environment = os.environ | {"FAKE_ENGINE_FAULTS": "start_seconds=300"}
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+        wait_until("the engine", lambda: f"launch_server --model-path {cache}" in _command_lines())
+        process.send_signal(number)
+        assert process.wait(PATIENCE) == code
+        wait_until("their end", lambda: cache not in _command_lines())
 
     def test_under_nvprof(self, tmp_path: Path) -> None:
         """With nvprof the engine runs inside of it, and its database becomes the trace."""

@@ -121,11 +121,16 @@ def _target(instance: Instance) -> Target:
     if instance.settings is None:
         raise ConfigurationError("--instance: an agent's URL does not tell the engine's address; give NAME or FILE")
     host, port = reachable((instance.settings.host, instance.settings.port))
-    key = instance.settings.api_key_file
+    return Target(f"http://{f'[{host}]' if ':' in host else host}:{port}", _api_key(instance))
+
+
+def _api_key(instance: Instance) -> str | None:
+    """Return the key that the engine asks for, if any."""
+    path = instance.settings.api_key_file if instance.settings else None
     try:
-        return Target(f"http://{f'[{host}]' if ':' in host else host}:{port}", key.read_text().strip() if key else None)
+        return path.read_text(encoding="utf-8").strip() if path else None
     except OSError as error:
-        raise ConfigurationError(f"api_key_file: failed to read {key}: {error.strerror}") from error
+        raise ConfigurationError(f"api_key_file: failed to read {path}: {error.strerror}") from error
 
 
 def _engine_folder(instance: Instance, folder: Path) -> Path:
@@ -149,7 +154,7 @@ def _record_own(
     from pascaline.profile.nvprof import write_chrome_trace
     from pascaline.profile.session import Target, ask, record
 
-    settings = _as_texts(given_flags(arguments))
+    settings, key = _as_texts(given_flags(arguments)), _api_key(instance)
     nvprof = _nvprof(arguments.tool, instance)
     if nvprof:
         configured = instance.settings.engine_executable if instance.settings else None
@@ -159,7 +164,7 @@ def _record_own(
     with serving(settings, arguments.config, folder / "serve.log", TIMEOUT_SECONDS) as (engine, agent):
         plan = ask(f"{agent}/plan") or {}
         recording: Recording = record(
-            Target(engine),
+            Target(engine, key),
             folder,
             steps=arguments.steps,
             load=load,

@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,13 +112,34 @@ def _measure(engine: InProcessEngine, args: argparse.Namespace, results: dict[st
         for n in BATCHES
         if n * (args.context + DECODE_STEPS) <= results["max_total_tokens"]
     }
+    if args.device == "cuda":
+        results["host_waits_in_a_decode_step"] = _host_waits(engine, args.context)
     if args.full_requests:
         n, tokens = args.full_requests
-        logits, batch = engine.prefill([_prompt(tokens - 8, seed) for seed in range(n)])
+        logits, batch = engine.prefill([_prompt(engine, tokens - 8, seed) for seed in range(n)])
         for _ in range(8):
             logits = engine.decode(logits.argmax(-1), batch)
         results["full_requests"] = {"n": n, "tokens": tokens, "finite": bool(logits.isfinite().all())}
         engine.clear()
+
+
+def _host_waits(engine: InProcessEngine, context: int) -> dict[str, int]:
+    """Where the host waits for the device in one decode step: line of the source -> how often."""
+    import torch
+
+    logits, batch = engine.prefill([_prompt(engine, context, 0)])
+    engine.decode(logits.argmax(-1), batch)
+    tokens = logits.argmax(-1)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            engine.decode(tokens, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        engine.clear()
+    return dict(Counter(f"{warning.filename}:{warning.lineno}" for warning in caught))
 
 
 def _prefill(engine: InProcessEngine, n_tokens: int, wait: Callable[[], None]) -> float:
@@ -126,7 +148,7 @@ def _prefill(engine: InProcessEngine, n_tokens: int, wait: Callable[[], None]) -
     for repeat in range(4):
         wait()
         start = time.monotonic()
-        engine.prefill([_prompt(n_tokens, repeat)])
+        engine.prefill([_prompt(engine, n_tokens, repeat)])
         wait()
         seconds.append(time.monotonic() - start)
         engine.clear()
@@ -135,7 +157,7 @@ def _prefill(engine: InProcessEngine, n_tokens: int, wait: Callable[[], None]) -
 
 def _decode(engine: InProcessEngine, batch_size: int, context: int, wait: Callable[[], None]) -> float:
     """Seconds per step."""
-    logits, batch = engine.prefill([_prompt(context, seed) for seed in range(batch_size)])
+    logits, batch = engine.prefill([_prompt(engine, context, seed) for seed in range(batch_size)])
     seconds = []
     for _ in range(DECODE_STEPS):
         start = time.monotonic()
@@ -146,10 +168,11 @@ def _decode(engine: InProcessEngine, batch_size: int, context: int, wait: Callab
     return statistics.median(seconds)
 
 
-def _prompt(n_tokens: int, seed: int) -> list[int]:
+def _prompt(engine: InProcessEngine, n_tokens: int, seed: int) -> list[int]:
     import random
 
-    return random.Random(seed).choices(range(300, 20000), k=n_tokens)
+    vocabulary = engine.runner.model_config.vocab_size
+    return random.Random(seed).choices(range(min(300, vocabulary // 2), min(20000, vocabulary)), k=n_tokens)
 
 
 def _waiter(device: str) -> Callable[[], None]:

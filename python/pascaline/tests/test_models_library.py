@@ -295,9 +295,11 @@ class TestGarbage:
         assert path.exists()
 
     def test_models_that_are_not_kept(self, store: Path, model: Path, tmp_path: Path) -> None:
-        """With a list of names all others go."""
+        """With a list of names all others go; a folder that the library did not make is none of its business."""
         add(store, "emily", str(model))
         add(store, "old", str(model))
+        (store / "thesis").mkdir()
+        (store / "thesis" / "chapter.txt").write_text("years of work")
         found = garbage(store, tmp_path, frozenset({"emily"}))
         assert [(w.path, w.reason) for w in found] == [(store / "old", "not among the models to keep")]
 

@@ -269,9 +269,11 @@ def garbage(store: Path, cache: Path, keep: frozenset[str] | None = None) -> lis
 
 
 def _garbage_of(folder: Path, keep: frozenset[str] | None) -> list[Garbage]:
-    if keep is not None and folder.name not in keep:
-        return [_waste(folder, "not among the models to keep")]
     names = {file.name for file in folder.iterdir()}
+    # A folder without any of these is not the library's: --store may name a place that holds other things too.
+    is_ours = any(name == LOCK or name.endswith((VERIFIED, PARTIAL)) for name in names)
+    if keep is not None and folder.name not in keep:
+        return [_waste(folder, "not among the models to keep")] if is_ours else []
     found = []
     for name in sorted(names):
         path = folder / name

@@ -93,8 +93,13 @@ class TestOtherKernels:
 
     def test_decode_attention_multiplies_no_addresses_in_its_inner_loop(self, reports):
         for name, report in reports["61"].items():
-            if name.startswith("attention_decode") and name.endswith(("_g4", "_g8")):
+            if name.startswith("attention_decode"):
+                assert report.main_loop.opcodes["FFMA"], name
                 assert "XMAD" not in report.main_loop.opcodes, name
+
+    @pytest.mark.parametrize("tensor_type", FORMATS)
+    def test_a_tile_product_multiplies_at_most_one_address_in_its_inner_loop(self, reports, tensor_type):
+        assert reports["61"][f"tile_matmul_{tensor_type}"].main_loop.opcodes.get("XMAD", 0) <= 1
 
     def test_prefill_attention_is_mostly_multiply_add(self, reports):
         for name, report in reports["61"].items():
@@ -163,6 +168,11 @@ class TestReading:
         code = parse_code(text)["f"]
         assert [line.opcode for line in code] == ["LDG", "FFMA", "LDS", "BRA", "BRA"]
         assert innermost_loops(code) == [Loop(4, 1, {"LDG": 1, "FFMA": 1, "LDS": 1, "BRA": 1})]
+
+    def test_a_loop_that_only_multiplies_addresses_is_not_the_main_one(self):
+        addresses, products = Loop(90, 20, {"XMAD": 48}), Loop(60, 10, {"FFMA": 16})
+        report = KernelReport("attention_decode.F16.128", "k", "61", 128, 40, 0, 0, {}, (addresses, products))
+        assert report.main_loop == products
 
     def test_an_outer_loop_is_not_counted(self):
         code = [

@@ -117,8 +117,11 @@ class KernelReport:
 
 
 def _multiplications(loop: Loop) -> int:
-    """Products of numbers; XMAD, which also multiplies addresses, only counts where it stands for dp4a (sm_60)."""
-    weights = {"IDP": 4, "FFMA": 1} if loop.opcodes.get("IDP") else {"FFMA": 1, "XMAD": 1}
+    """Products of numbers.
+
+    XMAD counts beside FFMA only: with the scales of a product it stands for dp4a (sm_60); alone for addresses.
+    """
+    weights = {"IDP": 4, "FFMA": 1} if loop.opcodes.get("IDP") else {"FFMA": 1, "XMAD": int("FFMA" in loop.opcodes)}
     return sum(weight * loop.opcodes.get(opcode, 0) for opcode, weight in weights.items())
 
 

@@ -3,8 +3,8 @@
     python benchmarks/nvml_compare.py --output docs/results/ [--capture tests/gpu/captures/]
 
 Each sample is nvidia-smi, a reading, nvidia-smi again: a value agrees if it lies between the two, give or take the
-tolerance of its row. Needs only Python 3.11, the package pascaline.gpu and pynvml on PYTHONPATH; torch, if there, makes
-the load. Nothing about the card is changed.
+tolerance of its row. Texts are compared once; UUID and serial number are not printed. Needs only Python 3.11, the
+package pascaline.gpu and pynvml on PYTHONPATH; torch, if there, makes the load. Nothing about the card is changed.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ ROWS = (
     Row("temperature.memory", "memory_temperature_celsius", tolerance=1, why="moves under load"),
     Row("power.draw", "power_draw", tolerance=15, why="moves under load"),
     Row("enforced.power.limit", "power_limit_watts", {"limit": "enforced"}, tolerance=0.01),
+    Row("power.limit", "power_limit_watts", {"limit": "management"}, tolerance=0.01),
     Row("power.default_limit", "power_limit_watts", {"limit": "default"}, tolerance=0.01),
     Row("power.min_limit", "power_limit_watts", {"limit": "min"}, tolerance=0.01),
     Row("power.max_limit", "power_limit_watts", {"limit": "max"}, tolerance=0.01),
@@ -80,12 +81,13 @@ ROWS = (
     Row("clocks.applications.gr", "application_clock_hertz", {"clock": "graphics"}, 1e-6),
     Row("clocks.applications.mem", "application_clock_hertz", {"clock": "memory"}, 1e-6),
     Row("pstate", "performance_state"),
-    Row("clocks_throttle_reasons.gpu_idle", "throttle_reason", {"reason": "gpu_idle"}),
-    Row("clocks_throttle_reasons.sw_power_cap", "throttle_reason", {"reason": "sw_power_cap"}),
-    Row("clocks_throttle_reasons.hw_slowdown", "throttle_reason", {"reason": "hw_slowdown"}),
-    Row("clocks_throttle_reasons.sw_thermal_slowdown", "throttle_reason", {"reason": "sw_thermal_slowdown"}),
-    Row("clocks_throttle_reasons.hw_thermal_slowdown", "throttle_reason", {"reason": "hw_thermal_slowdown"}),
-    Row("clocks_throttle_reasons.hw_power_brake_slowdown", "throttle_reason", {"reason": "hw_power_brake_slowdown"}),
+    *(
+        Row(f"clocks_throttle_reasons.{reason}", "throttle_reason", {"reason": reason})
+        for reason in (
+            *("gpu_idle", "applications_clocks_setting", "sw_power_cap", "hw_slowdown", "sync_boost"),
+            *("sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"),
+        )
+    ),
     Row("fan.speed", "fan_speed_ratio", factor=100, tolerance=1),
     Row("pcie.link.gen.current", "pcie_link_generation"),
     Row("pcie.link.gen.max", "pcie_link_max_generation"),
@@ -96,18 +98,44 @@ ROWS = (
     Row("ecc.mode.pending", "ecc_enabled_pending"),
     *(
         Row(
-            f"ecc.errors.{error}.{counter}.total",
+            f"ecc.errors.{error}.{counter}.{place}",
             "ecc_errors_total",
-            {"error": e, "counter": counter, "location": "total"},
+            {"error": error, "counter": counter, "location": location},
         )
-        for error, e in (("corrected", "corrected"), ("uncorrected", "uncorrected"))
+        for error in ("corrected", "uncorrected")
         for counter in ("volatile", "aggregate")
+        for place, location in (
+            *((name, name) for name in ("total", "device_memory", "register_file", "l1_cache", "l2_cache")),
+            *(("texture_memory", "texture_memory"), ("cbu", "control_block"), ("sram", "sram")),
+        )
     ),
     Row("retired_pages.single_bit_ecc.count", "retired_pages", {"cause": "multiple_single_bit"}),
     Row("retired_pages.double_bit.count", "retired_pages", {"cause": "double_bit"}),
     Row("retired_pages.pending", "retired_pages_pending"),
+    Row("remapped_rows.correctable", "remapped_rows", {"error": "corrected"}),
+    Row("remapped_rows.uncorrectable", "remapped_rows", {"error": "uncorrected"}),
+    Row("remapped_rows.pending", "remapped_rows_pending"),
+    Row("remapped_rows.failure", "remapped_rows_failed"),
     Row("mig.mode.current", "mig_enabled"),
 )
+NOT_QUERIED = {
+    "temperature_threshold_celsius": "",
+    "energy_joules_total": "",
+    "pcie_replays_total": "",
+    "pcie_throughput_bytes_per_second": "",
+    "max_clock_hertz": "video",
+    "throttle_reason": "display_clock_setting",
+    "ecc_errors_total": "texture_shared_memory",
+}
+"""Series for which `nvidia-smi --query-gpu` has no field: all of one, or (not empty) those with this label's value."""
+TEXTS = {
+    "name": "name",
+    "serial": "serial",
+    "pci.bus_id": "pci_bus_id",
+    "vbios_version": "vbios_version",
+    "compute_cap": "compute_capability",
+}
+"""nvidia-smi's field -> our label of nvidia_gpu_info."""
 
 
 def query(gpu: int, fields: list[str]) -> dict[str, str]:
@@ -145,6 +173,21 @@ def ours(reading: Reading, gpu: int, row: Row) -> float | None:
     if isinstance(series, list):
         series = next((s["value"] for s in series if all(s[k] == v for k, v in row.labels.items())), None)
     return None if series is None else series * row.factor
+
+
+def our_texts(reading: Reading, gpu: int) -> dict[str, str]:
+    """Our texts by nvidia-smi's field."""
+    described = to_json(reading)
+    device = described["gpus"][gpu]
+    texts = {smi: device["info"][label] for smi, label in TEXTS.items()}
+    return texts | {"uuid": device["uuid"], "driver_version": described["driver"]["driver_version"]}
+
+
+def differing_texts(reading: Reading, gpu: int) -> list[str]:
+    """Fields whose texts differ; an empty text of ours is one that nvidia-smi has not."""
+    mine = our_texts(reading, gpu)
+    theirs = query(gpu, list(mine))
+    return [smi for smi, text in mine.items() if text != ("" if theirs[smi] in ABSENT else theirs[smi])]
 
 
 @dataclass
@@ -250,6 +293,7 @@ def run(gpu: int, output: Path, capture: Path | None) -> int:
         if not first.succeeded:
             print(f"nvml_compare: {first.status}: {first.message}", file=sys.stderr)
             return 1
+        differing = differing_texts(first, gpu)
         outcomes["idle"] = compare(reader, gpu, fields)
         with load(WARM_UP_SECONDS) as loaded:
             if loaded:
@@ -261,8 +305,10 @@ def run(gpu: int, output: Path, capture: Path | None) -> int:
                 (capture / f"{slug}.nvml").write_text(anonymous(to_scenario(reader.read(), title=title)))
     missing = [row.smi for row in ROWS if row.smi not in fields]
     output.mkdir(parents=True, exist_ok=True)
-    (output / f"nvml-{slug}.md").write_text(report(name, driver, outcomes, missing))
-    wrong = [
+    texts = [smi for smi in our_texts(first, gpu) if smi not in differing]
+    (output / f"nvml-{slug}.md").write_text(report(name, driver, outcomes, texts, missing))
+    wrong = [f"texts differ: {smi}" for smi in differing]
+    wrong += [
         f"{name}: {smi}: {o.worst}" for name, by in outcomes.items() for smi, o in by.items() if o.agreed < o.compared
     ]
     print("\n".join(wrong) or f"all values agree: {output / f'nvml-{slug}.md'}")
@@ -280,7 +326,9 @@ def anonymous(scenario: str) -> str:
     )
 
 
-def report(name: str, driver: str, outcomes: dict[str, dict[str, Outcome]], missing: list[str]) -> str:
+def report(
+    name: str, driver: str, outcomes: dict[str, dict[str, Outcome]], texts: list[str], missing: list[str]
+) -> str:
     """Return the whole page."""
     compared = sum(o.compared for by in outcomes.values() for o in by.values())
     agreed = sum(o.agreed for by in outcomes.values() for o in by.values())
@@ -292,6 +340,9 @@ def report(name: str, driver: str, outcomes: dict[str, dict[str, Outcome]], miss
         f"{agreed} of {compared} compared values agree: ours lies between nvidia-smi just before and just after, "
         "give or take the last column.",
         "Units are nvidia-smi's.",
+        f"Texts that are equal: {', '.join(texts)}. No field of nvidia-smi's query has what these say: "
+        + ", ".join(f"{series} ({value})" if value else series for series, value in NOT_QUERIED.items())
+        + ".",
         "",
     ]
     if "load" not in outcomes:

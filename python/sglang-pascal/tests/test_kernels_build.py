@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from sglang_pascal.device import Device
 from sglang_pascal.errors import StorageError
+from sglang_pascal.info import describe_kernels
 from sglang_pascal.kernels import build
 from sglang_pascal.kernels.build import ARCHITECTURES, MODULES, Module, ToolchainError
 from sglang_pascal.kernels.formats import FORMATS
@@ -53,6 +55,37 @@ class TestNames:
     def test_every_weight_type_has_its_three_modules(self):
         for name in FORMATS:
             assert {f"repack.{name}", f"decode_matmul.{name}", f"tile_matmul.{name}"} <= set(MODULES)
+
+
+class TestInfo:
+    """What `sglang-pascal info` says of the kernels."""
+
+    @pytest.fixture(autouse=True)
+    def two_modules(self, own_cache, monkeypatch):
+        modules = {name: MODULES[name] for name in ("quantize", "sampling")}
+        monkeypatch.setattr(build, "MODULES", modules)
+        monkeypatch.setattr(build, "PREBUILT", own_cache)
+        monkeypatch.setattr(build, "check_toolchain", lambda: None)
+
+    def test_a_pascal_card_runs_machine_code_and_a_newer_one_ptx(self, own_cache):
+        own_cache.mkdir(parents=True)
+        (own_cache / MODULES["quantize"].file_name("61", "cubin")).touch()
+        said = [describe_kernels([Device(0, "card", capability)]) for capability in ((6, 1), (6, 0), (9, 0))]
+        assert said == [
+            "machine code for sm_61, 1 of 2 modules built; the rest when first used",
+            "machine code for sm_60, 0 of 2 modules built; the rest when first used",
+            "PTX for compute_61, 0 of 2 modules built; the rest when first used",
+        ]
+
+    def test_what_keeps_them_from_being_used_is_said(self, monkeypatch):
+        def refuse():
+            raise ToolchainError("NVRTC 11.8 is not on this machine")
+
+        monkeypatch.setattr(build, "check_toolchain", refuse)
+        assert describe_kernels([Device(0, "card", (6, 1))]) == "cannot be used: NVRTC 11.8 is not on this machine"
+        assert describe_kernels([Device(0, "card", (5, 2))]).startswith(
+            "cannot be used: compute capability 5.2 is older"
+        )
 
 
 @needs_toolchain

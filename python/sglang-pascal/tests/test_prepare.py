@@ -215,6 +215,7 @@ class TestCommand:
         facts = json.loads(self.run("info", "--json").stdout)
         assert (facts["active"], facts["device"], facts["reason"]) == (True, "cpu", "no NVIDIA device is visible")
         assert facts["sglang"] in facts["sglang_supported"]
+        assert facts["kernels"] == "not used: operations compute in plain torch"
         assert {shim["name"] for shim in facts["shims"]} >= {"attention backend", "load format"}
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from sglang_pascal.compat import SUPPORTED_SGLANG, shims_for
 from sglang_pascal.cpu import recommended_cpu_settings
-from sglang_pascal.device import decide, visible_devices
+from sglang_pascal.device import Device, decide, visible_devices
+from sglang_pascal.errors import PluginError
 
 
 def collect() -> dict[str, Any]:
@@ -28,9 +29,33 @@ def collect() -> dict[str, Any]:
         "sglang": _version("sglang"),
         "sglang_supported": list(SUPPORTED_SGLANG),
         "torch": torch.__version__,
+        "kernels": describe_kernels(devices if decision.device == "cuda" else []),
         "cpu": recommended_cpu_settings().describe(),
         "shims": [{"name": shim.name, "stage": shim.stage, "what": shim.what, "why": shim.why} for shim in shims],
     }
+
+
+def describe_kernels(devices: list[Device]) -> str:
+    """Which machine code the first of these devices would run, and whether it is there.
+
+    devices: those that are served; none on a CPU.
+    """
+    from sglang_pascal.kernels.build import MODULES, check_toolchain, missing
+    from sglang_pascal.kernels.driver import target_of
+
+    if not devices:
+        return "not used: operations compute in plain torch"
+    try:
+        architecture, kind = target_of(devices[0].compute_capability)
+        left = missing(architecture, kind)
+        name = f"machine code for sm_{architecture}" if kind == "cubin" else f"PTX for compute_{architecture}"
+        text = f"{name}, {len(MODULES) - len(left)} of {len(MODULES)} modules built"
+        if left:
+            check_toolchain()
+            text += "; the rest when first used"
+    except PluginError as exc:
+        return f"cannot be used: {exc}"
+    return text
 
 
 def print_info(*, as_json: bool) -> int:
@@ -48,6 +73,7 @@ def _as_text(facts: dict[str, Any]) -> str:
         f"devices  {', '.join(facts['devices']) or 'none'}",
         f"sglang   {facts['sglang']} (supported: {', '.join(facts['sglang_supported'])})",
         f"torch    {facts['torch']}",
+        f"kernels  {facts['kernels']}",
         f"cpu      {cpu}",
         *(f"shim     {shim['name']} ({shim['stage']}): {shim['what']}" for shim in facts["shims"]),
     ]

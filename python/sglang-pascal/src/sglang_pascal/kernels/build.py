@@ -109,6 +109,21 @@ def artifact(module: Module, architecture: str, kind: str, keep_in: Path | None 
     return data
 
 
+def missing(architecture: str, kind: str) -> list[str]:
+    """Names of the modules that would have to be built before their first use."""
+    return [
+        name
+        for name, module in MODULES.items()
+        if not any((known / module.file_name(architecture, kind)).is_file() for known in _folders())
+    ]
+
+
+def check_toolchain() -> None:
+    """A ToolchainError where a module could not be built."""
+    _nvrtc()
+    find_ptxas()
+
+
 def prebuild(folder: Path, on_file: Callable[[Path], None] | None = None) -> int:
     """Put every module for every architecture, as PTX and as cubin, into a folder; the number of files."""
     jobs = [(module, arch, kind) for module in MODULES.values() for arch in ARCHITECTURES for kind in ("ptx", "cubin")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 import subprocess
@@ -222,6 +223,32 @@ class TestEnd:
 
 
 class TestThreads:
+    @pytest.mark.parametrize(("call", "heaps"), [("share_one_heap()", "one"), ("", "several")])
+    def test_they_share_one_heap(self, call: str, heaps: str) -> None:
+        if not hasattr(ctypes.CDLL(None), "malloc_info"):
+            pytest.skip("the C library does not tell its heaps")
+        code = (
+            "import ctypes, threading\n"
+            "from pascaline.serving.threads import share_one_heap\n"
+            f"{call}\n"
+            "libc = ctypes.CDLL(None)\n"
+            "libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p\n"
+            "at_once = threading.Barrier(4)\n"
+            "def work():\n"
+            "    at_once.wait()\n"
+            "    libc.malloc(1000)\n"
+            "    at_once.wait()\n"
+            "threads = [threading.Thread(target=work) for _ in range(4)]\n"
+            "for thread in threads: thread.start()\n"
+            "for thread in threads: thread.join()\n"
+            "file = ctypes.c_void_p(libc.fdopen(1, b'w'))\n"
+            "libc.malloc_info(0, file)\n"
+            "libc.fflush(file)\n"
+        )
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+        found = ended.stdout.count("<heap nr=")
+        assert (found > 0, "one" if found == 1 else "several") == (True, heaps), ended.stdout
+
     def test_a_result_and_an_error_come_back(self) -> None:
         async def whole() -> None:
             assert await start_in_thread(int, "7") == 7

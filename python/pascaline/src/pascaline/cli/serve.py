@@ -39,7 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
     from pascaline.serving.console import Console, silence_libraries
     from pascaline.serving.notify import Notifier
     from pascaline.serving.supervisor import Supervisor
+    from pascaline.serving.threads import share_one_heap
 
+    share_one_heap()
     silence_libraries()
 
     async def main() -> int:

@@ -22,6 +22,11 @@ in
         path = "/srv/smollm2.gguf";
         sha256 = digest;
       };
+      # The same file by a link, in whose percent sign systemd must not see its own.
+      linked = {
+        url = "file:///srv/smoll%6D2.gguf";
+        sha256 = digest;
+      };
       late = {
         path = "/srv/late.gguf";
         sha256 = digest;

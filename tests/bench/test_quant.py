@@ -7,8 +7,10 @@ import shutil
 from typing import TYPE_CHECKING
 
 import pytest
+from pascaline.bench.quant import DEFAULT_TYPES, default_types
 from pascaline.errors import ExitCode
 from pascaline.models.store import builtin_model
+from pascaline.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,6 +101,23 @@ def test_tools_that_are_missing_are_told_before_any_work(bench: Start, tmp_path:
         "llama.cpp-tools-extra, Nix: llama-cpp), or name it with --tools\n"
     )
     assert [path.name for path in folder.iterdir()] == []
+
+
+def test_nf4_is_among_the_types_of_a_hugging_face_folder(tmp_path: Path) -> None:
+    for model, engine, expected in (
+        (str(tmp_path), "sglang", (*DEFAULT_TYPES, "NF4")),
+        (str(tmp_path), "llama.cpp", DEFAULT_TYPES),
+        (str(tmp_path / "emily.gguf"), "sglang", DEFAULT_TYPES),
+    ):
+        assert default_types(Settings(model=model, engine=engine)) == expected
+
+
+def test_lengths_that_make_no_sense_are_refused_before_any_work(bench: Start, tmp_path: Path) -> None:
+    run = bench("quant", "--prompt-tokens", "some", "--output", tmp_path / "out")
+    assert run.finish() == ExitCode.CONFIGURATION
+    assert run.errors == (
+        "pascaline bench: --prompt-tokens: must be like 128, 64-256, normal:128:32 or lognormal:128:0.5, got 'some'\n"
+    )
 
 
 def test_types_that_are_not_known_are_refused(bench: Start) -> None:

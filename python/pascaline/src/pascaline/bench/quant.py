@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import as_file
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pascaline.bench import llama_tools
@@ -33,12 +34,12 @@ from pascaline.quantize import Options, Tools, quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from pascaline.bench.instance import Instance
     from pascaline.bench.results import Results
     from pascaline.bench.workload import Prompts
     from pascaline.models.spec import ModelSpec
+    from pascaline.settings import Settings
 
 DEFAULT_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q3_K_S")
 NF4 = "NF4"
@@ -338,6 +339,12 @@ class _Quant:
                 entry["memory_of"] = key.partition("_")[0]
                 break
         self._results.save()
+
+
+def default_types(settings: Settings) -> tuple[str, ...]:
+    """Return the types where the user names none: NF4 too for what SGLang can quantise while it loads."""
+    is_folder = settings.engine == "sglang" and Path(settings.model).expanduser().is_dir()
+    return (*DEFAULT_TYPES, NF4) if is_folder else DEFAULT_TYPES
 
 
 def check_types(types: tuple[str, ...]) -> None:

@@ -101,9 +101,9 @@ def _add_quant(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "--types",
-        default=",".join(DEFAULT_TYPES),
         metavar="TYPE,TYPE,…",
-        help="types of the weights, NF4 for bitsandbytes through SGLang (default: %(default)s)",
+        help="types of the weights, NF4 for bitsandbytes through SGLang "
+        f"(default: {','.join(DEFAULT_TYPES)}, and NF4 for a Hugging Face folder)",
     )
     parser.add_argument(
         "--chunks",
@@ -215,6 +215,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _quant(arguments: argparse.Namespace) -> int:
     from pascaline.bench import quant
+    from pascaline.bench.workload import parse_lengths
     from pascaline.quantize import Tools
 
     _check_counts(arguments)
@@ -222,11 +223,14 @@ def _quant(arguments: argparse.Namespace) -> int:
         raise ConfigurationError("--url: bench quant starts an instance for each type, must be left out")
     if not 1 <= arguments.chunks <= MAX_CHUNKS:
         raise ConfigurationError(f"--chunks: must be between 1 and {MAX_CHUNKS}, got {arguments.chunks}")
-    types = tuple(part.strip().upper() for part in arguments.types.split(","))
-    quant.check_types(types)
+    for flag in ("prompt_tokens", "output_tokens"):
+        parse_lengths(flag_of(flag), getattr(arguments, flag))
     sizes = _whole_numbers("--sizes", arguments.sizes)
+    chosen = tuple(part.strip().upper() for part in arguments.types.split(",")) if arguments.types else None
+    quant.check_types(chosen or ())
+    target = _target(arguments, {"max_running_requests": max(sizes)})
     comparison = quant.Comparison(
-        types=types,
+        types=chosen or quant.default_types(target.configuration.settings),
         sizes=tuple(sizes),
         chunks=arguments.chunks,
         prompt_tokens=arguments.prompt_tokens,
@@ -238,7 +242,6 @@ def _quant(arguments: argparse.Namespace) -> int:
         keep_models=arguments.keep_models,
         tools=Tools(arguments.tools, arguments.converter),
     )
-    target = _target(arguments, {"max_running_requests": max(sizes)})
     folder = arguments.output or Path(default_folder("quant", target.model_name, time.time()))
     return _with_results(arguments, folder, lambda: quant.run_quant(target, comparison, folder))
 

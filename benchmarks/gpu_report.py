@@ -75,6 +75,8 @@ MEMORY_GIB = 7.4
 """What a Tesla P4 has for a process of torch: 7.6 less the CUDA context."""
 SHAPES = {"llama-3.1-8b": "Q4_K_M", "qwen2.5-7b": "Q4_K_M"}
 """Models made on the spot: shape of `tests/support/models.py` -> mixture."""
+REQUANTIZED = {"Q8_0": ["Q8_0"], "mixed": ["Q8_0", "Q4_0", "Q5_0", "F16", "Q4_1", "BF16"]}
+"""Copies of --model whose numerics are measured too: name -> types of its matrices, in turn."""
 RANDOM_TYPES = ("Q4_K_M", "Q8_0", "Q4_0")
 """Mixtures of small random models whose numerics are measured beside --model's."""
 
@@ -220,6 +222,15 @@ class Files:
         self.model = model
         """A real one, if there is one."""
 
+    def requantized(self, model: Path, name: str) -> Path:
+        """A copy of a model in the types of REQUANTIZED."""
+        from requantize import requantize
+
+        path = self._folder / f"{model.stem}.{name}.gguf"
+        if not path.exists():
+            requantize(model, path, REQUANTIZED[name])
+        return path
+
     def shaped(self, shape: str, mixture: str) -> Path:
         """Random weights in the shape of a known model, or in a small one's (`tiny-` and its architecture)."""
         sys.path.insert(0, str(ROOT / "tests"))
@@ -242,6 +253,9 @@ def run_numerics(files: Files) -> dict:
             found[f"{files.model.name}, KV {kv}"] = run_program(
                 "numerics.py", files.model, "--device", "cuda", "--kv-cache-dtype", kv
             )
+        for name in REQUANTIZED:
+            path = files.requantized(files.model, name)
+            found[path.name] = run_program("numerics.py", path, "--device", "cuda", "--tokens", "1024")
         # A record, not a check: it is known to change the most likely token now and then.
         eight = run_program("numerics.py", files.model, "--device", "cuda", "--prefill-bits", "8")
         found[f"{files.model.name}, prompts in 8 bits"] = eight | {"outcome": eight["state"], "state": "clean"}

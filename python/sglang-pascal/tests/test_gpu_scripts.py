@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
 from sglang_pascal import selftest
 
@@ -47,6 +48,22 @@ def test_the_owner_of_a_card_is_told_what_to_install(tmp_path):
         "first_hour_on_pascal: error: there is no torch here; "
         "install torch and sglang-pascal as python/sglang-pascal/README.md says, or run ./dev sync\n"
     )
+
+
+def test_a_requantised_copy_is_the_same_model_in_other_types(build_model, tmp_path):
+    build_model("llama-3.2", tmp_path / "m.gguf")
+    done = run("requantize.py", str(tmp_path / "m.gguf"), str(tmp_path / "out.gguf"), "Q8_0", "F16", "Q4_1")
+    assert done.returncode == 0, done.stderr
+    before, after = (gguf.GGUFReader(tmp_path / name) for name in ("m.gguf", "out.gguf"))
+    assert {name: field.contents() for name, field in after.fields.items() if not name.startswith("GGUF.")} == {
+        name: field.contents() for name, field in before.fields.items() if not name.startswith("GGUF.")
+    }
+    kinds = [tensor.tensor_type.name for tensor in after.tensors if len(tensor.shape) > 1]
+    assert kinds[:4] == ["Q8_0", "F16", "Q4_1", "Q8_0"]
+    for old, new in zip(before.tensors, after.tensors, strict=True):
+        assert old.name == new.name
+        values, copy = (gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in (old, new))
+        assert abs(values - copy).max() <= abs(values).max() / 15
 
 
 class TestReport:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.nix import STAND_INS
 
 pytestmark = pytest.mark.nix
 
@@ -120,6 +121,23 @@ def test_app_runs_the_control_plane(flake: Any) -> None:
 def test_modules_are_exposed(flake: Any) -> None:
     names = ["cloudlab", "cuda", "default", "driver", "exporter", "inference", "models", "monitoring", "router"]
     assert flake("nixosModules", "builtins.attrNames") == names
+
+
+def test_modules_bring_the_packages_once(flake: Any, repository: Path) -> None:
+    """Whoever imports several of them gets one overlay, not as many: each is a whole nixpkgs to evaluate."""
+    count = f"""
+      modules:
+      let
+        lib = import {STAND_INS}/nixpkgs-lib/lib;
+        standIn = import {repository}/tests/nix/stand-in.nix {{ inherit lib; }};
+        evaluated = lib.evalModules {{
+          modules = [ standIn.module standIn.driverModule modules.driver modules.inference modules.router ];
+          specialArgs = {{ inherit (standIn) pkgs; }};
+        }};
+      in
+      builtins.length evaluated.config.nixpkgs.overlays
+    """
+    assert flake("nixosModules", count) == 1
 
 
 def test_every_host_evaluates_to_a_system(flake: Any) -> None:

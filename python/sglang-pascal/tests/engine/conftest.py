@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -59,12 +60,15 @@ class Engine:
 
 
 @contextlib.contextmanager
-def running_engine(folder: Path, log: Path, *options: str, device: str = "cpu"):
-    """Start SGLang as the supervisor does, wait until it has generated once, and stop it."""
+def running_engine(folder: Path, log: Path, *options: str, device: str = "cpu", **variables: str):
+    """Start SGLang as the supervisor does, wait until it has generated once, and stop it.
+
+    variables: further ones of its environment.
+    """
     port = free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--device", device]
     command += ["--host", "127.0.0.1", "--port", str(port), *options]
-    environment = os.environ | recommended_cpu_settings().environment
+    environment = os.environ | recommended_cpu_settings().environment | variables
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with log.open("wb") as output:
@@ -120,6 +124,12 @@ def gemma_engine(tiny_model, tmp_path_factory):
         yield engine
 
 
+@pytest.fixture(scope="session")
+def run_on_gpu():
+    """run_on_gpu(folder, log, *options) -> context of a running engine."""
+    return functools.partial(running_engine, device="cuda")
+
+
 @pytest.fixture(scope="module", params=["auto", "int8", "fp8_e5m2"])
 def gpu_engine(request, builtin_gguf, tmp_path_factory):
     """The builtin model on a GPU with what the platform chooses there; one engine per KV type."""
@@ -128,7 +138,8 @@ def gpu_engine(request, builtin_gguf, tmp_path_factory):
     options = ["--load-format", "pascal_gguf", "--context-length", "4096", "--max-total-tokens", "20480"]
     options += ["--mem-fraction-static", "0.2", "--chunked-prefill-size", "512", "--max-running-requests", "8"]
     options += ["--kv-cache-dtype", request.param, "--served-model-name", "smollm2"]
-    with running_engine(root / "model", root / "engine.log", *options, device="cuda") as engine:
+    compiled = {"TRITON_CACHE_DIR": str(root / "triton")}
+    with running_engine(root / "model", root / "engine.log", *options, device="cuda", **compiled) as engine:
         yield engine
 
 

@@ -66,3 +66,26 @@ def test_a_schema_is_obeyed(gpu_engine):
         '{"ok":true}',
         '{"ok":false}',
     )
+
+
+def test_none_of_that_compiles_a_triton_kernel(gpu_engine):
+    """Triton's compiler does not know Pascal: whatever it makes here would fail there."""
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    response_format = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    sampled = gpu_engine.chat(
+        "Tell me a story.", temperature=1.0, top_p=0.9, logprobs=True, top_logprobs=3, max_tokens=8
+    )
+    assert len(sampled["choices"][0]["logprobs"]["content"]) == 8
+    gpu_engine.chat("Answer as JSON.", response_format=response_format, temperature=0.7, top_k=20)
+    asked = gpu_engine.client.post(
+        "/generate",
+        json={
+            "input_ids": [5, 6, 7, 8],
+            "sampling_params": {"temperature": 0, "max_new_tokens": 4},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "top_logprobs_num": 2,
+        },
+    )
+    assert asked.status_code == 200
+    assert list((gpu_engine.folder.parent / "triton").rglob("*.cubin")) == []

@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING
 import pytest
 from pascaline.bench.quant import DEFAULT_TYPES, default_types
 from pascaline.errors import ExitCode
+from pascaline.gpu.fake_nvml import DEMO_SCENARIO, fake_nvml_environment
 from pascaline.models.store import builtin_model
 from pascaline.settings import Settings
+from support.hf_models import write_folder
+from support.instance import FAKE_ENGINE
+from support.models import tiny
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,6 +114,20 @@ def test_nf4_is_among_the_types_of_a_hugging_face_folder(tmp_path: Path) -> None
         (str(tmp_path / "emily.gguf"), "sglang", DEFAULT_TYPES),
     ):
         assert default_types(Settings(model=model, engine=engine)) == expected
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="the simulated NVML needs a C compiler")
+def test_nf4_without_its_package_is_skipped_with_the_command_that_brings_it(bench: Start, tmp_path: Path) -> None:
+    """On a host with a GPU, as its driver says; the engine's Python has no bitsandbytes."""
+    model, folder = write_folder(tmp_path / "emily", tiny("llama")), tmp_path / "out"
+    arguments = ("quant", "--model", model, "--types", "NF4", "--engine-executable", FAKE_ENGINE, "--output", folder)
+    run = bench(*arguments, **fake_nvml_environment(DEMO_SCENARIO))
+    assert run.finish() == ExitCode.OK, run.errors
+    (nf4,) = json.loads((folder / "results.json").read_text())["types"]
+    assert nf4["skipped"] == (
+        f"SGLang needs a package that is missing: {FAKE_ENGINE} -m pip install --no-deps bitsandbytes==0.49.2"
+    )
+    assert f"NF4: skipped: {nf4['skipped']}" in run.errors
 
 
 def test_lengths_that_make_no_sense_are_refused_before_any_work(bench: Start, tmp_path: Path) -> None:

@@ -48,6 +48,9 @@ class TestDashboard:
                 assert place["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
             if panel["type"] in ("timeseries", "stat"):
                 assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+            if panel["type"] == "heatmap":
+                assert panel["options"]["yAxis"]["unit"], panel["title"]
+                assert panel["options"]["tooltip"]["show"], panel["title"]
 
     def test_its_address_is_stable(self, path: Path) -> None:
         document = json.loads(path.read_text())

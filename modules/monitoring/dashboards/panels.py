@@ -143,6 +143,7 @@ def heat(title: str, unit: str, histogram: str, *, span: int = HALF) -> PanelBui
         .span(span)
         .y_axis(heatmap.YAxisConfig().unit(unit))
         .rows_frame(heatmap.RowsHeatmapOptions().layout(HeatmapCellLayout.AUTO))
+        .show_tooltip()
         .color(heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Turbo").steps(64))
         .with_target(_query(expression, 0).format(PromQueryFormat.HEATMAP).legend_format("{{le}}").range())
     )

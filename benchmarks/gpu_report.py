@@ -14,10 +14,10 @@ Parts, each with its date, and each of which says so if it could not run:
   serve       `pascaline serve` with both files and --model in 8 GB, held to its plan
   tests       the tests that need a GPU
 
-A file of an earlier run on the same card and driver is kept, but for the parts that are run: the whole takes about 25
-minutes on a fast card, and may be cut. --ggml: what `test-backend-ops perf -o MUL_MAT` of ggml printed on the same card
-(build it there from its source, with the shapes of `sglang_pascal.measure.SHAPES` as test cases). No figure of this
-report is one of a Pascal card unless the card's name says so.
+A file of an earlier run on the same card, driver and torch is kept, but for the parts that are run: the whole can be
+done in pieces, and each program is ended after a time. --ggml: what `test-backend-ops perf` of ggml printed for MUL_MAT
+and FLASH_ATTN_EXT on the same card (build it there from its source, with the shapes of `sglang_pascal.measure.SHAPES`
+as test cases). No figure of this report is one of a Pascal card unless the card's name says so.
 """
 
 from __future__ import annotations
@@ -320,6 +320,24 @@ def add_ggml(products: list[dict], times: dict[tuple[str, int, int, int], float]
             row |= {"ggml_us": us, "share_of_ggml": row["hot_us"] / us, "aim": aim}
 
 
+def read_ggml_attention(path: Path) -> dict[tuple[int, int, int], float]:
+    """(sequences, positions, new tokens of each) -> microseconds, of float16 KV with Llama-3.1-8B's heads."""
+    pattern = r"FLASH_ATTN_EXT\(hsk=128,hsv=128,nh=8,nr23=\[4,(\d+)\],kv=(\d+),nb=(\d+),.*?([0-9.]+) us/run"
+    text = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text())
+    lines = [line for line in text.splitlines() if re.search(r"type_K\w*=f16", line) and "logit_softcap=0.0" in line]
+    found = [match.groups() for line in lines if (match := re.search(pattern, line))]
+    return {(int(n), int(length), int(new)): float(us) for n, length, new, us in found}
+
+
+def add_ggml_attention(rows: list[dict], times: dict[tuple[int, int, int], float]) -> None:
+    """Each attention's time in ggml, where its test has the case."""
+    for row in rows:
+        new = 1 if row["phase"] == "decode" else row["length"]
+        us = times.get((row["sequences"], row["length"], new))
+        if us is not None and row["kv_type"] == "F16":
+            row |= {"ggml_us": us, "share_of_ggml": row["ours_us"] / us}
+
+
 def as_html(report: dict) -> str:
     """One page without scripts or outside parts."""
     place = report["environment"]
@@ -433,6 +451,8 @@ def main() -> int:
                 dates[name] = now()
             if "products" in report and args.ggml:
                 add_ggml(report["products"], read_ggml(args.ggml))
+            if "attention" in report and args.ggml:
+                add_ggml_attention(report["attention"], read_ggml_attention(args.ggml))
             target.write_text(json.dumps(report, indent=1) + "\n")
             target.with_suffix(".html").write_text(as_html(report))
     if bad := unclean(report):

@@ -105,6 +105,25 @@ class TestReport:
         assert rows[0]["share_of_ggml"] == pytest.approx(0.5)
         assert rows[0]["aim"] == 0.45
 
+    def test_ggmls_attention_is_found_by_sequences_and_positions(self, report, tmp_path):
+        path = tmp_path / "ggml.txt"
+        line = (
+            "  FLASH_ATTN_EXT(hsk=128,hsv=128,nh=8,nr23=[4,1],kv={kv},nb={nb},mask=1,sinks=0,max_bias=0.000000,"
+            "logit_softcap=0.000000,prec=f32,type_K={kind},type_V={kind},permute=[0,1,2,3]):  9 runs - {us} us/run - 1 TFLOPS\n"
+        )
+        path.write_text(
+            line.format(kv=4096, nb=1, kind="f16", us="20.00")
+            + line.format(kv=4096, nb=1, kind="q8_0", us="99.00")
+            + line.format(kv=2048, nb=2048, kind="f16", us="800.00")
+        )
+        rows = [
+            {"phase": phase, "kv_type": kind, "sequences": 1, "length": length, "ours_us": 40.0}
+            for phase, kind, length in (("decode", "F16", 4096), ("decode", "INT8", 4096), ("prefill", "F16", 2048))
+        ]
+        report.add_ggml_attention(rows, report.read_ggml_attention(path))
+        assert [row.get("ggml_us") for row in rows] == [20.0, None, 800.0]
+        assert rows[0]["share_of_ggml"] == 2.0
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

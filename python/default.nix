@@ -73,8 +73,12 @@ let
           inherit (wheel) sha256;
         }
       );
-  # torch 2.7.1+cu118 takes CUDA's libraries from the pinned toolkit instead of the CUDA 12 wheels.
-  wanted = name: !(cu118 && lib.hasPrefix "nvidia-" name && lib.hasSuffix "-cu12" name);
+  # torch 2.7.1+cu118 takes CUDA's libraries from the pinned toolkit instead of the CUDA 12 wheels; torchvision's own wheel loads one.
+  wanted =
+    name:
+    !cu118
+    || !(lib.hasPrefix "nvidia-" name && lib.hasSuffix "-cu12" name)
+    || name == "nvidia-cuda-runtime-cu12";
   wheelsOf =
     environment:
     map (name: {
@@ -201,6 +205,11 @@ let
     libraries = lib.optionals cu118 cu118Libraries;
     postInstall = ''
       ln -s ${sglang-pascal-kernels} $out/lib/python3.12/site-packages/sglang_pascal/kernels/prebuilt
+    ''
+    # SGLang imports torchvision's transforms, which are Python; its CUDA operators, built for CUDA 12, are never called.
+    + lib.optionalString cu118 ''
+      substituteInPlace $out/lib/python3.12/site-packages/torchvision/extension.py \
+        --replace-fail "if t_major != tv_major:" "if False:"
     '';
   };
 in

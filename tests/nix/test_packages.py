@@ -62,6 +62,33 @@ def test_other_torch_is_another_environment(flake: Any) -> None:
     assert other != locked
 
 
+def test_other_torch_is_accepted_by_torchvision(flake: Any, tmp_path: Path) -> None:
+    """Its wheel is for CUDA 12 and refuses a torch of CUDA 11 when it is imported, unless its check is taken out."""
+    torchvision = Path(sysconfig.get_path("purelib")) / "torchvision"
+    if not torchvision.is_dir():
+        pytest.skip("torchvision is not installed here")
+    check, changed = "if t_major != tv_major:", "if False:"
+    install = flake("packages.x86_64-linux.pascaline-engine", 'p: (p.override { torchFlavour = "cu118"; }).postInstall')
+    assert f'torchvision/extension.py \\\n  --replace-fail "{check}" "{changed}"' in install
+    assert "torchvision" not in flake("packages.x86_64-linux.pascaline-engine.postInstall")
+
+    (tmp_path / "torchvision").mkdir()
+    for file in torchvision.iterdir():
+        (tmp_path / "torchvision" / file.name).symlink_to(file)
+    (tmp_path / "torchvision.libs").symlink_to(torchvision.with_name("torchvision.libs"))
+    extension = tmp_path / "torchvision" / "extension.py"
+    text = extension.read_text()
+    extension.unlink()
+    assert text.count(check) == 1
+    extension.write_text(text.replace(check, changed))
+    script = "import torch.version; torch.version.cuda = '11.8'; import torchvision.transforms as t; print(t.Compose)"
+    for path, accepted in ((torchvision.parent, False), (tmp_path, True)):
+        environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(path)}
+        command = [sys.executable, "-c", script]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert (result.returncode == 0) is accepted, result.stderr
+
+
 def test_kernels_are_built_by_the_plugin_itself(flake: Any, repository: Path, tmp_path: Path) -> None:
     """The derivation calls the plugin's own build with CUDA 11.8 by path; the build needs nothing but a bare Python."""
     command = flake("packages.x86_64-linux.sglang-pascal-kernels.buildCommand")

@@ -137,6 +137,22 @@ def test_a_server_that_dies_ends_the_benchmark_with_what_it_has(bench: Start, se
     assert "Interrupted" in (folder / "report.html").read_text()
 
 
+def test_settings_of_a_file_are_part_of_the_results(bench: Start, instance_flags: list[Any], tmp_path: Path) -> None:
+    """And decide whether a folder may be continued, as flags do; the values of variables, which may be keys, are not."""
+    folder, config = tmp_path / "out", tmp_path / "emily.toml"
+    config.write_text('context_length = 512\nenvironment = { HF_TOKEN = "hf_secret" }\n')
+    arguments = ("batch", *instance_flags, "--config", config, "--sizes", "1", "--repeats", 1, *SHORT)
+    arguments = (*arguments, "--output", folder)
+    assert bench(*arguments).finish() == ExitCode.OK
+    settings = results(folder)["instance"]["settings"]
+    assert (settings["context_length"], settings["environment"]) == ("512", "HF_TOKEN")
+    assert "hf_secret" not in (folder / "results.json").read_text() + (folder / "report.html").read_text()
+    config.write_text("context_length = 512\nradix_cache = false\n")
+    run = bench(*arguments)
+    assert run.finish() == ExitCode.CONFIGURATION
+    assert "holds runs of another instance (settings given: " in run.errors.splitlines()[-1]
+
+
 def test_runs_of_another_instance_are_not_mixed_in(bench: Start, server: Serve, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     arguments = ("--sizes", "1", "--repeats", 1, *SHORT, "--output", folder)

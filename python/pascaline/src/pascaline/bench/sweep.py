@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pascaline.bench.environment import describe_machine
 from pascaline.bench.instance import attach, read_api_key, started, to_flags
@@ -16,7 +17,7 @@ from pascaline.bench.results import create_or_resume
 from pascaline.bench.runner import Runner
 from pascaline.bench.server import make_prompts
 from pascaline.bench.stream import parse_endpoint
-from pascaline.configuration import DEFAULT
+from pascaline.configuration import DEFAULT, setting_fields
 from pascaline.errors import ConfigurationError, PascalineError
 from pascaline.models import store
 from pascaline.models.reader import read_model
@@ -62,8 +63,12 @@ class Target:
 
     @property
     def plain_settings(self) -> dict[str, str]:
-        """The settings that flags chose, as text."""
-        return {key: str(value) for key, value in self.given.items()}
+        """What flags, file and variables chose, as text; of the engine's variables the names only: one may be a key."""
+        if self.url is not None:
+            return {key: str(value) for key, value in self.given.items()}
+        chosen = [key for key, _ in setting_fields() if self._is_chosen(key)]
+        plain = {key: reduce(getattr, key.split("."), cast("Any", self.configuration.settings)) for key in chosen}
+        return {key: " ".join(value) if key == "environment" else str(value) for key, value in plain.items()}
 
     def _is_chosen(self, key: str) -> bool:
         """Whether the user set it; a card's profile only says where to start from."""
@@ -145,7 +150,7 @@ def check_same_target(results: Results, now: dict[str, Any]) -> None:
         return
     instance = document.get("instance") or {}
     before = (instance.get("server") or {}) | {
-        "settings given": instance.get("settings"),
+        "settings given": instance.get("settings") or {},
         "GPUs": (document.get("machine") or {}).get("gpus"),
     }
     # As it was written: JSON has lists where there were tuples.

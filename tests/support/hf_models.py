@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from support.models import Shape
 
 REPEATED = 1 << 22
-"""Weights after which a tensor repeats itself: a model of a gigabyte is written in seconds."""
+"""Weights of a large tensor that are random, and repeat: a model of a gigabyte is written in a second or two."""
 
 _CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -80,12 +80,26 @@ def write_files(
     random = np.random.default_rng(seed)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
+        large = np.empty(0, dtype)
         for size in tensors.values():
             scale = 1.0 if len(size) == 1 else 0.02
             n_elements = math.prod(size)
-            block = random.standard_normal(min(n_elements, REPEATED), dtype=np.float32) * scale
-            file.write(np.resize(block.astype(dtype), n_elements).tobytes())
+            if n_elements < REPEATED:
+                file.write((random.standard_normal(n_elements, dtype=np.float32) * scale).astype(dtype).tobytes())
+                continue
+            if not large.size:
+                large = (random.standard_normal(REPEATED, dtype=np.float32) * scale).astype(dtype)
+            # Another start each time: no two matrices are the same.
+            start = int(random.integers(REPEATED))
+            _write_cycle(file, np.concatenate([large[start:], large[:start]]), n_elements)
     return folder
+
+
+def _write_cycle(file: IO[bytes], values: np.ndarray, n_elements: int) -> None:
+    """Write so many elements, from the first on again where the values end."""
+    for _ in range(n_elements // values.size):
+        file.write(values.data)
+    file.write(values[: n_elements % values.size].data)
 
 
 def config(shape: Shape, dtype: str = "float16") -> dict[str, object]:

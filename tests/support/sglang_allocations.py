@@ -3,8 +3,12 @@
     python tests/support/sglang_allocations.py --model-path DIR --device cpu --max-total-tokens 4096 …
 
 Takes the flags of `sglang.launch_server`, loads the model and makes its memory pools as the server's scheduler does, and
-adds up the bytes of every tensor that it finds, shared storage once. On CUDA it then computes a whole prefill chunk and
-some decode steps, and says what the driver counts as used more than before (other processes must leave the GPU alone).
+adds up the bytes of every tensor that it finds, shared storage once. On CUDA, or with --work first, it then computes a
+whole prefill chunk and some decode steps. On CUDA it says what the driver counts as used more than before (other
+processes must leave the GPU alone).
+
+With --wait as the only argument it imports all it needs, prints `ready`, and takes the flags as one line of JSON from
+standard input: whoever measures many models lets several processes import while nothing is measured.
 """
 
 from __future__ import annotations
@@ -18,49 +22,72 @@ from typing import Any
 
 import torch
 
+READY = "ready"
+
 
 def main() -> None:
-    """Load, allocate, count."""
+    """Import, wait where that is asked for, allocate, count."""
+    # Models are imported by name only when one is loaded, which takes as long as all else together.
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
     from sglang.benchmark import one_batch
+    from sglang.srt.models import registry
+
+    registry.ModelRegistry.get_supported_archs()
+    flags = sys.argv[1:]
+    if flags == ["--wait"]:
+        print(READY, flush=True)
+        flags = json.loads(sys.stdin.readline())
+    does_work = flags[:1] == ["--work"]
+    print(json.dumps(measure(one_batch, flags[does_work:], does_work=does_work)), flush=True)
+
+
+def measure(one_batch: Any, flags: list[str], *, does_work: bool) -> dict[str, Any]:
+    """Load the model that these flags name and say what it takes; a failure while it works is told, not raised."""
     from sglang.srt.server_args import PortArgs, ServerArgs
 
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    server_args = ServerArgs.from_cli_args(parser.parse_args())
+    server_args = ServerArgs.from_cli_args(parser.parse_args(flags))
+    is_cuda = server_args.device == "cuda"
+    used_before = driver_used_bytes() if is_cuda else 0
     server_args.resolve_once()
     one_batch._set_envs_and_config(server_args)
     ranks = one_batch.SpawnRanks(world_rank=one_batch.spawn_world_rank(server_args, tp_rank=0, pp_rank=0), gpu_id=0)
     one_batch.publish(server_args, role="scheduler", ranks=ranks)
     one_batch._init_process_global_configs()
-    is_cuda = server_args.device == "cuda"
-    used_before = driver_used_bytes() if is_cuda else 0
     context_bytes = 0
     if is_cuda:
+        # As in the server: after SGLang has set the driver's variables (CUDA_DEVICE_MAX_CONNECTIONS).
         torch.zeros(1, device="cuda")
         context_bytes = driver_used_bytes() - used_before
     # The tokenizer is not needed to know sizes, and models with random weights have none.
     one_batch.get_tokenizer = lambda *_, **__: None
     bench, _ = one_batch.load_model(server_args, PortArgs.init_new(server_args), 0, 0)
-    runner = bench.torch_runner
-    found: dict[str, Any] = allocations(runner)
+    found: dict[str, Any] = allocations(bench.torch_runner) | {"torch": torch.__version__}
     if is_cuda:
-        found["context_bytes"] = context_bytes
-        found["idle_bytes"] = driver_used_bytes() - used_before
-        work(one_batch, bench, server_args.chunked_prefill_size, found["context_length"])
+        found |= {"context_bytes": context_bytes, "idle_bytes": driver_used_bytes() - used_before}
+    if is_cuda or does_work:
+        try:
+            work(one_batch, bench, server_args.chunked_prefill_size, found["context_length"])
+        except Exception as error:
+            # What was allocated up to here is a finding all the same.
+            found["failure"] = f"{type(error).__name__}: {error}"[:500]
+    if is_cuda:
         found |= device_totals()
         found["used_bytes"] = driver_used_bytes() - used_before
-    print(json.dumps(found), flush=True)
+    return found
 
 
 def work(one_batch: Any, bench: Any, chunk: int, context: int) -> None:
     """Compute one prefill chunk for all requests together, then some decode steps."""
-    requests = bench.torch_runner.req_to_token_pool.size
+    runner = bench.torch_runner
+    requests, vocabulary = runner.req_to_token_pool.size, runner.model_config.vocab_size
     length = max(1, min(chunk // requests, context - 16))
     one_batch.BenchArgs.output_len = 8
-    tokens, _, batch = bench.extend(one_batch.prepare_synthetic_inputs_for_latency_test(requests, length))
+    prompts = [[(request + token) % vocabulary for token in range(length)] for request in range(requests)]
+    tokens, _, batch = bench.extend(one_batch.prepare_synthetic_inputs_for_latency_test(requests, length, prompts))
     for _ in range(8):
         tokens, _ = bench.decode(tokens, batch)
 

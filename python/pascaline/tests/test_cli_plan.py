@@ -92,7 +92,7 @@ def test_optimize(llama: Path) -> None:
 def test_nothing_to_choose_from(llama: Path) -> None:
     result = plan(llama, "--card", "tesla-p4", "--optimize", "latency", "--min-quant", "Q8_0")
     assert (result.returncode, result.stdout) == (
-        DOES_NOT_FIT, "nothing down to Q8_0 fits tesla-p4; lower --min-quant or --context\n"
+        DOES_NOT_FIT, "nothing down to Q8_0 fits tesla-p4; lower --min-quant, --context or --requests\n"
     )  # fmt: skip
 
 

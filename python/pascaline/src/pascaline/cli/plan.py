@@ -169,7 +169,7 @@ def _optimize(arguments: argparse.Namespace, spec: ModelSpec, card: Card, reques
         print(choices_table(choices))
         print(f"\nflags of the best: {' '.join(choices[0].plan.engine_args)}")
     else:
-        print(f"nothing down to {arguments.min_quant} fits {card.name}; lower --min-quant or --context")
+        print(f"nothing down to {arguments.min_quant} fits {card.name}; lower --min-quant, --context or --requests")
     return ExitCode.OK if choices else ExitCode.DOES_NOT_FIT
 
 

@@ -167,6 +167,13 @@ def test_a_gpu_that_hangs_from_the_start_is_told_without_its_uuid(tmp_path: Path
     assert [(device.index, device.uuid, device.status) for device in reading.devices] == [(1, "", DeviceStatus.HUNG)]
 
 
+def test_a_start_is_given_no_less_time_than_a_reading(tmp_path: Path) -> None:
+    scenario = tmp_path / "scenario.nvml"
+    write_scenario(scenario, "nvmlInit = slow 0.5 0" + TWO_GPUS)
+    with Reader(deadline=PATIENCE, start_deadline=0.1, environment=fake_nvml_environment(scenario)) as reader:
+        assert is_ok(reader.read())
+
+
 def test_a_hanging_child_is_gone_after_its_deadline(driver: Driver, tmp_path: Path) -> None:
     driver.reader.read()
     driver.write("[gpu 0]\nall = hang")
@@ -382,7 +389,7 @@ def test_the_child_ends_with_its_parent_even_while_a_call_hangs(driver: Driver, 
     driver.write("[library]\nnvmlInit = hang")
     program = (
         "import os, sys, time\nfrom pascaline.gpu.reader import Reader\n"
-        "reader = Reader(start_deadline=0.5, kill=lambda child: print(child.pid, flush=True))\n"
+        "reader = Reader(deadline=0.5, start_deadline=0.5, kill=lambda child: print(child.pid, flush=True))\n"
         "reader.read()\ntime.sleep(3600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], env=driver.environment, stdout=subprocess.PIPE) as parent:

@@ -77,12 +77,12 @@ class Reader:
         """Times are in seconds.
 
         deadline: a reading that takes longer has hung.
-        start_deadline: the same for the first reading of a child, which loads the driver.
+        start_deadline: the same for the first reading of a child, which loads the driver; at least `deadline`.
         recheck: longest pause between attempts after failures, and between children without a sound GPU.
         environment: of the child (None: this process's). kill: how to end a child.
         """
         self._deadline = deadline
-        self._start_deadline = start_deadline
+        self._start_deadline = max(start_deadline, deadline)
         self._recheck = recheck
         self._environment = environment
         self._kill = kill

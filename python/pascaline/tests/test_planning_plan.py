@@ -298,6 +298,21 @@ class TestRequestFromSettings:
             )
         assert str(caught.value) == "context_length: the model names none, must be set to the tokens of a request"
 
+    @pytest.mark.parametrize(
+        ("method", "model", "message"),
+        [
+            ("bitsandbytes", "gguf", "'bitsandbytes' is of a Hugging Face folder's weights, the model's are gguf"),
+            ("gguf", "safetensors", "'gguf' is of a GGUF file's weights, the model's are safetensors"),
+        ],
+    )
+    def test_a_quantisation_of_another_format(self, method: str, model: str, message: str) -> None:
+        """SGLang would find out only while it loads."""
+        configuration = load({"card": "tesla-p4", "quantization": method}, environment={}, check_host=False)
+        spec = replace(QWEN_3_4B, format=model)
+        with pytest.raises(ConfigurationError) as caught:
+            request_from_settings(configuration.settings, spec, device="cuda", dtype="float16", card_bytes=1)
+        assert str(caught.value) == f"quantization: {message}; leave it out"
+
     def test_sglang_has_no_fp16_pool_beside_another_computation(self) -> None:
         configuration = load({"card": "cpu", "kv_cache.dtype": "fp16"}, environment={}, check_host=False)
         made = request_from_settings(configuration.settings, QWEN_3_4B, device="cpu", dtype="float32", card_bytes=1)

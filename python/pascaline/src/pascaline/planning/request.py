@@ -70,8 +70,10 @@ def request_from_settings(
 ) -> PlanRequest:
     """Return the request of an instance. device and dtype are decided already: never auto.
 
-    Raises ConfigurationError where neither settings nor model say how long a request may be.
+    Raises ConfigurationError where neither settings nor model say how long a request may be, and where a model of this
+    format cannot be quantised as the settings say.
     """
+    _check_quantization(settings, spec)
     context_length = settings.context_length or spec.context_length
     if context_length < 1:
         raise ConfigurationError("context_length: the model names none, must be set to the tokens of a request")
@@ -99,3 +101,13 @@ def request_from_settings(
         tensor_parallel=settings.tensor_parallel,
         pipeline_parallel=settings.pipeline_parallel,
     )
+
+
+def _check_quantization(settings: Settings, spec: ModelSpec) -> None:
+    """Refuse what SGLang finds out only while it loads the model."""
+    formats = {"bitsandbytes": ("safetensors", "a Hugging Face folder's"), "gguf": ("gguf", "a GGUF file's")}
+    method = settings.quantization if settings.engine == "sglang" else None
+    if method in formats and spec.format != formats[method][0]:
+        raise ConfigurationError(
+            f"quantization: {method!r} is of {formats[method][1]} weights, the model's are {spec.format}; leave it out"
+        )

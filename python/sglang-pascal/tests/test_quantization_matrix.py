@@ -7,13 +7,15 @@ import pytest
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from sglang_pascal.kernels.formats import FORMATS
+from sglang_pascal.ops.activations import quantize, rms_norm_quantize
 from sglang_pascal.ops.weights import PackedWeight
 from sglang_pascal.quantization import matrix as matrix_module
+from sglang_pascal.quantization.handover import hand_over, take
 from sglang_pascal.quantization.matrix import DenseMatrix, Input, PackedMatrix, join_adjacent
 from sglang_pascal.quantization.staging import Stager
 from sglang_pascal.quantization.storage import aligned, storage_of
 from sglang_pascal.quantization.table import MatrixInfo
-from sglang_pascal.reference import dequantize_ref, quantize_ref
+from sglang_pascal.reference import dequantize_ref, quantize_ref, rms_norm_ref
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 256), (31, 512), (33, 768), (64, 256), (100, 1024)]
@@ -173,3 +175,44 @@ def test_rows_are_counted_once_however_wide_they_are():
     x = Input(torch.randn(3, 256), wide=True)
     assert (x.n, len(x.quantized.q)) == (3, 6)
     assert Input(None, x.quantized, wide=True).n == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_dense_matrix_multiplies_half_and_wider_activations_into_some_columns_of_a_result(dtype):
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(1))
+    values = torch.randn(40, 96, generator=torch.Generator().manual_seed(2)).half()
+    result = torch.full((3, 60), 7.0)
+    DenseMatrix(values).multiply(Input(x.to(dtype), wide=True), result[:, 10:50])
+    wanted = x.to(dtype).double() @ values.double().T
+    torch.testing.assert_close(result[:, 10:50].double(), wanted, rtol=1e-5, atol=1e-4)
+    assert (result[:, :10] == 7).all()
+    assert (result[:, 50:] == 7).all()
+
+
+class TestHandingOver:
+    def test_what_a_norm_has_quantised_is_not_quantised_again(self):
+        x = torch.randn(2, 256)
+        activations = quantize(x, wide=True)
+        hand_over(x, activations)
+        assert Input(x, take(x), wide=True).quantized is activations
+
+    def test_only_the_first_taker_gets_it(self):
+        x = torch.randn(2, 256)
+        hand_over(x, quantize(x))
+        assert take(x) is not None
+        assert take(x) is None
+
+    def test_a_view_or_a_copy_has_nothing_to_take(self):
+        x = torch.randn(2, 256)
+        hand_over(x, quantize(x))
+        assert (take(x.clone()), take(x.view(2, 256))) == (None, None)
+
+    @pytest.mark.parametrize("wide", [False, True])
+    def test_a_norm_gives_the_floats_and_their_activations(self, wide):
+        x, weight, residual = torch.randn(3, 300), torch.rand(300), torch.randn(3, 300)
+        total, output = x + residual, torch.empty(3, 300)
+        found = rms_norm_quantize(x, weight, 1e-6, residual, wide=wide, output=output)
+        wanted = rms_norm_ref(total, weight, 1e-6)
+        assert torch.equal(residual, total)
+        assert torch.equal(output, wanted)
+        assert all(torch.equal(a, b) for a, b in zip(found, quantize_ref(wanted, wide=wide), strict=True))

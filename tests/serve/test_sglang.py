@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 from pascaline.errors import ExitCode
+from pascaline.models.store import builtin_model
 from support.instance import Answer, Instance, running, wait_until
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.engine
 START_SECONDS = 400
 """A start takes 30 s on two idle cores; on a machine under load many times that."""
 REQUEST_SECONDS = 300
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER = "The capital of France is Paris."
 
 
@@ -47,12 +49,7 @@ def instance(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[
 
 
 def ask(instance: Instance, **options: Any) -> Answer:
-    question = {
-        "model": "SmolLM2-135M-Instruct",
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
-        "max_tokens": 16,
-        "temperature": 0,
-    }
+    question = {"model": "SmolLM2-135M-Instruct", "messages": QUESTION, "max_tokens": 16, "temperature": 0}
     return instance.api("/v1/chat/completions", question | options, timeout=REQUEST_SECONDS)
 
 
@@ -65,7 +62,7 @@ class TestServing:
     def test_a_stream_arrives_piece_by_piece(self, instance: Instance) -> None:
         body = {
             "model": "SmolLM2-135M-Instruct",
-            "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "messages": QUESTION,
             "max_tokens": 16,
             "temperature": 0,
             "stream": True,
@@ -137,6 +134,39 @@ class TestEnds:
         assert instance.wait(REQUEST_SECONDS) == ExitCode.OK
         assert instance.descendants() == []
         assert "Traceback" not in instance.text
+
+
+def test_a_hugging_face_folder_and_an_api_key(tmp_path: Path, cache: Path) -> None:
+    """The same model as configuration, tokenizer and safetensors, which SGLang's own loader reads."""
+    folder, key = hugging_face_folder(tmp_path / "emily"), tmp_path / "key"
+    key.write_text("sesame\n")
+    with running(tmp_path, **settings(cache, model=folder, api_key_file=key)) as instance:
+        report = instance.wait_for_state("ready", seconds=START_SECONDS)
+        assert report["model"] == {"name": "emily", "path": str(folder), "architecture": "llama", "sha256": None}
+        body = {"model": "emily", "messages": QUESTION, "max_tokens": 16, "temperature": 0}
+        assert instance.api("/v1/chat/completions", body).status == 401
+        headers = {"Authorization": "Bearer sesame"}
+        answer = instance.api("/v1/chat/completions", body, headers=headers, timeout=REQUEST_SECONDS)
+        assert answer.json["choices"][0]["message"]["content"] == ANSWER
+        assert instance.stop(seconds=REQUEST_SECONDS) == ExitCode.OK
+
+
+def hugging_face_folder(folder: Path) -> Path:
+    """The built-in model as it would be downloaded from Hugging Face."""
+    import torch
+    from safetensors.torch import save_file
+    from sglang_pascal.checkpoint.dequantize import dequantized
+    from sglang_pascal.checkpoint.gguf_file import GgufFile
+    from sglang_pascal.checkpoint.prepare import MANIFEST, prepare
+    from sglang_pascal.checkpoint.weights import raw_tensors
+
+    prepare(builtin_model(), folder)
+    (folder / MANIFEST).unlink()
+    tensors = {
+        name: value.contiguous() for name, value in dequantized(raw_tensors(GgufFile(builtin_model())), torch.bfloat16)
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def test_nothing_is_left_when_the_supervisor_is_killed_while_it_loads(tmp_path: Path, cache: Path) -> None:

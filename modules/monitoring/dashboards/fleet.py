@@ -14,8 +14,10 @@ def fleet() -> Dashboard:
     """Return all hosts side by side."""
     return (
         p.dashboard_of("Pascaline: fleet", "pascaline-fleet", "All hosts: who serves, how fast, at what heat and cost.")
-        .with_panel(p.number("Hosts that answer", p.NONE, 'count(max by (host) (up{job=~"pascaline-.+"}) == 1)'))
-        .with_panel(p.number("GPUs", p.NONE, "count(nvidia_gpu_lost == 0)"))
+        .with_panel(
+            p.number("Hosts that answer", p.NONE, 'count(max by (host) (up{job=~"pascaline-.+"}) == 1) or vector(0)')
+        )
+        .with_panel(p.number("GPUs", p.NONE, "count(nvidia_gpu_lost == 0) or vector(0)"))
         .with_panel(p.number("Instances ready", p.NONE, 'sum(pascaline_instance_state{state=~"ready|busy"})'))
         .with_panel(p.number("Alerts firing", p.NONE, 'count(ALERTS{alertstate="firing"}) or vector(0)', red_from=1))
         .with_panel(p.lines("Generated tokens", p.TOKENS_PER_SECOND, ("host:generated_tokens:rate5m", "{{host}}")))

@@ -10,7 +10,7 @@
 //   N        1     2     4     8    16
 //   R        1     1     2     2     2     rows a lane: a uniform 16-byte shared load may cost 4 cycles on sm_61, so
 //                                          columns are shared by two rows from N = 4 on (Q6_K, which has more scales
-//                                          and is slower by its bytes: only at N = 4)
+//                                          and is slower by its bytes, not at N = 8: its loads fit there)
 //   CHUNK   32    32    16     8     8     tiles of activations staged
 //   shared 10K   20K   20K   20K   40K     upper bound: 320 bytes * N * CHUNK
 // Registers and the resulting occupancy: docs/kernels.md, checked against ptxas by a test.
@@ -179,4 +179,4 @@ KERNEL(TYPE, 8, WIDE_ROWS, 8, 3)
 #else
 KERNEL(TYPE, 8, WIDE_ROWS, 8, 2) // the bytes spread for 16-bit products need more registers
 #endif
-KERNEL(TYPE, 16, WIDE_ROWS, 8, 2)
+KERNEL(TYPE, 16, 2, 8, 2)

@@ -43,7 +43,7 @@ class Format:
 
     def rows_per_lane(self, width: int) -> int:
         """Rows that a lane of the decode product for `width` columns has: R of decode_matmul.cu."""
-        return 2 if width == 4 or (width > 4 and not self.half_scales) else 1
+        return 2 if width >= 4 and not (width == 8 and self.half_scales) else 1
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row in the file. `columns` is a multiple of `block_weights`."""

@@ -170,10 +170,16 @@ def parse_faults(text: str) -> dict[str, str]:
     return dict(word.partition("=")[::2] for word in text.split())
 
 
+def write_line(text: str) -> None:
+    """Write a line whole: print writes its end apart, and another thread's line can come between."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
 def log(text: str, level: str = "") -> None:
     """Write a line as SGLang does: INFO goes without its name."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-    print(f"[{stamp}] {level + ' ' if level else ''}{text}", flush=True)
+    write_line(f"[{stamp}] {level + ' ' if level else ''}{text}")
 
 
 def fail(name: str, faults: Faults) -> NoReturn:
@@ -181,7 +187,7 @@ def fail(name: str, faults: Faults) -> NoReturn:
     code, text = ERRORS[name]
     code = code if faults.exit_code is None else faults.exit_code
     if text:
-        print(text, flush=True)
+        write_line(text)
     if code < 0:
         # The workers die with this process.
         os.kill(os.getpid(), -code)
@@ -616,7 +622,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, text: str, *values: Any) -> None:
         """Write the access log as uvicorn does."""
-        print(f"INFO:     {self.client_address[0]}:{self.client_address[1]} - {text % values}", flush=True)
+        write_line(f"INFO:     {self.client_address[0]}:{self.client_address[1]} - {text % values}")
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

@@ -238,6 +238,14 @@ class Instance:
             if process.pid != self.process.pid and (process in marked or _session(process) in self._sessions)
         ]
 
+    def command_lines(self) -> list[str]:
+        """Of `descendants`, without those that ended meanwhile."""
+        lines = []
+        for process in self.descendants():
+            with contextlib.suppress(psutil.Error):
+                lines.append(" ".join(process.cmdline()))
+        return lines
+
     def end(self) -> list[str]:
         """End all that is left; return the command lines of what should not have been there any more."""
         if self.process.poll() is None:
@@ -246,10 +254,9 @@ class Instance:
             # The kernel ends the engine, and the engine's workers after it.
             with contextlib.suppress(AssertionError):
                 wait_until("end of the engine", lambda: not self.descendants(), seconds=5)
-        left = []
+        left = self.command_lines()
         for process in self.descendants():
             with contextlib.suppress(psutil.Error):
-                left.append(" ".join(process.cmdline()))
                 process.kill()
         self._reader.join(5)
         assert self.process.stderr is not None

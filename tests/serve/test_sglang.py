@@ -174,7 +174,7 @@ def test_nothing_is_left_when_the_supervisor_is_killed_while_it_loads(tmp_path: 
         wait_until("SGLang's processes", lambda: len(instance.descendants()) >= 3, seconds=START_SECONDS)
         instance.process.kill()
         instance.wait()
-        wait_until("no process is left", lambda: [each.cmdline() for each in instance.descendants()] == [])
+        wait_until("no process is left", lambda: instance.command_lines() == [])
 
 
 def test_a_second_signal_ends_at_once_while_it_loads(tmp_path: Path, cache: Path) -> None:

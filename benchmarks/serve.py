@@ -6,6 +6,9 @@ References, on the same model file and CPU, one server at a time:
   plain SGLang   `python -m sglang.launch_server` with the same plugin and the very arguments that pascaline chose
   llama-server   the same through `pascaline serve --engine llama.cpp`; left out, with a note, where it is not on PATH
 
+Then the plain SGLang again in float32 and bfloat16, with one thread and with one a core: whether pascaline's choice for
+this CPU is the fastest.
+
 A first start that is not counted fills every cache. Tokens/s is the sum over the concurrent requests of tokens
 generated / time from the first request's start to the last one's end: the median over the runs, greedy, end-of-sequence
 ignored, prompts that differ from their first token on.
@@ -38,6 +41,7 @@ AGENT_REQUESTS = 500
 START_TIMEOUT_SECONDS = 600.0
 MODEL = "SmolLM2-135M-Instruct"
 OURS, PLAIN, LLAMA = "pascaline serve", "plain SGLang, same plugin and arguments", "llama-server, same file"
+DTYPES = ("float32", "bfloat16")
 TOPICS = ("rivers", "bread", "glass", "clocks", "bridges", "salt", "maps", "wool")
 
 
@@ -64,6 +68,7 @@ def main() -> None:
         throughput[OURS] = measure(arguments.runs, arguments.tokens)
     with plain(command):
         throughput[PLAIN] = measure(arguments.runs, arguments.tokens)
+    figures["settings_tokens_per_second"] = sweep(command, arguments.tokens)
     if shutil.which("llama-server"):
         with pascaline("--engine", "llama.cpp"):
             throughput[LLAMA] = measure(arguments.runs, arguments.tokens)
@@ -108,6 +113,15 @@ def report(figures: dict[str, Any], runs: int, tokens: int) -> str:
             f"\nTokens/s of all requests together, {tokens} tokens each, median of {runs}:\n",
             *table(("concurrent requests", *map(str, CONCURRENCIES)), [*speeds, *ratios]),
             *left_out,
+            f"\nThe plain SGLang in every number type and number of threads; pascaline takes {figures['dtype']} with "
+            f"{figures['cores']} threads here, once each:\n",
+            *table(
+                ("number type, threads", *map(str, CONCURRENCIES)),
+                [
+                    (setting, *(f"{row[n]:.1f}" for n in CONCURRENCIES))
+                    for setting, row in figures["settings_tokens_per_second"].items()
+                ],
+            ),
         ]
     )
 
@@ -127,17 +141,28 @@ def pascaline(*extra: str) -> Iterator[int]:
 
 
 @contextmanager
-def plain(command: list[str]) -> Iterator[int]:
-    """Run the engine by itself until the block ends."""
-    with running(command, "/health_generate", API_PORT) as pid:
+def plain(command: list[str], threads: int | None = None) -> Iterator[int]:
+    """Run the engine by itself until the block ends; threads: None = one a core."""
+    with running(command, "/health_generate", API_PORT, threads) as pid:
         yield pid
 
 
+def sweep(command: list[str], tokens: int) -> dict[str, dict[int, float]]:
+    """Return tokens/s of the engine with each number type and number of threads."""
+    cores = len(os.sched_getaffinity(0))
+    at, found = command.index("--dtype") + 1, {}
+    for dtype in DTYPES:
+        for threads in sorted({1, cores}):
+            with plain([*command[:at], dtype, *command[at + 1 :]], threads):
+                found[f"{dtype}, {threads}"] = measure(1, tokens)
+    return found
+
+
 @contextmanager
-def running(command: list[str], path: str, port: int) -> Iterator[int]:
+def running(command: list[str], path: str, port: int, threads: int | None = None) -> Iterator[int]:
     """Run a server until the block ends; yields once GET path answers 200."""
     environment = {**os.environ, "SGLANG_PLATFORM": "pascal", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads or len(os.sched_getaffinity(0)))}
     print(f"starting: {' '.join(command)}", file=sys.stderr)
     log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed at the end of the process
     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)

@@ -51,9 +51,9 @@ def collect(machine: Machine, question: Question, on_part: Callable[[str], None]
         instance=instance,
         logs=_standing(machine, "logs", lambda: collect_logs(machine, instance.name), Logs()),
     )
-    no_plan: tuple[Plan | None, str] = (None, "the planner failed; pascaline doctor --report tells why")
-    plan, plan_error = _standing(machine, "plan", lambda: make_host_plan(host), no_plan)
-    return replace(host, plan=plan, plan_error=plan_error)
+    no_plan: tuple[Plan | None, str, str] = (None, "the planner failed; pascaline doctor --report tells why", "")
+    plan, plan_error, plan_refusal = _standing(machine, "plan", lambda: make_host_plan(host), no_plan)
+    return replace(host, plan=plan, plan_error=plan_error, plan_refusal=plan_refusal)
 
 
 Part = TypeVar("Part")

@@ -277,6 +277,9 @@ class Host:
     plan: Plan | None = None
     """Of the settings on this host's card; None where none could be made."""
     plan_error: str = ""
+    """Why none could be made, where something is not known."""
+    plan_refusal: str = ""
+    """Why the settings cannot serve the model; empty: they can, as far as is known."""
 
     @property
     def settings(self) -> Settings | None:

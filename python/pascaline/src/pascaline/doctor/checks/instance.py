@@ -57,6 +57,8 @@ def _configuration(host: Host) -> Result:
 )
 def _plan_memory(host: Host) -> Result:
     """Plans the instance's model on this card and compares the sum with what other processes leave of it."""
+    if host.plan_refusal:
+        return failure(host.plan_refusal)
     if host.plan is None:
         return skipped(host.plan_error or "the model cannot be read; see model-format")
     plan = host.plan
@@ -214,7 +216,7 @@ def _is_loopback(host: str) -> bool:
 def _kv_pool(host: Host) -> Result:
     """Compares the pool's tokens with context_length: a smaller pool takes prompts and fails in the middle."""
     if host.plan is None:
-        return skipped(host.plan_error or "the model cannot be read; see model-format")
+        return skipped(host.plan_error or "there is no plan; see plan-memory")
     plan = host.plan
     words = f"{plan.kv_tokens} tokens of {format_bytes(plan.kv_bytes_per_token)}, one request has {plan.context_length}"
     return failure(words) if plan.kv_tokens < plan.context_length else ok(words)

@@ -15,15 +15,18 @@ if TYPE_CHECKING:
     from pascaline.planning.plan import Plan
 
 
-def make_host_plan(host: Host) -> tuple[Plan | None, str]:
-    """Plan the model on this host's card beside what others hold of it; else (None, why not)."""
+def make_host_plan(host: Host) -> tuple[Plan | None, str, str]:
+    """Plan the model on this host's card beside what others hold of it: (plan, why there is none, refusal).
+
+    A refusal is the planner's word that these settings cannot serve this model; without one, something is not known.
+    """
     settings, spec, configuration = host.settings, host.model.spec, host.instance.configuration
     if settings is None or spec is None or configuration is None:
-        return None, ""
+        return None, "", ""
     gpu = next(iter(host.gpus), None)
     name = configuration.card or (gpu.card.name if gpu and gpu.card else None)
     if name is None:
-        return None, "the card has no profile; see card-profile"
+        return None, "the card has no profile; see card-profile", ""
     card = load_card(name)
     on_gpu = settings.device == "cuda" or (settings.device == "auto" and name != "cpu")
     dtype = settings.dtype if settings.dtype != "auto" else "float16" if on_gpu else "float32"
@@ -32,9 +35,9 @@ def make_host_plan(host: Host) -> tuple[Plan | None, str]:
         request = request_from_settings(
             settings, spec, device="cuda" if on_gpu else "cpu", dtype=dtype, card_bytes=total, used_bytes=used
         )
-        return make_plan(spec, card, request), ""
+        return make_plan(spec, card, request), "", ""
     except PascalineError as error:
-        return None, str(error)
+        return None, "", str(error)
 
 
 def _memory_of(gpu: Gpu | None, profile_bytes: int) -> tuple[int, int]:

@@ -151,7 +151,8 @@ def record(
 def _start(target: Target, folder: Path, steps: int, *, external: bool) -> None:
     body: dict[str, Any] = {"output_dir": str(folder), "with_stack": False, "record_shapes": True}
     # An external profiler is switched by CUDA's own call, and stopped by hand: SGLang counts no steps for it.
-    body |= {"activities": ["CUDA_PROFILER"]} if external else {"activities": ["CPU", "GPU"], "num_steps": steps}
+    # One more, as the step that runs while recording begins counts as one without its mark in the record.
+    body |= {"activities": ["CUDA_PROFILER"]} if external else {"activities": ["CPU", "GPU"], "num_steps": steps + 1}
     _post(target, "/start_profile", body)
 
 

@@ -222,7 +222,7 @@ def _lacks_sgl_kernel() -> bool:
 _GUARD_MODULE: Final = "sglang.srt.model_executor.model_runner_components.load_model_utils"
 _GUARD: Final = "maybe_downgrade_dtype_for_legacy_gpu"
 _SOFTCAP: Final = "sglang.kernels.ops.activation.softcap"
-_LOAD_CONFIG: Final = "sglang.srt.configs.load_config"
+_VERIFY_LOAD_FORMAT: Final = "sglang.srt.configs.load_config.LoadConfig._verify_load_format"
 
 
 def use_float16(*, model_config: Any) -> None:
@@ -258,12 +258,30 @@ def _hook(target: str, function: Callable[..., Any], kind: str) -> None:
     HookRegistry.register(target, function, HookType[kind])
 
 
-def _is_hooked(module: str, *attributes: str) -> bool:
-    """Whether SGLang's registry has wrapped the function; asking imports nothing."""
-    value: Any = sys.modules.get(module)
-    for attribute in attributes:
-        value = getattr(value, attribute, None)
-    return hasattr(value, "__wrapped__")
+def _hook_at_once(*hooks: tuple[str, Callable[..., Any], str]) -> None:
+    """As `_hook`, in the stage `worker`: SGLang has applied those of the stage before already."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    for hook in hooks:
+        _hook(*hook)
+    HookRegistry.apply_hooks()
+
+
+def _is_hooked(*targets: str) -> bool:
+    """Whether SGLang's registry has wrapped each function; asking imports nothing."""
+    return all(hasattr(_loaded(target), "__wrapped__") for target in targets)
+
+
+def _loaded(target: str) -> Any:
+    """What `_hook` means by a target, in the longest module of its name that is imported; None where nothing is."""
+    names = target.split(".")
+    for n in range(len(names) - 1, 0, -1):
+        value: Any = sys.modules.get(".".join(names[:n]))
+        if value is not None:
+            for name in names[n:]:
+                value = getattr(value, name, None)
+            return value
+    return None
 
 
 _ATTENTION_BACKENDS: Final = ("pascal", "pascal_kernels", "pascal_torch")
@@ -296,11 +314,16 @@ def _register_load_format() -> None:
     from sglang.srt.arg_groups.choices import add_load_format_choices
 
     add_load_format_choices(["pascal_gguf"])
-    _hook(f"{_LOAD_CONFIG}.LoadConfig._verify_load_format", verify_load_format, "AROUND")
+    _hook(_VERIFY_LOAD_FORMAT, verify_load_format, "AROUND")
 
 
 _KV_DTYPE: Final = "sglang.srt.mem_cache.kv_cache_dtype"
 _POOL_SIZES: Final = "sglang.srt.model_executor.pool_configurator"
+_KV_TARGETS: Final = (
+    f"{_KV_DTYPE}.configure_kv_cache_dtype",
+    f"{_POOL_SIZES}.DefaultPoolConfigurator._compute_cell_size",
+    f"{_POOL_SIZES}.HybridSWAPoolConfigurator.__init__",
+)
 
 
 def _add_int8_choice() -> None:
@@ -318,22 +341,14 @@ def _int8_is_a_choice() -> bool:
 
 
 def _register_kv_types() -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
     from sglang_pascal.attention import kv_types
 
-    _hook(f"{_KV_DTYPE}.configure_kv_cache_dtype", kv_types.configure_kv_cache_dtype, "AROUND")
-    _hook(f"{_POOL_SIZES}.DefaultPoolConfigurator._compute_cell_size", kv_types.compute_cell_size, "AROUND")
-    _hook(f"{_POOL_SIZES}.HybridSWAPoolConfigurator.__init__", kv_types.add_scales_to_hybrid_sizes, "AFTER")
-    HookRegistry.apply_hooks()  # those of the stage before are in place already
-
-
-def _kv_types_are_registered() -> bool:
-    return (
-        _is_hooked(_KV_DTYPE, "configure_kv_cache_dtype")
-        and _is_hooked(_POOL_SIZES, "DefaultPoolConfigurator", "_compute_cell_size")
-        and _is_hooked(_POOL_SIZES, "HybridSWAPoolConfigurator", "__init__")
+    functions: tuple[tuple[Callable[..., Any], str], ...] = (
+        (kv_types.configure_kv_cache_dtype, "AROUND"),
+        (kv_types.compute_cell_size, "AROUND"),
+        (kv_types.add_scales_to_hybrid_sizes, "AFTER"),
     )
+    _hook_at_once(*((target, *function) for target, function in zip(_KV_TARGETS, functions, strict=True)))
 
 
 _TRITON_LAUNCHES: Final = {
@@ -352,73 +367,62 @@ _FORMS: Final = {
     "sglang.kernels.ops.memory.common.get_last_loc_triton": ("sglang.srt.mem_cache.allocation", "get_last_loc_torch"),
 }
 """Launcher -> module and name of SGLang's own other form of it."""
-_SAMPLER: Final = "sglang.srt.layers.sampler"
-_SAMPLE: Final = "top_k_top_p_min_p_sampling_from_probs_torch"
+_SAMPLE: Final = "sglang.srt.layers.sampler.top_k_top_p_min_p_sampling_from_probs_torch"
 _DYNAMO: Final = "TORCHDYNAMO_DISABLE"
 
 
 def _replace_triton_launches() -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
     from sglang_pascal import plain_torch
 
-    for target, name in _TRITON_LAUNCHES.items():
-        _hook(target, getattr(plain_torch, name), "REPLACE")
-    for target, (module, name) in _FORMS.items():
-        _hook(target, getattr(importlib.import_module(module), name), "REPLACE")
-    HookRegistry.apply_hooks()
-
-
-def _triton_launches_are_replaced() -> bool:
-    return all(_target_is_hooked(target) for target in (*_TRITON_LAUNCHES, *_FORMS))
+    ours = {target: getattr(plain_torch, name) for target, name in _TRITON_LAUNCHES.items()}
+    forms = {target: getattr(importlib.import_module(module), name) for target, (module, name) in _FORMS.items()}
+    _hook_at_once(*((target, function, "REPLACE") for target, function in (ours | forms).items()))
 
 
 def _last_name(target: str) -> str:
     return target.rpartition(".")[2]
 
 
-def _target_is_hooked(target: str) -> bool:
-    """target: a function of a module, or of a class in one."""
-    parent, _, name = target.rpartition(".")
-    module, _, owner = parent.rpartition(".")
-    return _is_hooked(module, owner, name) if owner[:1].isupper() else _is_hooked(parent, name)
-
-
 def _register_sampler() -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
     from sglang_pascal.plain_torch import sample_from_probs
 
-    _hook(f"{_SAMPLER}.{_SAMPLE}", sample_from_probs, "AROUND")
-    HookRegistry.apply_hooks()
+    _hook_at_once((_SAMPLE, sample_from_probs, "AROUND"))
 
 
 def _always() -> bool:
     return True
 
 
+def _variable(
+    variable: str, *, name: str, why: str, devices: tuple[str, ...], is_needed: Callable[[], bool] = _always
+) -> Shim:
+    """A variable that is read at an import: 1, unless the user chose."""
+    return Shim(
+        name=name,
+        what=f"{variable}=1, unless it is set",
+        why=why,
+        sglang="0.5.23",
+        devices=devices,
+        stage="activate",
+        is_needed=is_needed,
+        apply=lambda: _set_unless_chosen(variable),
+        is_applied=lambda: variable in os.environ,
+    )
+
+
 SHIMS: Final = (
-    Shim(
+    _variable(
+        _ROPE_FP32,
         name="rotary table in float32",
-        what=f"{_ROPE_FP32}=1, unless it is set",
         why="SGLang would keep the table in float16; the kernels read float32, which is also more exact",
-        sglang="0.5.23",
         devices=("cpu", "cuda"),
-        stage="activate",
-        is_needed=_always,
-        apply=lambda: _set_unless_chosen(_ROPE_FP32),
-        is_applied=lambda: _ROPE_FP32 in os.environ,
     ),
-    Shim(
+    _variable(
+        _NO_DLPACK_BUILD,
         name="no compiler at the first start",
-        what=f"{_NO_DLPACK_BUILD}=1, unless it is set",
         why="tvm_ffi (of xgrammar) would compile C++ at its first import: half a minute, for a faster DLPack",
-        sglang="0.5.23",
         devices=("cpu", "cuda"),
-        stage="activate",
         is_needed=_builds_dlpack_exchange,
-        apply=lambda: _set_unless_chosen(_NO_DLPACK_BUILD),
-        is_applied=lambda: _NO_DLPACK_BUILD in os.environ,
     ),
     Shim(
         name="symbolic-shape guards",
@@ -462,7 +466,7 @@ SHIMS: Final = (
         stage="register",
         is_needed=lambda: hasattr(importlib.import_module(_GUARD_MODULE), _GUARD),
         apply=lambda: _hook(f"{_GUARD_MODULE}.{_GUARD}", use_float16, "REPLACE"),
-        is_applied=lambda: _is_hooked(_GUARD_MODULE, _GUARD),
+        is_applied=lambda: _is_hooked(f"{_GUARD_MODULE}.{_GUARD}"),
     ),
     Shim(
         name="logit soft cap",
@@ -473,7 +477,7 @@ SHIMS: Final = (
         stage="register",
         is_needed=lambda: hasattr(importlib.import_module(_SOFTCAP), "_softcap_logits"),
         apply=lambda: _hook(f"{_SOFTCAP}._softcap_logits", softcap_logits, "REPLACE"),
-        is_applied=lambda: _is_hooked(_SOFTCAP, "_softcap_logits"),
+        is_applied=lambda: _is_hooked(f"{_SOFTCAP}._softcap_logits"),
     ),
     Shim(
         name="attention backend",
@@ -495,7 +499,7 @@ SHIMS: Final = (
         stage="register",
         is_needed=_always,
         apply=_register_load_format,
-        is_applied=lambda: _is_hooked(_LOAD_CONFIG, "LoadConfig", "_verify_load_format"),
+        is_applied=lambda: _is_hooked(_VERIFY_LOAD_FORMAT),
     ),
     Shim(
         name="int8 KV cache, choice",
@@ -517,18 +521,14 @@ SHIMS: Final = (
         stage="worker",
         is_needed=_always,
         apply=_register_kv_types,
-        is_applied=_kv_types_are_registered,
+        is_applied=lambda: _is_hooked(*_KV_TARGETS),
     ),
-    Shim(
+    _variable(
+        _DYNAMO,
         name="no torch.compile",
-        what=f"{_DYNAMO}=1, unless it is set",
         why="torch.compile generates Triton for a CUDA device and refuses one below compute capability 7.0",
-        sglang="0.5.23",
         devices=("cuda",),
-        stage="activate",
         is_needed=_always,
-        apply=lambda: _set_unless_chosen(_DYNAMO),
-        is_applied=lambda: _DYNAMO in os.environ,
     ),
     Shim(
         name="Triton kernels",
@@ -539,18 +539,18 @@ SHIMS: Final = (
         stage="worker",
         is_needed=_always,
         apply=_replace_triton_launches,
-        is_applied=_triton_launches_are_replaced,
+        is_applied=lambda: _is_hooked(*_TRITON_LAUNCHES, *_FORMS),
     ),
     Shim(
         name="sampler",
-        what=f"{_SAMPLER}.{_SAMPLE} filters by our kernel where it would sort the vocabulary",
+        what=f"{_SAMPLE} filters by our kernel where it would sort the vocabulary",
         why="to sort 150,000 probabilities per request and step takes longer than to find the smallest one that stays",
         sglang="0.5.23",
         devices=("cuda",),
         stage="worker",
         is_needed=_always,
         apply=_register_sampler,
-        is_applied=lambda: _is_hooked(_SAMPLER, _SAMPLE),
+        is_applied=lambda: _is_hooked(_SAMPLE),
     ),
 )
 """The table, in the order of application."""

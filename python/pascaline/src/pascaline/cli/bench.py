@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pascaline.cli.options import add_settings_arguments, load_from_arguments
+from pascaline.cli.signals import interrupt_on_sigterm
 from pascaline.configuration import flag_of, setting_fields
 from pascaline.errors import ConfigurationError, EngineError, ExitCode
 
@@ -277,8 +277,7 @@ def _with_results(arguments: argparse.Namespace, folder: Path, measure: Callable
     """Run a measurement that SIGTERM and Ctrl-C may end, and show what there is then."""
     from pascaline.bench.results import FILE_NAME, load
 
-    # So that an instance that was started is ended in order.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_on_sigterm()
     try:
         results = measure()
     except (KeyboardInterrupt, EngineError):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pascaline.cli.options import add_settings_arguments, given_flags
+from pascaline.cli.signals import interrupt_on_sigterm
 from pascaline.errors import ConfigurationError, EngineError, ExitCode, MissingError, StorageError
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.read is not None:
         _print(arguments, _read(arguments.read, arguments.steps), {}, 0.0)
         return ExitCode.OK
-    # So that an instance that was started is ended in order, as after Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_on_sigterm()
     instance = _instance(arguments)
     folder = _new_folder(arguments.output)
     timeline, plan, context, trace = _record(arguments, instance, folder)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pascaline.cli.signals import interrupt_on_sigterm
 from pascaline.errors import ConfigurationError, ExitCode
 from pascaline.units import format_bytes
 
@@ -55,8 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pascaline.quantize import Options, Tools, quantize, quantize_all
 
     _check(arguments)
-    # So that what is half done is removed, as after Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_on_sigterm()
     options = Options(
         tools=Tools(arguments.tools, arguments.converter, arguments.python or Path(sys.executable)),
         imatrix=arguments.imatrix,

@@ -1,4 +1,4 @@
-# What every pascaline unit shares: the packages, the user, and the folders that outlive a boot.
+# What every pascaline unit shares: the packages, the user, the folders that outlive a boot, and the host's ports.
 {
   config,
   lib,
@@ -8,6 +8,9 @@
 let
   inherit (lib) mkOption types;
   cfg = config.services.pascaline;
+  clashes = lib.filterAttrs (_: users: lib.length users > 1) (
+    lib.groupBy (user: toString cfg.ports.${user}) (lib.attrNames cfg.ports)
+  );
 in
 {
   options.services.pascaline = {
@@ -47,19 +50,34 @@ in
       internal = true;
       description = "Whether any pascaline unit is declared on this host; set by the modules that declare one.";
     };
-  };
 
-  config = lib.mkIf cfg.active {
-    users.users = lib.mkIf (cfg.user == "pascaline") {
-      pascaline = {
-        isSystemUser = true;
-        group = "pascaline";
-        home = cfg.stateDir;
-        description = "pascaline inference";
-      };
+    ports = mkOption {
+      type = types.attrsOf types.port;
+      default = { };
+      internal = true;
+      description = "Port of every listener on this host, by the option that says it; set by the modules that declare one.";
     };
-    users.groups = lib.mkIf (cfg.user == "pascaline") { pascaline = { }; };
-
-    environment.systemPackages = [ cfg.package ];
   };
+
+  config = lib.mkMerge [
+    {
+      assertions = lib.mapAttrsToList (port: users: {
+        assertion = false;
+        message = "port ${port} is used by ${lib.concatStringsSep " and " users}, must be used once; give one of them another port";
+      }) clashes;
+    }
+    (lib.mkIf cfg.active {
+      users.users = lib.mkIf (cfg.user == "pascaline") {
+        pascaline = {
+          isSystemUser = true;
+          group = "pascaline";
+          home = cfg.stateDir;
+          description = "pascaline inference";
+        };
+      };
+      users.groups = lib.mkIf (cfg.user == "pascaline") { pascaline = { }; };
+
+      environment.systemPackages = [ cfg.package ];
+    })
+  ];
 }

@@ -47,6 +47,7 @@ in
 
   config = lib.mkIf cfg.enable {
     services.pascaline.active = true;
+    services.pascaline.ports."services.pascaline.exporter.port" = cfg.port;
     networking.firewall.allowedTCPPorts = lib.optional cfg.openFirewall cfg.port;
 
     systemd.services.pascaline-exporter = {

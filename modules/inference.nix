@@ -167,21 +167,6 @@ let
     )
   );
   sharedGpus = { a, b }: lib.intersectLists instances.${a}.gpus instances.${b}.gpus;
-  allPorts = lib.concatLists (
-    lib.mapAttrsToList (name: instance: [
-      {
-        port = portOf instance;
-        key = "services.pascaline.instances.${name}.settings.port";
-      }
-      {
-        port = agentPortOf instance;
-        key = "services.pascaline.instances.${name}.settings.agent_port";
-      }
-    ]) instances
-  );
-  clashes = lib.filterAttrs (_: uses: lib.length uses > 1) (
-    lib.groupBy (use: toString use.port) allPorts
-  );
   gpuIndices = lib.unique (lib.concatMap (instance: instance.gpus) (lib.attrValues instances));
   fractionOnGpu =
     gpu:
@@ -343,15 +328,13 @@ in
 
   config = lib.mkIf (instances != { }) {
     services.pascaline.active = true;
+    services.pascaline.ports = lib.concatMapAttrs (name: instance: {
+      "services.pascaline.instances.${name}.settings.port" = portOf instance;
+      "services.pascaline.instances.${name}.settings.agent_port" = agentPortOf instance;
+    }) instances;
 
     assertions =
-      lib.mapAttrsToList (port: uses: {
-        assertion = false;
-        message = "port ${port} is used by ${
-          lib.concatMapStringsSep " and " (use: use.key) uses
-        }, must be used once; give one of them another port";
-      }) clashes
-      ++ map (gpu: {
+      map (gpu: {
         assertion = fractionOnGpu gpu <= 1.0;
         message = "GPU ${toString gpu}: the instances on it plan ${
           toString (builtins.floor (fractionOnGpu gpu * 100 + 0.5))

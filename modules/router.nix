@@ -90,13 +90,13 @@ in
         assertion = cfg.openFirewall -> cfg.apiKeyFile != null;
         message = "services.pascaline.router.openFirewall: the router would be open to everyone, must have an API key; set services.pascaline.router.apiKeyFile";
       }
-      {
-        assertion = cfg.port != cfg.metricsPort;
-        message = "services.pascaline.router.metricsPort: ${toString cfg.metricsPort} is the router's own port, must be another";
-      }
     ];
 
     services.pascaline.active = true;
+    services.pascaline.ports = {
+      "services.pascaline.router.port" = cfg.port;
+      "services.pascaline.router.metricsPort" = cfg.metricsPort;
+    };
     networking.firewall.allowedTCPPorts = lib.optional cfg.openFirewall cfg.port;
 
     systemd.services.pascaline-router = {

@@ -61,6 +61,8 @@ let
   grafanaSecret = "${config.services.grafana.dataDir}/secret-key";
 in
 {
+  imports = [ ../common.nix ];
+
   options.services.pascaline.monitoring = {
     enable = lib.mkEnableOption "Prometheus, its rules, Alertmanager and Grafana for pascaline hosts";
 
@@ -138,94 +140,106 @@ in
       }
     ];
 
-    services.prometheus = {
-      enable = true;
-      listenAddress = lib.mkDefault "127.0.0.1";
-      retentionTime = cfg.retention;
-      globalConfig.scrape_interval = cfg.scrapeInterval;
-      globalConfig.evaluation_interval = cfg.scrapeInterval;
-      ruleFiles = filesEndingIn ".yaml" ./rules;
-      scrapeConfigs = map (entry: job entry.name entry.targets) (
-        lib.filter (entry: entry.targets != [ ]) [
-          {
-            name = "pascaline-exporter";
-            targets = cfg.exporters;
-          }
-          {
-            name = "pascaline-agent";
-            targets = cfg.agents;
-          }
-          {
-            name = "pascaline-engine";
-            targets = cfg.engines;
-          }
-          {
-            name = "node";
-            targets = cfg.nodes;
-          }
-        ]
-      );
-      alertmanagers = lib.optional cfg.alertmanager.enable {
-        static_configs = [
-          { targets = [ "127.0.0.1:${toString config.services.prometheus.alertmanager.port}" ]; }
-        ];
+    services = {
+      pascaline.ports = {
+        "services.prometheus.port" = config.services.prometheus.port;
+      }
+      // lib.optionalAttrs cfg.alertmanager.enable {
+        "services.prometheus.alertmanager.port" = config.services.prometheus.alertmanager.port;
+      }
+      // lib.optionalAttrs cfg.grafana.enable {
+        "services.pascaline.monitoring.grafana.port" = cfg.grafana.port;
       };
-      alertmanager = lib.mkIf cfg.alertmanager.enable {
+
+      prometheus = {
         enable = true;
         listenAddress = lib.mkDefault "127.0.0.1";
-        # No cluster of one: joining it, Alertmanager ends at once on a host that has public addresses only.
-        extraFlags = lib.mkDefault [ "--cluster.listen-address=" ];
-        configuration = lib.mkIf (cfg.alertmanager.webhookUrl != null) {
-          route = {
-            receiver = "webhook";
-            group_by = [
-              "alertname"
-              "host"
-            ];
-            group_wait = "30s";
-            repeat_interval = "4h";
-          };
-          inhibit_rules = lib.importJSON ./inhibit_rules.json;
-          receivers = [
+        retentionTime = cfg.retention;
+        globalConfig.scrape_interval = cfg.scrapeInterval;
+        globalConfig.evaluation_interval = cfg.scrapeInterval;
+        ruleFiles = filesEndingIn ".yaml" ./rules;
+        scrapeConfigs = map (entry: job entry.name entry.targets) (
+          lib.filter (entry: entry.targets != [ ]) [
             {
-              name = "webhook";
-              webhook_configs = [ { url = cfg.alertmanager.webhookUrl; } ];
+              name = "pascaline-exporter";
+              targets = cfg.exporters;
+            }
+            {
+              name = "pascaline-agent";
+              targets = cfg.agents;
+            }
+            {
+              name = "pascaline-engine";
+              targets = cfg.engines;
+            }
+            {
+              name = "node";
+              targets = cfg.nodes;
+            }
+          ]
+        );
+        alertmanagers = lib.optional cfg.alertmanager.enable {
+          static_configs = [
+            { targets = [ "127.0.0.1:${toString config.services.prometheus.alertmanager.port}" ]; }
+          ];
+        };
+        alertmanager = lib.mkIf cfg.alertmanager.enable {
+          enable = true;
+          listenAddress = lib.mkDefault "127.0.0.1";
+          # No cluster of one: joining it, Alertmanager ends at once on a host that has public addresses only.
+          extraFlags = lib.mkDefault [ "--cluster.listen-address=" ];
+          configuration = lib.mkIf (cfg.alertmanager.webhookUrl != null) {
+            route = {
+              receiver = "webhook";
+              group_by = [
+                "alertname"
+                "host"
+              ];
+              group_wait = "30s";
+              repeat_interval = "4h";
+            };
+            inhibit_rules = lib.importJSON ./inhibit_rules.json;
+            receivers = [
+              {
+                name = "webhook";
+                webhook_configs = [ { url = cfg.alertmanager.webhookUrl; } ];
+              }
+            ];
+          };
+        };
+      };
+
+      grafana = lib.mkIf cfg.grafana.enable {
+        enable = true;
+        settings.server = {
+          http_addr = cfg.grafana.host;
+          http_port = cfg.grafana.port;
+        };
+        # It encrypts what is typed in as a data source's password; NixOS gives none, so that every host has its own.
+        settings.security.secret_key = lib.mkDefault "$__file{${grafanaSecret}}";
+        provision = {
+          enable = true;
+          datasources.settings.datasources = [
+            {
+              name = "Prometheus";
+              type = "prometheus";
+              uid = "prometheus";
+              url = "http://127.0.0.1:${toString config.services.prometheus.port}";
+              isDefault = true;
+            }
+          ];
+          dashboards.settings.providers = [
+            {
+              name = "pascaline";
+              options.path = pkgs.linkFarm "pascaline-dashboards" (
+                map (file: {
+                  name = baseNameOf file;
+                  path = file;
+                }) (filesEndingIn ".json" ./dashboards)
+              );
             }
           ];
         };
-      };
-    };
-
-    services.grafana = lib.mkIf cfg.grafana.enable {
-      enable = true;
-      settings.server = {
-        http_addr = cfg.grafana.host;
-        http_port = cfg.grafana.port;
-      };
-      # It encrypts what is typed in as a data source's password; NixOS gives none, so that every host has its own.
-      settings.security.secret_key = lib.mkDefault "$__file{${grafanaSecret}}";
-      provision = {
-        enable = true;
-        datasources.settings.datasources = [
-          {
-            name = "Prometheus";
-            type = "prometheus";
-            uid = "prometheus";
-            url = "http://127.0.0.1:${toString config.services.prometheus.port}";
-            isDefault = true;
-          }
-        ];
-        dashboards.settings.providers = [
-          {
-            name = "pascaline";
-            options.path = pkgs.linkFarm "pascaline-dashboards" (
-              map (file: {
-                name = baseNameOf file;
-                path = file;
-              }) (filesEndingIn ".json" ./dashboards)
-            );
-          }
-        ];
       };
     };
 

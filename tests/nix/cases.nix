@@ -171,6 +171,31 @@ rec {
       ];
       message = "port 30000 is used by services.pascaline.instances.a.settings.port and services.pascaline.instances.b.settings.port, must be used once; give one of them another port";
     };
+    portClashOfServices = {
+      module = {
+        services.pascaline = {
+          exporter.enable = true;
+          router = {
+            enable = true;
+            workers = [ "http://10.0.0.1:30000" ];
+            metricsPort = 9836;
+          };
+        };
+      };
+      message = "port 9836 is used by services.pascaline.exporter.port and services.pascaline.router.metricsPort, must be used once; give one of them another port";
+    };
+    portClashWithGrafana = {
+      module = on [
+        (instance "a" (lib.recursiveUpdate builtinModel { settings.port = 3000; }))
+        {
+          services.pascaline.monitoring = {
+            enable = true;
+            alertmanager.webhookUrl = "http://127.0.0.1:9099/";
+          };
+        }
+      ];
+      message = "port 3000 is used by services.pascaline.instances.a.settings.port and services.pascaline.monitoring.grafana.port, must be used once; give one of them another port";
+    };
     openWithoutKey = {
       module = on (
         instance "emily" (

@@ -74,6 +74,7 @@ def main(arguments: Sequence[str]) -> int:
             "file_bytes": args.model.stat().st_size,
             "ready_seconds": round(time.monotonic() - start, 2),
             "import_seconds": round(engine.import_seconds, 2),
+            "weights_seconds": round(engine.weights_seconds, 2),
             "torch_only": args.torch_only,
             "max_total_tokens": engine.runner.max_total_num_tokens,
         }

@@ -45,7 +45,26 @@ class InProcessEngine:
         self.import_seconds = time.monotonic() - start
         """Until the model began to be loaded."""
         self._bench = one_batch
+        self.weights_seconds = 0.0
+        """Of building the model and reading its weights to the device; within the time that the rest took."""
+        self._measure_loading()
         self.runner: Any = one_batch.load_model(arguments, PortArgs.init_new(arguments), 0, 0)[0].torch_runner
+
+    def _measure_loading(self) -> None:
+        import torch
+        from sglang_pascal.checkpoint.loader import PascalGgufLoader
+
+        load = PascalGgufLoader.load_model
+
+        def timed(loader: Any, **arguments: Any) -> Any:
+            start = time.monotonic()
+            model = load(loader, **arguments)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.weights_seconds = time.monotonic() - start
+            return model
+
+        PascalGgufLoader.load_model = timed
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Any]:
         """Logits `[n, vocabulary]` after each prompt, and the batch to decode with."""

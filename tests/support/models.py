@@ -267,7 +267,8 @@ def write_gguf(
     else:
         random = np.random.default_rng(seed)
         for name, size in tensor_shapes(shape).items():
-            writer.write_tensor_data(random_tensor(random, size, chosen[name]))
+            known = name == "rope_freqs.weight"
+            writer.write_tensor_data(_llama3_factors(shape) if known else random_tensor(random, size, chosen[name]))
     writer.close()
     return path
 
@@ -310,6 +311,13 @@ _BASE = {
     "Q5_K_S": "Q5_K",
     "Q5_K_M": "Q5_K",
 }
+
+
+def _llama3_factors(shape: Shape) -> np.ndarray:
+    """RoPE factors as Llama 3.1 has them: 1 for waves shorter than 2048 positions, 8 beyond 8192, between them mixed."""
+    waves = 2 * np.pi * shape.rope_theta ** (np.arange(0, shape.head_dim, 2) / shape.head_dim)
+    mixed = 1 / (1 / 8 + (1 - 1 / 8) * np.clip((8192 / waves - 1) / (4 - 1), 0, 1))
+    return mixed.astype(np.float32)
 
 
 def _block(kind: str) -> tuple[int, int]:
@@ -407,7 +415,9 @@ def _add_tokenizer(writer: GGUFWriter, shape: Shape) -> None:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("qwen2" if shape.architecture.startswith("qwen") else "llama-bpe")
         writer.add_token_list([*_byte_characters(), *(f"Ġt{i:x}" for i in range(shape.vocab_size - 256))])
-        writer.add_token_merges([f"Ġt{i:x} {i % 16:x}" for i in range(shape.merges)])
+        # Each merge makes a token of the vocabulary; where there are more merges than tokens, some come twice.
+        made = [16 + i % (shape.vocab_size - 272) for i in range(shape.merges)]
+        writer.add_token_merges([f"Ġt{token >> 4:x} {token & 15:x}" for token in made])
         writer.add_token_types([1] * shape.vocab_size)
     else:
         special = ["<unk>", "<s>", "</s>"]

@@ -7,11 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import pytest
 from sglang_pascal import selftest
+from sglang_pascal.checkpoint.prepare import prepare
+from support.models import SHAPES, write_gguf
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
@@ -64,6 +67,17 @@ def test_a_requantised_copy_is_the_same_model_in_other_types(build_model, tmp_pa
         assert old.name == new.name
         values, copy = (gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in (old, new))
         assert abs(values - copy).max() <= abs(values).max() / 15
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b"])
+def test_the_models_that_the_report_makes_can_be_served(name, tmp_path):
+    """In the shapes of real ones but for their size: their tokeniser and their RoPE factors must be consistent."""
+    size = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+    path = write_gguf(tmp_path / "m.gguf", replace(SHAPES[name], **size), "Q4_K_M")
+    prepare(path, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == ("llama3" if name.startswith("llama") else "default")
+    assert len(json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]) == config["vocab_size"]
 
 
 class TestReport:

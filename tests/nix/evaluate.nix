@@ -159,6 +159,23 @@ in
   ) cases.typeErrors;
   options = optionDocs (evaluate [ ]).options;
   container = rendered ../systemd/host.nix;
+  # The serving host of the virtual machines.
+  virtualMachine =
+    let
+      inherit
+        (import ./vm.nix {
+          pkgs = lib.recursiveUpdate standIn.pkgs {
+            inherit lib;
+            testers.runNixOSTest = lib.id;
+          };
+        })
+        vm-serve
+        ;
+    in
+    rendered vm-serve.nodes.host;
+  # What the build of a settings file runs.
+  settingsCheck =
+    (evaluate [ cases.working.cpu ]).config.services.pascaline.instances.tiny.configFile.script;
   # Settings of every instance that any test evaluates, by what declares it.
   settings =
     lib.mapAttrs (host: _: (rendered (fleetLib.moduleOf fleet host)).settings) fleet.hosts

@@ -83,6 +83,7 @@ in
 {
   pkgs = {
     pascaline = package "pascaline" { };
+    pascaline-builtin = package "pascaline-builtin" { meta.mainProgram = "pascaline"; };
     pascaline-engine = package "pascaline-engine" { };
     pascaline-router = package "pascaline-router" { };
     llama-cpp-pascal = package "llama-cpp" { meta.mainProgram = "llama-server"; };
@@ -106,6 +107,10 @@ in
     runCommand =
       name: _attrs: script:
       package name { inherit script; };
+    runCommandCC =
+      name: _attrs: _script:
+      package name { };
+    writeShellScriptBin = name: _text: package name { };
     writeShellApplication = { name, text, ... }: package name { passthru = { inherit text; }; };
     # JSON where nixpkgs writes TOML: the tests turn it into TOML before they check it.
     formats.toml = _: {

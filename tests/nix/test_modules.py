@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,16 +67,37 @@ def test_rendered_settings_are_accepted_by_the_program(evaluated: Any, tmp_path:
         assert result.returncode == 0, f"{settings}: {result.stderr}"
 
 
-def test_program_refuses_what_the_modules_cannot_know(tmp_path: Path) -> None:
-    """The check that the build runs ends it: a misspelt key and a value out of range are both named, with their lines."""
-    file = tmp_path / "pascaline.toml"
-    file.write_text(units.toml({"model": "builtin:smollm2-135m", "contxt_length": 4096, "max_running_requests": 0}))
-    command = [sys.executable, "-m", "pascaline", "config", "check", "--no-host", "--config", file]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "contxt_length" in result.stderr
-    assert "max_running_requests" in result.stderr
-    assert f"{file}:2" in result.stderr
+class TestSettingsBuild:
+    """The derivation of an instance's settings file: its script, run as Nix runs it."""
+
+    def build(self, script: str, settings: dict[str, Any], folder: Path) -> subprocess.CompletedProcess[str]:
+        """Build with these settings in place of those that Nix rendered."""
+        rendered = folder / "rendered.toml"
+        rendered.write_text(units.toml(settings))
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return subprocess.run(
+            ["bash", "-euc", re.sub(r"/nix/store/\S+\.toml", str(rendered), script)],
+            env=os.environ | {"PATH": path, "out": str(folder / "out")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def test_sound_settings_become_the_file(self, evaluated: Any, tmp_path: Path) -> None:
+        settings = {"model": "builtin:smollm2-135m", "context_length": 4096}
+        result = self.build(evaluated("settingsCheck"), settings, tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / "out").read_text() == units.toml(settings)
+
+    def test_program_refuses_what_the_modules_cannot_know(self, evaluated: Any, tmp_path: Path) -> None:
+        """A misspelt key and a value out of range are both named, with their lines, and end the build."""
+        settings = {"model": "builtin:smollm2-135m", "contxt_length": 4096, "max_running_requests": 0}
+        result = self.build(evaluated("settingsCheck"), settings, tmp_path)
+        assert result.returncode == 2
+        assert "contxt_length" in result.stderr
+        assert "max_running_requests" in result.stderr
+        assert f"{tmp_path / 'rendered.toml'}:2" in result.stderr
+        assert not (tmp_path / "out").exists()
 
 
 def test_rendered_tree_is_that_of_the_modules(evaluated: Any) -> None:

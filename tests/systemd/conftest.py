@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING
 import pytest
 from pascaline.gpu.fake_nvml import DEMO_SCENARIO, build_fake_nvml
 from support.container import Container
+from support.nix import evaluate
 from support.units import ROOT
+from support.units import tree as unit_tree
+from support.units import write as write_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,7 +70,7 @@ def module_files(root: Path) -> set[str]:
     return set(re.findall(r"/nix/store/\S+\.py", units))
 
 
-def host(folder: Path, programs: dict[str, str]) -> Container:
+def host(folder: Path, programs: dict[str, str], tree: Path = ROOT) -> Container:
     """A container with the units, their programs, a key and a model; it is not booted yet."""
     binds = {
         **environment(),
@@ -78,11 +81,11 @@ def host(folder: Path, programs: dict[str, str]) -> Container:
         "/srv/smollm2.gguf": builtin_model(),
     }
     container = Container(folder, binds)
-    container.copy(ROOT)
+    container.copy(tree)
     for path, script in programs.items():
         container.write(path, f"#!/bin/bash\n{script}\n", mode=0o755)
     container.write("/opt/environment/pyvenv.cfg", "home = /opt/python/bin\n")
-    for path in module_files(ROOT):
+    for path in module_files(tree):
         container.write(path, (REPOSITORY / "modules" / path.split("-", 1)[1]).read_text())
     container.link("/opt/environment/bin/python", f"/opt/python/bin/{VERSION}")
     container.write("/etc/tmpfiles.d/driver.conf", "L /run/opengl-driver - - - - /opt/driver\n")
@@ -110,6 +113,23 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
         "/etc/systemd/system/pascaline-exporter.service.d/fake.conf",
         "[Service]\nEnvironment=PASCALINE_FAKE_NVML=/opt/demo.nvml\n",
     )
+    with booted(container):
+        yield container
+
+
+@pytest.fixture
+def virtual_machine(tmp_path: Path) -> Iterator[Container]:
+    """The serving host of the flake's virtual machines, booted as a container."""
+    rendered = evaluate("virtualMachine")
+    write_tree(tmp_path / "tree", unit_tree(rendered))
+    programs = {
+        f"{STORE}-pascaline-builtin/bin/pascaline": PROGRAMS[f"{STORE}-pascaline/bin/pascaline"],
+        f"{STORE}-python/bin/python": PROGRAMS[f"{STORE}-pascaline-engine/bin/python"],
+    }
+    container = host(tmp_path / "machine", programs, tmp_path / "tree")
+    scenario = re.search(r"PASCALINE_FAKE_NVML=([^\"]+)", rendered["units"]["pascaline-exporter.service"])
+    assert scenario
+    container.binds |= {f"{STORE}-fake-nvml": build_fake_nvml(), scenario[1]: DEMO_SCENARIO}
     with booted(container):
         yield container
 

@@ -1,0 +1,72 @@
+"""The virtual machine's own script, run with a container of the same host: what it asks for is there, machine or not."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from support.container import Container, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.systemd, pytest.mark.nix, pytest.mark.timeout(900)]
+
+SCRIPT = Path(__file__).resolve().parents[1] / "nix" / "vm" / "serve.py"
+UNIT_SECONDS = 180
+
+
+@dataclass
+class Machine:
+    """A container behind the methods that NixOS' test driver gives a script for a machine."""
+
+    container: Container
+
+    def execute(self, command: str) -> tuple[bool, str]:
+        """Run it as the driver does, where a failure inside a pipe is one too; return whether it succeeded, and its output."""
+        output = self.container.run("bash", "-c", f'(set -euo pipefail; {command}\n); echo "exit code $?"')
+        text, _, code = output.rpartition("exit code ")
+        return code == "0", text
+
+    def succeed(self, command: str) -> str:
+        succeeded, output = self.execute(command)
+        assert succeeded, f"{command}: {output}"
+        return output
+
+    def fail(self, command: str) -> str:
+        succeeded, output = self.execute(command)
+        assert not succeeded, f"{command} succeeded: {output}"
+        return output
+
+    def wait_until_succeeds(self, command: str, timeout: float) -> None:
+        wait_until(lambda: self.execute(command)[0], timeout, lambda: f"{command}: {self.execute(command)[1]}")
+
+    def wait_for_unit(self, unit: str) -> None:
+        show = self.container.show
+        wait_until(
+            lambda: show(unit, "ActiveState") == "active", UNIT_SECONDS, lambda: self.container.journal(unit)[-2000:]
+        )
+
+    def shutdown(self) -> None:
+        self.container.shut_down()
+
+    def start(self) -> None:
+        self.container.boot()
+
+
+@contextlib.contextmanager
+def subtest(name: str) -> Iterator[None]:
+    """As the driver's: a failure inside names it."""
+    try:
+        yield
+    except AssertionError as error:
+        error.add_note(f"in subtest: {name}")
+        raise
+
+
+def test_script_of_the_serving_machine_passes(virtual_machine: Container) -> None:
+    code = compile(SCRIPT.read_text(), SCRIPT, "exec")
+    exec(code, {"host": Machine(virtual_machine), "subtest": subtest})

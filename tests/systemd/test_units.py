@@ -25,6 +25,7 @@ CGROUP = f"/sys/fs/cgroup/pascaline.slice/{MAIN}"
 KEY = "a-key-that-nobody-guesses"
 WORST_EXPOSURE = 2.0
 """Of 10; systemd calls everything below 2.5 OK. Common servers without a sandbox have 9.6."""
+REFUSALS = ("No such file or directory", "Permission denied")
 WATCHDOG_SECONDS = 60
 """As the unit has it."""
 THREE_STARTS_SECONDS = 180
@@ -63,6 +64,15 @@ def changed(machine: Container, pid: str) -> Callable[[], bool]:
 
 def kill(machine: Container, signal: str) -> None:
     machine.run("systemctl", "kill", "--kill-whom=main", f"--signal={signal}", MAIN)
+
+
+def inside(machine: Container, pid: str, command: str) -> str:
+    """Run a shell command with the mounts, the user and the limits of a process of a unit."""
+    return machine.run(
+        *("nsenter", "--target", pid, "--mount", "setpriv", "--reuid=pascaline", "--regid=pascaline"),
+        *("--clear-groups", "--no-new-privs", "bash", "-c", command),
+        check=False,
+    )
 
 
 def completion(words: int) -> tuple[str, ...]:
@@ -242,6 +252,15 @@ class TestSecrets:
             assert refused == f"cat: {file}: Permission denied"
         assert main.run("setpriv", "--reuid=pascaline", "--clear-groups", "cat", copy) == KEY
 
+    @pytest.mark.parametrize("unit", ["pascaline-exporter.service", "pascaline-router.service"])
+    def test_key_is_hidden_from_other_units_of_the_same_user(self, main: Container, unit: str) -> None:
+        """They share the user, and yet systemd shows each its own credentials alone."""
+        read = f"cat /run/credentials/{MAIN}/api-key"
+        assert inside(main, main_pid(main), read) == KEY
+        wait_until(lambda: main.show(unit, "ActiveState") == "active", explain=lambda: main.journal(unit)[-2000:])
+        refused = inside(main, main.show(unit, "MainPID"), read)
+        assert refused in {f"{read.replace(' ', ': ')}: {reason}" for reason in REFUSALS}
+
     def test_key_is_in_no_argument_variable_or_log(self, main: Container) -> None:
         pids = main.run("cat", f"{CGROUP}/cgroup.procs").split()
         assert len(pids) >= 2
@@ -264,14 +283,6 @@ class TestSecrets:
 class TestSandbox:
     """What the processes of the unit really may do."""
 
-    def inside(self, machine: Container, pid: str, command: str) -> str:
-        """Run a shell command with the mounts, the user and the limits of a process of the unit."""
-        return machine.run(
-            *("nsenter", "--target", pid, "--mount", "setpriv", "--reuid=pascaline", "--regid=pascaline"),
-            *("--clear-groups", "--no-new-privs", "bash", "-c", command),
-            check=False,
-        )
-
     def test_every_process_is_without_privileges(self, main: Container) -> None:
         for pid in main.run("cat", f"{CGROUP}/cgroup.procs").split():
             status = dict(re.findall(r"^(\w+):\s+(.*)$", main.run("cat", f"/proc/{pid}/status"), re.MULTILINE))
@@ -289,18 +300,18 @@ class TestSandbox:
             "/tmp",
             "/dev/shm",
         ):
-            assert self.inside(main, pid, f"touch {folder}/probe && rm {folder}/probe") == "", folder
+            assert inside(main, pid, f"touch {folder}/probe && rm {folder}/probe") == "", folder
         for folder in ("/etc", "/usr", "/srv", "/var/lib/pascaline/models"):
-            assert "Read-only file system" in self.inside(main, pid, f"touch {folder}/probe"), folder
+            assert "Read-only file system" in inside(main, pid, f"touch {folder}/probe"), folder
 
     def test_homes_and_devices_are_hidden(self, main: Container) -> None:
         main.run("mkdir", "--parents", "/home/someone")
         main.run("touch", "/home/someone/file")
         pid = main_pid(main)
-        assert "No such file" in self.inside(main, pid, "ls /home/someone/file") or "denied" in (
-            self.inside(main, pid, "ls /home/someone/file")
+        assert "No such file" in inside(main, pid, "ls /home/someone/file") or "denied" in (
+            inside(main, pid, "ls /home/someone/file")
         )
-        devices = self.inside(main, pid, "ls /dev").split()
+        devices = inside(main, pid, "ls /dev").split()
         assert set(devices) <= {
             *("char", "core", "fd", "full", "hugepages", "log", "mqueue", "null", "ptmx", "pts", "random", "shm"),
             *("stderr", "stdin", "stdout", "tty", "urandom", "zero"),

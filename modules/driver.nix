@@ -25,7 +25,7 @@ in
       example = "6.0";
       description = ''
         Compute capability of this host's GPUs: 6.0 for Tesla P100; 6.1 for Tesla P4, P40 and GTX 10xx.
-        It decides which kernels are built and which driver branches are refused.
+        Any other is refused: the packages hold kernels for these two.
       '';
     };
 
@@ -86,8 +86,8 @@ in
         message = "hardware.pascaline.driver.computeCapability: ${cfg.computeCapability} is older than Pascal, must be 6.0 (Tesla P100) or 6.1 (Tesla P4, P40, GTX 10xx); cards below 6.0 are not supported";
       }
       {
-        assertion = lib.versionOlder cfg.computeCapability "7.0";
-        message = "hardware.pascaline.driver.computeCapability: ${cfg.computeCapability} is newer than Pascal, must be 6.0 or 6.1; newer cards are served by upstream SGLang with the default driver";
+        assertion = lib.versionOlder cfg.computeCapability "6.2";
+        message = "hardware.pascaline.driver.computeCapability: ${cfg.computeCapability} is newer than Pascal's cards for servers and desktops, must be 6.0 or 6.1; newer cards are served by upstream SGLang with the default driver";
       }
       {
         assertion = lib.versionOlder (driverPackage.version or "0") "581";

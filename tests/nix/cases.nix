@@ -119,7 +119,12 @@ rec {
     };
     newCard = {
       module = on { hardware.pascaline.driver.computeCapability = "7.5"; };
-      message = "hardware.pascaline.driver.computeCapability: 7.5 is newer than Pascal, must be 6.0 or 6.1; newer cards are served by upstream SGLang with the default driver";
+      message = "hardware.pascaline.driver.computeCapability: 7.5 is newer than Pascal's cards for servers and desktops, must be 6.0 or 6.1; newer cards are served by upstream SGLang with the default driver";
+    };
+    # A Jetson is Pascal too, but has another driver and none of our kernels.
+    jetson = {
+      module = on { hardware.pascaline.driver.computeCapability = "6.2"; };
+      message = "hardware.pascaline.driver.computeCapability: 6.2 is newer than Pascal's cards for servers and desktops, must be 6.0 or 6.1; newer cards are served by upstream SGLang with the default driver";
     };
     openModule = {
       module = on { hardware.nvidia.open = true; };

@@ -27,7 +27,7 @@ def tool(name: str) -> str:
     """Return a program's path, from PATH or the stand-ins' own bin folder, or skip the test."""
     found = shutil.which(name, path=f"{STAND_INS / 'bin'}:{os.environ['PATH']}")
     if found is None:
-        pytest.skip(f"{name} is not on this machine")
+        pytest.skip(f"{name} is neither on PATH nor in {STAND_INS / 'bin'}")
     return found
 
 

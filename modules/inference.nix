@@ -153,6 +153,7 @@ let
       }
       // lib.optionalAttrs (instance.memoryMax != null) { MemoryMax = instance.memoryMax; }
       // lib.optionalAttrs (instance.gpus != [ ]) {
+        # The driver's devices, and no others.
         PrivateDevices = false;
         DevicePolicy = "closed";
         DeviceAllow = nvidiaDevices;

@@ -53,7 +53,17 @@ rec {
     llamaCpp = on (
       instance "second" (lib.recursiveUpdate builtinModel { settings.engine = "llama.cpp"; })
     );
-    exporter = on { services.pascaline.exporter.enable = true; };
+    exporter = on {
+      services.pascaline.exporter = {
+        enable = true;
+        openFirewall = true;
+      };
+    };
+    monitoring.services.pascaline.monitoring = {
+      enable = true;
+      alertmanager.webhookUrl = "http://127.0.0.1:9099/";
+      grafana.openFirewall = true;
+    };
     limits = on {
       hardware.pascaline.driver = {
         powerLimitWatts = 60;
@@ -63,7 +73,8 @@ rec {
         };
       };
     };
-    cuda.hardware.pascaline.cuda = {
+    cuda.hardware.pascaline.cuda.enable = true;
+    cudaDebug.hardware.pascaline.cuda = {
       enable = true;
       debug = true;
     };
@@ -101,10 +112,7 @@ rec {
     "exporter.nix".services.pascaline.exporter.enable = true;
     "inference.nix" = instance "tiny" builtinModel;
     "models.nix" = working.download;
-    monitoring.services.pascaline.monitoring = {
-      enable = true;
-      alertmanager.webhookUrl = "http://127.0.0.1:9099/";
-    };
+    inherit (working) monitoring;
     "router.nix" = working.router;
   };
 

@@ -48,6 +48,7 @@ let
         )
       ) config.systemd.services;
       firewall = removeAttrs config.networking.firewall [ "enable" ];
+      inherit (config.networking) interfaces useDHCP;
       fileSystems = plain config.fileSystems;
       grub = config.boot.loader.grub;
       inherit (config.boot) kernelModules kernelParams;

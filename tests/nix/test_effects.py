@@ -1,0 +1,121 @@
+"""What the options do: to the units, to the driver's settings, to variables, file systems and ports of the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.nix
+
+
+@pytest.fixture
+def host(evaluated: Any) -> Any:
+    """A function from a case of cases.nix to what its host is made of."""
+    return lambda case: evaluated("units")[case]
+
+
+class TestDriver:
+    def test_device_of_cuda_is_there_from_boot(self, host: Any) -> None:
+        """A hardened unit may not load the module that makes it."""
+        assert host("p4")["kernelModules"] == ["nvidia_uvm"]
+
+    def test_limits_are_set_one_call_each(self, host: Any) -> None:
+        unit = host("limits")["services"]["pascaline-gpu-limits"]
+        assert unit["after"] == ["nvidia-persistenced.service"]
+        commands = [command.split("/bin/")[1] for command in unit["serviceConfig"]["ExecStart"]]
+        assert commands == ["nvidia-smi --power-limit=60", "nvidia-smi --applications-clocks=3003,1531"]
+
+    def test_card_keeps_its_own_limits_where_none_are_set(self, host: Any) -> None:
+        assert "pascaline-gpu-limits" not in host("p4")["services"]
+
+
+class TestCuda:
+    def test_compiled_kernels_outlive_a_boot(self, host: Any) -> None:
+        """And every user's programs may keep theirs."""
+        assert host("cuda")["variables"]["CUDA_CACHE_PATH"] == "/var/cache/pascaline-cuda"
+        assert host("cuda")["tmpfiles"]["10-pascaline-cuda"]["/var/cache/pascaline-cuda"]["d"]["mode"] == "1777"
+
+    def test_launches_block_for_debugging_alone(self, host: Any) -> None:
+        assert set(host("cuda")["variables"]) == {"CUDA_PATH", "CUDA_CACHE_PATH"}
+        assert host("cudaDebug")["variables"]["CUDA_LAUNCH_BLOCKING"] == "1"
+
+
+class TestInstance:
+    def test_starts_after_driver_network_and_model(self, host: Any) -> None:
+        unit = host("p4")["services"]["pascaline-emily"]
+        assert unit["after"] == [
+            "network-online.target",
+            "nvidia-persistenced.service",
+            "pascaline-gpu-limits.service",
+            "pascaline-model-emily.service",
+        ]
+        assert unit["requires"] == ["pascaline-model-emily.service"]
+
+    def test_opens_devices_of_nvidia_alone(self, host: Any) -> None:
+        service = host("p4")["services"]["pascaline-emily"]["serviceConfig"]
+        assert service["DevicePolicy"] == "closed"
+        assert service["DeviceAllow"] == [
+            "char-nvidia rw",
+            "char-nvidia-frontend rw",
+            "/dev/nvidiactl rw",
+            "/dev/nvidia-uvm rw",
+            "/dev/nvidia-uvm-tools rw",
+        ]
+
+    def test_on_the_cpu_opens_no_device(self, host: Any) -> None:
+        service = host("cpu")["services"]["pascaline-tiny"]["serviceConfig"]
+        assert service["PrivateDevices"] is True
+        assert "DeviceAllow" not in service
+
+    def test_memory_is_limited_where_asked_for(self, host: Any) -> None:
+        limited = host("cpu")["services"]["pascaline-tiny"]["serviceConfig"]
+        assert (limited["MemoryMax"], limited["Slice"]) == ("8G", "pascaline.slice")
+        assert "MemoryMax" not in host("p4")["services"]["pascaline-emily"]["serviceConfig"]
+
+    def test_key_comes_as_a_credential(self, host: Any, evaluated: Any) -> None:
+        """The settings, which everyone may read in the Nix store, name systemd's copy."""
+        service = host("p4")["services"]["pascaline-emily"]["serviceConfig"]
+        assert service["LoadCredential"] == ["api-key:/run/secrets/key"]
+        [settings] = evaluated("settings")["p4"].values()
+        assert settings["api_key_file"] == "/run/credentials/pascaline-emily.service/api-key"
+
+    def test_engine_decides_the_program(self, evaluated: Any) -> None:
+        programs = {
+            case: settings["engine_executable"].split("-", 1)[1]
+            for case in ("p4", "llamaCpp")
+            for settings in evaluated("settings")[case].values()
+        }
+        assert programs == {"p4": "pascaline-engine/bin/python", "llamaCpp": "llama-cpp/bin/llama-server"}
+
+
+def test_firewall_is_opened_by_option_alone(evaluated: Any) -> None:
+    opened = {case: host["firewall"]["allowedTCPPorts"] for case, host in evaluated("units").items()}
+    assert {case: ports for case, ports in opened.items() if ports} == {
+        "exporter": [9836],
+        "monitoring": [3000],
+        "p4": [30000],
+        "router": [30080],
+    }
+
+
+def test_models_are_deleted_by_option_alone(evaluated: Any) -> None:
+    deleting = [case for case, host in evaluated("units").items() if "pascaline-model-gc" in host["services"]]
+    assert deleting == ["garbage"]
+
+
+class TestCloudLab:
+    def test_data_and_store_lie_on_their_own_partitions(self, host: Any) -> None:
+        """Without /nix there is no system; a data disk that is missing must not keep the node from booting."""
+        systems = host("cloudlab")["fileSystems"]
+        assert systems["/"]["device"] == "/dev/sda1"
+        assert systems["/nix"]["neededForBoot"] is True
+        assert systems["/data"]["options"] == ["noatime", "nofail"]
+
+    def test_control_network_alone_asks_for_an_address(self, host: Any) -> None:
+        assert host("cloudlab")["interfaces"] == {"eno1": {"useDHCP": True}}
+        assert host("cloudlab")["useDHCP"] is False
+
+    def test_console_is_serial(self, host: Any) -> None:
+        assert "console=ttyS0,115200n8" in host("cloudlab")["kernelParams"]
+        assert "terminal_output serial console" in host("cloudlab")["grub"]["extraConfig"]

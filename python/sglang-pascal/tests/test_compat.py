@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from sglang_pascal import compat
 from sglang_pascal.compat import SHIMS, SUPPORTED_SGLANG, check_sglang_version, shims_for, softcap_logits
 from sglang_pascal.errors import UnsupportedVersionError
 
@@ -154,6 +155,23 @@ def test_the_soft_cap_is_plain_torch_in_place_or_into_float32():
 
 def test_cuda_is_not_initialised(on_cpu):
     assert on_cpu["cuda_initialised"] is False
+
+
+def test_a_triton_that_makes_its_driver_when_it_is_asked_for_is_not_asked(monkeypatch):
+    """Triton 3.4 and newer: without a visible GPU reading `active` raises."""
+
+    class LazyDriver:
+        _active = None
+
+        @property
+        def active(self):
+            raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+    driver = LazyDriver()
+    monkeypatch.setattr(compat, "_triton_driver", lambda: driver)
+    assert not compat._is_host_triton_driver()
+    driver._active = compat.HostTritonDriver()
+    assert compat._is_host_triton_driver()
 
 
 @pytest.fixture(scope="module")

@@ -159,7 +159,9 @@ def _triton_has_no_driver() -> bool:
 
 
 def _is_host_triton_driver() -> bool:
-    return isinstance(getattr(_triton_driver(), "_active", None) or _triton_driver().active, HostTritonDriver)
+    driver = _triton_driver()
+    # Newer Tritons make the driver when `active` is first read, and raise where no GPU is visible.
+    return isinstance(driver._active if hasattr(driver, "_active") else driver.active, HostTritonDriver)
 
 
 # --- is_cuda() ------------------------------------------------------------------------------------------------------

@@ -200,7 +200,7 @@ class TestGuidesExample:
         plan = make_plan(LLAMA_2_7B, P4, request(used_bytes=2 << 30))
         missing = plan.total_bytes - plan.request.available_bytes
         assert plan.reasons == (
-            "it needs 6.62 GiB, the card has 7.43 GiB, of which others use 2.00 GiB: "
+            "it needs 6.73 GiB, the card has 7.43 GiB, of which others use 2.00 GiB: "
             f"{missing / 2**30:.2f} GiB too much",
         )
 

@@ -33,12 +33,12 @@ class TestTable:
             "  g CUDA graphs             64.0 MiB  measured",
             "  c CUDA context           300.0 MiB  estimated",
             "  b libraries               64.0 MiB  estimated",
-            "  f fragmentation          128.0 MiB  estimated",
-            "    together             7,240.6 MiB",
+            "  f fragmentation          240.0 MiB  measured",
+            "    together             7,352.6 MiB",
             "    the card has         7,611.0 MiB",
-            "    headroom               370.4 MiB",
+            "    headroom               258.4 MiB",
             "",
-            "  [WWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWKKKKKKKKKKKKKKKKKKKKKragccbf...]",
+            "  [WWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWKKKKKKKKKKKKKKKKKKKKKragccbff..]",
             "",
         ]
 

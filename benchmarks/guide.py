@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 DOCUMENT, FOLDER = ROOT / "docs/guide.md", ROOT / "docs/guide"
 QUANT_RESULTS = ROOT / "docs/results/quant-smollm2-135m-cpu.json"
+GPU_QUANT_RESULTS = ROOT / "docs/results/quant-smollm2-135m-gpu.json"
 CARD = load_card("tesla-p4")
 SEVEN_BILLION, GROUPED = "llama-2-7b", "llama-3.1-8b"
 """A model with as many KV heads as heads, as the guide's; and one with a quarter of them."""
@@ -80,11 +81,12 @@ def main() -> int:
 
 def adopt(document: dict[str, Any]) -> None:
     """Keep what the guide shows of measured results: no single requests, no paths of the machine."""
+    place = GPU_QUANT_RESULTS if document["machine"].get("gpus") else QUANT_RESULTS
     document["instance"]["server"].pop("model_path", None)
     document["instance"].pop("settings", None)
     for entry in document["points"]:
         entry["runs"] = []
-    QUANT_RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+    place.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def generate() -> dict[Path, str]:
@@ -109,6 +111,7 @@ def generate() -> dict[Path, str]:
     titles = ("size", "kl", "perplexity")
     pictures |= {f"quant-{title}": picture for title, picture in zip(titles, charts(document), strict=False)}
     blocks["quant"] = quant_table(document)
+    blocks["served"] = served_table(load(GPU_QUANT_RESULTS).document)
     text = _BLOCK.sub(lambda match: f"{match[1]}{blocks[match[2]]}\n{match[3]}", DOCUMENT.read_text())
     return {FOLDER / f"{name}.svg": picture for name, picture in pictures.items()} | {DOCUMENT: text}
 
@@ -290,6 +293,24 @@ def quant_table(document: dict[str, Any]) -> str:
     machine = document["machine"]
     where = f"{machine['cpu']}, {machine['cpu_count']} CPUs; {document['quality_note']}"
     return f"{markdown(measured)}\n\n{where}"
+
+
+def served_table(document: dict[str, Any]) -> str:
+    """Quality and speed as SGLang serves each type on a GPU, beside what llama.cpp says of the same file."""
+    rows = [["", "perplexity, llama.cpp", "perplexity, served", "tok/s, 1 request", "tok/s, 4 requests"]]
+    speeds = {entry["name"]: entry["summary"].get("output_throughput") for entry in document["points"]}
+    for entry in document["types"]:
+        if "served_perplexity" not in entry:
+            continue
+        found = [speeds.get(f"{entry['name']} batch {n}") for n in (1, 4)]
+        cells = [f"{speed['value']:.0f} ± {speed['high'] - speed['value']:.0f}" if speed else "-" for speed in found]
+        rows.append([entry["name"], f"{entry['perplexity']:.3f}", f"{entry['served_perplexity']:.3f}", *cells])
+    machine = document["machine"]
+    packages = machine["packages"]
+    return (
+        f"{markdown(rows)}\n\n{', '.join(machine['gpus'])}, driver {machine['driver']}, SGLang {packages['sglang']}, "
+        f"torch {packages['torch']}; {document['quality_note']} Speeds with 95 % intervals, 128 + 128 tokens."
+    )
 
 
 def markdown(rows: list[list[str]]) -> str:

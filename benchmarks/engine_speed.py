@@ -42,7 +42,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--context", type=int, default=256, help="tokens before the decode steps (default: %(default)s)"
     )
     parser.add_argument("--memory-gib", type=float, help="most that torch may allocate")
-    parser.add_argument("--full-requests", type=int, nargs=2, metavar=("N", "TOKENS"), help="prefill so many at once")
     parser.add_argument("--torch-only", action="store_true", help="float16 weights and attention in plain torch")
     parser.add_argument("--json", type=Path, help="also write the results there")
     args, args.flags = parser.parse_known_args(arguments)
@@ -115,13 +114,6 @@ def _measure(engine: InProcessEngine, args: argparse.Namespace, results: dict[st
     }
     if args.device == "cuda":
         results["host_waits_in_a_decode_step"] = _host_waits(engine, args.context)
-    if args.full_requests:
-        n, tokens = args.full_requests
-        logits, batch = engine.prefill([_prompt(engine, tokens - 8, seed) for seed in range(n)])
-        for _ in range(8):
-            logits = engine.decode(logits.argmax(-1), batch)
-        results["full_requests"] = {"n": n, "tokens": tokens, "finite": bool(logits.isfinite().all())}
-        engine.clear()
 
 
 def _host_waits(engine: InProcessEngine, context: int) -> dict[str, int]:

@@ -114,10 +114,14 @@ class TestReport:
         path.write_text(
             "  MUL_MAT(type_a=q4_K,type_b=f32,m=131072,n=1,k=4096,bs=[1,1],nr=[1,1]):  \x1b[1;34m 100 runs\x1b[0m -   153.25 us/run\n"
         )
-        rows = [{"tensor_type": "Q4_K", "rows": 131072, "columns": 4096, "n": 1, "hot_us": 76.625}]
-        report.add_ggml(rows, report.read_ggml(path))
-        assert rows[0]["share_of_ggml"] == pytest.approx(0.5)
-        assert rows[0]["aim"] == 0.45
+        shape = {"tensor_type": "Q4_K", "rows": 131072, "columns": 4096, "n": 1, "weight_bytes": 302e6}
+        rows = [shape | {"hot_us": us} for us in (61.3, 76.625)]
+        report.add_ggml(rows, report.read_ggml(path), 6e12)
+        assert rows[1]["share_of_ggml"] == pytest.approx(0.5)
+        assert [(row["aim"], row["aim_is"]) for row in rows] == [(0.45, "met"), (0.45, "missed")]
+        report.add_ggml(rows, report.read_ggml(path), 3e12)
+        assert rows[1]["memory_share_of_ggml"] == pytest.approx(302 / 3 / 153.25)
+        assert rows[1]["aim_is"] == "below what memory allows"
 
     def test_ggmls_attention_is_found_by_sequences_and_positions(self, report, tmp_path):
         path = tmp_path / "ggml.txt"

@@ -157,6 +157,17 @@ def test_cuda_is_not_initialised(on_cpu):
     assert on_cpu["cuda_initialised"] is False
 
 
+def test_a_variable_that_the_user_chose_stays(monkeypatch):
+    (shim,) = (shim for shim in SHIMS if shim.name == "few rows of logits at once")
+    monkeypatch.delenv("SGLANG_LOGPROB_CHUNK_SIZE", raising=False)
+    assert not shim.is_applied()
+    shim.apply()
+    assert os.environ["SGLANG_LOGPROB_CHUNK_SIZE"] == "8"
+    monkeypatch.setenv("SGLANG_LOGPROB_CHUNK_SIZE", "512")
+    shim.apply()
+    assert os.environ["SGLANG_LOGPROB_CHUNK_SIZE"] == "512"
+
+
 def test_a_triton_that_makes_its_driver_when_it_is_asked_for_is_not_asked(monkeypatch):
     """Triton 3.4 and newer: without a visible GPU reading `active` raises."""
 

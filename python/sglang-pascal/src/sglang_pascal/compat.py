@@ -75,6 +75,11 @@ def apply_shims(device: str, stage: str) -> None:
 
 _ROPE_FP32: Final = "SGLANG_ROPE_CACHE_FP32"
 _NO_DLPACK_BUILD: Final = "TVM_FFI_DISABLE_TORCH_C_DLPACK"
+_LOGPROB_CHUNK: Final = "SGLANG_LOGPROB_CHUNK_SIZE"
+_LOGPROB_ROWS: Final = 8
+"""Rows of logits at once when a request asks for log-probabilities of its prompt. SGLang's 2048 are a whole prefill
+chunk: 512 rows of 152,064 float32, four times over in plain torch, are 1.2 GB that no plan has. Eight, two int8 each,
+are what one pass of the decode product takes."""
 
 
 def _builds_dlpack_exchange() -> bool:
@@ -84,8 +89,8 @@ def _builds_dlpack_exchange() -> bool:
     return not hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 
 
-def _set_unless_chosen(name: str) -> None:
-    os.environ.setdefault(name, "1")
+def _set_unless_chosen(name: str, value: str) -> None:
+    os.environ.setdefault(name, value)
 
 
 # --- torch without guard_or_false -----------------------------------------------------------------------------------
@@ -396,18 +401,24 @@ def _always() -> bool:
 
 
 def _variable(
-    variable: str, *, name: str, why: str, devices: tuple[str, ...], is_needed: Callable[[], bool] = _always
+    variable: str,
+    *,
+    name: str,
+    why: str,
+    devices: tuple[str, ...],
+    value: str = "1",
+    is_needed: Callable[[], bool] = _always,
 ) -> Shim:
-    """A variable that is read at an import: 1, unless the user chose."""
+    """A variable that SGLang or a library reads: this value, unless the user chose."""
     return Shim(
         name=name,
-        what=f"{variable}=1, unless it is set",
+        what=f"{variable}={value}, unless it is set",
         why=why,
         sglang="0.5.23",
         devices=devices,
         stage="activate",
         is_needed=is_needed,
-        apply=lambda: _set_unless_chosen(variable),
+        apply=lambda: _set_unless_chosen(variable, value),
         is_applied=lambda: variable in os.environ,
     )
 
@@ -425,6 +436,13 @@ SHIMS: Final = (
         why="tvm_ffi (of xgrammar) would compile C++ at its first import: half a minute, for a faster DLPack",
         devices=("cpu", "cuda"),
         is_needed=_builds_dlpack_exchange,
+    ),
+    _variable(
+        _LOGPROB_CHUNK,
+        name="few rows of logits at once",
+        why="log-probabilities of a prompt would take the logits of a whole prefill chunk, more than a plan leaves",
+        devices=("cuda",),
+        value=str(_LOGPROB_ROWS),
     ),
     Shim(
         name="symbolic-shape guards",

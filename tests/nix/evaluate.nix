@@ -82,7 +82,9 @@ let
       wantedBy = lib.mapAttrs' (
         name: service: lib.nameValuePair "${name}.service" service.wantedBy
       ) config.systemd.services;
-      files = lib.concatMapAttrs (_: unit: unit.files) units;
+      files =
+        lib.concatMapAttrs (_: unit: unit.files) units
+        // lib.mapAttrs' (name: file: lib.nameValuePair "/etc/${name}" file.text) config.environment.etc;
       settings = lib.mapAttrs' (
         _: instance: lib.nameValuePair "${instance.configFile}" instance.finalSettings
       ) config.services.pascaline.instances;
@@ -160,20 +162,25 @@ in
   ) cases.typeErrors;
   options = optionDocs (evaluate [ ]).options;
   container = rendered ../systemd/host.nix;
-  # The serving host of the virtual machines.
-  virtualMachine =
+  # The machines of every virtual machine check.
+  virtualMachines =
     let
-      inherit
-        (import ./vm.nix {
-          pkgs = lib.recursiveUpdate standIn.pkgs {
-            inherit lib;
-            testers.runNixOSTest = lib.id;
-          };
-        })
-        vm-serve
-        ;
+      checks = import ./vm.nix {
+        pkgs = lib.recursiveUpdate standIn.pkgs {
+          inherit lib;
+          testers.runNixOSTest = lib.id;
+        };
+      };
+      machine =
+        node:
+        rendered {
+          imports = [
+            node
+            ./monitoring-units.nix
+          ];
+        };
     in
-    rendered vm-serve.nodes.host;
+    lib.mapAttrs (_: check: lib.mapAttrs (_: machine) check.nodes) checks;
   # What the build of a settings file runs.
   settingsCheck =
     (evaluate [ cases.working.cpu ]).config.services.pascaline.instances.tiny.configFile.script;

@@ -90,6 +90,8 @@ in
     coreutils = package "coreutils" { };
     stdenv.cc = package "gcc" { };
     curl = package "curl" { };
+    prometheus = package "prometheus" { };
+    prometheus-alertmanager = package "prometheus-alertmanager" { meta.mainProgram = "alertmanager"; };
     cudaPackages_pascal = lib.genAttrs [
       "cuda_cccl"
       "cuda_cudart"
@@ -135,6 +137,7 @@ in
         loader.systemd-boot.enable = bool;
       };
       environment = {
+        etc = option (types.attrsOf (types.submodule { options.text = lines; })) { };
         systemPackages = option (types.listOf types.package) [ ];
         variables = option (types.attrsOf types.str) { };
       };

@@ -1,8 +1,8 @@
 """A Debian root that boots its own systemd in new namespaces: for tests of units without a virtual machine. Needs root.
 
 The root file system is an overlay over a cached image, so that a container's changes live as long as its folder and never
-reach the image. It has its own network (loopback only), processes and control groups; /sys and /proc/sys are read-only, so
-that nothing of the host is changed.
+reach the image. It has its own network (loopback only, unless it is given one with others), processes and control groups;
+/sys and /proc/sys are read-only, so that nothing of the host is changed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from support.network import Network
 
 RELEASE = "trixie"
 """systemd 257: the nearest that Debian has to NixOS 26.05, and the first series with all keys of our units."""
@@ -96,6 +98,9 @@ class Container:
     folder: Path
     binds: dict[str, Path] = field(default_factory=dict)
     """Read-only: path inside -> file or folder of the host."""
+    network: Network | None = None
+    address: str = ""
+    """In the network, from each boot on."""
     _process: subprocess.Popen[bytes] | None = None
     _init: int = 0
 
@@ -132,9 +137,15 @@ class Container:
         with (self.folder / "console").open("ab") as console:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
         wait_until(self._has_init, BOOT_SECONDS, lambda: f"no systemd: {self._console()}")
+        if self.network is not None:
+            self.network.plug_in(self._init, self.address)
         wait_until(
             lambda: self._state() in {"starting", "running", "degraded"}, BOOT_SECONDS, lambda: f"state {self._state()}"
         )
+
+    @property
+    def is_booted(self) -> bool:
+        return self._process is not None
 
     def shut_down(self) -> None:
         """Power off, as a person would, and wait for the end."""

@@ -9,18 +9,19 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from pascaline.gpu.fake_nvml import DEMO_SCENARIO, build_fake_nvml
-from support.container import Container
+from support.container import Container, image
+from support.network import Network
 from support.nix import evaluate
 from support.units import ROOT
 from support.units import tree as unit_tree
 from support.units import write as write_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KEY = "a-key-that-nobody-guesses"
@@ -36,6 +37,13 @@ PROGRAMS = {
     f"{STORE}-coreutils/bin/install": 'exec /usr/bin/install "$@"',
     f"{STORE}-pascaline-fetch-model/bin/pascaline-fetch-model": (REPOSITORY / "modules/fetch-model.sh").read_text(),
 }
+# Debian's in place of NixOS': store path -> names under which it may be installed.
+MONITORING = {
+    f"{STORE}-prometheus/bin/prometheus": ["prometheus"],
+    f"{STORE}-prometheus-alertmanager/bin/alertmanager": ["prometheus-alertmanager", "alertmanager"],
+}
+# Where Debian's Alertmanager keeps what others have compiled in.
+ALERTMANAGER_TEMPLATES = Path("/usr/share/prometheus/alertmanager")
 REAL_ENGINE = 'exec env PYTHONPATH=/opt/source /opt/environment/bin/python "$@"'
 
 
@@ -95,14 +103,21 @@ def host(folder: Path, programs: dict[str, str], tree: Path = ROOT) -> Container
 
 
 @contextlib.contextmanager
-def booted(container: Container) -> Iterator[Container]:
-    """Boot it, and in the end take it away with all that it wrote, gigabytes after a few runs."""
+def removed(container: Container) -> Iterator[Container]:
+    """In the end take it away with all that it wrote, gigabytes after a few runs."""
     try:
-        container.boot()
         yield container
     finally:
         container.kill()
         shutil.rmtree(container.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def booted(container: Container) -> Iterator[Container]:
+    """Boot it, and in the end take it away."""
+    with removed(container):
+        container.boot()
+        yield container
 
 
 @pytest.fixture(scope="session")
@@ -118,20 +133,50 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
 
 
 @pytest.fixture
-def virtual_machine(tmp_path: Path) -> Iterator[Container]:
-    """The serving host of the flake's virtual machines, booted as a container."""
-    rendered = evaluate("virtualMachine")
-    write_tree(tmp_path / "tree", unit_tree(rendered))
+def virtual_machines(check: str, tmp_path: Path) -> Iterator[dict[str, Container]]:
+    """The machines of one of the flake's virtual machine checks, by name: containers of one network, not booted yet."""
+    image()
+    rendered = evaluate("virtualMachines")[check]
+    # Names and addresses as NixOS' test driver gives them.
+    addresses = {name: f"192.168.1.{number}" for number, name in enumerate(sorted(rendered), start=1)}
+    hosts = "".join(f"{address} {name}\n" for name, address in addresses.items())
+    containers = {name: virtual_machine(tmp_path / name, rendered[name]) for name in addresses}
+    with contextlib.ExitStack() as end:
+        # A machine alone needs no bridge, which not every kernel makes.
+        network = end.enter_context(contextlib.closing(Network())) if len(containers) > 1 else None
+        for name, container in containers.items():
+            container.write("/etc/hostname", f"{name}\n")
+            container.write("/etc/hosts", f"127.0.0.1 localhost\n{hosts}")
+            container.network, container.address = network, addresses[name]
+            end.enter_context(removed(container))
+        yield containers
+
+
+def virtual_machine(folder: Path, rendered: dict[str, Any]) -> Container:
+    """A machine of the flake as a container."""
+    write_tree(folder / "tree", unit_tree(rendered))
     programs = {
         f"{STORE}-pascaline-builtin/bin/pascaline": PROGRAMS[f"{STORE}-pascaline/bin/pascaline"],
         f"{STORE}-python/bin/python": PROGRAMS[f"{STORE}-pascaline-engine/bin/python"],
     }
-    container = host(tmp_path / "machine", programs, tmp_path / "tree")
-    scenario = re.search(r"PASCALINE_FAKE_NVML=([^\"]+)", rendered["units"]["pascaline-exporter.service"])
-    assert scenario
-    container.binds |= {f"{STORE}-fake-nvml": build_fake_nvml(), scenario[1]: DEMO_SCENARIO}
-    with booted(container):
-        yield container
+    container = host(folder / "machine", programs, folder / "tree")
+    units = "".join(rendered["units"].values())
+    if scenario := re.search(r"PASCALINE_FAKE_NVML=([^\"]+)", units):
+        container.binds |= {f"{STORE}-fake-nvml": build_fake_nvml(), scenario[1]: DEMO_SCENARIO}
+    for path, names in MONITORING.items():
+        if path in units:
+            container.binds[path] = monitoring_program(names)
+    if ALERTMANAGER_TEMPLATES.is_dir():
+        container.binds[str(ALERTMANAGER_TEMPLATES)] = ALERTMANAGER_TEMPLATES
+    return container
+
+
+def monitoring_program(names: Sequence[str]) -> Path:
+    """This machine's own program, under the first of these names that it has."""
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip(f"{names[0]} is not on this machine (Debian: apt install {names[0]})")
+    return Path(found).resolve()
 
 
 @pytest.fixture

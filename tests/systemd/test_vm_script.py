@@ -1,4 +1,4 @@
-"""The virtual machine's own script, run with a container of the same host: what it asks for is there, machine or not."""
+"""The virtual machines' own scripts, run with containers of the same hosts: what they ask for is there, machine or not."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.systemd, pytest.mark.nix, pytest.mark.timeout(900)]
 
-SCRIPT = Path(__file__).resolve().parents[1] / "nix" / "vm" / "serve.py"
+SCRIPTS = Path(__file__).resolve().parents[1] / "nix" / "vm"
 UNIT_SECONDS = 180
 
 
 @dataclass
 class Machine:
-    """A container behind the methods that NixOS' test driver gives a script for a machine."""
+    """A container behind the methods that NixOS' test driver gives a script for a machine; the first one used boots it."""
 
     container: Container
 
     def execute(self, command: str) -> tuple[bool, str]:
         """Run it as the driver does, where a failure inside a pipe is one too; return whether it succeeded, and its output."""
+        self.start()
         output = self.container.run("bash", "-c", f'(set -euo pipefail; {command}\n); echo "exit code $?"')
         text, _, code = output.rpartition("exit code ")
         return code == "0", text
@@ -45,6 +46,7 @@ class Machine:
         wait_until(lambda: self.execute(command)[0], timeout, lambda: f"{command}: {self.execute(command)[1]}")
 
     def wait_for_unit(self, unit: str) -> None:
+        self.start()
         show = self.container.show
         wait_until(
             lambda: show(unit, "ActiveState") == "active", UNIT_SECONDS, lambda: self.container.journal(unit)[-2000:]
@@ -54,7 +56,8 @@ class Machine:
         self.container.shut_down()
 
     def start(self) -> None:
-        self.container.boot()
+        if not self.container.is_booted:
+            self.container.boot()
 
 
 @contextlib.contextmanager
@@ -67,6 +70,14 @@ def subtest(name: str) -> Iterator[None]:
         raise
 
 
-def test_script_of_the_serving_machine_passes(virtual_machine: Container) -> None:
-    code = compile(SCRIPT.read_text(), SCRIPT, "exec")
-    exec(code, {"host": Machine(virtual_machine), "subtest": subtest})
+@pytest.mark.parametrize("check", ["vm-serve", "vm-fleet"])
+def test_script_passes(check: str, virtual_machines: dict[str, Container]) -> None:
+    script = SCRIPTS / f"{check.removeprefix('vm-')}.py"
+    machines = {name: Machine(container) for name, container in virtual_machines.items()}
+
+    def start_all() -> None:
+        for machine in machines.values():
+            machine.start()
+
+    code = compile(script.read_text(), script, "exec")
+    exec(code, {**machines, "start_all": start_all, "subtest": subtest})

@@ -76,7 +76,7 @@ def apply_shims(device: str, stage: str) -> None:
 _ROPE_FP32: Final = "SGLANG_ROPE_CACHE_FP32"
 _NO_DLPACK_BUILD: Final = "TVM_FFI_DISABLE_TORCH_C_DLPACK"
 _LOGPROB_CHUNK: Final = "SGLANG_LOGPROB_CHUNK_SIZE"
-_LOGPROB_ROWS: Final = 8
+_LOGPROB_ROWS: Final = "8"
 """Rows of logits at once when a request asks for log-probabilities of its prompt. SGLang's 2048 are a whole prefill
 chunk: 512 rows of 152,064 float32, four times over in plain torch, are 1.2 GB that no plan has. Eight, two int8 each,
 are what one pass of the decode product takes."""
@@ -442,7 +442,7 @@ SHIMS: Final = (
         name="few rows of logits at once",
         why="log-probabilities of a prompt would take the logits of a whole prefill chunk, more than a plan leaves",
         devices=("cuda",),
-        value=str(_LOGPROB_ROWS),
+        value=_LOGPROB_ROWS,
     ),
     Shim(
         name="symbolic-shape guards",
@@ -548,7 +548,6 @@ SHIMS: Final = (
         name="no torch.compile",
         why="torch.compile generates Triton for a CUDA device and refuses one below compute capability 7.0",
         devices=("cuda",),
-        is_needed=_always,
     ),
     Shim(
         name="Triton kernels",

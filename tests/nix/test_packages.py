@@ -48,10 +48,29 @@ def test_lock_is_whole(nix_command: Any, source: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "package", ["default", "docs", "pascaline", "pascaline-engine", "pascaline-router", "sglang-pascal-kernels"]
+    "package",
+    [
+        "default",
+        "docs",
+        "llama-cpp-pascal",
+        "pascaline",
+        "pascaline-engine",
+        "pascaline-router",
+        "sglang-pascal-kernels",
+    ],
 )
 def test_package_evaluates_to_a_derivation(flake: Any, package: str) -> None:
     assert flake(f"packages.x86_64-linux.{package}.drvPath").startswith("/nix/store/")
+
+
+def test_llama_cpp_is_made_for_pascal_alone(flake: Any) -> None:
+    """nixpkgs is told so; without forward compatibility, so that no newer architecture is added."""
+    chosen = "{ inherit (p.config) cudaSupport cudaCapabilities cudaForwardCompat; }"
+    assert flake("packages.x86_64-linux.llama-cpp-pascal", f"p: {chosen}") == {
+        "cudaSupport": True,
+        "cudaCapabilities": ["6.0", "6.1"],
+        "cudaForwardCompat": False,
+    }
 
 
 def test_other_torch_is_another_environment(flake: Any) -> None:

@@ -9,7 +9,10 @@ import "@corepkgs@" (
         path = ./.;
         ugrep = final.gnugrep;
         mkShell = attributes: final.runCommand "shell" { inherit (attributes) packages; } "";
-        llama-cpp = final.hello or final.gnugrep;
+        # With the settings that nixpkgs would make it with.
+        llama-cpp = (final.hello or final.gnugrep) // {
+          inherit (arguments) config;
+        };
         nixfmt-tree = final.gnugrep;
         nixfmt = final.gnugrep;
         statix = final.gnugrep;

@@ -12,6 +12,7 @@ Parts, each with its date, and each of which says so if it could not run:
   engine      SGLang with random weights in the shapes of Llama 3.1 8B and Qwen 2.5 7B, Q4_K_M, in 8 GB: speed, Triton
               kernels that were launched; and the first in all of the card's memory, with our kernels and without
   serve       `pascaline serve` with both files and --model in 8 GB, four requests of 4096 tokens, held to its plan
+  servers     tokens/s over HTTP at 1, 2, 4 and 8 requests: SGLang, and llama-server where it is on PATH, on the first file
   tests       the tests that need a GPU
 
 A file of an earlier run on the same card, driver and torch is kept, but for the parts that are run: the whole can be
@@ -71,6 +72,10 @@ SANITIZER_SECONDS = 200
 """Of one group."""
 ENGINE_SECONDS = 420
 """Of one program that loads a model."""
+BENCH_FLAGS = ("--sizes", "1,2,4,8", "--max-running-requests", "8", "--context-length", "4096", "--repeats", "3")
+"""Of `pascaline bench batch`, with each engine: prompts and answers of 128 tokens."""
+BENCH_FIGURES = ("output_throughput", "tpot_p50", "ttft_p50")
+"""Of its results: tokens/s of all answers together, seconds for each token and until the first."""
 MEMORY_GIB = 7.4
 """What a Tesla P4 has for a process of torch: 7.6 less the CUDA context."""
 SHAPES = {"llama-3.1-8b": "Q4_K_M", "qwen2.5-7b": "Q4_K_M"}
@@ -290,6 +295,35 @@ def run_serve(files: Files) -> dict:
     return {path.name: run_program("serve_in_8_gb.py", path) for path in paths}
 
 
+def run_servers(files: Files) -> dict:
+    """Throughput of both engines on one file, each started and loaded by `pascaline bench batch`."""
+    path = files.shaped(*next(iter(SHAPES.items())))
+    engines = {"sglang": sys.executable, "llama.cpp": shutil.which("llama-server")}
+    return {
+        f"{engine}, {path.name}": bench_batch(path, engine) if program else {"left out": "llama-server is not on PATH"}
+        for engine, program in engines.items()
+    }
+
+
+def bench_batch(path: Path, engine: str) -> dict:
+    """What `pascaline bench batch` measures of a file in an engine, with 95 % intervals."""
+    command = [sys.executable, "-m", "pascaline", "bench", "batch", "--json", "--engine", engine, "--model", str(path)]
+    with tempfile.TemporaryDirectory() as scratch:
+        command += ["--output", scratch, *BENCH_FLAGS]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ENGINE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return {"state": f"not finished in {ENGINE_SECONDS} s"}
+    if done.returncode:
+        return {"state": f"exit code {done.returncode}", "last": done.stderr[-3000:]}
+    print(f"bench batch, {engine}: clean", file=sys.stderr)
+    document = json.loads(done.stdout)
+    version = document["instance"]["server"]["engine_version"]
+    return {"state": "clean", "engine_version": version} | {
+        point["name"]: {figure: point["summary"][figure] for figure in BENCH_FIGURES} for point in document["points"]
+    }
+
+
 def run_tests() -> dict:
     """What pytest says of the tests that are marked gpu."""
     command = [sys.executable, "-m", "pytest", "-c", "pyproject.toml", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
@@ -391,6 +425,7 @@ def steps(args: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Callab
         "attention": {"attention": run_attention},
         "engine": {"engine": lambda: run_engine(files)},
         "serve": {"serve": lambda: run_serve(files)},
+        "servers": {"servers": lambda: run_servers(files)},
         "numerics": {"numerics": lambda: run_numerics(files)},
         "sanitizer": {"sanitizer": run_sanitizer},
         "tests": {"tests": run_tests},

@@ -12,7 +12,7 @@ from pascaline.models.spec import ModelSpec, TensorSpec
 from pascaline.planning import make_plan
 from pascaline.planning.kv_cache import kv_bytes_per_token, layer_groups, llama_pool, recurrent_bytes, sglang_pool
 from pascaline.planning.mixtures import MIXTURES, requantized
-from pascaline.planning.weights import HELD_AS, PACKED_COLUMNS, PACKED_ROWS, resident_bytes, weights_on_device
+from pascaline.planning.weights import HELD_AS, PACKED_COLUMNS, PACKED_ROWS, residence, weights_on_device
 from support.models import PUBLISHED_BYTES, SHAPES, tensor_types, tiny, write_gguf
 from support.planning import LLAMA_2_7B, LLAMA_3_8B, P4, QWEN_3_4B, request, spec_of
 
@@ -34,14 +34,14 @@ class TestWeights:
         storage = pytest.importorskip("sglang_pascal.quantization.storage", reason="sglang-pascal is not installed")
         held = storage.Storage(kind, HELD_AS[kind])
         tensor = TensorSpec("blk.0.attn_q.weight", shape, kind, 0)
-        assert resident_bytes(tensor, LLAMA_2_7B, request()) == held.n_bytes(*shape)
+        assert residence(tensor, LLAMA_2_7B, request()).n_bytes == held.n_bytes(*shape)
 
     @pytest.mark.parametrize(
         ("kind", "n_bytes"), [("F32", 2), ("F16", 2), ("BF16", 2), ("Q5_1", 2), ("IQ2_XXS", 2), ("Q2_K", 2)]
     )
     def test_types_without_kernels_become_float16(self, kind: str, n_bytes: int) -> None:
         tensor = TensorSpec("blk.0.attn_q.weight", (64, 512), kind, 0)
-        assert resident_bytes(tensor, LLAMA_2_7B, request()) == 64 * 512 * n_bytes
+        assert residence(tensor, LLAMA_2_7B, request()).n_bytes == 64 * 512 * n_bytes
 
     @pytest.mark.parametrize(
         ("device", "quantization", "stays"),
@@ -50,28 +50,30 @@ class TestWeights:
     def test_a_cpu_dequantises_unless_told_otherwise(self, device: str, quantization: str, stays: bool) -> None:
         wanted = request(device=device, quantization=quantization)
         expected = 64 * 512 * 144 // 256 if stays else 64 * 512 * 2
-        assert resident_bytes(TensorSpec("blk.0.attn_q.weight", (64, 512), "Q4_K", 0), LLAMA_2_7B, wanted) == expected
+        assert (
+            residence(TensorSpec("blk.0.attn_q.weight", (64, 512), "Q4_K", 0), LLAMA_2_7B, wanted).n_bytes == expected
+        )
 
     def test_a_vector_is_in_the_type_of_the_computation(self) -> None:
         tensor = TensorSpec("blk.0.attn_norm.weight", (4096,), "F32", 4 * 4096)
-        assert resident_bytes(tensor, LLAMA_2_7B, request()) == 2 * 4096
-        assert resident_bytes(tensor, LLAMA_2_7B, request(engine="llama.cpp")) == 4 * 4096
+        assert residence(tensor, LLAMA_2_7B, request()).n_bytes == 2 * 4096
+        assert residence(tensor, LLAMA_2_7B, request(engine="llama.cpp")).n_bytes == 4 * 4096
 
     def test_a_vocabulary_is_padded(self) -> None:
         tensor = TensorSpec("model.embed_tokens.weight", (32007, 64), "F16", 0)
         spec = replace(LLAMA_2_7B, format="safetensors")
-        assert resident_bytes(tensor, spec, request()) == 32064 * 64 * 2
+        assert residence(tensor, spec, request()).n_bytes == 32064 * 64 * 2
 
     def test_quantised_safetensors_stay_as_they_are(self) -> None:
         tensor = TensorSpec("model.layers.0.mlp.up_proj.qweight", (512, 512), "I32", 512 * 512 * 4)
-        assert resident_bytes(tensor, replace(LLAMA_2_7B, format="safetensors"), request()) == 512 * 512 * 4
+        assert residence(tensor, replace(LLAMA_2_7B, format="safetensors"), request()).n_bytes == 512 * 512 * 4
 
     def test_bitsandbytes_takes_half_a_byte_and_its_scales(self) -> None:
         spec, wanted = replace(LLAMA_2_7B, format="safetensors"), request(quantization="bitsandbytes")
         matrix = TensorSpec("model.layers.0.mlp.up_proj.weight", (4096, 4096), "F16", 0)
-        assert resident_bytes(matrix, spec, wanted) == 4096 * 4096 // 2 + 4096 * 4096 // 64 + 4096 * 4096 // 4096
+        assert residence(matrix, spec, wanted).n_bytes == 4096 * 4096 // 2 + 4096 * 4096 // 64 + 4096 * 4096 // 4096
         head = TensorSpec("lm_head.weight", (4096, 4096), "F16", 0)
-        assert resident_bytes(head, spec, wanted) == 2 * 4096 * 4096
+        assert residence(head, spec, wanted).n_bytes == 2 * 4096 * 4096
 
     def test_a_tied_matrix_counts_once_in_sglang_and_on_both_sides_in_llama_cpp(self) -> None:
         embedding = next(tensor for tensor in QWEN_3_4B.tensors if tensor.name == "token_embd.weight")
@@ -100,7 +102,43 @@ class TestWeights:
         assert mixed.n_bytes - plain.n_bytes == all_experts
         assert mixed.read_bytes(1) - plain.read_bytes(1) == all_experts / 4
         assert mixed.read_bytes(16) - plain.read_bytes(16) == all_experts
+        assert mixed.matrix_read_bytes == {**plain.matrix_read_bytes, "Q8_0": all_experts / 4}
         assert mixed.macs - plain.macs == 2 * 8 * 512 * 256 // 4
+
+    def test_matrices_that_a_step_reads_are_all_that_it_reads_but_vectors(self) -> None:
+        """Two norms a layer and the last one; of 32000 x 4096 inputs a step looks up rows."""
+        found = weights_on_device(LLAMA_2_7B, request())
+        assert set(found.matrix_read_bytes) == {"Q4_K", "Q6_K"}
+        assert sum(found.matrix_read_bytes.values()) + 65 * 4096 * 2 == found.read_bytes(1)
+        assert found.n_bytes - found.read_bytes(1) == 32000 * 4096 // 256 * 144
+
+    @pytest.mark.parametrize(
+        ("kind", "changes", "held"),
+        [
+            ("Q4_K", {}, {"Q4_K": 64 * 512 // 256 * 144}),
+            ("Q3_K", {}, {"Q6_K": 64 * 512 // 256 * 210}),
+            ("Q5_1", {}, {"F16": 2 * 64 * 512}),
+            ("Q4_K", {"device": "cpu", "dtype": "bfloat16"}, {"BF16": 2 * 64 * 512}),
+            ("Q3_K", {"engine": "llama.cpp"}, {"Q3_K": 64 * 512 // 256 * 110}),
+            ("Q4_K", {"tensor_parallel": 2}, {"Q4_K": 32 * 512 // 256 * 144}),
+        ],
+    )
+    def test_matrices_are_told_by_the_type_that_is_in_memory(
+        self, kind: str, changes: dict[str, object], held: dict[str, int]
+    ) -> None:
+        """Not by the file's, which kernels of that type never see."""
+        tensor = TensorSpec("blk.0.attn_q.weight", (64, 512), kind, 64 * 512 // 256 * 110)
+        spec = replace(LLAMA_2_7B, tensors=(tensor,))
+        assert weights_on_device(spec, request(**changes)).matrix_read_bytes == held
+
+    def test_matrices_of_safetensors(self) -> None:
+        """As they are, or as bitsandbytes makes them, which leaves the vocabulary alone."""
+        matrix = TensorSpec("model.layers.0.mlp.up_proj.weight", (4096, 4096), "BF16", 2 * 4096 * 4096)
+        head = TensorSpec("lm_head.weight", (4096, 4096), "BF16", 2 * 4096 * 4096)
+        spec = replace(LLAMA_2_7B, format="safetensors", tensors=(matrix, head))
+        plain, nf4 = (weights_on_device(spec, request(quantization=name)) for name in (None, "bitsandbytes"))
+        assert plain.matrix_read_bytes == {"F16": 4 * 4096 * 4096}
+        assert nf4.matrix_read_bytes == {"NF4": 4096 * 4096 // 2 + 4096 * 16 * 4 + 4096, "F16": 2 * 4096 * 4096}
 
     def test_gpus_share_weights_and_heads(self) -> None:
         alone, pair = make_plan(LLAMA_3_8B, P4, request()), make_plan(LLAMA_3_8B, P4, request(tensor_parallel=2))

@@ -14,6 +14,8 @@ from pascaline.planning.weights import Weights, weights_on_device
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pascaline.cards import Card
     from pascaline.models.spec import ModelSpec
     from pascaline.planning.request import PlanRequest
@@ -49,6 +51,10 @@ class Plan:
     """What is worth knowing although it fits."""
     host_bytes: int
     """Weights that stay in the host's memory."""
+    weights_read_bytes: int
+    """Weights that a decode step of one request reads: not the input embedding, of which it looks up a row."""
+    matrix_read_bytes: Mapping[str, int]
+    """Of it the matrices, by the type in which the engine holds them (Q4_K, F16, NF4)."""
     speed: Speed | None
     """None where the card's data say nothing of its speed."""
 
@@ -114,6 +120,8 @@ class Plan:
             "chunked_prefill_tokens": request.chunked_prefill_tokens,
             "mem_fraction_static": self.mem_fraction_static,
             "weights_bytes": self.weights_bytes,
+            "weights_read_bytes": self.weights_read_bytes,
+            "matrix_read_bytes": dict(self.matrix_read_bytes),
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "kv_tokens": self.kv_tokens,
             "kv_bytes": self.kv_bytes,
@@ -150,6 +158,8 @@ def make_plan(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weight
         reasons=tuple(_reasons(spec, request, parts, pool)),
         notes=tuple(_notes(spec, request, pool, weights)),
         host_bytes=weights.host_bytes,
+        weights_read_bytes=int(weights.read_bytes(1)),
+        matrix_read_bytes=weights.matrix_read_bytes,
         speed=estimate_speed(spec, card, request, weights, pool.tokens),
     )
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pascaline.models.ggml_types import TENSOR_TYPES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pascaline.models.spec import ModelSpec, TensorSpec
     from pascaline.planning.request import PlanRequest
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+DTYPE_TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+"""Type of the computation -> the name that model files have for it."""
 HELD_AS = {kind: kind for kind in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")} | {
     "Q5_0": "Q8_0",
     "IQ4_NL": "Q8_0",
@@ -27,6 +32,9 @@ PACKED_COLUMNS = 256
 """Its device layout pads a matrix to groups of 32 rows and tiles of 256 columns (same file)."""
 VOCABULARY_MULTIPLE = 64
 """SGLang pads embedding and output to it (layers/vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE)."""
+DENSE = "F16"
+"""What a matrix becomes whose type has no kernels (same file)."""
+NF4 = "NF4"
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """bitsandbytes NF4 with double quantisation: 4 bits, one 8-bit scale per 64 weights, one fp32 per 256 scales."""
 ALLOCATION_STEP = 2 * 2**20
@@ -58,6 +66,9 @@ class Weights:
     """Of the experts that one token uses."""
     expert_bytes: int
     """Of all experts."""
+    matrix_read_bytes: Mapping[str, int]
+    """Matrices that a decode step of one request multiplies with, by the type in which the engine holds them: what
+    read_bytes(1) counts without the vectors (norms, biases)."""
     macs: int
     """Multiply-accumulates that one token costs, output layer included."""
     output_macs: int
@@ -79,22 +90,29 @@ def weights_on_device(spec: ModelSpec, request: PlanRequest) -> Weights:
     return sums.result()
 
 
-def resident_bytes(tensor: TensorSpec, spec: ModelSpec, request: PlanRequest) -> int:
-    """Return what one tensor takes in the engine's memory."""
+class Residence(NamedTuple):
+    """How the engine holds a tensor in its memory."""
+
+    tensor_type: str
+    """As model files name it, or NF4."""
+    n_bytes: int
+
+
+def residence(tensor: TensorSpec, spec: ModelSpec, request: PlanRequest) -> Residence:
+    """Return how the engine holds one tensor."""
     if request.engine == "llama.cpp":
-        return tensor.n_bytes
-    element = DTYPE_BYTES[request.dtype]
+        return Residence(tensor.tensor_type, tensor.n_bytes)
     rows, columns = _matrix(tensor)
     if _is_vocabulary(tensor.name):
         rows = _padded(rows, VOCABULARY_MULTIPLE)
     is_matrix = len(tensor.shape) > 1
     if is_matrix and stays_quantized(spec, request):
-        return _held_bytes(tensor)
+        return _quantized_residence(tensor)
     if spec.format == "safetensors" and tensor.tensor_type not in _FLOATS:
-        return tensor.n_bytes
+        return Residence(tensor.tensor_type, tensor.n_bytes)
     if request.quantization == "bitsandbytes" and is_matrix and not _is_vocabulary(tensor.name):
-        return round(rows * columns * NF4_BYTES)
-    return rows * columns * element
+        return Residence(NF4, round(rows * columns * NF4_BYTES))
+    return Residence(DTYPE_TYPES[request.dtype], rows * columns * DTYPE_BYTES[request.dtype])
 
 
 def stays_quantized(spec: ModelSpec, request: PlanRequest) -> bool:
@@ -114,7 +132,10 @@ class _Sums:
         self._bytes = self._host = self._rounding = 0
         self._dense = self._experts = self._macs = self._output_macs = self._largest = 0
         self._expert_macs = 0
+        # Of the experts, one token uses this part.
+        self._used = (spec.num_experts_per_token or 0) / spec.num_experts if spec.num_experts else 1.0
         self._by_type: dict[str, int] = {}
+        self._matrices: dict[str, float] = {}
 
     def add(self, tensor: TensorSpec) -> None:
         """Count one tensor."""
@@ -123,7 +144,7 @@ class _Sums:
         is_embedding, is_output = bool(_EMBEDDING.search(tensor.name)), bool(_OUTPUT.search(tensor.name))
         if not llama and (_NOT_LOADED.search(tensor.name) or (is_output and spec.tied_embeddings)):
             return
-        size = resident_bytes(tensor, spec, request)
+        held, size = residence(tensor, spec, request)
         tied = is_embedding and (spec.tied_embeddings or not self._has_output)
         if llama and is_embedding and request.device == "cuda":
             # llama.cpp looks tokens up on the CPU and puts a second copy of a tied matrix on the GPU.
@@ -136,25 +157,25 @@ class _Sums:
         self._by_type[tensor.tensor_type] = self._by_type.get(tensor.tensor_type, 0) + size
         if len(tensor.shape) > 1 and not _is_vocabulary(tensor.name):
             self._largest = max(self._largest, tensor.n_elements * DTYPE_BYTES[request.dtype])
-        self._count_work(tensor, size, is_embedding=is_embedding and not tied, is_output=is_output or tied)
+        if not is_embedding or tied:
+            self._count_work(tensor, held, size, is_output=is_output or tied)
 
-    def _count_work(self, tensor: TensorSpec, size: int, *, is_embedding: bool, is_output: bool) -> None:
-        if is_embedding:
-            return
+    def _count_work(self, tensor: TensorSpec, held: str, size: int, *, is_output: bool) -> None:
         if _EXPERTS.search(tensor.name):
             self._experts += size
             self._expert_macs += tensor.n_elements
+            self._matrices[held] = self._matrices.get(held, 0) + size * self._used
             return
         self._dense += size
         if len(tensor.shape) > 1:
             self._macs += tensor.n_elements
+            self._matrices[held] = self._matrices.get(held, 0) + size
             if is_output:
                 self._output_macs += tensor.n_elements
 
     def result(self) -> Weights:
         """The sums, for one of the GPUs that share the model."""
         spec, share = self._spec, self._request.tensor_parallel * self._request.pipeline_parallel
-        used = (spec.num_experts_per_token or 0) / spec.num_experts if spec.num_experts else 1.0
         types = ", ".join(
             f"{kind} {size / 2**20:,.1f} MiB" for kind, size in sorted(self._by_type.items(), key=lambda item: -item[1])
         )
@@ -166,22 +187,24 @@ class _Sums:
             host_bytes=self._host,
             rounding_bytes=-(-self._rounding // share) if self._request.engine == "sglang" else 0,
             dense_read_bytes=-(-self._dense // share),
-            expert_read_bytes=int(self._experts * used / share),
+            expert_read_bytes=int(self._experts * self._used / share),
             expert_bytes=-(-self._experts // share),
-            macs=int((self._macs + self._expert_macs * used) / share),
+            matrix_read_bytes={kind: math.ceil(size / share) for kind, size in self._matrices.items()},
+            macs=int((self._macs + self._expert_macs * self._used) / share),
             output_macs=self._output_macs // share,
             largest_matrix_bytes=self._largest,
             formula=formula,
         )
 
 
-def _held_bytes(tensor: TensorSpec) -> int:
+def _quantized_residence(tensor: TensorSpec) -> Residence:
     rows, columns = _matrix(tensor)
     held = HELD_AS.get(tensor.tensor_type)
     if held is None:
-        return 2 * rows * columns
+        return Residence(DENSE, 2 * rows * columns)
     elements, n_bytes = _BLOCKS[held]
-    return _padded(rows, PACKED_ROWS) * _padded(columns, PACKED_COLUMNS) // elements * n_bytes
+    size = _padded(rows, PACKED_ROWS) * _padded(columns, PACKED_COLUMNS) // elements * n_bytes
+    return Residence(held, size)
 
 
 def _matrix(tensor: TensorSpec) -> tuple[int, int]:

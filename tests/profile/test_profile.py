@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -21,20 +21,44 @@ from typing import ClassVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pascaline.cards import unknown_card
 from pascaline.errors import EngineError
+from pascaline.gpu.fake_nvml import fake_nvml_environment, write_scenario
+from pascaline.planning import make_plan
 from pascaline.profile.engine import serving, write_nvprof_wrapper
 from pascaline.profile.nvprof import is_nvprof, read_nvprof, write_chrome_trace
-from pascaline.profile.roofline import summarise, to_text
+from pascaline.profile.roofline import StepBytes, Summary, summarise, to_text
 from pascaline.profile.session import Load, Target, record
-from pascaline.profile.timeline import Kernel, Timeline, kind_of
+from pascaline.profile.timeline import KV_CACHE, Kernel, Timeline, kind_of, read_by
 from pascaline.profile.trace import TraceError, is_whole, read_trace
 from support.instance import PATIENCE, wait_until
+from support.planning import LLAMA_3_8B, request
 
 RECORDS = Path(__file__).parent / "records"
 CPU_TRACE = RECORDS / "sglang-0.5.23-cpu.trace.json.gz"
 """The beginning of one decode step of SmolLM2-135M in SGLang 0.5.23 on a CPU, torch 2.7.1."""
 GPU_TRACE = RECORDS / "torch-cuda.trace.json.gz"
 """Three steps of two layers of half-precision products, torch 2.11 on an H200."""
+SERVED_TRACE = RECORDS / "sglang-0.5.23-h100.trace.json.gz"
+"""Three decode steps of one request to Llama 3.1 8B's shape in Q4_K_M, SGLang 0.5.23 on an H100; only what is read."""
+# Its matrices by hand, (rows, columns): q and o, k, gate and up of 32 layers, v and down of the 16 that have them in
+# Q4_K (144 bytes for 256 weights); v and down of the other 16, and the output, in Q6_K (210 bytes).
+_HALF_OF_V_AND_DOWN = 16 * (1024 * 4096 + 4096 * 14336)
+SERVED_MATRICES = {
+    "Q4_K": (32 * (2 * 4096 * 4096 + 1024 * 4096 + 2 * 14336 * 4096) + _HALF_OF_V_AND_DOWN) // 256 * 144,
+    "Q6_K": (_HALF_OF_V_AND_DOWN + 128256 * 4096) // 256 * 210,
+}
+SERVED_NORMS = 2 * 65 * 4096
+"""Two norms of 32 layers and one behind them, float16."""
+# Seconds of all three steps, added up from the events.
+Q4_K_SECONDS, Q6_K_SECONDS, ATTENTION_SECONDS = 6523.542e-6, 2101.244e-6, 1102.134e-6
+QUANTIZE_SECONDS = 4.448e-6
+NORM_SECONDS = (4020.529 + 449.125 + 162.726 + 11.457) * 1e-6
+"""rms_norm_quantize, rope_and_store, silu_mul_quantize and dequantize_Q4_K, which looks tokens up."""
+SERVED_KV = 54 * 32 * 2 * 8 * 128 * 2
+"""54 tokens, 32 layers, keys and values of 8 heads of 128, float16."""
+CAPTURES = Path(__file__).parents[1] / "gpu" / "captures"
+H100_BANDWIDTH = 2 * 2619e6 * 5120 / 8
 FAKE_ENGINE = Path(__file__).parent.parent / "fake_engine" / "fake_engine.py"
 PROFILED_ENGINE = Path(__file__).parent / "profiled_engine.py"
 P4_BANDWIDTH = 192e9
@@ -172,6 +196,67 @@ class TestGpuTrace:
         assert 0.3 < (kinds["matmul"].roof_ratio or 0) < 1
 
 
+@pytest.fixture(scope="module")
+def served() -> Summary:
+    """The record of an H100, held against what a step reads."""
+    step = StepBytes(sum(SERVED_MATRICES.values()) + SERVED_NORMS, SERVED_MATRICES, SERVED_KV)
+    return summarise(read_trace(SERVED_TRACE), bandwidth=H100_BANDWIDTH, step=step)
+
+
+class TestServedTrace:
+    """A record of our kernels, whose names alone tell what they read: all run in one replayed graph."""
+
+    @pytest.mark.parametrize(
+        ("name", "calls", "seconds", "step_bytes"),
+        [
+            ("decode_matmul_Q4_K_n2", 3 * 112, Q4_K_SECONDS, SERVED_MATRICES["Q4_K"]),
+            ("decode_matmul_Q6_K_n2", 3 * 33, Q6_K_SECONDS, SERVED_MATRICES["Q6_K"]),
+            ("attention_decode_F16_d128_g4", 3 * 32, ATTENTION_SECONDS, SERVED_KV),
+        ],
+    )
+    def test_kernels(self, served: Summary, name: str, calls: int, seconds: float, step_bytes: int) -> None:
+        """Bytes of a step x 3 steps / time."""
+        [row] = [row for row in served.kernels if row.name == name]
+        assert (row.count, row.seconds) == (calls, pytest.approx(seconds))
+        assert row.bytes_per_second == pytest.approx(3 * step_bytes / seconds)
+        assert row.roof_ratio == pytest.approx(3 * step_bytes / seconds / H100_BANDWIDTH)
+
+    def test_kinds(self, served: Summary) -> None:
+        """The products are all matrices but the embedding; norms that quantise, and the lookup, are not of them."""
+        kinds = {row.name: row for row in served.kinds}
+        seconds = Q4_K_SECONDS + Q6_K_SECONDS + QUANTIZE_SECONDS
+        assert (kinds["matmul"].count, kinds["matmul"].seconds) == (3 * (112 + 33 + 1), pytest.approx(seconds))
+        assert kinds["matmul"].bytes_per_second == pytest.approx(3 * sum(SERVED_MATRICES.values()) / seconds)
+        # rms_norm 65, rope 32, silu 32 and the lookup of a step.
+        assert (kinds["norm"].count, kinds["norm"].seconds) == (3 * 130, pytest.approx(NORM_SECONDS))
+        assert kinds["norm"].bytes_per_second is None
+
+    def test_whole_steps(self, served: Summary) -> None:
+        """The head of the table: 3 x 4623.9 MB in 16.3 ms are 849 of 3352 GB/s."""
+        assert to_text(served).splitlines()[:3] == [
+            "NVIDIA H100 80GB HBM3: 3 steps in 16.3 ms, a kernel ran 96% of the time (5.45 ms a step)",
+            "memory: 3352 GB/s",
+            "a step reads at least 4623.9 MB: 25.3% of the roof, waiting included",
+        ]
+
+    def test_the_plan_says_the_same(self) -> None:
+        """What the agent serves for this file on this card is what is computed here by hand."""
+        card = unknown_card("H100 80GB HBM3", 80 << 30)
+        plan = make_plan(LLAMA_3_8B, card, request(card_bytes=card.memory_bytes)).to_json()
+        expected = StepBytes(sum(SERVED_MATRICES.values()) + SERVED_NORMS, SERVED_MATRICES, SERVED_KV)
+        assert StepBytes.of_plan(json.loads(json.dumps(plan)), 54) == expected
+
+    def test_plan_of_an_older_agent(self) -> None:
+        """It tells the resident weights only: the kinds have their figures, the kernels have none."""
+        step = StepBytes.of_plan({"weights_bytes": 4_912_365_568, "kv_bytes_per_token": 131_072}, 54)
+        summary = summarise(read_trace(SERVED_TRACE), step=step)
+        kinds, kernels = ({row.name: row for row in rows} for rows in (summary.kinds, summary.kernels))
+        assert kinds["matmul"].bytes_per_second == pytest.approx(3 * 4_912_365_568 / kinds["matmul"].seconds)
+        assert kernels["decode_matmul_Q4_K_n2"].bytes_per_second is None
+        assert kernels["attention_decode_F16_d128_g4"].bytes_per_second is not None
+        assert summary.step_bytes == 4_912_365_568 + SERVED_KV
+
+
 class TestBadTraces:
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -300,7 +385,7 @@ class TestRoofline:
         """The products' bandwidth follows from the weights, whatever single kernels tell."""
         kernels = tuple(Kernel("decode_matmul_q4_k", 0.03 * i, 0.025, None) for i in range(10))
         timeline = Timeline("Tesla P4", kernels, steps=10)
-        summary = summarise(timeline, bandwidth=P4_BANDWIDTH, weights_bytes=4_000_000_000, kv_bytes=100_000_000)
+        summary = summarise(timeline, bandwidth=P4_BANDWIDTH, step=StepBytes(4_000_000_000, kv_cache=100_000_000))
         [products] = summary.kinds
         assert products.bytes_per_second == pytest.approx(160e9)
         assert products.roof_ratio == pytest.approx(160 / 192)
@@ -310,7 +395,7 @@ class TestRoofline:
     def test_text(self) -> None:
         """The tables as a terminal shows them."""
         kernels = (Kernel("decode_matmul_q4_k", 0.0, 0.030, None), Kernel("paged_attention", 0.030, 0.010, 480_000_000))
-        summary = summarise(Timeline("Tesla P4", kernels, 1), bandwidth=P4_BANDWIDTH, weights_bytes=4_608_000_000)
+        summary = summarise(Timeline("Tesla P4", kernels, 1), bandwidth=P4_BANDWIDTH, step=StepBytes(4_608_000_000))
         assert to_text(summary) == (
             "Tesla P4: 1 steps in 40.0 ms, a kernel ran 100% of the time (40.00 ms a step)\n"
             "memory: 192 GB/s\n"
@@ -334,6 +419,46 @@ class TestRoofline:
             None,
         )
 
+    def test_kernels_that_read_the_same_share_it(self) -> None:
+        """By their calls: a request joined after one of three steps of two products each."""
+        one, two = "decode_matmul_Q8_0_n1", "decode_matmul_Q8_0_n2"
+        kernels = tuple(Kernel(name, 0.01 * i, 0.001, None) for i, name in enumerate([one] * 2 + [two] * 4))
+        rows = summarise(Timeline("Tesla P4", kernels, 3), step=StepBytes(90, {"Q8_0": 60}, None)).kernels
+        moved = {row.name: (row.bytes_per_second or 0) * row.seconds for row in rows}
+        assert moved == {one: pytest.approx(60), two: pytest.approx(120)}
+
+    @pytest.mark.parametrize(("steps", "matrices"), [(0, {"Q8_0": 60}), (3, {"Q4_K": 60}), (3, {}), (3, None)])
+    def test_nothing_is_claimed_of_what_is_not_known(self, steps: int, matrices: dict[str, int] | None) -> None:
+        """Without steps, or where the plan holds nothing in that type, a kernel has no figure."""
+        timeline = Timeline("Tesla P4", (Kernel("tile_matmul_Q8_0", 0.0, 0.001, None),), steps)
+        assert summarise(timeline, step=StepBytes(90, matrices)).kernels[0].bytes_per_second is None
+
+    @pytest.mark.parametrize(
+        ("name", "source"),
+        [
+            ("decode_matmul_Q4_K_n16", "Q4_K"),
+            ("tile_matmul_Q8_0", "Q8_0"),
+            ("half_matmul_n1", "F16"),
+            ("attention_decode_I8_d64_g1", KV_CACHE),
+            ("attention_combine", None),
+            ("attention_prefill_F16_d128", None),
+            ("dequantize_Q4_K", None),
+            ("repack_Q4_K", None),
+            ("quantize", None),
+            ("ampere_sgemm_32x32_sliced1x4_tn", None),
+        ],
+    )
+    def test_what_names_tell(self, name: str, source: str | None) -> None:
+        """Only kernels that read all of something in each step."""
+        assert read_by(name) == source
+
+    def test_every_type_with_kernels_is_told(self) -> None:
+        """Whatever types the plugin has kernels for."""
+        formats = pytest.importorskip("sglang_pascal.kernels.formats", reason="sglang-pascal is not installed")
+        for kind in formats.FORMATS:
+            assert read_by(f"decode_matmul_{kind}_n4") == read_by(f"tile_matmul_{kind}") == kind
+            assert kind_of(f"dequantize_{kind}") == "norm"
+
     @given(st.lists(st.tuples(st.floats(0, 100), st.floats(1e-6, 10)), min_size=1, max_size=30))
     def test_busy_time_is_a_union(self, spans: list[tuple[float, float]]) -> None:
         """Overlapping kernels count once: never more than the wall, never less than the longest."""
@@ -351,6 +476,11 @@ class TestRoofline:
             ("attention_decode_f16_128", "attention"),
             ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
             ("vectorized_layer_norm_kernel", "norm"),
+            ("rms_norm_quantize", "norm"),
+            ("silu_mul_quantize", "norm"),
+            ("dequantize_Q4_K", "norm"),
+            ("quantize", "matmul"),
+            ("kDequantizeBlockwise<__half, 512, 64, 8, 2>", "matmul"),
             ("Memcpy DtoH (Device -> Pageable)", "copy"),
             ("void at::native::reduce_kernel<512, 1, ArgMaxOps>", "sampling"),
             ("vectorized_elementwise_kernel", "other"),
@@ -515,6 +645,36 @@ class TestCommand:
         assert (summary["device"], summary["steps"]) == ("CPU", 1)
         assert summary["kernels"][0]["name"] == "aten::mm"
 
+    @pytest.mark.parametrize(
+        ("card", "lines", "memory"),
+        [
+            ("nvidia-h100-80gb-hbm3", "nvmlDeviceGetMemoryBusWidth = 5120", "memory: 3352 GB/s"),
+            ("nvidia-h100-80gb-hbm3", "", ""),
+            ("tesla-p4", "nvmlDeviceGetMemoryBusWidth = 256", ""),
+        ],
+    )
+    def test_roof_of_a_card_without_a_profile(self, tmp_path: Path, card: str, lines: str, memory: str) -> None:
+        """NVML tells it of a card that is here; of another, or where it cannot, there is none and no failure."""
+        scenario = tmp_path / "s.nvml"
+        write_scenario(scenario, (CAPTURES / f"{card}.nvml").read_text() + lines + "\n")
+        text = self._table(fake_nvml_environment(scenario))
+        assert [line for line in text.splitlines() if line.startswith("memory")] == [memory] * bool(memory)
+        roofs = [line.split()[-1] for line in text.splitlines() if line.startswith("void at::native::reduce_kernel")]
+        assert roofs == ["1%" if memory else "-"]
+
+    def test_roof_without_nvml(self, tmp_path: Path) -> None:
+        """A host without a driver reads records of others."""
+        scenario = tmp_path / "s.nvml"
+        write_scenario(scenario, "[library]\nnvmlInit = error LIBRARY_NOT_FOUND\n")
+        assert "memory:" not in self._table(fake_nvml_environment(scenario))
+
+    @staticmethod
+    def _table(environment: Mapping[str, str]) -> str:
+        command = [sys.executable, "-m", "pascaline", "profile", "--read", str(SERVED_TRACE)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
     def test_folder_that_is_not_empty(self, tmp_path: Path) -> None:
         """A record never mixes with another."""
         (tmp_path / "x").touch()
@@ -555,6 +715,9 @@ class TestCommand:
         summary = json.loads(done.stdout)
         assert summary["kernels"][0]["name"] == "aten::mm"
         assert summary["step_bytes"] > 90e6
+        products = summary["kinds"][0]["bytes_per_second"] * summary["kinds"][0]["seconds"]
+        # SmolLM2's parameters without its 61 norms of 576, in bfloat16; its embedding is its output as well.
+        assert products == pytest.approx(2 * (134_515_008 - 61 * 576))
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGKILL, -9)])
     def test_instance_is_gone_however_it_ends(self, tmp_path: Path, number: signal.Signals, code: int) -> None:

@@ -47,6 +47,7 @@ def answer(scenario: Path, expression: str) -> object:
     ("lines", "expression", "wanted"),
     [
         ("nvmlDeviceGetName = Tesla P4", "n.nvmlDeviceGetName(gpu)", "Tesla P4"),
+        ("nvmlDeviceGetMemoryBusWidth = 256", "n.nvmlDeviceGetMemoryBusWidth(gpu)", 256),
         ("nvmlDeviceGetPowerUsage = 0x10", "n.nvmlDeviceGetPowerUsage(gpu)", 16),
         ("nvmlDeviceGetClockInfo 2 = 3003", "n.nvmlDeviceGetClockInfo(gpu, 2)", 3003),
         ("nvmlDeviceGetClockInfo 2 = 3003", "n.nvmlDeviceGetClockInfo(gpu, 1)", "error 3"),

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
 from pascaline.errors import ConfigurationError, MissingError
-from pascaline.gpu.fake_nvml import fake_nvml_environment, write_scenario
-from pascaline.gpu.memory import DeviceMemory, gpu_memory, host_memory
+from pascaline.gpu.fake_nvml import build_fake_nvml, fake_nvml_environment, write_scenario
+from pascaline.gpu.memory import DeviceMemory, gpu_memory, host_memory, memory_bandwidth
 
 CAPTURES = Path(__file__).parents[3] / "tests/gpu/captures"
 MIB = 1 << 20
+
+
+WIDTH = "nvmlDeviceGetMemoryBusWidth"
+CLOCK = "nvmlDeviceGetMaxClockInfo 2"
+
+
+def with_lines(folder: Path, capture: str, lines: str, *, without: Iterable[str] = ()) -> Mapping[str, str]:
+    """A captured card that answers more than it was asked then; its one GPU is the capture's last heading."""
+    scenario = folder / "s.nvml"
+    write_scenario(scenario, (CAPTURES / f"{capture}.nvml").read_text() + lines + "\n")
+    return fake_nvml_environment(scenario, build_fake_nvml(without=without))
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +53,46 @@ class TestGpu:
         with pytest.raises(MissingError) as caught:
             gpu_memory(environment=fake_nvml_environment(scenario))
         assert str(caught.value) == "NVML shows no GPU: NVML counts no GPU; name a card (--card) to plan without it"
+
+
+class TestBandwidth:
+    @pytest.mark.parametrize(
+        ("capture", "name", "width", "bandwidth"),
+        [
+            ("tesla-p4", "Tesla P4", 256, 192.192e9),
+            ("tesla-p40", "Tesla P40", 384, 347.04e9),
+            ("tesla-p100-pcie-16gb", "Tesla P100-PCIE-16GB", 4096, 732.16e9),
+            ("nvidia-h100-80gb-hbm3", "NVIDIA H100 80GB HBM3", 5120, 3352.32e9),
+            ("nvidia-h200", "NVIDIA H200", 6016, 4814.304e9),
+        ],
+    )
+    def test_twice_the_clock_times_the_width(
+        self, capture: str, name: str, width: int, bandwidth: float, tmp_path: Path
+    ) -> None:
+        """What the data sheets say: 192, 346, 732, 3350 and 4800 GB/s."""
+        assert memory_bandwidth(name, with_lines(tmp_path, capture, f"{WIDTH} = {width}")) == bandwidth
+
+    @pytest.mark.parametrize("lines", ["", f"{WIDTH} = error UNKNOWN", f"{WIDTH} = 0", f"{WIDTH} = 256\n{CLOCK} = 0"])
+    def test_what_nvml_does_not_tell(self, lines: str, tmp_path: Path) -> None:
+        """A call without an answer, and one that answers 0."""
+        assert memory_bandwidth("Tesla P4", with_lines(tmp_path, "tesla-p4", lines)) is None
+
+    def test_a_driver_without_the_call(self, tmp_path: Path) -> None:
+        environment = with_lines(tmp_path, "tesla-p4", f"{WIDTH} = 256", without=[WIDTH])
+        assert memory_bandwidth("Tesla P4", environment) is None
+
+    def test_another_card(self, tmp_path: Path) -> None:
+        assert memory_bandwidth("Tesla P40", with_lines(tmp_path, "tesla-p4", f"{WIDTH} = 256")) is None
+
+    def test_the_card_of_that_name_among_others(self, tmp_path: Path) -> None:
+        scenario = tmp_path / "s.nvml"
+        cards = (("Tesla P4", 256, 3003), ("Tesla P40", 384, 3615))
+        text = "".join(
+            f"[gpu {i}]\nnvmlDeviceGetUUID = GPU-{i}\nnvmlDeviceGetName = {name}\n{WIDTH} = {width}\n{CLOCK} = {clock}\n"
+            for i, (name, width, clock) in enumerate(cards)
+        )
+        write_scenario(scenario, text)
+        assert memory_bandwidth("Tesla P40", fake_nvml_environment(scenario)) == 347.04e9
 
 
 class TestHost:

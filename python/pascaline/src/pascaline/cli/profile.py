@@ -28,8 +28,12 @@ DESCRIPTION = """Record the kernels of a running decode and hold them against th
   pascaline profile --read FILE               sum up a trace of torch or a database of nvprof
 
 Prints the kinds of work and the kernels that take most, each with the bandwidth that it achieves, and leaves a trace
-for ui.perfetto.dev. torch's profiler is used on CPUs and on every card that its CUPTI serves; nvprof cannot attach to
-a running process, so it needs an instance of its own."""
+for ui.perfetto.dev. Bytes are those that a step must read by the instance's plan, for all products and for our kernels
+of each weight type; without a plan (--read) they are those of the record's operators. The roof is the bandwidth of the
+card's profile, else what NVML tells of a GPU of that name in this host.
+
+torch's profiler is used on CPUs and on every card that its CUPTI serves; nvprof cannot attach to a running process, so
+it needs an instance of its own."""
 
 DEFAULT_STEPS = 20
 TIMEOUT_SECONDS = 600.0
@@ -230,14 +234,12 @@ def _read(path: Path, steps: int) -> Timeline:
 
 
 def _print(arguments: argparse.Namespace, timeline: Timeline, plan: dict[str, Any], context: float) -> None:
-    from pascaline.profile.roofline import summarise, to_text
+    from pascaline.profile.roofline import StepBytes, summarise, to_text
 
-    per_token = plan.get("kv_bytes_per_token") or 0
     summary = summarise(
         timeline,
-        bandwidth=_bandwidth(timeline.device, plan),
-        weights_bytes=plan.get("weights_bytes"),
-        kv_bytes=round(per_token * context) or None,
+        bandwidth=_bandwidth(timeline, plan),
+        step=StepBytes.of_plan(plan, context),
         top=arguments.top,
     )
     print(json.dumps(summary.to_json(), indent=2) if arguments.json else to_text(summary), end="")
@@ -245,14 +247,24 @@ def _print(arguments: argparse.Namespace, timeline: Timeline, plan: dict[str, An
         print()
 
 
-def _bandwidth(device: str, plan: dict[str, Any]) -> float | None:
-    """The card's, by the name that the driver gives it, else by the plan's profile; None for a CPU."""
+def _bandwidth(timeline: Timeline, plan: dict[str, Any]) -> float | None:
+    """Bytes per second of the card's profile, by the name that the driver gives it or that the plan has, else as the
+    record tells it, else of this host's GPU of that name by NVML; None for a CPU, and for a card that is not here.
+    """
     from pascaline.cards import card_for_device, card_names, load_card
+    from pascaline.gpu.memory import memory_bandwidth
+    from pascaline.profile.timeline import CPU
 
     name = plan.get("card", "")
-    card = card_for_device(device.removeprefix("NVIDIA ")) or (load_card(name) if name in card_names() else None)
+    card = card_for_device(timeline.device.removeprefix("NVIDIA ")) or (
+        load_card(name) if name in card_names() else None
+    )
     fact = card.facts.get("bandwidth_bytes_per_second") if card else None
-    return fact.value if fact else None
+    if fact is not None:
+        return fact.value
+    if timeline.device == CPU:
+        return None
+    return timeline.device_bandwidth or memory_bandwidth(timeline.device)
 
 
 def _say(stage: str) -> None:

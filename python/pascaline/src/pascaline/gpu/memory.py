@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pascaline.errors import ConfigurationError, MissingError
-from pascaline.gpu.metrics import GPU_MEMORY_CALLS, NAME
+from pascaline.gpu.metrics import BUS_WIDTH, GPU_MEMORY_CALLS, MAX_MEMORY_CLOCK, NAME
 from pascaline.gpu.reader import Reader
 
 if TYPE_CHECKING:
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/proc/self/cgroup")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+TRANSFERS_PER_CYCLE = 2
+"""Double data rate, of the clock that NVML tells: 2 x 3003 MHz x 256 bit is the 192 GB/s of a P4's data sheet."""
+MEGA = 10**6
+BITS_PER_BYTE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,21 @@ def gpu_memory(visible: str | None = None, environment: Mapping[str, str] | None
             if isinstance(total, int) and isinstance(free, int):
                 return DeviceMemory(name, total, total - free)
     raise MissingError(f"NVML does not tell the memory of {name}; name a card (--card) to plan without it")
+
+
+def memory_bandwidth(name: str, environment: Mapping[str, str] | None = None) -> float | None:
+    """Return the peak bandwidth of the memory of this host's GPU of that name: transfers x clock x width, bytes/s.
+
+    None where there is no such GPU, or NVML is absent or does not tell. environment: as in gpu_memory.
+    """
+    with Reader(environment=environment) as reader:
+        devices = reader.read().devices
+    for values in (device.values for device in devices if device.values.get(NAME.key) == name):
+        clock, width = values.get(MAX_MEMORY_CLOCK.key), values.get(BUS_WIDTH.key)
+        if isinstance(clock, int) and isinstance(width, int):
+            # 0 is no answer.
+            return TRANSFERS_PER_CYCLE * clock * MEGA * width / BITS_PER_BYTE or None
+    return None
 
 
 def _first_visible(devices: list[DeviceReading], visible: str | None) -> DeviceReading | None:

@@ -122,6 +122,8 @@ COMPUTE_CAPABILITY = Call("nvmlDeviceGetCudaComputeCapability")
 VIRTUALIZATION = Call("nvmlDeviceGetVirtualizationMode")
 VIRTUALIZATION_VGPU = 2  # NVML_GPU_VIRTUALIZATION_MODE_VGPU: the answer inside a virtual machine
 MIG_MODE = Call("nvmlDeviceGetMigMode")
+BUS_WIDTH = Call("nvmlDeviceGetMemoryBusWidth")
+"""Of the memory, bits."""
 COMPUTE_PROCESSES = Call("nvmlDeviceGetComputeRunningProcesses", fields=("pid", "usedGpuMemory"))
 GRAPHICS_PROCESSES = Call("nvmlDeviceGetGraphicsRunningProcesses", fields=("pid", "usedGpuMemory"))
 INFO_CALLS = (NAME, PCI_INFO, SERIAL, VBIOS, COMPUTE_CAPABILITY, VIRTUALIZATION)
@@ -152,6 +154,8 @@ _PERCENT = 1e-2
 _KILOBYTE = 1000  # of nvmlDeviceGetPcieThroughput
 _NVML_FI_DEV_MEMORY_TEMP = 82
 _CLOCKS = {"graphics": 0, "sm": 1, "memory": 2, "video": 3}
+MAX_MEMORY_CLOCK = Call("nvmlDeviceGetMaxClockInfo", (_CLOCKS["memory"],))
+"""MHz."""
 _THRESHOLDS = {"shutdown": 0, "slowdown": 1, "memory_max": 2, "gpu_max": 3}
 _THROTTLE_REASONS = {
     "gpu_idle": 0x1,
@@ -327,7 +331,7 @@ FAMILIES = (
 
 def _device_calls() -> tuple[Call, ...]:
     calls = [*INFO_CALLS, *(call for family in FAMILIES for sample in family.samples for call in sample.calls)]
-    return tuple(dict.fromkeys([*calls, COMPUTE_PROCESSES, GRAPHICS_PROCESSES]))
+    return tuple(dict.fromkeys([*calls, BUS_WIDTH, COMPUTE_PROCESSES, GRAPHICS_PROCESSES]))
 
 
 DEVICE_CALLS = _device_calls()

@@ -1,17 +1,66 @@
 """A timeline summed up: the kernels that take most, the kinds of work, and how near each comes to the memory's speed.
 
-Decoding reads every weight once a step, and the KV cache of every running request. So the bandwidth that all matrix
-products together achieve is (bytes of the weights) x steps / (their time), whatever single kernels tell of themselves.
+Decoding reads every matrix once a step, and the KV cache of every running request. So the bandwidth that all matrix
+products together achieve is (bytes of the matrices) x steps / (their time), whatever single kernels tell of themselves.
+
+A replayed CUDA graph ties no kernel to an operator. But the names of our kernels tell what they read, so that those of
+one weight type moved (bytes of the type) x steps. Where several names read one type, as when the number of requests
+changed in between, each has its share by the number of its calls: every step makes as many. These are the bytes that a
+step must read. What is read twice counts once (the matrices, for more than 8 requests), and prefill counts nothing: the
+figures are too low where a record holds either. Beyond 16 requests cuBLAS multiplies float16 matrices, under names that
+tell nothing.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pascaline.profile.timeline import KV_CACHE, read_by
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pascaline.profile.timeline import Kernel, Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class StepBytes:
+    """What one decode step must read; None where that is not known."""
+
+    weights: int | None = None
+    matrices: Mapping[str, int] | None = None
+    """Of the weights those that products read, by the type in which the engine holds them."""
+    kv_cache: int | None = None
+    """Of the running requests."""
+
+    @classmethod
+    def of_plan(cls, plan: Mapping[str, Any], context_tokens: float) -> StepBytes:
+        """Take it from a plan as the agent serves it. context_tokens: in the KV cache, all requests together.
+
+        An older agent tells only what is resident, the input embedding included.
+        """
+        return cls(
+            plan.get("weights_read_bytes", plan.get("weights_bytes")),
+            plan.get("matrix_read_bytes"),
+            round((plan.get("kv_bytes_per_token") or 0) * context_tokens) or None,
+        )
+
+    @property
+    def total(self) -> int:
+        """As far as it is known."""
+        return (self.weights or 0) + (self.kv_cache or 0)
+
+    @property
+    def products(self) -> int | None:
+        """What all products together read."""
+        return sum(self.matrices.values()) if self.matrices else self.weights
+
+    @property
+    def by_source(self) -> dict[str, int]:
+        """What is known, by what read_by() calls it."""
+        return {**(self.matrices or {}), **({KV_CACHE: self.kv_cache} if self.kv_cache else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,32 +111,33 @@ class Summary:
         }
 
 
+UNKNOWN = StepBytes()
+
+
 def summarise(
     timeline: Timeline,
     *,
     bandwidth: float | None = None,
-    weights_bytes: int | None = None,
-    kv_bytes: int | None = None,
+    step: StepBytes = UNKNOWN,
     top: int = 15,
 ) -> Summary:
-    """Sum a timeline up.
-
-    bandwidth: the card's; None = what the record says. weights_bytes, kv_bytes: what one step reads of each.
-    """
+    """Sum a timeline up. bandwidth: the card's, bytes per second; None = what the record says."""
     roof = bandwidth or timeline.device_bandwidth
     total = sum(kernel.seconds for kernel in timeline.kernels) or 1.0
     by_kind, by_name = defaultdict[str, list["Kernel"]](list), defaultdict[str, list["Kernel"]](list)
     for kernel in timeline.kernels:
         by_kind[kernel.kind].append(kernel)
         by_name[kernel.name].append(kernel)
-    exact = {"matmul": weights_bytes, "attention": kv_bytes}
+    exact = {"matmul": step.products, "attention": step.kv_cache}
     kinds = [
         _row(kind, kernels, total, roof, moved * timeline.steps if (moved := exact.get(kind)) else None)
         for kind, kernels in by_kind.items()
     ]
-    names = [_row(name, kernels, total, roof, None) for name, kernels in by_name.items()]
-    wall, step = timeline.wall_seconds, (weights_bytes or 0) + (kv_bytes or 0)
-    reached = step * timeline.steps / wall / roof if step and timeline.steps and wall and roof else None
+    calls = {name: len(kernels) for name, kernels in by_name.items()}
+    moved_by = _moved(calls, timeline.steps, step)
+    names = [_row(name, kernels, total, roof, moved_by.get(name)) for name, kernels in by_name.items()]
+    wall, read = timeline.wall_seconds, step.total * timeline.steps
+    reached = read / wall / roof if read and wall and roof else None
     return Summary(
         device=timeline.device,
         steps=timeline.steps,
@@ -96,9 +146,19 @@ def summarise(
         bandwidth=roof,
         kinds=tuple(sorted(kinds, key=lambda row: -row.seconds)),
         kernels=tuple(sorted(names, key=lambda row: -row.seconds)[:top]),
-        step_bytes=step or None,
+        step_bytes=step.total or None,
         step_roof_ratio=reached,
     )
+
+
+def _moved(calls: Mapping[str, int], steps: int, step: StepBytes) -> dict[str, int]:
+    """Bytes that kernels of ours moved, by name, as far as they are known. calls: by name."""
+    known = step.by_source
+    sources = {name: source for name in calls if (source := read_by(name)) in known and source is not None}
+    together = Counter[str]()
+    for name, source in sources.items():
+        together[source] += calls[name]
+    return {name: round(known[source] * steps * calls[name] / together[source]) for name, source in sources.items()}
 
 
 def _row(name: str, kernels: list[Kernel], total: float, roof: float | None, moved: int | None) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,8 @@ _KINDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ("copy", ("memcpy", "memset", "copy_", "fill_", "aten::cat", "catarray", "aten::index_put", "repack")),
     ("attention", ("attention", "sdpa", "flash", "fmha", "scaled_dot_product", "paged", "kv_cache", "set_kv")),
     ("sampling", ("argmax", "softmax", "sort", "topk", "multinomial", "sampl", "cumsum", "radix", "exponential")),
+    # Ours that quantise or dequantise beside other work, which a product's "quantize" would take for products.
+    ("norm", ("norm_quantize", "silu_mul_quantize", "dequantize_q")),
     (
         "matmul",
         (
@@ -31,6 +34,17 @@ _KINDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
         ),
     ),
     ("norm", ("norm", "silu", "gelu", "rope", "rotary", "embedding", "mean", "rsqrt")),
+)
+
+CPU = "CPU"
+"""Device of a record without a GPU's kernels."""
+KV_CACHE = "KV cache"
+"""What decode attention reads."""
+# Names of sglang_pascal/kernels; the number is how many columns a kernel has room for.
+_READS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"(?:decode_matmul_(\w+)_n\d+|tile_matmul_(\w+))"), r"\1\2"),
+    (re.compile(r"half_matmul_n\d+"), "F16"),
+    (re.compile(r"attention_decode_\w+"), KV_CACHE),
 )
 
 
@@ -60,7 +74,7 @@ class Timeline:
     """One record."""
 
     device: str
-    """Name of the GPU, or `CPU`."""
+    """Name of the GPU, or CPU."""
     kernels: tuple[Kernel, ...]
     steps: int
     """Decode steps in it; 0 where that is unknown."""
@@ -89,3 +103,10 @@ def kind_of(name: str) -> Kind:
     """Return what a kernel of this name does."""
     lower = name.lower()
     return next((kind for kind, parts in _KINDS if any(part in lower for part in parts)), "other")
+
+
+def read_by(name: str) -> str | None:
+    """Return what the kernels of this name and its like read once in each decode step: all matrices of a tensor type,
+    or the KV_CACHE of the running requests. None for a kernel that is not ours, or is bound by nothing that large.
+    """
+    return next((match.expand(what) for pattern, what in _READS if (match := pattern.fullmatch(name))), None)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pascaline.errors import PascalineError
-from pascaline.profile.timeline import Kernel, Timeline
+from pascaline.profile.timeline import CPU, Kernel, Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -73,7 +73,7 @@ def read_trace(path: Path, steps: int = 0) -> Timeline:
         kernels = _gpu_kernels(device, operators)
         name = next((str(d.get("name")) for d in document.get("deviceProperties", []) if d.get("name")), "GPU")
     else:
-        kernels, name = _cpu_kernels(operators), "CPU"
+        kernels, name = _cpu_kernels(operators), CPU
     start = min(kernel.start for kernel in kernels)
     shifted = tuple(_shift(kernel, start) for kernel in sorted(kernels, key=lambda kernel: kernel.start))
     return Timeline(name, shifted, _steps(spans) or steps)

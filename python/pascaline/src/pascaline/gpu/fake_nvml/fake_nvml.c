@@ -44,7 +44,8 @@ static const struct { const char *name; int code; } ERRORS[] = {
     X(nvmlDeviceGetCurrPcieLinkWidth) X(nvmlDeviceGetMaxPcieLinkGeneration) X(nvmlDeviceGetMaxPcieLinkWidth) \
     X(nvmlDeviceGetPcieReplayCounter) X(nvmlDeviceGetRetiredPagesPendingStatus) X(nvmlDeviceGetPersistenceMode) \
     X(nvmlDeviceGetComputeMode) X(nvmlDeviceGetVirtualizationMode) X(nvmlDeviceGetDisplayMode) X(nvmlDeviceGetDisplayActive) \
-    X(nvmlDeviceGetBoardId) X(nvmlDeviceGetMultiGpuBoard) X(nvmlDeviceGetArchitecture) X(nvmlDeviceGetBrand)
+    X(nvmlDeviceGetBoardId) X(nvmlDeviceGetMultiGpuBoard) X(nvmlDeviceGetArchitecture) X(nvmlDeviceGetBrand) \
+    X(nvmlDeviceGetMemoryBusWidth)
 #define ULLONGS(X) X(nvmlDeviceGetTotalEnergyConsumption) X(nvmlDeviceGetCurrentClocksThrottleReasons) \
     X(nvmlDeviceGetSupportedClocksThrottleReasons) X(nvmlDeviceGetSupportedEventTypes)
 #define SPLIT_PAIRS(X) X(nvmlDeviceGetCudaComputeCapability) X(nvmlDeviceGetPowerManagementLimitConstraints) \

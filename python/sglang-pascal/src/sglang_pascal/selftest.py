@@ -294,6 +294,8 @@ def _product(device: torch.device, tensor_type: str, rows: int, columns: int) ->
             _same_bits(y, widest[-n:]) if device.type == "cuda" else 0.0,
             _same_bits(y, matmul(some, weight, dtype=torch.float32)),
         ]
+        if n % 2 == 0:
+            errors.append(_same_bits(matmul(some, weight, wide=True, dtype=torch.float32), y[: n // 2] + y[n // 2 :]))
     return max(errors)
 
 
@@ -327,7 +329,7 @@ def _largest_part(raw: torch.Tensor, tensor_type: str) -> torch.Tensor:
 
 
 def _epilogue(device: torch.device) -> float:
-    """Bias, residual, float16 results, and results that are columns of a wider matrix."""
+    """Bias, residual, float16 results, results that are columns of a wider matrix, and the sum of both halves of x."""
     errors = []
     raw = random_blocks("Q8_0", 100, 512)
     values, weight = dequantize_ref(raw, "Q8_0"), pack(raw.to(device), "Q8_0", 512)
@@ -336,16 +338,17 @@ def _epilogue(device: torch.device) -> float:
         wide = torch.full((n, 160), 7.0, dtype=dtype, device=device)
         wide_residual = torch.zeros(n, 130, dtype=dtype, device=device)
         wide_residual[:, :100] = residual.to(device)
-        matmul(
-            quantize(x.to(device)), weight, bias=bias.to(device), residual=wide_residual[:, :100], out=wide[:, 30:130]
-        )
+        multiply = functools.partial(matmul, bias=bias.to(device), residual=wide_residual[:, :100])
+        multiply(quantize(x.to(device)), weight, out=wide[:, 30:130])
         expected = quantized_matmul_ref(*quantize_ref(x), values) + bias + residual
+        halves = multiply(quantize(x.to(device), wide=True), weight, wide=True, dtype=dtype)
         size = quantized_matmul_ref(*_magnitudes(quantize_ref(x)), values.abs()) + bias.abs() + residual.abs()
         rounding = HALF_ULP if dtype == torch.float16 else 0.0
         errors += [
             _share(wide[:, 30:130], expected, size * PRODUCT_LIMIT + expected.abs() * rounding),
             _same_bits(wide[:, :30].cpu(), torch.full((n, 30), 7.0, dtype=dtype)),
             _same_bits(wide[:, 130:].cpu(), torch.full((n, 30), 7.0, dtype=dtype)),
+            _share(halves, x @ values.T + bias + residual, size * 1e-4 + expected.abs() * rounding),
         ]
     return max(errors)
 

@@ -82,9 +82,17 @@ __device__ __forceinline__ void add_tile(float (&acc)[R][N], const uint4* const 
   }
 }
 
-// Sum over splits, in order, by the CTA that comes last. Called by all threads.
+// The sum of one output over the splits, in order.
+__device__ __forceinline__ float sum_of_splits(const Arguments& a, int n, int row, int padded_rows) {
+  float sum = 0.0f;
+  for (int split = 0; split < gridDim.y; split++)
+    sum = __fadd_rn(sum, __ldcg(a.partials + (static_cast<size_t>(split) * a.n + n) * padded_rows + row));
+  return sum;
+}
+
+// Sum over splits, by the CTA that comes last. Called by all threads.
 template <int N, int R>
-__device__ __forceinline__ void add_splits(const Arguments& a, int padded_rows) {
+__device__ __forceinline__ void add_splits(const Arguments& a, int padded_rows, int outputs) {
   __shared__ bool is_last;
   __threadfence();
   __syncthreads();
@@ -95,14 +103,22 @@ __device__ __forceinline__ void add_splits(const Arguments& a, int padded_rows) 
   __syncthreads();
   if (!is_last) return;
   __threadfence();
-  for (int i = threadIdx.x; i < R * WARP * a.n; i += WARP * SLICES) {
+  for (int i = threadIdx.x; i < R * WARP * outputs; i += WARP * SLICES) {
     const int n = i / (R * WARP), row = blockIdx.x * R * WARP + i % (R * WARP);
     if (row >= a.rows) continue;
-    float sum = 0.0f;
-    for (int split = 0; split < gridDim.y; split++)
-      sum = __fadd_rn(sum, __ldcg(a.partials + (static_cast<size_t>(split) * a.n + n) * padded_rows + row));
+    float sum = sum_of_splits(a, n, row, padded_rows);
+    if (a.halves == 2) sum = __fadd_rn(sum, sum_of_splits(a, n + outputs, row, padded_rows));
     write_output(a, n, row, sum);
   }
+}
+
+// The sum of one output over the slices of a CTA, in order. COUNT: outputs of a slice.
+template <int COUNT>
+__device__ __forceinline__ float sum_of_slices(const float* sums) {
+  float sum = sums[0];
+#pragma unroll
+  for (int s = 1; s < SLICES; s++) sum = __fadd_rn(sum, sums[s * COUNT]);
+  return sum;
 }
 
 template <class T, int N, int R, int CHUNK>
@@ -148,18 +164,19 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
 #pragma unroll
     for (int r = 0; r < R; r++) sums[((warp * N + n) * R + r) * WARP + lane] = acc[r][n];
   __syncthreads();
-  const int padded_rows = groups * WARP;
+  const int padded_rows = groups * WARP, outputs = a.halves == 2 ? a.n / 2 : a.n;
   for (int i = threadIdx.x; i < N * R * WARP; i += WARP * SLICES) {
-    float sum = sums[i];
-#pragma unroll
-    for (int s = 1; s < SLICES; s++) sum = __fadd_rn(sum, sums[s * N * R * WARP + i]);
     const int n = i / (R * WARP), row = blockIdx.x * R * WARP + i % (R * WARP);
-    if (gridDim.y == 1)
+    float sum = sum_of_slices<N * R * WARP>(sums + i);
+    if (gridDim.y > 1) {
+      if (n < a.n && row < padded_rows)
+        __stcg(a.partials + (static_cast<size_t>(blockIdx.y) * a.n + n) * padded_rows + row, sum);
+    } else if (n < outputs) {
+      if (a.halves == 2) sum = __fadd_rn(sum, sum_of_slices<N * R * WARP>(sums + i + outputs * R * WARP));
       write_output(a, n, row, sum);
-    else if (n < a.n && row < padded_rows)
-      __stcg(a.partials + (static_cast<size_t>(blockIdx.y) * a.n + n) * padded_rows + row, sum);
+    }
   }
-  if (gridDim.y > 1) add_splits<N, R>(a, padded_rows);
+  if (gridDim.y > 1) add_splits<N, R>(a, padded_rows, outputs);
 }
 
 #define KERNEL(T, N, R, CHUNK, CTAS_PER_SM)                                                                             \

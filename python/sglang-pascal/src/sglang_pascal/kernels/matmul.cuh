@@ -2,7 +2,7 @@
 //
 // The order of a sum, whatever the number of columns n: K is cut into `splits` ranges of tiles (a function of the
 // weight's shape and the card); in a split, slice s adds the blocks of tiles s, s + 4, ... in order; then the four slices
-// are added in order, then the splits, then bias and residual.
+// are added in order, then the splits, then (where x is two int8 of each value) both halves, then bias and residual.
 #pragma once
 #include "weights.cuh"
 
@@ -10,15 +10,16 @@ constexpr int SLICES = 4;
 
 struct Arguments {
   const uint4* weights;
-  const int4* x;          // [n, K] int8
+  const int4* x;          // [n, K] int8; of two halves the second is what the rounding of the first lost
   const float2* x_scales; // [n, K / 32] {d, d * sum q}
-  void* y;                // [n, rows], float or half; rows y_stride elements apart
+  void* y;                // [n / halves, rows], float or half; rows y_stride elements apart
   const float* bias;      // [rows] or null
   const void* residual;   // like y, rows residual_stride apart; or null
   float* partials;
   u32* tickets;           // one per group of 32 rows, zero before and after
   long long y_stride, residual_stride;
   int rows, n_tiles, n, y_is_half, splits;
+  int halves;             // 1, or 2 (the decode product only): y[i] = product of x[i] + product of x[n / 2 + i]
 };
 
 __device__ __forceinline__ int split_begin(const Arguments& a, int split) {

@@ -6,12 +6,14 @@
 //   quantize               x
 //   rms_norm_quantize      x (+ residual, which is replaced by the sum) * rsqrt(mean square + eps) * weight
 //   silu_mul_quantize      silu(gate) * up, x = [n, 2 * columns] with gate first
-// One CTA of 256 threads per row of x; a warp holds one block of 32 at a time. rms_norm reads its row twice: the second
-// read hits the L2 cache. Bound by launch overhead at decode sizes. No shared memory but 32 bytes for the row's sum.
+// quantize, silu: CTAs of 256 threads, a value each. rms_norm: one CTA a row, with a thread for each column up to 1024: a
+// decode step waits for its chain of loads, shuffles and divisions twice a layer, and that is as long as a thread has
+// columns. It reads its row twice, from the cache the second time. A warp holds one block of 32 at a time. No shared
+// memory but 128 bytes for the row's sum.
 #include "common.cuh"
 
 constexpr int THREADS = 256;
-constexpr int WARPS = THREADS / WARP;
+constexpr int NORM_THREADS = 1024;
 
 // low: rows between a row and the one of its second int8; 0 = there is none.
 __device__ __forceinline__ void put(float value, int column, int row, int K, signed char* q, float2* scales, int low = 0) {
@@ -45,14 +47,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 // y (same type as x; may be null) receives the normalised values; q may be null instead.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     rms_norm_quantize(const void* x, void* residual, const void* weight, void* y, signed char* q, float2* scales,
                       float eps, int x_is_half, int weight_is_half, int columns, int K, int low) {
-  __shared__ float sums[WARPS];
+  __shared__ float sums[NORM_THREADS / WARP];
   const int row = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const size_t base = static_cast<size_t>(row) * columns;
   float sum = 0.0f;
-  for (int column = threadIdx.x; column < columns; column += THREADS) {
+  for (int column = threadIdx.x; column < columns; column += blockDim.x) {
     float value = load_element(x, base + column, x_is_half);
     if (residual) {
       // Plain load: the same thread wrote it in an earlier kernel, and reads its own sum back below.
@@ -67,10 +69,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (lane == 0) sums[warp] = sum;
   __syncthreads();
   float total = 0.0f;
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) total = __fadd_rn(total, sums[w]);
+  for (int w = 0; w < blockDim.x / WARP; w++) total = __fadd_rn(total, sums[w]);
   const float factor = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fdiv_rn(total, static_cast<float>(columns)), eps)));
-  for (int column = threadIdx.x; column < K; column += THREADS) { // whole warps: K is a multiple of 32
+  for (int column = threadIdx.x; column < K; column += blockDim.x) { // whole warps: K is a multiple of 32
     float value = 0.0f;
     if (column < columns) {
       const void* source = residual ? residual : x;

@@ -14,6 +14,7 @@ from sglang_pascal.ops._call import FLOATS, address, is_half, launch, require
 from sglang_pascal.reference import quantize_ref, rms_norm_ref, silu_mul_ref
 
 _THREADS = 256
+_MOST_NORM_THREADS = 1024
 
 
 class Activations(NamedTuple):
@@ -116,16 +117,17 @@ def _rms_norm(
     if not x.is_cuda:
         _rms_norm_on_cpu(x, weight, eps, residual, output, result)
     elif n:
+        padded = tiles(columns) * TILE_COLUMNS
         launch(
             "quantize",
             "rms_norm_quantize",
-            _THREADS,
+            min(padded, _MOST_NORM_THREADS),
             "PPPPPPfiiiii",
             (n, 1, 1),
             [
                 *(x.data_ptr(), address(residual), weight.data_ptr(), address(output)),
                 *(address(result and result.q), address(result and result.scales)),
-                *(eps, is_half(x), is_half(weight), columns, tiles(columns) * TILE_COLUMNS),
+                *(eps, is_half(x), is_half(weight), columns, padded),
                 n if result is not None and len(result.q) > n else 0,
             ],
             x,

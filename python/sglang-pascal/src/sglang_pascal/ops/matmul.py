@@ -6,18 +6,16 @@ on which of the two kernels (up to 16 rows, or more) runs. float16 weights are t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 
 from sglang_pascal.kernels.driver import multiprocessors
 from sglang_pascal.kernels.formats import GROUP_ROWS
 from sglang_pascal.ops._call import FLOATS, address, is_half, launch, require
+from sglang_pascal.ops.activations import Activations
 from sglang_pascal.ops.weights import PackedWeight, dequantize
 from sglang_pascal.reference import quantized_matmul_ref
-
-if TYPE_CHECKING:
-    from sglang_pascal.ops.activations import Activations
 
 DECODE_COLUMNS: Final = 16
 """Most rows of x that the decode kernel takes; a tile kernel multiplies more."""
@@ -35,12 +33,15 @@ _TILE_COLUMNS: Final = 64
 _TILE_THREADS: Final = 128
 _TILE_CTAS_PER_MULTIPROCESSOR: Final = 2
 """What 200 registers a thread leave room for."""
+_SUM_ROWS: Final = 512
+"""Rows of a wide product that are summed in float32 at once: at most 60 MB for the widest layer of an 8B model."""
 
 
 def matmul(
     x: Activations,
     weight: PackedWeight,
     *,
+    wide: bool = False,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -48,12 +49,14 @@ def matmul(
 ) -> torch.Tensor:
     """`[n, rows]` in `dtype` (float16 or float32).
 
+    wide: x has 2n rows, as `quantize(..., wide=True)` makes them; the products of both halves are added in float32.
     bias: float32 `[rows]`. residual: like the result, added last. out: where to write; its rows may be apart (a range
     of columns of a wider matrix, when several weights make one result).
     """
-    n = x.q.shape[0]
+    n_products = x.q.shape[0]
+    n = n_products // (1 + wide)
     require("x.q", x.q, (torch.int8,), (None, weight.n_tiles * 256), weight.data)
-    require("x.scales", x.scales, (torch.float32,), (n, weight.n_tiles * 8, 2), weight.data)
+    require("x.scales", x.scales, (torch.float32,), (n_products, weight.n_tiles * 8, 2), weight.data)
     out = torch.empty(n, weight.rows, dtype=dtype, device=x.q.device) if out is None else out
     require("out", out, FLOATS, (n, weight.rows), weight.data, strided_rows=True)
     if bias is not None:
@@ -61,10 +64,15 @@ def matmul(
     if residual is not None:
         require("residual", residual, (out.dtype,), (n, weight.rows), weight.data, strided_rows=True)
     if not x.q.is_cuda:
-        return _matmul_on_cpu(x, weight, bias, residual, out)
+        return _matmul_on_cpu(x, weight, bias, residual, out, wide=wide)
     if n == 0:
         return out
-    (_decode if n <= DECODE_COLUMNS else _tile)(x, weight, bias, residual, out)
+    if n_products <= DECODE_COLUMNS:
+        _decode(x, weight, bias, residual, out, wide=wide)
+    elif wide:
+        _wide_tile(x, weight, bias, residual, out)
+    else:
+        _tile(x, weight, bias, residual, out)
     return out
 
 
@@ -74,8 +82,12 @@ def _matmul_on_cpu(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     out: torch.Tensor,
+    *,
+    wide: bool,
 ) -> torch.Tensor:
     y = quantized_matmul_ref(x.q, x.scales, dequantize(weight, torch.float32))
+    if wide:
+        y = y[: len(out)].float() + y[len(out) :].float()
     for addend in (bias, residual):
         if addend is not None:
             y = y + addend
@@ -101,17 +113,19 @@ def _arguments(
     out: torch.Tensor,
     partials: torch.Tensor,
     splits: int,
+    *,
+    wide: bool = False,
 ) -> list[int | float]:
     """The struct that both kernels take."""
     return [
         *(weight.data.data_ptr(), x.q.data_ptr(), x.scales.data_ptr(), out.data_ptr()),
         *(address(bias), address(residual), partials.data_ptr(), weight.tickets.data_ptr()),
         *(out.stride(0), 0 if residual is None else residual.stride(0)),
-        *(weight.rows, weight.n_tiles, x.q.shape[0], is_half(out), splits),
+        *(weight.rows, weight.n_tiles, x.q.shape[0], is_half(out), splits, 1 + wide),
     ]
 
 
-_LAYOUT: Final = "PPPPPPPPqqiiiii0P"
+_LAYOUT: Final = "PPPPPPPPqqiiiiii0P"
 
 
 def _decode(
@@ -120,6 +134,8 @@ def _decode(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     out: torch.Tensor,
+    *,
+    wide: bool,
 ) -> None:
     n, groups = x.q.shape[0], -(-weight.rows // GROUP_ROWS)
     width = next(width for width in _DECODE_WIDTHS if width >= n)
@@ -132,10 +148,32 @@ def _decode(
         _DECODE_THREADS,
         _LAYOUT,
         (-(-groups // rows_per_lane), splits, 1),
-        _arguments(x, weight, bias, residual, out, partials, splits),
+        _arguments(x, weight, bias, residual, out, partials, splits, wide=wide),
         out,
         f"{weight.tensor_type} [{weight.rows}, {weight.columns}], {n} rows of x",
     )
+
+
+def _wide_tile(
+    x: Activations,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """One half after the other and some rows at a time, so that the sum in float32 stays small."""
+    n = len(out)
+    for first in range(0, n, _SUM_ROWS):
+        end = min(first + _SUM_ROWS, n)
+        high, low = (
+            Activations(x.q[start + first : start + end], x.scales[start + first : start + end]) for start in (0, n)
+        )
+        total = matmul(low, weight, dtype=torch.float32)
+        matmul(high, weight, residual=total, out=total)
+        for addend in (bias, None if residual is None else residual[first:end]):
+            if addend is not None:
+                total += addend
+        out[first:end] = total
 
 
 def _tile(

@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 
 from sglang_pascal.kernels.formats import GROUP_ROWS
 from sglang_pascal.ops.activations import Activations, quantize
-from sglang_pascal.ops.matmul import DECODE_COLUMNS, matmul, matmul_half
+from sglang_pascal.ops.matmul import matmul, matmul_half
 from sglang_pascal.ops.weights import PackedWeight, dequantize, pack_into
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 CPU_CHUNK_WEIGHTS: Final = 4 * 1024 * 1024
 """Weights that are dequantised at once on the CPU: 48 MB of float32 and float64."""
-SUM_ROWS: Final = 512
-"""Rows whose result is summed in float32 before it is rounded: at most 60 MB for the widest layer of an 8B model."""
 
 
 class Input:
@@ -83,32 +81,13 @@ class PackedMatrix:
 
     def multiply(self, x: Input, out: torch.Tensor) -> None:
         """out `[n, rows]` = x `[n, columns]` x this. Rows of out may be apart."""
-        if not out.is_cuda:
-            self._multiply_on_cpu(x, out)
-        elif not x.wide:
-            matmul(x.quantized, self.weight, out=out)
-        elif x.n <= DECODE_COLUMNS // 2:
-            both = matmul(x.quantized, self.weight, dtype=torch.float32)
-            torch.add(both[: x.n], both[x.n :], out=out)
-        else:
-            self._multiply_halves(x.quantized, out)
-
-    def _multiply_halves(self, x: Activations, out: torch.Tensor) -> None:
-        """Many rows, with 16 bits: one half after the other, so that the sum in float32 stays small."""
-        n = len(out)
-        for first in range(0, n, SUM_ROWS):
-            end = min(first + SUM_ROWS, n)
-            low = Activations(x.q[n + first : n + end], x.scales[n + first : n + end])
-            high = Activations(x.q[first:end], x.scales[first:end])
-            total = matmul(low, self.weight, dtype=torch.float32)
-            out[first:end] = matmul(high, self.weight, residual=total, out=total)
-
-    def _multiply_on_cpu(self, x: Input, out: torch.Tensor) -> None:
+        if out.is_cuda:
+            matmul(x.quantized, self.weight, wide=x.wide, out=out)
+            return
         step = max(1, CPU_CHUNK_WEIGHTS // (GROUP_ROWS * self.weight.columns)) * GROUP_ROWS
         for first in range(0, self.rows, step):
             part = self.weight.row_range(first, min(step, self.rows - first))
-            product = matmul(x.quantized, part, dtype=torch.float32)
-            out[:, first : first + part.rows] = product[: x.n] + product[x.n :] if x.wide else product
+            out[:, first : first + part.rows] = matmul(x.quantized, part, wide=x.wide, dtype=torch.float32)
 
     def lookup(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows `[n]` -> `[n, columns]`, dequantised."""

@@ -297,14 +297,18 @@ def quant_table(document: dict[str, Any]) -> str:
 
 def served_table(document: dict[str, Any]) -> str:
     """Quality and speed as SGLang serves each type on a GPU, beside what llama.cpp says of the same file."""
-    rows = [["", "perplexity, llama.cpp", "perplexity, served", "tok/s, 1 request", "tok/s, 4 requests"]]
+    heads = ["bits a weight", "perplexity, llama.cpp", "perplexity, served", "KL, served, at least"]
+    rows = [["", *heads, "tok/s, 1 request", "tok/s, 4 requests"]]
     speeds = {entry["name"]: entry["summary"].get("output_throughput") for entry in document["points"]}
     for entry in document["types"]:
         if "served_perplexity" not in entry:
             continue
         found = [speeds.get(f"{entry['name']} batch {n}") for n in (1, 4)]
         cells = [f"{speed['value']:.0f} ± {speed['high'] - speed['value']:.0f}" if speed else "-" for speed in found]
-        rows.append([entry["name"], f"{entry['perplexity']:.3f}", f"{entry['served_perplexity']:.3f}", *cells])
+        # llama.cpp cannot read NF4, and the reference has no distance from itself.
+        keys = {"bits_per_weight": 2, "perplexity": 3, "served_perplexity": 3, "served_kl_least": 5}
+        quality = [f"{entry[key]:.{digits}f}" if key in entry else "-" for key, digits in keys.items()]
+        rows.append([entry["name"], *quality, *cells])
     machine = document["machine"]
     packages = machine["packages"]
     return (

@@ -5,14 +5,14 @@
 One request per row of a batch, no HTTP: what the scheduler adds is not in it. `--memory-gib` lets torch allocate no
 more, as on a smaller card. `--torch-only` serves the same file without our kernels: weights dequantised to float16,
 attention in plain torch. FLAGS are SGLang's. Times are medians; a decode step includes the choice of the next token.
-On a GPU the Triton kernels that were launched are counted by name: a Pascal card has none.
+On a GPU the Triton kernels that were launched are counted by name: a Pascal card has none. Exit code 1 where reading
+the weights took more than 1.5 GiB of the host's memory above the mapped file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 BATCHES = (1, 2, 4, 8, 16)
 DECODE_STEPS = 64
 PREFILL_TOKENS = (128, 512, 2048)
+HOST_LIMIT_BYTES = 3 * 2**29
+"""Of host memory that reading weights to a GPU may take above the mapped file."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -74,6 +76,7 @@ def main(arguments: Sequence[str]) -> int:
             "ready_seconds": round(time.monotonic() - start, 2),
             "import_seconds": round(engine.import_seconds, 2),
             "weights_seconds": round(engine.weights_seconds, 2),
+            "weights_host_bytes": engine.weights_host_bytes,
             "torch_only": args.torch_only,
             "max_total_tokens": engine.runner.max_total_num_tokens,
         }
@@ -81,11 +84,17 @@ def main(arguments: Sequence[str]) -> int:
     if on_cuda:
         results["peak_bytes"] = torch.cuda.max_memory_allocated()
         results["reserved_bytes"] = torch.cuda.max_memory_reserved()
-    results["host_peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     results["triton_launches"] = dict(launches)
     print(json.dumps(results, indent=2))
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    above = engine.weights_host_bytes - results["file_bytes"]
+    if on_cuda and above > HOST_LIMIT_BYTES:
+        sys.stderr.write(
+            f"engine_speed: error: reading the weights took {above / 2**30:.2f} GiB of host memory above the mapped "
+            f"file, must be at most {HOST_LIMIT_BYTES / 2**30:g}\n"
+        )
+        return 1
     return 0
 
 

@@ -10,11 +10,11 @@ import argparse
 import os
 import time
 from array import array
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     import torch
 
@@ -47,6 +47,8 @@ class InProcessEngine:
         self._bench = one_batch
         self.weights_seconds = 0.0
         """Of building the model and reading its weights to the device; within the time that the rest took."""
+        self.weights_host_bytes = 0
+        """Most that the process held in the host's memory meanwhile, the file's pages too, less what it held before."""
         self._measure_loading()
         self.runner: Any = one_batch.load_model(arguments, PortArgs.init_new(arguments), 0, 0)[0].torch_runner
 
@@ -57,11 +59,12 @@ class InProcessEngine:
         load = PascalGgufLoader.load_model
 
         def timed(loader: Any, **arguments: Any) -> Any:
-            start = time.monotonic()
+            start, held = time.monotonic(), _restart_peak_of_host_bytes()
             model = load(loader, **arguments)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.weights_seconds = time.monotonic() - start
+            self.weights_host_bytes = _host_bytes("VmHWM") - held
             return model
 
         PascalGgufLoader.load_model = timed
@@ -126,6 +129,18 @@ class InProcessEngine:
             request.extend_end = len(ids)
             requests.append(request)
         return requests
+
+
+def _restart_peak_of_host_bytes() -> int:
+    """Forget the process's peak (proc_pid_clear_refs(5)); what it holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _host_bytes("VmRSS")
+
+
+def _host_bytes(key: str) -> int:
+    """A size of this process, which the kernel tells in units of 1024 bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def _dequantize_by_default() -> None:

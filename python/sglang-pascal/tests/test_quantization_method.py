@@ -20,7 +20,9 @@ from sglang_pascal.checkpoint.dequantize import as_tensor
 from sglang_pascal.errors import CheckpointError, PluginError
 from sglang_pascal.quantization.config import PascalGgufConfig
 from sglang_pascal.quantization.method import QuantizedEmbeddingMethod, QuantizedLinearMethod
+from sglang_pascal.quantization import binding
 from sglang_pascal.quantization.binding import bind
+from sglang_pascal.quantization.staging import Stager
 from sglang_pascal.quantization.storage import storage_of
 from sglang_pascal.quantization.table import MatrixInfo
 
@@ -36,7 +38,7 @@ def made(parts, method=None, rows=None):
     columns = parts[0][0].columns
     rows = rows or [p[0].rows for p in parts]
     method.create_weights(layer, columns, rows, columns, sum(rows), torch.float32)
-    method.bind(layer, [p[0] for p in parts])
+    method.bind(layer, [p[0] for p in parts], Stager(method.device))
     return layer, method
 
 def error_of(call):
@@ -93,6 +95,15 @@ model = Model()
 held = bind(model, Table({"embed": [table[0][0]]}))
 model.embed.weight.weight_loader(model.embed.weight, as_tensor(table[0][1]))
 facts["adopted"] = [len(held), bool(torch.equal(model.embed(ids[None]), 8.0 * table[0][2][ids][None])), model.head is model.embed]
+
+class Layers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Embedding(300, 64) for _ in range(3))
+stagers = []
+binding.Stager = lambda device: stagers.append(device) or Stager(device)
+bind(Layers(), Table({f"layers.{n}": [table[0][0]] for n in range(3)}))
+facts["stagers"] = [str(device) for device in stagers]
 print(json.dumps(facts))
 """
 
@@ -128,6 +139,10 @@ def test_embeddings_and_logits(facts):
 
 def test_an_embedding_without_a_quantisation_gets_one(facts):
     assert facts["adopted"] == [1, True, True]
+
+
+def test_all_layers_share_the_pinned_buffers(facts):
+    assert facts["stagers"] == ["cpu"]
 
 
 @pytest.mark.parametrize(

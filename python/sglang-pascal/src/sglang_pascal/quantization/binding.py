@@ -13,6 +13,7 @@ import torch
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from sglang_pascal.quantization.method import QuantizedEmbeddingMethod, QuantizedLinearMethod
+from sglang_pascal.quantization.staging import Stager
 
 if TYPE_CHECKING:
     from sglang_pascal.quantization.table import MatrixInfo, WeightTable
@@ -20,14 +21,17 @@ if TYPE_CHECKING:
 
 def bind(model: torch.nn.Module, table: WeightTable) -> list[MatrixInfo]:
     """Allocate for every matrix that a layer will hold quantised; these matrices."""
-    held = []
+    held: list[MatrixInfo] = []
+    stager: Stager | None = None
     for name, module in model.named_modules():
         is_embedding = isinstance(module, VocabParallelEmbedding | torch.nn.Embedding)
         method = getattr(module, "quant_method", None)
         if is_embedding and name in table and not isinstance(method, QuantizedLinearMethod):
             method = _quantize_embedding(module)
         if isinstance(method, QuantizedLinearMethod):
-            method.bind(module, table.parts_of(name))
+            # One for all: with one a layer 4 GB of an 8B model stayed pinned in the host's memory.
+            stager = stager or Stager(method.device)
+            method.bind(module, table.parts_of(name), stager)
             held += method.parts
     return held
 

@@ -17,11 +17,12 @@ from sglang_pascal.ops.weights import PackedWeight
 from sglang_pascal.quantization.handover import take
 from sglang_pascal.quantization.matrix import DenseMatrix, Input, Matrix, PackedMatrix, join_adjacent
 from sglang_pascal.quantization.precision import is_wide
-from sglang_pascal.quantization.staging import Stager, out_of_memory
+from sglang_pascal.quantization.staging import out_of_memory
 from sglang_pascal.quantization.storage import aligned
 
 if TYPE_CHECKING:
     from sglang_pascal.ops.activations import Activations
+    from sglang_pascal.quantization.staging import Stager
     from sglang_pascal.quantization.table import MatrixInfo
 
 
@@ -60,8 +61,16 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
         self._columns, self._rows, self._dtype = input_size, output_partition_sizes, params_dtype
         self._device = torch.get_default_device()
 
-    def bind(self, layer: torch.nn.Module, parts: list[MatrixInfo]) -> None:
-        """Allocate for these matrices of the file, in row order, and give the layer its parameter."""
+    @property
+    def device(self) -> torch.device:
+        """Where the matrices are held."""
+        return self._device
+
+    def bind(self, layer: torch.nn.Module, parts: list[MatrixInfo], stager: Stager) -> None:
+        """Allocate for these matrices of the file, in row order, and give the layer its parameter.
+
+        stager: brings the rows to `device`, for all layers of a model: its buffers are pinned host memory.
+        """
         self._check_shapes(parts)
         self.parts, self._missing = parts, {part.shard_id for part in parts}
         sizes = [aligned(part.storage.n_bytes(part.rows, part.columns)) for part in parts]
@@ -71,7 +80,7 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
         for part, data in zip(parts, torch.split(weight.data, sizes), strict=True):
             self._matrices[part.shard_id] = _matrix(part, data)
         self._products = join_adjacent(list(self._matrices.values()))
-        self._stager = Stager(self._device)
+        self._stager = stager
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """SGLang's hook: every matrix must have come."""

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from gguf.constants import GGMLQuantizationType
 from sglang_pascal.checkpoint import prepare as module
 from sglang_pascal.checkpoint.prepare import open_prepared, prepare, read_manifest
 from sglang_pascal.errors import CheckpointError, StorageError
@@ -87,6 +88,18 @@ def test_another_checksum_is_refused_and_nothing_is_made(gguf, tmp_path):
         prepare(gguf, tmp_path / "out", sha256="00" * 32)
     found = hashlib.sha256(gguf.read_bytes()).hexdigest()
     assert str(error.value) == f'"{gguf}" has sha256 {found}, expected {"00" * 32}; copy or download it again'
+    assert names(tmp_path) == {"model.gguf"}
+
+
+@pytest.mark.parametrize("name", ["blk.1.ffn_up.weight", "output_norm.weight"])
+def test_a_type_without_weights_is_refused_before_sglang_starts(gguf, tmp_path, name):
+    data, key = bytearray(gguf.read_bytes()), name.encode()
+    dimensions = data.index(key) + len(key)
+    at = dimensions + 4 + 8 * int.from_bytes(data[dimensions : dimensions + 4], "little")
+    data[at : at + 4] = GGMLQuantizationType.I8.to_bytes(4, "little")
+    gguf.write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf'^tensor "{name}" of shape .* has type I8, which holds no weights; '):
+        prepare(gguf, tmp_path / "out")
     assert names(tmp_path) == {"model.gguf"}
 
 

@@ -68,6 +68,16 @@ def test_a_type_that_holds_no_weights_is_refused():
     )
 
 
+@pytest.mark.parametrize("tensor_type", GGMLQuantizationType, ids=lambda tensor_type: tensor_type.name)
+def test_every_type_is_decoded_or_refused(tensor_type):
+    block, block_bytes = GGML_QUANT_SIZES[tensor_type]
+    try:
+        storage_of(tensor_type, "t", (2, block))
+    except CheckpointError:
+        return
+    assert dequantize(np.zeros((2, block_bytes), dtype=np.uint8), tensor_type).shape == (2, block)
+
+
 @pytest.fixture(scope="module")
 def table(build_model, tmp_path_factory):
     path = tmp_path_factory.mktemp("table") / "m.gguf"

@@ -22,6 +22,7 @@ from sglang_pascal.checkpoint.config import generation_config, model_config
 from sglang_pascal.checkpoint.gguf_file import GgufFile
 from sglang_pascal.checkpoint.tokenizer import tokenizer_config, write_tokenizer
 from sglang_pascal.errors import CheckpointError, StorageError
+from sglang_pascal.quantization.storage import storage_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -101,8 +102,9 @@ def open_prepared(folder: Path) -> GgufFile:
 def write_folder(file: GgufFile, manifest: Manifest, folder: Path) -> None:
     """Write all files of a prepared folder into an existing one."""
     arch = architecture_of(file.metadata.get("general.architecture"))
-    for name in file.tensors:  # an unsupported variant is refused here, not when SGLang has half started
-        arch.hf_name(name)
+    for name, info in file.tensors.items():  # refused here, not when SGLang has half started
+        if arch.hf_name(name) is not None:
+            storage_of(info.tensor_type, name, info.shape)
     _write_json(folder / "config.json", model_config(file))
     _write_json(folder / "generation_config.json", generation_config(file))
     write_tokenizer(file.metadata, folder)

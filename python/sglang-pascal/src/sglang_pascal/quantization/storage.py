@@ -23,8 +23,10 @@ LOSSLESS: Final = {"Q5_0": "Q8_0", "IQ4_NL": "Q8_0", "Q3_K": "Q6_K"}
 Q5_0, IQ4_NL: a scale and integers of at most 8 bits per 32 weights. Q3_K: a scale and 6-bit scales per 16 weights of 3
 bits, where Q6_K has 8-bit scales and 6 bits.
 """
-_UNSUPPORTED: Final = ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
-"""Types that are no weights, or that only hold intermediate results."""
+_UNSUPPORTED: Final = dict.fromkeys(("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"), "holds no weights") | {
+    "Q1_0": "the gguf package cannot decode"
+}
+"""Types that are no weights or only hold intermediate results, and one that can be named but not read; and why."""
 ALIGNMENT: Final = 64
 """Bytes that each matrix starts at a multiple of. Every type's tiles are multiples of it: quantised matrices of a layer
 leave no gap between them."""
@@ -69,7 +71,7 @@ def storage_of(tensor_type: GGMLQuantizationType, name: str, shape: tuple[int, .
     if kind in _UNSUPPORTED:
         native = ", ".join(FORMATS)
         raise CheckpointError(
-            f'tensor "{name}" of shape {list(shape)} has type {kind}, which holds no weights; '
+            f'tensor "{name}" of shape {list(shape)} has type {kind}, which {_UNSUPPORTED[kind]}; '
             f"quantise the model to one of {native}"
         )
     return Storage(kind, DENSE)

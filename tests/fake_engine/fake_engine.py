@@ -2,7 +2,7 @@
 """Stands for the interpreter that runs SGLang: a real process with SGLang's command line, HTTP interface, output and faults.
 
     fake_engine.py -m sglang.launch_server --model-path DIR --port PORT …    serves; unknown flags are ignored
-    fake_engine.py -m sglang_pascal prepare FILE FOLDER --sha256 HEX         makes a folder that it serves from
+    fake_engine.py -m sglang_pascal prepare FILE FOLDER --known-sha256 HEX   makes a folder that it serves from
 
 Standard library only, so that it runs in a virtual machine with nothing but Python. As in SGLang a worker process
 computes and dies with the server, SIGTERM drains, `/metrics` has the series that dashboards and supervisor read, prompts
@@ -742,7 +742,7 @@ def prepare(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="sglang_pascal prepare")
     parser.add_argument("gguf", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--sha256", default="")
+    parser.add_argument("--known-sha256", default="")
     arguments, faults = parser.parse_args(argv), faults_of_environment()
     time.sleep(faults.prepare_seconds)
     if faults.prepare_error:
@@ -752,7 +752,7 @@ def prepare(argv: list[str]) -> int:
     staging = Path(tempfile.mkdtemp(prefix=f".{arguments.folder.name}.", dir=arguments.folder.parent))
     manifest = {
         "gguf": str(arguments.gguf),
-        "sha256": arguments.sha256,
+        "sha256": arguments.known_sha256,
         "size": arguments.gguf.stat().st_size,
         "format": 1,
     }

@@ -213,7 +213,8 @@ class TestPrepare:
     def test_the_folder_is_made_once(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         given = settings(cache_dir=tmp_path / "cache")
         prepared = store.prepare(given, model, sha256(model))
-        assert json.loads((prepared / "pascal.json").read_text())["gguf"] == str(model)
+        manifest = json.loads((prepared / "pascal.json").read_text())
+        assert (manifest["gguf"], manifest["sha256"]) == (str(model), sha256(model))
         monkeypatch.setenv("FAKE_ENGINE_FAULTS", "prepare_error=3")
         assert store.prepare(given, model, sha256(model)) == prepared
 

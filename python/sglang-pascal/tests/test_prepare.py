@@ -207,6 +207,10 @@ class TestCommand:
         assert (done.returncode, done.stderr) == (0, "")
         assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "pascal.json").read_text())
 
+    def test_a_checksum_that_is_known_is_not_computed_again(self, gguf, tmp_path):
+        done = self.run("prepare", gguf, tmp_path / "out", "--known-sha256", "ab" * 32, "--json")
+        assert json.loads(done.stdout)["sha256"] == "ab" * 32
+
     def test_a_bad_file_ends_with_3_and_one_line(self, tmp_path):
         done = self.run("prepare", tmp_path / "none.gguf", tmp_path / "out")
         assert (done.returncode, done.stdout) == (3, "")

@@ -26,14 +26,17 @@ EXIT_CODES = """exit codes:
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("gguf", metavar="FILE.gguf", type=Path, help="the model")
     parser.add_argument("folder", metavar="OUT_DIR", type=Path, help="folder to make; no weights are copied into it")
-    parser.add_argument("--sha256", metavar="HEX", help="refuse a file with another checksum")
+    checksum = parser.add_mutually_exclusive_group()
+    checksum.add_argument("--sha256", metavar="HEX", help="refuse a file with another checksum")
+    checksum.add_argument("--known-sha256", metavar="HEX", help="its checksum, computed already: not computed again")
     parser.add_argument("--json", action="store_true", help="print the folder's pascal.json")
 
 
 def _run_prepare(args: argparse.Namespace) -> int:
     from sglang_pascal.checkpoint.prepare import prepare
 
-    manifest = prepare(args.gguf, args.folder, sha256=args.sha256, on_progress=_progress_printer())
+    checksums = {"sha256": args.sha256, "known_sha256": args.known_sha256}
+    manifest = prepare(args.gguf, args.folder, **checksums, on_progress=_progress_printer())
     if args.json:
         import json
 

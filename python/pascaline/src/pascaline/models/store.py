@@ -190,7 +190,7 @@ def _run_prepare(settings: Settings, path: Path, digest: str, folder: Path) -> N
     python = str(settings.engine_executable or sys.executable)
     if shutil.which(python) is None:
         raise MissingError(f"engine_executable: {python} is not a program, must be a Python that can import sglang")
-    command = with_parent(python, "-m", "sglang_pascal", "prepare", str(path), str(folder), "--sha256", digest)
+    command = with_parent(python, "-m", "sglang_pascal", "prepare", str(path), str(folder), "--known-sha256", digest)
     result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if result.returncode:
         raise _prepare_error(result, python)

@@ -52,16 +52,22 @@ class Manifest:
 
 
 def prepare(
-    gguf: Path, folder: Path, *, sha256: str | None = None, on_progress: Callable[[int, int], None] | None = None
+    gguf: Path,
+    folder: Path,
+    *,
+    sha256: str | None = None,
+    known_sha256: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     """Make the folder; an existing one that was made from the same file is kept.
 
     sha256: what the file must have, in hexadecimal; None = compute it only.
+    known_sha256: what the caller has computed of it already; the file is not read for it again.
     on_progress: called with (bytes hashed, bytes in all).
     """
     gguf, folder = gguf.absolute(), folder.absolute()
     file = GgufFile(gguf)
-    manifest = _manifest(file, _checked_sha256(gguf, sha256, on_progress))
+    manifest = _manifest(file, known_sha256 or _checked_sha256(gguf, sha256, on_progress))
     if folder.exists() and not _is_replaceable(folder):
         raise StorageError(f'"{folder}" exists and was not made by this command; name another folder or remove it')
     with _atomic_folder(folder) as staging:

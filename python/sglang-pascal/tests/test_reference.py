@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -9,10 +11,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang_pascal import reference
 from sglang_pascal.kernels.formats import FORMATS
 from sglang_pascal.reference import (
+    argmax_ref,
     attention_ref,
     dequantize_ref,
+    half_matmul_ref,
     quantize_kv_ref,
     quantize_ref,
     quantized_matmul_ref,
@@ -26,6 +31,45 @@ from sglang_pascal.reference import (
 from sglang_pascal.selftest import extreme_blocks, random_blocks
 
 TYPES = sorted(FORMATS)
+DOCUMENT = Path(__file__).parents[3] / "docs" / "kernels.md"
+REFERENCES = {
+    "repack": ["repack_ref"],
+    "unrepack": ["unrepack_ref"],
+    "dequantize": ["dequantize_ref"],
+    "decode_matmul": ["quantized_matmul_ref"],
+    "tile_matmul": ["quantized_matmul_ref"],
+    "half_matmul": ["half_matmul_ref"],
+    "attention_decode": ["attention_ref", "read_pool_ref"],
+    "attention_prefill": ["attention_ref", "read_pool_ref"],
+    "attention_combine": ["attention_ref", "quantize_ref"],
+    "rope_and_store": ["rms_norm_ref", "rope_ref", "quantize_kv_ref"],
+    "rms_norm_quantize": ["rms_norm_ref", "quantize_ref"],
+    "silu_mul_quantize": ["silu_mul_ref", "quantize_ref"],
+    "quantize": ["quantize_ref"],
+    "top_k_top_p_filter": ["top_k_top_p_filter_ref"],
+    "argmax": ["argmax_ref"],
+}
+"""Kernel, without its type and width -> what it computes, in this order."""
+
+
+def test_every_kernel_has_a_reference():
+    """The document's table is the compiler's, by another test; probes measure the card and compute nothing."""
+    rows = [line.split("|")[1].strip() for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")]
+    kernels = {row for row in rows if any(row == name or row.startswith(f"{name}_") for name in REFERENCES)}
+    others = {row for row in rows if "_" in row and not row.startswith("probe_") and " " not in row} - kernels
+    assert {other for other in others if other not in FORMATS} == set()
+    assert {name for name in REFERENCES if not any(kernel.startswith(name) for kernel in kernels)} == set()
+    assert [name for names in REFERENCES.values() for name in names if not hasattr(reference, name)] == []
+
+
+def test_float16_products_are_those_of_the_same_numbers_in_double():
+    x, weights = torch.randn(3, 200).half(), torch.randn(7, 200).half()
+    torch.testing.assert_close(half_matmul_ref(x, weights).double(), x.double() @ weights.double().T, rtol=0, atol=1e-4)
+
+
+def test_the_largest_is_the_first_of_equals_and_a_nan_if_there_is_one():
+    logits = torch.tensor([[1.0, 3.0, 3.0], [torch.inf, torch.nan, 0.0], [-torch.inf] * 3])
+    assert argmax_ref(logits).tolist() == [1, 1, 0]
 
 
 @pytest.mark.parametrize("tensor_type", TYPES)

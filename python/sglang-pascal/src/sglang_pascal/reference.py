@@ -1,7 +1,8 @@
-"""Plain torch for every kernel: same name and `_ref`, on CPU and CUDA. The definition that the kernels are tested
-against, and what the operations of `ops` compute for tensors on the CPU.
+"""Plain torch for what every kernel computes, on CPU and CUDA. The definition that the kernels are tested against, and
+what the operations of `ops` compute for tensors on the CPU.
 
-Weights are dequantised as the GGUF specification of each type says, in float32; products and attention in float64.
+Weights are dequantised as the GGUF specification of each type says, in float32; products with them and attention are
+in float64, products with float16 weights in float32.
 """
 
 from __future__ import annotations
@@ -185,6 +186,11 @@ def quantized_matmul_ref(q: torch.Tensor, scales: torch.Tensor, weights: torch.T
     return x[:, : weights.shape[1]] @ weights.double().T
 
 
+def half_matmul_ref(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """x `[n, columns]` x weights `[rows, columns]` -> float32 `[n, rows]`."""
+    return x.float() @ weights.float().T
+
+
 # ---- KV pool -------------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +252,11 @@ def attention_ref(
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------------
+
+
+def argmax_ref(logits: torch.Tensor) -> torch.Tensor:
+    """Index of the largest of each row `[n, vocabulary]`: the first of equals; a NaN counts as the largest."""
+    return logits.argmax(-1)
 
 
 def top_k_top_p_filter_ref(

@@ -33,6 +33,7 @@ from sglang_pascal.ops.matmul import matmul, matmul_half
 from sglang_pascal.ops.sampling import argmax, top_k_top_p_filter_
 from sglang_pascal.ops.weights import dequantize, pack, unpack
 from sglang_pascal.reference import (
+    argmax_ref,
     attention_ref,
     dequantize_ref,
     quantize_kv_ref,
@@ -546,7 +547,7 @@ def _argmax(device: torch.device) -> float:
         logits[2] = 3.5
         logits[3, vocabulary // 2] = torch.nan
         logits[4, vocabulary - 1] = torch.inf
-        errors.append(_same_bits(argmax(logits.to(device)), logits.argmax(-1)))
+        errors.append(_same_bits(argmax(logits.to(device)), argmax_ref(logits)))
     return max(errors)
 
 

@@ -15,7 +15,7 @@ from sglang_pascal.kernels.formats import GROUP_ROWS
 from sglang_pascal.ops._call import FLOATS, address, is_half, launch, require
 from sglang_pascal.ops.activations import Activations
 from sglang_pascal.ops.weights import PackedWeight, dequantize
-from sglang_pascal.reference import quantized_matmul_ref
+from sglang_pascal.reference import half_matmul_ref, quantized_matmul_ref
 
 DECODE_COLUMNS: Final = 16
 """Most rows of x that the decode kernel takes; a tile kernel multiplies more."""
@@ -55,7 +55,7 @@ def matmul(
     """
     n_products = x.q.shape[0]
     n = n_products // (1 + wide)
-    require("x.q", x.q, (torch.int8,), (None, weight.n_tiles * 256), weight.data)
+    require("x.q", x.q, (torch.int8,), (2 * n if wide else None, weight.n_tiles * 256), weight.data)
     require("x.scales", x.scales, (torch.float32,), (n_products, weight.n_tiles * 8, 2), weight.data)
     out = torch.empty(n, weight.rows, dtype=dtype, device=x.q.device) if out is None else out
     require("out", out, FLOATS, (n, weight.rows), weight.data, strided_rows=True)
@@ -217,7 +217,7 @@ def matmul_half(
     if bias is not None:
         require("bias", bias, (torch.float32,), (weight.shape[0],), x)
     if not x.is_cuda or n > DECODE_COLUMNS or columns % _HALVES_PER_LOAD:
-        y = x.float() @ weight.float().T if not x.is_cuda else x @ weight.T
+        y = x @ weight.T if x.is_cuda else half_matmul_ref(x, weight)
         return out.copy_(y if bias is None else y + bias)
     if n:
         width = next(width for width in _DECODE_WIDTHS if width >= n)

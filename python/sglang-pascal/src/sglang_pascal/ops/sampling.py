@@ -7,7 +7,7 @@ from typing import Final
 import torch
 
 from sglang_pascal.ops._call import FLOATS, address, is_half, launch, require
-from sglang_pascal.reference import top_k_top_p_filter_ref
+from sglang_pascal.reference import argmax_ref, top_k_top_p_filter_ref
 
 _THREADS: Final = 1024
 
@@ -16,7 +16,7 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     """Index of the largest logit of each row, int64 `[n]`: the first of equals; a NaN counts as the largest."""
     require("logits", logits, FLOATS, (None, None), logits)
     if not logits.is_cuda:
-        return logits.argmax(-1)
+        return argmax_ref(logits)
     out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if logits.shape[0]:
         arguments: list[int | float] = [logits.data_ptr(), out.data_ptr(), is_half(logits), logits.shape[1]]

@@ -114,6 +114,11 @@ class TestDoors:
             matmul(quantize(torch.zeros(2, 512)), weight)
         assert str(caught.value) == "x.q has shape [2, 512], must be [any, 256]"
 
+    def test_an_odd_number_of_halves(self, weight):
+        with pytest.raises(OperationError) as caught:
+            matmul(quantize(torch.zeros(5, 256)), weight, wide=True)
+        assert str(caught.value) == "x.q has shape [5, 256], must be [4, 256]"
+
     def test_bias_and_residual(self, weight):
         x = quantize(torch.zeros(2, 256))
         with pytest.raises(OperationError, match=r"^bias has shape \[39\], must be \[40\]$"):
@@ -135,12 +140,15 @@ class TestDoors:
             "(SGLang's --attention-backend), which takes any, more slowly"
         )
 
-    def test_a_pool_of_a_type_without_kernels(self):
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_a_pool_of_a_type_without_kernels(self, dtype):
+        """SGLang has no fp16 to choose: a pool of float16 is that of a model in float16."""
         with pytest.raises(OperationError) as caught:
-            _ = KvPool(torch.zeros(4, 1, 64).bfloat16(), torch.zeros(4, 1, 64).bfloat16()).kind
+            _ = KvPool(torch.zeros(4, 1, 64, dtype=dtype), torch.zeros(4, 1, 64, dtype=dtype)).kind
         assert str(caught.value) == (
-            "no attention kernel for a KV cache of bfloat16, must be float16, float8_e5m2 or int8; "
-            "choose kv_cache.dtype (SGLang's --kv-cache-dtype) fp16, fp8_e5m2 or int8"
+            f"no attention kernel for a KV cache of {str(dtype).removeprefix('torch.')}, must be float16, float8_e5m2 "
+            "or int8; choose kv_cache.dtype (SGLang's --kv-cache-dtype) auto with dtype (--dtype) float16, or fp8_e5m2, "
+            "or int8"
         )
 
     def test_scales_belong_to_int8_pools_only(self):

@@ -44,8 +44,8 @@ class KvPool:
         if self.keys.dtype not in kinds:
             dtype = str(self.keys.dtype).removeprefix("torch.")
             raise OperationError(
-                f"no attention kernel for a KV cache of {dtype}, must be float16, float8_e5m2 or int8; "
-                "choose kv_cache.dtype (SGLang's --kv-cache-dtype) fp16, fp8_e5m2 or int8"
+                f"no attention kernel for a KV cache of {dtype}, must be float16, float8_e5m2 or int8; choose "
+                "kv_cache.dtype (SGLang's --kv-cache-dtype) auto with dtype (--dtype) float16, or fp8_e5m2, or int8"
             )
         return kinds[self.keys.dtype]
 

@@ -274,7 +274,8 @@ def _not_a_number(device: torch.device) -> float:
 
 _MATRICES: Final = ((1, 256), (33, 768), (130, 1280), (320, 4608), (64, 14336))
 """Rows and columns: fewer tiles than slices, a last tile row, K in splits, and the widest layer of an 8B model."""
-_WIDTHS: Final = (1, 2, 3, 5, 8, 11, 16, 17, 64, 65, 150)
+_WIDTHS: Final = (1, 2, 3, 4, 5, 6, 8, 10, 11, 16, 17, 64, 65, 150)
+"""Even ones are multiplied as both int8 of half as many rows too, in kernels of that width and of a wider one."""
 
 
 def _product(device: torch.device, tensor_type: str, rows: int, columns: int) -> float:
@@ -477,12 +478,15 @@ def _decode(device: torch.device, kind: str, head_dim: int) -> float:
             expected = _expected(query, pool, sequences, [1] * len(sequences), head_dim, window, soft_cap)
             again = attend(query.to(device), pool, sequences)
             activations = attend(query.to(device), pool, sequences, quantized=True)
+            both = attend(query.to(device), pool, sequences, quantized=True, wide=True)
             assert isinstance(activations, Activations)
+            assert isinstance(both, Activations)
             assert isinstance(again, torch.Tensor)
             errors += [
                 _share(out, expected.flatten(1), ATTENTION_LIMIT * 4),
                 _same_bits(out, again),
                 _activation_error(activations, quantize_ref(out.cpu()), exact=True),
+                _wide_error(both, out.cpu()),
             ]
     return max(errors)
 

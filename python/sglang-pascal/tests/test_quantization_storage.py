@@ -14,6 +14,7 @@ from sglang_pascal.kernels.formats import FORMATS
 from sglang_pascal.quantization.convert import to_lossless
 from sglang_pascal.quantization.storage import ALIGNMENT, DENSE, LOSSLESS, aligned, storage_of
 from sglang_pascal.quantization.table import WeightTable, summary
+from support.models import SHAPES, tensor_shapes, tensor_types
 
 SCALE_OFFSET = {"Q5_0": 0, "IQ4_NL": 0, "Q3_K": 108}
 
@@ -45,6 +46,24 @@ def test_types_with_kernels_are_held_as_they_are_in_at_most_the_bytes_of_the_fil
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     assert (storage.held, storage.how) == (kind, "native")
     assert storage.n_bytes(4096, 4096) == 4096 * 4096 // block * block_bytes
+
+
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "qwen2.5-7b", "qwen3-4b"])
+def test_a_model_takes_as_many_bytes_as_its_matrices_in_the_file(model):
+    in_file = held = 0
+    types = tensor_types(SHAPES[model], "Q4_K_M")
+    for name, size in tensor_shapes(SHAPES[model]).items():
+        if len(size) == 2:
+            tensor_type = GGMLQuantizationType[types[name]]
+            block, block_bytes = GGML_QUANT_SIZES[tensor_type]
+            in_file += size[0] * size[1] // block * block_bytes
+            held += aligned(storage_of(tensor_type, name, size).n_bytes(*size))
+    assert held == in_file
+
+
+def test_columns_are_padded_to_256_which_only_32_wide_types_can_need():
+    """SmolLM2-135M has 576."""
+    assert storage_of(GGMLQuantizationType.Q4_1, "t", (1536, 576)).n_bytes(1536, 576) == 1536 * 768 // 32 * 20
 
 
 def test_matrices_of_one_layer_leave_no_gap():

@@ -185,6 +185,20 @@ def test_what_else_differs_is_said_above_the_table(tmp_path: Path) -> None:
     assert comparison_table(compare(first, second)).splitlines()[0] == "not alike: driver: 580.1 and 535.2"
 
 
+def test_other_requests_under_the_same_name_are_said_above_the_table(tmp_path: Path) -> None:
+    """`batch 1` of short prompts and of long ones differ by their load, not by what was measured."""
+    first, second = document_of(tmp_path / "a", 10.0, 10.1), document_of(tmp_path / "b", 5.0, 5.1)
+    second["experiment"] = json.loads(json.dumps(second["experiment"]))
+    second["experiment"]["points"][0] |= {"prompt_tokens": "2048", "arrival": "fixed"}
+    second["instance"] = second["instance"] | {"settings": {"kv_cache.dtype": "int8"}}
+    assert compare(first, second)["unlike"] == [
+        "settings given: None and {'kv_cache.dtype': 'int8'}",
+        "prompt tokens: 128 and 2048 (batch 1)",
+        "arrival: poisson and fixed (batch 1)",
+    ]
+    assert compare(first, first)["unlike"] == []
+
+
 def test_results_without_a_common_point_or_kind_are_not_compared(tmp_path: Path) -> None:
     first = results_in(tmp_path / "a", ("batch 1", 10.0)).document
     second = results_in(tmp_path / "b", ("batch 4", 10.0)).document

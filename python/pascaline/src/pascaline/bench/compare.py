@@ -27,6 +27,8 @@ COMPARED = (
     "power_watts",
     "tokens_per_joule",
 )
+LOAD = ("prompt_tokens", "output_tokens", "requests", "arrival")
+"""Fields of experiment.Point that decide what is sent besides the point's place on its axis."""
 
 
 def compare(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +50,8 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         )
     rows = [row for name in names for row in _rows(name, summaries[0][name], summaries[1][name])]
     _judge(rows)
-    return {"confidence": CONFIDENCE, "unlike": _unlike(first, second), "rows": rows}
+    unlike = [*_unlike(first, second), *_unlike_loads(first, second, names)]
+    return {"confidence": CONFIDENCE, "unlike": unlike, "rows": rows}
 
 
 def comparison_table(differences: dict[str, Any]) -> str:
@@ -103,6 +106,7 @@ def _unlike(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
         ("engine", ("instance", "server", "engine")),
         ("engine version", ("instance", "server", "engine_version")),
         ("engine settings", ("instance", "server", "settings")),
+        ("settings given", ("instance", "settings")),
         ("GPUs", ("machine", "gpus")),
         ("CPU", ("machine", "cpu")),
         ("driver", ("machine", "driver")),
@@ -113,6 +117,23 @@ def _unlike(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
         if a != b:
             found.append(f"{words}: {a} and {b}")
     return found
+
+
+def _unlike_loads(first: dict[str, Any], second: dict[str, Any], names: list[str]) -> list[str]:
+    """Say where requests of the same point differ: a point's name tells how many there were at once, not how long."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        a, b = _load_of(first, name), _load_of(second, name)
+        for key in LOAD:
+            if a.get(key) != b.get(key):
+                found.setdefault(f"{key.replace('_', ' ')}: {a.get(key)} and {b.get(key)}", []).append(name)
+    return [f"{words} ({', '.join(points)})" for words, points in found.items()]
+
+
+def _load_of(document: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the experiment's point of that name; bench quant puts the type of the weights before it."""
+    points: list[dict[str, Any]] = document["experiment"]["points"]
+    return next((point for point in points if name == point["name"] or name.endswith(f" {point['name']}")), {})
 
 
 def _lookup(document: Any, path: tuple[str, ...]) -> Any:

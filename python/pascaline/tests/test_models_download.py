@@ -253,9 +253,33 @@ class TestFailures:
             fetch(site, partial)
         assert str(caught.value) == (
             f"failed to download {site.url}: the server answered 503 Service Unavailable (5 times); "
-            "what was fetched is kept, the same command goes on from there"
+            "nothing was fetched, try again later"
         )
         assert len(site.requests) == download.MAX_FAILURES
+
+    @pytest.mark.parametrize(
+        ("etag", "then", "prospect"),
+        [
+            ('"one"', "cut 0", "what was fetched is kept, the same command goes on from there"),
+            (
+                "",
+                "cut 300000",
+                "the server names no version to go on with (ETag, Last-Modified, length), the same command begins anew",
+            ),
+        ],
+    )
+    def test_what_the_same_command_will_do_is_true(
+        self, site: Site, partial: Path, etag: str, then: str, prospect: str
+    ) -> None:
+        """Going on is promised only where the next command will."""
+        site.etag, site.faults[:] = etag, ["cut 300000", *[then] * 99]
+        with pytest.raises(ModelError) as caught:
+            fetch(site, partial)
+        assert str(caught.value).endswith(f" (5 times); {prospect}")
+        site.faults.clear()
+        site.requests.clear()
+        assert fetch(site, partial) == DIGEST
+        assert (site.ranges == ["whole"]) == ("begins anew" in prospect)
 
     def test_progress_renews_patience(self, site: Site, partial: Path) -> None:
         """A line that breaks every few hundred kilobytes still gets the file, however often."""
@@ -285,7 +309,7 @@ class TestFailures:
             Download("http://user:password@127.0.0.1:9/m.gguf?sig=x", partial, sleep=lambda _: None).fetch()
         assert str(caught.value) == (
             "failed to download http://127.0.0.1:9/m.gguf: [Errno 111] Connection refused (5 times); "
-            "what was fetched is kept, the same command goes on from there"
+            "nothing was fetched, try again later"
         )
 
     def test_redirects_without_end(self, site: Site, partial: Path) -> None:

@@ -108,8 +108,7 @@ class Download:
                     failures = 1 if self._done > before else failures + 1
                     if failures >= MAX_FAILURES:
                         raise ModelError(
-                            f"failed to download {shown_url(self._url)}: {error} ({failures} times); "
-                            "what was fetched is kept, the same command goes on from there"
+                            f"failed to download {shown_url(self._url)}: {error} ({failures} times); {self._prospect}"
                         ) from error
                     self._sleep(min(error.pause or 2.0 ** (failures - 1), MAX_PAUSE_SECONDS))
                 except OSError as error:
@@ -118,6 +117,15 @@ class Download:
                 else:
                     self._note.unlink(missing_ok=True)
                     return self._digest.hexdigest()
+
+    @property
+    def _prospect(self) -> str:
+        """What the same command will do after this one gave up."""
+        if not self._done:
+            return "nothing was fetched, try again later"
+        if self._version and self._version.validator and self._version.size is not None:
+            return "what was fetched is kept, the same command goes on from there"
+        return "the server names no version to go on with (ETag, Last-Modified, length), the same command begins anew"
 
     def _take_up(self) -> None:
         """Go on from what an earlier process left, if it can be proved to be a part of the file."""

@@ -13,7 +13,7 @@ from pascaline.doctor import examine
 from pascaline.doctor.checks import ALL_CHECKS
 from pascaline.doctor.checks.cases import CASES
 from pascaline.doctor.collect import Question, collect
-from pascaline.doctor.report import redact, to_json, to_text, write_report
+from pascaline.doctor.report import redact, to_json, to_text, user_names, write_report
 from pascaline.doctor.verdicts import Finding, Verdict
 from support.hosts import recorded_host
 
@@ -142,6 +142,17 @@ class TestOutput:
         assert "CUDA_VISIBLE_DEVICES=0" in text
         assert '"context_length": 4096' in text
 
+    def test_values_of_variables_that_are_none_of_the_engines_stay_out(self, tmp_path: Path) -> None:
+        """No pattern finds a secret in DB_URL or DSN; that such a variable is set is told."""
+        machine = recorded_host(tmp_path / "host", {})
+        environment = {"DSN": "correct horse", "CUDA_CACHE_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+        machine.environment = environment
+        findings = examine(collect(machine, Question("emily.toml")))
+        write_report(tmp_path / "report.txt", findings, machine.transcript)
+        text = (tmp_path / "report.txt").read_text()
+        assert "horse" not in text
+        assert "CUDA_CACHE_DISABLE=1\nHF_HUB_OFFLINE=1\n(set, and not the engine's: DSN)\n" in text
+
 
 class TestRedact:
     @pytest.mark.parametrize(
@@ -160,8 +171,36 @@ class TestRedact:
             ("node7 said node71", "(host) said node71"),
             ("/srv/carol/model", "~/model"),
             ("libkeyutils.so.1 (libc6)", "libkeyutils.so.1 (libc6)"),
+            ("nas.corp.example:/models /srv/models nfs4 ro", "(host):/models /srv/models nfs4 ro"),
+            (
+                "//nas/models /srv/models cifs ro,username=bob 0 0",
+                "//(host)/models /srv/models cifs ro,username=(user) 0 0",
+            ),
+            ("/dev/vda /srv/models ext4 rw", "/dev/vda /srv/models ext4 rw"),
+            ("MYSQL_PWD=abc PASSPHRASE=abc GH_PAT=abc", "MYSQL_PWD=(secret) PASSPHRASE=(secret) GH_PAT=(secret)"),
+            ("CACHE_PATH=/tmp PWD=/tmp", "CACHE_PATH=/tmp PWD=/tmp"),
+            ("Authorization: Basic dXNlcjpw", "Authorization: Basic (secret)"),
+            ("github_pat_11ABCDEFG0 AKIAIOSFODNN7EXAMPLE", "(secret) (secret)"),
+            ("0: 0100007F:7530 0702A8C0:01BB 0A", "0: 0100007F:7530 (address):01BB 0A"),
+            ("0: 00000000000000000000000001000000:7530", "0: 00000000000000000000000001000000:7530"),
+            ("0: 000080FE00000000FF1F0002785634FE:0016", "0: (address):0016"),
+            (
+                "USER=carol uid=1000(carol) /media/carol/x carolina",
+                "USER=(user) uid=1000((user)) /media/(user)/x carolina",
+            ),
         ],
     )
     def test_rules(self, text: str, expected: str) -> None:
         """Each kind of secret goes, and what only looks like one stays."""
-        assert redact(text, host_name="node7", home="/srv/carol") == expected
+        assert redact(text, host_name="node7", home="/srv/carol", users=["carol"]) == expected
+
+    def test_a_full_host_name_goes_and_its_first_part_too(self) -> None:
+        """The kernel's log and the journal write `node7` where the host calls itself node7.example.org."""
+        text = redact("node7.example.org says\nNov 26 node7 kernel: x", host_name="node7.example.org", users=[])
+        assert text == "(host) says\nNov 26 (host) kernel: x"
+
+    def test_the_person_is_known_behind_sudo_and_accounts_of_the_system_are_nobody(self) -> None:
+        """`sudo pascaline doctor --report` is the usual way to a report."""
+        names = user_names({"USER": "root", "LOGNAME": "daemon", "SUDO_USER": "a-person-of-no-passwd"})
+        assert "a-person-of-no-passwd" in names
+        assert not {"root", "daemon"} & set(names)

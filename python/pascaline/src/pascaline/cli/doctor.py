@@ -123,7 +123,8 @@ and a remedy: a NixOS option where the host is NixOS, else a command. This page 
 
 The exit code is the worst verdict's. Without `--all` only `info` and worse are printed, the worst last. `--json`
 prints all of them, in a layout with a version. `--report FILE` writes the findings and all that was read into one text
-file without keys, user and host names, addresses, UUIDs and serial numbers.
+file without keys, user and host names, addresses, UUIDs and serial numbers; of variables that are none of the engine's
+it has the names only. Read it before you publish it: no rule finds everything.
 
 Nothing is changed on the host, and nothing but loopback is spoken to unless the settings name another address. NVML is
 asked in a process that is killed when the driver hangs, and no program gets more than a bounded time.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import traceback
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
@@ -68,9 +69,20 @@ def _standing(machine: Machine, name: str, collect_part: Callable[[], Part], not
         return nothing
 
 
+# Variables that an engine, its libraries or this program read. Any other may hold whatever its owner thought of.
+_TOLD_VARIABLE = re.compile(
+    r"(?:CUDA|NVIDIA|NVML|NCCL|SGLANG|SGL|PASCALINE|TORCH|PYTORCH|TORCHINDUCTOR|TRITON|LLAMA|GGML|HF|TRANSFORMERS"
+    r"|OMP|MKL|PYTHON|LD|LC|XDG)_\w*|(?:CACHE|STATE|RUNTIME|LOGS|CONFIGURATION)_DIRECTORY"
+    r"|PATH|PYTHON\w*|HOME|TMPDIR|LANG|VIRTUAL_ENV"
+)
+
+
 def _note_settings(machine: Machine, instance: Instance) -> None:
-    """Keep for the report what the instance runs with."""
-    lines = [f"{name}={value}" for name, value in sorted(instance.environment.items())]
+    """Keep for the report what the instance runs with; of variables that are none of the engine's the names only."""
+    variables = sorted(instance.environment.items())
+    lines = [f"{name}={value}" for name, value in variables if _TOLD_VARIABLE.fullmatch(name)]
+    others = [name for name, _ in variables if not _TOLD_VARIABLE.fullmatch(name)]
+    lines += [f"(set, and not the engine's: {', '.join(others)})"] if others else []
     machine.transcript.append((f"environment of {instance.environment_source}", "\n".join(lines)))
     if instance.configuration is not None:
         document = instance.configuration.settings.model_dump_json(indent=1)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
+import os
 import platform
+import pwd
 import re
 import socket
 from pathlib import Path
@@ -14,7 +17,7 @@ from pascaline import __version__
 from pascaline.doctor.verdicts import Finding, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from pascaline.doctor.verdicts import Remedy
 
@@ -90,7 +93,9 @@ def write_report(path: Path, findings: Sequence[Finding], transcript: Sequence[t
 # A name that says that its value is secret, as NAME=value, "name": "value", or --name value.
 _SECRET = re.compile(
     r"""(?ix)
-    ( (?P<flag>--)? [\w.-]* (?: key | token | secret | passw(?:or)?d | credential ) [\w.-]* ["']?
+    ( (?P<flag>--)? [\w.-]*
+      (?: key | token | secret | passw(?:or)?d | passphrase | credential | cookie | _(?:pwd|pass|pat)(?![a-z]) )
+      [\w.-]* ["']?
       (?: \s*[=:]\s* | (?(flag)\s+|(?!)) ) )
     (?P<value> "[^"\n]*" | '[^'\n]*' | [^\s,;"']+ )"""
 )
@@ -102,10 +107,14 @@ _PATTERNS = (
     (re.compile(r"(?<![0-9a-fA-F:])(?:[0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}(?![0-9a-fA-F:])"), "(mac)"),
     (re.compile(r"(?i)(serial['\"]?\s*[:=]\s*['\"]?)\w+"), r"\1(serial)"),
     (re.compile(r"(nvmlDeviceGetSerial'?\s*[:=]\s*'?)\w+"), r"\1(serial)"),
+    (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?\w+)\s+[^\s\"']+"), r"\1 (secret)"),
     (re.compile(r"(?i)\bbearer\s+[^\s\"']+"), "Bearer (secret)"),
-    (re.compile(r"\b(?:hf|sk|ghp|gho|glpat)[_-][A-Za-z0-9_-]{8,}"), "(secret)"),
+    (re.compile(r"\b(?:hf|sk|ghp|gho|ghs|github_pat|glpat|nvapi)[_-][A-Za-z0-9_-]{8,}"), "(secret)"),
+    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), "(secret)"),
     (re.compile(r"(://)[^/\s:@]+(?::[^/\s@]*)?@"), r"\1(user)@"),
     (re.compile(r"(https?://[^\s?\"']+)\?[^\s\"']*"), r"\1?(query)"),
+    (re.compile(r"(?i)\b(user(?:name)?=)[^\s,;\"']+"), r"\1(user)"),
+    (re.compile(r"(?m)^(/?/?)[\w.-]+(?=:?/\S* \S+ (?:nfs4?|cifs|smb3|9p) )"), r"\1(host)"),
     (re.compile(r"/(home|Users)/[^/\s:\"']+"), r"/\1/(user)"),
     (re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b"), "(mail)"),
 )
@@ -113,23 +122,50 @@ _ADDRESS = re.compile(
     r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.])|(?<![\w.:])(?:[0-9a-fA-F]{0,4}:){2,7}[0-9a-fA-F]{0,4}(?![\w:])"
 )
 
+# As /proc/net/tcp and tcp6 write them, a port behind.
+_HEX_ADDRESS = re.compile(r"\b(?:[0-9A-F]{32}|[0-9A-F]{8})(?=:[0-9A-F]{4}\b)")
+_HEX_LOOPBACK = re.compile(r"0+|0100007F|0{24}01000000|0{16}FFFF00000100007F")
+_NOBODY = frozenset({"root", "nobody", "pascaline", "user", "nixos", "ubuntu", "debian"})
+"""Users whose names tell nothing, and are words of their own."""
+_FIRST_PERSON_UID = 1000
 
-def redact(text: str, host_name: str | None = None, home: str | None = None) -> str:
+
+def redact(text: str, host_name: str | None = None, home: str | None = None, users: Sequence[str] | None = None) -> str:
     """Return the text without what tells who and where: keys, user and host names, addresses, serial numbers, UUIDs.
 
-    host_name, home: None = this host's, this user's. Loopback addresses stay: they say nothing and explain much.
+    host_name, home, users: None = this host's, this user's. Loopback addresses stay: they say nothing and explain much.
     """
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
     text = _SECRET.sub(_hide, text)
     text = _ADDRESS.sub(_hide_address, text)
+    text = _HEX_ADDRESS.sub(lambda match: match[0] if _HEX_LOOPBACK.fullmatch(match[0]) else "(address)", text)
     home = str(Path.home()) if home is None else home
     if home not in ("", "/"):
         text = text.replace(home, "~")
     host_name = socket.gethostname() if host_name is None else host_name
-    if host_name and host_name != "localhost":
-        text = re.sub(rf"(?<![\w-]){re.escape(host_name)}(?![\w-])", "(host)", text)
+    # Logs have the first part of a full name.
+    for name in (host_name, host_name.partition(".")[0]):
+        if name and name != "localhost":
+            text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", "(host)", text)
+    for name in user_names(os.environ) if users is None else users:
+        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "(user)", text)
     return text
+
+
+def user_names(environment: Mapping[str, str]) -> list[str]:
+    """Return the names of the person who runs this, also behind sudo; accounts of the system are no persons."""
+    names = {environment.get(variable, "") for variable in ("USER", "LOGNAME", "SUDO_USER")}
+    with contextlib.suppress(KeyError):
+        names.add(pwd.getpwuid(os.getuid()).pw_name)
+    return sorted(name for name in names - _NOBODY - {""} if _is_person(name))
+
+
+def _is_person(name: str) -> bool:
+    try:
+        return pwd.getpwnam(name).pw_uid >= _FIRST_PERSON_UID
+    except KeyError:
+        return True  # of a directory that does not answer
 
 
 def _hide(match: re.Match[str]) -> str:

@@ -258,6 +258,10 @@ def test_results_are_shown_again_and_compared(bench: Start, server: Serve, tmp_p
     shown = bench("report", folders[0])
     assert shown.finish() == ExitCode.OK
     assert shown.output.splitlines()[1].startswith("batch 1")
+    together = bench("report", *folders, "--page", tmp_path / "all.html")
+    assert together.finish() == ExitCode.OK
+    assert together.errors == f"report  {tmp_path / 'all.html'}\n"
+    assert (tmp_path / "all.html").read_text().count("<h1>Batch sweep:") == 2
     compared = bench("compare", *folders, "--json")
     assert compared.finish() == ExitCode.OK
     rows = {row["figure"]: row for row in json.loads(compared.output)["rows"]}

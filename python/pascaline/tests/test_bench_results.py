@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -21,7 +22,7 @@ from pascaline.bench.report import render, write_report
 from pascaline.bench.results import SCHEMA, Results, create_or_resume, load
 from pascaline.bench.run import Run, Sample
 from pascaline.bench.table import aligned, results_table
-from pascaline.errors import ConfigurationError
+from pascaline.errors import ConfigurationError, StorageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,6 +117,21 @@ def test_every_run_is_on_disk_at_once_and_found_again(tmp_path: Path) -> None:
     assert again.document == results.document
     assert again.runs("batch 1") == results.runs("batch 1")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["results.json"]
+
+
+def test_a_full_disk_costs_neither_the_runs_before_nor_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = results_in(tmp_path, ("batch 1", 10.0))
+    before = results.path.read_text()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pascaline.bench.results.json.dump", full)
+    with pytest.raises(StorageError) as caught:
+        results.add_run("batch 1", run_of(record()))
+    assert str(caught.value) == f"failed to write {results.path}: No space left on device"
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert results.path.read_text() == before
 
 
 def test_results_of_another_experiment_are_not_gone_on_with(tmp_path: Path) -> None:
@@ -286,6 +302,17 @@ def test_report_is_one_whole_page_that_needs_nothing_else(tmp_path: Path) -> Non
     row = re.search(r"<tr><td>batch 1</td><td>2.2</td>.*?</tr>", page)
     assert row
     assert row[0] == ("<tr><td>batch 1</td><td>2.2</td><td>3.0</td><td>20.0</td><td>40.0</td><td>6%</td></tr>")
+
+
+def test_several_results_are_one_page(tmp_path: Path) -> None:
+    """Batch sweep, context sweep and types are measured apart and read together."""
+    batch = results_in(tmp_path / "a", ("batch 1", 10.0), ("batch 4", 5.0)).document
+    context = results_in(tmp_path / "b", ("batch 1", 10.0)).document | {"kind": "context"}
+    page = render(batch, context)
+    assert page.count("<html") == page.count("</html>") == 1
+    assert re.findall("<h1>(.*?)</h1>", page) == ["Batch sweep: tiny", "Context sweep: tiny"]
+    assert "<title>Batch sweep: tiny; Context sweep: tiny</title>" in page
+    assert page.count("<svg") == len(charts(batch)) + len(charts(context))
 
 
 def test_every_chart_is_well_formed_and_names_what_it_shows(tmp_path: Path) -> None:

@@ -36,21 +36,37 @@ small { opacity: .7; } dt { font-weight: 600; } dd { margin: 0 0 .4rem 1rem; ove
 def write_report(results: Results) -> Path:
     """Write the report beside the results and return its path."""
     path = results.folder / REPORT_NAME
-    try:
-        path.write_text(render(results.document), encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"failed to write {path}: {error.strerror}") from error
+    write_page(path, [results.document])
     return path
 
 
-def render(document: dict[str, Any]) -> str:
-    """Return the page."""
-    title = f"{TITLES[document['kind']]}: {_model_words(document)}"
-    parts = [
+def write_page(path: Path, documents: Sequence[dict[str, Any]]) -> None:
+    """Write one page of several results."""
+    try:
+        path.write_text(render(*documents), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"failed to write {path}: {error.strerror}") from error
+
+
+def render(*documents: dict[str, Any]) -> str:
+    """Return the page, with a section for each result."""
+    title = "; ".join(map(_title, documents))
+    head = [
         "<!doctype html>",
         f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>',
-        f"<h1>{html.escape(title)}</h1>",
+    ]
+    sections = [part for document in documents for part in _section(document)]
+    return "\n".join(part for part in (*head, *sections, "</body></html>") if part) + "\n"
+
+
+def _title(document: dict[str, Any]) -> str:
+    return f"{TITLES[document['kind']]}: {_model_words(document)}"
+
+
+def _section(document: dict[str, Any]) -> list[str]:
+    return [
+        f"<h1>{html.escape(_title(document))}</h1>",
         f"<p>{html.escape(_where(document))}</p>",
         _incomplete(document),
         f'<div class="charts">{"".join(charts(document))}</div>',
@@ -63,9 +79,7 @@ def render(document: dict[str, Any]) -> str:
         *_held_against(document),
         "<h2>How it was measured</h2>",
         _description(document),
-        "</body></html>",
     ]
-    return "\n".join(part for part in parts if part) + "\n"
 
 
 def _incomplete(document: dict[str, Any]) -> str:
@@ -124,7 +138,7 @@ def _held_against(document: dict[str, Any]) -> list[str]:
         share = f"{held.measured / held.roofline:.0%}" if held.roofline else ABSENT
         rows.append([html.escape(held.name), f"{held.measured:.1f}", *cells, share])
     note = (document.get("reference") or {}).get("note")
-    notes = [note, "The guide's figures are for a 7B model on a Tesla P4: floors, not goals."]
+    notes = [f"{note}." if note else "", "The guide's figures are for a 7B model on a Tesla P4: floors, not goals."]
     expected = [["", "measured", "guide expects"]]
     expected += [[html.escape(row.name), f"{row.measured:.1f}", f"{row.claim:.1f}"] for row in expectations(document)]
     if len(expected) > 1:

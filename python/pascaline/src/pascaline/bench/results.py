@@ -67,14 +67,19 @@ class Results:
     def save(self) -> None:
         """Write the file in one step."""
         self.document["updated"] = time.time()
+        partial: Path | None = None
         try:
             descriptor, name = tempfile.mkstemp(prefix=f".{FILE_NAME}.", dir=self.folder)
+            partial = Path(name)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 json.dump(self.document, file, separators=(",", ":"))
-            Path(name).chmod(0o644)
-            Path(name).replace(self.path)
+            partial.chmod(0o644)
+            partial.replace(self.path)
         except OSError as error:
             raise StorageError(f"failed to write {self.path}: {error.strerror}") from error
+        finally:
+            if partial is not None:
+                partial.unlink(missing_ok=True)
 
 
 def create_or_resume(folder: Path, kind: str, experiment: dict[str, Any]) -> Results:

@@ -30,6 +30,7 @@ DESCRIPTION = """Measure an instance under real concurrent load over its OpenAI 
   pascaline bench quant --model F16.gguf      size, memory, quality and speed of each type from F16 to Q3_K
   pascaline bench compare A B                 which differences between two results are significant
   pascaline bench report FOLDER               print results again and renew their report
+  pascaline bench report BATCH CONTEXT QUANT --page all.html     one page with the charts of several results
 
 It starts an instance with the given settings, as `pascaline serve` does, and ends it; with --url it measures one that
 runs already. Results go to a folder: results.json (schema 1) and report.html, one file without outside parts. An
@@ -169,8 +170,11 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="results: a folder or its results.json")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="results: a folder or its results.json")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="HTML page to write with the charts of all of them")
+    parser.add_argument(
+        "--json", action="store_true", help="print the results as JSON, of several a list, instead of tables"
+    )
 
 
 # --- sweeps -----------------------------------------------------------------------------------------------------------
@@ -317,9 +321,23 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from pascaline.bench.report import write_page, write_report
     from pascaline.bench.results import load
+    from pascaline.bench.table import results_table
 
-    _show(load(arguments.folder), as_json=arguments.json)
+    found = [load(folder) for folder in arguments.folders]
+    documents = [results.document for results in found]
+    if arguments.page is None:
+        pages = [write_report(results) for results in found]
+    else:
+        write_page(arguments.page, documents)
+        pages = [arguments.page]
+    if arguments.json:
+        print(json.dumps(documents if len(documents) > 1 else documents[0], indent=1))
+    else:
+        print("\n\n".join(map(results_table, documents)))
+    for page in pages:
+        print(f"report  {page}", file=sys.stderr)
     return ExitCode.OK
 
 

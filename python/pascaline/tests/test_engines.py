@@ -383,6 +383,18 @@ class TestExplanations:
         memory = "not enough memory on the device; lower mem_fraction_static, context_length or max_running_requests"
         assert SGLANG.explain(lines) == (memory if "Not enough memory" in "".join(lines) else expected)
 
+    def test_what_the_plugin_raised_is_said_in_its_words(self) -> None:
+        lines = [
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 64.00 MiB.",
+            "The above exception was the direct cause of the following exception:",
+            'sglang_pascal.errors.DeviceMemoryError: cuda:0 ran out of memory while repacking tensor "x"; stop others',
+            "",
+            "[2026-11-26 21:48:00] SIGQUIT received. signum=None, frame=None. It usually means one child failed.",
+            "[2026-11-26 21:48:05] kill_process_tree called: parent_pid=1, include_parent=True, pid=1",
+        ]
+        assert SGLANG.explain(lines) == 'cuda:0 ran out of memory while repacking tensor "x"; stop others'
+        assert SGLANG.explain([*lines, "GPU 0: GPU is lost"]) == "the GPU is lost"
+
     @pytest.mark.parametrize(
         ("line", "expected"),
         [

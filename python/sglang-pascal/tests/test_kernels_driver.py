@@ -66,6 +66,7 @@ class TestOnAGpu:
         assert str(caught.value).startswith("the driver refuses the ptx of sampling for compute capability ")
         assert "CUDA_ERROR_INVALID_PTX" in str(caught.value)
         assert str(caught.value).endswith("; install a driver of the 470 to 580 series")
+        assert "\n" not in str(caught.value)
 
     def test_a_missing_kernel_is_named(self):
         with pytest.raises(KernelError) as caught:

@@ -21,6 +21,10 @@ KV_DTYPES = {"auto": "auto", "fp16": "auto", "bf16": "bf16", "fp8_e5m2": "fp8_e5
 BITSANDBYTES = "bitsandbytes"
 """Quantisation that SGLang does itself, while it loads a folder."""
 
+GPU_LOST = "the GPU is lost"
+
+# The last line of a traceback. What the plugin raises is written for users; SGLang goes on about signals and kills.
+_PLUGIN_ERROR = re.compile(r"sglang_pascal(?:\.\w+)+: (.+)")
 # "[2026-11-23 20:15:01] INFO message" or "[2026-11-23 20:15:01 TP0] message"; SGLang leaves INFO out.
 _LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[^\]]*\] (?:(DEBUG|INFO|WARNING|ERROR|CRITICAL):? )?(.*)")
 _UVICORN_LINE = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL):\s+(.*)")
@@ -64,7 +68,7 @@ class SglangEngine(Engine):
         "--config": "the settings of pascaline",
     }
     failures: ClassVar[Sequence[tuple[re.Pattern[str], str]]] = [
-        (re.compile(r"GPU is lost|fallen off the bus|Unable to determine the device handle"), "the GPU is lost"),
+        (re.compile(r"GPU is lost|fallen off the bus|Unable to determine the device handle"), GPU_LOST),
         (
             re.compile(r"OutOfMemoryError|CUDA out of memory|Not enough memory"),
             "not enough memory on the device; lower mem_fraction_static, context_length or max_running_requests",
@@ -97,6 +101,12 @@ class SglangEngine(Engine):
             arguments += ["--config", _write_key_file(task)]
         command = (python, "-m", "sglang.launch_server", *arguments, *settings.extra_args)
         return Launch(command, _environment(task))
+
+    def explain(self, lines: Sequence[str]) -> str | None:
+        """Return the plugin's own words where it raised an error, but for a GPU that is gone."""
+        explanation = super().explain(lines)
+        own = [match[1] for line in lines if (match := _PLUGIN_ERROR.fullmatch(line.strip()))]
+        return own[-1] if own and explanation != GPU_LOST else explanation
 
     def progress(self, metrics: str) -> Progress | None:
         """Read the counters that move on every decode step and after every prefill chunk."""

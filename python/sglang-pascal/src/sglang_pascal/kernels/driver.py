@@ -115,7 +115,7 @@ def _module(name: str, device: int) -> ctypes.c_void_p:
     if code:
         raise KernelError(
             f"the driver refuses the {kind} of {name} for compute capability {capability[0]}.{capability[1]}: "
-            f"{describe(code)}; {log.value.decode(errors='replace').strip() or 'no log'}; "
+            f"{describe(code)}; {' '.join(log.value.decode(errors='replace').split()) or 'no log'}; "
             "install a driver of the 470 to 580 series"
         )
     return handle

@@ -18,6 +18,7 @@ import gguf, numpy as np
 from gguf import GGMLQuantizationType as T
 from sglang_pascal.checkpoint.dequantize import as_tensor
 from sglang_pascal.errors import CheckpointError, PluginError
+from sglang_pascal.kernels.driver import KernelError
 from sglang_pascal.quantization.config import PascalGgufConfig
 from sglang_pascal.quantization.method import QuantizedEmbeddingMethod, QuantizedLinearMethod
 from sglang_pascal.quantization import binding
@@ -77,6 +78,15 @@ ids = torch.tensor([0, 299, 33])
 logits = method.apply(layer, x[:, :64].half())
 facts["embedding"] = bool(torch.equal(method.embedding(layer, ids), table[0][2][ids]))
 facts["logits"] = [list(logits.shape), str(logits.dtype)]
+
+class Broken:
+    rows, data = 300, layer.weight.data
+    def fail(self, *_): raise KernelError("kernel k failed to start")
+    multiply = lookup = load_rows = fail
+loading, (method._matrices[None], method._products) = Stager(method.device), (Broken(), [Broken()])
+facts["a product"] = error_of(lambda: method.apply(layer, x[:, :64]))
+facts["a lookup"] = error_of(lambda: method.embedding(layer, ids))
+facts["repacking"] = error_of(lambda: loading.load(Broken(), table[0][0], table[0][1]))
 
 facts["wrong shape"] = error_of(lambda: made(table, rows=[320]))
 facts["parallel"] = error_of(lambda: QuantizedLinearMethod().create_weights(None, 32, [64], 64, 64, torch.float32))
@@ -157,6 +167,9 @@ def test_all_layers_share_the_pinned_buffers(facts):
             'tensor "embed" of type Q8_0, shape [300, 64] does not fit the model\'s configuration, which needs [320, 64]; '
             "prepare the model again",
         ),
+        ("a product", 'multiplying with tensor "embed" of type Q8_0, shape [300, 64]: kernel k failed to start'),
+        ("a lookup", 'looking up rows of tensor "embed" of type Q8_0, shape [300, 64]: kernel k failed to start'),
+        ("repacking", 'repacking tensor "embed" of type Q8_0, shape [300, 64]: kernel k failed to start'),
         ("parallel", "quantised GGUF models are served on one device: use --tp-size 1"),
         ("unbound", "--quantization gguf needs --load-format pascal_gguf and a prepared model folder"),
     ],

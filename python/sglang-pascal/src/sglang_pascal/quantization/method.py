@@ -6,12 +6,14 @@ name as they load any weight; its loader takes the raw rows of the file and repa
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 
 from sglang_pascal.errors import CheckpointError, PluginError
+from sglang_pascal.kernels.driver import KernelError
 from sglang_pascal.kernels.formats import GROUP_ROWS
 from sglang_pascal.ops.weights import PackedWeight
 from sglang_pascal.quantization.handover import take
@@ -21,6 +23,8 @@ from sglang_pascal.quantization.staging import out_of_memory
 from sglang_pascal.quantization.storage import aligned
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sglang_pascal.ops.activations import Activations
     from sglang_pascal.quantization.staging import Stager
     from sglang_pascal.quantization.table import MatrixInfo
@@ -116,11 +120,20 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
     def _products_of(self, inputs: Input, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:
         rows = [matrix.rows for matrix in self._products]
         result = torch.empty(inputs.n, sum(rows), dtype=dtype, device=self._products[0].data.device)
-        for matrix, out in zip(self._products, torch.split(result, rows, dim=1), strict=True):
-            matrix.multiply(inputs, out)
+        with self._named("multiplying with"):
+            for matrix, out in zip(self._products, torch.split(result, rows, dim=1), strict=True):
+                matrix.multiply(inputs, out)
         if bias is not None:
             result += bias
         return result
+
+    @contextlib.contextmanager
+    def _named(self, action: str) -> Iterator[None]:
+        """What a kernel that fails was doing: it knows shapes, not whose they are."""
+        try:
+            yield
+        except KernelError as exc:
+            raise KernelError(f"{action} {', '.join(map(str, self.parts))}: {exc}") from exc
 
     def _allocate(self, n_bytes: int) -> torch.Tensor:
         try:
@@ -162,7 +175,8 @@ class QuantizedEmbeddingMethod(QuantizedLinearMethod):
         """`[n]` token ids -> `[n, columns]` in the model's type."""
         del layer
         (matrix,) = self._matrices.values()
-        return matrix.lookup(ids, self._dtype)
+        with self._named("looking up rows of"):
+            return matrix.lookup(ids, self._dtype)
 
     def _wanted_rows(self, part: MatrixInfo, rows: int) -> int:
         """The vocabulary is padded in SGLang's models; the padding has no rows here."""

@@ -15,6 +15,7 @@ from gguf.quants import dequantize as decode_blocks
 
 from sglang_pascal.checkpoint.dequantize import as_tensor
 from sglang_pascal.errors import DeviceMemoryError
+from sglang_pascal.kernels.driver import KernelError
 from sglang_pascal.kernels.formats import GROUP_ROWS
 from sglang_pascal.quantization.convert import to_lossless
 
@@ -49,6 +50,8 @@ class Stager:
                 matrix.load_rows(first, self._on_device(_converted(rows[first : first + step], info.storage)))
         except torch.cuda.OutOfMemoryError as exc:
             raise out_of_memory(f"repacking {info}", self._device) from exc
+        except KernelError as exc:
+            raise KernelError(f"repacking {info}: {exc}") from exc
 
     def _rows_per_chunk(self, row_bytes: int, info: MatrixInfo) -> int:
         """A multiple of 32 rows, of at most the chunk's bytes in the file and as they leave the host."""

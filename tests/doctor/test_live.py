@@ -8,7 +8,7 @@ from pascaline.doctor import examine
 from pascaline.doctor.collect import Question, collect
 from pascaline.doctor.machine import Machine
 from pascaline.doctor.verdicts import Finding, Verdict
-from support.instance import FAKE_ENGINE, Instance, running, wait_until
+from support.instance import FAKE_ENGINE, Instance, free_port, running, wait_until
 from support.models import tiny, write_gguf
 
 
@@ -50,6 +50,13 @@ def test_instance_that_serves_and_then_crashes(tmp_path: Path) -> None:
         instance.api("/fake/faults", {"crash_now": 1})
         wait_until("a restart", lambda: instance.agent("/health").json["restarts"] == 1)
         assert findings(str(file))["instance-restarts"].evidence == "1 of the engine, 0 of the unit"
+
+
+def test_an_agent_that_was_named_and_does_not_answer_is_a_failure() -> None:
+    """Whoever gives a URL says that an instance is there; without one there may be none."""
+    url = f"http://127.0.0.1:{free_port()}"
+    found = findings(url)["instance-state"]
+    assert (found.verdict, found.evidence) == (Verdict.FAILURE, f"no agent of an instance answers at {url}")
 
 
 def test_settings_that_nothing_runs_yet(tmp_path: Path) -> None:

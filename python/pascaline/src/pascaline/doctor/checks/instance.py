@@ -102,6 +102,8 @@ def _instance_state(host: Host) -> Result:
             return skipped("its agent's address is not known; see configuration")
         if instance.unit.get("ActiveState") in ("active", "activating"):
             return failure(f"the unit of {instance.name} is {instance.unit['ActiveState']}; its agent does not answer")
+        if instance.name.startswith(("http://", "https://")):
+            return failure(f"no agent of an instance answers at {instance.name}")
         return skipped("no instance runs here")
     words = f"{instance.state}: {instance.health.get('reason', '')}"
     if instance.state in GOOD_STATES:

@@ -13,8 +13,8 @@ from pascaline.gpu.fake_nvml import DEMO_SCENARIO, fake_nvml_environment
 from pascaline.models.store import builtin_model
 from pascaline.settings import Settings
 from support.hf_models import write_folder
-from support.instance import FAKE_ENGINE
-from support.models import tiny
+from support.instance import FAKE_ENGINE, wait_until
+from support.models import tiny, write_gguf
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,6 +105,24 @@ def test_tools_that_are_missing_are_told_before_any_work(bench: Start, tmp_path:
         "llama.cpp-tools-extra, Nix: llama-cpp), or name it with --tools\n"
     )
     assert [path.name for path in folder.iterdir()] == []
+
+
+def test_an_interruption_while_quality_is_measured_tells_how_to_go_on(bench: Start, tmp_path: Path) -> None:
+    """Minutes of files and scores lie before the first result: the folder's name must be told where it was not chosen."""
+    tools, began = tmp_path / "bin", tmp_path / "began"
+    tools.mkdir()
+    for name in ("llama-quantize", "llama-perplexity"):
+        (tools / name).write_text(f"#!/bin/sh\ntouch {began}\nexec sleep 300\n")
+        (tools / name).chmod(0o755)
+    model = write_gguf(tmp_path / "emily.gguf", tiny("llama"), "F16")
+    run = bench("quant", "--model", model, "--types", "F16", "--chunks", "1", "--tools", tools)
+    wait_until("the scores", began.exists)
+    assert run.interrupt() == ExitCode.INTERRUPTED
+    (folder,) = tmp_path.glob("bench-quant-*")
+    told = run.errors.splitlines()[-1]
+    assert told.startswith("interrupted; to go on: pascaline bench quant --model ")
+    assert told.endswith(f" --output {folder.name}")
+    assert json.loads((folder / "results.json").read_text())["complete"] is False
 
 
 def test_nf4_is_among_the_types_of_a_hugging_face_folder(tmp_path: Path) -> None:

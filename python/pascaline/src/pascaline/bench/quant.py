@@ -128,6 +128,7 @@ class _Quant:
         }
         document["reference"] = reference(self._card, None, None, "", self._comparison.experiment())
         self._require_tools()
+        self._results.save()  # files are made and scored for minutes before there is a result to be gone on with
         self._models.mkdir(exist_ok=True)
         for kind in self._comparison.types:
             self._measure(kind)

@@ -125,6 +125,25 @@ def test_an_interruption_while_quality_is_measured_tells_how_to_go_on(bench: Sta
     assert json.loads((folder / "results.json").read_text())["complete"] is False
 
 
+def test_a_disk_that_is_too_small_is_told_before_a_file_is_made(bench: Start, tmp_path: Path) -> None:
+    """The F16 file of a 7B alone takes minutes; its probabilities would not fit beside it."""
+    tools, folder, made = tmp_path / "bin", tmp_path / "out", tmp_path / "made"
+    tools.mkdir()
+    for name in ("llama-quantize", "llama-perplexity"):
+        (tools / name).write_text(f"#!/bin/sh\ntouch {made}\nexit 1\n")
+        (tools / name).chmod(0o755)
+    (tools / "sitecustomize.py").write_text(
+        "import shutil, types\nshutil.disk_usage = lambda folder: types.SimpleNamespace(free=2**28)\n"
+    )
+    run = bench("quant", "--types", "Q8_0", "--chunks", 1, "--tools", tools, "--output", folder, PYTHONPATH=str(tools))
+    assert run.finish() == ExitCode.STORAGE
+    assert run.errors == (
+        f"pascaline bench: {folder}: measuring quality needs 0.27 GiB, 0.25 GiB are free; "
+        "name another disk with --output, or measure fewer chunks with --chunks\n"
+    )
+    assert not made.exists()
+
+
 def test_nf4_is_among_the_types_of_a_hugging_face_folder(tmp_path: Path) -> None:
     for model, engine, expected in (
         (str(tmp_path), "sglang", (*DEFAULT_TYPES, "NF4")),

@@ -48,6 +48,8 @@ BITSANDBYTES = "bitsandbytes==0.49.2"
 """Not among the locked packages: 180 MB for one method. Has code for 6.0 with CUDA 12.6; SGLang asks for 0.46.1."""
 REFERENCE_TYPE = "F16"
 _PRECISE = {"F32", "F16", "BF16"}
+PRECISE_BYTES = 2
+"""Of a weight in the reference that is made."""
 MODELS_FOLDER = "models"
 SERVED_REFERENCE = "served.json"
 
@@ -127,7 +129,7 @@ class _Quant:
             "model": describe_model(self._spec),
         }
         document["reference"] = reference(self._card, None, None, "", self._comparison.experiment())
-        self._require_tools()
+        self._require()
         self._results.save()  # files are made and scored for minutes before there is a result to be gone on with
         self._models.mkdir(exist_ok=True)
         for kind in self._comparison.types:
@@ -137,13 +139,24 @@ class _Quant:
             self._scores.unlink(missing_ok=True)
             (self._results.folder / SERVED_REFERENCE).unlink(missing_ok=True)
 
-    def _require_tools(self) -> None:
-        """Raise MissingError before an hour of work where it could not be ended."""
+    def _require(self) -> None:
+        """Raise MissingError or StorageError before an hour of work where it could not be ended."""
         kinds = [kind for kind in self._comparison.types if kind != NF4 and not self._is_done(kind, self._entry(kind))]
         for tool in ("quantize", "perplexity") if kinds else ():
             self._comparison.tools.command(tool)
         if kinds and self._spec.format == "safetensors":
             self._comparison.tools.command("convert")
+        if kinds and not self._scores.exists():
+            self._require_space()
+
+    def _require_space(self) -> None:
+        """Ask for room for the reference's probabilities, and for its file where that is to be made."""
+        scores = llama_tools.reference_bytes(self._comparison.chunks, self._spec.vocab_size)
+        is_here = self._spec.file_type in _PRECISE or self._made_file(REFERENCE_TYPE).exists()
+        file = 0 if is_here else PRECISE_BYTES * self._spec.n_parameters
+        # A folder's conversion stands beside the file that is made of it.
+        needed = file + max(scores, file if self._spec.format == "safetensors" else 0)
+        llama_tools.check_space(self._results.folder, needed, "measuring quality")
 
     def _measure(self, kind: str) -> None:
         entry = self._entry(kind)
@@ -203,13 +216,16 @@ class _Quant:
         """Return the model in a type, made where it is missing."""
         if kind == self._spec.file_type:
             return self._source
-        file = self._models / f"{self._name}-{kind}.gguf"
+        file = self._made_file(kind)
         if not file.exists():
             source = self._source if kind == REFERENCE_TYPE else self._precise_file()
             # That it works is what the measurement shows.
             options = Options(tools=self._comparison.tools, allow_requantize=True, verify=False)
             quantize(source, kind, file, options=options, on_step=self._on_step)
         return file
+
+    def _made_file(self, kind: str) -> Path:
+        return self._models / f"{self._name}-{kind}.gguf"
 
     def _precise_file(self) -> Path:
         """Return what other types are made from and compared with: the source if it is precise, else its F16."""
@@ -256,7 +272,7 @@ class _Quant:
 
     def _score_reference(self, scoring: llama_tools.Scoring, on_chunk: Callable[[int], None]) -> None:
         needed = llama_tools.reference_bytes(scoring.chunks, self._spec.vocab_size)
-        llama_tools.check_space(self._results.folder, needed, "the reference's probabilities")
+        llama_tools.check_space(self._results.folder, needed, "measuring quality")
         partial = self._scores.with_suffix(".partial")
         llama_tools.score_reference(self._precise_file(), scoring, partial, on_chunk)
         partial.replace(self._scores)

@@ -25,6 +25,15 @@ def test_every_row_of_the_guide_is_answered() -> None:
     assert all(len(row) == 4 and all(cell.strip(" |") for cell in row) for row in rows)
 
 
+def test_the_fraction_in_row_13_is_that_of_the_table() -> None:
+    """The guide's 8 tok/s at batch 4 beside the plan's estimate, which changes with the planner."""
+    text = GUIDE.read_text()
+    table = text.partition("<!-- generated: batch -->")[2]
+    claim, plan = re.search(r"\| 4 \| (\d+) tok/s \| (\d+) tok/s", table).groups()
+    part = {5: "fifth", 6: "sixth", 7: "seventh", 8: "eighth", 9: "ninth", 10: "tenth"}[round(int(plan) / int(claim))]
+    assert re.findall(r"8 tok/s at batch 4 is an? (\w+) of the \[estimate\]", text) == [part]
+
+
 def test_pictures_and_pages_exist() -> None:
     places = re.findall(r"\]\(([^)#]+)", GUIDE.read_text())
     assert places

@@ -293,6 +293,17 @@ class TestFailures:
             "or name it with --tools"
         )
 
+    def test_the_last_tool_is_asked_for_first(
+        self, stand_ins: StandIns, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """llama-completion, which comes in a package of its own, was missed when the result was written."""
+        monkeypatch.setenv("PATH", str(tmp_path))
+        stand_ins.quantizer(f'open({str(tmp_path / "ran")!r}, "w")')
+        (stand_ins.folder / "llama-completion").unlink()
+        with pytest.raises(MissingError, match=r"^llama-completion or llama-cli is not in "):
+            quantize(model, "Q4_K_M", tmp_path / "out/x.gguf", options=stand_ins.options)
+        assert not (tmp_path / "ran").exists()
+
     def test_unknown_type(self, model: Path, tmp_path: Path) -> None:
         """A type that does not exist is told with those that do."""
         with pytest.raises(ConfigurationError, match=r"--type: unknown type 'Q4_K_X', must be one of: F32, F16, Q4_0"):

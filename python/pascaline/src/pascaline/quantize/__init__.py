@@ -108,11 +108,22 @@ def _all(source: Path, outputs: dict[str, Path], options: Options, on_step: OnSt
     results = {name: result for name, result in made.items() if result is not None}
     missing = {name: path for name, path in outputs.items() if name not in results}
     if missing:
+        _require_tools(source, options)
         folder = next(iter(missing.values())).parent
         with _plain_source(source, folder, options, on_step) as plain:
             for name, path in missing.items():
                 results[name] = _one(plain, name, path, origins[name], options, on_step)
     return [results[name] for name in outputs]
+
+
+def _require_tools(source: Path, options: Options) -> None:
+    """Raise MissingError before anything is made: the last of the programs is needed when all work is done."""
+    tools = ["quantize"]
+    tools += ["convert"] if source.is_dir() else []
+    tools += ["imatrix"] if options.calibration is not None else []
+    tools += ["generate"] if options.verify else []
+    for tool in tools:
+        options.tools.command(tool)
 
 
 def _made(name: str, output: Path, origin: str) -> Quantized | None:

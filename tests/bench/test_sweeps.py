@@ -222,6 +222,11 @@ def test_a_key_is_used_and_never_written_down(bench: Start, server: Serve, tmp_p
     [
         (("--sizes", "1,x"), "--sizes: must be whole numbers above 0 with commas between, got '1,x'"),
         (("--sizes", "0"), "--sizes: must be whole numbers above 0 with commas between, got '0'"),
+        (("--sizes", "²"), "--sizes: must be whole numbers above 0 with commas between, got '²'"),
+        (
+            ("--sizes", "1,8", "--requests", "7"),
+            "--requests: must be at least the largest of --sizes, which is 8, got 7",
+        ),
         (("--repeats", "0"), "--repeats: must be between 1 and 1000, got 0"),
         (("--timeout", "0"), "--timeout: must be between 0.1 and 86400, got 0"),
         (

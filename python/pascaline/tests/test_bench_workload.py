@@ -61,6 +61,13 @@ def test_no_length_is_below_one(text: str, seed: int) -> None:
         ("-5", "--prompt-tokens: must be like 128, 64-256, normal:128:32 or lognormal:128:0.5, got '-5'"),
         ("0", "--prompt-tokens: lengths must be at least 1 token and rise, got '0'"),
         ("9-3", "--prompt-tokens: lengths must be at least 1 token and rise, got '9-3'"),
+        (
+            "normal:1.2.3:1",
+            "--prompt-tokens: must be like 128, 64-256, normal:128:32 or lognormal:128:0.5, got 'normal:1.2.3:1'",
+        ),
+        ("²", "--prompt-tokens: must be like 128, 64-256, normal:128:32 or lognormal:128:0.5, got '²'"),
+        ("2-1048577", "--prompt-tokens: lengths must be at most 1048576 tokens, got '2-1048577'"),
+        ("lognormal:128:500", "--prompt-tokens: sigma must be at most 10, got 'lognormal:128:500'"),
     ],
 )
 def test_lengths_that_are_none_are_refused(text: str, message: str) -> None:

@@ -22,11 +22,15 @@ Item = TypeVar("Item")
 NONCE_TOKENS = 4
 """Random tokens that open every prompt, so that no two share a prefix in the server's cache."""
 MAX_TOKENS = 2**20
+MAX_SIGMA = 10.0
+"""Of lognormal lengths, whose tenth standard deviation must be a number yet."""
 SHIPPED_TEXT = files("pascaline.bench").joinpath("texts/alice.txt")
 """In the public domain; see texts/README.md."""
 
 _LENGTHS = re.compile(
-    r"(?P<fixed>\d+)|(?P<low>\d+)-(?P<high>\d+)|(?P<shape>normal|lognormal):(?P<middle>[\d.]+):(?P<spread>[\d.]+)"
+    r"(?P<fixed>\d+)|(?P<low>\d+)-(?P<high>\d+)"
+    r"|(?P<shape>normal|lognormal):(?P<middle>\d+(?:\.\d+)?):(?P<spread>\d+(?:\.\d+)?)",
+    re.ASCII,
 )
 
 
@@ -78,6 +82,10 @@ def parse_lengths(flag: str, text: str) -> Lengths:
         found = Lengths(text, shape, float(match["middle"]), float(match["spread"]))
     if found.first < 1 or (found.shape == "uniform" and found.second < found.first):
         raise ConfigurationError(f"{flag}: lengths must be at least 1 token and rise, got {text!r}")
+    if max(found.first, found.second) > MAX_TOKENS:
+        raise ConfigurationError(f"{flag}: lengths must be at most {MAX_TOKENS} tokens, got {text!r}")
+    if found.shape == "lognormal" and found.second > MAX_SIGMA:
+        raise ConfigurationError(f"{flag}: sigma must be at most {MAX_SIGMA:g}, got {text!r}")
     return found
 
 

@@ -184,7 +184,7 @@ def _batch(arguments: argparse.Namespace) -> int:
     from pascaline.bench.experiment import batch_points
     from pascaline.bench.workload import parse_lengths
 
-    sizes = _whole_numbers("--sizes", arguments.sizes)
+    sizes = _sizes(arguments)
     for flag in ("prompt_tokens", "output_tokens"):
         parse_lengths(flag_of(flag), getattr(arguments, flag))
     points = batch_points(sizes, arguments.prompt_tokens, arguments.output_tokens, arguments.requests)
@@ -229,7 +229,7 @@ def _quant(arguments: argparse.Namespace) -> int:
         raise ConfigurationError(f"--chunks: must be between 1 and {MAX_CHUNKS}, got {arguments.chunks}")
     for flag in ("prompt_tokens", "output_tokens"):
         parse_lengths(flag_of(flag), getattr(arguments, flag))
-    sizes = _whole_numbers("--sizes", arguments.sizes)
+    sizes = _sizes(arguments)
     chosen = tuple(part.strip().upper() for part in arguments.types.split(",")) if arguments.types else None
     quant.check_types(chosen or ())
     target = _target(arguments, {"max_running_requests": max(sizes)})
@@ -346,9 +346,19 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _whole_numbers(flag: str, text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", part) and int(part) > 0 for part in parts):
         raise ConfigurationError(f"{flag}: must be whole numbers above 0 with commas between, got {text!r}")
     return sorted({int(part) for part in parts})
+
+
+def _sizes(arguments: argparse.Namespace) -> list[int]:
+    """Return the batch sizes; fewer requests than places would measure a smaller batch than the point is named for."""
+    sizes = _whole_numbers("--sizes", arguments.sizes)
+    if arguments.requests is not None and 1 <= arguments.requests < max(sizes):
+        raise ConfigurationError(
+            f"--requests: must be at least the largest of --sizes, which is {max(sizes)}, got {arguments.requests}"
+        )
+    return sizes
 
 
 def _rates(text: str) -> list[float]:

@@ -331,7 +331,7 @@ class TestCommand:
         assert (added.returncode, added.stdout) == (0, f"{path}: is in place, sha256 {digest}\n")
         assert added.stderr.splitlines()[-1] == (
             "pascaline models: no checksum was given, so nothing says that this is the file that you mean; compare it "
-            f"with another source, then: pascaline models verify emily --sha256 {digest}"
+            f"with another source, then: pascaline models verify emily --sha256 {digest} --store {store}"
         )
         assert self.run(store, "verify", "emily", "--sha256", digest).returncode == 0
         listed = json.loads(self.run(store, "list", "--json").stdout)

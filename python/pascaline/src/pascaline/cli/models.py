@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,9 +80,11 @@ def _add(arguments: argparse.Namespace, store: Path) -> int:
     words = "was there already" if added.was_there else "is in place"
     print(f"{added.path}: {words}, sha256 {added.sha256}{', verified' if added.verified else ''}")
     if not added.verified:
+        verify = ["pascaline", "models", "verify", arguments.name, "--sha256", added.sha256]
+        verify += ["--store", str(arguments.store)] if arguments.store else []
         print(
             "pascaline models: no checksum was given, so nothing says that this is the file that you mean; compare it "
-            f"with another source, then: pascaline models verify {arguments.name} --sha256 {added.sha256}",
+            f"with another source, then: {shlex.join(verify)}",
             file=sys.stderr,
         )
     return ExitCode.OK

@@ -361,6 +361,7 @@ class TestGpuLost:
             assert report["engine_pid"] == pid
             assert instance.agent("/readyz").status == 503
             assert instance.stop() == ExitCode.OK
+        wait_until("end of the engine, which was killed before", lambda: not instance.descendants(), seconds=10)
         assert f"left behind: its process {pid} does not end when it is killed" in instance.text
 
 

@@ -182,8 +182,8 @@ class TestRestarts:
         assert report["engine_pid"] != before
         assert report["restarts"] == 1
         assert instance.metric('pascaline_engine_restarts_total{reason="crash"}') == 1
-        assert instance.complete().status == 200
         assert instance.states == ["starting", "ready", "restarting", "starting", "ready"]
+        assert instance.complete().status == 200
 
     def test_the_reason_is_the_last_word_of_the_engine(self, serve: Serve) -> None:
         instance = serve(faults="crash_error=unknown")

@@ -6,7 +6,7 @@ on which of the two kernels (up to 16 rows, or more) runs. float16 weights are t
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -37,6 +37,22 @@ _SUM_ROWS: Final = 512
 """Rows of a wide product that are summed in float32 at once: at most 60 MB for the widest layer of an 8B model."""
 
 
+class _Product(NamedTuple):
+    """What is multiplied, and into what, as `matmul` takes it."""
+
+    x: Activations
+    weight: PackedWeight
+    wide: bool
+    bias: torch.Tensor | None
+    residual: torch.Tensor | None
+    out: torch.Tensor
+
+    @property
+    def n(self) -> int:
+        """Rows of x: two for each of `out` where they are wide."""
+        return self.x.q.shape[0]
+
+
 def matmul(
     x: Activations,
     weight: PackedWeight,
@@ -63,35 +79,27 @@ def matmul(
         require("bias", bias, (torch.float32,), (weight.rows,), weight.data)
     if residual is not None:
         require("residual", residual, (out.dtype,), (n, weight.rows), weight.data, strided_rows=True)
+    product = _Product(x, weight, wide, bias, residual, out)
     if not x.q.is_cuda:
-        return _matmul_on_cpu(x, weight, bias, residual, out, wide=wide)
-    if n == 0:
-        return out
-    if n_products <= DECODE_COLUMNS:
-        _decode(x, weight, bias, residual, out, wide=wide)
-    elif wide:
-        _wide_tile(x, weight, bias, residual, out)
-    else:
-        _tile(x, weight, bias, residual, out)
+        _multiply_on_cpu(product)
+    elif 0 < n_products <= DECODE_COLUMNS:
+        _decode(product)
+    elif n_products and wide:
+        _wide_tile(product)
+    elif n_products:
+        _tile(product)
     return out
 
 
-def _matmul_on_cpu(
-    x: Activations,
-    weight: PackedWeight,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out: torch.Tensor,
-    *,
-    wide: bool,
-) -> torch.Tensor:
-    y = quantized_matmul_ref(x.q, x.scales, dequantize(weight, torch.float32))
-    if wide:
+def _multiply_on_cpu(product: _Product) -> None:
+    x, out = product.x, product.out
+    y = quantized_matmul_ref(x.q, x.scales, dequantize(product.weight, torch.float32))
+    if product.wide:
         y = y[: len(out)].float() + y[len(out) :].float()
-    for addend in (bias, residual):
+    for addend in (product.bias, product.residual):
         if addend is not None:
             y = y + addend
-    return out.copy_(y)
+    out.copy_(y)
 
 
 def splits_of(weight: PackedWeight) -> int:
@@ -105,100 +113,64 @@ def _partials(count: int, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(count, dtype=torch.float32, device=like.device)
 
 
-def _arguments(
-    x: Activations,
-    weight: PackedWeight,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out: torch.Tensor,
-    partials: torch.Tensor,
-    splits: int,
-    *,
-    wide: bool = False,
-) -> list[int | float]:
-    """The struct that both kernels take."""
-    return [
-        *(weight.data.data_ptr(), x.q.data_ptr(), x.scales.data_ptr(), out.data_ptr()),
-        *(address(bias), address(residual), partials.data_ptr(), weight.tickets.data_ptr()),
-        *(out.stride(0), 0 if residual is None else residual.stride(0)),
-        *(weight.rows, weight.n_tiles, x.q.shape[0], is_half(out), splits, 1 + wide),
-    ]
-
-
 _LAYOUT: Final = "PPPPPPPPqqiiiiii0P"
 
 
-def _decode(
-    x: Activations,
-    weight: PackedWeight,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out: torch.Tensor,
-    *,
-    wide: bool,
+def _launch(
+    product: _Product, kind: str, suffix: str, threads: int, grid: tuple[int, int, int], partials: torch.Tensor
 ) -> None:
-    n, groups = x.q.shape[0], -(-weight.rows // GROUP_ROWS)
-    width = next(width for width in _DECODE_WIDTHS if width >= n)
-    splits = splits_of(weight)
-    rows_per_lane = weight.format.rows_per_lane(width)
-    partials = _partials(splits * n * groups * GROUP_ROWS if splits > 1 else 0, out)
+    """Start `kind` (decode_matmul, tile_matmul) for the weight's type, with the struct that both kernels take."""
+    x, weight, residual, out = product.x, product.weight, product.residual, product.out
     launch(
-        f"decode_matmul.{weight.tensor_type}",
-        f"decode_matmul_{weight.tensor_type}_n{width}",
-        _DECODE_THREADS,
+        f"{kind}.{weight.tensor_type}",
+        f"{kind}_{weight.tensor_type}{suffix}",
+        threads,
         _LAYOUT,
-        (-(-groups // rows_per_lane), splits, 1),
-        _arguments(x, weight, bias, residual, out, partials, splits, wide=wide),
+        grid,
+        [
+            *(weight.data.data_ptr(), x.q.data_ptr(), x.scales.data_ptr(), out.data_ptr()),
+            *(address(product.bias), address(residual), partials.data_ptr(), weight.tickets.data_ptr()),
+            *(out.stride(0), 0 if residual is None else residual.stride(0)),
+            *(weight.rows, weight.n_tiles, product.n, is_half(out), splits_of(weight), 1 + product.wide),
+        ],
         out,
-        f"{weight.tensor_type} [{weight.rows}, {weight.columns}], {n} rows of x",
+        f"{weight.tensor_type} [{weight.rows}, {weight.columns}], {product.n} rows of x",
     )
 
 
-def _wide_tile(
-    x: Activations,
-    weight: PackedWeight,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
+def _decode(product: _Product) -> None:
+    weight, groups = product.weight, -(-product.weight.rows // GROUP_ROWS)
+    width = next(width for width in _DECODE_WIDTHS if width >= product.n)
+    splits = splits_of(weight)
+    grid = (-(-groups // weight.format.rows_per_lane(width)), splits, 1)
+    partials = _partials(splits * product.n * groups * GROUP_ROWS if splits > 1 else 0, product.out)
+    _launch(product, "decode_matmul", f"_n{width}", _DECODE_THREADS, grid, partials)
+
+
+def _wide_tile(product: _Product) -> None:
     """One half after the other and some rows at a time, so that the sum in float32 stays small."""
+    (q, scales), weight, residual, out = product.x, product.weight, product.residual, product.out
     n = len(out)
     for first in range(0, n, _SUM_ROWS):
         end = min(first + _SUM_ROWS, n)
         high, low = (
-            Activations(x.q[start + first : start + end], x.scales[start + first : start + end]) for start in (0, n)
+            Activations(q[start + first : start + end], scales[start + first : start + end]) for start in (0, n)
         )
         total = matmul(low, weight, dtype=torch.float32)
         matmul(high, weight, residual=total, out=total)
-        for addend in (bias, None if residual is None else residual[first:end]):
+        for addend in (product.bias, None if residual is None else residual[first:end]):
             if addend is not None:
                 total += addend
         out[first:end] = total
 
 
-def _tile(
-    x: Activations,
-    weight: PackedWeight,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    n = x.q.shape[0]
-    splits = splits_of(weight)
-    n_outputs = -(-n // _TILE_COLUMNS) * -(-weight.rows // _TILE_ROWS)
+def _tile(product: _Product) -> None:
+    weight, out = product.weight, product.out
+    n_outputs = -(-product.n // _TILE_COLUMNS) * -(-weight.rows // _TILE_ROWS)
     ctas = min(n_outputs, _TILE_CTAS_PER_MULTIPROCESSOR * multiprocessors(out.device.index))
-    sums = 2 if splits > 1 else 1
+    sums = 2 if splits_of(weight) > 1 else 1
     partials = _partials(ctas * sums * _TILE_ROWS * _TILE_COLUMNS, out)
-    launch(
-        f"tile_matmul.{weight.tensor_type}",
-        f"tile_matmul_{weight.tensor_type}",
-        _TILE_THREADS,
-        _LAYOUT,
-        (ctas, 1, 1),
-        _arguments(x, weight, bias, residual, out, partials, splits),
-        out,
-        f"{weight.tensor_type} [{weight.rows}, {weight.columns}], {n} rows of x",
-    )
+    _launch(product, "tile_matmul", "", _TILE_THREADS, (ctas, 1, 1), partials)
 
 
 def matmul_half(

@@ -26,7 +26,7 @@ class TestWeights:
         storage = pytest.importorskip("sglang_pascal.quantization.storage", reason="sglang-pascal is not installed")
         formats = pytest.importorskip("sglang_pascal.kernels.formats", reason="sglang-pascal is not installed")
         assert {kind: kind for kind in formats.FORMATS} | storage.LOSSLESS == HELD_AS
-        assert (formats.GROUP_ROWS, formats.TILE_COLUMNS) == (PACKED_ROWS, PACKED_COLUMNS)
+        assert (formats.GROUP_ROWS, formats.STEP_COLUMNS) == (PACKED_ROWS, PACKED_COLUMNS)
 
     @pytest.mark.parametrize("kind", sorted(HELD_AS))
     @pytest.mark.parametrize("shape", [(32, 256), (33, 256), (1, 512), (4096, 4096), (152064, 3584)])

@@ -133,7 +133,7 @@ def test_merged_parts_of_two_types_are_one_product_where_they_are_held_alike(fac
     assert facts["merged"][1] < 1e-4
     assert facts["products"] == 1
     assert facts["packed"] is True
-    assert facts["bytes"] == 256 * 256 // 32 * 34  # rows of 64 padded to 256
+    assert facts["bytes"] == 256 * 64 // 32 * 34
 
 
 def test_a_float_part_beside_a_quantised_one(facts):

@@ -99,7 +99,7 @@ class TestWeights:
         form = FORMATS[tensor_type]
         packed = repack_ref(random_blocks(tensor_type, 33, 256), tensor_type)
         assert not dequantize_ref(unrepack_ref(packed, tensor_type, 64, 256), tensor_type)[33:].any()
-        assert form.packed_bytes(33, 256) == 2 * form.tile_bytes
+        assert form.packed_bytes(33, 256) == 64 * form.row_bytes(256)
 
 
 class TestActivations:

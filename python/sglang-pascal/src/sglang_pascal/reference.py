@@ -28,13 +28,13 @@ def repack_ref(raw: torch.Tensor, tensor_type: str) -> torch.Tensor:
     """Rows of a GGUF tensor, uint8 `[rows, row_bytes]` -> the device layout, uint8 `[packed_bytes]`."""
     form = FORMATS[tensor_type]
     rows, row_bytes = raw.shape
-    n_tiles = tiles(row_bytes // form.block_bytes * form.block_weights)
+    records = form.records(row_bytes // form.block_bytes * form.block_weights)
     groups = -(-rows // GROUP_ROWS)
-    padded = raw.new_zeros(groups * GROUP_ROWS, n_tiles * form.tile_row_bytes)
+    padded = raw.new_zeros(groups * GROUP_ROWS, records * form.record_row_bytes)
     padded[:rows, :row_bytes] = raw ^ _flip_mask(tensor_type, row_bytes, raw.device)
-    source = padded.view(groups, GROUP_ROWS, n_tiles, form.tile_row_bytes)[..., _plane_order(tensor_type, raw.device)]
-    whole = form.tile_row_bytes // PLANE_BYTES * PLANE_BYTES
-    planes = source[..., :whole].reshape(groups, GROUP_ROWS, n_tiles, -1, PLANE_BYTES).permute(0, 2, 3, 1, 4)
+    source = padded.view(groups, GROUP_ROWS, records, form.record_row_bytes)[..., _plane_order(tensor_type, raw.device)]
+    whole = form.record_row_bytes // PLANE_BYTES * PLANE_BYTES
+    planes = source[..., :whole].reshape(groups, GROUP_ROWS, records, -1, PLANE_BYTES).permute(0, 2, 3, 1, 4)
     tail = source[..., whole:].permute(0, 2, 1, 3)
     return torch.cat([planes.flatten(2), tail.flatten(2)], dim=2).flatten()
 
@@ -42,11 +42,11 @@ def repack_ref(raw: torch.Tensor, tensor_type: str) -> torch.Tensor:
 def unrepack_ref(packed: torch.Tensor, tensor_type: str, rows: int, columns: int) -> torch.Tensor:
     """The inverse: uint8 `[rows, row_bytes]`."""
     form = FORMATS[tensor_type]
-    groups, n_tiles, row_bytes = -(-rows // GROUP_ROWS), tiles(columns), form.row_bytes(columns)
-    whole = form.tile_row_bytes // PLANE_BYTES * PLANE_BYTES
-    units = packed.view(groups, n_tiles, form.tile_bytes)
-    planes = units[..., : whole * GROUP_ROWS].reshape(groups, n_tiles, -1, GROUP_ROWS, PLANE_BYTES)
-    tail = units[..., whole * GROUP_ROWS :].reshape(groups, n_tiles, GROUP_ROWS, -1)
+    groups, records, row_bytes = -(-rows // GROUP_ROWS), form.records(columns), form.row_bytes(columns)
+    whole = form.record_row_bytes // PLANE_BYTES * PLANE_BYTES
+    units = packed.view(groups, records, form.record_bytes)
+    planes = units[..., : whole * GROUP_ROWS].reshape(groups, records, -1, GROUP_ROWS, PLANE_BYTES)
+    tail = units[..., whole * GROUP_ROWS :].reshape(groups, records, GROUP_ROWS, -1)
     source = torch.cat([planes.permute(0, 3, 1, 2, 4).flatten(3), tail.permute(0, 2, 1, 3)], dim=3)
     result = torch.empty_like(source)
     result[..., _plane_order(tensor_type, packed.device)] = source
@@ -55,12 +55,12 @@ def unrepack_ref(packed: torch.Tensor, tensor_type: str, rows: int, columns: int
 
 
 def _plane_order(tensor_type: str, device: torch.device) -> torch.Tensor:
-    """For each byte of a tile's row in the device's order, its place in the file."""
+    """For each byte of a record's row in the device's order, its place in the file."""
     form = FORMATS[tensor_type]
-    if form.block_weights == TILE_COLUMNS:
-        return torch.arange(form.tile_row_bytes, device=device)
+    if form.block_weights == form.record_columns:
+        return torch.arange(form.record_row_bytes, device=device)
     halves = (form.block_bytes % PLANE_BYTES) // 2  # fp16 numbers at the start of a block: d, and m of Q4_1
-    blocks = torch.arange(form.tile_row_bytes, device=device).view(-1, form.block_bytes)
+    blocks = torch.arange(form.record_row_bytes, device=device).view(-1, form.block_bytes)
     heads = [blocks[:, 2 * h : 2 * h + 2].flatten() for h in range(halves)]
     return torch.cat([blocks[:, 2 * halves :].flatten(), *heads])
 

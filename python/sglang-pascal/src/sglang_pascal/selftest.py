@@ -132,8 +132,7 @@ def _share(value: torch.Tensor, expected: torch.Tensor, limit: torch.Tensor | fl
 
 def _shapes(tensor_type: str) -> list[tuple[int, int]]:
     """Rows not multiples of 32; columns that end within a tile where the type can."""
-    short = [(70, 96)] if FORMATS[tensor_type].block_weights < TILE_COLUMNS else []
-    return [(1, 256), (33, 768), (96, 2304), *short]
+    return [(1, 256), (33, 768), (96, 2304), *_short_matrices(tensor_type)]
 
 
 def _repack(device: torch.device, tensor_type: str) -> float:
@@ -274,8 +273,14 @@ def _not_a_number(device: torch.device) -> float:
 
 _MATRICES: Final = ((1, 256), (33, 768), (130, 1280), (320, 4608), (64, 14336))
 """Rows and columns: fewer tiles than slices, a last tile row, K in splits, and the widest layer of an 8B model."""
+_SHORT_MATRICES: Final = ((70, 96), (33, 576), (40, 960), (320, 4672))
+"""Of types with blocks of 32: the last tile has 96, 64, 192 and 64 of its 256 columns. The last matrix is cut in splits."""
 _WIDTHS: Final = (1, 2, 3, 4, 5, 6, 8, 10, 11, 16, 17, 64, 65, 150)
 """Even ones are multiplied as both int8 of half as many rows too, in kernels of that width and of a wider one."""
+
+
+def _short_matrices(tensor_type: str) -> tuple[tuple[int, int], ...]:
+    return _SHORT_MATRICES if FORMATS[tensor_type].block_weights < TILE_COLUMNS else ()
 
 
 def _product(device: torch.device, tensor_type: str, rows: int, columns: int) -> float:
@@ -619,7 +624,7 @@ def _all_cases() -> dict[str, Case]:
     for tensor_type in FORMATS:
         cases[f"repack {tensor_type}"] = functools.partial(_repack, tensor_type=tensor_type)
         cases[f"dequantize {tensor_type}"] = functools.partial(_dequantize, tensor_type=tensor_type)
-        for rows, columns in _MATRICES:
+        for rows, columns in (*_MATRICES, *_short_matrices(tensor_type)):
             cases[f"matmul {tensor_type} [{rows}, {columns}]"] = functools.partial(
                 _product, tensor_type=tensor_type, rows=rows, columns=columns
             )

@@ -28,8 +28,8 @@ HELD_AS = {kind: kind for kind in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K
 From sglang_pascal/quantization/storage.py; a test compares the tables.
 """
 PACKED_ROWS = 32
-PACKED_COLUMNS = 256
-"""Its device layout pads a matrix to groups of 32 rows and tiles of 256 columns (same file)."""
+PACKED_COLUMNS = 64
+"""Its device layout pads a matrix to groups of 32 rows and steps of 64 columns (kernels/formats.py)."""
 VOCABULARY_MULTIPLE = 64
 """SGLang pads embedding and output to it (layers/vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE)."""
 DENSE = "F16"

@@ -49,37 +49,51 @@ __device__ __forceinline__ void add_block(float& acc, const Step& w, int b, cons
 }
 
 template <class T, int N, int R, int CHUNK>
-__device__ __forceinline__ void add_tile(float (&acc)[R][N], const uint4* const (&tile)[R], const int4* x,
+__device__ __forceinline__ void add_step(float (&acc)[R][N], const uint4* const (&tile)[R],
+                                         const typename T::Header (&header)[R], int step, const int4* x,
                                          const float* scales) {
   constexpr int S = T::HAS_MIN ? 2 : 1;
+  Step w[R];
+#pragma unroll
+  for (int r = 0; r < R; r++) T::unpack(header[r], T::load(tile[r], threadIdx.x % WARP, step), step, w[r]);
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+#pragma unroll
+    for (int b = 0; b < 2; b++) {
+      const int block = T::block(step, b);
+      const int4 x0 = x[n * CHUNK * 16 + 2 * block], x1 = x[n * CHUNK * 16 + 2 * block + 1];
+      const int words[8] = {x0.x, x0.y, x0.z, x0.w, x1.x, x1.y, x1.z, x1.w};
+      const float* s = scales + (n * CHUNK * 8 + block) * S;
+      float d, d_sum = 0.0f;
+      if (T::HAS_MIN) {
+        const float2 both = *reinterpret_cast<const float2*>(s);
+        d = both.x, d_sum = both.y;
+      } else {
+        d = *s;
+      }
+#pragma unroll
+      for (int r = 0; r < R; r++) add_block<T>(acc[r][n], w[r], b, words, d, d_sum);
+    }
+  }
+}
+
+template <class T, int N, int R, int CHUNK>
+__device__ __forceinline__ void add_tile(float (&acc)[R][N], const uint4* const (&tile)[R], const int4* x,
+                                         const float* scales) {
   typename T::Header header[R];
 #pragma unroll
   for (int r = 0; r < R; r++) header[r] = T::load_header(tile[r], threadIdx.x % WARP);
 #pragma unroll
-  for (int step = 0; step < STEPS; step++) {
-    Step w[R];
-#pragma unroll
-    for (int r = 0; r < R; r++) T::unpack(header[r], T::load(tile[r], step), step, w[r]);
-#pragma unroll
-    for (int n = 0; n < N; n++) {
-#pragma unroll
-      for (int b = 0; b < 2; b++) {
-        const int block = T::block(step, b);
-        const int4 x0 = x[n * CHUNK * 16 + 2 * block], x1 = x[n * CHUNK * 16 + 2 * block + 1];
-        const int words[8] = {x0.x, x0.y, x0.z, x0.w, x1.x, x1.y, x1.z, x1.w};
-        const float* s = scales + (n * CHUNK * 8 + block) * S;
-        float d, d_sum = 0.0f;
-        if (T::HAS_MIN) {
-          const float2 both = *reinterpret_cast<const float2*>(s);
-          d = both.x, d_sum = both.y;
-        } else {
-          d = *s;
-        }
-#pragma unroll
-        for (int r = 0; r < R; r++) add_block<T>(acc[r][n], w[r], b, words, d, d_sum);
-      }
-    }
-  }
+  for (int step = 0; step < STEPS; step++) add_step<T, N, R, CHUNK>(acc, tile, header, step, x, scales);
+}
+
+// The last tile of a row, where it has fewer steps: once a row, so its steps are a loop of their own.
+template <class T, int N, int R, int CHUNK>
+__device__ __forceinline__ void add_short_tile(float (&acc)[R][N], const uint4* const (&tile)[R], int steps,
+                                               const int4* x, const float* scales) {
+  const typename T::Header header[R] = {};
+#pragma unroll 1
+  for (int step = 0; step < steps; step++) add_step<T, N, R, CHUNK>(acc, tile, header, step, x, scales);
 }
 
 // The sum of one output over the splits, in order.
@@ -123,8 +137,9 @@ __device__ __forceinline__ float sum_of_slices(const float* sums) {
 
 template <class T, int N, int R, int CHUNK>
 __device__ __forceinline__ void multiply(const Arguments& a) {
+  constexpr int S = T::HAS_MIN ? 2 : 1; // floats per block
   __shared__ int4 x[N * CHUNK * 16];
-  __shared__ float2 scales_[N * CHUNK * 8 / (T::HAS_MIN ? 1 : 2)];
+  __shared__ float2 scales_[N * CHUNK * 8 * S / 2];
   float* scales = reinterpret_cast<float*>(scales_);
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int groups = (a.rows + WARP - 1) / WARP;
@@ -134,7 +149,7 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
 #pragma unroll
   for (int r = 0; r < R; r++) {
     const int group = min(static_cast<int>(blockIdx.x) * R + r, groups - 1); // an odd last group is computed twice
-    tile[r] = a.weights + (static_cast<size_t>(group) * a.n_tiles + begin + warp) * T::UNITS + lane;
+    tile[r] = a.weights + unit_of<T>(group, begin + warp, a.n_steps) + lane;
   }
   float acc[R][N];
 #pragma unroll
@@ -144,16 +159,18 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
 
 #pragma unroll 1
   for (int first = begin; first < end; first += CHUNK) {
-    const int count = min(CHUNK, end - first);
+    const int count = min(CHUNK, end - first), whole = T::SHORT_TILES ? min(count, a.n_steps / STEPS - first) : count;
     __syncthreads();
     stage<T, N, CHUNK>(a, x, scales, first, count);
     __syncthreads();
 #pragma unroll 1
-    for (int i = warp; i < count; i += SLICES) {
-      add_tile<T, N, R, CHUNK>(acc, tile, x + i * 16, scales + i * 8 * (T::HAS_MIN ? 2 : 1));
+    for (int i = warp; i < whole; i += SLICES) {
+      add_tile<T, N, R, CHUNK>(acc, tile, x + i * 16, scales + i * 8 * S);
 #pragma unroll
       for (int r = 0; r < R; r++) tile[r] += SLICES * T::UNITS;
     }
+    if (T::SHORT_TILES && whole < count && whole % SLICES == warp)
+      add_short_tile<T, N, R, CHUNK>(acc, tile, a.n_steps % STEPS, x + whole * 16, scales + whole * 8 * S);
   }
 
   __syncthreads();

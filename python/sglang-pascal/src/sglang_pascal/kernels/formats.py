@@ -1,4 +1,4 @@
-"""The quantised weight types with kernels: their blocks in a GGUF file, and their tiles on the device.
+"""The quantised weight types with kernels: their blocks in a GGUF file, and their layout on the device.
 
 `weights.cuh` and `repack.cu` describe the same layouts to the GPU; a test compares the numbers.
 """
@@ -12,6 +12,8 @@ GROUP_ROWS: Final = 32
 """Rows that a warp multiplies together, one a lane."""
 TILE_COLUMNS: Final = 256
 """Weights of a row in one tile."""
+STEP_COLUMNS: Final = 64
+"""Weights of a row that a product takes at a time, a quarter of a tile."""
 BLOCK: Final = 32
 """Activations that share a scale."""
 PLANE_BYTES: Final = 16
@@ -32,14 +34,24 @@ class Format:
     """16 weights share a scale, not 32."""
 
     @property
-    def tile_row_bytes(self) -> int:
-        """Bytes of one row in one tile; the same as in the file."""
-        return self.block_bytes * TILE_COLUMNS // self.block_weights
+    def weight_bytes(self) -> float:
+        """Bytes of one weight, its share of the scales included."""
+        return self.block_bytes / self.block_weights
 
     @property
-    def tile_bytes(self) -> int:
-        """Bytes of a tile of 32 rows x 256 columns."""
-        return self.tile_row_bytes * GROUP_ROWS
+    def record_columns(self) -> int:
+        """Columns that lie together: 256 of types with such blocks, 64 of others."""
+        return max(self.block_weights, STEP_COLUMNS)
+
+    @property
+    def record_row_bytes(self) -> int:
+        """Bytes of one row in one record; the same as in the file."""
+        return self.row_bytes(self.record_columns)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a record of 32 rows."""
+        return self.record_row_bytes * GROUP_ROWS
 
     def rows_per_lane(self, width: int) -> int:
         """Rows that a lane of the decode product for `width` columns has: R of decode_matmul.cu."""
@@ -49,14 +61,23 @@ class Format:
         """Bytes of a row in the file. `columns` is a multiple of `block_weights`."""
         return columns // self.block_weights * self.block_bytes
 
+    def records(self, columns: int) -> int:
+        """Records along a row."""
+        return -(-columns // self.record_columns)
+
     def packed_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of a repacked tensor: rows are padded to 32, columns to 256."""
-        return -(-rows // GROUP_ROWS) * tiles(columns) * self.tile_bytes
+        """Bytes of a repacked tensor: rows are padded to 32, columns to 64 (blocks of 256 need no padding)."""
+        return -(-rows // GROUP_ROWS) * self.records(columns) * self.record_bytes
 
 
 def tiles(columns: int) -> int:
-    """Tiles along a row."""
+    """Tiles along a row, of which the last may have fewer columns."""
     return -(-columns // TILE_COLUMNS)
+
+
+def steps(columns: int) -> int:
+    """Steps along a row."""
+    return -(-columns // STEP_COLUMNS)
 
 
 FORMATS: Final = {

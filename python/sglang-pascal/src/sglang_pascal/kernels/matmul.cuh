@@ -18,7 +18,7 @@ struct Arguments {
   float* partials;
   u32* tickets;           // one per group of 32 rows, zero before and after
   long long y_stride, residual_stride;
-  int rows, n_tiles, n, y_is_half, splits;
+  int rows, n_tiles, n_steps, n, y_is_half, splits; // n_steps: of 64 columns, in a row of the weights
   int halves;             // 1, or 2 (the decode product only): y[i] = product of x[i] + product of x[n / 2 + i]
 };
 

@@ -83,7 +83,7 @@ def bounds(reports: list[KernelReport]) -> list[Bound]:
     slots = {(r.module.partition(".")[2], r.columns): r.slots_per_weight for r in reports if r.slots_per_weight}
     result = []
     for model in MODELS:
-        n_bytes = sum(count * FORMATS[kind].tile_row_bytes / 256 for kind, count in model.weights.items())
+        n_bytes = sum(count * FORMATS[kind].weight_bytes for kind, count in model.weights.items())
         for batch in BATCHES:
             columns = min(MOST_COLUMNS, COLUMNS_PER_REQUEST * batch)
             if not all((kind, columns) in slots for kind in model.weights):
@@ -102,7 +102,7 @@ def bounds(reports: list[KernelReport]) -> list[Bound]:
 
 def budget(tensor_type: str) -> float:
     """Issue slots per weight at which a P4's instructions take as long as its memory."""
-    return P4_LANE_INSTRUCTIONS / (P4_BANDWIDTH / (FORMATS[tensor_type].tile_row_bytes / 256))
+    return P4_LANE_INSTRUCTIONS / (P4_BANDWIDTH / FORMATS[tensor_type].weight_bytes)
 
 
 def as_markdown(reports: list[KernelReport]) -> str:

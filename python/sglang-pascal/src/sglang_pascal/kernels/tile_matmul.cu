@@ -189,7 +189,7 @@ __device__ __forceinline__ void multiply_tile(const Arguments& a, Buffer<T> (&bu
   const int ty = warp * 4 + lane / 8, tx = lane % 8;
   const int groups = (a.rows + WARP - 1) / WARP;
   const int group = min(first_row / WARP + warp, groups - 1);
-  const uint4* tiles = a.weights + static_cast<size_t>(group) * a.n_tiles * T::UNITS + lane;
+  const uint4* tiles = a.weights + unit_of<T>(group, 0, a.n_steps) + lane;
   const int column = first_column + t % COLUMNS, half = t / COLUMNS;
   float acc[8][8];
   clear(acc);
@@ -198,29 +198,30 @@ __device__ __forceinline__ void multiply_tile(const Arguments& a, Buffer<T> (&bu
   Walk ahead = at;
   const uint4* tile = tiles + static_cast<size_t>(ahead.tile) * T::UNITS;
   typename T::Header header = T::load_header(tile, lane);
-  typename T::Raw raw = T::load(tile, 0);
+  typename T::Raw raw = T::load(tile, lane, 0);
   Columns columns = load_columns<T>(a, column, half, ahead.tile, 0);
   store_step<T>(buffers[0], header, raw, columns, 0);
   __syncthreads();
-  const int n_steps = a.n_tiles * STEPS;
+  int step = 0; // of `ahead`
 #pragma unroll 1
-  for (int s = 0; s < n_steps; s++) {
-    const int next = s + 1, step = next % STEPS;
-    if (next < n_steps) {
+  for (int s = 0; s < a.n_steps; s++) {
+    const int next = s + 1;
+    step = step + 1 < steps_of<T>(ahead.tile, a.n_steps) ? step + 1 : 0;
+    if (next < a.n_steps) {
       if (step == 0) {
         ahead.advance(a);
         tile = tiles + static_cast<size_t>(ahead.tile) * T::UNITS;
         header = T::load_header(tile, lane);
       }
-      raw = T::load(tile, step);
+      raw = T::load(tile, lane, step);
       columns = load_columns<T>(a, column, half, ahead.tile, step);
     }
     multiply_step<T>(buffers[s % 2], acc, ty, tx);
-    if (next < n_steps) store_step<T>(buffers[next % 2], header, raw, columns, step);
+    if (next < a.n_steps) store_step<T>(buffers[next % 2], header, raw, columns, step);
     if (step == 0) {
       if (at.ends_slice()) {
         end_slice(a, at, acc, own);
-        if (next < n_steps) clear(acc);
+        if (next < a.n_steps) clear(acc);
       }
       at = ahead;
     }

@@ -1,16 +1,20 @@
 // The repacked weight layouts, and how 64 weights of a row become bytes and scales.
 //
-// A tensor is cut into groups of 32 rows; a group into tiles of 256 columns. A tile is a sequence of planes of 32 x 16
-// bytes, row r's 16 bytes at index r: lane r of a warp loads row r of a plane, and the warp one contiguous 512 bytes.
-// Groups follow each other, and tiles within a group: tile (g, s) starts at (g * n_tiles + s) * UNITS * 16 bytes.
+// A tensor is cut into groups of 32 rows, a group into records: 256 columns of the types whose blocks have 256 weights, 64
+// of those whose blocks have 32. A record is a sequence of planes of 32 x 16 bytes, row r's 16 bytes at index r: lane r of
+// a warp loads row r of a plane, and the warp one contiguous 512 bytes. Behind the planes are the rows' tails, row after
+// row. Groups follow each other, and records within a group.
 //
-//   type  planes (each 512 bytes)                                               bytes per row and tile
-//   Q4_K  header (d, dmin, 12 scale bytes); 8 of nibbles                        144
-//   Q5_K  header; 2 of fifth bits; 8 of nibbles                                 176
-//   Q6_K  8 of low nibbles; 4 of upper bits, stored xor 0xaa; scales; 32 x d    210
-//   Q8_0  16 of int8; 8 x d                                                     272
-//   Q4_0  8 of nibbles, stored xor 0x88; 8 x d                                  144
-//   Q4_1  8 of nibbles; 8 x d; 8 x m                                            160
+//   type  columns  planes (each 512 bytes)                                       tail    bytes per row and record
+//   Q4_K  256      header (d, dmin, 12 scale bytes); 8 of nibbles                        144
+//   Q5_K  256      header; 2 of fifth bits; 8 of nibbles                                 176
+//   Q6_K  256      8 of low nibbles; 4 of upper bits, stored xor 0xaa; scales    d       210
+//   Q8_0  64       4 of int8                                                     2 d     68
+//   Q4_0  64       2 of nibbles, stored xor 0x88                                 2 d     36
+//   Q4_1  64       2 of nibbles                                                  2 d, 2 m   40
+//
+// A tile is 256 columns: one record or four. The last tile of a row may have fewer (SHORT_TILES), so that rows of any
+// multiple of 64 columns take no more bytes than in the file.
 //
 // The two xors turn an offset-binary number into two's complement whose top bits come first, so that 4 * (q - 32) and
 // 16 * (q - 8) are read as signed bytes and the factor goes into the scale: no subtraction, no sum of activations.
@@ -28,6 +32,18 @@ struct Step {
 };
 
 constexpr int STEPS = 4; // per tile
+
+// Of a row's steps (columns / 64, rounded up), those that its tile `tile` has.
+template <class T>
+__device__ __forceinline__ int steps_of(int tile, int n_steps) {
+  return T::SHORT_TILES ? min(STEPS, n_steps - STEPS * tile) : STEPS;
+}
+
+// Where group `group`, tile `tile` begins; UNITS are those of a whole tile.
+template <class T>
+__device__ __forceinline__ size_t unit_of(int group, int tile, int n_steps) {
+  return static_cast<size_t>(group) * n_steps * (T::UNITS / STEPS) + static_cast<size_t>(tile) * T::UNITS;
+}
 
 __device__ __forceinline__ u32 byte_of(u32 word, int i) { return (word >> (8 * i)) & 0xff; }
 
@@ -67,14 +83,14 @@ __device__ __forceinline__ void k_scales(const KHeader& header, int step, float 
 
 struct Q4_K {
   static constexpr int UNITS = 288;
-  static constexpr bool SIGNED = false, HAS_MIN = true, HALF_SCALES = false;
+  static constexpr bool SIGNED = false, HAS_MIN = true, HALF_SCALES = false, SHORT_TILES = false;
   typedef KHeader Header;
   struct Raw {
     uint4 low, high;
   };
   static __device__ __forceinline__ int block(int step, int b) { return 2 * step + b; }
   static __device__ __forceinline__ Header load_header(const uint4* tile, int) { return decode_k_header(__ldg(tile)); }
-  static __device__ __forceinline__ Raw load(const uint4* tile, int step) {
+  static __device__ __forceinline__ Raw load(const uint4* tile, int, int step) {
     return {__ldg(tile + WARP * (1 + 2 * step)), __ldg(tile + WARP * (2 + 2 * step))};
   }
   static __device__ __forceinline__ void unpack(const Header& header, const Raw& raw, int step, Step& out) {
@@ -88,7 +104,7 @@ struct Q4_K {
 
 struct Q5_K {
   static constexpr int UNITS = 352;
-  static constexpr bool SIGNED = false, HAS_MIN = true, HALF_SCALES = false;
+  static constexpr bool SIGNED = false, HAS_MIN = true, HALF_SCALES = false, SHORT_TILES = false;
   struct Header {
     KHeader scales;
     uint4 fifth[2];
@@ -100,7 +116,7 @@ struct Q5_K {
   static __device__ __forceinline__ Header load_header(const uint4* tile, int) {
     return {decode_k_header(__ldg(tile)), {__ldg(tile + WARP), __ldg(tile + 2 * WARP)}};
   }
-  static __device__ __forceinline__ Raw load(const uint4* tile, int step) {
+  static __device__ __forceinline__ Raw load(const uint4* tile, int, int step) {
     return {__ldg(tile + WARP * (3 + 2 * step)), __ldg(tile + WARP * (4 + 2 * step))};
   }
   // Bit `bit` of each byte moved to bit 4.
@@ -122,7 +138,7 @@ struct Q5_K {
 
 struct Q6_K {
   static constexpr int UNITS = 420;
-  static constexpr bool SIGNED = true, HAS_MIN = false, HALF_SCALES = true;
+  static constexpr bool SIGNED = true, HAS_MIN = false, HALF_SCALES = true, SHORT_TILES = false;
   struct Header {
     float d;
     uint4 scales;
@@ -140,7 +156,7 @@ struct Q6_K {
     header.scales = __ldg(tile + 12 * WARP);
     return header;
   }
-  static __device__ __forceinline__ Raw load(const uint4* tile, int step) {
+  static __device__ __forceinline__ Raw load(const uint4* tile, int, int step) {
     const uint4* upper = tile + WARP * (8 + 2 * (step >> 1));
     return {{__ldg(tile + WARP * 2 * step), __ldg(tile + WARP * (2 * step + 1))}, {__ldg(upper), __ldg(upper + WARP)}};
   }
@@ -166,46 +182,58 @@ struct Q6_K {
   }
 };
 
-// The fp16 number of block `i` among a tile's eight.
-__device__ __forceinline__ float block_half(const uint4& eight, int i) {
-  return half_to_float((word_of(eight, i >> 1) >> (16 * (i & 1))) & 0xffff);
+// What the types with blocks of 32 share: all of a record is loaded with its step.
+struct NoHeader {};
+
+// The row's tail of step `step`; `tile` is the row's unit of plane 0.
+template <class T, class Tail>
+__device__ __forceinline__ Tail load_tail(const uint4* tile, int row, int step, int planes) {
+  return __ldg(reinterpret_cast<const Tail*>(tile - row + step * (T::UNITS / STEPS) + planes * WARP) + row);
 }
 
 struct Q8_0 {
   static constexpr int UNITS = 544;
-  static constexpr bool SIGNED = true, HAS_MIN = false, HALF_SCALES = false;
-  typedef uint4 Header;
+  static constexpr bool SIGNED = true, HAS_MIN = false, HALF_SCALES = false, SHORT_TILES = true;
+  typedef NoHeader Header;
   struct Raw {
     uint4 v[4];
+    u32 d;
   };
   static __device__ __forceinline__ int block(int step, int b) { return 2 * step + b; }
-  static __device__ __forceinline__ Header load_header(const uint4* tile, int) { return __ldg(tile + 16 * WARP); }
-  static __device__ __forceinline__ Raw load(const uint4* tile, int step) {
-    const uint4* p = tile + 4 * WARP * step;
-    return {{__ldg(p), __ldg(p + WARP), __ldg(p + 2 * WARP), __ldg(p + 3 * WARP)}};
+  static __device__ __forceinline__ Header load_header(const uint4*, int) { return {}; }
+  static __device__ __forceinline__ Raw load(const uint4* tile, int row, int step) {
+    const uint4* p = tile + step * (UNITS / STEPS);
+    return {{__ldg(p), __ldg(p + WARP), __ldg(p + 2 * WARP), __ldg(p + 3 * WARP)},
+            load_tail<Q8_0, u32>(tile, row, step, 4)};
   }
-  static __device__ __forceinline__ void unpack(const Header& header, const Raw& raw, int step, Step& out) {
+  static __device__ __forceinline__ void unpack(const Header&, const Raw& raw, int, Step& out) {
+    float d[2];
+    halves_to_floats(raw.d, d[0], d[1]);
 #pragma unroll
     for (int b = 0; b < 2; b++) {
       spread(raw.v[2 * b], out.bytes[b]), spread(raw.v[2 * b + 1], out.bytes[b] + 4);
-      out.scale[b][0] = out.scale[b][1] = block_half(header, 2 * step + b);
+      out.scale[b][0] = out.scale[b][1] = d[b];
     }
   }
 };
 
 struct Q4_0 {
   static constexpr int UNITS = 288;
-  static constexpr bool SIGNED = true, HAS_MIN = false, HALF_SCALES = false;
-  typedef uint4 Header;
+  static constexpr bool SIGNED = true, HAS_MIN = false, HALF_SCALES = false, SHORT_TILES = true;
+  typedef NoHeader Header;
   struct Raw {
     uint4 v[2];
+    u32 d;
   };
   static __device__ __forceinline__ int block(int step, int b) { return 2 * step + b; }
-  static __device__ __forceinline__ Header load_header(const uint4* tile, int) { return __ldg(tile + 8 * WARP); }
-  static __device__ __forceinline__ Raw load(const uint4* tile, int step) {
-    return {{__ldg(tile + WARP * 2 * step), __ldg(tile + WARP * (2 * step + 1))}};
+  static __device__ __forceinline__ Header load_header(const uint4*, int) { return {}; }
+  static __device__ __forceinline__ Raw load(const uint4* tile, int row, int step) {
+    const uint4* p = tile + step * (UNITS / STEPS);
+    return {{__ldg(p), __ldg(p + WARP)}, load_tail<Q4_0, u32>(tile, row, step, 2)};
   }
-  static __device__ __forceinline__ void unpack(const Header& header, const Raw& raw, int step, Step& out) {
+  static __device__ __forceinline__ void unpack(const Header&, const Raw& raw, int, Step& out) {
+    float d[2];
+    halves_to_floats(raw.d, d[0], d[1]);
 #pragma unroll
     for (int b = 0; b < 2; b++) {
       u32 words[4];
@@ -215,28 +243,28 @@ struct Q4_0 {
         out.bytes[b][k] = (words[k] << 4) & 0xf0f0f0f0u;
         out.bytes[b][4 + k] = words[k] & 0xf0f0f0f0u;
       }
-      out.scale[b][0] = out.scale[b][1] = __fmul_rn(block_half(header, 2 * step + b), 0.0625f);
+      out.scale[b][0] = out.scale[b][1] = __fmul_rn(d[b], 0.0625f);
     }
   }
 };
 
 struct Q4_1 {
   static constexpr int UNITS = 320;
-  static constexpr bool SIGNED = false, HAS_MIN = true, HALF_SCALES = false;
-  struct Header {
-    uint4 d, m;
-  };
+  static constexpr bool SIGNED = false, HAS_MIN = true, HALF_SCALES = false, SHORT_TILES = true;
+  typedef NoHeader Header;
   struct Raw {
     uint4 v[2];
+    uint2 d_m;
   };
   static __device__ __forceinline__ int block(int step, int b) { return 2 * step + b; }
-  static __device__ __forceinline__ Header load_header(const uint4* tile, int) {
-    return {__ldg(tile + 8 * WARP), __ldg(tile + 9 * WARP)};
+  static __device__ __forceinline__ Header load_header(const uint4*, int) { return {}; }
+  static __device__ __forceinline__ Raw load(const uint4* tile, int row, int step) {
+    const uint4* p = tile + step * (UNITS / STEPS);
+    return {{__ldg(p), __ldg(p + WARP)}, load_tail<Q4_1, uint2>(tile, row, step, 2)};
   }
-  static __device__ __forceinline__ Raw load(const uint4* tile, int step) {
-    return {{__ldg(tile + WARP * 2 * step), __ldg(tile + WARP * (2 * step + 1))}};
-  }
-  static __device__ __forceinline__ void unpack(const Header& header, const Raw& raw, int step, Step& out) {
+  static __device__ __forceinline__ void unpack(const Header&, const Raw& raw, int, Step& out) {
+    float d[2], m[2];
+    halves_to_floats(raw.d_m.x, d[0], d[1]), halves_to_floats(raw.d_m.y, m[0], m[1]);
 #pragma unroll
     for (int b = 0; b < 2; b++) {
       u32 words[4];
@@ -246,8 +274,8 @@ struct Q4_1 {
         out.bytes[b][k] = words[k] & 0x0f0f0f0fu;
         out.bytes[b][4 + k] = (words[k] >> 4) & 0x0f0f0f0fu;
       }
-      out.scale[b][0] = out.scale[b][1] = block_half(header.d, 2 * step + b);
-      out.min[b] = -block_half(header.m, 2 * step + b);
+      out.scale[b][0] = out.scale[b][1] = d[b];
+      out.min[b] = -m[b];
     }
   }
 };

@@ -113,7 +113,7 @@ def _partials(count: int, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(count, dtype=torch.float32, device=like.device)
 
 
-_LAYOUT: Final = "PPPPPPPPqqiiiiii0P"
+_LAYOUT: Final = "PPPPPPPPqqiiiiiii0P"
 
 
 def _launch(
@@ -131,7 +131,8 @@ def _launch(
             *(weight.data.data_ptr(), x.q.data_ptr(), x.scales.data_ptr(), out.data_ptr()),
             *(address(product.bias), address(residual), partials.data_ptr(), weight.tickets.data_ptr()),
             *(out.stride(0), 0 if residual is None else residual.stride(0)),
-            *(weight.rows, weight.n_tiles, product.n, is_half(out), splits_of(weight), 1 + product.wide),
+            *(weight.rows, weight.n_tiles, weight.n_steps, product.n, is_half(out)),
+            *(splits_of(weight), 1 + product.wide),
         ],
         out,
         f"{weight.tensor_type} [{weight.rows}, {weight.columns}], {product.n} rows of x",

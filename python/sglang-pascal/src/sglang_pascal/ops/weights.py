@@ -1,7 +1,7 @@
 """Quantised weights in device memory: packing into the layout of the kernels, and rows back to floating point.
 
 A `PackedWeight` holds exactly the bytes of the GGUF tensor in another order, plus padding: rows to a multiple of 32,
-columns to a multiple of 256 (only the 32-wide types can need that). To load a tensor in pieces, or several tensors into
+columns to a multiple of 64 (only the 32-wide types can need that). To load a tensor in pieces, or several tensors into
 one matrix (query, key, value; gate, up), allocate the whole and pack into its row ranges:
 
     weight = allocate_packed("Q4_K", rows=8192, columns=4096, device=device)
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang_pascal.errors import PluginError
-from sglang_pascal.kernels.formats import FORMATS, GROUP_ROWS, Format, tiles
+from sglang_pascal.kernels.formats import FORMATS, GROUP_ROWS, Format, steps, tiles
 from sglang_pascal.ops._call import FLOATS, INDICES, OperationError, address, is_half, is_long, launch, require
 from sglang_pascal.reference import dequantize_ref, repack_ref, unrepack_ref
 
@@ -50,8 +50,13 @@ class PackedWeight:
 
     @property
     def n_tiles(self) -> int:
-        """Tiles of 256 columns along a row."""
+        """Tiles of 256 columns along a row, of which the last may have fewer."""
         return tiles(self.columns)
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of 64 columns along a row."""
+        return steps(self.columns)
 
     def row_range(self, first: int, rows: int) -> PackedWeight:
         """Some rows as a view. `first` is a multiple of 32; so is `rows`, unless the range ends the matrix."""
@@ -60,7 +65,7 @@ class PackedWeight:
                 f"rows {first} to {first + rows} of a {self.tensor_type} matrix of {self.rows} rows: "
                 f"a range must begin at a multiple of {GROUP_ROWS}, and end at one or with the matrix"
             )
-        per_group = self.n_tiles * self.format.tile_bytes
+        per_group = self.format.packed_bytes(GROUP_ROWS, self.columns)
         group, groups = first // GROUP_ROWS, -(-rows // GROUP_ROWS)
         return PackedWeight(
             self.data[group * per_group : (group + groups) * per_group],
@@ -125,7 +130,7 @@ def _move(function: str, weight: PackedWeight, source: int, target: int) -> None
         _THREADS,
         "PPiiiQ",
         (-(-units // _THREADS), 1, 1),
-        [source, target, weight.rows, row_bytes, weight.n_tiles, units],
+        [source, target, weight.rows, row_bytes, weight.format.records(weight.columns), units],
         weight.data,
         f"{weight.tensor_type} [{weight.rows}, {weight.columns}]",
     )
@@ -153,7 +158,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, ids: torch.Tensor | Non
             (n, -(-weight.n_tiles // _TILES_PER_CTA), 1),
             [
                 *(weight.data.data_ptr(), address(ids), out.data_ptr(), is_long(ids), is_half(out)),
-                *(weight.rows, weight.n_tiles, weight.columns),
+                *(weight.rows, weight.n_steps, weight.columns),
             ],
             weight.data,
             f"{weight.tensor_type} [{weight.rows}, {weight.columns}]",

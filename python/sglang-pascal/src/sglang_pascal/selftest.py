@@ -274,7 +274,7 @@ def _not_a_number(device: torch.device) -> float:
 _MATRICES: Final = ((1, 256), (33, 768), (130, 1280), (320, 4608), (64, 14336))
 """Rows and columns: fewer tiles than slices, a last tile row, K in splits, and the widest layer of an 8B model."""
 _SHORT_MATRICES: Final = ((70, 96), (33, 576), (40, 960), (320, 4672))
-"""Of types with blocks of 32: the last tile has 96, 64, 192 and 64 of its 256 columns. The last matrix is cut in splits."""
+"""Of types with blocks of 32: the last tile has 96, 64, 192 and 64 of 256 columns. The last matrix is cut in splits."""
 _WIDTHS: Final = (1, 2, 3, 4, 5, 6, 8, 10, 11, 16, 17, 64, 65, 150)
 """Even ones are multiplied as both int8 of half as many rows too, in kernels of that width and of a wider one."""
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import locale
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -149,6 +151,25 @@ class TestCompiling:
         files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
         assert len(files) == 2 * len(ARCHITECTURES) * 2
         assert all(path.stat().st_mode & 0o444 == 0o444 for path in files)
+
+
+def test_a_wheel_carries_the_kernels_that_were_built_into_the_sources(tmp_path):
+    """They are in no repository: git ignores them, and the builder leaves out what git ignores."""
+    package = Path(__file__).parents[1]
+    for name in ("src", "pyproject.toml", "README.md"):
+        source = package / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    shutil.copy(package.parents[1] / ".gitignore", tmp_path)
+    prebuilt = tmp_path / "src" / "sglang_pascal" / "kernels" / "prebuilt"
+    shutil.rmtree(prebuilt, ignore_errors=True)
+    names = {MODULES["quantize"].file_name(arch, kind) for arch in ARCHITECTURES for kind in ("ptx", "cubin")}
+    for name in names:
+        build.store(prebuilt / name, b"code")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "dist"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("sglang_pascal/kernels/prebuilt/")}
+    assert {Path(name).name for name in inside} == names
 
 
 class TestNoToolchain:

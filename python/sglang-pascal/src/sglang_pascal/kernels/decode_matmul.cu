@@ -16,9 +16,12 @@
 // Registers and the resulting occupancy: docs/kernels.md, checked against ptxas by a test.
 #include "matmul.cuh"
 
+template <class T>
+constexpr int SCALES = T::HAS_MIN ? 2 : 1; // floats of a block of activations: d, and d * sum q where it is needed
+
 template <class T, int N, int CHUNK>
 __device__ __forceinline__ void stage(const Arguments& a, int4* x, float* scales, int first_tile, int count) {
-  constexpr int S = T::HAS_MIN ? 2 : 1; // floats per block
+  constexpr int S = SCALES<T>;
 #pragma unroll 1
   for (int n = 0; n < N; n++) {
     const bool real = n < a.n;
@@ -52,7 +55,7 @@ template <class T, int N, int R, int CHUNK>
 __device__ __forceinline__ void add_step(float (&acc)[R][N], const uint4* const (&tile)[R],
                                          const typename T::Header (&header)[R], int step, const int4* x,
                                          const float* scales) {
-  constexpr int S = T::HAS_MIN ? 2 : 1;
+  constexpr int S = SCALES<T>;
   Step w[R];
 #pragma unroll
   for (int r = 0; r < R; r++) T::unpack(header[r], T::load(tile[r], threadIdx.x % WARP, step), step, w[r]);
@@ -137,7 +140,7 @@ __device__ __forceinline__ float sum_of_slices(const float* sums) {
 
 template <class T, int N, int R, int CHUNK>
 __device__ __forceinline__ void multiply(const Arguments& a) {
-  constexpr int S = T::HAS_MIN ? 2 : 1; // floats per block
+  constexpr int S = SCALES<T>;
   __shared__ int4 x[N * CHUNK * 16];
   __shared__ float2 scales_[N * CHUNK * 8 * S / 2];
   float* scales = reinterpret_cast<float*>(scales_);

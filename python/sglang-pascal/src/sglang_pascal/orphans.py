@@ -27,6 +27,15 @@ def die_with_parent() -> None:
     if parent is None or SPAWNED not in sys.orig_argv:
         return
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(parent) and not Path("/proc", parent).exists():
+    if os.getppid() != int(parent) and not _is_running(parent):
         # It died before the kernel was asked.
         os._exit(1)
+
+
+def _is_running(pid: str) -> bool:
+    """Whether a process is there and has not ended: whoever adopts orphans may leave it a zombie for long."""
+    try:
+        state = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in ("Z", "X")

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from pascaline.errors import ExitCode
 from pascaline.serving.process import MAX_LINE_BYTES
-from pascaline.serving.supervisor import BLIND_SECONDS, STOP_SIGNALS
+from pascaline.serving.supervisor import BLIND_SECONDS, POLL_SECONDS, STOP_SIGNALS
 from support.instance import wait_until
 from support.stuck import unkillable
 
@@ -270,6 +270,19 @@ class TestProgress:
         wait_until("another look", lambda: instance.agent("/health").json["last_probe"]["at"] > before)
         assert instance.agent("/health").json["restarts"] == 0
         assert set(instance.states) == {"starting", "ready"}
+
+    def test_a_supervisor_that_was_stopped_while_it_asked_blames_nobody(self, serve: Serve) -> None:
+        instance = serve()
+        instance.wait_for_state("ready")
+        instance.fault(mute=1)
+        time.sleep(POLL_SECONDS + 0.3)  # it waits for a page of metrics now
+        instance.process.send_signal(signal.SIGSTOP)
+        time.sleep(BLIND_SECONDS + 1)
+        instance.fault(mute=0)
+        instance.process.send_signal(signal.SIGCONT)
+        before = instance.agent("/health").json["last_probe"]["at"]
+        wait_until("another look", lambda: instance.agent("/health").json["last_probe"]["at"] > before)
+        assert instance.agent("/health").json["restarts"] == 0
 
     def test_an_engine_that_answers_nothing_at_all(self, serve: Serve) -> None:
         instance = serve()

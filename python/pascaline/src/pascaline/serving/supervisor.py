@@ -296,12 +296,19 @@ class Supervisor:
         looked = time.monotonic()
         judge = Judge(self.settings.stall_timeout, last_sign=looked)
         probe: asyncio.Task[bool] | None = None
+
+        def look() -> float:
+            """Return the time; what passed unseen since the last look is not held against the engine."""
+            nonlocal looked
+            now = time.monotonic()
+            if now - looked > BLIND_SECONDS:
+                judge.missed(now - looked)
+            looked = now
+            return now
+
         try:
             while process.exit_code is None:
-                now = time.monotonic()
-                if now - looked > BLIND_SECONDS:
-                    judge.missed(now - looked)
-                looked = now
+                now = look()
                 judge.observe(now, await self._progress())
                 if probe is not None and probe.done():
                     if probe.result():
@@ -309,7 +316,7 @@ class Supervisor:
                     probe = None
                 if probe is None and judge.wants_probe(now, self.settings.probe_interval):
                     probe = asyncio.create_task(self._generate(task, timeout=self.settings.stall_timeout))
-                self._change(*judge.verdict(time.monotonic()))
+                self._change(*judge.verdict(look()))  # again: this process may have been stopped while it asked
                 if self.health.state is State.UNRESPONSIVE:
                     break
                 if judge.last_sign >= now:

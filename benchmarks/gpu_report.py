@@ -58,7 +58,7 @@ SANITIZER_GROUPS = [
     ["top_k"],
     *([f"repack {name}", f"dequantize {name}", f"matmul {name} [33, 768]"] for name in FORMATS),
     ["matmul Q4_K [320, 4608]", "matmul Q6_K [320, 4608]"],
-    ["matmul Q8_0 [33, 576]", "matmul Q4_0 [33, 576]", "matmul Q4_1 [33, 576]"],
+    [f"matmul {name} [33, 576]" for name, form in FORMATS.items() if form.short_tiles],
     *(
         [f"attention_decode {kv} head_dim {size}", f"attention_prefill {kv} head_dim {size}"]
         for kv in KV_TYPES

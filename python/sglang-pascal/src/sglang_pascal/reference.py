@@ -57,7 +57,7 @@ def unrepack_ref(packed: torch.Tensor, tensor_type: str, rows: int, columns: int
 def _plane_order(tensor_type: str, device: torch.device) -> torch.Tensor:
     """For each byte of a record's row in the device's order, its place in the file."""
     form = FORMATS[tensor_type]
-    if form.block_weights == form.record_columns:
+    if not form.short_tiles:
         return torch.arange(form.record_row_bytes, device=device)
     halves = (form.block_bytes % PLANE_BYTES) // 2  # fp16 numbers at the start of a block: d, and m of Q4_1
     blocks = torch.arange(form.record_row_bytes, device=device).view(-1, form.block_bytes)

@@ -280,7 +280,7 @@ _WIDTHS: Final = (1, 2, 3, 4, 5, 6, 8, 10, 11, 16, 17, 64, 65, 150)
 
 
 def _short_matrices(tensor_type: str) -> tuple[tuple[int, int], ...]:
-    return _SHORT_MATRICES if FORMATS[tensor_type].block_weights < TILE_COLUMNS else ()
+    return _SHORT_MATRICES if FORMATS[tensor_type].short_tiles else ()
 
 
 def _product(device: torch.device, tensor_type: str, rows: int, columns: int) -> float:

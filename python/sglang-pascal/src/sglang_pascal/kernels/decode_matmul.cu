@@ -21,7 +21,6 @@ constexpr int SCALES = T::HAS_MIN ? 2 : 1; // floats of a block of activations: 
 
 template <class T, int N, int CHUNK>
 __device__ __forceinline__ void stage(const Arguments& a, int4* x, float* scales, int first_tile, int count) {
-  constexpr int S = SCALES<T>;
 #pragma unroll 1
   for (int n = 0; n < N; n++) {
     const bool real = n < a.n;
@@ -31,8 +30,8 @@ __device__ __forceinline__ void stage(const Arguments& a, int4* x, float* scales
     const float2* source_scales = a.x_scales + (static_cast<size_t>(n) * a.n_tiles + first_tile) * 8;
     for (int i = threadIdx.x; i < count * 8; i += WARP * SLICES) {
       const float2 s = real ? __ldg(source_scales + i) : make_float2(0.0f, 0.0f);
-      scales[(n * CHUNK * 8 + i) * S] = s.x;
-      if (T::HAS_MIN) scales[(n * CHUNK * 8 + i) * S + 1] = s.y;
+      scales[(n * CHUNK * 8 + i) * SCALES<T>] = s.x;
+      if (T::HAS_MIN) scales[(n * CHUNK * 8 + i) * SCALES<T> + 1] = s.y;
     }
   }
 }
@@ -55,7 +54,6 @@ template <class T, int N, int R, int CHUNK>
 __device__ __forceinline__ void add_step(float (&acc)[R][N], const uint4* const (&tile)[R],
                                          const typename T::Header (&header)[R], int step, const int4* x,
                                          const float* scales) {
-  constexpr int S = SCALES<T>;
   Step w[R];
 #pragma unroll
   for (int r = 0; r < R; r++) T::unpack(header[r], T::load(tile[r], threadIdx.x % WARP, step), step, w[r]);
@@ -66,7 +64,7 @@ __device__ __forceinline__ void add_step(float (&acc)[R][N], const uint4* const 
       const int block = T::block(step, b);
       const int4 x0 = x[n * CHUNK * 16 + 2 * block], x1 = x[n * CHUNK * 16 + 2 * block + 1];
       const int words[8] = {x0.x, x0.y, x0.z, x0.w, x1.x, x1.y, x1.z, x1.w};
-      const float* s = scales + (n * CHUNK * 8 + block) * S;
+      const float* s = scales + (n * CHUNK * 8 + block) * SCALES<T>;
       float d, d_sum = 0.0f;
       if (T::HAS_MIN) {
         const float2 both = *reinterpret_cast<const float2*>(s);
@@ -140,9 +138,8 @@ __device__ __forceinline__ float sum_of_slices(const float* sums) {
 
 template <class T, int N, int R, int CHUNK>
 __device__ __forceinline__ void multiply(const Arguments& a) {
-  constexpr int S = SCALES<T>;
   __shared__ int4 x[N * CHUNK * 16];
-  __shared__ float2 scales_[N * CHUNK * 8 * S / 2];
+  __shared__ float2 scales_[N * CHUNK * 8 * SCALES<T> / 2];
   float* scales = reinterpret_cast<float*>(scales_);
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int groups = (a.rows + WARP - 1) / WARP;
@@ -168,12 +165,12 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
     __syncthreads();
 #pragma unroll 1
     for (int i = warp; i < whole; i += SLICES) {
-      add_tile<T, N, R, CHUNK>(acc, tile, x + i * 16, scales + i * 8 * S);
+      add_tile<T, N, R, CHUNK>(acc, tile, x + i * 16, scales + i * 8 * SCALES<T>);
 #pragma unroll
       for (int r = 0; r < R; r++) tile[r] += SLICES * T::UNITS;
     }
     if (T::SHORT_TILES && whole < count && whole % SLICES == warp)
-      add_short_tile<T, N, R, CHUNK>(acc, tile, a.n_steps % STEPS, x + whole * 16, scales + whole * 8 * S);
+      add_short_tile<T, N, R, CHUNK>(acc, tile, a.n_steps % STEPS, x + whole * 16, scales + whole * 8 * SCALES<T>);
   }
 
   __syncthreads();

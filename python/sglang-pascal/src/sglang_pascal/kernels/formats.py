@@ -1,6 +1,6 @@
 """The quantised weight types with kernels: their blocks in a GGUF file, and their layout on the device.
 
-`weights.cuh` and `repack.cu` describe the same layouts to the GPU; a test compares the numbers.
+`weights.cuh` and `repack.cu` describe the same layouts to the GPU; the selftest compares the bytes.
 """
 
 from __future__ import annotations
@@ -39,9 +39,14 @@ class Format:
         return self.block_bytes / self.block_weights
 
     @property
+    def short_tiles(self) -> bool:
+        """Whether the last tile of a row may have fewer columns: blocks of 256 fill theirs."""
+        return self.block_weights < TILE_COLUMNS
+
+    @property
     def record_columns(self) -> int:
         """Columns that lie together: 256 of types with such blocks, 64 of others."""
-        return max(self.block_weights, STEP_COLUMNS)
+        return STEP_COLUMNS if self.short_tiles else TILE_COLUMNS
 
     @property
     def record_row_bytes(self) -> int:

@@ -81,12 +81,12 @@ template <class T>
 __device__ __forceinline__ Place place_of(u64 unit, int i, int n_records) {
   const u64 record = unit / Record<T>::UNITS;
   const int within = static_cast<int>(unit % Record<T>::UNITS);
-  const int group = static_cast<int>(record / n_records), first = static_cast<int>(record % n_records);
+  const int group = static_cast<int>(record / n_records), in_row = static_cast<int>(record % n_records);
   const bool is_tail = within >= Record<T>::PLANES * WARP;
   const int tail_byte = (within - Record<T>::PLANES * WARP) * 16 + i;
   constexpr int TAIL = Record<T>::TAIL_BYTES ? Record<T>::TAIL_BYTES : 1; // never 0, for the sake of the division
   const Source source = File<T>::byte(within / WARP, is_tail ? tail_byte % TAIL : i);
-  return {group * WARP + (is_tail ? tail_byte / TAIL : within % WARP), first * Record<T>::ROW_BYTES + source.offset,
+  return {group * WARP + (is_tail ? tail_byte / TAIL : within % WARP), in_row * Record<T>::ROW_BYTES + source.offset,
           source.flip};
 }
 

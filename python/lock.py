@@ -2,17 +2,23 @@
 
 `requirements.lock` (both packages) and `requirements-dev.lock` (the tools on top) are pip's own format with hashes and
 no addresses. `wheels.json` names, for Nix (CPython 3.12, x86_64 manylinux), the one wheel of every package and which
-environment needs it. All three come from one resolution, the uv.lock beside them, which is not committed because it
-records registry addresses.
+environment needs it. All three come from one resolution, a uv.lock in a temporary folder, which is not committed because
+it records registry addresses.
+
+A package keeps the version that the locks hold, so that adding one does not move the others. `--upgrade NAME` (may be
+repeated) lets go of one, `--upgrade-all` of all.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -28,33 +34,84 @@ ENVIRONMENTS = {
 }
 
 
+LOCKS = {"requirements.lock": ["--all-packages", "--all-extras", "--no-dev", "--group", "build"]}
+LOCKS["requirements-dev.lock"] = ["--only-group", "dev"]
+
+
 def main() -> int:
     """Write the locks with the uv that the first argument names."""
-    uv = sys.argv[1] if len(sys.argv) > 1 else "uv"
-    run(uv, "lock", "--quiet")
-    runtime = export(uv, "--all-packages", "--all-extras", "--no-dev", "--group", "build")
-    development = export(uv, "--only-group", "dev")
-    write("requirements.lock", runtime)
-    write("requirements-dev.lock", development)
-    resolution = tomllib.loads((WORKSPACE / "uv.lock").read_text())
-    environments = {
-        name: requirement_names(export(uv, *arguments, "--no-dev")) for name, arguments in ENVIRONMENTS.items()
-    }
+    arguments = parse_arguments()
+    with tempfile.TemporaryDirectory() as name:
+        workspace = Workspace(Path(name), arguments.uv)
+        workspace.lock([] if arguments.upgrade_all else locked_versions(set(arguments.upgrade)))
+        for lock, selection in LOCKS.items():
+            write(lock, workspace.export(*selection))
+        resolution = tomllib.loads((workspace.folder / "uv.lock").read_text())
+        environments = {
+            name: requirement_names(workspace.export(*selection, "--no-dev"))
+            for name, selection in ENVIRONMENTS.items()
+        }
     wheels = nix_wheels(resolution, set().union(*environments.values()))
     content = {"python": NIX_PYTHON, "environments": environments, "wheels": wheels}
     write("wheels.json", json.dumps(content, indent=1) + "\n")
     return 0
 
 
-def run(*command: str) -> str:
-    """Run a command in the workspace and return what it printed."""
-    environment = {**os.environ, "UV_PYTHON_DOWNLOADS": "never"}
-    return subprocess.run(command, cwd=WORKSPACE, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="./dev lock", description=__doc__)
+    parser.add_argument("uv", help="the uv program (./dev lock fills it in)")
+    parser.add_argument("--upgrade", action="append", default=[], metavar="NAME", help="take the newest version of NAME")
+    parser.add_argument("--upgrade-all", action="store_true", help="take the newest version of every package")
+    return parser.parse_args()
 
 
-def export(uv: str, *selection: str) -> str:
-    """Return the locked requirements of a selection of the workspace, without addresses."""
-    return run(uv, "export", "--quiet", "--frozen", "--no-emit-workspace", "--no-annotate", "--no-header", *selection)
+def locked_versions(let_go: set[str]) -> list[str]:
+    """Return the requirements of the committed locks, without the packages to let go of."""
+    lines = [line for lock in LOCKS for line in (WORKSPACE / lock).read_text().splitlines() if "==" in line]
+    requirements = [constraint(line) for line in lines]
+    return [requirement for requirement in requirements if requirement.split("==")[0] not in let_go]
+
+
+def constraint(line: str) -> str:
+    """Return a lock's line as name, version and the Python versions it is for; other markers would split the resolution."""
+    requirement, _, marker = line.removesuffix("\\").partition(" ; ")
+    versions = re.findall(r"python_full_version [<>=]+ '[0-9.]+'", marker)
+    return requirement.strip() + (f" ; {' and '.join(versions)}" if versions else "")
+
+
+class Workspace:
+    """A copy of the workspace's metadata in a folder of its own, where uv may write its lock."""
+
+    def __init__(self, folder: Path, uv: str) -> None:
+        """Copy what uv reads to resolve."""
+        self.folder, self._uv = folder, uv
+        for file in WORKSPACE.glob("*/pyproject.toml"):
+            (folder / file.parent.name).mkdir()
+            shutil.copy(file, folder / file.parent.name)
+
+    def lock(self, constraints: list[str]) -> None:
+        """Resolve; each constraint is a requirement that holds for the package if it is needed at all."""
+        text = (WORKSPACE / "pyproject.toml").read_text()
+        table = "[tool.uv]\n"
+        if table not in text:
+            raise SystemExit("lock.py: python/pyproject.toml has no table [tool.uv]")
+        constrained = f"{table}constraint-dependencies = {json.dumps(constraints)}\n"
+        (self.folder / "pyproject.toml").write_text(text.replace(table, constrained))
+        self._run("lock", "--quiet")
+
+    def export(self, *selection: str) -> str:
+        """Return the locked requirements of a selection of the workspace, without addresses."""
+        return self._run(
+            "export", "--quiet", "--frozen", "--no-emit-workspace", "--no-annotate", "--no-header", *selection
+        )
+
+    def _run(self, *arguments: str) -> str:
+        environment = {**os.environ, "UV_PYTHON_DOWNLOADS": "never"}
+        command = [self._uv, *arguments]
+        return subprocess.run(
+            command, cwd=self.folder, env=environment, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
 
 
 def requirement_names(requirements: str) -> list[str]:

@@ -153,7 +153,6 @@ def test_nf4_is_among_the_types_of_a_hugging_face_folder(tmp_path: Path) -> None
         assert default_types(Settings(model=model, engine=engine)) == expected
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="the simulated NVML needs a C compiler")
 def test_nf4_without_its_package_is_skipped_with_the_command_that_brings_it(bench: Start, tmp_path: Path) -> None:
     """On a host with a GPU, as its driver says; the engine's Python has no bitsandbytes."""
     model, folder = write_folder(tmp_path / "emily", tiny("llama")), tmp_path / "out"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import tomllib
 from pathlib import Path
 
@@ -18,10 +17,6 @@ from pascaline.doctor.verdicts import Finding, Verdict
 from support.hosts import recorded_host
 
 BROKEN = tomllib.loads((Path(__file__).parent / "broken_hosts.toml").read_text())
-
-pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="the simulated NVML needs a C compiler"
-)
 
 
 def findings_of(folder: Path, changes: dict | None = None, question: Question | None = None) -> dict[str, Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import importlib.util
 import re
 import subprocess
 import sys
@@ -125,14 +126,29 @@ def test_the_library_is_built_once(tmp_path: Path) -> None:
     assert (build_fake_nvml(tmp_path) / fake_nvml.LIBRARY_NAME).stat().st_ino == inode
 
 
-def test_a_machine_without_a_compiler_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine has no C compiler, as a bare Debian."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_the_package_ziglang_compiles_it_where_the_machine_has_no_compiler(tmp_path: Path) -> None:
+    pytest.importorskip("ziglang", reason="the package ziglang is not installed")
+    library = build_fake_nvml(tmp_path / "library") / fake_nvml.LIBRARY_NAME
+    assert hasattr(ctypes.CDLL(str(library)), "nvmlDeviceGetName")
+    assert [path.name for path in library.parent.iterdir()] == [fake_nvml.LIBRARY_NAME]
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_any_compiler_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingError) as caught:
         build_fake_nvml(tmp_path)
     assert str(caught.value) == (
-        "no C compiler found as $CC, cc, gcc or clang, which the fake NVML library needs; "
-        "install one (Debian: apt install gcc libc6-dev)"
+        "no C compiler found as $CC, cc, gcc or clang, nor the package ziglang, and the fake NVML library needs one; "
+        "install one (Debian: apt install gcc libc6-dev; anywhere: pip install ziglang)"
     )
 
 

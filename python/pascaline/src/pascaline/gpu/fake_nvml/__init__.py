@@ -1,14 +1,17 @@
 """A shared library with NVML's interface that answers from a scenario file, for tests and demos without a GPU.
 
 It is C source, compiled when it is first asked for and kept in the cache folder; README.md here describes scenarios.
+The compiler is the machine's, or the one in the package ziglang, which brings its own headers and linker.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,10 +76,13 @@ def _compile(target: Path, omitted: Iterable[str]) -> None:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target) as scratch:
             library = Path(scratch) / LIBRARY_NAME
-            command = [_compiler(), *_FLAGS, *renames, "-o", str(library), str(_SOURCE)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            compiler = _compiler()
+            command = [*compiler, *_FLAGS, *renames, "-o", str(library), str(_SOURCE)]
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, env={**_zig_caches(scratch), **os.environ}
+            )
             if done.returncode:
-                raise MissingError(f"failed to compile {_SOURCE.name} with {command[0]}: {done.stderr.strip()}")
+                raise MissingError(f"failed to compile {_SOURCE.name} with {' '.join(compiler)}: {done.stderr.strip()}")
             library.replace(target / LIBRARY_NAME)
     except OSError as error:
         raise StorageError(
@@ -85,11 +91,18 @@ def _compile(target: Path, omitted: Iterable[str]) -> None:
         ) from error
 
 
-def _compiler() -> str:
+def _compiler() -> list[str]:
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
         if name and (path := shutil.which(name)):
-            return path
+            return [path]
+    if importlib.util.find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "cc"]
     raise MissingError(
-        "no C compiler found as $CC, cc, gcc or clang, which the fake NVML library needs; "
-        "install one (Debian: apt install gcc libc6-dev)"
+        "no C compiler found as $CC, cc, gcc or clang, nor the package ziglang, and the fake NVML library needs one; "
+        "install one (Debian: apt install gcc libc6-dev; anywhere: pip install ziglang)"
     )
+
+
+def _zig_caches(scratch: str) -> dict[str, str]:
+    """Zig keeps what it compiles of the C library; in the home folder, which may not be writable, unless told otherwise."""
+    return {"ZIG_GLOBAL_CACHE_DIR": scratch, "ZIG_LOCAL_CACHE_DIR": scratch}

@@ -2,8 +2,8 @@
 
 `requirements.lock` (both packages) and `requirements-dev.lock` (the tools on top) are pip's own format with hashes and
 no addresses. `wheels.json` names, for Nix (CPython 3.12, x86_64 manylinux), the one wheel of every package and which
-environment needs it. All three come from one resolution, a uv.lock in a temporary folder, which is not committed because
-it records registry addresses.
+environment needs it. All three come from one resolution, a uv.lock in a temporary folder, which is not committed
+because it records registry addresses.
 
 A package keeps the version that the locks hold, so that adding one does not move the others. `--upgrade NAME` (may be
 repeated) lets go of one, `--upgrade-all` of all.
@@ -61,7 +61,9 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="./dev lock", description=__doc__)
     parser.add_argument("uv", help="the uv program (./dev lock fills it in)")
-    parser.add_argument("--upgrade", action="append", default=[], metavar="NAME", help="take the newest version of NAME")
+    parser.add_argument(
+        "--upgrade", action="append", default=[], metavar="NAME", help="take the newest version of NAME"
+    )
     parser.add_argument("--upgrade-all", action="store_true", help="take the newest version of every package")
     return parser.parse_args()
 
@@ -74,7 +76,7 @@ def locked_versions(let_go: set[str]) -> list[str]:
 
 
 def constraint(line: str) -> str:
-    """Return a lock's line as name, version and the Python versions it is for; other markers would split the resolution."""
+    """Return a lock's line as name, version and Python versions; other markers would split the resolution."""
     requirement, _, marker = line.removesuffix("\\").partition(" ; ")
     versions = re.findall(r"python_full_version [<>=]+ '[0-9.]+'", marker)
     return requirement.strip() + (f" ; {' and '.join(versions)}" if versions else "")

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 from pascaline.gpu.fake_nvml import DEMO_SCENARIO, fake_nvml_environment, write_scenario
+from support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,12 +62,6 @@ def shortened(document: dict[str, Any]) -> dict[str, Any]:
             if "for" in rule:
                 rule["for"] = re.sub(r"(\d+)m", r"\1s", rule["for"])
     return document
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def wait_for(what: str, probe: Callable[[], Any]) -> Any:

@@ -97,7 +97,11 @@ def top_uses() -> list[Use]:
 
 
 @pytest.mark.parametrize(
-    "use", sorted(set(rule_uses() + dashboard_uses() + top_uses())), ids=lambda use: f"{use.place}: {use.series}"
+    "use",
+    sorted(
+        set(rule_uses() + dashboard_uses() + top_uses()), key=lambda use: (use.place, use.series, sorted(use.labels))
+    ),
+    ids=lambda use: f"{use.place}: {use.series}",
 )
 def test_every_series_that_is_asked_for_is_emitted_with_those_labels(use: Use) -> None:
     assert use.series in emitted(), f"{use.place} asks for {use.series}, which nobody emits"

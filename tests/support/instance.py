@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+from support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -34,13 +34,6 @@ PATIENCE = 60.0
 """Seconds within which what must happen has happened, also on a machine under load."""
 MARK = "SERVE_TEST_MARK"
 """Variable that every process of one instance inherits, so that none can be lost sight of."""
-
-
-def free_port() -> int:
-    """Return a port on which nothing listens now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import httpx
 import pytest
 from sglang_pascal.checkpoint.prepare import prepare
 from sglang_pascal.cpu import recommended_cpu_settings
+from support.ports import free_port
 
 START_DEADLINE_SECONDS = 600
 STOP_DEADLINE_SECONDS = 60
@@ -24,13 +24,6 @@ STOP_DEADLINE_SECONDS = 60
 
 COMMON_OPTIONS = ["--load-format", "pascal_gguf", "--dtype", "float32", "--max-total-tokens", "16384"]
 COMMON_OPTIONS += ["--mem-fraction-static", "0.2", "--sleep-on-idle"]
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass

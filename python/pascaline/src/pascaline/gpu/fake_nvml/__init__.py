@@ -104,5 +104,5 @@ def _compiler() -> list[str]:
 
 
 def _zig_caches(scratch: str) -> dict[str, str]:
-    """Zig keeps what it compiles of the C library; in the home folder, which may not be writable, unless told otherwise."""
+    """Zig keeps what it compiles of the C library: by default in the home folder, which may not be writable."""
     return {"ZIG_GLOBAL_CACHE_DIR": scratch, "ZIG_LOCAL_CACHE_DIR": scratch}

@@ -19,6 +19,7 @@ changes those of the running process; `GET /fake/faults` shows them.
     crash_after_seconds=S        crashes this long after it began to listen
     crash_after_requests=N       crashes when the N-th request for a generation comes
     crash_now=1                  crashes at once
+    words=TEXT                   what it says when it crashes or answers with error_status, instead of its own words
     exit_code=N                  of a crash or load error instead of SGLang's own; negative: dies by that signal
     hang=1                       the worker stands still: no token, counters keep their values, /metrics answers
     mute=1                       connections are accepted and nothing is answered
@@ -128,6 +129,7 @@ class Faults:
     crash_after_seconds: float = 0.0
     crash_after_requests: int = 0
     crash_now: int = 0
+    words: str = ""
     exit_code: int | None = None
     hang: int = 0
     mute: int = 0
@@ -185,7 +187,7 @@ def log(text: str, level: str = "") -> None:
 def fail(name: str, faults: Faults) -> NoReturn:
     """Say what SGLang says and end as it ends."""
     code, text = ERRORS[name]
-    code = code if faults.exit_code is None else faults.exit_code
+    code, text = code if faults.exit_code is None else faults.exit_code, faults.words or text
     if text:
         write_line(text)
     if code < 0:
@@ -543,7 +545,7 @@ class Handler(BaseHTTPRequestHandler):
         limit = engine.arguments.context_length
         engine.received += 1
         if engine.faults.error_status:
-            self._error(engine.faults.error_status, "the fake engine was told to fail")
+            self._error(engine.faults.error_status, engine.faults.words or "the fake engine was told to fail")
         elif prompt_tokens >= limit:
             text = f"The input ({prompt_tokens} tokens) is longer than the model's context length ({limit} tokens)."
             self._error(400, text)
@@ -673,7 +675,8 @@ def serve(argv: list[str]) -> NoReturn:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    log(f"server_args=ServerArgs(model_path='{arguments.model_path}', port={arguments.port})")
+    # All of them in one line, the key of its configuration file among them.
+    log(f"server_args={ {'model_path': arguments.model_path, 'api_key': arguments.api_key, 'port': arguments.port} }")
     worker = start_worker()
     for _ in range(faults.stray):
         start_stray()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
 import stat
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +18,7 @@ from pascaline.errors import ExitCode
 from pascaline.serving.health import State
 from prometheus_client.parser import text_string_to_metric_families
 from support.instance import wait_until
+from support.manager import ServiceManager
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -216,30 +215,6 @@ class TestEngine:
         pid = instance.wait_for_state("ready")["engine_pid"]
         assert os.getpgid(pid) == os.getsid(pid) == pid
         assert {os.getpgid(process.pid) for process in instance.descendants()} == {pid}
-
-
-class ServiceManager:
-    """The receiving end of sd_notify."""
-
-    def __init__(self, address: str) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
-        self._socket.settimeout(0.2)
-        self._ended = threading.Event()
-        self.messages: list[str] = []
-        """All so far."""
-        self._reader = threading.Thread(target=self._receive)
-        self._reader.start()
-
-    def _receive(self) -> None:
-        while not self._ended.is_set():
-            with contextlib.suppress(TimeoutError):
-                self.messages.append(self._socket.recv(4096).decode())
-
-    def close(self) -> None:
-        self._ended.set()
-        self._reader.join()
-        self._socket.close()
 
 
 @pytest.fixture(params=["path", "abstract"])

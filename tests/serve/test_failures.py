@@ -105,6 +105,16 @@ class TestConfiguration:
         message = refusal(serve, ExitCode.CONFIGURATION, api_key_file=path)
         assert message == f"api_key_file: {path} is empty, must hold one key and nothing else (flag --api-key-file)"
 
+    @pytest.mark.parametrize("key", ["sésame-open", "sesame\0open", "sesame\x7fopen"])
+    def test_an_api_key_that_no_header_can_carry(self, serve: Serve, tmp_path: Path, key: str) -> None:
+        path = tmp_path / "key"
+        path.write_text(key, encoding="utf-8")
+        message = refusal(serve, ExitCode.CONFIGURATION, api_key_file=path)
+        assert message == (
+            f"api_key_file: {path} holds characters that an HTTP header cannot carry, must be printable ASCII "
+            "(flag --api-key-file)"
+        )
+
     def test_an_engine_argument_that_a_setting_stands_for(self, serve: Serve) -> None:
         message = refusal(serve, ExitCode.CONFIGURATION, extra_args=["--port=1"])
         assert message == ("extra_args: --port is set by port, must be left out; set port instead (flag --extra-args)")

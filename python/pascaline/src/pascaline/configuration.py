@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pascaline.cards import card_names, detect_card, load_card
 from pascaline.engines import ENGINES
 from pascaline.errors import ConfigurationError
+from pascaline.redaction import protect_arguments, protect_named, read_secret
 from pascaline.settings import Settings, contradictions
 from pascaline.units import parse_bytes, parse_seconds
 
@@ -102,6 +103,8 @@ def load(
             problems += _host_problems(settings, merged)
     if problems or settings is None:
         raise ConfigurationError("\n".join(problems))
+    protect_named(settings.environment)
+    protect_arguments(settings.extra_args)
     return Configuration(settings, _origins(merged), card)
 
 
@@ -313,7 +316,7 @@ def _host_problems(settings: Settings, values: Mapping[str, Value]) -> list[str]
     if path is None:
         return []
     try:
-        key = path.read_text(encoding="utf-8").strip()
+        key = read_secret(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         sentence = f"failed to read {path}: {reason}; it must be a file that this user may read"
@@ -323,6 +326,9 @@ def _host_problems(settings: Settings, values: Mapping[str, Value]) -> list[str]
         return [
             f"api_key_file: {path} {found}, must hold one key and nothing else ({_origin_of('api_key_file', values)})"
         ]
+    if not (key.isascii() and key.isprintable()):
+        sentence = f"{path} holds characters that an HTTP header cannot carry, must be printable ASCII"
+        return [f"api_key_file: {sentence} ({_origin_of('api_key_file', values)})"]
     return []
 
 

@@ -18,6 +18,7 @@ from pascaline.bench.server import ask, describe
 from pascaline.bench.stream import Endpoint
 from pascaline.child import with_parent
 from pascaline.errors import EngineError, ExitCode, MissingError
+from pascaline.redaction import read_secret
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -173,7 +174,7 @@ def _free_ports() -> tuple[int, int]:
 
 def read_api_key(path: Path | None) -> str | None:
     """Return the key that a file holds."""
-    return path.read_text(encoding="utf-8").strip() if path else None
+    return read_secret(path) if path else None
 
 
 def to_flags(values: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pascaline.bench.stream import StreamError, post_stream
+from pascaline.redaction import redact
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,7 +77,7 @@ class _Answer:
             return
         event: dict[str, Any] = json.loads(data)
         if "error" in event:
-            raise StreamError(f"the server said: {json.dumps(event['error'])[:300]}")
+            raise StreamError(f"the server said: {redact(json.dumps(event['error']))[:300]}")
         self._usage = event.get("usage") or self._usage
         if not any(choice.get("text") for choice in event.get("choices", ())):
             return

@@ -12,6 +12,7 @@ from typing import Any
 from pascaline.bench.figures import summarize
 from pascaline.bench.run import Run
 from pascaline.errors import ConfigurationError, StorageError
+from pascaline.redaction import redact_all
 
 SCHEMA = 1
 """Version of the document; a reader refuses another."""
@@ -72,7 +73,7 @@ class Results:
             descriptor, name = tempfile.mkstemp(prefix=f".{FILE_NAME}.", dir=self.folder)
             partial = Path(name)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(self.document, file, separators=(",", ":"))
+                json.dump(redact_all(self.document), file, separators=(",", ":"))
             partial.chmod(0o644)
             partial.replace(self.path)
         except OSError as error:

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pascaline.errors import ConfigurationError
+from pascaline.redaction import redact
 
 OnEvent = Callable[[float, bytes], None]
 """Called with (time.perf_counter() at arrival, data of the event)."""
@@ -226,7 +227,7 @@ async def post_stream(endpoint: Endpoint, path: str, body: dict[str, Any], on_ev
             transport.close()
     if parser.status != 200:
         text = " ".join(parser.error_body.decode(errors="replace").split())
-        raise StreamError(f"status {parser.status}: {text[:300]}")
+        raise StreamError(f"status {parser.status}: {redact(text)[:300]}")
 
 
 def _request(endpoint: Endpoint, path: str, body: bytes) -> bytes:

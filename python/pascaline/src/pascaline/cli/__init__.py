@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 from pascaline import __version__
 from pascaline.errors import ExitCode, PascalineError
+from pascaline.redaction import protect_named, redact
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import TracebackType
 
 # Command -> what it does, as --help lists it. The module is pascaline.cli.<command>.
 COMMANDS = {
@@ -33,6 +37,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the arguments name and return its exit code."""
+    protect_named(os.environ)
+    sys.excepthook = _show_uncaught
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _top_parser()
     if not arguments:
@@ -40,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.CONFIGURATION
     known = parser.parse_args(arguments[:1])
     return _run_command(known.command, arguments[1:])
+
+
+def _show_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python does, without the secrets that the texts of errors quote."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _top_parser() -> argparse.ArgumentParser:
@@ -70,7 +81,7 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
     try:
         return int(module.run(parser.parse_args(arguments)))
     except PascalineError as error:
-        print(f"pascaline {name}: {error}", file=sys.stderr)
+        print(redact(f"pascaline {name}: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED

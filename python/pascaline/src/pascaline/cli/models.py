@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pascaline.errors import ConfigurationError, ExitCode
+from pascaline.redaction import read_secret
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _token(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
     try:
-        token = path.read_text(encoding="utf-8").strip()
+        token = read_secret(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise ConfigurationError(f"--token-file: failed to read {path}: {reason}") from error

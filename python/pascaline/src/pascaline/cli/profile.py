@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pascaline.cli.options import add_settings_arguments, given_flags
 from pascaline.cli.signals import interrupt_on_sigterm
 from pascaline.errors import ConfigurationError, EngineError, ExitCode, MissingError, StorageError
+from pascaline.redaction import read_secret
 
 if TYPE_CHECKING:
     import argparse
@@ -131,7 +132,7 @@ def _api_key(instance: Instance) -> str | None:
     """Return the key that the engine asks for, if any."""
     path = instance.settings.api_key_file if instance.settings else None
     try:
-        return path.read_text(encoding="utf-8").strip() if path else None
+        return read_secret(path) if path else None
     except OSError as error:
         raise ConfigurationError(f"api_key_file: failed to read {path}: {error.strerror}") from error
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from pascaline import __version__
 from pascaline.doctor.verdicts import Finding, Verdict
+from pascaline.redaction import redact as redact_secrets
+from pascaline.redaction import redact_all
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -65,7 +67,7 @@ def to_text(findings: Sequence[Finding], *, is_nixos: bool, everything: bool = F
         lines.append(f"{mark} {finding.check}: {finding.evidence}")
         if finding.remedy and finding.verdict.severity >= Verdict.INFO.severity:
             lines += [f"    {line}" for line in _remedy_lines(finding.remedy, is_nixos=is_nixos)]
-    return "\n".join([*lines, summary(findings)]) + "\n"
+    return redact_secrets("\n".join([*lines, summary(findings)]) + "\n")
 
 
 def _remedy_lines(remedy: Remedy, *, is_nixos: bool) -> list[str]:
@@ -135,6 +137,7 @@ def redact(text: str, host_name: str | None = None, home: str | None = None, use
 
     host_name, home, users: None = this host's, this user's. Loopback addresses stay: they say nothing and explain much.
     """
+    text = redact_secrets(text)
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
     text = _SECRET.sub(_hide, text)
@@ -184,4 +187,4 @@ def _hide_address(match: re.Match[str]) -> str:
 
 def dump(findings: Sequence[Finding], verdict: Verdict) -> str:
     """Return the JSON text of --json."""
-    return json.dumps(to_json(findings, verdict), indent=2)
+    return json.dumps(redact_all(to_json(findings, verdict)), indent=2)

@@ -13,6 +13,7 @@ import httpx
 
 from pascaline.errors import EngineError
 from pascaline.profile.trace import is_whole
+from pascaline.redaction import redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,7 +164,7 @@ def _post(target: Target, path: str, body: dict[str, Any] | None) -> None:
     except httpx.HTTPError as error:
         raise EngineError(f"failed to reach {target.url}{path}: {error}; is the instance running?") from error
     if answer.status_code != httpx.codes.OK:
-        raise EngineError(f"{target.url}{path} answered {answer.status_code}: {answer.text[:200].strip()}")
+        raise EngineError(f"{target.url}{path} answered {answer.status_code}: {redact(answer.text)[:200].strip()}")
 
 
 def _wait_for_trace(folder: Path, timeout: float, streams: _Streams | None) -> Path:

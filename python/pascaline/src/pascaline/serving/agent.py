@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from pascaline import __version__
+from pascaline.redaction import redact_all
 from pascaline.serving.health import ANSWERING, State
 
 if TYPE_CHECKING:
@@ -61,11 +63,20 @@ class Verdict(BaseModel):
     reason: str
 
 
+class RedactedResponse(JSONResponse):
+    """An answer without the secrets that this process knows."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the body."""
+        return super().render(redact_all(content))
+
+
 def create_app(supervisor: Supervisor) -> FastAPI:
     """Return the application over one supervisor."""
     app = FastAPI(
         title="pascaline agent",
         version=__version__,
+        default_response_class=RedactedResponse,
         summary="Health, metrics and control of one instance. The model's API is on the engine's own port.",
     )
 

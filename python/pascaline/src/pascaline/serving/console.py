@@ -12,6 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, TextIO
 
 from pascaline.engines.client import reachable
+from pascaline.redaction import RedactingFormatter, redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,6 +45,7 @@ class Console:
     def line(self, level: str, source: str, text: str) -> None:
         """Write one line: level and source in front, as every log here."""
         self._clear()
+        text = redact(text)  # before it is cut: a part of a secret is not found
         if self._terminal and len(text) > SHOWN_CHARACTERS:
             text = f"{text[:SHOWN_CHARACTERS]}… ({len(text):,} characters)"
         if self._journal:
@@ -101,7 +103,7 @@ class Console:
     def _write(self, text: str) -> None:
         # The reader of our lines went away, as with `| head` or a terminal that was closed: serving goes on.
         with suppress(OSError):
-            self._stream.write(text)
+            self._stream.write(redact(text))
 
     def _flush(self) -> None:
         with suppress(OSError):
@@ -167,4 +169,6 @@ def _width(stream: TextIO) -> int:
 
 def silence_libraries() -> None:
     """Libraries report to our handler, and only what matters."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)-7s %(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RedactingFormatter("%(levelname)-7s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])

@@ -16,6 +16,7 @@ from prometheus_client import (
 
 from pascaline import __version__
 from pascaline.gpu.processes import identify
+from pascaline.redaction import redact_labels
 from pascaline.serving.health import State
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class Metrics:
 
     def page(self) -> bytes:
         """Return the exposition in Prometheus' text format."""
-        return generate_latest(self.registry)
+        return redact_labels(generate_latest(self.registry).decode()).encode()
 
     def _gauge(self, name: str, text: str, labels: list[str] | None = None) -> Gauge:
         return Gauge(name, text, labels or (), registry=self.registry)

@@ -12,6 +12,8 @@ import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from pascaline.redaction import redact
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -46,7 +48,7 @@ class Notifier:
 
     def status(self, text: str) -> None:
         """Show one line in `systemctl status`."""
-        self._send("STATUS", text.replace("\n", " "))
+        self._send("STATUS", redact(text).replace("\n", " "))
 
     def watchdog(self) -> None:
         """Say that the main loop still turns."""

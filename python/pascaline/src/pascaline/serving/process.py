@@ -12,12 +12,16 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from pascaline.child import with_parent
+from pascaline.redaction import LineRedactor
 
 if TYPE_CHECKING:
     from pascaline.engines import Launch
 
-NOT_INHERITED = frozenset({"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"})
-"""The service manager's variables: what an engine tells it would count as ours."""
+NOT_INHERITED = frozenset(
+    {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"}
+)
+"""The service manager's variables: what an engine tells it would count as ours. And a secret that no engine needs, as
+none downloads anything."""
 KILL_SECONDS = 10.0
 """From SIGKILL to the end of a process, on a machine under load; one that takes longer waits in the kernel, as for a
 driver that does not return."""
@@ -92,9 +96,10 @@ class EngineProcess:
         return self.exit_code
 
     async def _pass_output_on(self) -> None:
+        redact = LineRedactor()
         window, shown, dropped = monotonic(), 0, 0
         while line := await self._output.read_line():
-            text = line.decode(errors="replace").rstrip()
+            text = redact(line.decode(errors="replace").rstrip())
             self.last_lines.append(text)
             if monotonic() - window >= 1.0:
                 if dropped:

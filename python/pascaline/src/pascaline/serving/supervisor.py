@@ -22,6 +22,7 @@ from pascaline.engines import ENGINES, Task
 from pascaline.engines.client import request
 from pascaline.errors import EngineError, ExitCode, GaveUpError, PascalineError
 from pascaline.models import store
+from pascaline.redaction import redact
 from pascaline.serving import ports
 from pascaline.serving.agent import create_server, serve
 from pascaline.serving.health import Health, Judge, State, backoff_seconds
@@ -64,6 +65,10 @@ STABLE_SECONDS = 600.0
 """An engine that served this long has recovered: its next crash is the first again."""
 KILL_GRACE_SECONDS = 20.0
 """From SIGTERM after draining to SIGKILL; SGLang takes up to 5 s to notice and 3 s to end."""
+QUOTED_CHARACTERS = 200
+"""Of an answer that is no generation, in the reason."""
+QUOTED_BYTES = 16 * 2**10
+"""Of it that are looked through."""
 GPU_LOST = "the GPU is lost"
 
 
@@ -351,9 +356,9 @@ class Supervisor:
         try:
             status, answer = await self._in_thread(call)
             if status != 200:
-                reason = f"status {status}: {answer[:200].decode(errors='replace')}"
+                reason = f"status {status}: {_quoted(answer)}"
             elif not _has_token(answer):
-                reason = f"no token in the answer: {answer[:200].decode(errors='replace')}"
+                reason = f"no token in the answer: {_quoted(answer)}"
         except OSError as error:
             reason = str(error) or type(error).__name__
         seconds = time.monotonic() - start
@@ -500,6 +505,11 @@ class Supervisor:
 
 def _stuck(process: EngineProcess) -> str:
     return f"its process {process.pid} does not end when it is killed, as where a driver call does not return"
+
+
+def _quoted(answer: bytes) -> str:
+    """Return the beginning of an answer; a secret in it is hidden before it can be cut in two."""
+    return redact(answer[:QUOTED_BYTES].decode(errors="replace"))[:QUOTED_CHARACTERS]
 
 
 def _has_token(answer: bytes) -> bool:

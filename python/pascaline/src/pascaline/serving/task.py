@@ -12,6 +12,7 @@ from pascaline.engines import Task
 from pascaline.errors import ConfigurationError, DoesNotFitError, MissingError
 from pascaline.gpu.memory import DeviceMemory, gpu_memory, host_memory
 from pascaline.planning import Plan, make_plan, nearest_fits, refusal, request_from_settings
+from pascaline.redaction import read_secret
 
 if TYPE_CHECKING:
     from pascaline.cards import Card
@@ -75,7 +76,7 @@ def make_task(configuration: Configuration, model: ResolvedModel, plan: Plan, ru
         max_total_tokens=plan.kv_tokens,
         mem_fraction_static=plan.mem_fraction_static,
         runtime_dir=runtime_dir,
-        api_key=settings.api_key_file.read_text().strip() if settings.api_key_file else None,
+        api_key=read_secret(settings.api_key_file) if settings.api_key_file else None,
     )
 
 

@@ -1,0 +1,229 @@
+"""Secrets that this process knows, and the one way in which text leaves it without them.
+
+Whoever reads a secret says so (`read_secret`, `protect`); whatever is written, shown or sent passes `redact`: the log,
+the agent's answers, systemd's status, errors, reports. A value is found as it is and in the forms that programs print
+it in: JSON, Python's repr, URLs, HTML, shell quotes, base64. What is called a key or a password beside its value is
+hidden too, as an engine may know more secrets than we do.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import logging
+import re
+import shlex
+import urllib.parse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+HIDDEN = "(secret)"
+SHORTEST_SECRET = 4
+"""Characters; a shorter value cannot be told from ordinary words and is hidden by its name alone."""
+SHORTEST_PART = 8
+"""Characters from which a value is hidden inside longer words too, and a variable's value is taken for a secret."""
+
+# A name that says that its value is secret; a number of tokens or the file of a key is none.
+_SECRET_NAME = re.compile(r"(?i)(?:^|[-_])(?:key|token|secret|password|passphrase|credentials?)$")
+# name=value, 'name': 'value', "name": "value", of names that are never anything else.
+_NAMED = re.compile(
+    r"""(?ix)
+    ( (?: api[-_]?key | hf[-_]token | access[-_]token | password | passphrase ) ["']? \s*[=:]\s* )
+    (?! ["']? (?: none | null | true | false )\b )
+    ( "[^"\n]+" | '[^'\n]+' | [^\s,;"'()\[\]{}]+ )"""
+)
+_BEARER = re.compile(r"(?i)\b(bearer\s+)(?!\$)[\w.~+/=-]{4,}")
+_LABEL = re.compile(r'="((?:[^"\\]|\\.)*)"')
+# Around the end and the start of a line that a program broke: blanks, quotes, the frames of tables.
+_FRAME = " \t\r'\"`│|┃\\+"
+# Between two characters of a value that was broken within one text: a line's end, as it is or as an escape.
+_BREAK = r"""(?:[ \t\r'"`│|┃]*(?:\n|\\n)[ \t\r'"`│|┃]*)?"""
+
+
+class Secrets:
+    """Values that must not leave, and their forms."""
+
+    def __init__(self) -> None:
+        """Nothing is known yet."""
+        self._values: set[str] = set()
+        self._forms: list[str] = []
+        self._patterns: list[re.Pattern[str]] = []
+        self._broken: re.Pattern[str] | None = None
+
+    @property
+    def values(self) -> frozenset[str]:
+        """All that are known."""
+        return frozenset(self._values)
+
+    def add(self, value: str) -> None:
+        """Hide this value from now on."""
+        value = value.strip()
+        if len(value) < SHORTEST_SECRET or value in self._values:
+            return
+        self._values.add(value)
+        forms = sorted({form for each in self._values for form in _forms(each)}, key=len, reverse=True)
+        # Most are found by a plain search, which costs next to nothing for the thousands of lines of an engine.
+        self._forms = [form for form in forms if _is_plain(form)]
+        self._patterns = [re.compile(_searched(form)) for form in forms if not _is_plain(form)]
+        once = {form for each in self._values for form in (each, *_escaped(each))}
+        longest_first = sorted(once, key=len, reverse=True)
+        self._broken = re.compile("|".join(_BREAK.join(map(re.escape, each)) for each in longest_first))
+
+    def redact(self, text: str) -> str:
+        """Return the text with HIDDEN in place of every known value, and of what is named as a secret."""
+        for form in self._forms:
+            text = text.replace(form, HIDDEN)
+        for pattern in self._patterns:
+            text = pattern.sub(HIDDEN, text)
+        if self._broken is not None and ("\n" in text or "\\n" in text):
+            text = self._broken.sub(HIDDEN, text)
+        return _BEARER.sub(rf"\g<1>{HIDDEN}", _NAMED.sub(rf"\g<1>{HIDDEN}", text))
+
+
+def _forms(value: str) -> Iterator[str]:
+    """Yield a value as programs write it; twice escaped too, as JSON within a repr is."""
+    once = {value, *_escaped(value)}
+    yield from once
+    for form in once:
+        yield from _escaped(form)
+    encoded = value.encode()
+    for code in (base64.b64encode, base64.urlsafe_b64encode):
+        yield code(encoded).decode().rstrip("=")
+    yield encoded.hex()
+
+
+def _escaped(value: str) -> Iterator[str]:
+    yield json.dumps(value)[1:-1]
+    yield json.dumps(value)[1:-1].replace("/", "\\/")
+    yield json.dumps(value, ensure_ascii=False)[1:-1]
+    yield repr(value)[1:-1]
+    yield repr(value.encode())[2:-1]
+    yield html.escape(value)
+    quoted = shlex.quote(value)
+    yield quoted[1:-1] if quoted.startswith("'") else quoted
+    for code in (urllib.parse.quote, urllib.parse.quote_plus):
+        yield code(value, safe="")
+        yield code(value)
+
+
+def _is_plain(form: str) -> bool:
+    return len(form) >= SHORTEST_PART and "%" not in form
+
+
+def _searched(form: str) -> str:
+    # The hex digits of a URL may be small.
+    part = re.sub(r"%([0-9A-F]{2})", lambda match: f"%(?i:{match[1]})", re.escape(form))
+    return part if len(form) >= SHORTEST_PART else rf"(?<![0-9A-Za-z]){part}(?![0-9A-Za-z])"
+
+
+SECRETS = Secrets()
+"""Of this process."""
+
+
+def protect(value: str | None) -> None:
+    """Keep a value out of everything that this process writes and sends from now on."""
+    if value:
+        SECRETS.add(value)
+
+
+def protect_named(variables: Mapping[str, str]) -> None:
+    """Protect the values of variables whose names say that they are secret, as HF_TOKEN."""
+    for name, value in variables.items():
+        if _SECRET_NAME.search(name) and len(value) >= SHORTEST_PART:
+            protect(value)
+
+
+def protect_arguments(arguments: Sequence[str]) -> None:
+    """Protect the values of flags whose names say that they are secret, as --admin-api-key."""
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        flag, equals, value = argument.partition("=")
+        if flag.startswith("-") and _SECRET_NAME.search(flag):
+            protect(value if equals else following)
+
+
+def read_secret(path: Path) -> str:
+    """Return what a file holds, without blanks around it, and protect it. Raises OSError, UnicodeDecodeError."""
+    value = path.read_text(encoding="utf-8").strip()
+    protect(value)
+    return value
+
+
+def redact(text: str) -> str:
+    """Return the text as it may leave this process."""
+    return SECRETS.redact(text)
+
+
+def redact_all(value: Any) -> Any:
+    """Return plain values (as of JSON) with every text in them as it may leave this process."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {redact_all(name): redact_all(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact_all(each) for each in value]
+    return value
+
+
+class LineRedactor:
+    """Redacts a stream of lines, also a value that the end of a line cuts in two or more parts.
+
+    The first part is hidden from SHORTEST_SECRET characters on, before the next line is known.
+    """
+
+    def __init__(self, secrets: Secrets = SECRETS) -> None:
+        """One for each stream."""
+        self._secrets = secrets
+        self._begun: dict[str, int] = {}
+        """Value -> how many of its characters the lines so far ended with."""
+
+    def __call__(self, line: str) -> str:
+        """Return the line as it may leave."""
+        text = self._secrets.redact(line)
+        begun, self._begun = self._begun, {}
+        for value in self._secrets.values:
+            text = self._without_parts(value, begun.get(value, 0), text)
+        return text
+
+    def _without_parts(self, value: str, begun: int, text: str) -> str:
+        rest = value[begun:]
+        for body in _bodies(text) if begun else ():
+            if body != rest and rest.startswith(body):
+                self._begun[value] = begun + len(body)
+                return HIDDEN if body and begun + len(body) >= SHORTEST_SECRET else text
+            if body.startswith(rest):
+                if max(begun, len(rest)) >= SHORTEST_SECRET:
+                    text = text.replace(rest, HIDDEN, 1)
+                break
+        if start := max(_beginning(value, body) for body in _bodies(text)):
+            self._begun[value] = start
+            if start >= SHORTEST_SECRET:
+                head, _, tail = text.rpartition(value[:start])
+                text = f"{head}{HIDDEN}{tail}"
+        return text
+
+
+def _bodies(line: str) -> tuple[str, str]:
+    """Return what may be the line's own text: with quotes and frames, and without."""
+    return line.strip(), line.strip(_FRAME)
+
+
+def _beginning(value: str, line: str) -> int:
+    """Return with how many first characters of a value, not all of them, a line ends."""
+    return next((n for n in range(min(len(value) - 1, len(line)), 0, -1) if line.endswith(value[:n])), 0)
+
+
+class RedactingFormatter(logging.Formatter):
+    """A formatter of the logging module whose lines, tracebacks included, may leave."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        return redact(super().format(record))
+
+
+def redact_labels(page: str) -> str:
+    """Return a page in Prometheus' text format with the values of its labels as they may leave."""
+    return _LABEL.sub(lambda match: f'="{redact(match[1])}"', page)

@@ -31,6 +31,7 @@ COMMANDS = {
     "models": "download, verify, list and delete model files",
     "profile": "record the kernels of a decode and hold them against the card's roofline",
     "quantize": "make smaller weights with llama.cpp's tools",
+    "service": "run an instance as a systemd unit on a host without NixOS",
     "top": "show GPUs and instances of this host or a fleet, live",
 }
 

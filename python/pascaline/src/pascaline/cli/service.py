@@ -1,0 +1,126 @@
+"""`pascaline service`: run an instance as a systemd unit on a host without NixOS."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pascaline.configuration import load
+from pascaline.errors import ConfigurationError, ExitCode, MissingError, PascalineError, StorageError
+from pascaline.service import Unit
+from pascaline.settings import BUILTIN_MODEL
+
+if TYPE_CHECKING:
+    import argparse
+
+DESCRIPTION = """Run an instance as a systemd unit on a host without NixOS.
+
+  pascaline service show emily --config /etc/pascaline/emily.toml      print the unit file
+  pascaline service install emily --config /etc/pascaline/emily.toml   write it, check the settings, reload systemd
+  pascaline service remove emily                                       stop and disable it, delete the unit file
+
+The unit is pascaline-NAME.service, with the sandbox of the NixOS module. It runs as a user of its own (DynamicUser), so
+the program, the settings and the model must be readable by everyone, and outside /home and /root. api_key_file of the
+settings may be readable by root alone: systemd hands it to the unit.
+
+exit codes: 0 done, 2 settings or paths that the unit cannot use, 8 no systemd here, 9 the unit cannot be written"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the action, the instance and what the unit is made of."""
+    parser.add_argument("action", choices=ACTIONS, metavar="{" + ",".join(ACTIONS) + "}", help="what to do")
+    parser.add_argument("instance", metavar="NAME", help="name of the instance, and its name in the API")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with the settings (show, install)")
+    parser.add_argument(
+        "--gpus", metavar="GPUS", help="GPUs as `nvidia-smi -L` numbers them, or UUIDs; '' for the CPU (default: 0)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the action."""
+    return ACTIONS[arguments.action](arguments)
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    print(_unit(arguments).text(), end="")
+    return ExitCode.OK
+
+
+def _install(arguments: argparse.Namespace) -> int:
+    unit = _unit(arguments)
+    text = unit.text()
+    _need_systemd()
+    try:
+        unit.path.write_text(text)
+    except OSError as error:
+        raise StorageError(f"failed to write {unit.path}: {error.strerror}; run it as root (sudo)") from error
+    _systemctl("daemon-reload")
+    print(f"wrote {unit.path}\nstart it now and at every boot:\n  systemctl enable --now {unit.name}")
+    return ExitCode.OK
+
+
+def _remove(arguments: argparse.Namespace) -> int:
+    unit = Unit(arguments.instance, executable=Path("/"), config=Path("/"), model=None, gpus="")
+    if not unit.path.is_file():
+        raise ConfigurationError(f"there is no {unit.path}, so no unit of an instance {arguments.instance!r} to remove")
+    _need_systemd()
+    _systemctl("disable", "--now", unit.name)
+    try:
+        unit.path.unlink()
+    except OSError as error:
+        raise StorageError(f"failed to delete {unit.path}: {error.strerror}; run it as root (sudo)") from error
+    _systemctl("daemon-reload")
+    print(f"removed {unit.path}; the cache /var/cache/{unit.name} and the state /var/lib/{unit.name} are kept")
+    return ExitCode.OK
+
+
+def _unit(arguments: argparse.Namespace) -> Unit:
+    if arguments.config is None:
+        raise ConfigurationError(
+            "--config: no settings are named; write them to a file such as /etc/pascaline/NAME.toml"
+        )
+    config = Path(os.path.abspath(arguments.config))  # noqa: PTH100 # a symbolic link stays one
+    settings = load(config_file=config, environment={}).settings
+    return Unit(
+        arguments.instance,
+        executable=_program(),
+        config=config,
+        model=None if settings.model == BUILTIN_MODEL else Path(settings.model),
+        gpus=_gpus(arguments.gpus, settings.device),
+        served_model_name=settings.served_model_name,
+        api_key_file=settings.api_key_file,
+        drain_seconds=settings.drain_timeout,
+    )
+
+
+def _gpus(chosen: str | None, device: str) -> str:
+    if chosen is not None:
+        return chosen
+    return "" if device == "cpu" else "0"
+
+
+def _program() -> Path:
+    """Return the installed `pascaline`, beside this interpreter or on PATH."""
+    beside = Path(sys.executable).with_name("pascaline")
+    found = beside if beside.is_file() else shutil.which("pascaline")
+    if found is None:
+        raise MissingError("the program pascaline is neither beside this Python nor on PATH; install the package")
+    return Path(found)
+
+
+def _need_systemd() -> None:
+    if shutil.which("systemctl") is None:
+        raise MissingError("systemctl is not on PATH: this host has no systemd; `service show` prints the unit anyway")
+
+
+def _systemctl(*arguments: str) -> None:
+    done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PascalineError(f"systemctl {' '.join(arguments)} failed: {done.stderr.strip() or done.returncode}")
+
+
+ACTIONS = {"show": _show, "install": _install, "remove": _remove}

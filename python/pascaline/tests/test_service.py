@@ -1,0 +1,161 @@
+"""The systemd unit for hosts without NixOS: what it says, that it says what NixOS' unit says, and what is refused."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pascaline.cli import main
+from pascaline.errors import ConfigurationError
+from pascaline.service import Unit
+
+ROOT = Path(__file__).parents[3]
+RENDERED = ROOT / "tests/systemd/root/etc/systemd/system"
+OURS_ALONE = {"DynamicUser"}
+NIXOS_ALONE = {
+    "User",  # an account of its own, which the modules declare
+    "MemoryMax",  # an option of the instance
+    "Slice",
+    "LD_LIBRARY_PATH",  # where NixOS keeps the driver
+    "TRITON_LIBCUDA_PATH",
+    "CC",
+}
+"""Keys and variables that only one of the two has, on purpose."""
+
+
+def unit(**changes: object) -> Unit:
+    values = {
+        "instance": "emily",
+        "executable": Path("/opt/pascaline/bin/pascaline"),
+        "config": Path("/etc/pascaline/emily.toml"),
+        "model": Path("/data/models/emily.gguf"),
+        "gpus": "0",
+    }
+    return Unit(**(values | changes))  # type: ignore[arg-type]
+
+
+def settings(text: str) -> dict[str, set[str]]:
+    """Key -> values of [Service]; a variable of Environment= is a key of its own."""
+    found: dict[str, set[str]] = {}
+    section = re.split(r"^\[(\w+)\]$", text, flags=re.MULTILINE)
+    service = section[section.index("Service") + 1]
+    for line in service.splitlines():
+        if "=" in line and not line.startswith("#"):
+            key, _, value = line.partition("=")
+            if key == "Environment":
+                key, _, value = value.strip('"').partition("=")
+            parts = value.split() if key == "RestrictAddressFamilies" else [value]
+            found.setdefault(key, set()).update(parts)
+    return found
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("main", ""), ("gpu", "0")])
+def test_it_says_what_the_unit_of_nixos_says(name: str, gpus: str) -> None:
+    """Every line of the sandbox, the limits and the restarts; paths and names apart."""
+    ours = settings(unit(instance=name, gpus=gpus, api_key_file=Path("/etc/pascaline/api-key")).text())
+    nixos = settings((RENDERED / f"pascaline-{name}.service").read_text())
+    differing = {key for key in ours.keys() | nixos.keys() if ours.get(key) != nixos.get(key)}
+    assert differing - {"ExecStart", "LoadCredential"} == (OURS_ALONE | NIXOS_ALONE) & (ours.keys() | nixos.keys())
+
+
+def test_the_command_names_the_settings_the_name_and_the_key() -> None:
+    text = unit(api_key_file=Path("/etc/pascaline/api-key")).text()
+    assert (
+        "ExecStart=/opt/pascaline/bin/pascaline serve --config /etc/pascaline/emily.toml --served-model-name emily "
+        "--api-key-file /run/credentials/pascaline-emily.service/api-key\n"
+    ) in text
+    assert "LoadCredential=api-key:/etc/pascaline/api-key\n" in text
+
+
+def test_what_means_something_to_systemd_is_escaped() -> None:
+    text = unit(config=Path("/etc/pascaline/50% of $HOME.toml")).text()
+    assert 'serve --config "/etc/pascaline/50%% of $$HOME.toml"' in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"executable": Path("/home/ada/venv/bin/pascaline")},
+            "the program /home/ada/venv/bin/pascaline is under /home, which the unit does not see; "
+            "install into /opt/pascaline, keep settings in /etc/pascaline and models in /var/lib or /data",
+        ),
+        (
+            {"model": Path("/root/emily.gguf")},
+            "model /root/emily.gguf is under /root, which the unit does not see; "
+            "install into /opt/pascaline, keep settings in /etc/pascaline and models in /var/lib or /data",
+        ),
+        ({"config": Path("emily.toml")}, "the settings file must be named by an absolute path, got emily.toml"),
+        (
+            {"instance": "a/b"},
+            "instance name 'a/b' must start with a letter or a digit, and hold only those and _ . -",
+        ),
+    ],
+)
+def test_what_the_unit_could_not_see_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        unit(**changes).text()
+    assert str(caught.value) == message
+
+
+def test_show_prints_the_unit_of_a_settings_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "emily.toml"
+    config.write_text('device = "cpu"\ndrain_timeout = "5m"\n')
+    code = main(["service", "show", "emily", "--config", str(config)])
+    # pytest's folder is under /tmp, which a unit does not see.
+    assert code == 2
+    assert f"the settings file {config} is under /tmp" in capsys.readouterr().err
+
+
+def test_show_takes_what_the_settings_say(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("pascaline.service.HIDDEN", ())
+    config = tmp_path / "emily.toml"
+    config.write_text('device = "cpu"\ndrain_timeout = "5m"\nserved_model_name = "e"\n')
+    assert main(["service", "show", "emily", "--config", str(config)]) == 0
+    text = capsys.readouterr().out
+    assert "TimeoutStopSec=330\n" in text
+    assert "CUDA_VISIBLE_DEVICES=\n" in text
+    assert f"ExecStart={Path(sys.executable).with_name('pascaline')} serve --config {config}\n" in text
+
+
+def test_install_and_remove_write_and_delete_the_unit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """systemctl is a program that notes what it is asked."""
+    folder, log = tmp_path / "units", tmp_path / "log"
+    folder.mkdir()
+    systemctl = tmp_path / "bin" / "systemctl"
+    systemctl.parent.mkdir()
+    systemctl.write_text(f'#!/bin/sh\necho "$@" >>{log}\n')
+    systemctl.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{systemctl.parent}:/usr/bin:/bin")
+    monkeypatch.setattr("pascaline.service.UNIT_FOLDER", folder)
+    monkeypatch.setattr("pascaline.service.HIDDEN", ())
+    config = tmp_path / "emily.toml"
+    config.write_text('device = "cpu"\n')
+    assert main(["service", "install", "emily", "--config", str(config)]) == 0
+    assert (folder / "pascaline-emily.service").is_file()
+    assert "systemctl enable --now pascaline-emily" in capsys.readouterr().out
+    assert main(["service", "remove", "emily"]) == 0
+    assert not (folder / "pascaline-emily.service").exists()
+    assert log.read_text() == "daemon-reload\ndisable --now pascaline-emily\ndaemon-reload\n"
+    assert main(["service", "remove", "emily"]) == 2
+
+
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here (Debian: apt install systemd)"
+)
+def test_systemd_takes_every_line(tmp_path: Path) -> None:
+    path = tmp_path / "pascaline-emily.service"
+    path.write_text(unit(executable=Path("/bin/true")).text())
+    done = subprocess.run(["systemd-analyze", "verify", str(path)], capture_output=True, text=True, check=False)
+    # Keys of systemd 254; Debian 12 has 252, which says so and goes on with a constant pause between restarts.
+    newer = re.compile("Unknown key '(RestartSteps|RestartMaxDelaySec)' in section")
+    wrong = [line for line in done.stderr.splitlines() if "Unknown" in line and not newer.search(line)]
+    assert wrong == []

@@ -163,6 +163,7 @@ def running(command: list[str], path: str, port: int, threads: int | None = None
     """Run a server until the block ends; yields once GET path answers 200."""
     environment = {**os.environ, "SGLANG_PLATFORM": "pascal", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads or len(os.sched_getaffinity(0)))}
+    environment |= {"OMP_WAIT_POLICY": "PASSIVE"}
     print(f"starting: {' '.join(command)}", file=sys.stderr)
     log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed at the end of the process
     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)

@@ -126,13 +126,14 @@ class TestSglangCommand:
     def test_variables(self, task: Callable[..., Task]) -> None:
         environment = SGLANG.launch(task(threads=7)).environment
         assert (environment["SGLANG_PLATFORM"], environment["CUDA_VISIBLE_DEVICES"]) == ("pascal", "")
-        assert environment["OMP_NUM_THREADS"] == "7"
+        assert (environment["OMP_NUM_THREADS"], environment["OMP_WAIT_POLICY"]) == ("7", "PASSIVE")
         assert "CUDA_LAUNCH_BLOCKING" not in environment
         assert "CUDA_VISIBLE_DEVICES" not in SGLANG.launch(task(device="cuda")).environment
 
     def test_variables_of_the_settings_win(self, task: Callable[..., Task]) -> None:
-        launch = SGLANG.launch(task(debug=True, environment={"OMP_NUM_THREADS": "1", "CUDA_LAUNCH_BLOCKING": "0"}))
-        assert (launch.environment["OMP_NUM_THREADS"], launch.environment["CUDA_LAUNCH_BLOCKING"]) == ("1", "0")
+        chosen = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "ACTIVE", "CUDA_LAUNCH_BLOCKING": "0"}
+        launch = SGLANG.launch(task(debug=True, environment=chosen))
+        assert {name: launch.environment[name] for name in chosen} == chosen
 
     def test_an_interpreter_that_is_not_there(self, task: Callable[..., Task]) -> None:
         with pytest.raises(MissingError) as raised:

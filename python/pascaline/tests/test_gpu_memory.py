@@ -113,5 +113,13 @@ class TestHost:
         (root / "a.slice/b.service/memory.current").write_text(f"{5 * MIB}\n")
         assert host_memory(meminfo, cgroup, root).total_bytes == 20 * MIB
 
+    def test_a_container_is_its_own_root(self, tmp_path: Path) -> None:
+        meminfo, cgroup = tmp_path / "meminfo", tmp_path / "cgroup"
+        meminfo.write_text("MemAvailable:   60000 kB\n")
+        cgroup.write_text("0::/\n")
+        (tmp_path / "memory.max").write_text(f"{30 * MIB}\n")
+        (tmp_path / "memory.current").write_text(f"{10 * MIB}\n")
+        assert host_memory(meminfo, cgroup, tmp_path).total_bytes == 20 * MIB
+
     def test_this_host_has_some(self) -> None:
         assert host_memory().total_bytes > 0

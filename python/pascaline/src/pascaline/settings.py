@@ -99,7 +99,10 @@ class Settings(BaseModel):
     tensor_parallel: int = Field(1, ge=1, le=64, description="GPUs that share every layer")
     pipeline_parallel: int = Field(1, ge=1, le=64, description="Groups of GPUs that hold consecutive layers")
     threads: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads of the engine; default: all that it may use"
+        None,
+        ge=1,
+        le=1024,
+        description="CPU threads of the engine; default: one for each CPU that affinity and quota (cpu.max) leave it",
     )
     api_key_file: Path | None = Field(
         None, description="File whose content requests must carry as their API key; a key itself is never a setting"

@@ -45,6 +45,8 @@ def engine_environment(threads: int) -> dict[str, str]:
         "SGLANG_PLATFORM": "pascal",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(threads),
+        # OpenMP's threads spin for milliseconds after every product, on cores that other programs could use.
+        "OMP_WAIT_POLICY": "PASSIVE",
         # Each of SGLang's processes would otherwise fork compiler workers of more than a gigabyte each, never used.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         # After a crash, do not wait a minute for a GPU core dump that nobody asked for.

@@ -197,6 +197,8 @@ def _environment(task: Task) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "OMP_NUM_THREADS": str(task.threads),
+        # OpenMP's threads spin for milliseconds after every product, on cores that other programs could use.
+        "OMP_WAIT_POLICY": "PASSIVE",
         # Each of SGLang's processes would otherwise fork compiler workers of more than a gigabyte each, never used.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         # After a crash, do not wait a minute for a GPU core dump.

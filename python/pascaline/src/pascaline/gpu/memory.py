@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pascaline.control_groups import CGROUP, CGROUP_ROOT, group_folders
 from pascaline.errors import ConfigurationError, MissingError
 from pascaline.gpu.metrics import BUS_WIDTH, GPU_MEMORY_CALLS, MAX_MEMORY_CLOCK, NAME
 from pascaline.gpu.reader import Reader
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from pascaline.gpu.reading import DeviceReading
 
 MEMINFO = Path("/proc/meminfo")
-CGROUP = Path("/proc/self/cgroup")
-CGROUP_ROOT = Path("/sys/fs/cgroup")
 TRANSFERS_PER_CYCLE = 2
 """Double data rate, of the clock that NVML tells: 2 x 3003 MHz x 256 bit is the 192 GB/s of a P4's data sheet."""
 MEGA = 10**6
@@ -96,18 +96,11 @@ def host_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP, cgroup_root: Pat
 
 
 def _cgroup_rooms(cgroup: Path, root: Path) -> list[int]:
-    """What each group above this process leaves, version 2 only."""
-    try:
-        line = next(line for line in cgroup.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return []
-    folder, rooms = root / line[3:].strip("/"), []
-    while folder != root and root in folder.parents:
-        try:
+    """What each group around this process leaves, version 2 only."""
+    rooms = []
+    for folder in group_folders("memory", cgroup, root):
+        with contextlib.suppress(OSError, ValueError):
             limit, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
             if limit != "max":
                 rooms.append(max(0, int(limit) - int(used)))
-        except (OSError, ValueError):
-            pass
-        folder = folder.parent
     return rooms

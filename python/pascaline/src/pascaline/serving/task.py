@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pascaline.cards import card_for_device, detect_card, installed_models, load_card, unknown_card
+from pascaline.control_groups import usable_cpus
 from pascaline.engines import Task
 from pascaline.errors import ConfigurationError, DoesNotFitError, MissingError
 from pascaline.gpu.memory import DeviceMemory, gpu_memory, host_memory
@@ -71,7 +72,7 @@ def make_task(configuration: Configuration, model: ResolvedModel, plan: Plan, ru
         model=model,
         device=request.device,
         dtype=request.dtype,
-        threads=settings.threads or len(os.sched_getaffinity(0)),
+        threads=settings.threads or usable_cpus(),
         context_length=plan.context_length,
         max_total_tokens=plan.kv_tokens,
         mem_fraction_static=plan.mem_fraction_static,

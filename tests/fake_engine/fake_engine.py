@@ -655,10 +655,13 @@ def start_stray() -> None:
 
 def flood(engine: Engine) -> NoReturn:
     """Write as many lines a second as wanted."""
+    number = 0
     while True:
         faults = engine.faults
         for _ in range(faults.flood_lines_per_second // 10):
-            sys.stdout.write("x" * faults.flood_line_bytes + "\n")
+            # No two lines are alike.
+            number += 1
+            sys.stdout.write(f"{number} ".ljust(faults.flood_line_bytes, "x") + "\n")
         sys.stdout.flush()
         time.sleep(0.1)
 

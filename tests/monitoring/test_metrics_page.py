@@ -141,7 +141,7 @@ def test_every_recording_rule_is_on_the_page() -> None:
     )
 
 
-@pytest.mark.parametrize("label", ["state", "reason", "stage"])
+@pytest.mark.parametrize("label", ["state", "reason", "cause", "stage"])
 def test_the_values_of_the_agents_labels_are_those_of_a_running_one(label: str, agent: Any) -> None:
     lines = [line for line in PAGE.partition("## Agent: instance")[2].splitlines() if f"`{label}`: " in line]
     (listed,) = [part for line in lines for part in re.findall(rf"`{label}`: ([^;.]+)", line)]

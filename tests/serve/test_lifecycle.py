@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from pascaline.errors import ExitCode
-from pascaline.serving.process import MAX_LINE_BYTES
+from pascaline.serving.output import MAX_LINE_BYTES
 from pascaline.serving.supervisor import BLIND_SECONDS, POLL_SECONDS, STOP_SIGNALS
-from support.instance import wait_until
+from support.instance import PATIENCE, wait_until
 from support.stuck import unkillable
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from support.instance import Answer, Instance
 
     Serve = Callable[..., Instance]
+
+UNREAD = 'pascaline_log_lines_dropped_total{cause="unread"}'
 
 
 class TestReady:
@@ -336,6 +338,7 @@ class TestProgress:
         instance = serve(faults="flood_lines_per_second=20000")
         instance.wait_for_state("ready")
         instance.wait_for_line("lines of output in one second were not shown")
+        assert instance.metric('pascaline_log_lines_dropped_total{cause="flood"}') > 1000
         assert instance.complete().status == 200
         assert instance.health()["state"] in {"ready", "busy"}
         assert instance.stop() == ExitCode.OK
@@ -346,8 +349,29 @@ class TestProgress:
         time.sleep(2)
         assert instance.complete().status == 200
         assert instance.stop() == ExitCode.OK
-        # Pieces of twice the reader's limit at most.
-        assert max(map(len, instance.lines)) < 2 * MAX_LINE_BYTES + 100
+        assert max(map(len, instance.lines)) < MAX_LINE_BYTES + 100
+
+    def test_a_log_that_nobody_reads_stops_nothing(self, serve: Serve) -> None:
+        instance = serve(faults="flood_lines_per_second=400 flood_line_bytes=500")
+        instance.wait_for_state("ready")
+        with instance.unread():
+            wait_until("lines are dropped", lambda: instance.metric(UNREAD) > 100)
+            assert instance.complete().status == 200
+            assert instance.health()["restarts"] == 0
+        instance.wait_for_line("lines were not written here: nobody read them in time")
+        with instance.unread():
+            dropped = instance.metric(UNREAD)
+            wait_until("lines are dropped", lambda: instance.metric(UNREAD) > dropped + 100)
+            instance.process.terminate()
+            assert instance.process.wait(PATIENCE) == ExitCode.OK
+
+    def test_an_error_that_nobody_reads_ends_it_all_the_same(self, serve: Serve) -> None:
+        instance = serve(max_restarts=0, faults="flood_lines_per_second=400 flood_line_bytes=500")
+        instance.wait_for_state("ready")
+        with instance.unread():
+            wait_until("lines are dropped", lambda: instance.metric(UNREAD) > 100)
+            instance.fault(crash_now=1)
+            assert instance.process.wait(PATIENCE) == ExitCode.GAVE_UP
 
 
 class TestGpuLost:

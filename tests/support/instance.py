@@ -107,6 +107,8 @@ class Instance:
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment, MARK: self.mark},
             cwd=folder,
         )
+        self._reads = threading.Event()
+        self._reads.set()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -114,6 +116,16 @@ class Instance:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line.rstrip("\n"))
+            self._reads.wait()
+
+    @contextlib.contextmanager
+    def unread(self) -> Iterator[None]:
+        """Let nobody read its log while the block runs."""
+        self._reads.clear()
+        try:
+            yield
+        finally:
+            self._reads.set()
 
     # --- HTTP
 

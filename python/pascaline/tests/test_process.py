@@ -16,7 +16,8 @@ import pytest
 from pascaline.child import with_parent
 from pascaline.engines import Launch
 from pascaline.serving import process as process_module
-from pascaline.serving.process import KEPT_LINES, LINES_PER_SECOND, MAX_LINE_BYTES, EngineProcess
+from pascaline.serving.output import BYTES_PER_SECOND, LINES_PER_SECOND, MAX_LINE_BYTES, Throttle
+from pascaline.serving.process import KEPT_LINES, EngineProcess
 from pascaline.serving.threads import start_in_thread
 from support.stuck import unkillable
 
@@ -72,11 +73,20 @@ class TestOutput:
     def test_bytes_that_are_no_text_are_shown_as_such(self) -> None:
         assert run("import os; os.write(1, b'a\\xffb\\n')") == (0, ["a\N{REPLACEMENT CHARACTER}b"])
 
-    def test_a_line_without_end_comes_in_pieces(self) -> None:
-        size = 10 * MAX_LINE_BYTES + 1
-        code, lines = run(f"import sys; sys.stdout.write('x' * {size})")
-        assert (code, "".join(lines)) == (0, "x" * size)
-        assert max(map(len, lines)) <= 2 * MAX_LINE_BYTES
+    @pytest.mark.parametrize("end", ["", "\\nend"])
+    def test_of_a_line_that_does_not_end_the_beginning_is_shown(self, end: str) -> None:
+        size = 300 * MAX_LINE_BYTES + 1
+        code, (first, note, *rest) = run(f"import sys; sys.stdout.write('x' * {size} + '{end}')")
+        assert (code, first, rest) == (0, "x" * MAX_LINE_BYTES, ["end"] if end else [])
+        size += bool(end)
+        assert note == f"WARNING: of a line of {size} bytes the first {MAX_LINE_BYTES} were shown"
+
+    @pytest.mark.parametrize("size", [MAX_LINE_BYTES - 2, MAX_LINE_BYTES - 1])
+    def test_a_line_of_just_that_length_is_whole(self, size: int) -> None:
+        assert run(f"print('x' * {size}); print('end')") == (0, ["x" * size, "end"])
+
+    def test_control_characters_are_made_visible(self) -> None:
+        assert run("print('a\\x1b[31mb\\rc')") == (0, ["a\\x1b[31mb\\rc"])
 
     def test_a_flood_is_read_and_counted_and_not_shown(self) -> None:
         # The second half comes in a later window, which tells of the first.
@@ -88,6 +98,38 @@ class TestOutput:
         notes = [line for line in lines if line.startswith("WARNING: ")]
         assert notes[0].endswith(" lines of output in one second were not shown")
         assert len(lines) <= 3 * LINES_PER_SECOND + len(notes)
+
+    def test_a_flood_of_long_lines_is_bounded_in_bytes(self) -> None:
+        code, lines = run("for i in range(200): print(str(i) * 20_000)")
+        assert code == 0
+        shown = [line for line in lines if not line.startswith("WARNING: ")]
+        seconds = 1 + len(lines) - len(shown)
+        assert 0 < sum(map(len, shown)) <= seconds * BYTES_PER_SECOND
+
+    def test_what_a_flood_was_cut_by_is_told_at_its_end_too(self) -> None:
+        dropped: list[int] = []
+
+        async def whole() -> list[str]:
+            lines: list[str] = []
+            process = await EngineProcess.start(program("print('x\\n' * 5000)"), lines.append, dropped.append)
+            await process.wait()
+            return lines
+
+        lines = asyncio.run(whole())
+        notes = [line for line in lines if line.startswith("WARNING: ")]
+        assert notes == [f"WARNING: {count} lines of output in one second were not shown" for count in dropped]
+        assert sum(dropped) + len(lines) - len(notes) == 5001
+
+    def test_the_limits_are_for_each_second(self) -> None:
+        now = [0.0]
+        throttle = Throttle(lambda: now[0])
+        assert [throttle.admits(1) for _ in range(LINES_PER_SECOND + 2)] == [True] * LINES_PER_SECOND + [False] * 2
+        assert throttle.dropped() == 0
+        now[0] = 1.0
+        assert throttle.dropped() == 2
+        assert throttle.admits(BYTES_PER_SECOND)
+        assert not throttle.admits(1)
+        assert throttle.dropped(at_end=True) == 1
 
     def test_it_reads_nothing(self) -> None:
         assert run("import sys; print(repr(sys.stdin.read()))") == (0, ["''"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 from typing import TYPE_CHECKING
 
 import pytest
-from pascaline.serving.console import Console
+from pascaline.serving.console import Console, _ConsoleHandler
+from pascaline.serving.repeats import REMEMBERED, SHOWN, WINDOW_SECONDS, Repeats
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,5 +75,55 @@ def test_a_reader_that_went_away_stops_nothing(unread: TextIO) -> None:
     console = Console(unread)
     with console.stage("load") as stage:
         stage.progress(1, 2)
-    for _ in range(1000):
-        console.line("INFO", "engine", "x" * 1000)
+    for number in range(1000):
+        console.line("INFO", "engine", f"{number}" * 1000)
+
+
+def test_control_characters_are_shown_and_not_obeyed() -> None:
+    stream = io.StringIO()
+    Console(stream).line("INFO", "engine", "a\x1b[2Jb\r\x07\x9b1m\u202ec\td")
+    assert stream.getvalue() == "INFO    engine: a\\x1b[2Jb\\r\\x07\\x9b1m\\u202ec\td\n"
+
+
+def test_a_line_that_repeats_is_counted() -> None:
+    now = [0.0]
+    stream = io.StringIO()
+    console = Console(stream, lambda: now[0])
+    counted: list[int] = []
+    console.on_repeated = counted.append
+    for _ in range(SHOWN + 100):
+        console.line("ERROR", "asyncio", "out of descriptors")
+    console.line("INFO", "engine", "another")
+    assert stream.getvalue().splitlines() == [
+        *["ERROR   asyncio: out of descriptors"] * SHOWN,
+        "INFO    engine: another",
+    ]
+    assert sum(counted) == 100
+    now[0] = WINDOW_SECONDS
+    console.settle()
+    console.line("ERROR", "asyncio", "out of descriptors")
+    assert stream.getvalue().splitlines()[SHOWN + 1 :] == [
+        "WARNING asyncio: repeated 100 more times within 60 s: out of descriptors",
+        "ERROR   asyncio: out of descriptors",
+    ]
+
+
+def test_not_more_lines_are_remembered_than_that() -> None:
+    repeats: Repeats[int] = Repeats()
+    for number in range(2 * REMEMBERED):
+        for _ in range(SHOWN + 2):
+            repeats.admits(number, 0.0)
+    assert repeats.settled(0.0) == [(number, 2) for number in range(REMEMBERED)]
+
+
+def test_what_libraries_log_comes_line_by_line() -> None:
+    stream = io.StringIO()
+    handler = _ConsoleHandler(Console(stream))
+    record = logging.LogRecord("asyncio", logging.ERROR, "file", 1, "one\ntwo %s", ("x",), None)
+    handler.emit(record)
+    handler.emit(logging.LogRecord("asyncio", logging.ERROR, "file", 1, "%d", ("x",), None))
+    assert stream.getvalue().splitlines() == [
+        "ERROR   asyncio: one",
+        "ERROR   asyncio: two x",
+        "ERROR   asyncio: a record could not be formatted: '%d'",
+    ]

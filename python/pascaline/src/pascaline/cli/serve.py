@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pascaline.cli.options import add_settings_arguments, load_from_arguments
@@ -11,6 +13,7 @@ from pascaline.errors import ExitCode
 if TYPE_CHECKING:
     import argparse
 
+STANDARD_ERROR = 2
 _CODES = "\n".join(f"  {code.value:>3}  {code.meaning}" for code in ExitCode)
 DESCRIPTION = f"""Serve one model: find and verify it, start the engine, say when a generation has succeeded, watch
 it by its progress, and start it again when it crashes or falls silent.
@@ -36,15 +39,34 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until asked to stop."""
     configuration = load_from_arguments(arguments)
     # Imported late: a mistake in the configuration is reported before a web framework is loaded.
-    from pascaline.serving.console import Console, silence_libraries
+    from pascaline.serving.console import Console, open_outlet, silence_libraries
     from pascaline.serving.notify import Notifier
     from pascaline.serving.supervisor import Supervisor
     from pascaline.serving.threads import share_one_heap
 
     share_one_heap()
-    silence_libraries()
+    _open_standard_streams()
+    outlet = open_outlet(STANDARD_ERROR)
+    console = Console(outlet)
+    silence_libraries(console)
 
     async def main() -> int:
-        return await Supervisor(configuration, Console(), Notifier.from_environment()).run()
+        supervisor = Supervisor(configuration, console, Notifier.from_environment())
+        console.on_repeated = partial(supervisor.metrics.count_dropped, "repeated")
+        outlet.on_lost = partial(supervisor.metrics.count_dropped, "unread")
+        return await supervisor.run()
 
-    return asyncio.run(main())
+    try:
+        return asyncio.run(main())
+    finally:
+        outlet.close()
+
+
+def _open_standard_streams() -> None:
+    """Whoever starts this program with a standard stream closed would find the log in the next file that is opened."""
+    for descriptor in range(STANDARD_ERROR + 1):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The lowest number that is free: this one.
+            os.open(os.devnull, os.O_RDWR)

@@ -6,16 +6,18 @@ import json
 import logging
 import os
 import shlex
-import sys
 from contextlib import contextmanager, suppress
 from time import monotonic
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Protocol
 
 from pascaline.engines.client import reachable
 from pascaline.redaction import RedactingFormatter, redact
+from pascaline.serving.outlet import Outlet
+from pascaline.serving.output import visible
+from pascaline.serving.repeats import WINDOW_SECONDS, Repeats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pascaline.engines import Task
 
@@ -25,34 +27,65 @@ COLOURS = {"WARNING": "\033[33m", "ERROR": "\033[31m", "CRITICAL": "\033[31m"}
 PLAIN = "\033[0m"
 SHOWN_CHARACTERS = 500
 """Of a line in a terminal: SGLang prints its 500 arguments in one. Files and the journal get it whole."""
+REPEATED_CHARACTERS = 200
+"""Of a line that was repeated, in the note that says so."""
+
+
+class Stream(Protocol):
+    """Where a console writes to."""
+
+    def write(self, text: str, /) -> int:
+        """Write a text."""
+
+    def flush(self) -> None:
+        """Let nothing wait."""
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+
+    def fileno(self) -> int:
+        """The descriptor behind it."""
 
 
 class Console:
-    """Writes lines to standard error; a running stage is one line that is renewed where that is a terminal.
+    """Writes lines; a running stage is one line that is renewed where the stream is a terminal.
 
-    Never fails: a line that cannot be written is lost.
+    Never fails: a line that cannot be written is lost. A line that comes again and again is counted.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        """stream: None = standard error."""
-        self._stream = stream or sys.stderr
+    def __init__(self, stream: Stream, clock: Callable[[], float] = monotonic) -> None:
+        """clock: seconds."""
+        self.on_repeated: Callable[[int], None] = lambda _: None
+        """Called with the number of lines whenever some were not written because they repeat others."""
+        self._stream = stream
+        self._clock = clock
+        self._repeats: Repeats[tuple[str, str, str]] = Repeats()
         self._terminal = self._stream.isatty()
-        self._journal = "JOURNAL_STREAM" in os.environ and not self._terminal
+        self._journal = _writes_to_journal(self._terminal)
         self._stage: str | None = None
         self._stage_start = 0.0
         self._detail = ""
 
     def line(self, level: str, source: str, text: str) -> None:
-        """Write one line: level and source in front, as every log here."""
+        """Write one line: level and source in front, as every log here. Control characters are written as escapes."""
+        self.settle()
+        text = visible(redact(text))  # before it is cut: a part of a secret is not found
+        if self._repeats.admits((level, source, text), self._clock()):
+            self._write_line(level, source, text)
+        else:
+            self.on_repeated(1)
+
+    def settle(self) -> None:
+        """Say how often lines were repeated, once that is known; to be called now and then."""
+        for (_, source, text), times in self._repeats.settled(self._clock()):
+            line = f"repeated {times} more times within {WINDOW_SECONDS:g} s: {text[:REPEATED_CHARACTERS]}"
+            self._write_line("WARNING", source, line)
+
+    def _write_line(self, level: str, source: str, text: str) -> None:
         self._clear()
-        text = redact(text)  # before it is cut: a part of a secret is not found
         if self._terminal and len(text) > SHOWN_CHARACTERS:
             text = f"{text[:SHOWN_CHARACTERS]}… ({len(text):,} characters)"
-        if self._journal:
-            self._write(f"<{JOURNAL_LEVELS.get(level, 6)}>{source}: {text}\n")
-        else:
-            colour = COLOURS.get(level, "") if self._terminal else ""
-            self._write(f"{colour}{level:<7} {source}: {text}{PLAIN if colour else ''}\n")
+        self._write(_format(level, source, text, journal=self._journal, colours=self._terminal))
         self._show_stage()
         self._flush()
 
@@ -160,15 +193,52 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _width(stream: TextIO) -> int:
+def _width(stream: Stream) -> int:
     try:
         return os.get_terminal_size(stream.fileno()).columns
     except OSError:
         return 80
 
 
-def silence_libraries() -> None:
-    """Libraries report to our handler, and only what matters."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(RedactingFormatter("%(levelname)-7s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+def _format(level: str, source: str, text: str, *, journal: bool, colours: bool) -> str:
+    if journal:
+        return f"<{JOURNAL_LEVELS.get(level, 6)}>{source}: {text}\n"
+    colour = COLOURS.get(level, "") if colours else ""
+    return f"{colour}{level:<7} {source}: {text}{PLAIN if colour else ''}\n"
+
+
+def _writes_to_journal(terminal: bool) -> bool:
+    return "JOURNAL_STREAM" in os.environ and not terminal
+
+
+def open_outlet(descriptor: int) -> Outlet:
+    """Return a stream to this descriptor that never blocks, and that tells of dropped lines as the console would."""
+    terminal = os.isatty(descriptor)
+
+    def note(lines: int) -> str:
+        text = f"{lines} lines were not written here: nobody read them in time, or the file could not be written"
+        return _format("WARNING", "pascaline", text, journal=_writes_to_journal(terminal), colours=terminal)
+
+    return Outlet(descriptor, note)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Hands the records of libraries to a console, line by line."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self.setFormatter(RedactingFormatter())
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record, with its traceback."""
+        try:
+            for line in self.format(record).splitlines():
+                self._console.line(record.levelname, record.name, line)
+        except Exception:
+            self._console.line("ERROR", record.name, f"a record could not be formatted: {record.msg!r}")
+
+
+def silence_libraries(console: Console) -> None:
+    """Libraries report to our console, and only what matters."""
+    logging.basicConfig(level=logging.WARNING, handlers=[_ConsoleHandler(console)])

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pascaline.engines import Task
     from pascaline.planning import Plan
 
+DROPPED_CAUSES = ("flood", "repeated", "unread")
 RESTART_REASONS = ("crash", "unresponsive", "gpu-lost")
 # A generation of one token: milliseconds on an idle GPU, many seconds behind a long prefill.
 PROBE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -63,6 +64,14 @@ class Metrics:
         self.probe_failures = Counter(
             "pascaline_probe_failures", "Test generations that failed or got no answer", registry=self.registry
         )
+        self._dropped = Counter(
+            "pascaline_log_lines_dropped",
+            "Lines that are missing in the log: of a flood, repeated, or read by nobody",
+            ["cause"],
+            registry=self.registry,
+        )
+        for cause in DROPPED_CAUSES:
+            self._dropped.labels(cause)
         self.last_generation = self._gauge(
             "pascaline_last_successful_generation_timestamp_seconds",
             "Unix time at which tokens were last seen to move; 0 before the first",
@@ -79,6 +88,10 @@ class Metrics:
         """Mark the one state that holds."""
         for each in State:
             self._state.labels(each.value).set(each is state)
+
+    def count_dropped(self, cause: str, lines: int) -> None:
+        """Count lines that are missing in the log; safe to call from any thread."""
+        self._dropped.labels(cause).inc(lines)
 
     def set_task(self, task: Task, card: str | None) -> None:
         """Publish what the engine is started with: once, since these are not there before."""

@@ -7,12 +7,14 @@ Source: sd_notify(3), sd_watchdog_enabled(3).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pascaline.redaction import redact
+from pascaline.serving.output import visible
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,7 +50,7 @@ class Notifier:
 
     def status(self, text: str) -> None:
         """Show one line in `systemctl status`."""
-        self._send("STATUS", redact(text).replace("\n", " "))
+        self._send("STATUS", visible(redact(text).replace("\n", " ")))
 
     def watchdog(self) -> None:
         """Say that the main loop still turns."""
@@ -66,9 +68,8 @@ class Notifier:
         message = "\n".join(f"{name}={value}" for name, value in self._unsent.items())
         # A leading @ stands for the zero byte of an abstract socket.
         address = "\0" + self.address[1:] if self.address.startswith("@") else self.address
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as connection:
-            try:
-                connection.sendto(message.encode(), socket.MSG_DONTWAIT, address)
-            except OSError:
-                return
-        self._unsent.clear()
+        # Without a descriptor left the message waits as well.
+        with contextlib.suppress(OSError):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as connection:
+                connection.sendto(message.encode(errors="replace"), socket.MSG_DONTWAIT, address)
+            self._unsent.clear()

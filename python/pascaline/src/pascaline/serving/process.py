@@ -8,11 +8,11 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable
-from time import monotonic
 from typing import TYPE_CHECKING
 
 from pascaline.child import with_parent
 from pascaline.redaction import LineRedactor
+from pascaline.serving.output import Output, Throttle, visible
 
 if TYPE_CHECKING:
     from pascaline.engines import Launch
@@ -27,28 +27,32 @@ KILL_SECONDS = 10.0
 driver that does not return."""
 KEPT_LINES = 200
 """Last lines of output that explain a failure."""
-MAX_LINE_BYTES = 64 * 1024
-LINES_PER_SECOND = 500
-"""More than an engine says in earnest; what exceeds it is counted, not shown, so that a flood costs nothing."""
-
 OnLine = Callable[[str], None]
+OnDropped = Callable[[int], None]
 
 
 class EngineProcess:
     """One run of an engine."""
 
-    def __init__(self, process: asyncio.subprocess.Process, output: Output, on_line: OnLine) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, output: Output, on_line: OnLine, on_dropped: OnDropped
+    ) -> None:
         """Take over a started process; use `start`."""
         self.pid = process.pid
         self.last_lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._process = process
         self._output = output
         self._on_line = on_line
+        self._on_dropped = on_dropped
         self._reader = asyncio.create_task(self._pass_output_on())
 
     @classmethod
-    async def start(cls, launch: Launch, on_line: OnLine) -> EngineProcess:
-        """Start the command; it leads a new session and group, and dies with this process."""
+    async def start(cls, launch: Launch, on_line: OnLine, on_dropped: OnDropped = lambda _: None) -> EngineProcess:
+        """Start the command; it leads a new session and group, and dies with this process.
+
+        on_line: takes each line of output that is shown. on_dropped: takes the number of lines that a flood was cut by.
+        OSError where this machine has no process, memory or descriptor left for it.
+        """
         read_end, write_end = os.pipe()
         output = await Output.open(read_end)
         try:
@@ -66,7 +70,7 @@ class EngineProcess:
             raise
         finally:
             os.close(write_end)
-        return cls(process, output, on_line)
+        return cls(process, output, on_line, on_dropped)
 
     @property
     def exit_code(self) -> int | None:
@@ -96,49 +100,16 @@ class EngineProcess:
         return self.exit_code
 
     async def _pass_output_on(self) -> None:
-        redact = LineRedactor()
-        window, shown, dropped = monotonic(), 0, 0
-        while line := await self._output.read_line():
-            text = redact(line.decode(errors="replace").rstrip())
+        redact, throttle = LineRedactor(), Throttle()
+        async for line in self._output.lines():
+            text = visible(redact(line.text))
             self.last_lines.append(text)
-            if monotonic() - window >= 1.0:
-                if dropped:
-                    self._on_line(f"WARNING: {dropped} lines of output in one second were not shown")
-                window, shown, dropped = monotonic(), 0, 0
-            if shown < LINES_PER_SECOND:
-                shown += 1
+            self._tell_of(throttle.dropped())
+            if throttle.admits(line.size):
                 self._on_line(text)
-            else:
-                dropped += 1
+        self._tell_of(throttle.dropped(at_end=True))
 
-
-class Output:
-    """The reading end of a pipe. Not asyncio's own for a child: that one's end is waited for together with the child's,
-    and a grandchild that left the group can hold it open for ever."""
-
-    def __init__(self, stream: asyncio.StreamReader, transport: asyncio.ReadTransport) -> None:
-        """Use `open`."""
-        self._stream = stream
-        self._transport = transport
-
-    @classmethod
-    async def open(cls, read_end: int) -> Output:
-        """Take over a file descriptor."""
-        stream = asyncio.StreamReader(limit=MAX_LINE_BYTES)
-        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(read_end, "rb", buffering=0)
-        )
-        return cls(stream, transport)
-
-    async def read_line(self) -> bytes:
-        """Return the next line, or a piece of one that is longer than the limit; empty at the end."""
-        try:
-            return await self._stream.readuntil(b"\n")
-        except asyncio.IncompleteReadError as error:
-            return error.partial
-        except asyncio.LimitOverrunError as error:
-            return await self._stream.readexactly(max(error.consumed, 1))
-
-    def close(self) -> None:
-        """Read no more; whoever still writes gets SIGPIPE."""
-        self._transport.close()
+    def _tell_of(self, dropped: int) -> None:
+        if dropped:
+            self._on_dropped(dropped)
+            self._on_line(f"WARNING: {dropped} lines of output in one second were not shown")

@@ -230,7 +230,7 @@ class Supervisor:
     async def _run_once(self, task: Task) -> tuple[float, Failure]:
         """Run the engine once; return for how long it was ready, and why it ended."""
         self._change(State.STARTING, "the engine is loading")
-        process = self._process = await EngineProcess.start(self._engine.launch(task), self._show_line)
+        process = self._process = await self._start(task)
         self.metrics.engine_up.set(1)
         started, ready_since = time.time(), None
         # Where this is left because the instance is to stop, the engine still runs: it drains.
@@ -243,6 +243,10 @@ class Supervisor:
         self.metrics.engine_up.set(0)
         served = time.monotonic() - ready_since if ready_since is not None else 0.0
         return served, self._failure(process, started)
+
+    async def _start(self, task: Task) -> EngineProcess:
+        on_dropped = partial(self.metrics.count_dropped, "flood")
+        return await EngineProcess.start(self._engine.launch(task), self._show_line, on_dropped)
 
     async def _wait_until_ready(self, task: Task, process: EngineProcess) -> bool:
         """Wait for the first generation; False where the engine ended or took too long."""
@@ -486,6 +490,7 @@ class Supervisor:
 
     def _show_life(self) -> None:
         """Tell the service manager that the main loop turns, and that a start or stop still goes on."""
+        self._console.settle()
         self._notifier.watchdog()
         if self.health.state in {State.PLANNED, State.STARTING, State.DRAINING}:
             self._notifier.extend_timeout(EXTEND_SECONDS)

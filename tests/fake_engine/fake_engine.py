@@ -760,7 +760,7 @@ def prepare(argv: list[str]) -> int:
         "gguf": str(arguments.gguf),
         "sha256": arguments.known_sha256,
         "size": arguments.gguf.stat().st_size,
-        "format": 1,
+        "format": 2,
     }
     (staging / "config.json").write_text("{}")
     (staging / "pascal.json").write_text(json.dumps(manifest))

@@ -18,7 +18,7 @@ from pascaline.models import store
 from pascaline.settings import Settings
 from support.instance import FAKE_ENGINE
 from support.models import tiny, write_gguf
-from support.raw_models import CONFIG, LLAMA, gguf_file, safetensors_file, value
+from support.raw_models import CONFIG, LLAMA, gguf_file, safetensors_file, tensor, value
 
 PATIENCE = 60.0
 
@@ -99,7 +99,8 @@ class TestRead:
     def test_an_unknown_architecture(self, tmp_path: Path) -> None:
         path = tmp_path / "m.gguf"
         metadata = {key.replace("llama.", "falcon."): content for key, content in LLAMA.items()}
-        path.write_bytes(gguf_file(metadata | {"general.architecture": value("string", "falcon")}))
+        metadata |= {"general.architecture": value("string", "falcon")}
+        path.write_bytes(gguf_file(metadata, [tensor("token_embd.weight", (8,), 0, 0)], data_bytes=32))
         assert refusal(ModelError, store.read, settings(), path) == (
             f"{path}: unsupported architecture 'falcon', must be one of: gemma2, gemma3, llama, qwen2, qwen3; "
             "engine llama.cpp may know it"
@@ -225,7 +226,7 @@ class TestPrepare:
         assert store.prepare(given, moved, sha256(moved)) == prepared
         assert json.loads((prepared / "pascal.json").read_text())["gguf"] == str(moved)
 
-    @pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"gguf": "x", "format": 1}'])
+    @pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"gguf": "x", "format": 2}'])
     def test_a_damaged_folder_is_made_again(self, model: Path, tmp_path: Path, content: str | None) -> None:
         given = settings(cache_dir=tmp_path / "cache")
         manifest = store.prepare(given, model, sha256(model)) / "pascal.json"
@@ -263,7 +264,7 @@ class TestPrepare:
             children = _children_of(first.pid)
             first.kill()
         _wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in children))
-        left = cache / "prepared" / f".{sha256(model)}-v1.half"
+        left = cache / "prepared" / f".{sha256(model)}-v{store.PREPARED_FORMAT}.half"
         left.mkdir()
         prepared = store.prepare(settings(cache_dir=cache), model, sha256(model))
         assert sorted(path.name for path in prepared.parent.iterdir()) == [prepared.name, f"{prepared.name}.lock"]

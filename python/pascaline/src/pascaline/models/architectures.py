@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-SGLANG_GGUF = ("gemma2", "gemma3", "llama", "qwen2", "qwen3")
+from pascaline.models.acceptance import ARCHITECTURES
+
+SGLANG_GGUF = tuple(sorted(ARCHITECTURES))
 """`general.architecture` of GGUF files that the plugin loads; Mistral files call themselves llama."""
 SGLANG_HUGGING_FACE = ("gemma2", "gemma3", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """`model_type` of config.json."""

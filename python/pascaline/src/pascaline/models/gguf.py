@@ -45,6 +45,9 @@ _SLIDING_WINDOWS = {"gemma2": 4096, "llama4": 8192, "smallthinker": 4096}
 # The file names a window that llama.cpp does not use.
 _SLIDING_UNUSED = frozenset({"phi3", "phimoe"})
 
+# Architectures of files that belong to a model and are none.
+_NO_MODELS = {"clip": "the projector of a vision model", "imatrix": "an importance matrix"}
+
 OpenPart = Callable[[str], AbstractContextManager[Source]]
 """Opens the file of this name beside the one that was asked for."""
 
@@ -155,6 +158,7 @@ def _spec(headers: tuple[GgufHeader, ...], files: tuple[Path | str, ...]) -> Mod
         file_type=_file_type(metadata),
         file_bytes=sum(header.file_bytes for header in headers),
         tensors=tensors,
+        metadata=metadata.plain(),
     )
 
 
@@ -208,6 +212,8 @@ def _architecture(metadata: Metadata) -> str:
     if kind != "model":
         metadata.fail(f"it holds a {shown(kind)} (general.type), must be a model")
     name = _text(metadata, "general.architecture")
+    if name in _NO_MODELS:
+        metadata.fail(f"it holds {_NO_MODELS[name]} (general.architecture {name}), must be a model")
     if not name:
         metadata.fail("metadata key 'general.architecture' is missing")
     return name

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pascaline.errors import ModelError
+from pascaline.models.acceptance import Unread
 from pascaline.models.ggml_types import REMOVED_TENSOR_TYPES, TENSOR_TYPES
 from pascaline.models.spec import TensorSpec
 
@@ -199,6 +200,19 @@ class Metadata:
             return None
         source = self._source if field.raw is None else _Kept(self._source.name, field.raw, field.offset)
         return _read_value(_Cursor(source, field.offset), _TYPE_NUMBERS[field.value_type], key)
+
+    def plain(self) -> dict[str, Any]:
+        """Every value as plain data; large ones, and text that is not UTF-8, as Unread."""
+        return {key: self._plain(key, field) for key, field in self._fields.items()}
+
+    def _plain(self, key: str, field: MetadataField) -> Any:
+        unread = Unread(field.value_type, field.count, field.element_type)
+        if field.raw is None:
+            return unread
+        try:
+            return self.value(key)
+        except ModelError:
+            return unread
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from pascaline.errors import ModelError
-from pascaline.models.gguf_header import shown
+from pascaline.models.gguf_header import printable, shown
 from pascaline.models.layers import sliding_layer_ids
 
 MAX_LAYERS = 1024
@@ -69,6 +69,17 @@ class HfConfig:
     def architecture(self) -> str:
         """`model_type` of the whole model: `gemma3` where the text part says `gemma3_text`."""
         return self._text(self._root, "model_type") or self.model_type
+
+    @property
+    def quantization(self) -> str | None:
+        """Method by which the weights are quantised (`gptq`, `fp8`); None where the file names none."""
+        for key in ("quantization_config", "compression_config"):
+            for values in (self._root, self._values):
+                if (content := values.get(key)) is not None:
+                    if not isinstance(content, dict):
+                        self._fail(f"{key} is {_value(content)}, must be an object")
+                    return printable(self._text(content, "quant_method")) or "an unnamed method"
+        return None
 
     def count(self, name: str) -> int:
         """A number that must be there, from 1 on."""

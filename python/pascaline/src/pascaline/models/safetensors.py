@@ -185,6 +185,7 @@ def _spec(
     return ModelSpec(
         format="safetensors",
         files=files,
+        quantization=config.quantization,
         architecture=printable(config.architecture),
         name=printable(name),
         num_hidden_layers=layers,

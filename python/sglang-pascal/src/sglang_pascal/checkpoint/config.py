@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from sglang_pascal.checkpoint.acceptance.dimensions import one_for_all
+from sglang_pascal.checkpoint.acceptance.rope import DEFAULT_BASE, RopeError, rope_scaling
+from sglang_pascal.checkpoint.acceptance.vocabulary import end_ids, special_id
 from sglang_pascal.checkpoint.architectures import ROPE_FACTORS, Architecture, architecture_of
 from sglang_pascal.errors import CheckpointError
 
@@ -22,8 +25,6 @@ LLAMA3_HIGH_FREQ_FACTOR: Final = 4.0
 LLAMA3_ORIGINAL_CONTEXT: Final = 8192
 """The same in every Llama 3.1, 3.2 and 3.3 (Meta's config.json); only `factor` differs, 8 or 32."""
 _ROPE_FACTOR_TOLERANCE: Final = 1e-3
-GEMMA3_LOCAL_ROPE_THETA: Final = 10000.0
-"""Sliding-window layers of Gemma 3; llama.cpp has it as a constant, too: the file does not say."""
 GEMMA3_SLIDING_PATTERN: Final = 6
 """Every sixth layer of Gemma 3 attends to everything."""
 GEMMA_27B_LAYERS: Final = {"gemma2": 46, "gemma3": 62}
@@ -45,6 +46,15 @@ class _Metadata:
         if value is None:
             raise CheckpointError(f'"{self.prefix}.{key}" is missing in the file\'s metadata; convert the model again')
         return value
+
+    def require_one(self, key: str) -> int:
+        """A number that may be given once for each layer."""
+        number = one_for_all(self.require(key))
+        if number is None:
+            raise CheckpointError(
+                f'"{self.prefix}.{key}" differs between layers; SGLang serves one number in all of them'
+            )
+        return number
 
     def require_float(self, key: str) -> float:
         return shortest_float(self.require(key))
@@ -72,28 +82,22 @@ def generation_config(file: GgufFile) -> dict[str, Any]:
     metadata = file.metadata
     config: dict[str, Any] = {"eos_token_id": end_token_ids(metadata)}
     for name, key in (("bos_token_id", "bos"), ("pad_token_id", "padding")):
-        if (token := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+        if (token := special_id(metadata, key)) is not None:
             config[name] = token
     return config
 
 
 def end_token_ids(metadata: dict[str, Any]) -> list[int]:
-    """Ids that end a generation: eos, eot, eom by key, and the known end-of-turn texts; lowest first."""
-    keys = ("eos", "eot", "eom")
-    ids = {metadata[f"tokenizer.ggml.{key}_token_id"] for key in keys if f"tokenizer.ggml.{key}_token_id" in metadata}
+    """Ids that end a generation: those of the keys, and the known end-of-turn texts; lowest first."""
     tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
     by_text = {token: index for index, token in enumerate(tokens)}
-    return sorted(ids | {by_text[text] for text in END_OF_TURN_TOKENS if text in by_text})
+    return sorted(set(end_ids(metadata)) | {by_text[text] for text in END_OF_TURN_TOKENS if text in by_text})
 
 
 def _common_config(file: GgufFile, arch: Architecture, meta: _Metadata) -> dict[str, Any]:
-    heads = meta.require("attention.head_count")
+    heads = meta.require_one("attention.head_count")
     hidden = meta.require("embedding_length")
-    kv_heads = meta.get("attention.head_count_kv", heads)
-    if isinstance(heads, list) or isinstance(kv_heads, list):
-        raise CheckpointError(
-            "head counts differ between layers in this file; SGLang serves the same count in each only"
-        )
+    kv_heads = heads if meta.get("attention.head_count_kv") is None else meta.require_one("attention.head_count_kv")
     tokens = file.tensors.get("token_embd.weight")
     if tokens is None:
         raise CheckpointError('tensor "token_embd.weight" is missing in the file; convert the model again')
@@ -103,7 +107,7 @@ def _common_config(file: GgufFile, arch: Architecture, meta: _Metadata) -> dict[
         "model_type": arch.model_type,
         "vocab_size": tokens.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": meta.require("feed_forward_length"),
+        "intermediate_size": meta.require_one("feed_forward_length"),
         "num_hidden_layers": meta.require("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
@@ -113,8 +117,8 @@ def _common_config(file: GgufFile, arch: Architecture, meta: _Metadata) -> dict[
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "hidden_act": "silu",
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        "bos_token_id": special_id(metadata, "bos"),
+        "eos_token_id": special_id(metadata, "eos"),
         "dtype": "float16",
         "use_cache": True,
     }
@@ -147,7 +151,8 @@ def _gemma2_config(meta: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
 
 def _gemma3_config(meta: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
     pattern = meta.get("attention.sliding_window_pattern", GEMMA3_SLIDING_PATTERN)
-    full = [(layer + 1) % pattern == 0 for layer in range(config["num_hidden_layers"])]
+    layers = range(config["num_hidden_layers"])
+    full = [not slides for slides in pattern] if isinstance(pattern, list) else [(n + 1) % pattern == 0 for n in layers]
     cap = meta.get("final_logit_softcapping")
     return _gemma_common(meta, config) | {
         "attn_logit_softcapping": None,
@@ -157,7 +162,7 @@ def _gemma3_config(meta: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
             "full_attention": config["rope_parameters"],
             "sliding_attention": {
                 "rope_type": "default",
-                "rope_theta": shortest_float(meta.get("rope.freq_base_swa", GEMMA3_LOCAL_ROPE_THETA)),
+                "rope_theta": shortest_float(meta.get("rope.freq_base_swa", DEFAULT_BASE)),
             },
         },
     }
@@ -165,23 +170,14 @@ def _gemma3_config(meta: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
 
 def _rope_parameters(file: GgufFile, meta: _Metadata) -> dict[str, Any]:
     """Base and scaling of the rotary embedding, in transformers' terms."""
-    default_theta = 1000000.0 if meta.prefix == "gemma3" else 10000.0
-    theta = shortest_float(meta.get("rope.freq_base", default_theta))
+    theta = shortest_float(meta.get("rope.freq_base", DEFAULT_BASE))
     if ROPE_FACTORS in file.tensors:
         factors = file.rows(ROPE_FACTORS).view(np.float32).reshape(-1)
         return {"rope_theta": theta} | _llama3_scaling(factors, theta)
-    kind = meta.get("rope.scaling.type", "none")
-    if kind in ("none", ""):
-        return {"rope_theta": theta, "rope_type": "default"}
-    if kind not in ("linear", "yarn"):
-        raise CheckpointError(
-            f'rope scaling type "{kind}" is not supported; supported are none, linear, yarn and llama3'
-        )
-    parameters = {"rope_theta": theta, "rope_type": kind, "factor": meta.require_float("rope.scaling.factor")}
-    if kind == "yarn":
-        original = meta.get("rope.scaling.original_context_length")
-        parameters["original_max_position_embeddings"] = original or meta.require("context_length")
-    return parameters
+    try:
+        return {"rope_theta": theta} | rope_scaling(file.metadata, meta.prefix)
+    except RopeError as exc:
+        raise CheckpointError(str(exc)) from exc
 
 
 def llama3_factors(head_dim: int, theta: float, factor: float) -> NDArray[np.float32]:

@@ -17,17 +17,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sglang_pascal.checkpoint.architectures import architecture_of
+from sglang_pascal.checkpoint.acceptance import Header, Tensor, accept
 from sglang_pascal.checkpoint.config import generation_config, model_config
 from sglang_pascal.checkpoint.gguf_file import GgufFile
 from sglang_pascal.checkpoint.tokenizer import tokenizer_config, write_tokenizer
 from sglang_pascal.errors import CheckpointError, StorageError
-from sglang_pascal.quantization.storage import storage_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Version of the folder's layout; a folder of another version is refused."""
 MANIFEST: Final = "pascal.json"
 _READ_BYTES: Final = 4 * 1024 * 1024
@@ -107,10 +106,7 @@ def open_prepared(folder: Path) -> GgufFile:
 
 def write_folder(file: GgufFile, manifest: Manifest, folder: Path) -> None:
     """Write all files of a prepared folder into an existing one."""
-    arch = architecture_of(file.metadata.get("general.architecture"))
-    for name, info in file.tensors.items():  # refused here, not when SGLang has half started
-        if arch.hf_name(name) is not None:
-            storage_of(info.tensor_type, name, info.shape)
+    require_accepted(file)
     _write_json(folder / "config.json", model_config(file))
     _write_json(folder / "generation_config.json", generation_config(file))
     write_tokenizer(file.metadata, folder)
@@ -118,6 +114,14 @@ def write_folder(file: GgufFile, manifest: Manifest, folder: Path) -> None:
     if template := file.metadata.get("tokenizer.chat_template"):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     _write_json(folder / MANIFEST, asdict(manifest))
+
+
+def require_accepted(file: GgufFile) -> None:
+    """Raise CheckpointError where the file cannot be served as it says: here, not when SGLang has half started."""
+    tensors = {name: Tensor(info.tensor_type.name, info.shape) for name, info in file.tensors.items()}
+    verdict = accept(Header(file.metadata, tensors))
+    if verdict.refusals:
+        raise CheckpointError(f'"{file.path}": {verdict.sentence}')
 
 
 def _manifest(file: GgufFile, sha256: str) -> Manifest:

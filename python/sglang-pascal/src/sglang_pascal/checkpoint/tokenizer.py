@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from sglang_pascal.checkpoint.acceptance.vocabulary import special_id
 from sglang_pascal.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -90,8 +91,7 @@ def tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
         "add_eos_token": metadata.get("tokenizer.ggml.add_eos_token", False),
     }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if token is not None and 0 <= token < len(tokens):
+        if (token := special_id(metadata, key)) is not None:
             config[f"{name}_token"] = tokens[token]
     return config
 
@@ -156,9 +156,17 @@ def _splitters(rule: _PreTokenizer) -> list[Any]:
 def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
     vocabulary = _vocabulary(metadata)
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    unknown = special_id(metadata, "unknown")
     merges = _merges_by_score(vocabulary, metadata["tokenizer.ggml.scores"])
-    tokenizer = Tokenizer(_bpe(vocabulary, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(
+        _bpe(
+            vocabulary,
+            merges,
+            unk_token=None if unknown is None else tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     replace: list[Any] = [normalizers.Replace(" ", _SPACE)]
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), *replace] if prefix else replace)
@@ -196,7 +204,7 @@ def _add_template(tokenizer: Tokenizer, metadata: dict[str, Any], *, default_bos
     """bos before and eos after a text, where the metadata asks for it."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     template, special = "$A", []
-    bos, eos = metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.ggml.eos_token_id")
+    bos, eos = special_id(metadata, "bos"), special_id(metadata, "eos")
     if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", default_bos):
         template, special = f"{tokens[bos]} {template}", [(tokens[bos], bos)]
     if eos is not None and metadata.get("tokenizer.ggml.add_eos_token", False):

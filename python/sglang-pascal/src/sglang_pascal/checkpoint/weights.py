@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
+from sglang_pascal.checkpoint.acceptance.dimensions import one_for_all
 from sglang_pascal.checkpoint.architectures import Architecture, architecture_of
 from sglang_pascal.errors import CheckpointError
 
@@ -64,11 +65,12 @@ def _whole(rows: NDArray[np.uint8], info: TensorInfo) -> NDArray[np.uint8]:
 
 
 def _heads(file: GgufFile, arch: Architecture, name: str) -> int:
-    heads: int = file.metadata[f"{arch.name}.attention.head_count"]
-    if ".attn_k." not in name:
-        return heads
-    kv_heads: int = file.metadata.get(f"{arch.name}.attention.head_count_kv", heads)
-    return kv_heads
+    key = "head_count_kv" if ".attn_k." in name else "head_count"
+    metadata = file.metadata
+    value = metadata.get(f"{arch.name}.attention.{key}", metadata[f"{arch.name}.attention.head_count"])
+    heads = one_for_all(value)
+    assert heads is not None  # accepted before
+    return heads
 
 
 def _unpermuted_order(n_rows: int, n_heads: int) -> NDArray[np.intp]:

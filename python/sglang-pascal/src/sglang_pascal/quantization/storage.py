@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from sglang_pascal.checkpoint.acceptance.dimensions import NO_WEIGHTS
 from sglang_pascal.errors import CheckpointError
 from sglang_pascal.kernels.formats import FORMATS
 
@@ -23,10 +24,6 @@ LOSSLESS: Final = {"Q5_0": "Q8_0", "IQ4_NL": "Q8_0", "Q3_K": "Q6_K"}
 Q5_0, IQ4_NL: a scale and integers of at most 8 bits per 32 weights. Q3_K: a scale and 6-bit scales per 16 weights of 3
 bits, where Q6_K has 8-bit scales and 6 bits.
 """
-_UNSUPPORTED: Final = dict.fromkeys(("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"), "holds no weights") | {
-    "Q1_0": "the gguf package cannot decode"
-}
-"""Types that are no weights or only hold intermediate results, and one that can be named but not read; and why."""
 ALIGNMENT: Final = 64
 """Bytes that each matrix starts at a multiple of. Every type's tiles are multiples of it: quantised matrices of a layer
 leave no gap between them."""
@@ -68,10 +65,10 @@ def storage_of(tensor_type: GGMLQuantizationType, name: str, shape: tuple[int, .
         return Storage(kind, kind)
     if kind in LOSSLESS:
         return Storage(kind, LOSSLESS[kind])
-    if kind in _UNSUPPORTED:
+    if kind in NO_WEIGHTS:
         native = ", ".join(FORMATS)
         raise CheckpointError(
-            f'tensor "{name}" of shape {list(shape)} has type {kind}, which {_UNSUPPORTED[kind]}; '
+            f'tensor "{name}" of shape {list(shape)} has type {kind}, which {NO_WEIGHTS[kind]}; '
             f"quantise the model to one of {native}"
         )
     return Storage(kind, DENSE)

@@ -1,0 +1,68 @@
+"""Whether an engine serves a model, judged by its header alone: what plan, serve, verify and doctor all ask."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pascaline.models.acceptance import Header, Tensor, Verdict, accept
+from pascaline.models.architectures import SGLANG_GGUF, SGLANG_HUGGING_FACE
+
+if TYPE_CHECKING:
+    from pascaline.models.spec import ModelSpec, TensorSpec
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+SERVED_METHOD = "bitsandbytes"
+"""The one quantisation of a folder that the plugin computes."""
+
+
+def judge(spec: ModelSpec, engine: str) -> Verdict:
+    """Return why an engine refuses a model, and what it takes for granted. Pure; never raises.
+
+    llama.cpp refuses by itself what it cannot load, so that nothing is refused for it here that it would serve.
+    """
+    if engine == "llama.cpp":
+        return _for_llama_cpp(spec)
+    supported = SGLANG_GGUF if spec.format == "gguf" else SGLANG_HUGGING_FACE
+    if spec.architecture not in supported:
+        return Verdict(
+            [
+                f"unsupported architecture {spec.architecture!r}, must be one of: {', '.join(supported)}; "
+                "engine llama.cpp may know it"
+            ]
+        )
+    if spec.format == "gguf":
+        return accept(
+            Header(spec.metadata, {tensor.name: Tensor(tensor.tensor_type, tensor.shape) for tensor in spec.tensors})
+        )
+    return _folder(spec)
+
+
+def _for_llama_cpp(spec: ModelSpec) -> Verdict:
+    if spec.format != "gguf":
+        return Verdict(["llama.cpp serves GGUF files only; set engine to sglang, or convert the model"])
+    if not spec.tensors:
+        return Verdict(["it has no tensors: it holds a vocabulary or other settings, and no weights"])
+    return Verdict()
+
+
+def _folder(spec: ModelSpec) -> Verdict:
+    """A folder of safetensors whose weights are quantised cannot be computed on these cards, nor on the CPU here."""
+    method, said = spec.quantization, "quantization_config"
+    if method is None:
+        packed = next((tensor for tensor in spec.tensors if _is_packed(tensor)), None)
+        if packed is None:
+            return Verdict()
+        method, said = packed.tensor_type.lower(), f"tensor {packed.name!r} of type {packed.tensor_type}"
+    if method == SERVED_METHOD:
+        return Verdict()
+    return Verdict(
+        [
+            f"its weights are quantised by {method} ({said}), whose kernels need a newer GPU than Pascal; "
+            "serve the model as a GGUF file, or the folder that it was quantised from"
+        ]
+    )
+
+
+def _is_packed(tensor: TensorSpec) -> bool:
+    """Whether a weight is stored as anything but floats of 16 or 32 bits."""
+    return tensor.name.endswith(("weight", "qweight")) and tensor.tensor_type not in FLOATS

@@ -1,0 +1,39 @@
+"""Whether a GGUF model can be served by SGLang as its file says: the header in, reasons out, no input or output.
+
+header      the header as plain data, and what the checks answer with
+keys        every metadata key: used, known to be harmless, or a reason to refuse
+dimensions  sizes of the model, and the tensors that they imply
+rope        the scaling of positions, in every spelling
+vocabulary  what each kind of tokenizer needs
+
+pascaline and sglang-pascal are installed apart and each has this folder, byte for byte; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from .dimensions import check_tensors, read_dimensions
+from .header import Header, Tensor, Unread, Verdict
+from .keys import ARCHITECTURES, check_keys
+from .rope import check_rope
+from .vocabulary import check_vocabulary
+
+__all__ = ["ARCHITECTURES", "Header", "Tensor", "Unread", "Verdict", "accept"]
+
+
+def accept(header: Header) -> Verdict:
+    """Judge a whole model by its header. Never raises, whatever the header holds."""
+    verdict = Verdict()
+    name = header.metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        verdict.refuse(f"general.architecture is {name!r}, must be one of: {', '.join(ARCHITECTURES)}")
+        return verdict
+    if not header.tensors:
+        verdict.refuse("it has no tensors: it holds a vocabulary or other settings, and no weights")
+        return verdict
+    check_keys(header, name, verdict)
+    dimensions = read_dimensions(header, name, verdict)
+    if dimensions is not None:
+        check_tensors(header, name, dimensions, verdict)
+    check_rope(header, name, verdict)
+    check_vocabulary(header, verdict)
+    return verdict

@@ -1,0 +1,144 @@
+"""What each kind of tokenizer needs, from the keys of `tokenizer.ggml`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from .header import Unread, is_int
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .header import Header, Verdict
+
+PREFIX: Final = "tokenizer.ggml."
+FAMILIES: Final = ("gpt2", "llama")
+"""Values of `tokenizer.ggml.model`: byte-level BPE, and SentencePiece BPE."""
+PRE_TOKENIZERS: Final = (
+    "default",
+    "gpt-2",
+    "smollm",
+    "llama-bpe",
+    "llama3",
+    "llama-v3",
+    "qwen2",
+    "deepseek-r1-qwen",
+    "tekken",
+)
+"""Values of `tokenizer.ggml.pre` whose rule is known."""
+UNSET_ID: Final = 0xFFFFFFFF
+"""-1 as converters store it: there is no such token."""
+SPECIAL: Final = ("bos", "eos", "eot", "eom", "unknown", "padding")
+SENTENCEPIECE_IDS: Final = {"bos": 1, "eos": 2, "unknown": 0}
+"""llama.cpp's ids of a SentencePiece vocabulary that does not say."""
+
+
+def special_id(metadata: Mapping[str, Any], name: str) -> int | None:
+    """Id of a special token (`bos`, `eos`, …); None where the model has none. Not checked against the vocabulary."""
+    value = metadata.get(f"{PREFIX}{name}_token_id")
+    if value is None and metadata.get(f"{PREFIX}model") == "llama":
+        return SENTENCEPIECE_IDS.get(name)
+    return value if is_int(value) and value not in (UNSET_ID, -1) else None
+
+
+def end_ids(metadata: Mapping[str, Any]) -> list[int]:
+    """Ids that end a generation by the keys of the file: eos, eot, eom, and a list of several."""
+    found = [special_id(metadata, name) for name in ("eos", "eot", "eom")]
+    listed = metadata.get(f"{PREFIX}eos_token_ids")
+    found += [each for each in listed if is_int(each)] if isinstance(listed, list) else []
+    return sorted({each for each in found if each is not None})
+
+
+def check_vocabulary(header: Header, verdict: Verdict) -> None:
+    """Refuse a tokenizer that lacks what its kind needs."""
+    metadata = header.metadata
+    tokens, family = metadata.get(f"{PREFIX}tokens"), header.text(f"{PREFIX}model")
+    if not isinstance(tokens, list | Unread) or not len(tokens):
+        verdict.refuse("tokenizer.ggml.tokens is missing: the file has no vocabulary; convert the model again")
+        return
+    if family not in FAMILIES:
+        verdict.refuse(f"tokenizer.ggml.model is {family!r}, must be one of: {', '.join(FAMILIES)}")
+        return
+    if family == "gpt2":
+        _check_byte_level(header, verdict)
+    elif f"{PREFIX}scores" not in metadata:
+        verdict.refuse(
+            "tokenizer.ggml.scores is missing, which a SentencePiece vocabulary needs; convert the model again"
+        )
+    _check_lengths(metadata, len(tokens), verdict)
+    _check_ids(metadata, len(tokens), verdict)
+    _note_defaults(metadata, family, verdict)
+
+
+def _check_byte_level(header: Header, verdict: Verdict) -> None:
+    pre, merges = header.metadata.get(f"{PREFIX}pre", "default"), header.metadata.get(f"{PREFIX}merges")
+    if isinstance(pre, str) and pre not in PRE_TOKENIZERS:
+        verdict.refuse(
+            f'tokenizer.ggml.pre is "{pre}", an unknown pre-tokenizer; supported are {", ".join(PRE_TOKENIZERS)}'
+        )
+    if merges is None or (isinstance(merges, list | Unread) and not len(merges)):
+        verdict.refuse(
+            f"tokenizer.ggml.merges is {'missing' if merges is None else 'empty'}, so every text would be cut into "
+            "single bytes; convert the model again with its tokenizer"
+        )
+    if isinstance(merges, list):
+        _check_merges(header.metadata, merges, verdict)
+
+
+def _check_merges(metadata: Mapping[str, Any], merges: list[Any], verdict: Verdict) -> None:
+    """Each merge joins two tokens to a third."""
+    tokens = metadata.get(f"{PREFIX}tokens")
+    if not isinstance(tokens, list):
+        return
+    known = set(map(str, tokens))
+    for place, merge in enumerate(merges):
+        left, _, right = merge.partition(" ") if isinstance(merge, str) else ("", "", "")
+        if not left or not right or not {left, right, left + right} <= known:
+            verdict.refuse(
+                f"tokenizer.ggml.merges[{place}] is {merge!a}, must be two tokens whose joining is a token; "
+                "convert the model again"
+            )
+            return
+
+
+def _check_lengths(metadata: Mapping[str, Any], tokens: int, verdict: Verdict) -> None:
+    for name in ("scores", "token_type"):
+        values = metadata.get(f"{PREFIX}{name}")
+        if isinstance(values, list | Unread) and len(values) != tokens:
+            verdict.refuse(
+                f"{PREFIX}{name} has {len(values)} elements, must have one for each of {tokens} tokens; "
+                "convert the model again"
+            )
+
+
+def _check_ids(metadata: Mapping[str, Any], tokens: int, verdict: Verdict) -> None:
+    found = {f"{PREFIX}{name}_token_id": special_id(metadata, name) for name in SPECIAL}
+    listed = metadata.get(f"{PREFIX}eos_token_ids")
+    ids = [*found.items(), *((f"{PREFIX}eos_token_ids", each) for each in (listed if isinstance(listed, list) else ()))]
+    for key, value in ids:
+        if is_int(value) and value is not None and not 0 <= value < tokens:
+            verdict.refuse(f"{key} is {value}, must be between 0 and {tokens - 1} (the tokens), or absent")
+
+
+def _note_defaults(metadata: Mapping[str, Any], family: str, verdict: Verdict) -> None:
+    """What llama.cpp's vocab.load takes where a key is absent."""
+    absent = {
+        name for name in ("token_type", "pre", "add_bos_token", "add_eos_token") if f"{PREFIX}{name}" not in metadata
+    }
+    if "token_type" in absent:
+        verdict.default(f"{PREFIX}token_type", "normal for all, so no token is a control token")
+    if family == "gpt2" and "pre" in absent:
+        verdict.default(f"{PREFIX}pre", "default")
+    if "add_bos_token" in absent:
+        verdict.default(f"{PREFIX}add_bos_token", "by the kind of tokenizer")
+    if "add_eos_token" in absent:
+        verdict.default(f"{PREFIX}add_eos_token", "false")
+    if family == "llama" and f"{PREFIX}add_space_prefix" not in metadata:
+        verdict.default(f"{PREFIX}add_space_prefix", "true")
+    for name, number in SENTENCEPIECE_IDS.items() if family == "llama" else ():
+        if f"{PREFIX}{name}_token_id" not in metadata:
+            verdict.default(f"{PREFIX}{name}_token_id", number)
+    if not end_ids(metadata):
+        verdict.default(
+            f"{PREFIX}eos_token_id", "none, so an answer ends at the known end-of-turn tokens or max_tokens"
+        )

@@ -1,0 +1,316 @@
+"""A GGUF model is served as its file says, or refused in a sentence that names the key or the tensor."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from sglang_pascal.checkpoint.acceptance import ARCHITECTURES, Header, Tensor, Unread, accept
+from sglang_pascal.checkpoint.acceptance.dimensions import NO_WEIGHTS, read_dimensions, wanted_tensors
+from sglang_pascal.checkpoint.acceptance.header import Verdict
+from sglang_pascal.checkpoint.acceptance.keys import ARCHITECTURE_KEYS, OTHER_KEYS
+from sglang_pascal.checkpoint.acceptance.rope import RopeError, rope_scaling
+from sglang_pascal.checkpoint.acceptance.vocabulary import PRE_TOKENIZERS, end_ids, special_id
+from sglang_pascal.checkpoint.tokenizer import PRE_TOKENIZERS as RULES
+
+SIZES = {
+    "block_count": 2,
+    "context_length": 512,
+    "embedding_length": 64,
+    "feed_forward_length": 96,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,
+    "attention.key_length": 32,
+    "attention.value_length": 32,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "rope.freq_base": 10000.0,
+}
+TOKENS = ["<s>", "</s>", "a", "b", "ab", "c", "abc", "<|im_end|>"]
+VOCABULARY = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "qwen2",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": [3, 3, 1, 1, 1, 1, 1, 3],
+    "tokenizer.ggml.merges": ["a b", "ab c"],
+    "tokenizer.ggml.bos_token_id": 0,
+    "tokenizer.ggml.eos_token_id": 1,
+    "tokenizer.ggml.add_bos_token": False,
+    "tokenizer.ggml.add_eos_token": False,
+}
+WINDOW = {"attention.sliding_window": 128, "final_logit_softcapping": 30.0}
+FURTHER = {
+    "gemma2": WINDOW | {"attn_logit_softcapping": 50.0},
+    "gemma3": WINDOW | {"rope.freq_base_swa": 10000.0},
+}
+
+
+def whole(architecture: str = "llama") -> tuple[dict, dict]:
+    """Metadata and tensors of a sound model."""
+    sizes = SIZES | FURTHER.get(architecture, {})
+    metadata = {
+        "general.architecture": architecture,
+        **{f"{architecture}.{key}": value for key, value in sizes.items()},
+    }
+    metadata |= VOCABULARY
+    dimensions = read_dimensions(Header(metadata, {}), architecture, Verdict())
+    assert dimensions is not None
+    tensors = {
+        each.name: Tensor("F32" if len(each.shape) == 1 else "Q8_0", each.shape)
+        for each in wanted_tensors(architecture, dimensions, biased=False)
+        if each.name != "rope_freqs.weight"
+    }
+    return metadata, tensors
+
+
+def refusals(changes: dict | None = None, drop: tuple[str, ...] = (), architecture: str = "llama", **tensors) -> str:
+    """All reasons against a sound model with these changes, in one text."""
+    metadata, found = whole(architecture)
+    metadata = {key: value for key, value in (metadata | (changes or {})).items() if key not in drop}
+    found = {name: tensor for name, tensor in (found | tensors).items() if name not in drop and tensor is not None}
+    return "\n".join(accept(Header(metadata, found)).refusals)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+class TestEveryArchitecture:
+    def test_a_sound_model_is_accepted_without_a_word(self, architecture):
+        verdict = accept(Header(*whole(architecture)))
+        assert (verdict.refusals, verdict.notes) == ([], [])
+
+    def test_every_missing_tensor_is_named(self, architecture):
+        for name in whole(architecture)[1]:
+            found = refusals(drop=(name,), architecture=architecture)
+            if name == "output.weight":
+                assert found == ""  # tied to the embedding
+            else:
+                assert found.startswith(f'tensor "{name}" is missing of the '), name
+
+    def test_every_tensor_of_another_shape_is_named(self, architecture):
+        for name, tensor in whole(architecture)[1].items():
+            for shape in ((*tensor.shape[:-1], tensor.shape[-1] + 32), (*tensor.shape, 1), tensor.shape[::-1]):
+                if shape != tensor.shape:
+                    found = refusals(architecture=architecture, **{name: Tensor(tensor.tensor_type, shape)})
+                    assert f'tensor "{name}" has shape {list(shape)}, must be ' in found
+
+    def test_every_required_key_is_named(self, architecture):
+        for key in ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"):
+            found = refusals(drop=(f"{architecture}.{key}",), architecture=architecture)
+            assert f'metadata key "{architecture}.{key}" is missing' in found
+
+    def test_every_key_of_another_type_is_named(self, architecture):
+        metadata, _ = whole(architecture)
+        for key in metadata:
+            if key != "general.architecture":
+                assert key in refusals({key: object()}, architecture=architecture), key
+
+    def test_an_unknown_key_is_refused_by_name(self, architecture):
+        found = refusals({f"{architecture}.attention.magic": 1.0}, architecture=architecture)
+        assert f'metadata key "{architecture}.attention.magic" is unknown' in found
+
+    def test_a_left_over_tensor_is_refused_by_name(self, architecture):
+        found = refusals(architecture=architecture, **{"blk.0.extra.weight": Tensor("F32", (64,))})
+        assert f'tensor "blk.0.extra.weight" is not part of architecture {architecture}' in found
+
+
+def test_the_message_counts_what_else_is_missing():
+    assert refusals(drop=("blk.0.ffn_up.weight", "blk.1.ffn_up.weight")) == (
+        'tensor "blk.0.ffn_up.weight" and 1 more are missing of the 22 that architecture llama has; '
+        "copy or download the file again, or convert the model again"
+    )
+
+
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_a_type_that_holds_no_weights_is_refused(kind):
+    found = refusals(**{"blk.1.ffn_up.weight": Tensor(kind, (96, 64))})
+    assert found == f'tensor "blk.1.ffn_up.weight" of shape [96, 64] has type {kind}, which {NO_WEIGHTS[kind]}'
+
+
+def test_a_file_without_tensors_holds_a_vocabulary():
+    assert "no tensors" in "\n".join(accept(Header(whole()[0], {})).refusals)
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("blk.0.ffn_gate_inp.weight", "mixture of experts"),
+        ("v.blk.0.attn_q.weight", "vision part"),
+        ("mm.0.weight", "vision part"),
+        ("rope_factors_long.weight", "longrope"),
+        ("cls.output.weight", "this variant"),
+    ],
+)
+def test_a_left_over_tensor_says_what_it_is_of(name, word):
+    found = refusals(**{name: Tensor("F32", (64,))})
+    assert name in found
+    assert word in found
+
+
+def test_biases_of_llama_stand_on_all_four_projections():
+    biases = {
+        f"blk.{layer}.attn_{name}.bias": Tensor("F32", (rows,))
+        for layer in range(2)
+        for name, rows in {"q": 128, "k": 64, "v": 64, "output": 64}.items()
+    }
+    assert refusals(**biases) == ""
+    assert 'tensor "blk.1.attn_output.bias" is missing' in refusals(drop=("blk.1.attn_output.bias",), **biases)
+
+
+class TestNumbersPerLayer:
+    def test_equal_ones_are_one_number(self):
+        changes = {"llama.attention.head_count": [4, 4], "llama.attention.head_count_kv": [2, 2]}
+        assert refusals(changes | {"llama.feed_forward_length": [96, 96]}) == ""
+
+    def test_unequal_ones_are_refused_by_name(self):
+        assert '"llama.attention.head_count_kv" differs between layers (2 and 4)' in refusals(
+            {"llama.attention.head_count_kv": [2, 4]}
+        )
+
+    def test_too_few_are_refused_by_name(self):
+        assert '"llama.feed_forward_length" has 1 elements, must have one for each of 2 layers' in refusals(
+            {"llama.feed_forward_length": [96]}
+        )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.value_length", 64),
+        ("rope.dimension_count", 16),
+        ("attention.causal", False),
+        ("attention.clamp_kqv", 8.0),
+        ("attention.sliding_window", 128),
+        ("expert_count", 8),
+        ("nextn_predict_layers", 1),
+        ("pooling_type", 3),
+        ("rope.scaling.yarn_log_multiplier", 0.1),
+        ("attention.head_count", 0),
+        ("block_count", -1),
+        ("attention.layer_norm_rms_epsilon", math.nan),
+        ("rope.freq_base", -1.0),
+    ],
+)
+def test_a_value_that_sglang_does_not_compute_is_refused_by_name(key, value):
+    assert f'"llama.{key}"' in refusals({f"llama.{key}": value})
+
+
+def test_a_base_that_the_file_does_not_give_is_llama_cpps_and_noted():
+    metadata, tensors = whole()
+    del metadata["llama.rope.freq_base"]
+    verdict = accept(Header(metadata, tensors))
+    assert verdict.refusals == []
+    assert verdict.notes == ["the file does not say, so llama.cpp's defaults are taken: llama.rope.freq_base 10000"]
+
+
+class TestVocabulary:
+    @pytest.mark.parametrize("merges", [None, [], Unread("array", 0, "string")])
+    def test_merges_that_are_missing_or_empty(self, merges):
+        changes = {} if merges is None else {"tokenizer.ggml.merges": merges}
+        drop = ("tokenizer.ggml.merges",) if merges is None else ()
+        assert "tokenizer.ggml.merges is " in refusals(changes, drop)
+
+    def test_a_merge_of_what_is_no_token(self):
+        assert "tokenizer.ggml.merges[1] is 'ab x'" in refusals({"tokenizer.ggml.merges": ["a b", "ab x"]})
+
+    @pytest.mark.parametrize("name", ["scores", "token_type"])
+    def test_a_list_of_another_length_than_the_tokens(self, name):
+        kind = "float32" if name == "scores" else "int32"
+        found = refusals({f"tokenizer.ggml.{name}": Unread("array", 7, kind)})
+        assert found == (
+            f"tokenizer.ggml.{name} has 7 elements, must have one for each of 8 tokens; convert the model again"
+        )
+
+    def test_sentencepiece_needs_scores(self):
+        changes = {"tokenizer.ggml.model": "llama"}
+        assert "tokenizer.ggml.scores is missing" in refusals(changes, drop=("tokenizer.ggml.merges",))
+
+    def test_an_unknown_pre_tokenizer_is_named(self):
+        assert 'tokenizer.ggml.pre is "deepseek-llm"' in refusals({"tokenizer.ggml.pre": "deepseek-llm"})
+
+    def test_an_unknown_family_is_named(self):
+        assert "tokenizer.ggml.model is 'bert'" in refusals({"tokenizer.ggml.model": "bert"})
+
+    def test_without_tokens_there_is_no_vocabulary(self):
+        assert "tokenizer.ggml.tokens is missing" in refusals(drop=("tokenizer.ggml.tokens",))
+
+    @pytest.mark.parametrize("name", ["bos", "eos", "eot", "eom", "unknown", "padding"])
+    def test_a_special_id_out_of_range_is_named(self, name):
+        key = f"tokenizer.ggml.{name}_token_id"
+        assert refusals({key: 8}) == f"{key} is 8, must be between 0 and 7 (the tokens), or absent"
+        assert refusals({key: 7}) == ""
+
+    @pytest.mark.parametrize("value", [0xFFFFFFFF, -1])
+    def test_an_unset_id_is_none(self, value):
+        assert refusals({"tokenizer.ggml.bos_token_id": value}) == ""
+        assert special_id({"tokenizer.ggml.bos_token_id": value}, "bos") is None
+
+    def test_all_end_tokens_end_a_generation(self):
+        metadata = {f"tokenizer.ggml.{name}_token_id": number for name, number in (("eos", 7), ("eot", 3), ("eom", 5))}
+        assert end_ids(metadata | {"tokenizer.ggml.eos_token_ids": [1, 7]}) == [1, 3, 5, 7]
+
+    def test_sentencepiece_has_ids_by_default(self):
+        assert [special_id({"tokenizer.ggml.model": "llama"}, name) for name in ("unknown", "bos", "eos")] == [0, 1, 2]
+
+    def test_the_pre_tokenizers_are_those_that_have_a_rule(self):
+        assert set(PRE_TOKENIZERS) == set(RULES)
+
+
+def rope(architecture: str = "llama", **keys: object) -> dict:
+    metadata = {f"{architecture}.rope.{key.replace('__', '.')}": value for key, value in keys.items()}
+    return rope_scaling(metadata | {f"{architecture}.context_length": 4096}, architecture)
+
+
+class TestRope:
+    def test_none(self):
+        for keys in ({}, {"scaling__type": "none"}, {"scaling__factor": 1.0}, {"scaling__factor": 0.0}):
+            assert rope(**keys) == {"rope_type": "default"}
+        assert rope(scaling__type="none", scaling__factor=4.0) == {"rope_type": "default"}
+
+    def test_every_spelling_of_linear(self):
+        linear = {"rope_type": "linear", "factor": 4.0}
+        assert rope(scale_linear=4.0) == linear
+        assert rope(scaling__factor=4.0) == linear
+        assert rope(scaling__type="linear", scaling__factor=4.0) == linear
+        assert rope(scaling__type="linear", scale_linear=4.0) == linear
+        assert rope(scaling__factor=4.0, scale_linear=2.0) == linear
+
+    def test_yarn_whole(self):
+        keys = {"scaling__type": "yarn", "scaling__factor": 4.0, "scaling__original_context_length": 512}
+        plain = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+        assert rope(**keys) == plain
+        found = rope(**keys, scaling__attn_factor=0.5, scaling__yarn_beta_fast=64.0, scaling__yarn_beta_slow=2.0)
+        assert found.pop("attention_factor") == pytest.approx(0.5 * (1 + 0.1 * math.log(4)))
+        assert found == plain | {"attn_factor": 0.5, "beta_fast": 64.0, "beta_slow": 2.0}
+
+    def test_yarn_without_an_original_context_takes_the_whole(self):
+        assert rope(scaling__type="yarn", scaling__factor=2.0)["original_max_position_embeddings"] == 4096
+
+    @pytest.mark.parametrize(
+        ("keys", "named"),
+        [
+            ({"scaling__type": "longrope"}, "longrope"),
+            ({"scaling__type": "dynamic", "scaling__factor": 2.0}, "dynamic"),
+            ({"scaling__type": "yarn"}, "rope.scaling.factor"),
+            ({"scaling__type": "yarn", "scaling__factor": -2.0}, "rope.scaling.factor"),
+            ({"scaling__type": "yarn", "scaling__factor": 2.0, "scaling__yarn_ext_factor": 0.5}, "yarn_ext_factor"),
+            ({"scaling__factor": 4.0, "scaling__original_context_length": 512}, "original_context_length"),
+            ({"scaling__type": "linear", "scaling__factor": 4.0, "scaling__yarn_beta_fast": 64.0}, "yarn_beta_fast"),
+            ({"scaling__type": "linear", "scaling__factor": 4.0, "scaling__attn_factor": 0.5}, "attn_factor"),
+            ({"scaling__attn_factor": 0.5}, "attn_factor"),
+            ({"scaling__factor": "4"}, "rope.scaling.factor"),
+        ],
+    )
+    def test_what_sglang_cannot_do_is_refused_by_name(self, keys, named):
+        with pytest.raises(RopeError, match=named):
+            rope(**keys)
+
+    def test_sglangs_gemma2_scales_nothing(self):
+        with pytest.raises(RopeError, match=r"gemma2\.rope\.scaling\.factor"):
+            rope("gemma2", scaling__factor=4.0)
+
+    def test_two_ways_at_once_are_refused(self):
+        found = refusals({"llama.rope.scaling.factor": 4.0}, **{"rope_freqs.weight": Tensor("F32", (16,))})
+        assert 'tensor "rope_freqs.weight" stands beside "llama.rope.scaling.factor"' in found
+
+
+def test_every_key_says_why():
+    for key in [*OTHER_KEYS.values(), *(key for keys in ARCHITECTURE_KEYS.values() for key in keys.values())]:
+        assert key.why

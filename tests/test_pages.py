@@ -1,0 +1,103 @@
+"""The commands in the pages' fenced `sh` blocks: each one runs here, or stands in a table with the reason why it cannot."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support.models import SHAPES, write_gguf
+
+ROOT = Path(__file__).parents[1]
+PAGES = [path for pattern in ("*.md", "docs/*.md", "python/*/README.md") for path in sorted(ROOT.glob(pattern))]
+FOLDERS = {"/data/models/": "", "/etc/pascaline/": ""}
+"""Folders of the pages' hosts -> where the test keeps the same files."""
+
+CANNOT: dict[str, str] = {
+    r"(sudo|systemctl|journalctl|nvidia-smi) .*": "changes or reads the services and the driver of a real host",
+    r"(ssh|scp|nixos-rebuild|mkdir fleet) .*|\$EDITOR .*|\(umask .*": "needs a NixOS host and its owner",
+    r"git clone .*": "fetches from the network",
+    r"(PASCALINE_ENV=\S+ )?\S*dev (sync|hooks|test|serve)\b.*": "tests/bare runs it on a machine of its own",
+    r"export PATH=.*": "a setting of the reader's shell",
+    r"curl .*": "needs an instance on the default port",
+    r"pascaline plan https://.*": "fetches from the network",
+    r"pascaline top\b.*": "needs a terminal",
+    r"pascaline bench .*": "measures for minutes, or compares what was measured; tests/bench does both on a small scale",
+    r"pip install .*": "changes the environment that the tests run in",
+}
+"""What cannot run in a test -> why."""
+NIXOS = re.compile(r"docs/(nixos|first-switch).*\.md")
+"""Pages whose commands are for NixOS hosts; tests/nix evaluates what they switch to."""
+EXIT_CODES = {"pascaline doctor": {0, 1, 10}}
+"""Commands whose exit code says what they found on this host; all others end with 0."""
+
+
+class Command(NamedTuple):
+    """A line of a page."""
+
+    page: str
+    text: str
+
+
+def commands() -> list[Command]:
+    """Every command of every fenced sh block, without comments; a backslash continues a line."""
+    found = []
+    for page in (page for page in PAGES if not NIXOS.fullmatch(str(page.relative_to(ROOT)))):
+        for block in re.findall(r"^ *```sh\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL):
+            lines = re.sub(r"\\\n\s*", "", block).splitlines()
+            texts = (re.sub(r"(^|\s{2,})#.*", "", line).strip() for line in lines)
+            found += [Command(str(page.relative_to(ROOT)), text) for text in texts if text]
+    return found
+
+
+def reasons(command: Command) -> list[str]:
+    return [reason for pattern, reason in CANNOT.items() if re.fullmatch(pattern, command.text)]
+
+
+RUN = [command for command in commands() if not reasons(command)]
+
+
+def test_the_pages_have_commands_that_run() -> None:
+    assert len(RUN) >= 10
+
+
+def test_every_reason_is_needed() -> None:
+    unused = [pattern for pattern in CANNOT if not any(re.fullmatch(pattern, command.text) for command in commands())]
+    assert unused == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the pages speak of."""
+    folder = tmp_path_factory.mktemp("pages")
+    write_gguf(folder / "emily.Q4_K_M.gguf", SHAPES["mistral-7b"], "Q4_K_M", sparse=True)
+    readme = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"^```toml\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    settings = re.sub(r'^model_sha256 = "…".*\n', "", example, flags=re.MULTILINE)
+    (folder / "api-key").write_text("secret\n")
+    for name, place in FOLDERS.items():
+        settings = settings.replace(name, f"{folder}/{place}")
+    (folder / "emily.toml").write_text(settings)
+    return folder
+
+
+@pytest.mark.parametrize("command", RUN, ids=lambda command: f"{command.page}: {command.text}")
+def test_the_command_runs(command: Command, folder: Path) -> None:
+    text = command.text
+    for name, place in FOLDERS.items():
+        text = text.replace(name, place)
+    words = shlex.split(text)
+    assert words[0] == "pascaline", f"no reason in CANNOT, and no command of ours: {command.text}"
+    if not shutil.which("pascaline"):
+        words = [sys.executable, "-m", *words]
+    done = subprocess.run(
+        words, cwd=folder, env=os.environ | {"NO_COLOR": "1"}, capture_output=True, text=True, timeout=300, check=False
+    )
+    expected = EXIT_CODES.get(" ".join(command.text.split()[:2]), {0})
+    assert done.returncode in expected, done.stdout[-2000:] + done.stderr[-2000:]

@@ -124,8 +124,10 @@ class TestMistakes:
             ),
             (
                 "card = 'tesla-t4'",
-                "card: unknown card 'tesla-t4', must be one of: tesla-p4, tesla-p40, tesla-p100, gtx-1080, gtx-1080-ti, "
-                "gtx-1070, cpu ({file}:1)",
+                "card: unknown card 'tesla-t4', must be one of: tesla-p4, tesla-p40, tesla-p6, tesla-p100, "
+                "tesla-p100-16gb, tesla-p100-sxm2, gtx-1050, gtx-1050-ti, gtx-1060-3gb, gtx-1060-6gb, gtx-1070, "
+                "gtx-1070-ti, gtx-1080, gtx-1080-ti, titan-x-pascal, titan-xp, quadro-p2000, quadro-p2200, "
+                "quadro-p4000, quadro-p5000, quadro-p6000, quadro-gp100, mx150, mx350, cpu ({file}:1)",
             ),
             ("agent_port = 30000", "agent_port: 30000 is the engine's port too, must be another ({file}:1)"),
             (

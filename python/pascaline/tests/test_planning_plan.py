@@ -251,10 +251,11 @@ class TestEngines:
 
 class TestCards:
     @pytest.mark.parametrize("name", GPUS)
-    def test_a_small_model_fits_every_card(self, name: str) -> None:
+    def test_a_small_model_fits_every_card_that_has_room_for_it(self, name: str) -> None:
+        """2.5 GB of weights and 0.6 GB for one request: cards of 2 and 3 GB refuse it, all others take it."""
         card = load_card(name)
         plan = make_plan(QWEN_3_4B, card, request(card))
-        assert plan.fits
+        assert plan.fits == (card.memory_bytes > 3.5 * 2**30)
         assert plan.speed is not None
 
     def test_a_card_without_a_profile_has_a_plan_but_no_speed(self) -> None:

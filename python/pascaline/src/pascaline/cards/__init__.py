@@ -73,7 +73,7 @@ def load_card(name: str) -> Card:
         nvml_names=tuple(entry.get("nvml_names", ())),
         compute_capability=entry.get("compute_capability"),
         facts=_facts(entry.get("facts", {})),
-        settings=entry.get("settings", {}),
+        settings=({} if name == "cpu" else _read("cards.toml")["gpu"]["settings"]) | entry.get("settings", {}),
         planning=_facts(_planning_data()["cpu" if name == "cpu" else "cuda"] | entry.get("planning", {})),
     )
 
@@ -155,7 +155,8 @@ def _facts(entries: dict[str, Any]) -> dict[str, Fact]:
 
 @cache
 def _data() -> dict[str, Any]:
-    return _read("cards.toml")
+    """Every card by its name; `gpu` is no card, but what all of them start from."""
+    return {name: entry for name, entry in _read("cards.toml").items() if name != "gpu"}
 
 
 @cache
@@ -163,5 +164,6 @@ def _planning_data() -> dict[str, Any]:
     return _read("planning.toml")
 
 
+@cache
 def _read(name: str) -> dict[str, Any]:
     return tomllib.loads(files("pascaline.cards").joinpath(name).read_text(encoding="utf-8"))

@@ -447,3 +447,31 @@ def _extend(writer: GGUFWriter) -> None:
     padded = sum(writer.ggml_pad(info.nbytes, writer.data_alignment) for info in writer.tensors[0].values())
     file.flush()
     os.truncate(file.fileno(), file.tell() + padded)
+
+
+def split_gguf(path: Path, parts: int) -> list[Path]:
+    """Write a GGUF file as so many parts beside it, named as llama-gguf-split names them, and remove it.
+
+    Tensors go to the parts in the opposite order, so that no part holds what its place suggests.
+    """
+    reader = gguf.GGUFReader(path)
+    tensors = reader.tensors[::-1]
+    share = math.ceil(len(tensors) / parts)
+    names = [path.with_name(f"{path.stem}-{part + 1:05d}-of-{parts:05d}.gguf") for part in range(parts)]
+    for part, name in enumerate(names):
+        writer = GGUFWriter(name, "")
+        writer.kv_data[0].clear()
+        for field in reader.fields.values() if part == 0 else ():
+            if not field.name.startswith("GGUF."):
+                writer.add_key_value(field.name, field.contents(), field.types[0], *field.types[1:2])
+        writer.add_uint16("split.no", part)
+        writer.add_uint16("split.count", parts)
+        writer.add_int32("split.tensors.count", len(tensors))
+        for tensor in tensors[part * share : (part + 1) * share]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    path.unlink()
+    return names

@@ -120,7 +120,18 @@ class TestMistakes:
             ),
             (
                 "model_sha256 = 'abc'",
-                "model_sha256: invalid value 'abc', must be 64 hexadecimal digits in lower case ({file}:1)",
+                "model_sha256: invalid value 'abc', must be 64 hexadecimal digits, and of a split model as many for each of "
+                "its parts, in order ({file}:1)",
+            ),
+            (
+                f"model_sha256 = ['{'0' * 64}', 7]",
+                "model_sha256: invalid value 7, must be 64 hexadecimal digits, and of a split model as many for each of "
+                "its parts, in order ({file}:1)",
+            ),
+            (
+                "model_sha256 = []",
+                "model_sha256: invalid value [], must be 64 hexadecimal digits, and of a split model as many for each of "
+                "its parts, in order ({file}:1)",
             ),
             (
                 "card = 'tesla-t4'",

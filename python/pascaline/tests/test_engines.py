@@ -40,7 +40,7 @@ SPEC = ModelSpec(
     vocab_size=16,
     context_length=2048,
 )
-GGUF = ResolvedModel("gguf", Path("/m/emily.gguf"), SPEC, "emily", "0" * 64, Path("/cache/prepared/0-v1"))
+GGUF = ResolvedModel("gguf", Path("/m/emily.gguf"), SPEC, "emily", ("0" * 64,), Path("/cache/prepared/0-v1"))
 FOLDER = ResolvedModel("huggingface", Path("/m/emily"), replace(SPEC, format="safetensors"), "emily")
 
 

@@ -13,6 +13,7 @@ from pascaline.errors import ModelError
 from pascaline.models import gguf_header
 from pascaline.models.gguf import open_gguf, read_gguf, read_gguf_parts
 from pascaline.models.gguf_header import MAX_HEADER_BYTES, read_header
+from pascaline.models.gguf_split import AGAIN, whole_name
 from support.models import SHAPES, tensor_shapes, tensor_types, tiny, write_gguf
 from support.raw_models import LLAMA, MemoryFolder, MemorySource, gguf_file, string, tensor, value
 
@@ -291,33 +292,99 @@ class TestSplitFiles:
         files = self._parts()
         del files["m-00002-of-00002.gguf"]
         assert self._refusal(files) == (
-            "part 2 of 2 of the model cannot be read: failed to read m-00002-of-00002.gguf: no such file or directory"
+            "part 2 of 2 of the split model cannot be read: failed to read m-00002-of-00002.gguf: "
+            "no such file or directory"
         )
 
     def test_a_part_that_is_another_is_refused(self) -> None:
         files = self._parts()
         files["m-00002-of-00002.gguf"] = files["m-00001-of-00002.gguf"]
         assert self._refusal(files) == (
-            "failed to read m-00002-of-00002.gguf: its name says part 2 of 2, its header part 1"
+            "failed to read m-00002-of-00002.gguf: its name says part 2 of 2 of the split model, its header part 1; "
+            + AGAIN
+        )
+
+    def test_parts_that_have_each_others_names_are_refused(self) -> None:
+        first, second = self._parts().values()
+        files = {"m-00001-of-00002.gguf": second, "m-00002-of-00002.gguf": first}
+        assert self._refusal(files) == (
+            "failed to read m-00001-of-00002.gguf: its header says that it is part 2 of 2 of a split model, and is "
+            "named part 1 of 2: its name must end in -00002-of-00002.gguf; give all parts the names that they were "
+            "made with"
         )
 
     def test_a_part_of_another_split_is_refused(self) -> None:
         files = self._parts(second={"split.count": value("uint16", 3)})
         assert self._refusal(files) == (
-            "failed to read m-00002-of-00002.gguf: its header speaks of 3 parts, the one that was asked for of 2"
+            "failed to read m-00002-of-00002.gguf: part 2 of the split model speaks of 3 parts, the one that was named "
+            "of 2; " + AGAIN
         )
 
-    def test_a_name_that_is_no_parts_name_is_refused(self) -> None:
-        files = {"renamed.gguf": self._parts()["m-00001-of-00002.gguf"]}
-        assert self._refusal(files, "renamed.gguf") == (
-            "failed to read renamed.gguf: it is one of 2 parts, so its name must end in -00001-of-00002.gguf"
+    @pytest.mark.parametrize(
+        ("key", "content"),
+        [
+            ("general.architecture", value("string", "qwen2")),
+            ("llama.embedding_length", value("uint32", 16)),
+            ("split.tensors.count", value("int32", 3)),
+        ],
+    )
+    def test_a_part_of_another_model_is_refused(self, key: str, content: bytes) -> None:
+        assert self._refusal(self._parts(second={key: content})) == (
+            f"failed to read m-00002-of-00002.gguf: part 2 of 2 of the split model is one of another: its {key!r} is "
+            "not that of the first part; " + AGAIN
         )
 
-    def test_a_name_that_speaks_of_other_parts_is_refused(self) -> None:
-        files = {"m-00001-of-00009.gguf": self._parts()["m-00001-of-00002.gguf"]}
-        assert self._refusal(files, "m-00001-of-00009.gguf") == (
-            "failed to read m-00001-of-00009.gguf: its name speaks of 9 parts, its header of 2"
+    def test_a_part_of_a_model_of_another_width_is_refused(self) -> None:
+        files = self._parts()
+        second = {"split.no": value("uint16", 1), "split.count": value("uint16", 2)}
+        norm = tensor("blk.1.ffn_norm.weight", (16,), 0, 0)
+        files["m-00002-of-00002.gguf"] = gguf_file(second, [norm], data_bytes=64)
+        assert self._refusal(files) == (
+            "failed to read m-00002-of-00002.gguf: part 2 of 2 of the split model is one of another: tensor "
+            "'blk.1.ffn_norm.weight' has shape [16], must be [8]; " + AGAIN
         )
+
+    @pytest.mark.parametrize("name", ["renamed.gguf", "m-00001-of-00002.GGUF", "m-1-of-2.gguf", "-00001-of-00002.ggu"])
+    def test_a_name_that_is_no_parts_name_is_refused(self, name: str) -> None:
+        assert self._refusal({name: self._parts()["m-00001-of-00002.gguf"]}, name) == (
+            f"failed to read {name}: its header says that it is part 1 of 2 of a split model: its name must end in "
+            "-00001-of-00002.gguf; give all parts the names that they were made with"
+        )
+
+    @pytest.mark.parametrize("name", ["m-00001-of-00009.gguf", "m-00003-of-00002.gguf", "m-00000-of-00002.gguf"])
+    def test_a_name_that_speaks_of_other_parts_is_refused(self, name: str) -> None:
+        files = self._parts() | {name: self._parts()["m-00001-of-00002.gguf"]}
+        part, parts = int(name[2:7]), int(name[11:16])
+        assert self._refusal(files, name) == (
+            f"failed to read {name}: its header says that it is part 1 of 2 of a split model, and is named part "
+            f"{part} of {parts}: its name must end in -00001-of-00002.gguf; give all parts the names that they were "
+            "made with"
+        )
+
+    def test_a_part_that_is_named_so_and_does_not_say_so_is_refused(self) -> None:
+        files = {"m-00001-of-00002.gguf": gguf_file(LLAMA, [EMBEDDING], data_bytes=576)}
+        assert self._refusal(files) == (
+            "failed to read m-00001-of-00002.gguf: it is named part 1 of 2 of a split model, and its header does not "
+            "say so (split.count); bring it here again, or rename it if it is a whole model"
+        )
+
+    def test_a_part_without_a_count_is_refused_under_any_name(self) -> None:
+        first = gguf_file(LLAMA | {"split.tensors.count": value("int32", 2)}, [EMBEDDING], data_bytes=576)
+        assert self._refusal({"m.gguf": first}, "m.gguf") == (
+            "failed to read m.gguf: it holds 1 tensors, must be 2 (split.tensors.count): it is a part of a split model; "
+            + AGAIN
+        )
+        second = gguf_file(LLAMA | {"split.no": value("uint16", 1)}, [EMBEDDING], data_bytes=576)
+        assert self._refusal({"m.gguf": second}, "m.gguf") == (
+            f"failed to read m.gguf: it is part 2 of a split model without split.count; {AGAIN}"
+        )
+
+    @pytest.mark.parametrize("count", [0, 1])
+    @pytest.mark.parametrize("name", ["m.gguf", "m-00001-of-00001.gguf"])
+    def test_a_merged_file_is_whole(self, name: str, count: int) -> None:
+        keys = {"split.no": value("uint16", 0), "split.count": value("uint16", count)}
+        merged = gguf_file(LLAMA | keys | {"split.tensors.count": value("int32", 1)}, [EMBEDDING], data_bytes=576)
+        assert len(read_gguf_parts(name, MemoryFolder({name: merged}).open, str).tensors) == 1
 
     def test_too_many_parts_are_refused_before_any_is_opened(self) -> None:
         files = self._parts(first={"split.count": value("uint16", 65535)})
@@ -325,17 +392,46 @@ class TestSplitFiles:
             "failed to read m-00001-of-00002.gguf: 'split.count' must be between 0 and 1024, got 65535"
         )
 
+    @pytest.mark.parametrize("key", ["split.no", "split.tensors.count"])
+    def test_a_number_that_is_missing_is_named(self, key: str) -> None:
+        head = {
+            "split.no": value("uint16", 0),
+            "split.count": value("uint16", 2),
+            "split.tensors.count": value("int32", 2),
+        }
+        del head[key]
+        files = self._parts()
+        files["m-00001-of-00002.gguf"] = gguf_file(LLAMA | head, [EMBEDDING], data_bytes=576)
+        assert self._refusal(files) == (
+            "failed to read m-00001-of-00002.gguf: it is a part of a split model, and metadata key "
+            f"{key!r} is missing; {AGAIN}"
+        )
+
+    def test_a_number_of_another_type_is_refused(self) -> None:
+        assert self._refusal(self._parts(second={"split.no": value("uint32", 1)})) == (
+            f"failed to read m-00002-of-00002.gguf: 'split.no' is a value of type uint32, must be uint16; {AGAIN}"
+        )
+
     def test_a_tensor_in_two_parts_is_refused(self) -> None:
         files = self._parts()
         second = {"split.no": value("uint16", 1), "split.count": value("uint16", 2)}
         files["m-00002-of-00002.gguf"] = gguf_file(second, [EMBEDDING], data_bytes=576)
-        assert self._refusal(files) == "failed to read m-00001-of-00002.gguf: two tensors are named 'token_embd.weight'"
+        assert self._refusal(files) == (
+            "failed to read the split model of m-00002-of-00002.gguf: tensor 'token_embd.weight' is in part 1 too; "
+            + AGAIN
+        )
 
     def test_tensors_that_are_in_no_part_are_missed(self) -> None:
         files = self._parts(first={"split.tensors.count": value("int32", 3)})
         assert self._refusal(files) == (
-            "failed to read m-00001-of-00002.gguf: its 2 parts hold 2 tensors, must be 3 (split.tensors.count)"
+            "failed to read the split model of m-00001-of-00002.gguf: the 2 parts hold 2 tensors, must be 3 "
+            "(split.tensors.count); " + AGAIN
         )
+
+
+def test_the_name_of_a_split_model_has_no_part() -> None:
+    names = ("emily.Q8_0.gguf", "emily-00002-of-00003.gguf", "emily", "-00001-of-00002.gguf", "emily-1-of-2.gguf")
+    assert list(map(whole_name, names)) == ["emily.Q8_0", "emily", "emily", "-00001-of-00002", "emily-1-of-2"]
 
 
 class TestDamagedFiles:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pascaline.digests import combined_sha256
 from pascaline.errors import ConfigurationError, MissingError, ModelError, PascalineError, StorageError
 from pascaline.models import store
 from pascaline.settings import Settings
 from support.instance import FAKE_ENGINE
-from support.models import tiny, write_gguf
+from support.models import split_gguf, tiny, write_gguf
 from support.raw_models import CONFIG, LLAMA, gguf_file, safetensors_file, tensor, value
 
 PATIENCE = 60.0
@@ -58,6 +59,10 @@ class TestLocate:
     def test_a_folder_is_served_under_its_name(self, tmp_path: Path) -> None:
         path = folder(tmp_path / "emily-1.5")
         assert store.locate(settings(model=f"{path}/")) == (path, "emily-1.5")
+
+    def test_a_split_model_is_served_under_its_name_without_the_part(self) -> None:
+        given = settings(model="/m/emily.Q8_0-00002-of-00003.gguf")
+        assert store.locate(given) == (Path("/m/emily.Q8_0-00002-of-00003.gguf"), "emily.Q8_0")
 
     def test_the_name_can_be_set(self, model: Path) -> None:
         assert store.locate(settings(model=str(model), served_model_name="bob")) == (model, "bob")
@@ -148,27 +153,99 @@ class TestRead:
     def test_a_checksum_for_a_folder(self, tmp_path: Path) -> None:
         path = folder(tmp_path / "m")
         assert refusal(ConfigurationError, store.read, settings(model_sha256="0" * 64), path) == (
-            "model_sha256: a checksum needs one GGUF file, must be left out for a folder"
+            "model_sha256: a checksum needs a GGUF file, must be left out for a folder"
         )
+
+    @pytest.mark.parametrize(
+        ("parts", "given", "words"),
+        [
+            (2, 1, "one checksum covers one part only, and the model has 2 parts; set a list of 2, one for each part"),
+            (2, 3, "3 checksums are given, and the model has 2 parts; set a list of 2, one for each part in order"),
+            (1, 2, "2 checksums are given, and the model is one file; set the checksum of that file"),
+        ],
+    )
+    def test_checksums_that_do_not_cover_the_model(self, model: Path, parts: int, given: int, words: str) -> None:
+        path = split_gguf(model, parts)[0] if parts > 1 else model
+        wanted = settings(model_sha256=["0" * 64] * given)
+        assert refusal(ConfigurationError, store.read, wanted, path).startswith(f"model_sha256: {words}")
+
+    def test_a_checksum_for_each_part(self, model: Path) -> None:
+        files = split_gguf(model, 2)
+        spec = store.read(settings(model_sha256=["0" * 64] * 2), files[1])
+        assert store.model_files(spec, files[1]) == tuple(files)
 
 
 class TestChecksum:
+    @pytest.fixture(autouse=True)
+    def settled(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The files of these tests are as new as no real model is when it is verified."""
+        monkeypatch.setattr(store, "SETTLED_SECONDS", 0.0)
+
     def test_it_is_the_files(self, model: Path, tmp_path: Path) -> None:
         seen: list[tuple[int, int]] = []
         digest = store.verify(
-            settings(cache_dir=tmp_path / "cache", model_sha256=sha256(model)), model, lambda *p: seen.append(p)
+            settings(cache_dir=tmp_path / "cache", model_sha256=sha256(model).upper()),
+            [model],
+            lambda *p: seen.append(p),
         )
-        assert digest == sha256(model)
+        assert digest == (sha256(model),)
         assert seen[-1] == (model.stat().st_size,) * 2
 
+    def test_of_a_split_model_it_is_each_parts(self, model: Path, tmp_path: Path) -> None:
+        files, seen = split_gguf(model, 3), []
+        digests = tuple(map(sha256, files))
+        given = settings(cache_dir=tmp_path / "cache", model_sha256=",".join(digests))
+        assert store.verify(given, files, lambda *p: seen.append(p)) == digests
+        assert seen == sorted(seen)
+        assert seen[-1] == (sum(file.stat().st_size for file in files),) * 2
+
+    def test_damage_in_any_part_is_found(self, model: Path, tmp_path: Path) -> None:
+        files = split_gguf(model, 2)
+        digests = tuple(map(sha256, files))
+        os.truncate(files[1], files[1].stat().st_size - 1)
+        given = settings(cache_dir=tmp_path / "cache", model_sha256=digests)
+        assert refusal(ModelError, store.verify, given, files) == (
+            f"{files[1]} has sha256 {sha256(files[1])}, must be {digests[1]} (model_sha256); copy or download it again"
+        )
+
+    def test_a_file_that_is_gone(self, model: Path, tmp_path: Path) -> None:
+        model.unlink()
+        assert refusal(ModelError, store.verify, settings(cache_dir=tmp_path / "cache"), [model]) == (
+            f"failed to read {model}: No such file or directory"
+        )
+
+    def test_a_file_that_is_written_to_meanwhile(self, model: Path, tmp_path: Path) -> None:
+        def write(_done: int, _total: int) -> None:
+            with model.open("r+b") as file:
+                file.write(b"GGUF")
+            os.utime(model)
+
+        assert refusal(ModelError, store.cached_sha256, model, tmp_path / "cache", write) == (
+            f"{model} changed while its sha256 was computed; wait until nothing writes to it"
+        )
+
+    def test_a_file_that_had_just_changed_is_read_again(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(store, "SETTLED_SECONDS", 3600.0)
+        assert _hashed(model, tmp_path)
+        assert _hashed(model, tmp_path)
+
+    @pytest.mark.parametrize("parts", [1, 2])
+    def test_the_plugin_combines_checksums_alike(self, model: Path, tmp_path: Path, parts: int) -> None:
+        """The key of a prepared folder, which the manifest holds too, depends on every part."""
+        prepare = pytest.importorskip("sglang_pascal.checkpoint.prepare")
+        digests = tuple(f"{part:064x}" for part in range(parts))
+        assert combined_sha256(digests) == prepare.combined_sha256(digests)
+
     def test_a_folder_has_none(self, tmp_path: Path) -> None:
-        assert store.verify(settings(cache_dir=tmp_path / "cache"), folder(tmp_path / "m")) is None
+        assert store.verify(settings(cache_dir=tmp_path / "cache"), [folder(tmp_path / "m")]) == ()
         assert not (tmp_path / "cache").exists()
 
     def test_another_is_refused(self, model: Path, tmp_path: Path) -> None:
         wanted = settings(cache_dir=tmp_path / "cache", model_sha256="0" * 64)
         for _ in range(2):  # computed, then remembered
-            assert refusal(ModelError, store.verify, wanted, model) == (
+            assert refusal(ModelError, store.verify, wanted, [model]) == (
                 f"{model} has sha256 {sha256(model)}, must be {'0' * 64} (model_sha256); copy or download it again"
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 
 import gguf
 import numpy as np
@@ -17,6 +18,7 @@ from sglang_pascal.checkpoint.gguf_file import GgufFile
 from sglang_pascal.checkpoint.prepare import prepare
 from sglang_pascal.checkpoint.weights import raw_tensors
 from sglang_pascal.errors import CheckpointError
+from support.models import split_gguf
 
 NAMES = ["llama", "llama-tied", "llama-linear", "llama-3.2", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"]
 PROMPT = torch.tensor([[1, 17, 250, 3, 99, 120, 5, 6, 7, 8, 200, 201, 13, 14, 15, 16, 44, 45, 46, 47]])
@@ -143,6 +145,90 @@ class TestConfig:
         assert str(error.value) == (
             'tensor "blk.0.ffn_gate_exps.weight" is not part of architecture "llama"; '
             "this variant of it is not supported"
+        )
+
+
+class TestSplitModels:
+    """A model of several parts is all of them or none."""
+
+    @pytest.fixture
+    def parts(self, tiny_model, tmp_path):
+        shutil.copy(tiny_model("llama").path, tmp_path / "m.gguf")
+        return split_gguf(tmp_path / "m.gguf", 3)
+
+    def error(self, path):
+        with pytest.raises(CheckpointError) as error:
+            GgufFile(path)
+        return str(error.value)
+
+    @pytest.mark.parametrize("named", [0, 1, 2])
+    def test_all_parts_are_loaded_whichever_is_named(self, tiny_model, parts, named):
+        whole, file = GgufFile(tiny_model("llama").path), GgufFile(parts[named])
+        assert (file.path, file.size) == (parts[0], sum(part.stat().st_size for part in parts))
+        assert file.metadata.items() >= whole.metadata.items()
+        assert file.tensors.keys() == whole.tensors.keys()
+        for name in whole.tensors:
+            np.testing.assert_array_equal(file.rows(name), whole.rows(name))
+
+    def test_the_weights_are_those_of_the_whole_file(self, tiny_model, parts):
+        whole = dict(dequantized(raw_tensors(GgufFile(tiny_model("llama").path)), torch.float32))
+        found = dict(dequantized(raw_tensors(GgufFile(parts[1])), torch.float32))
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+    @pytest.mark.parametrize("part", [0, 1, 2])
+    def test_the_header_checksum_depends_on_every_part(self, parts, part):
+        before = GgufFile(parts[0]).header_sha256()
+        first = next(iter(GgufFile(parts[part]).parts[part].tensors))
+        data = parts[part].read_bytes()
+        parts[part].write_bytes(data.replace(first.encode(), b"x" * len(first), 1))
+        assert GgufFile(parts[0]).header_sha256() != before
+
+    def test_a_missing_part(self, parts):
+        parts[2].unlink()
+        assert self.error(parts[0]) == f'model file "{parts[2]}" does not exist'
+
+    def test_a_part_in_the_place_of_another(self, parts):
+        shutil.copy(parts[0], parts[2])
+        assert self.error(parts[0]) == (
+            f'"{parts[2]}" is not part 3 of 3 of this split model: its split.no is 0, must be 2; copy or download it again'
+        )
+
+    def test_a_part_of_another_model(self, tiny_model, parts, tmp_path):
+        (tmp_path / "other").mkdir()
+        shutil.copy(tiny_model("qwen3").path, tmp_path / "other/m.gguf")
+        shutil.copy(split_gguf(tmp_path / "other/m.gguf", 3)[1], parts[1])
+        n_tensors = len(GgufFile(tiny_model("llama").path).tensors)
+        others = len(GgufFile(tiny_model("qwen3").path).tensors)
+        assert self.error(parts[0]) == (
+            f'"{parts[1]}" is a part of another model: its split.tensors.count is {others}, that of "{parts[0]}" is '
+            f"{n_tensors}; copy or download it again"
+        )
+
+    def test_a_tensor_in_two_parts(self, parts):
+        """As long as the names are unique within a part, only the parts together tell."""
+        name = next(iter(GgufFile(parts[0]).parts[1].tensors))
+        other = next(iter(GgufFile(parts[0]).parts[2].tensors))
+        data = parts[2].read_bytes()
+        renamed = struct.pack("<Q", len(other)) + other.encode()
+        parts[2].write_bytes(data.replace(renamed, struct.pack("<Q", len(name)) + name.encode(), 1))
+        assert self.error(parts[0]).startswith(
+            f'tensor "{name}" of a split model is in two parts, "{parts[1]}" and "{parts[2]}"'
+        )
+
+    def test_a_renamed_part(self, parts):
+        renamed = parts[1].rename(parts[1].with_name("second.gguf"))
+        assert self.error(renamed) == (
+            f'"{renamed}" is part 2 of 3 of a split model, so its name must end in -00002-of-00003.gguf; give all parts '
+            "the names that they were made with"
+        )
+
+    def test_a_whole_file_that_is_named_a_part(self, tiny_model, tmp_path):
+        path = tmp_path / "m-00001-of-00002.gguf"
+        shutil.copy(tiny_model("llama").path, path)
+        assert self.error(path) == (
+            f'"{path}" is named part 1 of 2, but its header has no split.count; copy or download it again, or rename it '
+            "if it is a whole model"
         )
 
 

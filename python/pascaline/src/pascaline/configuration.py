@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from pascaline.cards import card_names, detect_card, load_card
+from pascaline.digests import SHA256_WORDS, parse_sha256s
 from pascaline.engines import ENGINES
 from pascaline.errors import ConfigurationError
 from pascaline.redaction import protect_arguments, protect_named, read_secret
@@ -289,8 +290,8 @@ def _type_words(field: FieldInfo) -> str:
         return "a size such as 512 MiB"
     if parse_seconds in validators:
         return "a duration such as 60s or 5m"
-    if any(getattr(part, "pattern", None) == "^[0-9a-f]{64}$" for part in _all_metadata(field)):
-        return "64 hexadecimal digits in lower case"
+    if parse_sha256s in validators:
+        return SHA256_WORDS
     if _is_pairs(field):
         return "pairs NAME=VALUE"
     if _is_sequence(field):

@@ -9,13 +9,15 @@ from __future__ import annotations
 from pathlib import Path  # noqa: TC003 - pydantic needs it at run time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from pascaline.digests import SHA256_SCHEMA, parse_sha256s
 from pascaline.units import parse_bytes, parse_seconds
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
+Sha256s = Annotated[tuple[str, ...] | None, BeforeValidator(parse_sha256s), WithJsonSchema(SHA256_SCHEMA)]
 
 BUILTIN_MODEL = "builtin:smollm2-135m"
 
@@ -42,8 +44,10 @@ class Settings(BaseModel):
     model: str = Field(
         BUILTIN_MODEL, min_length=1, description="GGUF file, Hugging Face folder with safetensors, or " + BUILTIN_MODEL
     )
-    model_sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")] | None = Field(
-        None, description="Checksum that the GGUF file must have, 64 hexadecimal digits"
+    model_sha256: Sha256s = Field(
+        None,
+        description="Checksum that the GGUF file must have at every start of the engine; of a split model a list, one "
+        "for each part in order",
     )
     served_model_name: str | None = Field(
         None,

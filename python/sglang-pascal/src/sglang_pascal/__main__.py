@@ -24,10 +24,12 @@ EXIT_CODES = """exit codes:
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("gguf", metavar="FILE.gguf", type=Path, help="the model")
+    parser.add_argument("gguf", metavar="FILE.gguf", type=Path, help="the model; of a split one any part")
     parser.add_argument("folder", metavar="OUT_DIR", type=Path, help="folder to make; no weights are copied into it")
     checksum = parser.add_mutually_exclusive_group()
-    checksum.add_argument("--sha256", metavar="HEX", help="refuse a file with another checksum")
+    checksum.add_argument(
+        "--sha256", metavar="HEX[,HEX…]", help="refuse a file with another checksum; of a split model one for each part"
+    )
     checksum.add_argument("--known-sha256", metavar="HEX", help="its checksum, computed already: not computed again")
     parser.add_argument("--json", action="store_true", help="print the folder's pascal.json")
 

@@ -157,8 +157,8 @@ class ModelFacts:
     error: str = ""
     """Why it cannot be read; then there is no spec."""
     spec: ModelSpec | None = None
-    sha256: str | None = None
-    """Of the file; None where it was not computed."""
+    sha256: tuple[str, ...] = ()
+    """Of each file; empty where it was not computed."""
     checksum_error: str = ""
     has_tokenizer: bool = False
     has_chat_template: bool = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -10,18 +9,16 @@ from pathlib import Path
 
 from pascaline.errors import ModelError
 from pascaline.models.ggml_types import FILE_TYPES, GUESSED_FILE_TYPE
-from pascaline.models.gguf_header import GgufHeader, Metadata, check_unique_names, printable, read_header, shown
+from pascaline.models.gguf_header import GgufHeader, Metadata, printable, read_header, shown
+from pascaline.models.gguf_split import check_hidden_size, check_parts, part_names
 from pascaline.models.layers import differing, most_common_heads, sliding_layer_ids
 from pascaline.models.source import Source, open_file
 from pascaline.models.spec import ModelSpec, TensorSpec
 
 MAX_LAYERS = 512
 """LLAMA_MAX_LAYERS of llama.cpp."""
-MAX_PARTS = 1024
 MAX_SIZE = (1 << 31) - 1
 """Largest dimension or count; llama.cpp reads them as 32-bit numbers."""
-
-_SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
 
 # One full layer in so many, where the file does not say it (llama.cpp's src/llama-model.cpp, set_swa_pattern).
 _SLIDING_PERIODS = {
@@ -69,50 +66,22 @@ def read_gguf_parts(name: str, open_part: OpenPart, locate: Callable[[str], Path
     """Read the model that the file of this name belongs to; `locate` gives the place of a part, for ModelSpec.files."""
     with open_part(name) as source:
         asked = read_header(source)
-        parts = _whole_number(asked.metadata, "split.count", 1, MAX_PARTS)
-        if parts == 1:
+        names = part_names(name, asked)
+        if names is None:
             return _spec((asked,), (locate(name),))
-        names = _part_names(source.name, name, parts)
-    headers = tuple(_read_part(open_part, part, index, parts) for index, part in enumerate(names))
-    check_unique_names(name, tuple(tensor for header in headers for tensor in header.tensors))
-    _check_tensor_count(headers)
-    return _spec(headers, tuple(map(locate, names)))
+    headers = tuple(_read_part(open_part, part, index, len(names)) for index, part in enumerate(names))
+    check_parts(headers, names)
+    spec = _spec(headers, tuple(map(locate, names)))
+    check_hidden_size(headers, spec.hidden_size)
+    return spec
 
 
-def _part_names(file: str, name: str, parts: int) -> list[str]:
-    match = _SPLIT_NAME.fullmatch(name)
-    if match is None:
-        raise ModelError(
-            f"failed to read {file}: it is one of {parts} parts, so its name must end in -00001-of-{parts:05d}.gguf"
-        )
-    if int(match["parts"]) != parts:
-        raise ModelError(
-            f"failed to read {file}: its name speaks of {int(match['parts'])} parts, its header of {parts}"
-        )
-    return [f"{match['stem']}-{part + 1:05d}-of-{parts:05d}.gguf" for part in range(parts)]
-
-
-def _read_part(open_part: OpenPart, name: str, index: int, parts: int) -> GgufHeader:
+def _read_part(open_part: OpenPart, name: str, index: int, count: int) -> GgufHeader:
     try:
         with open_part(name) as source:
-            header = read_header(source, index)
+            return read_header(source, index)
     except ModelError as error:
-        raise ModelError(f"part {index + 1} of {parts} of the model cannot be read: {error}") from error
-    number = _whole_number(header.metadata, "split.no", 0, MAX_PARTS)
-    if number != index:
-        header.metadata.fail(f"its name says part {index + 1} of {parts}, its header part {number + 1}")
-    count = _whole_number(header.metadata, "split.count", 1, MAX_PARTS)
-    if count != parts:
-        header.metadata.fail(f"its header speaks of {count} parts, the one that was asked for of {parts}")
-    return header
-
-
-def _check_tensor_count(headers: tuple[GgufHeader, ...]) -> None:
-    metadata = headers[0].metadata
-    found = sum(len(header.tensors) for header in headers)
-    declared = _whole_number(metadata, "split.tensors.count", found, MAX_SIZE, minimum=0)
-    if declared != found:
-        metadata.fail(f"its {len(headers)} parts hold {found} tensors, must be {declared} (split.tensors.count)")
+        raise ModelError(f"part {index + 1} of {count} of the split model cannot be read: {error}") from error
 
 
 def _spec(headers: tuple[GgufHeader, ...], files: tuple[Path | str, ...]) -> ModelSpec:

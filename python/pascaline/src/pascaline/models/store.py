@@ -16,15 +16,18 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pascaline.child import with_parent
 from pascaline.errors import ConfigurationError, MissingError, ModelError, PascalineError, StorageError
 from pascaline.models.accept import judge
+from pascaline.models.gguf_split import whole_name
 from pascaline.models.reader import read_model
 from pascaline.settings import BUILTIN_MODEL, Settings
 
@@ -37,6 +40,8 @@ PREPARED_FORMAT = 2
 PREPARED_BYTES = 32 * 2**20
 """More than a prepared folder takes: tokenizers have at most some 20 MB."""
 READ_BYTES = 4 * 2**20
+SETTLED_SECONDS = 2.0
+"""Age from which on a file's time of change tells it from a later state; FAT counts in steps of 2 s, others finer."""
 
 OnBytes = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -48,10 +53,11 @@ class ResolvedModel:
 
     kind: Literal["gguf", "huggingface"]
     path: Path
+    """The file, the first part of a split model, or the folder."""
     spec: ModelSpec
     served_name: str
-    sha256: str | None = None
-    """Of a GGUF file; None for a folder, and where nobody needed it."""
+    sha256: tuple[str, ...] = ()
+    """Of each file of a GGUF model, in order; empty for a folder."""
     prepared_dir: Path | None = None
     """Folder with the configuration and tokenizer of a GGUF file; None where the engine reads the file itself."""
 
@@ -73,7 +79,7 @@ def locate(settings: Settings) -> tuple[Path, str]:
         raise ModelError(f"model: unknown built-in model {settings.model!r}, must be {BUILTIN_MODEL}")
     else:
         path = Path(settings.model).expanduser().absolute()
-        name = path.name if path.is_dir() else path.stem
+        name = path.name if path.is_dir() else whole_name(path.name)
     return path, settings.served_model_name or name
 
 
@@ -102,43 +108,99 @@ def read(settings: Settings, path: Path) -> ModelSpec:
         raise ConfigurationError(
             f"context_length: {settings.context_length} is above the model's, must be at most {spec.context_length}"
         )
-    if spec.format == "safetensors" and settings.model_sha256 is not None:
-        raise ConfigurationError("model_sha256: a checksum needs one GGUF file, must be left out for a folder")
+    if problem := checksum_problem(settings, spec):
+        raise ConfigurationError(problem)
     return spec
 
 
-def verify(settings: Settings, path: Path, on_bytes: OnBytes | None = None) -> str | None:
-    """Return the sha256 of a GGUF file, compared with model_sha256 where that is set; None for a folder."""
-    if path.is_dir():
+def checksum_problem(settings: Settings, spec: ModelSpec) -> str | None:
+    """Say why model_sha256 does not cover the model: the checksum of one part would pass for one of the whole."""
+    given, parts = settings.model_sha256, len(spec.files)
+    if given is None:
         return None
-    digest = cached_sha256(path, cache_folder(settings), on_bytes)
-    if settings.model_sha256 not in (None, digest):
-        raise ModelError(
-            f"{path} has sha256 {digest}, must be {settings.model_sha256} (model_sha256); copy or download it again"
-        )
+    if spec.format == "safetensors":
+        return "model_sha256: a checksum needs a GGUF file, must be left out for a folder"
+    if len(given) == parts:
+        return None
+    covered = "one checksum covers one part only" if len(given) == 1 else f"{len(given)} checksums are given"
+    if parts == 1:
+        return f"model_sha256: {covered}, and the model is one file; set the checksum of that file"
+    return (
+        f"model_sha256: {covered}, and the model has {parts} parts; set a list of {parts}, one for each part in order, "
+        "as sha256sum prints them"
+    )
+
+
+def model_files(spec: ModelSpec, path: Path) -> tuple[Path, ...]:
+    """Return the GGUF files of a local model, in order; of a folder, which was found at that path, the folder."""
+    return tuple(map(Path, spec.files)) if spec.format == "gguf" else (path,)
+
+
+def verify(settings: Settings, files: Sequence[Path], on_bytes: OnBytes | None = None) -> tuple[str, ...]:
+    """Return the sha256 of each GGUF file, compared with model_sha256 where that is set; empty for a folder.
+
+    A file is read again only if its size, inode or time of change moved, so this is cheap enough for every start of
+    an engine. on_bytes: called with the bytes of all files together.
+    """
+    if files[0].is_dir():
+        return ()
+    try:
+        sizes = [file.stat().st_size for file in files]
+        digests = []
+        for index, file in enumerate(files):
+            expected = settings.model_sha256[index] if settings.model_sha256 else None
+            report = partial(_report_from, on_bytes, sum(sizes[:index]), sum(sizes)) if on_bytes else None
+            digests.append(_verified_sha256(file, expected, cache_folder(settings), report))
+    except OSError as error:
+        raise ModelError(f"failed to read {error.filename or files[0]}: {error.strerror}") from error
+    return tuple(digests)
+
+
+def _report_from(on_bytes: OnBytes, before: int, total: int, done: int, _file_total: int) -> None:
+    on_bytes(before + done, total)
+
+
+def _verified_sha256(file: Path, expected: str | None, cache: Path, on_bytes: OnBytes | None) -> str:
+    digest = cached_sha256(file, cache, on_bytes)
+    if expected not in (None, digest):
+        raise ModelError(f"{file} has sha256 {digest}, must be {expected} (model_sha256); copy or download it again")
     return digest
 
 
 def cached_sha256(path: Path, cache: Path, on_bytes: OnBytes | None = None) -> str:
-    """Return a file's sha256, remembered until its size, time of change, or inode changes."""
-    status = path.stat()
-    identity = [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    """Return a file's sha256, remembered until its size, time of change, or inode changes.
+
+    One that had changed within SETTLED_SECONDS is read again: a further change may have borne the same time.
+    """
     note = cache / "checksums" / (hashlib.sha256(str(path).encode()).hexdigest() + ".json")
+    identity, now = _identity(path), time.time()
     try:
         known = json.loads(note.read_text())
-        if known["identity"] == identity:
+        if known["identity"] == identity and known["read_at"] - path.stat().st_ctime >= SETTLED_SECONDS:
             return str(known["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     digest = _sha256(path, on_bytes)
-    with writing(note.parent, needed=4096):
-        partial = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-        try:
-            partial.write_text(json.dumps({"identity": identity, "sha256": digest}))
-            partial.replace(note)
-        finally:
-            partial.unlink(missing_ok=True)
+    if _identity(path) != identity:
+        raise ModelError(f"{path} changed while its sha256 was computed; wait until nothing writes to it")
+    _remember(note, {"identity": identity, "read_at": now, "sha256": digest})
     return digest
+
+
+def _identity(path: Path) -> list[str | int]:
+    """What the kernel says of a file, which no program can set back after a write (st_ctime)."""
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
+
+
+def _remember(note: Path, content: dict[str, Any]) -> None:
+    with writing(note.parent, needed=4096):
+        partial_note = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        try:
+            partial_note.write_text(json.dumps(content))
+            partial_note.replace(note)
+        finally:
+            partial_note.unlink(missing_ok=True)
 
 
 def _sha256(path: Path, on_bytes: OnBytes | None) -> str:
@@ -154,6 +216,8 @@ def _sha256(path: Path, on_bytes: OnBytes | None) -> str:
 
 def prepare(settings: Settings, path: Path, digest: str) -> Path:
     """Return the folder that SGLang starts from, made by the plugin in the engine's interpreter where it is missing.
+
+    path: the file, or the first part of a split model; digest: of all its files (combined_sha256).
 
     Made once for each file content, by one process at a time, and complete or not at all.
     """

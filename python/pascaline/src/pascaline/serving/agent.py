@@ -27,9 +27,9 @@ class ModelReport(BaseModel):
     """The model that is served."""
 
     name: str = Field(description="Name in the API")
-    path: str = Field(description="File or folder")
+    path: str = Field(description="File, first part of a split model, or folder")
     architecture: str
-    sha256: str | None = Field(description="Checksum of a GGUF file")
+    sha256: str | list[str] | None = Field(description="Checksum of a GGUF file; of a split model one for each part")
 
 
 class ProbeReport(BaseModel):
@@ -131,7 +131,10 @@ def report(supervisor: Supervisor) -> HealthReport:
         engine_pid=supervisor.engine_pid,
         restarts=supervisor.restarts,
         model=ModelReport(
-            name=model.served_name, path=str(model.path), architecture=model.spec.architecture, sha256=model.sha256
+            name=model.served_name,
+            path=str(model.path),
+            architecture=model.spec.architecture,
+            sha256=(list(model.sha256) if len(model.sha256) > 1 else model.sha256[0]) if model.sha256 else None,
         )
         if model
         else None,

@@ -44,7 +44,7 @@ class Metrics:
         # A second series for each counter, that nobody reads.
         disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus-client gives it no types
         self.registry = CollectorRegistry()
-        self._allocated: dict[str, Gauge] = {}
+        self._late: dict[str, Gauge] = {}
         self._state = self._gauge("pascaline_instance_state", "1 for the state that the instance is in", ["state"])
         self.engine_up = self._gauge("pascaline_engine_up", "Whether the engine's process runs")
         self.restarts = Counter(
@@ -94,10 +94,11 @@ class Metrics:
         self._dropped.labels(cause).inc(lines)
 
     def set_task(self, task: Task, card: str | None) -> None:
-        """Publish what the engine is started with: once, since these are not there before."""
+        """Publish what the engine is started with; these series are not there before."""
         model = (str(task.settings.model), task.model.served_name)
         engine = (task.settings.engine, task.settings.port, task.device, task.dtype)
         # The unit is what ties the instance to its processes on a GPU, of which the exporter tells the unit too.
+        self._settings.clear()
         self._settings.labels(*model, *engine, card or "", identify(os.getpid()).unit).set(1)
         limits = {
             "context_length": task.context_length,
@@ -105,10 +106,10 @@ class Metrics:
             "max_total_tokens": task.max_total_tokens,
         }
         for name, value in limits.items():
-            self._gauge(f"pascaline_settings_{name}", f"Setting {name} as it is in force").set(value)
+            self._set(f"pascaline_settings_{name}", f"Setting {name} as it is in force", value)
 
     def set_plan(self, plan: Plan) -> None:
-        """Publish what the plan allows: once, since these are not there before."""
+        """Publish what the plan allows; these series are not there before."""
         values = {
             "total_bytes": ("Memory of the device that the plan gives the instance", plan.total_bytes),
             "weights_bytes": ("Of it for the model's weights", plan.weights_bytes),
@@ -117,18 +118,22 @@ class Metrics:
             "device_bytes": ("Memory of the device, as the plan found it", plan.card_bytes),
         }
         for name, (text, value) in values.items():
-            self._gauge(f"pascaline_plan_{name}", text).set(value)
+            self._set(f"pascaline_plan_{name}", text, value)
 
     def set_allocated(self, allocated: dict[str, int]) -> None:
         """Publish what the engine says that it allocated, beside what was planned."""
         for name, value in allocated.items():
-            if name not in self._allocated:
-                self._allocated[name] = self._gauge(f"pascaline_engine_{name}", ALLOCATED[name])
-            self._allocated[name].set(value)
+            self._set(f"pascaline_engine_{name}", ALLOCATED[name], value)
 
     def page(self) -> bytes:
         """Return the exposition in Prometheus' text format."""
         return redact_labels(generate_latest(self.registry).decode()).encode()
+
+    def _set(self, name: str, text: str, value: float) -> None:
+        """Set a series that is registered with its first value."""
+        if name not in self._late:
+            self._late[name] = self._gauge(name, text)
+        self._late[name].set(value)
 
     def _gauge(self, name: str, text: str, labels: list[str] | None = None) -> Gauge:
         return Gauge(name, text, labels or (), registry=self.registry)

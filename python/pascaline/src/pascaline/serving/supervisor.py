@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pascaline import __version__
+from pascaline.digests import combined_sha256, shown_sha256s
 from pascaline.engines import ENGINES, Task
 from pascaline.engines.client import request
 from pascaline.errors import EngineError, ExitCode, GaveUpError, PascalineError
@@ -171,19 +172,19 @@ class Supervisor:
         with self._console.stage("resolve") as stage:
             path, name = await self._in_thread(store.locate, settings)
             spec = await self._in_thread(store.read, settings, path)
+            files = store.model_files(spec, path)
+            path = files[0]
             stage.note = f": {path} ({spec.architecture}, {spec.n_parameters / 1e6:.0f} M parameters)"
         self._record_stage("resolve", stage.seconds)
         plan = await self._plan(spec)
         with self._console.stage("verify") as stage:
-            digest = await self._in_thread(store.verify, settings, path, stage.progress)
+            digests = await self._in_thread(store.verify, settings, files, stage.progress)
             prepared = None
-            if digest is not None and settings.engine == "sglang":
-                prepared = await self._in_thread(store.prepare, settings, path, digest)
-            stage.note = f": sha256 {digest}" if digest else ""
+            if digests and settings.engine == "sglang":
+                prepared = await self._in_thread(store.prepare, settings, path, combined_sha256(digests))
+            stage.note = f": sha256 {shown_sha256s(digests)}" if digests else ""
         self._record_stage("verify", stage.seconds)
-        self.model = store.ResolvedModel(
-            "huggingface" if digest is None else "gguf", path, spec, name, digest, prepared
-        )
+        self.model = store.ResolvedModel("gguf" if digests else "huggingface", path, spec, name, digests, prepared)
         task = make_task(self._configuration, self.model, plan, runtime_dir)
         self._api_key = task.api_key
         self.metrics.set_task(task, self._configuration.card)
@@ -213,6 +214,7 @@ class Supervisor:
         """Start the engine, watch it, and start it again, until there is nothing more to hope for."""
         in_a_row, was_ready = 0, False
         while True:
+            task = await self._as_verified(task)
             served, failure = await self._run_once(task)
             if self._stop.is_set():
                 raise Stopped
@@ -226,6 +228,19 @@ class Supervisor:
                     f"last: {failure.text}"
                 )
             await self._pause_before_restart(in_a_row, failure)
+
+    async def _as_verified(self, task: Task) -> Task:
+        """Verify the model's files once more; files that changed since are read and planned again.
+
+        Raises ModelError where they are not those that model_sha256 demands. Cheap where nothing changed.
+        """
+        model = task.model
+        digests = await self._in_thread(store.verify, self.settings, store.model_files(model.spec, model.path))
+        if digests == model.sha256:
+            return task
+        changed = f"the model changed since it was verified: sha256 {shown_sha256s(digests)}, was "
+        self._console.line("WARNING", "pascaline", f"{changed}{shown_sha256s(model.sha256)}; it is read again")
+        return await self._prepare(task.runtime_dir)
 
     async def _run_once(self, task: Task) -> tuple[float, Failure]:
         """Run the engine once; return for how long it was ready, and why it ended."""
@@ -261,6 +276,9 @@ class Supervisor:
         if warm_up.failed:
             return False
         self._record_stage("warm-up", warm_up.seconds)
+        if self.settings.model_sha256 is not None:
+            # What was verified may have been overwritten while the engine read it.
+            await self._as_verified(task)
         self._change(State.READY, "a generation succeeded")
         self._notifier.ready()
         await self._ask_version(task)

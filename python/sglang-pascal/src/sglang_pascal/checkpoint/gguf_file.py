@@ -1,4 +1,4 @@
-"""Reads a GGUF file: metadata by struct, tensors as views of the memory-mapped file.
+"""Reads a GGUF model, of one file or of several parts: metadata by struct, tensors as views of memory-mapped files.
 
 gguf-py's own reader keeps an array object per string, which takes seconds on a vocabulary; this one takes tenths.
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 MAGIC: Final = b"GGUF"
 SUPPORTED_VERSIONS: Final = (2, 3)
 DEFAULT_ALIGNMENT: Final = 32
+SPLIT_NAME: Final = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf", re.ASCII)
+"""Name of a part of a split model, as llama-gguf-split and llama.cpp have it."""
+SPLIT_TENSORS: Final = "split.tensors.count"
+_PARTS_OWN_KEYS: Final = frozenset({"split.no", "general.alignment"})
+"""Keys that differ between the parts of one model."""
 _STRING: Final = 8
 _ARRAY: Final = 9
 _SCALARS: Final = {
@@ -54,8 +60,10 @@ class TensorInfo:
     shape: tuple[int, ...]
     """Outermost dimension first, as in torch: (rows, columns) for a matrix. The file stores the reverse."""
     data_offset: int
-    """Bytes from the start of the file."""
+    """Bytes from the start of the file that holds it."""
     n_bytes: int
+    part: int = 0
+    """Which of the model's files holds it."""
 
     @property
     def n_rows(self) -> int:
@@ -64,19 +72,21 @@ class TensorInfo:
 
 
 class GgufFile:
-    """An open GGUF file; a context manager. Views returned by `rows` hold the mapping open."""
+    """An open GGUF model; a context manager. Views returned by `rows` hold the mapping open."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._map = _map_file(path)
-        header = _HeaderReader(self._map, path)
-        self.metadata: dict[str, Any]
+        """path: the file, or any part of a split model; the other parts are found beside it."""
+        self.parts = open_parts(path)
+        """The model's files, in order; one where it is not split."""
+        first = self.parts[0]
+        self.path = first.path
+        """The file, or the first part."""
+        self.metadata = first.metadata
         """Every key of the header; arrays are lists."""
-        self.tensors: dict[str, TensorInfo]
-        """By the file's own names, in the file's order."""
-        self.metadata, self.tensors = header.read()
-        self.header_bytes = header.end
-        """Length of everything before the tensor data."""
+        self.tensors = {name: info for part in self.parts for name, info in part.tensors.items()}
+        """By the file's own names, in the files' order."""
+        self.header_bytes = first.header_bytes
+        """Length of everything before the tensor data of the first file."""
 
     def __enter__(self) -> GgufFile:
         return self
@@ -86,18 +96,121 @@ class GgufFile:
 
     @property
     def size(self) -> int:
-        """Bytes of the whole file."""
-        return len(self._map)
+        """Bytes of all files."""
+        return sum(len(part.data) for part in self.parts)
 
     def header_sha256(self) -> str:
-        """Checksum of the header, in hexadecimal: fast to compute, and different for another file or conversion."""
-        return hashlib.sha256(memoryview(self._map)[: self.header_bytes]).hexdigest()
+        """Checksum of the headers, in hexadecimal: fast to compute, and different for another file or conversion."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            digest.update(memoryview(part.data)[: part.header_bytes])
+        return digest.hexdigest()
 
     def rows(self, name: str) -> NDArray[np.uint8]:
         """Raw bytes of a tensor, `[n_rows, bytes per row]`, without a copy."""
         info = self.tensors[name]
-        flat = np.frombuffer(self._map, dtype=np.uint8, count=info.n_bytes, offset=info.data_offset)
+        data = self.parts[info.part].data
+        flat = np.frombuffer(data, dtype=np.uint8, count=info.n_bytes, offset=info.data_offset)
         return flat.reshape(info.n_rows, -1)
+
+
+@dataclass(frozen=True)
+class GgufPart:
+    """One open file of a model."""
+
+    path: Path
+    data: mmap.mmap
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    header_bytes: int
+
+
+def open_parts(path: Path) -> tuple[GgufPart, ...]:
+    """Open the file, and where it is a part of a split model all others; an error where they do not make one model."""
+    asked = _open_part(path, 0)
+    count = _split_number(asked, "split.count", default=0)
+    if count <= 1:
+        _check_whole(asked)
+        return (asked,)
+    names = _part_names(asked, count)
+    parts = tuple(_open_part(path.with_name(name), index) for index, name in enumerate(names))
+    for index, part in enumerate(parts):
+        _check_part(part, index, parts[0], count)
+    _check_tensors(parts)
+    return parts
+
+
+def _open_part(path: Path, index: int) -> GgufPart:
+    data = _map_file(path)
+    header = _HeaderReader(data, path)
+    metadata, tensors = header.read()
+    placed = {name: replace(info, part=index) for name, info in tensors.items()}
+    return GgufPart(path, data, metadata, placed, header.end)
+
+
+def _check_whole(part: GgufPart) -> None:
+    """Refuse a part that says nothing of the others, where its name does."""
+    match = SPLIT_NAME.fullmatch(part.path.name)
+    if match and int(match["parts"]) > 1:
+        raise CheckpointError(
+            f'"{part.path}" is named part {int(match["part"])} of {int(match["parts"])}, but its header has no '
+            "split.count; copy or download it again, or rename it if it is a whole model"
+        )
+
+
+def _part_names(part: GgufPart, count: int) -> list[str]:
+    number = _split_number(part, "split.no") + 1
+    match = SPLIT_NAME.fullmatch(part.path.name)
+    if match is None or (int(match["part"]), int(match["parts"])) != (number, count):
+        raise CheckpointError(
+            f'"{part.path}" is part {number} of {count} of a split model, so its name must end in '
+            f"-{number:05d}-of-{count:05d}.gguf; give all parts the names that they were made with"
+        )
+    return [f"{match['stem']}-{index + 1:05d}-of-{count:05d}.gguf" for index in range(count)]
+
+
+def _check_part(part: GgufPart, index: int, first: GgufPart, count: int) -> None:
+    """Refuse a file that is not the part which its name says, or is one of another model."""
+    # The number of tensors is read from the first part alone by llama.cpp too: the others may leave it out.
+    for key, value in {"split.no": index, "split.count": count}.items():
+        if (found := _split_number(part, key)) != value:
+            raise CheckpointError(
+                f'"{part.path}" is not part {index + 1} of {count} of this split model: its {key} is {found}, '
+                f"must be {value}; copy or download it again"
+            )
+    for key in part.metadata.keys() & first.metadata.keys() - _PARTS_OWN_KEYS:
+        if part.metadata[key] != first.metadata[key]:
+            raise CheckpointError(
+                f'"{part.path}" is a part of another model: its {key} is {part.metadata[key]!r}, that of '
+                f'"{first.path}" is {first.metadata[key]!r}; copy or download it again'
+            )
+
+
+def _check_tensors(parts: tuple[GgufPart, ...]) -> None:
+    """Refuse a tensor that two parts hold, and another number of tensors than the model has."""
+    holder: dict[str, GgufPart] = {}
+    for part in parts:
+        for name in part.tensors:
+            if name in holder:
+                raise CheckpointError(
+                    f'tensor "{name}" of a split model is in two parts, "{holder[name].path}" and "{part.path}"; '
+                    "copy or download them again"
+                )
+            holder[name] = part
+    declared = _split_number(parts[0], SPLIT_TENSORS)
+    if len(holder) != declared:
+        raise CheckpointError(
+            f'the {len(parts)} parts of the split model "{parts[0].path}" hold {len(holder)} tensors, must be '
+            f"{declared} ({SPLIT_TENSORS}); copy or download them again"
+        )
+
+
+def _split_number(part: GgufPart, key: str, default: int | None = None) -> int:
+    value = part.metadata.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        what = "is missing" if value is None else f"is {value!r}, must be a whole number"
+        raise CheckpointError(f'{key} of "{part.path}", a part of a split model, {what}; copy or download it again')
+    return value
 
 
 def _map_file(path: Path) -> mmap.mmap:

@@ -1,7 +1,8 @@
 """Makes the folder that SGLang starts from: configuration and tokenizer out of a GGUF file, and where its weights are.
 
 The folder appears by one rename, complete or not at all. Weights are not copied: `pascal.json` names the file, its size
-and checksums, and the loader refuses a file that has changed since.
+and checksums, and the loader refuses a file that has changed since. A split model is all its parts, found beside the
+one that is named.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sglang_pascal.checkpoint.tokenizer import tokenizer_config, write_tokenizer
 from sglang_pascal.errors import CheckpointError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 FORMAT: Final = 2
 """Version of the folder's layout; a folder of another version is refused."""
@@ -39,13 +40,13 @@ class Manifest:
     """Contents of pascal.json."""
 
     gguf: str
-    """Absolute path of the GGUF file."""
+    """Absolute path of the GGUF file, or of the first part of a split model."""
     sha256: str
-    """Of the whole file, in hexadecimal."""
+    """Of the whole file, in hexadecimal; of a split model what `combined_sha256` makes of its parts'."""
     size: int
-    """Bytes of the whole file."""
+    """Bytes of all files."""
     header_sha256: str
-    """Of everything before the tensor data: cheap enough to compare at each start."""
+    """Of everything before the tensor data of each file: cheap enough to compare at each start."""
     architecture: str
     format: int = FORMAT
 
@@ -60,13 +61,15 @@ def prepare(
 ) -> Manifest:
     """Make the folder; an existing one that was made from the same file is kept.
 
-    sha256: what the file must have, in hexadecimal; None = compute it only.
-    known_sha256: what the caller has computed of it already; the file is not read for it again.
+    gguf: the file, or any part of a split model.
+    sha256: what the file must have, in hexadecimal; of a split model that of each part, in order, separated by commas;
+    None = compute it only.
+    known_sha256: what the caller has computed of it already (Manifest.sha256); the file is not read for it again.
     on_progress: called with (bytes hashed, bytes in all).
     """
     gguf, folder = gguf.absolute(), folder.absolute()
     file = GgufFile(gguf)
-    manifest = _manifest(file, known_sha256 or _checked_sha256(gguf, sha256, on_progress))
+    manifest = _manifest(file, known_sha256 or _checked_sha256(file, sha256, on_progress))
     if folder.exists() and not _is_replaceable(folder):
         raise StorageError(f'"{folder}" exists and was not made by this command; name another folder or remove it')
     with _atomic_folder(folder) as staging:
@@ -129,8 +132,33 @@ def _manifest(file: GgufFile, sha256: str) -> Manifest:
     return Manifest(str(file.path), sha256, file.size, file.header_sha256(), architecture)
 
 
-def _checked_sha256(path: Path, expected: str | None, on_progress: Callable[[int, int], None] | None) -> str:
-    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
+def combined_sha256(digests: Sequence[str]) -> str:
+    """One checksum for a model of several files: of one file its own, else the sha256 of theirs, a line each."""
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
+
+
+def _checked_sha256(file: GgufFile, expected: str | None, on_progress: Callable[[int, int], None] | None) -> str:
+    wanted: list[str | None] = [None] * len(file.parts)
+    if expected is not None:
+        wanted = list(expected.lower().split(","))
+        if len(wanted) != len(file.parts):
+            raise CheckpointError(
+                f'"{file.path}" is a model of {len(file.parts)} files, but {len(wanted)} checksums are given; each '
+                "covers one file alone: give one for each, in order, separated by commas"
+            )
+    digests, done = [], 0
+    for part, digest in zip(file.parts, wanted, strict=True):
+        digests.append(_file_sha256(part.path, digest, done, file.size, on_progress))
+        done += len(part.data)
+    return combined_sha256(digests)
+
+
+def _file_sha256(
+    path: Path, expected: str | None, done: int, total: int, on_progress: Callable[[int, int], None] | None
+) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as source:
         while chunk := source.read(_READ_BYTES):
             digest.update(chunk)
@@ -138,8 +166,8 @@ def _checked_sha256(path: Path, expected: str | None, on_progress: Callable[[int
             if on_progress is not None:
                 on_progress(done, total)
     found = digest.hexdigest()
-    if expected is not None and found != expected.lower():
-        raise CheckpointError(f'"{path}" has sha256 {found}, expected {expected.lower()}; copy or download it again')
+    if expected is not None and found != expected:
+        raise CheckpointError(f'"{path}" has sha256 {found}, expected {expected}; copy or download it again')
     return found
 
 

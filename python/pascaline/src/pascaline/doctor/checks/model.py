@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pascaline.digests import shown_sha256s
 from pascaline.doctor.verdicts import Checks, Remedy, Result, failure, info, ok, skipped, warning
 from pascaline.models.architectures import SGLANG_GGUF, SGLANG_HUGGING_FACE
+from pascaline.models.store import checksum_problem
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
@@ -92,7 +94,7 @@ def _model_types(host: Host) -> Result:
     option='services.pascaline.models.<name>.sha256 = "…";',
 )
 def _model_checksum(host: Host) -> Result:
-    """Compares the file's sha256 with model_sha256. Without one, nobody would notice a damaged or exchanged file."""
+    """Compares each file's sha256 with model_sha256. Without one, nobody would notice a damaged or exchanged file."""
     settings = host.settings
     if settings is None or host.model.spec is None:
         return skipped(_CANNOT)
@@ -105,13 +107,17 @@ def _model_checksum(host: Host) -> Result:
             "model_sha256 is not set",
             Remedy(
                 "set it, from a source other than the server that the file came from",
-                f"sha256sum {host.model.path}",
+                f"sha256sum {' '.join(map(str, host.model.spec.files))}",
                 'services.pascaline.models.<name>.sha256 = "…";',
             ),
         )
-    if host.model.sha256 != settings.model_sha256:
-        return failure(f"{host.model.path} has sha256 {host.model.sha256}, must be {settings.model_sha256}")
-    return ok(f"sha256 {settings.model_sha256}")
+    if problem := checksum_problem(settings, host.model.spec):
+        return failure(problem)
+    found = host.model.sha256
+    for file, digest, expected in zip(host.model.spec.files, found, settings.model_sha256, strict=True):
+        if digest != expected:
+            return failure(f"{file} has sha256 {digest}, must be {expected}")
+    return ok(f"sha256 {shown_sha256s(found)}")
 
 
 @check(

@@ -25,11 +25,12 @@ def collect_model(machine: Machine, settings: Settings | None) -> ModelFacts:
         named, _ = store.locate(settings)
         path = machine.path(named) if machine.root != Path("/") and not named.exists() else named
         spec = read_model(path)
-        tokenizer, template = _tokenizer(path)
+        files = store.model_files(spec, path)
+        tokenizer, template = _tokenizer(files[0])
     except PascalineError as error:
         return ModelFacts(path=settings.model, error=str(error))
-    checksum, checksum_error = _checksum(settings, path, machine.path(store.cache_folder(settings)))
-    file = path if path.is_file() else Path(str(spec.files[0]))
+    checksum, checksum_error = _checksum(settings, files, machine.path(store.cache_folder(settings)))
+    file = Path(str(spec.files[0]))
     return ModelFacts(
         path=str(path),
         spec=spec,
@@ -53,11 +54,11 @@ def _tokenizer(path: Path) -> tuple[bool, bool]:
         return "tokenizer.ggml.tokens" in metadata, "tokenizer.chat_template" in metadata
 
 
-def _checksum(settings: Settings, path: Path, cache: Path) -> tuple[str | None, str]:
-    """Return (sha256, error), remembered by the store; nothing where no checksum is required."""
-    if settings.model_sha256 is None or path.is_dir():
-        return None, ""
+def _checksum(settings: Settings, files: tuple[Path, ...], cache: Path) -> tuple[tuple[str, ...], str]:
+    """Return (sha256 of each file, error), remembered by the store; nothing where no checksum is required."""
+    if settings.model_sha256 is None or files[0].is_dir():
+        return (), ""
     try:
-        return store.cached_sha256(path, cache), ""
+        return tuple(store.cached_sha256(file, cache) for file in files), ""
     except (PascalineError, OSError) as error:
-        return None, str(error)
+        return (), str(error)

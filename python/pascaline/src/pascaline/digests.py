@@ -1,0 +1,52 @@
+"""Checksums of models: one sha256 for each file, in the order of the files, however a person writes them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SHA256_WORDS = "64 hexadecimal digits, and of a split model as many for each of its parts, in order"
+SHA256_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "pattern": "^[0-9a-fA-F]{64}(,[0-9a-fA-F]{64})*$"},
+        {"type": "array", "items": {"type": "string", "pattern": "^[0-9a-fA-F]{64}$"}, "minItems": 1},
+        {"type": "null"},
+    ]
+}
+"""JSON schema of what `parse_sha256s` takes."""
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}", re.ASCII)
+
+
+def parse_sha256s(value: Any) -> tuple[str, ...] | None:
+    """Return the digests, in lower case, of a list or of a text in which commas separate them; None stays None.
+
+    Raises ValueError for what is no such list.
+    """
+    if value is None:
+        return None
+    texts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not texts:
+        raise ValueError(f"invalid value {value!r}, must be {SHA256_WORDS}")
+    for text in texts:
+        if not isinstance(text, str) or not _SHA256.fullmatch(text):
+            raise ValueError(f"invalid value {text!r}, must be {SHA256_WORDS}")
+    return tuple(text.lower() for text in texts)
+
+
+def combined_sha256(digests: Sequence[str]) -> str:
+    """Return one checksum for a model of several files: of one file its own, else the sha256 of theirs, a line each.
+
+    It must be what sglang_pascal.checkpoint.prepare.combined_sha256 makes of them.
+    """
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
+
+
+def shown_sha256s(digests: Sequence[str]) -> str:
+    """Return digests as messages show them."""
+    return ", ".join(digests)

@@ -160,10 +160,10 @@ class TestGguf:
     def test_all_parts_are_read_and_the_query_is_kept(self, site: Site) -> None:
         from support.raw_models import LLAMA, value
 
-        first = LLAMA | {"split.no": value("uint16", 0), "split.count": value("uint16", 2)}
-        second = {"split.no": value("uint16", 1), "split.count": value("uint16", 2)}
-        (site.folder / "a b-00001-of-00002.gguf").write_bytes(gguf_file(first))
-        (site.folder / "a b-00002-of-00002.gguf").write_bytes(gguf_file(second))
+        common = {"split.count": value("uint16", 2), "split.tensors.count": value("int32", 0)}
+        first, second = LLAMA | {"split.no": value("uint16", 0)}, {"split.no": value("uint16", 1)}
+        (site.folder / "a b-00001-of-00002.gguf").write_bytes(gguf_file(first | common))
+        (site.folder / "a b-00002-of-00002.gguf").write_bytes(gguf_file(second | common))
         site.folder = _Unquoted(site.folder)  # type: ignore[assignment]  # finds files by their quoted names
         spec = read_model(f"{site.url}/a%20b-00002-of-00002.gguf?download=true#part")
         assert spec.files == tuple(f"{site.url}/a%20b-0000{part}-of-00002.gguf?download=true" for part in (1, 2))

@@ -74,8 +74,18 @@ ERRORS = {
     ),
     "gpu-lost": (
         -signal.SIGKILL,
+        "Scheduler hit an exception: Traceback (most recent call last):\npynvml.NVMLError_GpuIsLost: GPU is lost",
+    ),
+    "cuda-unknown": (
+        -signal.SIGKILL,
         "Scheduler hit an exception: Traceback (most recent call last):\n"
-        "torch.AcceleratorError: CUDA error: GPU is lost",
+        "torch.AcceleratorError: CUDA error: unknown error\n"
+        "CUDA kernel errors might be asynchronously reported at some other API call",
+    ),
+    "cuda-launch-failure": (
+        -signal.SIGKILL,
+        "Scheduler hit an exception: Traceback (most recent call last):\n"
+        "torch.AcceleratorError: CUDA error: unspecified launch failure",
     ),
     "driver": (
         1,

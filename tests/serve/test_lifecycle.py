@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from pascaline.errors import ExitCode
+from pascaline.gpu.fake_nvml import fake_nvml_environment, write_scenario
 from pascaline.serving.output import MAX_LINE_BYTES
 from pascaline.serving.supervisor import BLIND_SECONDS, POLL_SECONDS, STOP_SIGNALS
 from support.instance import PATIENCE, wait_until
@@ -24,6 +25,20 @@ if TYPE_CHECKING:
     Serve = Callable[..., Instance]
 
 UNREAD = 'pascaline_log_lines_dropped_total{cause="unread"}'
+ONE_P4 = """
+[library]
+nvmlSystemGetDriverVersion = 580.105.08
+[gpu 0]
+nvmlDeviceGetUUID = GPU-aaaa
+nvmlDeviceGetName = Tesla P4
+nvmlDeviceGetPciInfo = 00000000:01:00.0 0x1BB310DE 0x11D810DE
+nvmlDeviceGetMemoryInfo_v2 = 8053063680 76546048 7976517632 0
+"""
+
+
+def on_one_p4(scenario: Path) -> dict[str, str]:
+    """Variables of an instance whose NVML answers from a scenario, and which sees its first GPU."""
+    return fake_nvml_environment(scenario, base={}) | {"CUDA_VISIBLE_DEVICES": "0"}
 
 
 class TestReady:
@@ -385,6 +400,41 @@ class TestGpuLost:
         assert instance.metric('pascaline_instance_state{state="gpu-lost"}') == 1
         instance.wait_for_line("the GPU is lost; restart 1 in 300 s")
         assert instance.stop(seconds=10) == ExitCode.OK
+
+    @pytest.mark.parametrize("words", ["cuda-unknown", "silent"])
+    def test_nvml_is_asked_when_the_engine_ends(self, serve: Serve, tmp_path: Path, words: str) -> None:
+        """CUDA never says that a GPU is lost. When NVML reads the card again, so does the engine start again."""
+        host = tmp_path / "host.nvml"
+        write_scenario(host, ONE_P4)
+        instance = serve(device="cuda", faults=f"crash_error={words}", environment=on_one_p4(host))
+        instance.wait_for_state("ready")
+        write_scenario(host, ONE_P4 + "[gpu 0]\nall = error GPU_IS_LOST\n")
+        instance.fault(crash_now=1)
+        reason = instance.wait_for_state("gpu-lost")["reason"]
+        assert reason.endswith(
+            "the GPU is lost: NVML finds GPU 0 (GPU-aaaa, 0000:01:00) lost: nvmlDeviceGetHandleByIndex said GPU_IS_LOST"
+        )
+        assert instance.metric('pascaline_engine_restarts_total{reason="gpu-lost"}') == 1
+        write_scenario(host, ONE_P4)
+        instance.wait_for_line("the GPU is back: NVML reads GPU 0 (GPU-aaaa, 0000:01:00)")
+        instance.wait_for_state("ready")
+
+    def test_cudas_words_alone_are_a_crash(self, serve: Serve, tmp_path: Path) -> None:
+        """The other card of the host is lost, and this one is well."""
+        host = tmp_path / "host.nvml"
+        other = "[gpu 1]\nnvmlDeviceGetUUID = GPU-bbbb\n"
+        write_scenario(host, ONE_P4 + other)
+        faults = "crash_error=cuda-launch-failure"
+        instance = serve(device="cuda", faults=faults, environment=on_one_p4(host))
+        instance.wait_for_state("ready")
+        write_scenario(host, ONE_P4 + other + "all = error GPU_IS_LOST\n")
+        instance.fault(crash_now=1)
+        instance.wait_for_line(
+            "the engine ended with signal SIGKILL: CUDA says: unspecified launch failure (cudaErrorLaunchFailure, 719); "
+            "NVML reads GPU 0 (GPU-aaaa, 0000:01:00); restart 1 in 1 s"
+        )
+        instance.wait_for_state("ready")
+        assert "gpu-lost" not in instance.states
 
     def test_a_process_that_cannot_be_killed(self, serve: Serve) -> None:
         """As one in a driver call that does not return: nothing is started beside it, and the instance says so."""

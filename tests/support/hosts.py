@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pascaline.doctor.machine import Machine, Output
+from pascaline.doctor.machine import Machine
 from pascaline.gpu.fake_nvml import fake_nvml_environment
 from pascaline.gpu.reader import Reader
 from pascaline.gpu.reading import Reading
+from pascaline.programs import Output
 from support.models import tiny, write_gguf
 
 HEALTHY = Path(__file__).parent.parent / "doctor" / "hosts" / "healthy"

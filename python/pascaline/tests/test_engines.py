@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import stat
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pascaline.engines import ENGINES, Progress, Task
+from pascaline.engines import ENGINES, Cause, Diagnosis, Engine, Launch, Progress, Task
 from pascaline.engines.base import sum_of_series
+from pascaline.engines.causes import CUDA_FAULTS, CudaError
 from pascaline.engines.client import reachable
 from pascaline.engines.llama_cpp import LlamaCppEngine
 from pascaline.engines.sglang import SglangEngine
 from pascaline.errors import ConfigurationError, MissingError
+from pascaline.gpu.devices import GpuIdentity, device_variables
 from pascaline.models.spec import ModelSpec
 from pascaline.models.store import ResolvedModel
 from pascaline.settings import Settings, contradictions
@@ -128,7 +132,18 @@ class TestSglangCommand:
         assert (environment["SGLANG_PLATFORM"], environment["CUDA_VISIBLE_DEVICES"]) == ("pascal", "")
         assert (environment["OMP_NUM_THREADS"], environment["OMP_WAIT_POLICY"]) == ("7", "PASSIVE")
         assert "CUDA_LAUNCH_BLOCKING" not in environment
-        assert "CUDA_VISIBLE_DEVICES" not in SGLANG.launch(task(device="cuda")).environment
+
+    @pytest.mark.parametrize("make", [lambda task: SGLANG.launch(task), lambda task: LLAMA_CPP.launch(task)])
+    def test_a_gpu_is_counted_as_the_plan_counts(
+        self, task: Callable[..., Task], make: Callable[[Task], Launch]
+    ) -> None:
+        """Whatever the settings say of the order: the placement has read it and names the same card."""
+        given = task(device="cuda", engine_executable=FAKE_ENGINE, environment={"CUDA_VISIBLE_DEVICES": "1"})
+        launch = make(given)
+        assert launch.environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+        assert launch.environment["CUDA_VISIBLE_DEVICES"] == "1"
+        placed = replace(given, device_variables=device_variables("cuda", [GpuIdentity(1, "GPU-b", "0000:02:00")]))
+        assert make(placed).environment["CUDA_VISIBLE_DEVICES"] == "GPU-b"
 
     def test_variables_of_the_settings_win(self, task: Callable[..., Task]) -> None:
         chosen = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "ACTIVE", "CUDA_LAUNCH_BLOCKING": "0"}
@@ -367,7 +382,7 @@ class TestExplanations:
                 "not enough memory on the device; lower mem_fraction_static, context_length or max_running_requests",
             ),
             (["RuntimeError: Not enough memory. Please try to increase --mem-fraction-static."], None),
-            (["torch.AcceleratorError: CUDA error: GPU is lost", "CUDA out of memory"], "the GPU is lost"),
+            (["pynvml.NVMLError_GpuIsLost: GPU is lost", "CUDA out of memory"], "the GPU is lost"),
             (["OSError: [Errno 98] Address already in use"], "its port is in use"),
             (
                 [
@@ -384,6 +399,42 @@ class TestExplanations:
         memory = "not enough memory on the device; lower mem_fraction_static, context_length or max_running_requests"
         assert SGLANG.explain(lines) == (memory if "Not enough memory" in "".join(lines) else expected)
 
+    @pytest.mark.parametrize("error", CUDA_FAULTS, ids=lambda error: str(error.code))
+    @pytest.mark.parametrize("engine", [SGLANG, LLAMA_CPP], ids=lambda engine: engine.name)
+    def test_cuda_faults_in_each_phrasing(self, engine: Engine, error: CudaError) -> None:
+        """torch's exception and its check at the start, ggml's two forms, and the names that the kernels write."""
+        for words in (
+            f"torch.AcceleratorError: CUDA error: {error.message}",
+            f"RuntimeError: Unexpected error from cudaGetDeviceCount(). Error {error.code}: {error.message}",
+            f"ggml_cuda_init: failed to initialize CUDA: {error.message}",
+            f"CUDA error: {error.message}",
+            f"CUDA error {error.code} ({error.names[1]})",
+        ):
+            diagnosis = engine.diagnose(["before", words, "Aborted"])
+            assert diagnosis is not None, words
+            assert diagnosis.cause is Cause.CUDA_FAULT
+            assert diagnosis.text == f"CUDA says: {error.message} ({error.names[0]}, {error.code})"
+
+    def test_other_words_are_no_cuda_fault(self) -> None:
+        for words in (
+            "an unknown error",
+            "CUDA error: an illegal memory access was encountered",
+            "CUDA graphs: unknown",
+        ):
+            assert SGLANG.diagnose([words]) is None
+        for name in ("device doesn't have valid Grid license", "invalid device context"):
+            assert SGLANG.diagnose([f"CUDA error: {name}"]) is None
+
+    def test_the_messages_are_the_installed_runtimes(self) -> None:
+        package = find_spec("nvidia.cuda_runtime")
+        if package is None or not package.submodule_search_locations:
+            pytest.skip("no CUDA runtime is installed")
+        runtime = ctypes.CDLL(str(next(Path(package.submodule_search_locations[0]).glob("lib/libcudart.so*"))))
+        runtime.cudaGetErrorString.restype = runtime.cudaGetErrorName.restype = ctypes.c_char_p
+        for error in CUDA_FAULTS:
+            assert runtime.cudaGetErrorString(error.code).decode() == error.message
+            assert runtime.cudaGetErrorName(error.code).decode() == error.names[0]
+
     def test_what_the_plugin_raised_is_said_in_its_words(self) -> None:
         lines = [
             "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 64.00 MiB.",
@@ -395,6 +446,10 @@ class TestExplanations:
         ]
         assert SGLANG.explain(lines) == 'cuda:0 ran out of memory while repacking tensor "x"; stop others'
         assert SGLANG.explain([*lines, "GPU 0: GPU is lost"]) == "the GPU is lost"
+
+    def test_what_the_plugins_kernels_raised_is_about_the_gpu(self) -> None:
+        said = "kernel q4_k_matmul failed: CUDA error 719 (CUDA_ERROR_LAUNCH_FAILED)"
+        assert SGLANG.diagnose([f"sglang_pascal.errors.KernelError: {said}"]) == Diagnosis(Cause.CUDA_FAULT, said)
 
     @pytest.mark.parametrize(
         ("line", "expected"),

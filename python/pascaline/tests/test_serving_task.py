@@ -10,7 +10,7 @@ from pascaline.configuration import load
 from pascaline.errors import DoesNotFitError, MissingError
 from pascaline.gpu.fake_nvml import fake_nvml_environment, write_scenario
 from pascaline.serving import task
-from pascaline.serving.task import local_device, plan_instance
+from pascaline.serving.task import place_instance, plan_instance
 from support.planning import LLAMA_2_7B
 
 CAPTURES = Path(__file__).parents[3] / "tests/gpu/captures"
@@ -31,46 +31,57 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Any:
 def p4_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's folder shows one P4."""
     monkeypatch.setattr(task, "installed_models", lambda: ["Tesla P4"])
-    monkeypatch.setattr(task, "detect_card", lambda: "tesla-p4")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def settings(**values: Any) -> Any:
     return load({"card": "tesla-p4"} | values, environment={}, check_host=False)
 
 
-class TestLocalDevice:
+class TestPlace:
+    @pytest.fixture(autouse=True)
+    def _all_gpus_visible(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+
     def test_the_gpu_as_nvml_shows_it(self, nvml: Any) -> None:
         nvml(CAPTURES / "tesla-p4.nvml")
-        card, memory, doubt = local_device(settings().settings, "cuda")
-        assert (card.name, memory.total_bytes, doubt) == ("tesla-p4", 8053063680, None)
+        found = place_instance(settings(device="cuda"))
+        assert (found.card.name, found.memory.total_bytes, found.notes) == ("tesla-p4", 8053063680, ())
+        assert [gpu.uuid for gpu in found.gpus] == ["GPU-00000000-0000-4000-8000-000000000004"]
 
     def test_a_gpu_without_a_profile(self, nvml: Any) -> None:
         nvml(CAPTURES / "nvidia-h100-80gb-hbm3.nvml")
-        card, memory, _ = local_device(settings().settings, "cuda")
-        assert card.name == memory.name == "H100 80GB HBM3"
-        assert card.memory_bytes == memory.total_bytes
+        found = place_instance(settings(device="cuda"))
+        assert found.card.name == found.memory.name == "H100 80GB HBM3"
+        assert found.card.memory_bytes == found.memory.total_bytes
 
+    @pytest.mark.usefixtures("p4_host")
     def test_the_profile_stands_in_where_nvml_fails(self, nvml: Any, tmp_path: Path) -> None:
         write_scenario(tmp_path / "none.nvml", "[library]\nnvmlSystemGetDriverVersion = 580.1\n")
         nvml(tmp_path / "none.nvml")
-        card, memory, doubt = local_device(settings().settings, "cuda")
-        assert (card.name, memory.total_bytes, memory.used_bytes) == ("tesla-p4", card.memory_bytes, 0)
-        assert doubt == (
+        found = place_instance(settings(device="cuda"))
+        assert (found.card.name, found.memory.total_bytes, found.memory.used_bytes) == (
+            "tesla-p4",
+            found.card.memory_bytes,
+            0,
+        )
+        assert found.notes == (
             "planned as if nothing else used the card: NVML shows no GPU: NVML counts no GPU; name a card (--card) to "
-            "plan without it"
+            "plan without it",
         )
 
     def test_neither_profile_nor_nvml(self, nvml: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_scenario(tmp_path / "none.nvml", "[library]\nnvmlSystemGetDriverVersion = 580.1\n")
         nvml(tmp_path / "none.nvml")
-        monkeypatch.setattr(task, "detect_card", lambda: None)
-        unnamed = load({"device": "cuda"}, environment={}, check_host=False).settings
+        monkeypatch.setattr(task, "installed_models", lambda: ["a card without a profile"])
         with pytest.raises(MissingError):
-            local_device(unnamed, "cuda")
+            place_instance(load({"device": "cuda"}, environment={}, check_host=False))
 
     def test_the_host(self) -> None:
-        card, memory, doubt = local_device(settings().settings, "cpu")
-        assert (card.name, memory.name, doubt) == ("cpu", "cpu", None)
+        found = place_instance(settings(device="cpu"))
+        assert (found.card.name, found.memory.name, found.notes) == ("cpu", "cpu", ())
+        assert found.variables == {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.mark.usefixtures("p4_host")

@@ -12,7 +12,7 @@ from pascaline.cli.options import add_settings_arguments, load_from_arguments
 from pascaline.errors import ConfigurationError, ExitCode, MissingError, StorageError
 from pascaline.models import store
 from pascaline.models.reader import read_model
-from pascaline.planning import make_plan, nearest_fits, refusal, request_from_settings, table
+from pascaline.planning import make_plan, nearest_fits, refusal, table
 from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
 from pascaline.planning.report import choices_table, explanation, sweep_table
 
@@ -111,20 +111,18 @@ def read_spec(configuration: Configuration) -> ModelSpec:
 
 def target(configuration: Configuration, spec: ModelSpec) -> tuple[Card, PlanRequest]:
     """Return the card and what is to be planned on it: a named card as its data describe it, else what is here."""
-    from pascaline.serving.task import choose_device, choose_dtype, local_device
+    from pascaline.planning.placement import place_on_card
+    from pascaline.planning.request import request_from_placement
+    from pascaline.serving.task import place_instance
 
     settings = configuration.settings
     if settings.card is not None and (card := load_card(settings.card)).memory_bytes:
-        device: str = "cuda" if settings.device == "auto" else settings.device
-        total, used = card.memory_bytes, 0
+        placement = place_on_card(settings, card)
     else:
-        device = choose_device(settings)
-        card, memory, doubt = local_device(settings, device)
-        if doubt:
-            print(f"pascaline plan: {doubt}", file=sys.stderr)
-        total, used = memory.total_bytes, memory.used_bytes
-    dtype = choose_dtype(settings, card.name if settings.card else None, device)
-    return card, request_from_settings(settings, spec, device=device, dtype=dtype, card_bytes=total, used_bytes=used)
+        placement = place_instance(configuration)
+        for note in placement.notes:
+            print(f"pascaline plan: {note}", file=sys.stderr)
+    return placement.card, request_from_placement(settings, spec, placement)
 
 
 def _plan(arguments: argparse.Namespace, spec: ModelSpec, card: Card, request: PlanRequest) -> int:

@@ -6,11 +6,8 @@ broken hosts are reproduced from what they reported.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
-import signal
-import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pascaline.gpu.reader import Reader
+from pascaline.programs import Output, run_program
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,23 +27,10 @@ READ_BYTES = 4 * 2**20
 """Most of one file or answer that is kept."""
 COMMAND_SECONDS = 20.0
 FETCH_SECONDS = 3.0
-KILL_SECONDS = 1.0
 SPEED_BYTES = 256 * 2**20
 """Read of a model file to measure the disk."""
 SPEED_SECONDS = 3.0
 _BLOCK_BYTES = 4 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What a program printed."""
-
-    code: int
-    """Exit code; -1 where it did not end in time."""
-    text: str
-    """Standard output."""
-    errors: str = ""
-    """Standard error."""
 
 
 @dataclass
@@ -91,7 +76,7 @@ class Machine:
 
         A program that waits in the driver cannot be killed: it is left behind, and this process goes on.
         """
-        output = _run(command, text, timeout)
+        output = run_program(command, text, timeout=timeout)
         shown = "(no such program)" if output is None else f"(exit code {output.code})\n{output.text}{output.errors}"
         self.transcript.append((f"{name}: {' '.join(command)}", shown))
         return output
@@ -112,30 +97,6 @@ class Machine:
     def read_speed(self, path: Path) -> float | None:
         """Return bytes per second of reading a file past the page cache; None where it cannot be measured."""
         return _read_speed(path)
-
-
-def _run(command: Sequence[str], text: str, timeout: float) -> Output | None:
-    try:
-        process = subprocess.Popen(
-            list(command),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-    except OSError:
-        return None
-    try:
-        out, errors = process.communicate(text, timeout)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=KILL_SECONDS)
-        return Output(-1, "", f"did not end within {timeout:g} s")
-    return Output(process.returncode, out, errors)
 
 
 def _fetch(url: str) -> str | None:

@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from pascaline.engines.causes import Cause, Diagnosis, Explanation, cuda_fault
 from pascaline.errors import ConfigurationError
+from pascaline.gpu.devices import device_variables
 
 if TYPE_CHECKING:
-    import re
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
@@ -38,6 +39,18 @@ class Task:
     runtime_dir: Path
     """Folder that only this user can read, for a file with the API key."""
     api_key: str | None = field(default=None, repr=False)
+    device_variables: Mapping[str, str] | None = None
+    """What shows the engine the GPUs that were planned for, and no other; None: those that are visible, by the bus."""
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The settings' variables and those that name the device.
+
+        On a GPU the latter come last: the placement has read the settings' and says the same in UUIDs.
+        """
+        device = device_variables(self.device) if self.device_variables is None else self.device_variables
+        own = self.settings.environment
+        return {**own, **device} if self.device == "cuda" else {**device, **own}
 
     @property
     def address(self) -> tuple[str, int]:
@@ -76,8 +89,8 @@ class Engine(ABC):
     """Whether SIGTERM lets running requests finish; else the supervisor waits for them before it sends one."""
     setting_flags: ClassVar[Mapping[str, str]]
     """The engine's own flag -> the setting that stands for it."""
-    failures: ClassVar[Sequence[tuple[re.Pattern[str], str]]]
-    """Patterns of output that explain a failed start, the most telling first, and the explanation."""
+    failures: ClassVar[Sequence[Explanation]]
+    """What explains a failure by the engine's output, the most telling first."""
 
     @abstractmethod
     def launch(self, task: Task) -> Launch:
@@ -127,10 +140,20 @@ class Engine(ABC):
         abbreviates = given.startswith("--") and given != "--"
         return next((flag for flag in self.setting_flags if abbreviates and flag.startswith(given)), None)
 
-    def explain(self, lines: Sequence[str]) -> str | None:
-        """Return in plain words why it failed, judged by its last lines; None where they are not understood."""
+    def diagnose(self, lines: Sequence[str]) -> Diagnosis | None:
+        """Return why it failed, judged by its last lines; None where they are not understood."""
         text = "\n".join(lines)
-        return next((explanation for pattern, explanation in self.failures if pattern.search(text)), None)
+        found = next((each for each in self.failures if each.pattern.search(text)), None)
+        if found is not None and found.cause is Cause.GPU_LOST:
+            return Diagnosis(found.cause, found.text)
+        if error := cuda_fault(lines):
+            return Diagnosis(Cause.CUDA_FAULT, f"CUDA says: {error.message} ({error.names[0]}, {error.code})")
+        return Diagnosis(found.cause, found.text) if found else None
+
+    def explain(self, lines: Sequence[str]) -> str | None:
+        """Return in plain words why it failed; None where its last lines are not understood."""
+        diagnosis = self.diagnose(lines)
+        return diagnosis.text if diagnosis else None
 
 
 def sum_of_series(metrics: str, name: str) -> float | None:

@@ -8,6 +8,7 @@ import shutil
 from typing import TYPE_CHECKING, ClassVar
 
 from pascaline.engines.base import VERSION_TIMEOUT_SECONDS, Engine, Launch, Progress, Task, sum_of_series
+from pascaline.engines.causes import Cause, Explanation
 from pascaline.engines.client import request
 from pascaline.errors import ConfigurationError, MissingError
 
@@ -68,14 +69,23 @@ class LlamaCppEngine(Engine):
         "--api-key": "api_key_file",
         "--api-key-file": "api_key_file",
     }
-    failures: ClassVar[Sequence[tuple[re.Pattern[str], str]]] = [
-        (
+    failures: ClassVar[Sequence[Explanation]] = [
+        Explanation(
             re.compile(r"out of memory|failed to allocate", re.IGNORECASE),
+            Cause.DEVICE_MEMORY,
             "not enough memory on the device; lower context_length or max_running_requests",
         ),
-        (re.compile(r"couldn't bind|address already in use", re.IGNORECASE), "its port is in use"),
-        (re.compile(r"unknown model architecture"), "llama.cpp does not know the model's architecture"),
-        (re.compile(r"tensor .* data is not within the file bounds|invalid magic"), "the model file is damaged"),
+        Explanation(
+            re.compile(r"couldn't bind|address already in use", re.IGNORECASE), Cause.PORT, "its port is in use"
+        ),
+        Explanation(
+            re.compile(r"unknown model architecture"), Cause.MODEL, "llama.cpp does not know the model's architecture"
+        ),
+        Explanation(
+            re.compile(r"tensor .* data is not within the file bounds|invalid magic"),
+            Cause.MODEL,
+            "the model file is damaged",
+        ),
     ]
 
     def launch(self, task: Task) -> Launch:
@@ -98,8 +108,7 @@ class LlamaCppEngine(Engine):
             arguments += ["--api-key-file", str(settings.api_key_file)]
         if settings.debug:
             arguments.append("--verbose")
-        environment = {"CUDA_VISIBLE_DEVICES": ""} if task.device == "cpu" else {}
-        return Launch((_program(task), *arguments, *settings.extra_args), environment | settings.environment)
+        return Launch((_program(task), *arguments, *settings.extra_args), task.variables)
 
     def problems(self, settings: Settings) -> list[tuple[str, str]]:
         """Return what is wrong with the extra arguments, and a type of the KV cache that llama.cpp does not have."""

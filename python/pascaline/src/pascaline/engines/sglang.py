@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, ClassVar
 
 from pascaline.engines.base import VERSION_TIMEOUT_SECONDS, Engine, Launch, Progress, Task, sum_of_series
+from pascaline.engines.causes import Cause, Diagnosis, Explanation, cuda_fault
 from pascaline.engines.client import request
 from pascaline.errors import MissingError
 
@@ -20,8 +21,6 @@ KV_DTYPES = {"auto": "auto", "fp16": "auto", "bf16": "bf16", "fp8_e5m2": "fp8_e5
 
 BITSANDBYTES = "bitsandbytes"
 """Quantisation that SGLang does itself, while it loads a folder."""
-
-GPU_LOST = "the GPU is lost"
 
 # The last line of a traceback. What the plugin raises is written for users; SGLang goes on about signals and kills.
 _PLUGIN_ERROR = re.compile(r"sglang_pascal(?:\.\w+)+: (.+)")
@@ -67,26 +66,49 @@ class SglangEngine(Engine):
         "--api-key": "api_key_file",
         "--config": "the settings of pascaline",
     }
-    failures: ClassVar[Sequence[tuple[re.Pattern[str], str]]] = [
-        (re.compile(r"GPU is lost|fallen off the bus|Unable to determine the device handle"), GPU_LOST),
-        (
+    failures: ClassVar[Sequence[Explanation]] = [
+        Explanation(
+            re.compile(r"GPU is lost|fallen off the bus|Unable to determine the device handle"),
+            Cause.GPU_LOST,
+            "the GPU is lost",
+        ),
+        Explanation(
             re.compile(r"OutOfMemoryError|CUDA out of memory|Not enough memory"),
+            Cause.DEVICE_MEMORY,
             "not enough memory on the device; lower mem_fraction_static, context_length or max_running_requests",
         ),
-        (
+        Explanation(
             # It chooses a port for its own processes at once and listens on it a minute later.
             re.compile(r"DistNetworkError.*EADDRINUSE"),
+            Cause.PORT,
             "a port that SGLang had chosen for its own processes was taken by another program; start it again",
         ),
-        (re.compile(r"address already in use", re.IGNORECASE), "its port is in use"),
-        (re.compile(r"incomplete metadata, file not fully covered"), "a safetensors file is truncated; copy it again"),
-        (
+        Explanation(re.compile(r"address already in use", re.IGNORECASE), Cause.PORT, "its port is in use"),
+        Explanation(
+            re.compile(r"incomplete metadata, file not fully covered"),
+            Cause.MODEL,
+            "a safetensors file is truncated; copy it again",
+        ),
+        Explanation(
             re.compile(r"Unsupported architectures|are not supported for now"),
+            Cause.MODEL,
             "SGLang does not know the model's architecture",
         ),
-        (re.compile(r"CUDA driver version is insufficient"), "the NVIDIA driver is too old for this torch"),
-        (re.compile(r"No module named '?sglang"), "sglang cannot be imported; see engine_executable"),
-        (re.compile(r"MemoryError|DefaultCPUAllocator: can't allocate"), "the host has too little memory"),
+        Explanation(
+            re.compile(r"CUDA driver version is insufficient"),
+            Cause.INSTALLATION,
+            "the NVIDIA driver is too old for this torch",
+        ),
+        Explanation(
+            re.compile(r"No module named '?sglang"),
+            Cause.INSTALLATION,
+            "sglang cannot be imported; see engine_executable",
+        ),
+        Explanation(
+            re.compile(r"MemoryError|DefaultCPUAllocator: can't allocate"),
+            Cause.HOST_MEMORY,
+            "the host has too little memory",
+        ),
     ]
 
     def launch(self, task: Task) -> Launch:
@@ -102,11 +124,13 @@ class SglangEngine(Engine):
         command = (python, "-m", "sglang.launch_server", *arguments, *settings.extra_args)
         return Launch(command, _environment(task))
 
-    def explain(self, lines: Sequence[str]) -> str | None:
-        """Return the plugin's own words where it raised an error, but for a GPU that is gone."""
-        explanation = super().explain(lines)
+    def diagnose(self, lines: Sequence[str]) -> Diagnosis | None:
+        """Return the plugin's own words where it raised an error, unless they or others' are about the GPU itself."""
+        found = super().diagnose(lines)
         own = [match[1] for line in lines if (match := _PLUGIN_ERROR.fullmatch(line.strip()))]
-        return own[-1] if own and explanation != GPU_LOST else explanation
+        if not own or (found is not None and found.cause is Cause.GPU_LOST):
+            return found
+        return Diagnosis(Cause.CUDA_FAULT if cuda_fault(own) else found.cause if found else Cause.OTHER, own[-1])
 
     def progress(self, metrics: str) -> Progress | None:
         """Read the counters that move on every decode step and after every prefill chunk."""
@@ -207,8 +231,6 @@ def _environment(task: Task) -> dict[str, str]:
         # Dozens of lines at every start about packages that are rightly not there.
         "PYTHONWARNINGS": "default" if task.settings.debug else "ignore",
     }
-    if task.device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
     if task.settings.debug:
         environment["CUDA_LAUNCH_BLOCKING"] = "1"
-    return environment | task.settings.environment
+    return environment | task.variables

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pascaline.control_groups import CGROUP, CGROUP_ROOT, group_folders
-from pascaline.errors import ConfigurationError, MissingError
+from pascaline.errors import MissingError
+from pascaline.gpu.devices import identity_of, visible_gpus
 from pascaline.gpu.metrics import BUS_WIDTH, GPU_MEMORY_CALLS, MAX_MEMORY_CLOCK, NAME
 from pascaline.gpu.reader import Reader
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from pascaline.gpu.reading import DeviceReading
+    from pascaline.gpu.devices import GpuIdentity
+    from pascaline.gpu.reading import Reading
 
+PCI_DEVICES = Path("/sys/bus/pci/devices")
 MEMINFO = Path("/proc/meminfo")
 TRANSFERS_PER_CYCLE = 2
 """Double data rate, of the clock that NVML tells: 2 x 3003 MHz x 256 bit is the 192 GB/s of a P4's data sheet."""
@@ -34,6 +37,8 @@ class DeviceMemory:
     """Of a GPU all that the driver reports, of the host what is available."""
     used_bytes: int = 0
     """Taken by other processes and by the driver."""
+    gpus: tuple[GpuIdentity, ...] = ()
+    """The GPUs that a process would see, this one first; empty for the host."""
 
 
 def gpu_memory(visible: str | None = None, environment: Mapping[str, str] | None = None) -> DeviceMemory:
@@ -44,23 +49,24 @@ def gpu_memory(visible: str | None = None, environment: Mapping[str, str] | None
     """
     with Reader(environment=environment) as reader:
         reading = reader.read()
-    devices = [device for device in reading.devices if device.values]
-    device = _first_visible(devices, visible)
-    if device is None:
-        if devices:
-            raise ConfigurationError(
-                f"CUDA_VISIBLE_DEVICES={visible} names none of the GPUs here, "
-                f"must be an index below {len(devices)} or a UUID"
-            )
+    return memory_of_visible(reading, visible)
+
+
+def memory_of_visible(reading: Reading, visible: str | None = None) -> DeviceMemory:
+    """Return the memory of the first GPU that a process would see, of a reading; errors as of gpu_memory."""
+    devices = {device.index: device for device in reading.devices if device.values}
+    if not devices:
         reason = reading.message or "NVML counts no GPU"
         raise MissingError(f"NVML shows no GPU: {reason}; name a card (--card) to plan without it")
+    gpus = tuple(visible_gpus([identity_of(device) for device in devices.values()], visible))
+    device = devices[gpus[0].index]
     name = str(device.values.get(NAME.key, "GPU")).removeprefix("NVIDIA ")
     for call, total_at, free_at in GPU_MEMORY_CALLS:
         values = device.values.get(call.key)
         if isinstance(values, list):
             total, free = values[total_at], values[free_at]
             if isinstance(total, int) and isinstance(free, int):
-                return DeviceMemory(name, total, total - free)
+                return DeviceMemory(name, total, total - free, gpus)
     raise MissingError(f"NVML does not tell the memory of {name}; name a card (--card) to plan without it")
 
 
@@ -79,15 +85,6 @@ def memory_bandwidth(name: str, environment: Mapping[str, str] | None = None) ->
     return None
 
 
-def _first_visible(devices: list[DeviceReading], visible: str | None) -> DeviceReading | None:
-    if visible is None:
-        return devices[0] if devices else None
-    first = visible.split(",")[0].strip()
-    # CUDA takes an index, or the beginning of a UUID.
-    found = (device for device in devices if str(device.index) == first or (first and device.uuid.startswith(first)))
-    return next(found, None)
-
-
 def host_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP, cgroup_root: Path = CGROUP_ROOT) -> DeviceMemory:
     """Return what this process may still take: MemAvailable, or less where a control group (MemoryMax) allows less."""
     lines = meminfo.read_text().splitlines()
@@ -104,3 +101,12 @@ def _cgroup_rooms(cgroup: Path, root: Path) -> list[int]:
             if limit != "max":
                 rooms.append(max(0, int(limit) - int(used)))
     return rooms
+
+
+def numa_node(address: str, devices: Path = PCI_DEVICES) -> int | None:
+    """Return the NUMA node of a GPU by its address (0000:3b:00); None where the kernel names none (it writes -1)."""
+    try:
+        node = int((devices / f"{address}.0" / "numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None

@@ -9,6 +9,7 @@ from pascaline.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from pascaline.models.spec import ModelSpec
+    from pascaline.planning.placement import Placement
     from pascaline.settings import Settings
 
 EngineName = Literal["sglang", "llama.cpp"]
@@ -100,6 +101,18 @@ def request_from_settings(
         quantization=settings.quantization,
         tensor_parallel=settings.tensor_parallel,
         pipeline_parallel=settings.pipeline_parallel,
+    )
+
+
+def request_from_placement(settings: Settings, spec: ModelSpec, placement: Placement) -> PlanRequest:
+    """Return the request of an instance that runs there; errors as of `request_from_settings`."""
+    return request_from_settings(
+        settings,
+        spec,
+        device=placement.device,
+        dtype=placement.dtype,
+        card_bytes=placement.memory.total_bytes,
+        used_bytes=placement.memory.used_bytes,
     )
 
 

@@ -17,6 +17,7 @@ from prometheus_client import (
 from pascaline import __version__
 from pascaline.gpu.processes import identify
 from pascaline.redaction import redact_labels
+from pascaline.serving.failure import FailureKind
 from pascaline.serving.health import State
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from pascaline.planning import Plan
 
 DROPPED_CAUSES = ("flood", "repeated", "unread")
-RESTART_REASONS = ("crash", "unresponsive", "gpu-lost")
 # A generation of one token: milliseconds on an idle GPU, many seconds behind a long prefill.
 PROBE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -50,7 +50,7 @@ class Metrics:
         self.restarts = Counter(
             "pascaline_engine_restarts", "Restarts of the engine", ["reason"], registry=self.registry
         )
-        for reason in RESTART_REASONS:
+        for reason in FailureKind:
             self.restarts.labels(reason)
         self.stage_seconds = self._gauge(
             "pascaline_time_to_ready_seconds", "Duration of each stage of the last start", ["stage"]

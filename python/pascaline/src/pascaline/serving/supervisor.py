@@ -22,14 +22,16 @@ from pascaline.digests import combined_sha256, shown_sha256s
 from pascaline.engines import ENGINES, Task
 from pascaline.engines.client import request
 from pascaline.errors import EngineError, ExitCode, GaveUpError, PascalineError
+from pascaline.gpu import loss
 from pascaline.models import store
 from pascaline.redaction import redact
 from pascaline.serving import ports
 from pascaline.serving.agent import create_server, serve
+from pascaline.serving.failure import Ending, Failure, FailureKind, judge
 from pascaline.serving.health import Health, Judge, State, backoff_seconds
 from pascaline.serving.metrics import Metrics
 from pascaline.serving.process import EngineProcess
-from pascaline.serving.task import make_task, plan_instance
+from pascaline.serving.task import make_task, place_instance, plan_instance
 from pascaline.serving.threads import start_in_thread
 from pascaline.units import format_bytes
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from pascaline.models.spec import ModelSpec
     from pascaline.models.store import ResolvedModel
     from pascaline.planning import Plan
+    from pascaline.planning.placement import Placement
     from pascaline.serving.console import Console
     from pascaline.serving.notify import Notifier
     from pascaline.settings import Settings
@@ -60,6 +63,8 @@ BACKOFF_SECONDS = 1.0
 BACKOFF_CAP_SECONDS = 60.0
 GPU_LOST_SECONDS = 300.0
 """Wait after the GPU is lost: restarts do not bring it back, a reset by a person does."""
+GPU_LOOK_SECONDS = 15.0
+"""Between two questions to NVML whether a lost GPU is back."""
 STUCK_SECONDS = 30.0
 """Between two looks whether a process that could not be killed has ended."""
 STABLE_SECONDS = 600.0
@@ -70,7 +75,6 @@ QUOTED_CHARACTERS = 200
 """Of an answer that is no generation, in the reason."""
 QUOTED_BYTES = 16 * 2**10
 """Of it that are looked through."""
-GPU_LOST = "the GPU is lost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,7 @@ class Supervisor:
         self._notifier = notifier
         self._engine = ENGINES[self.settings.engine]
         self._process: EngineProcess | None = None
+        self._placement: Placement | None = None
         self._api_key: str | None = None
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -185,7 +190,7 @@ class Supervisor:
             stage.note = f": sha256 {shown_sha256s(digests)}" if digests else ""
         self._record_stage("verify", stage.seconds)
         self.model = store.ResolvedModel("gguf" if digests else "huggingface", path, spec, name, digests, prepared)
-        task = make_task(self._configuration, self.model, plan, runtime_dir)
+        task = make_task(self._configuration, self.model, plan, runtime_dir, self._placement)
         self._api_key = task.api_key
         self.metrics.set_task(task, self._configuration.card)
         return task
@@ -193,7 +198,8 @@ class Supervisor:
     async def _plan(self, spec: ModelSpec) -> Plan:
         """Plan the memory; raises DoesNotFitError where it does not fit and that is not allowed."""
         with self._console.stage("plan") as stage:
-            plan: Plan = await self._in_thread(plan_instance, self._configuration, spec)
+            self._placement = await self._in_thread(place_instance, self._configuration)
+            plan: Plan = await self._in_thread(plan_instance, self._configuration, spec, self._placement)
             total, card = format_bytes(plan.total_bytes), format_bytes(plan.card_bytes)
             stage.note = f": {total} of {card} on {plan.card}, {plan.kv_tokens:,} tokens of KV cache"
         self._record_stage("plan", stage.seconds)
@@ -257,7 +263,7 @@ class Supervisor:
             await process.wait()
         self.metrics.engine_up.set(0)
         served = time.monotonic() - ready_since if ready_since is not None else 0.0
-        return served, self._failure(process, started)
+        return served, await self._failure(process, started)
 
     async def _start(self, task: Task) -> EngineProcess:
         on_dropped = partial(self.metrics.count_dropped, "flood")
@@ -392,42 +398,64 @@ class Supervisor:
             self.metrics.probe_failures.inc()
         return reason is None
 
-    def _failure(self, process: EngineProcess, started: float) -> Failure:
+    async def _failure(self, process: EngineProcess, started: float) -> Failure:
         """Put into words why the engine, started at that Unix time, is not running any more."""
-        explanation = self._engine.explain(list(process.last_lines))
-        code = process.exit_code
-        if self.health.state is State.UNRESPONSIVE:
-            text = f"the engine was unresponsive ({self.health.reason})"
-            if code is None:
-                return Failure("gpu-lost", f"{text}; {_stuck(process)}")
-            return Failure("unresponsive", f"{text} and was killed")
-        if code is None:
-            text = f"the engine was not ready within start_timeout ({self.settings.start_timeout:g} s)"
+        ending = self._ending(process, started)
+        gpus = self._placement.gpus if self._placement is not None else ()
+        return judge(ending, await self._in_thread(loss.examine, gpus, started))
+
+    def _ending(self, process: EngineProcess, started: float) -> Ending:
+        lines = list(process.last_lines)
+        silence = self.health.reason if self.health.state is State.UNRESPONSIVE else None
+        stuck = _stuck(process) if process.exit_code is None and silence is not None else None
+        not_ready = None
+        if process.exit_code is None:
+            not_ready = f"the engine was not ready within start_timeout ({self.settings.start_timeout:g} s)"
             if self.last_probe is not None and self.last_probe.at > started and not self.last_probe.ok:
-                text += f"; the last test generation: {self.last_probe.reason}"
-            return Failure("crash", text)
-        ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        last = next((line for line in reversed(process.last_lines) if line.strip()), "no output")
-        text = f"the engine ended with {ended}: {explanation or self._engine.parse_line(last)[1].strip()}"
-        return Failure("gpu-lost" if explanation == GPU_LOST else "crash", text)
+                not_ready += f"; the last test generation: {self.last_probe.reason}"
+        last = next((line for line in reversed(lines) if line.strip()), "no output")
+        return Ending(
+            exit_code=process.exit_code,
+            last_line=self._engine.parse_line(last)[1].strip(),
+            diagnosis=self._engine.diagnose(lines),
+            silence=silence,
+            stuck=stuck,
+            not_ready=not_ready,
+        )
 
     async def _pause_before_restart(self, in_a_row: int, failure: Failure) -> None:
         if self._process is not None:
             await self._process.kill()
-        if failure.kind == "gpu-lost":
-            self._change(State.GPU_LOST, failure.text)
-            wait = GPU_LOST_SECONDS
-        else:
-            self._change(State.RESTARTING, failure.text)
-            wait = backoff_seconds(in_a_row, BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
+        lost = failure.kind is FailureKind.GPU_LOST
+        self._change(State.GPU_LOST if lost else State.RESTARTING, failure.text)
+        wait = GPU_LOST_SECONDS if lost else backoff_seconds(in_a_row, BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
         self.restarts += 1
         self.metrics.restarts.labels(failure.kind).inc()
-        self._console.line("ERROR", "pascaline", f"{failure.text}; restart {in_a_row} in {wait:g} s")
-        await self._sleep(wait)
+        sooner = ", sooner if NVML reads the GPU again, later while it is lost" if lost and self._watches_gpu else ""
+        self._console.line("ERROR", "pascaline", f"{failure.text}; restart {in_a_row} in {wait:g} s{sooner}")
+        await (self._wait_for_gpu(wait) if lost else self._sleep(wait))
         # It still holds the GPU and the port: another one beside it could only fail.
         while self._process is not None and await self._process.kill() is None:
             self._change(State.GPU_LOST, _stuck(self._process))
             await self._sleep(STUCK_SECONDS)
+
+    @property
+    def _watches_gpu(self) -> bool:
+        return self._placement is not None and bool(self._placement.gpus)
+
+    async def _wait_for_gpu(self, seconds: float) -> None:
+        """Wait until NVML reads the GPU again; for `seconds` where that cannot be known."""
+        if self._placement is None or not self._placement.gpus:
+            return await self._sleep(seconds)
+        began, lost_at = time.monotonic(), time.time()
+        while True:
+            await self._sleep(GPU_LOOK_SECONDS)
+            evidence = await self._in_thread(loss.examine, self._placement.gpus, lost_at)
+            if evidence.standing is loss.Standing.WELL:
+                self._console.line("INFO", "pascaline", f"the GPU is back: {evidence.text}")
+                return None
+            if evidence.standing is not loss.Standing.LOST and time.monotonic() - began >= seconds:
+                return None
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -541,11 +569,3 @@ def _has_token(answer: bytes) -> bool:
         return int(json.loads(answer)["usage"]["completion_tokens"]) > 0
     except (ValueError, LookupError, TypeError):
         return False
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a run of the engine ended; kind is a label of the restarts metric."""
-
-    kind: str
-    text: str

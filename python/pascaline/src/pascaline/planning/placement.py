@@ -1,0 +1,201 @@
+"""Where an instance runs: which devices, in which number type, with how much free memory, on which NUMA node.
+
+`serve`, `plan` and `doctor` ask `place`, with the same questions about a host in `HostFacts`: this machine, or one that
+was recorded. What an engine is started with follows from the answer and is decided nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pascaline.cards import card_for_device, load_card, unknown_card
+from pascaline.errors import ConfigurationError, MissingError
+from pascaline.gpu.devices import BUS_ORDER, DEVICE_ORDER, VISIBLE_DEVICES, device_variables, visible_gpus
+from pascaline.gpu.memory import DeviceMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from pascaline.cards import Card
+    from pascaline.gpu.devices import GpuIdentity
+    from pascaline.settings import Settings
+
+BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+"""CPU flags with which torch multiplies bfloat16 in hardware (Linux, arch/x86/include/asm/cpufeatures.h)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostFacts:
+    """What is asked about a host. Everything is a question, so that none is asked without need."""
+
+    environment: Mapping[str, str]
+    """Of the process that starts the engine; the settings' own variables come on top."""
+    installed: Callable[[], Sequence[str]]
+    """Model names of the GPUs that the driver's folder lists, in the order of the bus."""
+    gpu_memory: Callable[[str | None], DeviceMemory]
+    """Memory of the first GPU that CUDA_VISIBLE_DEVICES leaves. MissingError where NVML cannot tell, ConfigurationError
+    where the variable leaves none."""
+    host_memory: Callable[[], DeviceMemory]
+    """What the host still has."""
+    cpu_flags: Callable[[], frozenset[str]]
+    driver_gpus: Callable[[], Sequence[GpuIdentity]] = tuple
+    """The GPUs that the driver's folder lists; asked where NVML fails."""
+    numa_node: Callable[[str], int | None] = lambda _: None
+    """NUMA node of a PCI address; None where the host has none, or does not tell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where an instance runs."""
+
+    device: str
+    """`cpu` or `cuda`."""
+    dtype: str
+    """`float16`, `bfloat16` or `float32`."""
+    card: Card
+    memory: DeviceMemory
+    """Of the device: its total, and what others use of it."""
+    gpus: tuple[GpuIdentity, ...] = ()
+    """The GPUs that the engine uses; empty on the CPU, and where neither NVML nor the driver's folder tells."""
+    numa_node: int | None = None
+    """The GPU's NUMA node; None where there is one node only, or it is not known."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """What tells the engine which devices are meant."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the plan should know about the choice."""
+
+    def to_json(self) -> dict[str, object]:
+        """Return it for `/plan` and `pascaline plan --json`."""
+        gpus = [{"index": gpu.index, "uuid": gpu.uuid, "address": gpu.address} for gpu in self.gpus]
+        return {"device": self.device, "gpus": gpus, "numa_node": self.numa_node, "variables": dict(self.variables)}
+
+
+def place(settings: Settings, card: str | None, host: HostFacts) -> Placement:
+    """Decide where an instance with these settings runs on a host. card: the profile that the settings start from.
+
+    Raises ConfigurationError where settings, variables and host contradict each other, MissingError where the GPU's
+    memory is not known at all.
+    """
+    variables = {**host.environment, **settings.environment}
+    device = choose_device(settings, host.installed, variables)
+    if device == "cpu":
+        dtype = choose_dtype(settings, card, device, host.cpu_flags)
+        return Placement(
+            device=device,
+            dtype=dtype,
+            card=load_card("cpu"),
+            memory=host.host_memory(),
+            variables=device_variables(device),
+        )
+    _check_order(variables)
+    found, memory, doubt = _gpu(settings, host, variables.get(VISIBLE_DEVICES))
+    gpus, notes = _used(settings, memory, variables.get(VISIBLE_DEVICES))
+    return Placement(
+        device=device,
+        dtype=choose_dtype(settings, card, device, host.cpu_flags),
+        card=found,
+        memory=memory,
+        gpus=gpus,
+        numa_node=host.numa_node(gpus[0].address) if gpus and gpus[0].address else None,
+        variables=device_variables(device, gpus),
+        notes=(*notes, *([doubt] if doubt else [])),
+    )
+
+
+def place_on_card(settings: Settings, card: Card) -> Placement:
+    """Return the placement on a card as its profile describes it, wherever one is: for plans without the hardware."""
+    device = "cuda" if settings.device == "auto" else settings.device
+    return Placement(
+        device=device,
+        dtype=choose_dtype(settings, card.name, device, frozenset),
+        card=card,
+        memory=DeviceMemory(card.name, card.memory_bytes),
+    )
+
+
+def choose_device(settings: Settings, installed: Callable[[], Sequence[str]], variables: Mapping[str, str]) -> str:
+    """Return cpu or cuda. A card profile means its GPU: where that is missing, it is an error, no slow success.
+
+    `auto` is the CPU where there is no GPU, and where CUDA_VISIBLE_DEVICES hides them all by name.
+    """
+    if settings.device == "cpu":
+        return "cpu"
+    visible = variables.get(VISIBLE_DEVICES)
+    hidden = visible is not None and visible.strip() in {"", "-1"}
+    if settings.device == "auto":
+        return "cpu" if hidden or not installed() else "cuda"
+    if hidden and installed():
+        raise ConfigurationError(
+            f"device: cuda is wanted, but {VISIBLE_DEVICES}={visible} hides every GPU; name one, or set device to cpu"
+        )
+    return settings.device
+
+
+def choose_dtype(settings: Settings, card: str | None, device: str, cpu_flags: Callable[[], frozenset[str]]) -> str:
+    """Return the type of the computation: float16 on a GPU, bfloat16 on a CPU that multiplies it, else float32."""
+    if settings.dtype != "auto":
+        if settings.dtype == "bfloat16" and device == "cuda" and card and load_card(card).compute_capability:
+            raise ConfigurationError(f"dtype: bfloat16 is emulated on {card}, must be one of: float16, float32")
+        return settings.dtype
+    if device == "cuda":
+        return "float16"
+    return "bfloat16" if cpu_flags() & BFLOAT16_FLAGS else "float32"
+
+
+def _check_order(variables: Mapping[str, str]) -> None:
+    """Refuse an order of the GPUs in which an index would be one card to the plan and another to the engine."""
+    order, visible = variables.get(DEVICE_ORDER), variables.get(VISIBLE_DEVICES)
+    if order is None or order == BUS_ORDER:
+        return
+    if visible is not None and all(part.strip().lower().startswith("gpu-") for part in visible.split(",")):
+        return
+    raise ConfigurationError(
+        f"{DEVICE_ORDER}={order} numbers the GPUs otherwise than the plan does, must be {BUS_ORDER} or left out; "
+        f"or name the GPU by its UUID in {VISIBLE_DEVICES} (nvidia-smi -L)"
+    )
+
+
+def _gpu(settings: Settings, host: HostFacts, visible: str | None) -> tuple[Card, DeviceMemory, str | None]:
+    """Return the first GPU that the engine sees, its memory, and why that is in doubt (None: it is not).
+
+    Where NVML fails but the card is known, its profile stands in: an instance is not to stay down because of a reading
+    that it can do without.
+    """
+    try:
+        memory = host.gpu_memory(visible)
+    except MissingError as error:
+        first = next(iter(host.installed()), None)
+        if first is None:
+            raise ConfigurationError(
+                "device: cuda is wanted, but the NVIDIA driver shows no GPU; check nvidia-smi, or set device to cpu"
+            ) from error
+        detected = card_for_device(first)
+        card = load_card(settings.card) if settings.card else detected
+        if card is None or not card.memory_bytes:
+            raise
+        stand_in = DeviceMemory(card.name, card.memory_bytes, gpus=_visible(host.driver_gpus(), visible))
+        return card, stand_in, f"planned as if nothing else used the card: {error}"
+    return card_for_device(memory.name) or unknown_card(memory.name, memory.total_bytes), memory, None
+
+
+def _visible(gpus: Sequence[GpuIdentity], visible: str | None) -> tuple[GpuIdentity, ...]:
+    """Return the GPUs that are visible among those that are known; empty where none is known."""
+    return tuple(visible_gpus(gpus, visible)) if gpus else ()
+
+
+def _used(
+    settings: Settings, memory: DeviceMemory, visible: str | None
+) -> tuple[tuple[GpuIdentity, ...], tuple[str, ...]]:
+    """Return the GPUs that the engine uses of those that it may see, and a note where that is fewer than were named."""
+    needed = settings.tensor_parallel * settings.pipeline_parallel
+    seen = memory.gpus
+    if seen and needed > len(seen):
+        raise ConfigurationError(
+            f"tensor_parallel x pipeline_parallel needs {needed} GPUs, {len(seen)} visible: "
+            f"{', '.join(map(str, seen))}; name more in {VISIBLE_DEVICES}, or set both to 1"
+        )
+    used = seen[:needed]
+    if visible is None or len(seen) == len(used):
+        return used, ()
+    return used, (f"{VISIBLE_DEVICES}={visible} shows {len(seen)} GPUs, used: {', '.join(map(str, used))}",)

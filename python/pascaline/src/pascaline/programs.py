@@ -1,0 +1,55 @@
+"""Runs another program to its end, within a time limit, and returns what it printed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+KILL_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a program printed."""
+
+    code: int
+    """Exit code; -1 where it did not end in time."""
+    text: str
+    """Standard output."""
+    errors: str = ""
+    """Standard error."""
+
+
+def run_program(command: Sequence[str], text: str = "", *, timeout: float) -> Output | None:
+    """Run a program with `text` as its standard input; None where there is no such program. timeout: seconds.
+
+    A program that waits in the driver cannot be killed: it is left behind, and this process goes on.
+    """
+    try:
+        process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError:
+        return None
+    try:
+        out, errors = process.communicate(text, timeout)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=KILL_SECONDS)
+        return Output(-1, "", f"did not end within {timeout:g} s")
+    return Output(process.returncode, out, errors)

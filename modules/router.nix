@@ -120,6 +120,20 @@ in
             cfg.metricsPort
             "--policy"
             cfg.policy
+            # An instance that drains says so at once: /health is 503 from then on, and the next look takes it out. What comes in
+            # between is refused with 503, which the router takes to another worker.
+            "--health-check-interval-secs"
+            2
+            "--health-failure-threshold"
+            1
+            "--health-success-threshold"
+            1
+            "--cb-failure-threshold"
+            2
+            "--cb-success-threshold"
+            1
+            "--cb-timeout-duration-secs"
+            5
             "--worker-urls"
           ]
           ++ cfg.workers

@@ -5,7 +5,7 @@
     fake_engine.py -m sglang_pascal prepare FILE FOLDER --known-sha256 HEX   makes a folder that it serves from
 
 Standard library only, so that it runs in a virtual machine with nothing but Python. As in SGLang a worker process
-computes and dies with the server, SIGTERM drains, `/metrics` has the series that dashboards and supervisor read, prompts
+computes and dies with the server, SIGTERM drains (and new work is refused, as our plugin has SGLang do), `/metrics` has the series that dashboards and supervisor read, prompts
 are computed one after the other and in chunks, and a server whose worker died kills itself. A token is a word.
 
 Faults are `NAME=VALUE` separated by spaces, in the variable FAKE_ENGINE_FAULTS (every run) and in the file that
@@ -117,6 +117,8 @@ ERRORS = {
 ANSWER = ("This", "is", "the", "fake", "engine.")
 """The words of every answer, from the first again after the last."""
 DEFAULT_MAX_TOKENS = 16
+RETRY_AFTER_SECONDS = 5
+"""What the plugin tells those whom it refuses."""
 HEALTH_TIMEOUT_SECONDS = 20.0
 """SGLANG_HEALTH_CHECK_TIMEOUT's default."""
 STEP_SECONDS = 0.02
@@ -460,7 +462,9 @@ class Handler(BaseHTTPRequestHandler):
         except ValueError as error:
             self._error(400, f"JSON decode error: {error}")
             return
-        if self._may_answer():
+        if self.engine.terminating.is_set() and not self.path.startswith("/fake/"):
+            self._send(503, {"error": "draining"}, extra={"Retry-After": str(RETRY_AFTER_SECONDS)})
+        elif self._may_answer():
             answers = {
                 "/v1/completions": self._completions,
                 "/v1/chat/completions": self._chat_completions,
@@ -587,7 +591,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
+        self._end_headers()
         self._event(json.dumps(self._object(kind, choice(first), None)))
         for count, word in enumerate(words, 2):
             if 0 < self.engine.faults.cut_stream_after < count:
@@ -619,12 +623,25 @@ class Handler(BaseHTTPRequestHandler):
     def _error(self, status: int, text: str) -> None:
         self._send(status, {"object": "error", "message": text, "code": status})
 
-    def _send(self, status: int, body: bytes | dict[str, Any], kind: str = "application/json") -> None:
+    def _end_headers(self) -> None:
+        if self.engine.terminating.is_set():
+            self.send_header("Connection", "close")
+        self.end_headers()
+
+    def _send(
+        self,
+        status: int,
+        body: bytes | dict[str, Any],
+        kind: str = "application/json",
+        extra: dict[str, str] | None = None,
+    ) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
+        for name, value in (extra or {}).items():
+            self.send_header(name, value)
+        self._end_headers()
         self.wfile.write(content)
 
     def handle(self) -> None:

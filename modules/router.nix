@@ -10,6 +10,7 @@ let
   cfg = config.services.pascaline.router;
   exec = import ./exec.nix { inherit lib; };
   hardening = import ./hardening.nix;
+  inherit (import ./listen.nix { inherit lib; }) openedIsReachable;
 in
 {
   imports = [ ./common.nix ];
@@ -17,12 +18,9 @@ in
   options.services.pascaline.router = {
     enable = lib.mkEnableOption "sglang-router in front of the instances";
 
-    package = mkOption {
-      type = types.package;
-      default = pkgs.pascaline-router;
-      defaultText = lib.literalExpression "pkgs.pascaline-router";
-      example = lib.literalExpression "pkgs.pascaline-engine";
-      description = "Environment whose `bin/python` can run `sglang_router.launch_router`.";
+    package = lib.mkPackageOption pkgs "pascaline-router" {
+      example = "pkgs.pascaline-engine";
+      extraDescription = "It is a Python environment whose `bin/python` can run `sglang_router.launch_router`.";
     };
 
     host = mkOption {
@@ -82,6 +80,13 @@ in
 
   config = lib.mkIf cfg.enable {
     assertions = [
+      (openedIsReachable {
+        option = "services.pascaline.router.openFirewall";
+        opened = cfg.openFirewall;
+        what = "the router";
+        inherit (cfg) host;
+        hostOption = "services.pascaline.router.host";
+      })
       {
         assertion = cfg.workers != [ ];
         message = "services.pascaline.router.workers: empty, must name at least one API, for example [ \"http://127.0.0.1:30000\" ]";

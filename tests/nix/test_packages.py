@@ -177,7 +177,7 @@ def test_modules_bring_the_packages_once(flake: Any, repository: Path) -> None:
         lib = import {STAND_INS}/nixpkgs-lib/lib;
         standIn = import {repository}/tests/nix/stand-in.nix {{ inherit lib; }};
         evaluated = lib.evalModules {{
-          modules = [ standIn.module standIn.driverModule modules.driver modules.inference modules.router ];
+          modules = [ standIn.module standIn.nixosModule modules.driver modules.inference modules.router ];
           specialArgs = {{ inherit (standIn) pkgs; }};
         }};
       in

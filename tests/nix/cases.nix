@@ -10,8 +10,6 @@
     stable = "595.84";
     vulkan_beta = "595.44.09";
   },
-  # A package as a driver's, without a version.
-  unversioned,
 }:
 let
   digest = lib.concatStrings (lib.genList (_: "ab") 32);
@@ -315,13 +313,6 @@ rec {
     teslaDriver = {
       module = branch "legacy_340";
       message = tooOld versions.legacy_340 "legacy_340";
-    };
-    # A package without a version may be anything.
-    unknownDriver = {
-      module = on {
-        hardware.nvidia.package = lib.mkForce unversioned;
-      };
-      message = tooOld "0" "legacy_580";
     };
     oldCard = {
       module = on { hardware.pascaline.driver.computeCapability = "5.2"; };

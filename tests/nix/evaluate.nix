@@ -149,7 +149,7 @@ let
           isDefault = source.isDefault or false;
         }) config.services.grafana.provision.datasources.settings.datasources;
       };
-      nvidia = {
+      nvidia = lib.optionalAttrs config.hardware.pascaline.driver.enable {
         inherit (config.hardware.nvidia) branch open nvidiaPersistenced;
       };
       variables = plain config.environment.variables;
@@ -201,10 +201,7 @@ let
       tmpfiles = config.systemd.tmpfiles.settings;
     };
 
-  cases = import ./cases.nix {
-    inherit lib;
-    inherit (standIn) unversioned;
-  };
+  cases = import ./cases.nix { inherit lib; };
 
   # What the reference page says of each of our options (support/options.py).
   textOf = value: value.text or (lib.generators.toPretty { } value);

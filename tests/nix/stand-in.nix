@@ -118,8 +118,7 @@ let
   text = name: content: builtins.unsafeDiscardStringContext (builtins.toFile name content);
 in
 {
-  # A driver's package of which no version is known.
-  unversioned = package "nvidia-x11" { };
+  inherit driverVersions;
 
   pkgs = {
     pascaline = package "pascaline" { };

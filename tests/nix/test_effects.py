@@ -176,7 +176,12 @@ class TestCloudLab:
     @pytest.mark.parametrize(
         ("case", "root", "grub", "systemd_boot"),
         [
-            ("generated", {"device": "/dev/disk/by-uuid/0b1f7c5e-5bfa-4d7b-9a2c-0e1b7f3f5a10", "fsType": "ext4"}, True, False),
+            (
+                "generated",
+                {"device": "/dev/disk/by-uuid/0b1f7c5e-5bfa-4d7b-9a2c-0e1b7f3f5a10", "fsType": "ext4"},
+                True,
+                False,
+            ),
             (
                 "generatedSystemdBoot",
                 {"device": "/dev/disk/by-uuid/0b1f7c5e-5bfa-4d7b-9a2c-0e1b7f3f5a10", "fsType": "ext4"},

@@ -45,7 +45,9 @@ def test_failing_configurations_say_why(evaluated: Any) -> None:
     assert [name for name, case in cases.items() if len(case["failed"]) > 1] == ["twoOnOneGpu", "unheardAlerts"]
 
 
-@pytest.mark.parametrize("case", ["badDigest", "badCapability", "wholeDisk", "keyInStore", "unknownOption", "halfAddress"])
+@pytest.mark.parametrize(
+    "case", ["badDigest", "badCapability", "wholeDisk", "keyInStore", "unknownOption", "halfAddress"]
+)
 def test_option_types_refuse(evaluated: Any, case: str) -> None:
     with pytest.raises(RuntimeError, match=r"is not of type|does not exist"):
         evaluated(f"typeErrors.{case}")

@@ -22,6 +22,7 @@ changes those of the running process; `GET /fake/faults` shows them.
     words=TEXT                   what it says when it crashes or answers with error_status, instead of its own words
     exit_code=N                  of a crash or load error instead of SGLang's own; negative: dies by that signal
     hang=1                       the worker stands still: no token, counters keep their values, /metrics answers
+    lose_answers=1               the worker computes and its counters move, and no answer leaves: a stopped detokenizer
     mute=1                       connections are accepted and nothing is answered
     prefill_tokens_per_second=N  speed for prompts
     decode_tokens_per_second=N   speed for answers, for each request
@@ -144,6 +145,7 @@ class Faults:
     words: str = ""
     exit_code: int | None = None
     hang: int = 0
+    lose_answers: int = 0
     mute: int = 0
     prefill_tokens_per_second: float = 20_000.0
     decode_tokens_per_second: float = 500.0
@@ -253,6 +255,8 @@ class Metrics:
         self._request_labels = f'engine_type="unified",model_name="{model_name}"'
         self._labels = f'{self._request_labels},moe_ep_rank="0",pp_rank="0",tp_rank="0"'
         self.realtime = {"prefill_compute": 0, "decode": 0}
+        self.prompts = 0
+        self.idle_seconds = 0.0
         self.prompt_tokens = {"false": 0, "true": 0}
         self.generation_tokens = {"false": 0, "true": 0}
         self.requests = {"false": 0, "true": 0}
@@ -284,6 +288,10 @@ class Metrics:
         yield "# TYPE sglang:realtime_tokens_total counter"
         for mode, value in self.realtime.items():
             yield f'sglang:realtime_tokens_total{{{self._labels},mode="{mode}"}} {float(value)}'
+        yield "# TYPE sglang:queue_time_seconds histogram"
+        yield f"sglang:queue_time_seconds_count{{{self._labels}}} {float(self.prompts)}"
+        yield "# TYPE sglang:scheduler_idle_seconds_total counter"
+        yield f"sglang:scheduler_idle_seconds_total{{{self._labels}}} {self.idle_seconds}"
         by_request = {
             "prompt_tokens": self.prompt_tokens,
             "generation_tokens": self.generation_tokens,
@@ -324,6 +332,7 @@ class Engine:
         """Requests whose answer has not been sent whole."""
         self.received = 0
         self.used_tokens = 0
+        self._idle_from = time.monotonic()
         self._turn = threading.Condition()
         self._counting = threading.Lock()
         self._prefill = threading.Lock()
@@ -337,18 +346,28 @@ class Engine:
             self._compute_prompt(prompt_tokens)
             for position in range(max_tokens):
                 self._step(1 / self.faults.decode_tokens_per_second)
+                if self.faults.lose_answers:
+                    with self._counting:
+                        self.metrics.realtime["decode"] += 1
+                    continue
                 now = time.monotonic()
                 with self._counting:
                     self.metrics.token(streaming, position, now - last)
                 last = now
                 yield ANSWER[position % len(ANSWER)]
-            with self._counting:
-                self.metrics.request(streaming, prompt_tokens, max_tokens, last - start)
+            if not self.faults.lose_answers:
+                with self._counting:
+                    self.metrics.request(streaming, prompt_tokens, max_tokens, last - start)
         finally:
             with self._turn:
                 self.running -= 1
+                if self.running == 0:
+                    self._idle_from = time.monotonic()
                 self.used_tokens -= prompt_tokens
                 self._turn.notify_all()
+        # The worker is done with it, and the client waits.
+        while self.faults.lose_answers:
+            time.sleep(STEP_SECONDS)
 
     def _admit(self, prompt_tokens: int) -> None:
         limit = self.arguments.max_queued_requests
@@ -359,6 +378,9 @@ class Engine:
             self.queued += 1
             self._turn.wait_for(lambda: self.running < self.arguments.max_running_requests)
             self.queued -= 1
+            self.metrics.prompts += 1
+            if self.running == 0:
+                self.metrics.idle_seconds += time.monotonic() - self._idle_from
             self.running += 1
             self.used_tokens += prompt_tokens
 

@@ -29,10 +29,7 @@
         overlays = [ overlay ];
         config = unfree.driver;
       };
-      modules = [
-        self.nixosModules.default
-        ./hosts/common.nix
-      ];
+      modules = [ self.nixosModules.default ];
       fleetLib = import ./hosts { inherit lib; };
       fleet = import ./hosts/fleet.nix;
       colmenaHive =
@@ -76,7 +73,6 @@
             inference = ./modules/inference.nix;
             models = ./modules/models.nix;
             monitoring = ./modules/monitoring;
-            network = ./modules/network.nix;
             router = ./modules/router.nix;
           };
 

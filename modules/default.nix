@@ -8,7 +8,6 @@
     ./inference.nix
     ./models.nix
     ./monitoring
-    ./network.nix
     ./router.nix
   ];
 }

@@ -13,7 +13,7 @@ let
     '';
   cases = import ./cases.nix {
     inherit lib;
-    versions = lib.mapAttrs (_: driver: driver.version or null) pkgs.linuxPackages.nvidiaPackages;
+    newest = pkgs.linuxPackages.nvidiaPackages.stable.version;
   };
 
   system =

@@ -353,6 +353,16 @@ class TestCommand:
             f"pascaline models: {path} has sha256 {found}, which is not the expected"
         )
 
+    def test_a_model_that_no_engine_serves(self, store: Path, tmp_path: Path) -> None:
+        """`verify` judges a file as serve does: the checksum says only that it is the one that came."""
+        path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "Q8_0", metadata={"llama.rope.scaling.type": "su"})
+        added = add(store, "emily", str(path), hashlib.sha256(path.read_bytes()).hexdigest()).path
+        done = self.run(store, "verify")
+        assert done.returncode == 3
+        assert done.stderr.splitlines()[-1].startswith(
+            f'pascaline models: {added}: engine sglang cannot serve it: "llama.rope.scaling.type" is "su", which is not'
+        )
+
     def test_dry_run_deletes_nothing(self, store: Path, model: Path) -> None:
         """gc first shows what it would do."""
         add(store, "old", str(model))

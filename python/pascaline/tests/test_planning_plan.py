@@ -14,9 +14,9 @@ from pascaline.cards import Card, card_names, load_card, unknown_card
 from pascaline.configuration import load
 from pascaline.engines import ENGINES, Task
 from pascaline.errors import ConfigurationError
-from pascaline.models.spec import ModelSpec
+from pascaline.models.spec import ModelSpec, TensorSpec
 from pascaline.models.store import ResolvedModel
-from pascaline.planning import PlanRequest, make_plan, nearest_fits, other_engine_fits, request_from_settings
+from pascaline.planning import PlanRequest, make_plan, nearest_fits, request_from_settings
 from pascaline.planning.mixtures import MIXTURES, requantized
 from pascaline.planning.nearest import longest_context
 from pascaline.planning.plan import SHORTEST_CONTEXT
@@ -241,27 +241,14 @@ class TestEngines:
             request(engine="llama.cpp", kv_dtype="fp8_e5m2")
         assert str(caught.value) == ("kv_cache.dtype: llama.cpp has no 'fp8_e5m2', must be one of: fp16, bf16, int8")
 
-    def test_an_architecture_that_the_plugin_lacks_is_noted(self) -> None:
-        plan = make_plan(replace(QWEN_3_4B, architecture="mamba"), P4, request())
+    def test_a_type_without_kernels_is_noted_with_what_it_costs(self) -> None:
+        tensors = (TensorSpec("token_embd.weight", (1024, 4096), "IQ4_XS", 1024 * 4096 // 256 * 136),)
+        plan = make_plan(replace(QWEN_3_4B, tensors=tensors, tied_embeddings=True), P4, request())
         assert plan.notes[-1] == (
-            "sglang-pascal does not serve the architecture 'mamba', only: gemma2, gemma3, llama, qwen2, qwen3; "
-            "engine llama.cpp may"
+            "IQ4_XS has no kernels here and is held as float16: 8.00 MiB on the card for 2.12 MiB in the file; quantise "
+            "the model to Q4_K_M or Q8_0, or take engine llama.cpp, which computes with IQ4_XS as it is"
         )
-
-
-class TestOtherEngine:
-    def test_an_engine_that_fits_is_named_beside_the_nearest_settings(self) -> None:
-        """On a CPU SGLang widens the weights of a 7B to 27 GB; llama.cpp computes with the 4 GB of the file."""
-        cpu = load_card("cpu")
-        asked = request(cpu, card_bytes=16 << 30, device="cpu", dtype="float32", kv_dtype="fp32")
-        assert not make_plan(LLAMA_2_7B, cpu, asked).fits
-        [change] = other_engine_fits(Settings(device="cpu", context_length=4096), LLAMA_2_7B, cpu, asked)
-        assert change.settings == {"engine": "llama.cpp"}
-        assert change.sentence.startswith("engine llama.cpp: 16,384 tokens of KV cache, ")
-
-    def test_an_engine_that_does_not_fit_either_is_not_named(self) -> None:
-        asked = request(P4, card_bytes=2 << 30)
-        assert other_engine_fits(Settings(context_length=4096), LLAMA_2_7B, P4, asked) == []
+        assert not any("IQ4_XS" in note for note in make_plan(QWEN_3_4B, P4, request(engine="llama.cpp")).notes)
 
 
 class TestCards:

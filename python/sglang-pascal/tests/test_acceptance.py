@@ -200,6 +200,22 @@ def test_a_base_that_the_file_does_not_give_is_llama_cpps_and_noted():
     assert verdict.notes == ["the file does not say, so llama.cpp's defaults are taken: llama.rope.freq_base 10000"]
 
 
+def test_gemma2s_caps_and_window_have_llama_cpps_defaults():
+    metadata, tensors = whole("gemma2")
+    for key in WINDOW | {"attn_logit_softcapping": 50.0}:
+        del metadata[f"gemma2.{key}"]
+    assert accept(Header(metadata, tensors)).defaults == [
+        "gemma2.attention.sliding_window 4096",
+        "gemma2.attn_logit_softcapping 50",
+        "gemma2.final_logit_softcapping 30",
+    ]
+
+
+def test_gemma3s_window_has_none():
+    found = refusals(drop=("gemma3.attention.sliding_window",), architecture="gemma3")
+    assert found == 'metadata key "gemma3.attention.sliding_window" is missing; convert the model again'
+
+
 class TestVocabulary:
     @pytest.mark.parametrize("merges", [None, [], Unread("array", 0, "string")])
     def test_merges_that_are_missing_or_empty(self, merges):

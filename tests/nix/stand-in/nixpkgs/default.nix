@@ -18,9 +18,7 @@ import "@corepkgs@" (
         statix = final.gnugrep;
         deadnix = final.gnugrep;
         prometheus.cli = final.gnugrep;
-        linuxPackages.nvidiaPackages =
-          final.lib.mapAttrs (_: version: { inherit version; })
-            (import "@repository@/tests/nix/stand-in.nix" { inherit (final) lib; }).driverVersions;
+        linuxPackages.nvidiaPackages.stable.version = "595.84";
         nixosOptionsDoc = _: { optionsCommonMark = final.gnugrep; };
         # Evaluates every node, and fails where an assertion does.
         testers.runNixOSTest =

@@ -22,7 +22,7 @@ DESCRIPTION = """Keep model files: downloaded, verified, listed, deleted.
   pascaline models add emily https://models.example.org/emily.Q4_K_M.gguf --sha256 2f3c…
   pascaline models add emily /data/emily.Q4_K_M.gguf --sha256 2f3c…
   pascaline models list
-  pascaline models verify [NAME]             read the files again and compare their checksums
+  pascaline models verify [NAME]             read the files again, compare their checksums, judge them as serve
   pascaline models remove NAME
   pascaline models gc [--keep NAME …]        delete what nothing needs; --dry-run only shows it
 
@@ -122,7 +122,32 @@ def _verify(arguments: argparse.Namespace, store: Path) -> int:
     changed = [entry for entry in found if entry.state == "changed"]
     for entry in changed:
         print(f"pascaline models: {entry.path} has sha256 {entry.sha256}, which is not the expected", file=sys.stderr)
-    return ExitCode.MODEL if changed else ExitCode.OK
+    refused = _refused([entry for entry in found if entry.state != "changed"])
+    for path, sentence in refused.items():
+        print(f"pascaline models: {path}: {sentence}", file=sys.stderr)
+    return ExitCode.MODEL if changed or refused else ExitCode.OK
+
+
+def _refused(found: list[Entry]) -> dict[Path, str]:
+    """Files that no engine here serves as they are, with the reason; one of another architecture may be llama.cpp's."""
+    from pascaline.errors import ModelError
+    from pascaline.models.accept import judge
+    from pascaline.models.architectures import SGLANG_GGUF
+    from pascaline.models.reader import read_model
+
+    refused: dict[Path, str] = {}
+    for entry in found:
+        if entry.path.suffix != ".gguf":
+            continue
+        try:
+            spec = read_model(entry.path)
+        except ModelError as error:
+            refused[entry.path] = str(error)
+            continue
+        engine = "sglang" if spec.architecture in SGLANG_GGUF else "llama.cpp"
+        if sentence := judge(spec, engine).sentence:
+            refused[entry.path] = f"engine {engine} cannot serve it: {sentence}"
+    return refused
 
 
 def _print(arguments: argparse.Namespace, found: list[Entry], nothing: str) -> int:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pascaline.cards import load_card
 from pascaline.cli.options import add_settings_arguments, load_from_arguments
-from pascaline.errors import ConfigurationError, ExitCode, MissingError, StorageError
+from pascaline.errors import ConfigurationError, ExitCode, MissingError, ModelError, StorageError
 from pascaline.models import store
+from pascaline.models.accept import judge
 from pascaline.models.reader import read_model
-from pascaline.planning import make_plan, nearest_fits, other_engine_fits, refusal, table
+from pascaline.planning import make_plan, nearest_fits, refusal, table
 from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
 from pascaline.planning.report import choices_table, explanation, sweep_table
 
@@ -70,14 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="Q4_K_M",
         help="with --optimize: the coarsest quantisation that is good enough (default: %(default)s)",
     )
-    parser.add_argument(
-        "--picture",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="draw the card's memory into a .svg or .png file; may be given several times",
-    )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the card's memory into a .svg or .png file")
     add_settings_arguments(parser)
 
 
@@ -95,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _optimize(arguments, spec, card, request)
     if arguments.sweep:
         return _sweep(arguments, spec, card, request)
-    return _plan(arguments, configuration, spec, card, request)
+    return _plan(arguments, spec, card, request)
 
 
 def _check_kinds(arguments: argparse.Namespace) -> None:
@@ -132,21 +127,18 @@ def target(configuration: Configuration, spec: ModelSpec) -> tuple[Card, PlanReq
     return placement.card, request_from_placement(settings, spec, placement)
 
 
-def _plan(
-    arguments: argparse.Namespace, configuration: Configuration, spec: ModelSpec, card: Card, request: PlanRequest
-) -> int:
+def _plan(arguments: argparse.Namespace, spec: ModelSpec, card: Card, request: PlanRequest) -> int:
+    verdict = judge(spec, request.engine)
     plan = make_plan(spec, card, request)
-    changes = []
-    if not plan.fits:
-        changes = nearest_fits(spec, card, request)
-        changes += other_engine_fits(configuration.settings, spec, card, request)
-    for picture in arguments.picture:
-        draw(plan, picture)
+    changes = [] if plan.fits else nearest_fits(spec, card, request)
+    plan = replace(plan, refusals=tuple(verdict.refusals), notes=(*plan.notes, *verdict.notes))
+    if arguments.picture:
+        draw(plan, arguments.picture)
     if arguments.json:
-        nearest = {} if plan.fits else {"nearest": [change.to_json() for change in changes]}
+        nearest = {} if not plan.reasons else {"nearest": [change.to_json() for change in changes]}
         print(json.dumps(plan.to_json() | nearest, indent=2))
         return _code([plan])
-    print(table(plan) if plan.fits else refusal(plan, changes))
+    print(refusal(plan, changes) if plan.reasons else table(plan))
     if plan.fits:
         print(f"\nflags of {request.engine}: {' '.join(plan.engine_args)}")
     if arguments.explain:
@@ -157,6 +149,7 @@ def _plan(
 def _sweep(arguments: argparse.Namespace, spec: ModelSpec, card: Card, request: PlanRequest) -> int:
     from pascaline.planning.search import sweep
 
+    _require_served(spec, request)
     plans = sweep(spec, card, request, arguments.sweep)
     if arguments.json:
         print(json.dumps([plan.to_json() for plan in plans], indent=2))
@@ -169,6 +162,7 @@ def _sweep(arguments: argparse.Namespace, spec: ModelSpec, card: Card, request: 
 def _optimize(arguments: argparse.Namespace, spec: ModelSpec, card: Card, request: PlanRequest) -> int:
     from pascaline.planning.search import optimize
 
+    _require_served(spec, request)
     choices = optimize(spec, card, request, arguments.optimize, PERPLEXITY_LOSS[arguments.min_quant] + KV_ALLOWANCE)
     if arguments.json:
         print(json.dumps([choice.to_json() for choice in choices], indent=2))
@@ -183,7 +177,15 @@ def _optimize(arguments: argparse.Namespace, spec: ModelSpec, card: Card, reques
     return ExitCode.OK if choices else ExitCode.DOES_NOT_FIT
 
 
+def _require_served(spec: ModelSpec, request: PlanRequest) -> None:
+    """Raise ModelError where the engine would refuse the model under all settings that many plans could try."""
+    if refusals := judge(spec, request.engine).sentence:
+        raise ModelError(f"{spec.name or spec.architecture}: {refusals}")
+
+
 def _code(plans: list[Plan]) -> ExitCode:
+    if plans and all(plan.refusals for plan in plans):
+        return ExitCode.MODEL
     return ExitCode.OK if any(plan.fits for plan in plans) else ExitCode.DOES_NOT_FIT
 
 

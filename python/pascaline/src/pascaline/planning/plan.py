@@ -6,11 +6,17 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pascaline.models.architectures import SGLANG_GGUF, SGLANG_HUGGING_FACE
 from pascaline.planning.kv_cache import Pool, kv_bytes_per_token, llama_pool, sglang_pool, sglang_tokens
 from pascaline.planning.memory import Part, dynamic_parts, static_parts
 from pascaline.planning.speed import Speed, estimate_speed
-from pascaline.planning.weights import Weights, weights_on_device
+from pascaline.planning.weights import (
+    DENSE,
+    DTYPE_TYPES,
+    Weights,
+    residence,
+    stays_quantized,
+    weights_on_device,
+)
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
@@ -26,6 +32,8 @@ SHORTEST_CONTEXT = 16
 """Shortest context that can be set; a test holds it against the settings."""
 MAX_FRACTION = 0.98
 """Highest mem_fraction_static that is passed on: a little must stay for what no plan knows."""
+WITH_KERNELS = "Q4_K_M or Q8_0"
+"""Mixtures that the notes name: the usual small one, and the largest, whose types all have kernels."""
 RESIDENT_FIRST = ("context", "process")
 """Parts that are there before SGLang measures what is free; its memory fraction is of the rest."""
 
@@ -57,11 +65,13 @@ class Plan:
     """Of it the matrices, by the type in which the engine holds them (Q4_K, F16, NF4)."""
     speed: Speed | None
     """None where the card's data say nothing of its speed."""
+    refusals: tuple[str, ...] = ()
+    """Why the engine would refuse the model whatever memory there is, one sentence each."""
 
     @property
     def fits(self) -> bool:
         """Whether the engine can be started and can serve a request of the whole context."""
-        return not self.reasons
+        return not self.reasons and not self.refusals
 
     def part(self, key: str) -> int:
         """Bytes of one part, 0 where the plan has no such part."""
@@ -108,6 +118,7 @@ class Plan:
         return {
             "fits": self.fits,
             "reasons": list(self.reasons),
+            "refusals": list(self.refusals),
             "notes": list(self.notes),
             "model": self.model,
             "card": self.card,
@@ -269,15 +280,27 @@ def _notes(spec: ModelSpec, request: PlanRequest, pool: Pool, weights: Weights) 
         )
     if spec.context_length and request.context_length > spec.context_length:
         notes.append(f"the model was made for {spec.context_length:,} tokens")
-    served = SGLANG_GGUF if spec.format == "gguf" else SGLANG_HUGGING_FACE
-    if request.engine == "sglang" and spec.architecture not in served:
-        notes.append(
-            f"sglang-pascal does not serve the architecture {spec.architecture!r}, only: {', '.join(served)}; "
-            "engine llama.cpp may"
-        )
     if weights.host_bytes:
         notes.append(f"{format_bytes(weights.host_bytes)} of input embedding stay in the host's memory")
-    return notes
+    return notes + _expanded(spec, request)
+
+
+def _expanded(spec: ModelSpec, request: PlanRequest) -> list[str]:
+    """One sentence for each type of matrices that sglang-pascal holds as float16 for want of kernels."""
+    if request.engine != "sglang" or not stays_quantized(spec, request):
+        return []
+    sizes: dict[str, tuple[int, int]] = {}
+    for tensor in spec.tensors:
+        held = residence(tensor, spec, request)
+        if len(tensor.shape) > 1 and held.tensor_type == DENSE and tensor.tensor_type not in DTYPE_TYPES.values():
+            in_file, on_card = sizes.get(tensor.tensor_type, (0, 0))
+            sizes[tensor.tensor_type] = in_file + tensor.n_bytes, on_card + held.n_bytes
+    return [
+        f"{kind} has no kernels here and is held as float16: {format_bytes(on_card)} on the card for "
+        f"{format_bytes(in_file)} in the file; quantise the model to {WITH_KERNELS}, or take engine llama.cpp, which "
+        f"computes with {kind} as it is"
+        for kind, (in_file, on_card) in sorted(sizes.items())
+    ]
 
 
 def _place(request: PlanRequest) -> str:

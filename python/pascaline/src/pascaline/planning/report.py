@@ -54,6 +54,7 @@ def table(plan: Plan) -> str:
     ]
     if plan.fits:
         lines.append(f"fits: a KV cache of {plan.kv_tokens:,} tokens, {format_bytes(plan.kv_bytes_per_token)} each")
+    lines += [f"cannot be served: {reason}" for reason in plan.refusals]
     lines += [f"does not fit: {reason}" for reason in plan.reasons]
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join([*lines, *_speed_lines(plan)])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from sglang_pascal.checkpoint.acceptance.dimensions import one_for_all
+from sglang_pascal.checkpoint.acceptance.keys import DEFAULTS
 from sglang_pascal.checkpoint.acceptance.rope import DEFAULT_BASE, RopeError, rope_scaling
 from sglang_pascal.checkpoint.acceptance.vocabulary import end_ids, special_id
 from sglang_pascal.checkpoint.architectures import ROPE_FACTORS, Architecture, architecture_of
@@ -39,6 +40,7 @@ class _Metadata:
     prefix: str
 
     def get(self, key: str, default: Any = None) -> Any:
+        default = DEFAULTS.get(self.prefix, {}).get(key, default)
         return self.values.get(f"{self.prefix}.{key}", default)
 
     def require(self, key: str) -> Any:

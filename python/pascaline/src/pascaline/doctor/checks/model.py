@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pascaline.digests import shown_sha256s
 from pascaline.doctor.verdicts import Checks, Remedy, Result, failure, info, ok, skipped, warning
-from pascaline.models.architectures import SGLANG_GGUF, SGLANG_HUGGING_FACE
+from pascaline.models.accept import judge
 from pascaline.models.store import checksum_problem
 from pascaline.units import format_bytes
 
@@ -41,22 +41,20 @@ def _model_format(host: Host) -> Result:
 
 @check(
     "model-architecture",
-    "The engine knows the model's architecture",
-    "use a model of a supported architecture, or the engine llama.cpp",
+    "The engine serves the model as its file says",
+    "bring the file here again, use a model of a supported architecture, or the engine llama.cpp",
     command="pascaline config show --engine llama.cpp",
     option='services.pascaline.instances.<name>.settings.engine = "llama.cpp";',
 )
 def _model_architecture(host: Host) -> Result:
-    """Compares the header's architecture with those that the plugin loads."""
+    """Asks what serve asks before it starts the engine: an architecture that the plugin loads, every tensor of it in
+    its shape, no metadata key that is unknown, and all that the tokenizer needs."""
     spec, settings = host.model.spec, host.settings
     if spec is None or settings is None:
         return skipped(_CANNOT)
-    if settings.engine == "llama.cpp":
-        return ok(f"{spec.architecture}; llama.cpp decides")
-    known = SGLANG_GGUF if spec.format == "gguf" else SGLANG_HUGGING_FACE
-    if spec.architecture in known:
-        return ok(spec.architecture)
-    return failure(f"unsupported architecture {spec.architecture!r}, must be one of: {', '.join(known)}")
+    if refusals := judge(spec, settings.engine).sentence:
+        return failure(refusals)
+    return ok(f"{spec.architecture}; llama.cpp decides" if settings.engine == "llama.cpp" else spec.architecture)
 
 
 @check(

@@ -120,6 +120,12 @@ ARCHITECTURE_KEYS: Final[dict[str, dict[str, Key]]] = {
     },
 }
 """By architecture: the keys that start with its name, without it."""
+DEFAULTS: Final[dict[str, dict[str, float]]] = {
+    "gemma2": {"attention.sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+}
+"""What llama.cpp's loader takes where a file of the architecture does not say (llama-model.cpp, llama-hparams.h)."""
+REQUIRED: Final[dict[str, tuple[str, ...]]] = {"gemma3": ("attention.sliding_window",)}
+"""Keys of an architecture, beside the sizes of all, that have no default."""
 SAME_AS_HEAD: Final = (
     "attention.value_length",
     "rope.dimension_count",
@@ -186,6 +192,12 @@ def check_keys(header: Header, architecture: str, verdict: Verdict) -> None:
             _check_value(key, known, value, verdict)
         elif key.startswith((f"{architecture}.", *NAMESPACES)):
             verdict.refuse(_unknown(key))
+    for key in REQUIRED.get(architecture, ()):
+        if f"{architecture}.{key}" not in header.metadata:
+            verdict.refuse(f'metadata key "{architecture}.{key}" is missing; convert the model again')
+    for key, value in DEFAULTS.get(architecture, {}).items():
+        if f"{architecture}.{key}" not in header.metadata:
+            verdict.default(f"{architecture}.{key}", f"{value:g}")
 
 
 def _known(key: str, architecture: str) -> Key | None:

@@ -29,7 +29,10 @@
         overlays = [ overlay ];
         config = unfree.driver;
       };
-      modules = [ self.nixosModules.default ];
+      modules = [
+        self.nixosModules.default
+        ./hosts/common.nix
+      ];
       fleetLib = import ./hosts { inherit lib; };
       fleet = import ./hosts/fleet.nix;
       colmenaHive =
@@ -73,6 +76,7 @@
             inference = ./modules/inference.nix;
             models = ./modules/models.nix;
             monitoring = ./modules/monitoring;
+            network = ./modules/network.nix;
             router = ./modules/router.nix;
           };
 

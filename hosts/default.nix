@@ -4,9 +4,12 @@ let
   agentPort = 30001;
   enginePort = 30000;
   exporterPort = 9836;
+  routerPort = 30080;
+  grafanaPort = 3000;
 
   hostDefaults = {
     address = null;
+    network = null;
     profile = null;
     gpu = null;
     instances = [ ];
@@ -18,7 +21,11 @@ let
     instances = { };
     alertWebhook = null;
     apiKeyFile = null;
+    clients = null;
+    grafanaClients = [ ];
+    grafanaPasswordFile = null;
   };
+  everyone = "everyone";
   # What a profile's hardware has without being told.
   profileGpus.c240g5 = {
     card = "tesla-p100";
@@ -37,6 +44,63 @@ let
     what: allowed: names:
     map (name: "fleet: ${what} '${name}', ${oneOf allowed}") (lib.subtractLists allowed names);
 
+  # Where a host's address comes from: its network, or the interface that is given it.
+  networkProblems =
+    name: host:
+    let
+      interface = "the interface that gets it, for example { name = \"enp94s0f0\"; } (or mac, or driver; \"ip -brief link\" on the host lists them)";
+    in
+    if host.network == null then
+      [
+        "fleet: host ${name} has no network, must say where its address ${toString host.address} comes from: \"dhcp\" where the network hands it out, else ${interface}"
+      ]
+    else if lib.isAttrs host.network then
+      unknown "network of host ${name} has an unknown key" [ "driver" "mac" "name" "prefixLength" ] (
+        lib.attrNames host.network
+      )
+    else
+      lib.optional (
+        host.network != "dhcp"
+      ) "fleet: host ${name} has network '${toString host.network}', must be \"dhcp\", or ${interface}";
+
+  # Who may use a service: a list of addresses and networks, or everyone.
+  sourceProblems =
+    key: sources:
+    map
+      (
+        source:
+        "fleet: ${key} has '${toString source}', must be IPv4 addresses or networks, for example [ \"10.0.0.0/8\" ], or \"everyone\""
+      )
+      (
+        lib.filter (source: builtins.match "[0-9]+(\\.[0-9]+){3}(/[0-9]+)?" (toString source) == null) (
+          if
+            lib.elem sources [
+              null
+              everyone
+            ]
+          then
+            [ ]
+          else
+            lib.toList sources
+        )
+      );
+  clientProblems =
+    fleet:
+    let
+      routers = lib.attrNames (withRole "router" (complete fleet));
+    in
+    sourceProblems "clients" fleet.clients
+    ++ sourceProblems "grafanaClients" fleet.grafanaClients
+    ++
+      lib.optional (routers != [ ] && fleet.clients == null)
+        "fleet: host ${lib.head routers} has role router and no clients are declared, must say who may use it: clients = [ \"10.0.0.0/8\" ], or \"everyone\" (with apiKeyFile), or [ ] for that host alone"
+    ++ lib.optional (
+      fleet.clients == everyone && fleet.apiKeyFile == null
+    ) "fleet: clients are everyone, must have an API key; set apiKeyFile"
+    ++
+      lib.optional (fleet.grafanaClients != [ ] && fleet.grafanaPasswordFile == null)
+        "fleet: grafanaClients are declared, must have a password of your own; set grafanaPasswordFile, a file on the monitoring host that grafana can read";
+
   problemsOfHost =
     fleet: addresses: name: host:
     let
@@ -52,6 +116,7 @@ let
     ++
       lib.optional (builtins.match "[0-9]+(\\.[0-9]+){3}" (toString host.address) == null)
         "fleet: host ${name} has address '${toString host.address}', must be an IPv4 address, for example 10.10.1.1"
+    ++ networkProblems name host
     ++ lib.optional (
       host.address != null && lib.count (address: address == host.address) addresses > 1
     ) "fleet: address ${host.address} of host ${name} is used twice"
@@ -87,6 +152,7 @@ let
         ) (lib.intersectLists [ "port" "agent_port" ] (lib.attrNames (instance.settings or { })))
       ) (fleet.instances or { })
     )
+    ++ clientProblems (fleetDefaults // fleet)
     ++ lib.concatLists (lib.mapAttrsToList (problemsOfHost fleet addresses) hosts);
 
   profilePath = profile: ./profiles + "/${profile}.nix";
@@ -125,7 +191,7 @@ let
     workers = map (engine: "http://${engine.address}") engines;
   };
 
-  # Metrics to the monitoring hosts, APIs to the routers, and to nobody else.
+  # Metrics to the monitoring hosts, APIs to the routers, the router and Grafana to their clients, and nothing to anyone else.
   firewallRules =
     fleet: host:
     let
@@ -137,6 +203,13 @@ let
           "ip saddr { ${lib.concatStringsSep ", " sources} } tcp dport { ${
             lib.concatMapStringsSep ", " toString ports
           } } accept\n";
+      # A rule each: networks that overlap may not stand in one set. Everyone is let in by the service's own openFirewall.
+      acceptClients =
+        role: clients: port:
+        lib.optionalString (lib.elem role host.roles && lib.isList clients) (
+          lib.concatMapStrings (client: accept [ client ] [ port ]) clients
+        );
+      inherit (fleetDefaults // fleet) clients grafanaClients;
       instances = instancesOf host;
       metricPorts =
         lib.concatMap (i: [
@@ -146,7 +219,15 @@ let
         ++ lib.optional (host.gpu != null) exporterPort;
     in
     accept (addressesOf "monitoring") metricPorts
-    + accept (addressesOf "router") (map (i: i.port) instances);
+    + accept (addressesOf "router") (map (i: i.port) instances)
+    + acceptClients "router" clients routerPort
+    + acceptClients "monitoring" grafanaClients grafanaPort;
+
+  # How a service listens that these clients may use.
+  listensFor = clients: {
+    host = if clients == [ ] then "127.0.0.1" else "0.0.0.0";
+    openFirewall = clients == everyone;
+  };
 
   instanceConfig =
     fleet: host:
@@ -174,6 +255,7 @@ let
       found = problems fleet;
       host = if found != [ ] then throw (lib.concatStringsSep "\n" found) else (complete fleet).${name};
       all = targets fleet;
+      whole = fleetDefaults // fleet;
       models = lib.unique (
         lib.filter (model: model != null) (
           map (instance: fleet.instances.${instance}.model or null) host.instances
@@ -188,6 +270,9 @@ let
         nftables.enable = true;
         firewall.extraInputRules = firewallRules fleet host;
       };
+      hardware.pascaline.network = lib.optionalAttrs (lib.isAttrs host.network) (
+        host.network // { inherit (host) address; }
+      );
       hardware.pascaline.driver = lib.mkIf (host.gpu != null) {
         enable = true;
         computeCapability = host.gpu.capability;
@@ -202,14 +287,24 @@ let
         monitoring = lib.mkIf (lib.elem "monitoring" host.roles) {
           enable = true;
           inherit (all) agents engines exporters;
-          alertmanager.webhookUrl = (fleetDefaults // fleet).alertWebhook;
+          alertmanager.webhookUrl = whole.alertWebhook;
+          grafana = listensFor whole.grafanaClients // {
+            port = grafanaPort;
+          };
         };
-        router = lib.mkIf (lib.elem "router" host.roles) {
-          enable = true;
-          inherit (all) workers;
-          inherit (fleetDefaults // fleet) apiKeyFile;
-        };
+        router = lib.mkIf (lib.elem "router" host.roles) (
+          listensFor whole.clients
+          // {
+            enable = true;
+            port = routerPort;
+            inherit (all) workers;
+            inherit (whole) apiKeyFile;
+          }
+        );
       };
+      services.grafana.settings.security.admin_password = lib.mkIf (
+        lib.elem "monitoring" host.roles && whole.grafanaPasswordFile != null
+      ) "$__file{${whole.grafanaPasswordFile}}";
     };
 in
 {

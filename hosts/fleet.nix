@@ -2,8 +2,10 @@
 # Adding a host is one line.
 let
   # A c220g5 with a Tesla P4 that serves `emily`.
-  p4 = address: {
+  p4 = address: mac: {
     inherit address;
+    # CloudLab's experiment network hands out no addresses: this interface gets the one above.
+    network = { inherit mac; };
     profile = "c220g5";
     gpu = {
       card = "tesla-p4";
@@ -25,10 +27,11 @@ in
   };
 
   hosts = {
-    gpu-1 = p4 "10.10.1.1";
-    gpu-2 = p4 "10.10.1.2";
+    gpu-1 = p4 "10.10.1.1" "3c:fd:fe:00:00:01";
+    gpu-2 = p4 "10.10.1.2" "3c:fd:fe:00:00:02";
     watch = {
       address = "10.10.1.10";
+      network.mac = "3c:fd:fe:00:00:10";
       profile = "c220g5";
       roles = [
         "monitoring"
@@ -40,4 +43,7 @@ in
   # Where alerts go, and the file on each host with the key that protects the APIs.
   alertWebhook = "http://127.0.0.1:9099/alerts";
   apiKeyFile = "/etc/pascaline/api-key";
+
+  # Who may send requests to the router. Grafana is reached through ssh, until grafanaClients and grafanaPasswordFile are set.
+  clients = [ "10.10.1.0/24" ];
 }

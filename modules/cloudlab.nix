@@ -18,7 +18,8 @@ in
       example = "/dev/nvme0n1p1";
       description = ''
         Partition that holds the root file system and GRUB. CloudLab's network loader hands over to the boot record of partition 1,
-        not of the disk; re-partitioning the whole disk breaks that chain.
+        not of the disk; re-partitioning the whole disk breaks that chain. A root file system or boot loader that the host's own
+        configuration names wins.
       '';
     };
 
@@ -26,21 +27,21 @@ in
       type = types.nullOr types.str;
       default = null;
       example = "eno1";
-      description = "Interface of the control network. `null`: DHCP on every interface that has a cable.";
+      description = "Interface of the control network, which alone asks for an address by DHCP then. `null`: every interface that has a cable and no address of its own does.";
     };
 
     dataDevice = mkOption {
       type = types.nullOr types.str;
       default = null;
       example = "/dev/disk/by-label/data";
-      description = "File system (ext4) that is mounted at {option}`dataMount` for models. `null`: they stay on the root partition.";
+      description = "File system (ext4) that is mounted at {option}`hardware.pascaline.cloudlab.dataMount` for models. `null`: they stay on the root partition.";
     };
 
     dataMount = mkOption {
       type = types.path;
       default = "/data";
       example = "/srv";
-      description = "Where {option}`dataDevice` is mounted; the model store moves there.";
+      description = "Where {option}`hardware.pascaline.cloudlab.dataDevice` is mounted; the model store moves there.";
     };
 
     nixDevice = mkOption {
@@ -57,13 +58,12 @@ in
     # Every disk controller's driver is there to boot with: what a node has is known only once it is allocated.
     hardware.enableAllHardware = true;
 
+    # GRUB is NixOS' own default; a host that names another boot loader or another root keeps them, as nixos-generate-config wrote them.
     boot = {
-      loader.systemd-boot.enable = false;
       loader.grub = {
-        enable = true;
-        device = cfg.rootPartition;
+        device = lib.mkDefault cfg.rootPartition;
         # GRUB advises against a partition's boot record; here it is the only one that is read.
-        forceInstall = true;
+        forceInstall = lib.mkDefault true;
         extraConfig = ''
           serial --unit=0 --speed=115200
           terminal_input serial console
@@ -78,22 +78,22 @@ in
 
     fileSystems = {
       "/" = {
-        device = cfg.rootPartition;
-        fsType = "ext4";
+        device = lib.mkDefault cfg.rootPartition;
+        fsType = lib.mkDefault "ext4";
       };
     }
     // lib.optionalAttrs (cfg.nixDevice != null) {
       "/nix" = {
-        device = cfg.nixDevice;
-        fsType = "ext4";
+        device = lib.mkDefault cfg.nixDevice;
+        fsType = lib.mkDefault "ext4";
         neededForBoot = true;
         options = [ "noatime" ];
       };
     }
     // lib.optionalAttrs (cfg.dataDevice != null) {
       ${cfg.dataMount} = {
-        device = cfg.dataDevice;
-        fsType = "ext4";
+        device = lib.mkDefault cfg.dataDevice;
+        fsType = lib.mkDefault "ext4";
         # A node without its data disk must still come up, so that it can be mended.
         options = [
           "noatime"

@@ -14,34 +14,28 @@ let
 in
 {
   options.services.pascaline = {
-    package = mkOption {
-      type = types.package;
-      default = pkgs.pascaline;
-      defaultText = lib.literalExpression "pkgs.pascaline";
-      example = lib.literalExpression "pkgs.pascaline-app";
-      description = "The control plane: the `pascaline` program, without torch. `pkgs.pascaline-app` has the built-in model too.";
+    package = lib.mkPackageOption pkgs "pascaline" {
+      example = "pkgs.pascaline-app";
+      extraDescription = "It is the control plane: the `pascaline` program without torch. `pkgs.pascaline-app` holds the built-in model too.";
     };
 
-    enginePackage = mkOption {
-      type = types.package;
-      default = pkgs.pascaline-engine;
-      defaultText = lib.literalExpression "pkgs.pascaline-engine";
-      example = lib.literalExpression "pkgs.pascaline-engine.override { torchFlavour = \"cu118\"; }";
-      description = "The Python environment with SGLang, torch and the plugin; its `bin/python` runs the engine.";
+    enginePackage = lib.mkPackageOption pkgs "pascaline-engine" {
+      example = "pkgs.pascaline-engine.override { torchFlavour = \"cu118\"; }";
+      extraDescription = "It is the Python environment of SGLang, torch and the plugin, whose `bin/python` runs the engine.";
     };
 
     user = mkOption {
       type = types.str;
       default = "pascaline";
       example = "inference";
-      description = "System user of every unit. It is created here when it has the default name.";
+      description = "User that every unit runs as. The default one is created; any other must be declared in {option}`users.users`.";
     };
 
     stateDir = mkOption {
       type = types.path;
       default = "/var/lib/pascaline";
       example = "/data/pascaline";
-      description = "Folder of the model store. On hosts whose root is small or short-lived, put it on a data partition.";
+      description = "Folder that holds the model store. Put it on a data partition where the root is small or does not outlive the host.";
     };
 
     active = mkOption {
@@ -67,6 +61,13 @@ in
       }) clashes;
     }
     (lib.mkIf cfg.active {
+      assertions = [
+        {
+          assertion = config.users.users ? ${cfg.user};
+          message = "services.pascaline.user: no user '${cfg.user}' is declared, must be one of this host; declare users.users.${cfg.user} with its group, or leave the option out";
+        }
+      ];
+
       users.users = lib.mkIf (cfg.user == "pascaline") {
         pascaline = {
           isSystemUser = true;

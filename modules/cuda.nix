@@ -24,7 +24,7 @@ in
     enable = lib.mkEnableOption "the CUDA 11.8 toolkit in the system's environment";
 
     packages = mkOption {
-      type = types.attrs;
+      type = types.lazyAttrsOf types.raw;
       default = pkgs.cudaPackages_pascal;
       defaultText = lib.literalExpression "pkgs.cudaPackages_pascal";
       example = lib.literalExpression "pkgs.cudaPackages_12_9";

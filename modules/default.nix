@@ -8,6 +8,7 @@
     ./inference.nix
     ./models.nix
     ./monitoring
+    ./network.nix
     ./router.nix
   ];
 }

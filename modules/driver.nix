@@ -8,6 +8,12 @@ let
   inherit (lib) mkOption types;
   cfg = config.hardware.pascaline.driver;
   driverPackage = config.hardware.nvidia.package;
+  # As the doctor compares a running driver with. torch is built for CUDA 12 (python/wheels.json).
+  branches = lib.importTOML ../python/pascaline/src/pascaline/cards/driver.toml;
+  leastBranch = toString branches.least_branch."12";
+  lastBranch = toString branches.last_pascal_branch;
+  version = driverPackage.version or "0";
+  useLast = "set hardware.pascaline.driver.branch = \"legacy_${lastBranch}\" and do not set hardware.nvidia.package";
   nvidiaSmi = lib.getExe' (lib.getBin driverPackage) "nvidia-smi";
   limits =
     lib.optional (cfg.powerLimitWatts != null) "--power-limit=${toString cfg.powerLimitWatts}"
@@ -35,7 +41,8 @@ in
       example = "legacy_535";
       description = ''
         Attribute of `boot.kernelPackages.nvidiaPackages` to take the driver from. R580 is the last branch that drives Pascal;
-        the NixOS default does not, and ignores the card without an error.
+        the NixOS default is newer and ignores the card without an error. R525 is the oldest that runs the engine's torch.
+        Both bounds are checked at evaluation.
       '';
     };
 
@@ -90,11 +97,15 @@ in
         message = "hardware.pascaline.driver.computeCapability: ${cfg.computeCapability} is newer than Pascal's cards for servers and desktops, must be 6.0 or 6.1; newer cards are served by upstream SGLang with the default driver";
       }
       {
-        assertion = lib.versionOlder (driverPackage.version or "0") "581";
-        message = "hardware.pascaline.driver.branch: driver ${driverPackage.version or "?"} of branch '${cfg.branch}' ignores Pascal, must be R580 or older; set hardware.pascaline.driver.branch = \"legacy_580\" and do not set hardware.nvidia.package";
+        assertion = lib.versionOlder version (toString (branches.last_pascal_branch + 1));
+        message = "hardware.pascaline.driver.branch: driver ${version} of branch '${cfg.branch}' ignores Pascal, must be R${lastBranch} or older; ${useLast}";
       }
       {
-        assertion = !config.hardware.nvidia.open;
+        assertion = lib.versionAtLeast version leastBranch;
+        message = "hardware.pascaline.driver.branch: driver ${version} of branch '${cfg.branch}' is too old for torch's CUDA 12, must be R${leastBranch} or newer; ${useLast}";
+      }
+      {
+        assertion = config.hardware.nvidia.open != true;
         message = "hardware.nvidia.open: the open kernel module needs a GPU with GSP firmware (Turing or newer), must be false for Pascal; remove your setting";
       }
     ];
@@ -111,8 +122,8 @@ in
       videoAcceleration = lib.mkDefault false;
     };
 
-    # Hardened units may not load modules, so CUDA's device must exist before they start.
-    boot.kernelModules = [ "nvidia_uvm" ];
+    # CUDA's device needs nvidia_uvm, which hardened units may not load. NixOS' module has it follow the driver (a softdep), and
+    # udev loads the driver where a card is. Listed in boot.kernelModules, a dead card would fail systemd-modules-load.
 
     systemd.services.pascaline-gpu-limits = lib.mkIf (limits != [ ]) {
       description = "Power limit and application clocks of the GPUs";

@@ -9,6 +9,7 @@ let
   cfg = config.services.pascaline.exporter;
   exec = import ./exec.nix { inherit lib; };
   hardening = import ./hardening.nix;
+  inherit (import ./listen.nix { inherit lib; }) openedIsReachable;
 in
 {
   imports = [ ./common.nix ];
@@ -20,21 +21,21 @@ in
       type = types.str;
       default = "127.0.0.1";
       example = "0.0.0.0";
-      description = "Address to listen on.";
+      description = "Address to listen on. Loopback, unless Prometheus runs on another host.";
     };
 
     port = mkOption {
       type = types.port;
       default = 9836;
       example = 9837;
-      description = "Port to listen on.";
+      description = "Port of the metrics page.";
     };
 
     openFirewall = mkOption {
       type = types.bool;
       default = false;
       example = true;
-      description = "Whether to open the port to everyone. A fleet opens it to its monitoring hosts alone (hosts/default.nix).";
+      description = "Whether the firewall lets everyone reach the port; {option}`services.pascaline.exporter.host` must be an outer address then. A fleet opens it to its monitoring hosts alone, without this option.";
     };
 
     extraFlags = mkOption {
@@ -46,6 +47,16 @@ in
   };
 
   config = lib.mkIf cfg.enable {
+    assertions = [
+      (openedIsReachable {
+        option = "services.pascaline.exporter.openFirewall";
+        opened = cfg.openFirewall;
+        what = "the exporter";
+        inherit (cfg) host;
+        hostOption = "services.pascaline.exporter.host";
+      })
+    ];
+
     services.pascaline.active = true;
     services.pascaline.ports."services.pascaline.exporter.port" = cfg.port;
     networking.firewall.allowedTCPPorts = lib.optional cfg.openFirewall cfg.port;

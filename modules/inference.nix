@@ -70,6 +70,7 @@ let
   ];
 
   hardening = import ./hardening.nix;
+  inherit (import ./listen.nix { inherit lib; }) openedIsReachable;
 
   unit = name: instance: {
     description = "Language model ${name} (pascaline)";
@@ -174,13 +175,6 @@ let
     lib.foldl' (sum: instance: sum + fractionOf instance) 0.0 (
       lib.filter (instance: lib.elem gpu instance.gpus) (lib.attrValues instances)
     );
-  openHost =
-    instance:
-    !(lib.elem (instance.settings.host or "127.0.0.1") [
-      "127.0.0.1"
-      "::1"
-      "localhost"
-    ]);
 in
 {
   imports = [
@@ -294,16 +288,13 @@ in
               description = "Seconds from `systemctl stop` to SIGKILL; must exceed `settings.drain_timeout` (default 60).";
             };
 
-            llamaCppPackage = mkOption {
-              type = types.package;
-              default = pkgs.llama-cpp-pascal;
-              defaultText = lib.literalExpression "pkgs.llama-cpp-pascal";
-              example = lib.literalExpression "pkgs.llama-cpp";
-              description = "llama.cpp, for `settings.engine = \"llama.cpp\"`.";
+            llamaCppPackage = lib.mkPackageOption pkgs "llama-cpp-pascal" {
+              example = "pkgs.llama-cpp";
+              extraDescription = "It is used where `settings.engine` is `\"llama.cpp\"`.";
             };
 
             finalSettings = mkOption {
-              type = types.attrs;
+              inherit (toml) type;
               readOnly = true;
               default = settingsOf name instance.config;
               defaultText = lib.literalMD "settings, with the model, the engine and the key that the other options name";
@@ -366,12 +357,13 @@ in
             assertion = instance.openFirewall -> instance.apiKeyFile != null;
             message = "services.pascaline.instances.${name}.openFirewall: the API would be open to everyone, must have an API key; set services.pascaline.instances.${name}.apiKeyFile";
           }
-          {
-            assertion = instance.openFirewall -> openHost instance;
-            message = "services.pascaline.instances.${name}.openFirewall: the API listens on ${
-              instance.settings.host or "127.0.0.1"
-            } only, must listen on an outer address; set settings.host = \"0.0.0.0\"";
-          }
+          (openedIsReachable {
+            option = "services.pascaline.instances.${name}.openFirewall";
+            opened = instance.openFirewall;
+            what = "the API";
+            host = instance.settings.host or "127.0.0.1";
+            hostOption = "services.pascaline.instances.${name}.settings.host";
+          })
           {
             assertion = !(instance.settings ? api_key);
             message = "services.pascaline.instances.${name}.settings.api_key: a secret here would be readable in the Nix store; use services.pascaline.instances.${name}.apiKeyFile";

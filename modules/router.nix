@@ -10,6 +10,7 @@ let
   cfg = config.services.pascaline.router;
   exec = import ./exec.nix { inherit lib; };
   hardening = import ./hardening.nix;
+  inherit (import ./listen.nix { inherit lib; }) openedIsReachable;
 in
 {
   imports = [ ./common.nix ];
@@ -17,12 +18,9 @@ in
   options.services.pascaline.router = {
     enable = lib.mkEnableOption "sglang-router in front of the instances";
 
-    package = mkOption {
-      type = types.package;
-      default = pkgs.pascaline-router;
-      defaultText = lib.literalExpression "pkgs.pascaline-router";
-      example = lib.literalExpression "pkgs.pascaline-engine";
-      description = "Environment whose `bin/python` can run `sglang_router.launch_router`.";
+    package = lib.mkPackageOption pkgs "pascaline-router" {
+      example = "pkgs.pascaline-engine";
+      extraDescription = "It is a Python environment whose `bin/python` can run `sglang_router.launch_router`.";
     };
 
     host = mkOption {
@@ -82,6 +80,13 @@ in
 
   config = lib.mkIf cfg.enable {
     assertions = [
+      (openedIsReachable {
+        option = "services.pascaline.router.openFirewall";
+        opened = cfg.openFirewall;
+        what = "the router";
+        inherit (cfg) host;
+        hostOption = "services.pascaline.router.host";
+      })
       {
         assertion = cfg.workers != [ ];
         message = "services.pascaline.router.workers: empty, must name at least one API, for example [ \"http://127.0.0.1:30000\" ]";
@@ -120,6 +125,20 @@ in
             cfg.metricsPort
             "--policy"
             cfg.policy
+            # An instance that drains says so at once: /health is 503 from then on, and the next look takes it out. What comes in
+            # between is refused with 503, which the router takes to another worker.
+            "--health-check-interval-secs"
+            2
+            "--health-failure-threshold"
+            1
+            "--health-success-threshold"
+            1
+            "--cb-failure-threshold"
+            2
+            "--cb-success-threshold"
+            1
+            "--cb-timeout-duration-secs"
+            5
             "--worker-urls"
           ]
           ++ cfg.workers

@@ -2,12 +2,32 @@
 {
   config,
   lib,
+  options,
   pkgs,
   ...
 }:
 let
   inherit (lib) mkOption types;
   cfg = config.services.pascaline.monitoring;
+  inherit (config.services) prometheus grafana;
+  inherit (prometheus) alertmanager;
+  inherit (import ../listen.nix { inherit lib; }) isLoopback openedIsReachable reachedAt;
+
+  # What the host says of its own Grafana wins over our option's default, and clashes with our option only where both are set.
+  overridable = option: if option.highestPrio < 1000 then lib.id else lib.mkDefault;
+  grafanaOptions = options.services.pascaline.monitoring.grafana;
+  grafanaServer = grafana.settings.server;
+  dataSource = "pascaline";
+
+  # Alertmanager takes one configuration whole: ours stands aside for the host's own, which an assertion keeps apart from webhookUrl.
+  ownAlertConfiguration =
+    options.services.prometheus.alertmanager.configuration.highestPrio < 1000
+    || alertmanager.configText != null;
+  clusterFlag = "--cluster.listen-address=";
+  jobNames = map (job: job.job_name) prometheus.scrapeConfigs;
+  repeatedJobs = lib.unique (
+    lib.filter (name: lib.count (other: other == name) jobNames > 1) jobNames
+  );
   filesEndingIn =
     suffix: folder:
     map (file: folder + "/${file}") (
@@ -58,7 +78,7 @@ let
       // t.labels;
     }) targets;
   };
-  grafanaSecret = "${config.services.grafana.dataDir}/secret-key";
+  grafanaSecret = "${grafana.dataDir}/secret-key";
 in
 {
   imports = [ ../common.nix ];
@@ -75,14 +95,21 @@ in
       type = types.str;
       default = "15s";
       example = "30s";
-      description = "How often everything is scraped.";
+      description = "How often every target is scraped and every rule evaluated. {option}`services.prometheus.globalConfig` wins where it says otherwise.";
     };
 
     retention = mkOption {
       type = types.str;
       default = "30d";
       example = "1y";
-      description = "How long series are kept. The alerts against an instance's own baseline look a week back.";
+      description = "How long Prometheus keeps series; {option}`services.prometheus.retentionTime` wins where it is set. The alerts that compare an instance with its own past look a week back.";
+    };
+
+    openFirewall = mkOption {
+      type = types.bool;
+      default = false;
+      example = true;
+      description = "Whether the firewall lets everyone reach Prometheus' port; {option}`services.prometheus.listenAddress` must be an outer address then. Prometheus asks nobody for a password.";
     };
 
     alertmanager = {
@@ -96,7 +123,7 @@ in
         type = types.nullOr types.str;
         default = null;
         example = "http://127.0.0.1:9099/alerts";
-        description = "Where alerts are posted. It, or {option}`services.prometheus.alertmanager.configuration` with receivers of your own, must be set.";
+        description = "URL that alerts are posted to. Leave it unset where {option}`services.prometheus.alertmanager.configuration` or {option}`services.prometheus.alertmanager.configText` has receivers of your own; one of the three must be set.";
       };
     };
 
@@ -111,7 +138,7 @@ in
         type = types.str;
         default = "127.0.0.1";
         example = "0.0.0.0";
-        description = "Address that Grafana listens on.";
+        description = "Address that Grafana listens on. Beyond loopback, {option}`services.grafana.settings.security.admin_password` must be one of your own.";
       };
       port = mkOption {
         type = types.port;
@@ -123,7 +150,7 @@ in
         type = types.bool;
         default = false;
         example = true;
-        description = "Whether to open Grafana's port.";
+        description = "Whether the firewall lets everyone reach Grafana's port; {option}`services.pascaline.monitoring.grafana.host` must be an outer address then.";
       };
     };
   };
@@ -131,32 +158,81 @@ in
   config = lib.mkIf cfg.enable {
     assertions = [
       {
-        assertion =
-          cfg.alertmanager.enable
-          ->
-            cfg.alertmanager.webhookUrl != null
-            || config.services.prometheus.alertmanager.configuration != null;
-        message = "services.pascaline.monitoring.alertmanager.webhookUrl: not set, so that no one would hear of an alert; set it, or services.prometheus.alertmanager.configuration, or services.pascaline.monitoring.alertmanager.enable = false";
+        assertion = cfg.alertmanager.enable -> cfg.alertmanager.webhookUrl != null || ownAlertConfiguration;
+        message = "services.pascaline.monitoring.alertmanager.webhookUrl: not set, so that no one would hear of an alert; set it, or services.prometheus.alertmanager.configuration or configText, or services.pascaline.monitoring.alertmanager.enable = false";
       }
+      {
+        assertion =
+          cfg.alertmanager.enable -> cfg.alertmanager.webhookUrl == null || !ownAlertConfiguration;
+        message = "services.pascaline.monitoring.alertmanager.webhookUrl: set beside a configuration of your own in services.prometheus.alertmanager, must be one of the two; give your configuration a receiver with webhook_configs and remove webhookUrl";
+      }
+      {
+        # Given twice, Alertmanager ends at once.
+        assertion = lib.count (lib.hasPrefix clusterFlag) alertmanager.extraFlags <= 1;
+        message = "services.prometheus.alertmanager.extraFlags: ${clusterFlag} is there twice, must be there once; remove yours, or replace the list with lib.mkForce";
+      }
+      {
+        assertion = repeatedJobs == [ ];
+        message = "services.prometheus.scrapeConfigs: job_name ${lib.concatStringsSep ", " repeatedJobs} is there twice, must be there once; rename your own job, or leave out its targets here";
+      }
+      {
+        # As NixOS' option is without a definition.
+        assertion =
+          cfg.grafana.enable
+          ->
+            isLoopback grafanaServer.http_addr
+            || grafana.settings.security.admin_password or "admin" != "admin";
+        message = "services.grafana.settings.security.admin_password: Grafana listens on ${grafanaServer.http_addr} with the password that everyone knows, must be one of your own; set it to \"$__file{/etc/pascaline/grafana-password}\", a file that only grafana can read";
+      }
+      (openedIsReachable {
+        option = "services.pascaline.monitoring.grafana.openFirewall";
+        opened = cfg.grafana.enable && cfg.grafana.openFirewall;
+        what = "Grafana";
+        host = grafanaServer.http_addr;
+        hostOption = "services.pascaline.monitoring.grafana.host";
+      })
+      (openedIsReachable {
+        option = "services.grafana.openFirewall";
+        opened = cfg.grafana.enable && grafana.openFirewall or false;
+        what = "Grafana";
+        host = grafanaServer.http_addr;
+        hostOption = "services.pascaline.monitoring.grafana.host";
+      })
+      (openedIsReachable {
+        option = "services.pascaline.monitoring.openFirewall";
+        opened = cfg.openFirewall;
+        what = "Prometheus";
+        host = prometheus.listenAddress;
+        hostOption = "services.prometheus.listenAddress";
+      })
+      (openedIsReachable {
+        option = "services.prometheus.alertmanager.openFirewall";
+        opened = cfg.alertmanager.enable && alertmanager.openFirewall;
+        what = "Alertmanager";
+        host = alertmanager.listenAddress;
+        hostOption = "services.prometheus.alertmanager.listenAddress";
+      })
     ];
 
     services = {
       pascaline.ports = {
-        "services.prometheus.port" = config.services.prometheus.port;
+        "services.prometheus.port" = prometheus.port;
       }
       // lib.optionalAttrs cfg.alertmanager.enable {
-        "services.prometheus.alertmanager.port" = config.services.prometheus.alertmanager.port;
+        "services.prometheus.alertmanager.port" = alertmanager.port;
       }
       // lib.optionalAttrs cfg.grafana.enable {
-        "services.pascaline.monitoring.grafana.port" = cfg.grafana.port;
+        "services.pascaline.monitoring.grafana.port" = grafanaServer.http_port;
       };
 
       prometheus = {
         enable = true;
         listenAddress = lib.mkDefault "127.0.0.1";
-        retentionTime = cfg.retention;
-        globalConfig.scrape_interval = cfg.scrapeInterval;
-        globalConfig.evaluation_interval = cfg.scrapeInterval;
+        retentionTime = lib.mkDefault cfg.retention;
+        globalConfig = {
+          scrape_interval = lib.mkDefault cfg.scrapeInterval;
+          evaluation_interval = lib.mkDefault cfg.scrapeInterval;
+        };
         ruleFiles = filesEndingIn ".yaml" ./rules;
         scrapeConfigs = map (entry: job entry.name entry.targets) (
           lib.filter (entry: entry.targets != [ ]) [
@@ -180,40 +256,42 @@ in
         );
         alertmanagers = lib.optional cfg.alertmanager.enable {
           static_configs = [
-            { targets = [ "127.0.0.1:${toString config.services.prometheus.alertmanager.port}" ]; }
+            { targets = [ "${reachedAt alertmanager.listenAddress}:${toString alertmanager.port}" ]; }
           ];
         };
         alertmanager = lib.mkIf cfg.alertmanager.enable {
           enable = true;
           listenAddress = lib.mkDefault "127.0.0.1";
           # No cluster of one: joining it, Alertmanager ends at once on a host that has public addresses only.
-          extraFlags = lib.mkDefault [ "--cluster.listen-address=" ];
-          configuration = lib.mkIf (cfg.alertmanager.webhookUrl != null) {
-            route = {
-              receiver = "webhook";
-              group_by = [
-                "alertname"
-                "host"
+          extraFlags = lib.mkIf (alertmanager.clusterPeers == [ ]) [ clusterFlag ];
+          configuration = lib.mkIf (cfg.alertmanager.webhookUrl != null) (
+            lib.mkDefault {
+              route = {
+                receiver = "webhook";
+                group_by = [
+                  "alertname"
+                  "host"
+                ];
+                group_wait = "30s";
+                repeat_interval = "4h";
+              };
+              inhibit_rules = lib.importJSON ./inhibit_rules.json;
+              receivers = [
+                {
+                  name = "webhook";
+                  webhook_configs = [ { url = cfg.alertmanager.webhookUrl; } ];
+                }
               ];
-              group_wait = "30s";
-              repeat_interval = "4h";
-            };
-            inhibit_rules = lib.importJSON ./inhibit_rules.json;
-            receivers = [
-              {
-                name = "webhook";
-                webhook_configs = [ { url = cfg.alertmanager.webhookUrl; } ];
-              }
-            ];
-          };
+            }
+          );
         };
       };
 
       grafana = lib.mkIf cfg.grafana.enable {
         enable = true;
         settings.server = {
-          http_addr = cfg.grafana.host;
-          http_port = cfg.grafana.port;
+          http_addr = overridable grafanaOptions.host cfg.grafana.host;
+          http_port = overridable grafanaOptions.port cfg.grafana.port;
         };
         # It encrypts what is typed in as a data source's password; NixOS gives none, so that every host has its own.
         settings.security.secret_key = lib.mkDefault "$__file{${grafanaSecret}}";
@@ -221,11 +299,11 @@ in
           enable = true;
           datasources.settings.datasources = [
             {
-              name = "Prometheus";
+              name = dataSource;
               type = "prometheus";
-              uid = "prometheus";
-              url = "http://127.0.0.1:${toString config.services.prometheus.port}";
-              isDefault = true;
+              uid = dataSource;
+              url = "http://${reachedAt prometheus.listenAddress}:${toString prometheus.port}";
+              # Not the default one: Grafana refuses to start with two, and the host may have its own. The dashboards choose by name.
             }
           ];
           dashboards.settings.providers = [
@@ -251,8 +329,8 @@ in
       '';
     };
 
-    networking.firewall.allowedTCPPorts = lib.optional (
-      cfg.grafana.enable && cfg.grafana.openFirewall
-    ) cfg.grafana.port;
+    networking.firewall.allowedTCPPorts =
+      lib.optional (cfg.grafana.enable && cfg.grafana.openFirewall) grafanaServer.http_port
+      ++ lib.optional cfg.openFirewall prometheus.port;
   };
 }

@@ -5,7 +5,7 @@
     fake_engine.py -m sglang_pascal prepare FILE FOLDER --known-sha256 HEX   makes a folder that it serves from
 
 Standard library only, so that it runs in a virtual machine with nothing but Python. As in SGLang a worker process
-computes and dies with the server, SIGTERM drains, `/metrics` has the series that dashboards and supervisor read, prompts
+computes and dies with the server, SIGTERM drains (and new work is refused, as our plugin has SGLang do), `/metrics` has the series that dashboards and supervisor read, prompts
 are computed one after the other and in chunks, and a server whose worker died kills itself. A token is a word.
 
 Faults are `NAME=VALUE` separated by spaces, in the variable FAKE_ENGINE_FAULTS (every run) and in the file that
@@ -22,6 +22,7 @@ changes those of the running process; `GET /fake/faults` shows them.
     words=TEXT                   what it says when it crashes or answers with error_status, instead of its own words
     exit_code=N                  of a crash or load error instead of SGLang's own; negative: dies by that signal
     hang=1                       the worker stands still: no token, counters keep their values, /metrics answers
+    lose_answers=1               the worker computes and its counters move, and no answer leaves: a stopped detokenizer
     mute=1                       connections are accepted and nothing is answered
     prefill_tokens_per_second=N  speed for prompts
     decode_tokens_per_second=N   speed for answers, for each request
@@ -117,6 +118,8 @@ ERRORS = {
 ANSWER = ("This", "is", "the", "fake", "engine.")
 """The words of every answer, from the first again after the last."""
 DEFAULT_MAX_TOKENS = 16
+RETRY_AFTER_SECONDS = 5
+"""What the plugin tells those whom it refuses."""
 HEALTH_TIMEOUT_SECONDS = 20.0
 """SGLANG_HEALTH_CHECK_TIMEOUT's default."""
 STEP_SECONDS = 0.02
@@ -142,6 +145,7 @@ class Faults:
     words: str = ""
     exit_code: int | None = None
     hang: int = 0
+    lose_answers: int = 0
     mute: int = 0
     prefill_tokens_per_second: float = 20_000.0
     decode_tokens_per_second: float = 500.0
@@ -251,6 +255,8 @@ class Metrics:
         self._request_labels = f'engine_type="unified",model_name="{model_name}"'
         self._labels = f'{self._request_labels},moe_ep_rank="0",pp_rank="0",tp_rank="0"'
         self.realtime = {"prefill_compute": 0, "decode": 0}
+        self.prompts = 0
+        self.idle_seconds = 0.0
         self.prompt_tokens = {"false": 0, "true": 0}
         self.generation_tokens = {"false": 0, "true": 0}
         self.requests = {"false": 0, "true": 0}
@@ -282,6 +288,10 @@ class Metrics:
         yield "# TYPE sglang:realtime_tokens_total counter"
         for mode, value in self.realtime.items():
             yield f'sglang:realtime_tokens_total{{{self._labels},mode="{mode}"}} {float(value)}'
+        yield "# TYPE sglang:queue_time_seconds histogram"
+        yield f"sglang:queue_time_seconds_count{{{self._labels}}} {float(self.prompts)}"
+        yield "# TYPE sglang:scheduler_idle_seconds_total counter"
+        yield f"sglang:scheduler_idle_seconds_total{{{self._labels}}} {self.idle_seconds}"
         by_request = {
             "prompt_tokens": self.prompt_tokens,
             "generation_tokens": self.generation_tokens,
@@ -322,6 +332,7 @@ class Engine:
         """Requests whose answer has not been sent whole."""
         self.received = 0
         self.used_tokens = 0
+        self._idle_from = time.monotonic()
         self._turn = threading.Condition()
         self._counting = threading.Lock()
         self._prefill = threading.Lock()
@@ -335,18 +346,28 @@ class Engine:
             self._compute_prompt(prompt_tokens)
             for position in range(max_tokens):
                 self._step(1 / self.faults.decode_tokens_per_second)
+                if self.faults.lose_answers:
+                    with self._counting:
+                        self.metrics.realtime["decode"] += 1
+                    continue
                 now = time.monotonic()
                 with self._counting:
                     self.metrics.token(streaming, position, now - last)
                 last = now
                 yield ANSWER[position % len(ANSWER)]
-            with self._counting:
-                self.metrics.request(streaming, prompt_tokens, max_tokens, last - start)
+            if not self.faults.lose_answers:
+                with self._counting:
+                    self.metrics.request(streaming, prompt_tokens, max_tokens, last - start)
         finally:
             with self._turn:
                 self.running -= 1
+                if self.running == 0:
+                    self._idle_from = time.monotonic()
                 self.used_tokens -= prompt_tokens
                 self._turn.notify_all()
+        # The worker is done with it, and the client waits.
+        while self.faults.lose_answers:
+            time.sleep(STEP_SECONDS)
 
     def _admit(self, prompt_tokens: int) -> None:
         limit = self.arguments.max_queued_requests
@@ -357,6 +378,9 @@ class Engine:
             self.queued += 1
             self._turn.wait_for(lambda: self.running < self.arguments.max_running_requests)
             self.queued -= 1
+            self.metrics.prompts += 1
+            if self.running == 0:
+                self.metrics.idle_seconds += time.monotonic() - self._idle_from
             self.running += 1
             self.used_tokens += prompt_tokens
 
@@ -460,7 +484,9 @@ class Handler(BaseHTTPRequestHandler):
         except ValueError as error:
             self._error(400, f"JSON decode error: {error}")
             return
-        if self._may_answer():
+        if self.engine.terminating.is_set() and not self.path.startswith("/fake/"):
+            self._send(503, {"error": "draining"}, extra={"Retry-After": str(RETRY_AFTER_SECONDS)})
+        elif self._may_answer():
             answers = {
                 "/v1/completions": self._completions,
                 "/v1/chat/completions": self._chat_completions,
@@ -587,7 +613,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
+        self._end_headers()
         self._event(json.dumps(self._object(kind, choice(first), None)))
         for count, word in enumerate(words, 2):
             if 0 < self.engine.faults.cut_stream_after < count:
@@ -619,12 +645,25 @@ class Handler(BaseHTTPRequestHandler):
     def _error(self, status: int, text: str) -> None:
         self._send(status, {"object": "error", "message": text, "code": status})
 
-    def _send(self, status: int, body: bytes | dict[str, Any], kind: str = "application/json") -> None:
+    def _end_headers(self) -> None:
+        if self.engine.terminating.is_set():
+            self.send_header("Connection", "close")
+        self.end_headers()
+
+    def _send(
+        self,
+        status: int,
+        body: bytes | dict[str, Any],
+        kind: str = "application/json",
+        extra: dict[str, str] | None = None,
+    ) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
+        for name, value in (extra or {}).items():
+            self.send_header(name, value)
+        self._end_headers()
         self.wfile.write(content)
 
     def handle(self) -> None:

@@ -13,7 +13,7 @@ let
     '';
   cases = import ./cases.nix {
     inherit lib;
-    newest = pkgs.linuxPackages.nvidiaPackages.stable.version;
+    versions = lib.mapAttrs (_: driver: driver.version or null) pkgs.linuxPackages.nvidiaPackages;
   };
 
   system =

@@ -1,71 +1,174 @@
-# Evaluates our modules with nixpkgs' lib and the stand-ins: { libPath } -> what the tests ask for, as plain data.
-{ libPath }:
+# Evaluates our modules, either with nixpkgs' lib and the stand-ins or with a whole nixpkgs: { libPath, nixpkgs } -> what the tests
+# ask for, as plain data.
+{
+  libPath,
+  # Folder of a nixpkgs whose own NixOS modules stand in place of the stand-ins.
+  nixpkgs ? null,
+}:
 let
+  real = nixpkgs != null;
   lib = import libPath;
   standIn = import ./stand-in.nix { inherit lib; };
   fleetLib = import ../../hosts { inherit lib; };
   fleet = import ../../hosts/fleet.nix;
 
-  evaluate =
+  withStandIns =
     modules:
     lib.evalModules {
       modules = [
         standIn.module
-        standIn.driverModule
-        ../../modules
+        standIn.nixosModule
       ]
       ++ modules;
       specialArgs = { inherit (standIn) pkgs; };
     };
+
+  # Our packages by name only: the modules are what is looked at.
+  nixpkgsWithOurs = import nixpkgs {
+    system = "x86_64-linux";
+    overlays = [
+      (_final: _prev: {
+        inherit (standIn.pkgs)
+          cudaPackages_pascal
+          llama-cpp-pascal
+          pascaline
+          pascaline-builtin
+          pascaline-engine
+          pascaline-router
+          ;
+      })
+    ];
+  };
+  withNixos =
+    modules:
+    import (nixpkgs + "/nixos/lib/eval-config.nix") {
+      inherit lib;
+      system = "x86_64-linux";
+      modules = [
+        {
+          nixpkgs.pkgs = nixpkgsWithOurs;
+          documentation.enable = false;
+          # The least that makes a system whole, where a case says nothing of it.
+          boot.loader.grub.device = lib.mkOverride 1400 "/dev/sda";
+          fileSystems."/" = {
+            device = lib.mkOverride 1400 "/dev/disk/by-label/root";
+            fsType = lib.mkOverride 1400 "ext4";
+          };
+          system.stateVersion = lib.mkOverride 1400 "26.05";
+        }
+      ]
+      ++ modules;
+    };
+  evaluateOnly = if real then withNixos else withStandIns;
+  evaluate = modules: evaluateOnly ([ ../../modules ] ++ modules);
   failed = config: map (a: a.message) (lib.filter (a: !a.assertion) config.assertions);
 
   # Only what a unit file or a target list is made of: packages become their paths.
   plain =
     value:
     if value ? outPath then
-      "${value}"
+      builtins.unsafeDiscardStringContext "${value}"
     else if lib.isAttrs value then
       lib.mapAttrs (_: plain) value
     else if lib.isList value then
       map plain value
     else
       value;
+  # NixOS has services of its own, and more to say of each.
+  ourServices =
+    services:
+    lib.mapAttrs (
+      _: service:
+      plain {
+        inherit (service)
+          after
+          description
+          documentation
+          environment
+          preStart
+          requires
+          script
+          serviceConfig
+          unitConfig
+          wantedBy
+          wants
+          ;
+      }
+    ) (lib.filterAttrs (name: _: lib.hasPrefix "pascaline" name || name == "grafana") services);
 
   host =
     modules:
     let
       inherit (evaluate modules) config;
+      inherit (config.boot.loader) grub;
     in
     {
       failed = failed config;
-      services = lib.mapAttrs (
-        _: s:
-        plain (
-          removeAttrs s [
-            "_module"
-            "path"
-          ]
-        )
-      ) config.systemd.services;
-      firewall = removeAttrs config.networking.firewall [ "enable" ];
-      inherit (config.networking) interfaces useDHCP;
-      fileSystems = plain config.fileSystems;
-      grub = config.boot.loader.grub;
-      inherit (config.boot) kernelModules kernelParams;
+      inherit (config) warnings;
+      # Every option that NixOS reads of ours, and what it asserts of them.
+      toplevel = if real then config.system.build.toplevel.drvPath else null;
+      services = ourServices config.systemd.services;
+      firewall = {
+        inherit (config.networking.firewall) allowedTCPPorts extraInputRules;
+      };
+      interfaces = lib.mapAttrs (_: interface: {
+        inherit (interface) useDHCP;
+        addresses = map (ip: "${ip.address}/${toString ip.prefixLength}") interface.ipv4.addresses;
+      }) config.networking.interfaces;
+      links = lib.mapAttrs (_: link: {
+        inherit (link) matchConfig linkConfig;
+      }) config.systemd.network.links;
+      inherit (config.networking) useDHCP;
+      fileSystems = lib.mapAttrs (_: system: {
+        inherit (system)
+          device
+          fsType
+          neededForBoot
+          options
+          ;
+      }) config.fileSystems;
+      grub = {
+        inherit (grub)
+          enable
+          device
+          extraConfig
+          forceInstall
+          ;
+      };
+      systemdBoot = config.boot.loader.systemd-boot.enable;
+      inherit (config.boot) extraModprobeConfig kernelModules kernelParams;
       inherit (config.hardware) enableAllHardware;
-      packages = map (p: p.joined or [ "${p}" ]) config.environment.systemPackages;
+      toolkit = lib.concatMap (p: map plain (p.joined or p.paths)) (
+        lib.filter (p: lib.hasPrefix "cuda-toolkit" (p.name or "")) config.environment.systemPackages
+      );
       inherit (config.hardware.pascaline.driver) computeCapability;
-      grafana = lib.optionalAttrs config.services.grafana.enable config.services.grafana.settings;
-      nvidia = {
+      grafana = lib.optionalAttrs config.services.grafana.enable {
+        inherit (config.services.grafana.settings) server security;
+        dataSources = map (source: {
+          inherit (source) name;
+          isDefault = source.isDefault or false;
+        }) config.services.grafana.provision.datasources.settings.datasources;
+      };
+      nvidia = lib.optionalAttrs config.hardware.pascaline.driver.enable {
         inherit (config.hardware.nvidia) branch open nvidiaPersistenced;
       };
-      variables = config.environment.variables;
-      scrapeConfigs = config.services.prometheus.scrapeConfigs;
+      variables = plain config.environment.variables;
+      prometheus = {
+        inherit (config.services.prometheus) retentionTime;
+        scrape_interval = config.services.prometheus.globalConfig.scrape_interval or null;
+      };
+      scrapeConfigs = map (job: {
+        inherit (job) job_name;
+        static_configs = map (group: {
+          inherit (group) targets;
+          labels = group.labels or { };
+        }) job.static_configs;
+      }) config.services.prometheus.scrapeConfigs;
       ruleFiles = map toString config.services.prometheus.ruleFiles;
       alertmanager = {
-        inherit (config.services.prometheus.alertmanager) configuration extraFlags;
+        inherit (config.services.prometheus.alertmanager) configuration configText extraFlags;
       };
-      tmpfiles = config.systemd.tmpfiles.settings;
+      tmpfiles = plain config.systemd.tmpfiles.settings;
     };
 
   unitText = import ./unit-text.nix { inherit lib; };
@@ -73,7 +176,14 @@ let
   rendered =
     module:
     let
-      inherit (evaluate [ module ]) config;
+      # Always with the stand-ins: the text of NixOS' own units needs NixOS' packages.
+      inherit
+        (withStandIns [
+          ../../modules
+          module
+        ])
+        config
+        ;
       units = lib.mapAttrs unitText (lib.mapAttrs (_: plain) config.systemd.services);
     in
     {
@@ -115,39 +225,31 @@ let
           // lib.optionalAttrs (option ? example) { example = textOf option.example; }
         )
     ) (lib.optionAttrSetToDocList options);
+  # NixOS reads the units before the assertions: a mistake must not break them before it is named.
+  failedWithUnits =
+    evaluated:
+    builtins.deepSeq (ourServices evaluated.config.systemd.services) (failed evaluated.config);
 in
 {
-  hosts = lib.mapAttrs (name: _: host [ (fleetLib.moduleOf fleet name) ]) fleet.hosts;
-  units = lib.mapAttrs (_: host) (lib.mapAttrs (_: module: [ module ]) cases.working);
-  # NixOS reads the units before the assertions: a mistake must not break them before it is named.
-  failures = lib.mapAttrs (
-    _: case:
-    let
-      inherit (evaluate [ case.module ]) config;
-    in
-    {
-      inherit (case) message;
-      failed = builtins.deepSeq (lib.mapAttrs (_: plain) config.systemd.services) (failed config);
-    }
-  ) cases.failing;
+  hosts = lib.mapAttrs (
+    name: _:
+    host [
+      ../../hosts/common.nix
+      (fleetLib.moduleOf fleet name)
+    ]
+  ) fleet.hosts;
+  units = lib.mapAttrs (_: module: host [ module ]) cases.working;
+  failures = lib.mapAttrs (_: case: {
+    inherit (case) message;
+    failed = failedWithUnits (evaluate [ case.module ]);
+  }) cases.failing;
   # Each module as the only one of ours: what it needs of the others it brings.
   alone = lib.mapAttrs (
     name: module:
-    let
-      inherit
-        (lib.evalModules {
-          modules = [
-            standIn.module
-            standIn.driverModule
-            (../../modules + "/${name}")
-            module
-          ];
-          specialArgs = { inherit (standIn) pkgs; };
-        })
-        config
-        ;
-    in
-    builtins.deepSeq (lib.mapAttrs (_: plain) config.systemd.services) (failed config)
+    failedWithUnits (evaluateOnly [
+      (../../modules + "/${name}")
+      module
+    ])
   ) cases.alone;
   typeErrors = lib.mapAttrs (
     _: module:
@@ -160,7 +262,7 @@ in
       (lib.mapAttrs (_: service: service.serviceConfig) config.systemd.services)
     ]
   ) cases.typeErrors;
-  options = optionDocs (evaluate [ ]).options;
+  options = optionDocs (withStandIns [ ../../modules ]).options;
   container = rendered ../systemd/host.nix;
   # The machines of every virtual machine check.
   virtualMachines =
@@ -183,7 +285,10 @@ in
     lib.mapAttrs (_: check: lib.mapAttrs (_: machine) check.nodes) checks;
   # What the build of a settings file runs.
   settingsCheck =
-    (evaluate [ cases.working.cpu ]).config.services.pascaline.instances.tiny.configFile.script;
+    (withStandIns [
+      ../../modules
+      cases.working.cpu
+    ]).config.services.pascaline.instances.tiny.configFile.script;
   # Settings of every instance that any test evaluates, by what declares it.
   settings =
     lib.mapAttrs (host: _: (rendered (fleetLib.moduleOf fleet host)).settings) fleet.hosts
@@ -200,6 +305,7 @@ in
         shortName: cuda.allowUnfreePredicate { meta.license = { inherit shortName; }; }
       );
     };
+  open = host [ (fleetLib.moduleOf cases.openFleet "only") ];
   small = host [ (fleetLib.moduleOf cases.smallFleet "only") ];
   # The inventory with one more line.
   grown =

@@ -52,6 +52,43 @@ let
     };
   };
 
+  freeform = types.submodule { freeformType = types.attrsOf types.anything; };
+  # A file system without a type is refused, as in 26.05.
+  fileSystem = types.submodule {
+    options = {
+      device = option (types.nullOr types.str) null;
+      fsType = mkOption { type = types.str; };
+      neededForBoot = bool;
+      options = option (types.nonEmptyListOf types.str) [ "defaults" ];
+    };
+  };
+  interface = types.submodule {
+    options = {
+      useDHCP = option (types.nullOr types.bool) null;
+      ipv4.addresses = option (types.listOf (
+        types.submodule {
+          options = {
+            address = mkOption { type = types.str; };
+            prefixLength = mkOption { type = types.ints.between 0 32; };
+          };
+        }
+      )) [ ];
+    };
+  };
+  # As nixpkgs had them in the middle of 2026.
+  driverVersions = {
+    beta = "595.45.04";
+    dc_580 = "580.159.04";
+    legacy_340 = "340.108";
+    legacy_390 = "390.157";
+    legacy_470 = "470.256.02";
+    legacy_535 = "535.288.01";
+    legacy_580 = "580.173.02";
+    stable = "595.84";
+    vulkan_beta = "595.44.09";
+  };
+  nvidiaEnabled = config: lib.elem "nvidia" config.services.xserver.videoDrivers;
+
   # What a package is to a module: a store path with a name.
   package =
     name: extra:
@@ -81,6 +118,8 @@ let
   text = name: content: builtins.unsafeDiscardStringContext (builtins.toFile name content);
 in
 {
+  inherit driverVersions;
+
   pkgs = {
     pascaline = package "pascaline" { };
     pascaline-builtin = package "pascaline-builtin" { meta.mainProgram = "pascaline"; };
@@ -126,29 +165,39 @@ in
       assertions = option (types.listOf types.unspecified) [ ];
       warnings = strings;
       boot = {
+        extraModprobeConfig = lines;
+        initrd = {
+          availableKernelModules = strings;
+          kernelModules = strings;
+          luks.devices = anything;
+        };
         kernelModules = strings;
         kernelParams = strings;
+        loader.efi.canTouchEfiVariables = bool;
         loader.grub = {
-          enable = bool;
+          enable = option types.bool true;
           device = option types.str "";
+          devices = strings;
           forceInstall = bool;
           extraConfig = lines;
         };
         loader.systemd-boot.enable = bool;
+        supportedFilesystems = strings;
       };
       environment = {
         etc = option (types.attrsOf (types.submodule { options.text = lines; })) { };
         systemPackages = option (types.listOf types.package) [ ];
         variables = option (types.attrsOf types.str) { };
       };
-      fileSystems = anything;
+      fileSystems = option (types.attrsOf fileSystem) { };
+      swapDevices = option (types.listOf types.anything) [ ];
       hardware = {
         enableAllHardware = bool;
         cpu.intel.updateMicrocode = bool;
         graphics.enable = bool;
         nvidia = {
-          branch = option types.str "stable";
-          # As in 26.05: the branch decides the package; versions as nixpkgs had them in August 2026.
+          branch = option (types.enum (lib.attrNames driverVersions)) "stable";
+          # As in 26.05: the branch decides the package.
           package = mkOption { type = types.package; };
           open = option (types.nullOr types.bool) null;
           nvidiaSettings = option types.bool true;
@@ -157,10 +206,11 @@ in
         };
       };
       networking = {
+        hostId = option (types.nullOr types.str) null;
         hostName = option types.str "";
         hosts = option (types.attrsOf (types.listOf types.str)) { };
         useDHCP = option types.bool true;
-        interfaces = anything;
+        interfaces = option (types.attrsOf interface) { };
         nftables.enable = bool;
         firewall = {
           enable = option types.bool true;
@@ -170,18 +220,29 @@ in
       };
       nixpkgs = {
         config = anything;
+        hostPlatform = option types.str "x86_64-linux";
         overlays = option (types.listOf types.unspecified) [ ];
       };
       services = {
-        # As in 26.05, which has no secret of its own.
         grafana = {
           enable = bool;
           dataDir = option types.path "/var/lib/grafana";
-          provision = anything;
+          openFirewall = bool;
+          provision = {
+            enable = bool;
+            datasources.settings.datasources = option (types.listOf freeform) [ ];
+            dashboards.settings.providers = option (types.listOf freeform) [ ];
+          };
           settings = mkOption {
             type = types.submodule {
               freeformType = types.attrsOf types.anything;
-              options.security.secret_key = mkOption { type = types.str; };
+              options = {
+                server.http_addr = option types.str "127.0.0.1";
+                server.http_port = option types.port 3000;
+                security.admin_password = option types.str "admin";
+                # As in 26.05, which has no secret of its own.
+                security.secret_key = mkOption { type = types.str; };
+              };
             };
             default = { };
           };
@@ -192,7 +253,7 @@ in
           port = option types.port 9090;
           listenAddress = option types.str "0.0.0.0";
           retentionTime = option (types.nullOr types.str) null;
-          globalConfig = anything;
+          globalConfig = option freeform { };
           ruleFiles = option (types.listOf types.path) [ ];
           scrapeConfigs = option (types.listOf types.anything) [ ];
           alertmanagers = option (types.listOf types.anything) [ ];
@@ -200,8 +261,12 @@ in
             enable = bool;
             port = option types.port 9093;
             listenAddress = option types.str "";
+            clusterPeers = strings;
+            configText = option (types.nullOr types.lines) null;
+            # Of several definitions the last one's keys win, without a word.
             configuration = option (types.nullOr types.attrs) null;
             extraFlags = strings;
+            openFirewall = bool;
           };
         };
         xserver.videoDrivers = strings;
@@ -212,6 +277,14 @@ in
       };
       systemd = {
         services = option (types.attrsOf service) { };
+        network.links = option (types.attrsOf (
+          types.submodule {
+            options = {
+              matchConfig = option (types.attrsOf unitOption) { };
+              linkConfig = option (types.attrsOf unitOption) { };
+            };
+          }
+        )) { };
         paths = anything;
         slices = anything;
         tmpfiles.settings = option (types.attrsOf types.anything) { };
@@ -230,21 +303,39 @@ in
 
   };
 
-  # Driver packages by branch, for `hardware.nvidia.package`.
-  driverModule =
+  # What NixOS' modules make of these options, where ours rely on it.
+  nixosModule =
     { config, ... }:
+    let
+      inherit (config.services) grafana openssh prometheus;
+    in
     {
-      hardware.nvidia.package = lib.mkDefault (
-        package "nvidia-x11" {
-          version =
-            {
-              legacy_470 = "470.256.02";
-              legacy_535 = "535.288.01";
-              legacy_580 = "580.173.02";
-              dc_580 = "580.159.04";
-            }
-            .${config.hardware.nvidia.branch} or "595.84";
+      assertions = [
+        {
+          assertion =
+            prometheus.alertmanager.enable
+            -> prometheus.alertmanager.configuration != null || prometheus.alertmanager.configText != null;
+          message = "Can not enable alertmanager without a configuration. Set either the `configuration` or `configText` attribute.";
         }
+        {
+          assertion = config.hardware.nvidia.open != null || !nvidiaEnabled config;
+          message = "You must configure `hardware.nvidia.open` on NVIDIA driver versions >= 560.";
+        }
+      ];
+      # The driver loads where udev finds a card; CUDA's module follows it, and is loaded at boot only with the open driver.
+      boot.extraModprobeConfig = lib.mkIf (nvidiaEnabled config) "softdep nvidia post: nvidia-uvm\n";
+      boot.kernelModules = lib.mkIf (nvidiaEnabled config && config.hardware.nvidia.open == true) [
+        "nvidia_uvm"
+      ];
+      boot.loader.grub.enable = lib.mkIf config.boot.loader.systemd-boot.enable (lib.mkDefault false);
+      hardware.nvidia.package = lib.mkDefault (
+        package "nvidia-x11" { version = driverVersions.${config.hardware.nvidia.branch}; }
       );
+      networking.firewall.allowedTCPPorts =
+        lib.optional openssh.enable 22
+        ++ lib.optional (grafana.enable && grafana.openFirewall) grafana.settings.server.http_port
+        ++ lib.optional (
+          prometheus.alertmanager.enable && prometheus.alertmanager.openFirewall
+        ) prometheus.alertmanager.port;
     };
 }

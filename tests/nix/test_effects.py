@@ -8,6 +8,9 @@ import pytest
 
 pytestmark = pytest.mark.nix
 
+SSH = 22
+"""Which NixOS opens with the SSH daemon of CloudLab's profile."""
+
 
 @pytest.fixture
 def host(evaluated: Any) -> Any:
@@ -16,9 +19,10 @@ def host(evaluated: Any) -> Any:
 
 
 class TestDriver:
-    def test_device_of_cuda_is_there_from_boot(self, host: Any) -> None:
-        """A hardened unit may not load the module that makes it."""
-        assert host("p4")["kernelModules"] == ["nvidia_uvm"]
+    def test_module_of_cuda_follows_the_driver(self, host: Any) -> None:
+        """As NixOS has it: asked for by name at boot, it would fail systemd-modules-load where a card is dead."""
+        assert "nvidia_uvm" not in host("p4")["kernelModules"]
+        assert "softdep nvidia post: nvidia-uvm" in host("p4")["extraModprobeConfig"]
 
     def test_limits_are_set_one_call_each(self, host: Any) -> None:
         unit = host("limits")["services"]["pascaline-gpu-limits"]
@@ -90,13 +94,66 @@ class TestInstance:
 
 
 def test_firewall_is_opened_by_option_alone(evaluated: Any) -> None:
-    opened = {case: host["firewall"]["allowedTCPPorts"] for case, host in evaluated("units").items()}
-    assert {case: ports for case, ports in opened.items() if ports} == {
+    opened = {case: set(host["firewall"]["allowedTCPPorts"]) - {SSH} for case, host in evaluated("units").items()}
+    assert {case: sorted(ports) for case, ports in opened.items() if ports} == {
         "exporter": [9836],
-        "monitoring": [3000],
+        "monitoring": [3000, 9090],
         "p4": [30000],
         "router": [30080],
     }
+
+
+class TestBesideWhatTheHostHas:
+    """A Prometheus, a Grafana and an Alertmanager of the host's own keep their settings."""
+
+    def test_prometheus(self, host: Any) -> None:
+        """Its retention and interval win, and its jobs stand beside ours."""
+        own = host("ownPrometheus")
+        assert own["prometheus"] == {"retentionTime": "1y", "scrape_interval": "1m"}
+        assert {job["job_name"] for job in own["scrapeConfigs"]} == {"node", "pascaline-exporter"}
+        assert host("monitoring")["prometheus"] == {"retentionTime": "30d", "scrape_interval": "15s"}
+
+    def test_grafana(self, host: Any) -> None:
+        """Its port, secret and default data source stay; with two defaults Grafana would refuse to start."""
+        own = host("ownGrafana")["grafana"]
+        assert own["server"]["http_port"] == 3001
+        assert own["security"]["secret_key"] == "$__file{/run/secrets/grafana}"
+        assert {source["name"]: source["isDefault"] for source in own["dataSources"]} == {
+            "Prometheus": True,
+            "pascaline": False,
+        }
+
+    def test_alertmanager(self, host: Any) -> None:
+        """Its receivers stay, as attributes or as text, and its flags stand beside ours."""
+        own = host("ownAlertmanager")["alertmanager"]
+        assert own["configuration"] == {"route": {"receiver": "mine"}, "receivers": [{"name": "mine"}]}
+        assert set(own["extraFlags"]) == {"--cluster.listen-address=", "--data.retention=120h"}
+        text = host("alertmanagerAsText")["alertmanager"]
+        assert text["configText"].startswith("route: {receiver: mine}")
+        assert text["configuration"] is None
+
+    def test_cluster_of_alertmanagers(self, host: Any) -> None:
+        assert host("alertmanagerCluster")["alertmanager"]["extraFlags"] == []
+
+
+class TestNetwork:
+    """An address on the interface that is named, by name, MAC address or driver."""
+
+    def test_by_name(self, host: Any) -> None:
+        assert host("addressByName")["interfaces"]["enp94s0f0"]["addresses"] == ["10.10.1.1/24"]
+        assert host("addressByName")["links"] == {}
+
+    @pytest.mark.parametrize(
+        ("case", "match", "address"),
+        [
+            ("addressByMac", {"PermanentMACAddress": "3c:fd:fe:00:00:01"}, "10.10.1.1/16"),
+            ("addressByDriver", {"Driver": "ixgbe"}, "10.10.1.1/24"),
+        ],
+    )
+    def test_by_what_udev_knows(self, host: Any, case: str, match: dict[str, str], address: str) -> None:
+        """Udev gives the interface a name, which NixOS gives the address."""
+        assert host(case)["interfaces"]["fleet0"]["addresses"] == [address]
+        assert host(case)["links"]["10-pascaline"] == {"matchConfig": match, "linkConfig": {"Name": "fleet0"}}
 
 
 def test_models_are_deleted_by_option_alone(evaluated: Any) -> None:
@@ -113,8 +170,35 @@ class TestCloudLab:
         assert systems["/data"]["options"] == ["noatime", "nofail"]
 
     def test_control_network_alone_asks_for_an_address(self, host: Any) -> None:
-        assert host("cloudlab")["interfaces"] == {"eno1": {"useDHCP": True}}
+        assert host("cloudlab")["interfaces"] == {"eno1": {"useDHCP": True, "addresses": []}}
         assert host("cloudlab")["useDHCP"] is False
+
+    @pytest.mark.parametrize(
+        ("case", "root", "grub", "systemd_boot"),
+        [
+            (
+                "generated",
+                {"device": "/dev/disk/by-uuid/0b1f7c5e-5bfa-4d7b-9a2c-0e1b7f3f5a10", "fsType": "ext4"},
+                True,
+                False,
+            ),
+            (
+                "generatedSystemdBoot",
+                {"device": "/dev/disk/by-uuid/0b1f7c5e-5bfa-4d7b-9a2c-0e1b7f3f5a10", "fsType": "ext4"},
+                False,
+                True,
+            ),
+            ("lvmRoot", {"device": "/dev/vg/root", "fsType": "ext4"}, True, False),
+            ("zfsRoot", {"device": "rpool/root", "fsType": "zfs"}, True, False),
+        ],
+    )
+    def test_what_the_host_itself_names_wins(
+        self, host: Any, case: str, root: dict[str, str], grub: bool, systemd_boot: bool
+    ) -> None:
+        """nixos-generate-config wrote where its root is and how it boots; ours are defaults."""
+        generated = host(case)
+        assert {key: generated["fileSystems"]["/"][key] for key in root} == root
+        assert (generated["grub"]["enable"], generated["systemdBoot"]) == (grub, systemd_boot)
 
     def test_console_is_serial(self, host: Any) -> None:
         assert "console=ttyS0,115200n8" in host("cloudlab")["kernelParams"]

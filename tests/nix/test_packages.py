@@ -165,8 +165,19 @@ def test_app_runs_the_control_plane(flake: Any) -> None:
 
 
 def test_modules_are_exposed(flake: Any) -> None:
-    names = ["cloudlab", "cuda", "default", "driver", "exporter", "inference", "models", "monitoring", "router"]
-    assert flake("nixosModules", "builtins.attrNames") == names
+    names = {
+        "cloudlab",
+        "cuda",
+        "default",
+        "driver",
+        "exporter",
+        "inference",
+        "models",
+        "monitoring",
+        "network",
+        "router",
+    }
+    assert set(flake("nixosModules", "builtins.attrNames")) == names
 
 
 def test_modules_bring_the_packages_once(flake: Any, repository: Path) -> None:
@@ -177,7 +188,7 @@ def test_modules_bring_the_packages_once(flake: Any, repository: Path) -> None:
         lib = import {STAND_INS}/nixpkgs-lib/lib;
         standIn = import {repository}/tests/nix/stand-in.nix {{ inherit lib; }};
         evaluated = lib.evalModules {{
-          modules = [ standIn.module standIn.driverModule modules.driver modules.inference modules.router ];
+          modules = [ standIn.module standIn.nixosModule modules.driver modules.inference modules.router ];
           specialArgs = {{ inherit (standIn) pkgs; }};
         }};
       in

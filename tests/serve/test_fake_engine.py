@@ -183,6 +183,9 @@ class TestEnds:
             wait_until("one runs", lambda: engine.sample("num_running_reqs") == 1)
             engine.process.terminate()
             wait_until("health says so", lambda: engine.ask("/health").status == 503)
+            refused = engine.complete()
+            assert refused.status == 503
+            assert (refused.headers["Retry-After"], refused.headers["Connection"]) == ("5", "close")
             assert answer.result().json["usage"]["completion_tokens"] == 20
         assert engine.process.wait(PATIENCE) == 0
 

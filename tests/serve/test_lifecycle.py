@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -17,7 +19,7 @@ from support.instance import PATIENCE, wait_until
 from support.stuck import unkillable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from support.instance import Answer, Instance
@@ -303,6 +305,19 @@ class TestProgress:
         instance.process.send_signal(signal.SIGCONT)
         assert_nobody_is_blamed(instance)
 
+    @pytest.mark.parametrize("every", [0.0, 0.2, 1.0])
+    def test_an_engine_whose_answers_never_leave(self, serve: Serve, every: float) -> None:
+        """SGLang's detokenizer stands still: its scheduler goes on and counts, with and without requests."""
+        instance = serve()
+        instance.wait_for_state("ready")
+        with asking(instance, every):
+            instance.fault(lose_answers=1)
+            start = time.monotonic()
+            report = instance.wait_for_state("restarting", seconds=30)
+            assert time.monotonic() - start < 20
+        assert report["reason"].startswith("the engine was unresponsive (no token for ")
+        instance.wait_for_state("ready")
+
     def test_an_engine_that_answers_nothing_at_all(self, serve: Serve) -> None:
         instance = serve()
         instance.wait_for_state("ready")
@@ -452,6 +467,28 @@ class TestGpuLost:
             assert instance.stop() == ExitCode.OK
         wait_until("end of the engine, which was killed before", lambda: not instance.descendants(), seconds=10)
         assert f"left behind: its process {pid} does not end when it is killed" in instance.text
+
+
+@contextlib.contextmanager
+def asking(instance: Instance, every: float) -> Iterator[None]:
+    """Ask something short every so many seconds, whether or not it is answered; 0: nothing."""
+    over = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(OSError):
+            instance.complete("a b", timeout=60)
+
+    def go_on() -> None:
+        while every and not over.wait(every):
+            threading.Thread(target=ask, daemon=True).start()
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _status_or_none(instance: Instance, max_tokens: int = 4) -> int | None:

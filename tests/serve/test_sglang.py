@@ -130,6 +130,9 @@ class TestEnds:
             instance.process.send_signal(signal.SIGTERM)
             instance.wait_for_state("draining")
             assert instance.agent("/readyz").status == 503
+            wait_until("new work is refused", lambda: ask(instance, max_tokens=1).status == 503)
+            refused = ask(instance, max_tokens=1)
+            assert (refused.headers["retry-after"], refused.headers["connection"]) == ("5", "close")
             assert answer.result().json["usage"]["completion_tokens"] == 60
         assert instance.wait(REQUEST_SECONDS) == ExitCode.OK
         assert instance.descendants() == []

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SGLANG, LLAMA_CPP = SglangEngine(), LlamaCppEngine()
+IDLE_SECONDS = 1.7491296849999998
+"""Of the scheduler, in the recorded page."""
 SGLANG_PAGE = Path(__file__).parents[3] / "tests/monitoring/pages/sglang.prom"
 SPEC = ModelSpec(
     format="gguf",
@@ -306,7 +308,13 @@ class TestNoSettingIsLost:
 class TestProgress:
     def test_of_a_real_page(self) -> None:
         page = SGLANG_PAGE.read_text()
-        assert SGLANG.progress(page) == Progress(tokens=155.0 + 163.0, running=0, queued=0)
+        progress = SGLANG.progress(page)
+        assert progress is not None
+        assert (progress.tokens, progress.running, progress.queued) == (155.0 + 163.0, 0, 0)
+        # Five first tokens, 156 further ones, 168 in answers that are finished.
+        assert progress.answers == 5.0 + 156.0 + 168.0
+        assert (progress.prefill, progress.decode, progress.prompts) == (155.0, 163.0, 6.0)
+        assert progress.idle_seconds == pytest.approx(IDLE_SECONDS)
 
     @pytest.mark.parametrize("engine", ENGINES)
     @pytest.mark.parametrize("page", ["", "# HELP nothing\n", "other_series 1\n"])
@@ -319,7 +327,7 @@ class TestProgress:
             f'sglang:num_running_reqs{{tp_rank="{rank}"}} 1.0\nsglang:num_queue_reqs{{tp_rank="{rank}"}} 2.0\n'
             for rank, mode in enumerate(("decode", "prefill_compute"))
         )
-        assert SGLANG.progress(page) == Progress(20.0, 2, 4)
+        assert SGLANG.progress(page) == Progress(20.0, 2, 4, answers=0.0, prefill=10.0, decode=10.0)
 
     def test_of_llama_server(self) -> None:
         page = (
@@ -338,7 +346,7 @@ class TestProgress:
         assert sum_of_series(page, "a_total") == 3.0
 
     def test_a_value_that_is_no_number_counts_nothing(self) -> None:
-        assert sum_of_series("a NaN\na 2\n", "a") == 2.0
+        assert sum_of_series('a{b="1"} NaN\na{b="2"} 2\n', "a") == 2.0
         assert sum_of_series("b 1\n", "a") is None
 
 

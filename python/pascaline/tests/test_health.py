@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pascaline.engines import Progress
-from pascaline.serving.health import ANSWERING, Health, Judge, State, backoff_seconds
+from pascaline.engines import Progress, WorkLimits
+from pascaline.serving import health as health_module
+from pascaline.serving.health import ANSWERING, FAILED_PROBES, Health, Judge, State, backoff_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 STATES = st.sampled_from(State)
 ENDS = {State.DRAINING, State.FAILED, State.STOPPED}
@@ -57,11 +62,96 @@ class TestHealth:
             if before in ENDS and before is not after:
                 assert after in {State.STOPPED, State.FAILED}
 
+    def test_the_table_in_the_docstring_is_the_truth(self) -> None:
+        """Every way that exists stands in a row, and every row is a way."""
+        told = set()
+        for line in (health_module.__doc__ or "").splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if len(cells) == 3 and cells[0] not in ("from", "---"):
+                told |= {(before, State(cells[1])) for before in _states(cells[0])}
+        exist = {(before, after) for before in State for after in State if before is not after}
+        assert told - {(state, state) for state in State} == {way for way in exist if follows(*way)}
+
     def test_every_state_can_be_reached(self) -> None:
         reached = {State.PLANNED}
         for _ in State:
             reached |= {state for before in reached for state in State if follows(before, state)}
         assert reached == set(State)
+
+
+def _states(cell: str) -> set[State]:
+    """The states of a cell of the table."""
+    last = {State.DRAINING, State.FAILED, State.STOPPED}
+    if cell.startswith("any"):
+        left_out = {"any": set(), "any but the last three": last, "any but stopped": {State.STOPPED}}[cell]
+        return set(State) - left_out
+    return {State(name.strip()) for name in cell.split(",")}
+
+
+LIMITS = WorkLimits(chunk=512, prefill=2 * 16384, prompts=18, decode=240)
+
+
+def looking(judge: Judge, seconds: int, page: Callable[[int], Progress], probe_every: int = 0) -> State:
+    """Look once a second at a page; test generations are sent and never answered."""
+    for now in range(1, seconds + 1):
+        if probe_every and now % probe_every == 0:
+            judge.probe_failed(with_error=False)
+            judge.probe_sent()
+        judge.observe(now, page(now))
+    return judge.verdict(float(seconds))[0]
+
+
+class TestAnswers:
+    """Where an engine counts what leaves, its work is no sign of life."""
+
+    def test_a_long_prompt_is_waited_for(self) -> None:
+        """150 s at 100 tokens a second, with nothing running or waiting, as SGLang says then."""
+        judge = Judge(STALL, last_sign=0.0, progress=Progress(0, 0, 0, 0.0, prompts=0), limits=LIMITS)
+        page = lambda now: Progress(512 * (now // 5), 0, 0, 0.0, prefill=512 * (now // 5), prompts=1)  # noqa: E731
+        assert looking(judge, 150, page, probe_every=45) is State.READY
+
+    def test_an_answer_that_is_not_streamed_is_waited_for(self) -> None:
+        judge = Judge(STALL, last_sign=0.0, progress=Progress(0, 0, 0, 0.0), limits=LIMITS)
+        page = lambda now: Progress(now // 20, 1, 0, 0.0, decode=now // 20, prompts=1)  # noqa: E731
+        assert looking(judge, 200, page, probe_every=45) is State.BUSY
+
+    @pytest.mark.parametrize("prompt", [1, 8, 60])
+    def test_short_requests_whose_answers_are_lost(self, prompt: int) -> None:
+        judge = Judge(STALL, last_sign=0.0, progress=Progress(0, 0, 0, 0.0, prompts=0), limits=LIMITS)
+        page = lambda now: Progress(  # noqa: E731
+            (prompt + 4) * now, 1, 0, 0.0, prefill=prompt * now, decode=4 * now, prompts=now
+        )
+        assert looking(judge, 2 * int(STALL) + 18, page, probe_every=45) is State.UNRESPONSIVE
+
+    def test_an_idle_scheduler_computes_no_long_prompt(self) -> None:
+        judge = Judge(STALL, last_sign=0.0, progress=Progress(0, 0, 0, 0.0, idle_seconds=0), limits=LIMITS)
+        page = lambda now: Progress(now, 0, 0, 0.0, prefill=20 * now, idle_seconds=0.9 * now)  # noqa: E731
+        assert looking(judge, int(STALL) + 1, page) is State.UNRESPONSIVE
+
+    def test_what_the_test_generations_compute_excuses_nothing(self) -> None:
+        judge = Judge(STALL, last_sign=0.0, progress=Progress(0, 0, 0, 0.0, prompts=0), limits=LIMITS)
+        page = lambda now: Progress(3 * (now // 15), 0, 0, 0.0, prefill=3 * (now // 15), prompts=now // 15)  # noqa: E731
+        assert looking(judge, int(STALL) + 1, page, probe_every=15) is State.UNRESPONSIVE
+
+    def test_what_they_are_answered_within_the_engine_is_no_sign(self) -> None:
+        """Counted as handed over, and yet they fail: what hands over to clients does not."""
+        judge = Judge(STALL, last_sign=0.0, progress=Progress(0, 0, 0, 0.0), limits=LIMITS)
+        assert looking(judge, 46, lambda now: Progress(0, 0, 0, 2.0 * (now // 15)), 15) is State.UNRESPONSIVE
+
+    def test_errors_in_a_row_end_the_excuse(self) -> None:
+        judge = Judge(STALL, last_sign=0.0, progress=Progress(0, 0, 0, 0.0, prompts=0), limits=LIMITS)
+        page = lambda now: Progress(512 * now, 0, 0, 0.0, prefill=100 * now, prompts=1)  # noqa: E731
+        assert looking(judge, 100, page) is State.READY
+        for _ in range(FAILED_PROBES):
+            judge.probe_failed(with_error=True)
+        assert judge.verdict(100.0) == (
+            State.UNRESPONSIVE,
+            "no token for 100 s; 10000 tokens were computed and reached nobody; 3 test generations in a row failed",
+        )
+
+    def test_every_token_that_leaves_is_a_sign(self) -> None:
+        judge = Judge(STALL, last_sign=0.0, progress=Progress(0, 1, 0, 0.0, prompts=0), limits=LIMITS)
+        assert looking(judge, 1000, lambda now: Progress(now, 1, 0, float(now // 10), decode=now)) is State.BUSY
 
 
 class TestJudge:
@@ -89,16 +179,20 @@ class TestJudge:
         judge.observe(STALL + 1, None)
         assert judge.verdict(STALL + 1)[0] is State.UNRESPONSIVE
 
-    def test_a_restarted_counter_is_a_sign_of_life(self) -> None:
+    def test_a_counter_that_falls_is_no_sign_of_life(self) -> None:
+        """The process is the same; one that shows this and that page must not stay ready for ever."""
         judge = Judge(STALL, last_sign=0.0, progress=Progress(1000, 1, 0))
-        judge.observe(40.0, Progress(5, 1, 0))
-        assert judge.last_sign == 40.0
+        for now in range(1, 60):
+            judge.observe(now, Progress(5 if now % 2 else 1000, 1, 0))
+        assert judge.verdict(60.0)[0] is State.UNRESPONSIVE
+        judge.observe(61.0, Progress(1001, 1, 0))
+        assert judge.last_sign == 61.0
 
     @given(st.lists(st.integers(1, int(STALL)), min_size=1, max_size=50), st.integers(1, 8))
     def test_while_counters_move_it_is_busy_however_long_the_answer_takes(self, waits: list[int], running: int) -> None:
-        judge, now = Judge(STALL, last_sign=0.0), 0.0
-        for tokens, wait in enumerate(waits):
-            assert judge.verdict(now + wait)[0] is (State.BUSY if tokens else State.READY)
+        judge, now = Judge(STALL, last_sign=0.0, progress=Progress(0, running, 0)), 0.0
+        for tokens, wait in enumerate(waits, 1):
+            assert judge.verdict(now + wait)[0] is State.BUSY
             now += wait
             judge.observe(now, Progress(tokens, running, 0))
         assert judge.verdict(now)[0] is State.BUSY

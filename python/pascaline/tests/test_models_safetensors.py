@@ -22,14 +22,23 @@ EMBEDDING = {"model.embed_tokens.weight": {"dtype": "BF16", "shape": [16, 8], "d
 HEAD = {"lm_head.weight": {"dtype": "F16", "shape": [16, 8], "data_offsets": [256, 512]}}
 
 DTYPES = ", ".join(DTYPE_BITS)
+AGAIN = "download the folder again (git lfs pull, where it was cloned by git)"
 LIST = "the shape of tensor 't' must be a list of at most 8 numbers"
 WHOLE = "the shape of tensor 't' must hold whole numbers from 0 to 2^63 - 1"
 
 
 def read_config(config: Mapping[str, object], header: object = EMBEDDING) -> ModelSpec:
     """Read a folder of one small file with this config.json."""
-    files = {"config.json": json.dumps(config).encode(), "model.safetensors": safetensors_file(header, data_bytes=512)}
+    files = {
+        "config.json": json.dumps(config).encode(),
+        "model.safetensors": safetensors_file(header, data_bytes=data_bytes(header)),
+    }
     return read_safetensors_parts("some/tiny", MemoryFolder(files).open, str, ["model.safetensors"])
+
+
+def data_bytes(header: object) -> int:
+    """As many bytes as the tensors take."""
+    return max((entry["data_offsets"][1] for entry in header.values()), default=0)  # type: ignore[attr-defined]
 
 
 def header_refusal(data: bytes, size: int | None = None) -> str:
@@ -320,14 +329,72 @@ class TestFolder:
         files = self._shards()
         del files["b.safetensors"]
         assert self._refusal(self._write(tmp_path, files)) == (
-            "failed to read FOLDER/b.safetensors: No such file or directory"
+            "a shard of the model cannot be read, of 2: failed to read FOLDER/b.safetensors: No such file or directory"
         )
 
     def test_a_tensor_in_two_shards(self, tmp_path: Path) -> None:
         files = self._shards()
         files["b.safetensors"] = files["a.safetensors"]
         assert self._refusal(self._write(tmp_path, files)) == (
-            "failed to read FOLDER: two tensors are named 'model.embed_tokens.weight'"
+            "failed to read FOLDER: tensor 'model.embed_tokens.weight' is in 'a.safetensors' and in 'b.safetensors'; "
+            + AGAIN
+        )
+
+    def test_an_index_that_names_what_no_shard_holds(self, tmp_path: Path) -> None:
+        places = {"model.embed_tokens.weight": "a.safetensors", "lm_head.weight": "a.safetensors", "x": "a.safetensors"}
+        files = self._shards() | {INDEX_NAME: json.dumps({"weight_map": places}).encode()}
+        assert self._refusal(self._write(tmp_path, files)) == (
+            f"failed to read FOLDER: no shard holds 2 of the 3 tensors that {INDEX_NAME} names: 'lm_head.weight', 'x'; "
+            + AGAIN
+        )
+
+    @pytest.mark.parametrize("indexed", [True, False])
+    def test_a_shard_that_the_others_names_speak_of(self, tmp_path: Path, indexed: bool) -> None:
+        name = "model-00001-of-00002.safetensors"
+        files = {"config.json": json.dumps(CONFIG).encode(), name: safetensors_file(EMBEDDING, data_bytes=256)}
+        if indexed:
+            files[INDEX_NAME] = json.dumps({"weight_map": {"model.embed_tokens.weight": name}}).encode()
+        assert self._refusal(self._write(tmp_path, files)) == (
+            f"failed to read FOLDER: {name!r} is there, or in the index, and 'model-00002-of-00002.safetensors' is not; "
+            + AGAIN
+        )
+
+    @pytest.mark.parametrize("name", ["b.safetensors", "config.json", INDEX_NAME, "tokenizer.json", "tokenizer.model"])
+    def test_a_pointer_of_git_lfs(self, tmp_path: Path, name: str) -> None:
+        """In a folder that was cloned without git-lfs each large file is one."""
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 4368438944\n"
+        shard = "a shard of the model cannot be read, of 2: " if name == "b.safetensors" else ""
+        assert self._refusal(self._write(tmp_path, self._shards() | {name: pointer})) == (
+            f"{shard}failed to read FOLDER/{name}: it is the pointer of a git-lfs file: run git lfs pull"
+        )
+
+    @pytest.mark.parametrize(
+        ("content", "what"),
+        [
+            (b"<!DOCTYPE html><html>", "a web page, which a server sent in place of the file"),
+            (b"\n  <HTML lang=en>", "a web page, which a server sent in place of the file"),
+            (b"Entry not found", "the text 'Entry not found', which a server may have sent in place of the file"),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["b.safetensors", "config.json"])
+    def test_what_a_server_sent_in_place_of_a_file(self, tmp_path: Path, name: str, content: bytes, what: str) -> None:
+        assert self._refusal(self._write(tmp_path, self._shards() | {name: content})).endswith(
+            f"failed to read FOLDER/{name}: it is {what}: download it again; where the server asks for a login, with a "
+            "token (pascaline models add --token-file FILE)"
+        )
+
+    def test_bytes_of_no_tensor(self, tmp_path: Path) -> None:
+        files = self._shards()
+        files["b.safetensors"] += b"\0\0"
+        assert self._refusal(self._write(tmp_path, files)) == (
+            "a shard of the model cannot be read, of 2: failed to read FOLDER/b.safetensors: 2 bytes at its end belong "
+            "to no tensor; " + AGAIN
+        )
+        gap = {"lm_head.weight": {"dtype": "F16", "shape": [16, 8], "data_offsets": [8, 264]}}
+        files["b.safetensors"] = safetensors_file(gap, data_bytes=264)
+        assert self._refusal(self._write(tmp_path, files)) == (
+            "a shard of the model cannot be read, of 2: failed to read FOLDER/b.safetensors: 8 bytes before tensor "
+            "'lm_head.weight' belong to none; " + AGAIN
         )
 
     @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "x.bin", "", 3, "a\x00.safetensors"])
@@ -372,9 +439,10 @@ class TestFolder:
         )
 
     def test_a_config_that_is_no_json(self, tmp_path: Path) -> None:
-        self._write(tmp_path, self._shards() | {"config.json": b"<html>"})
+        self._write(tmp_path, self._shards() | {"config.json": b"{]"})
         assert self._refusal(tmp_path) == (
-            "failed to read FOLDER/config.json: it is not sound JSON: Expecting value: line 1 column 1 (char 0)"
+            "failed to read FOLDER/config.json: it is not sound JSON: Expecting property name enclosed in double quotes: "
+            "line 1 column 2 (char 1)"
         )
 
     def test_a_config_larger_than_the_limit(self, tmp_path: Path) -> None:

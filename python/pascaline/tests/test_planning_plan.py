@@ -16,7 +16,7 @@ from pascaline.engines import ENGINES, Task
 from pascaline.errors import ConfigurationError
 from pascaline.models.spec import ModelSpec, TensorSpec
 from pascaline.models.store import ResolvedModel
-from pascaline.planning import PlanRequest, make_plan, nearest_fits, request_from_settings
+from pascaline.planning import PlanRequest, make_plan, nearest_fits, other_engine_fits, request_from_settings
 from pascaline.planning.mixtures import MIXTURES, requantized
 from pascaline.planning.nearest import longest_context
 from pascaline.planning.plan import SHORTEST_CONTEXT
@@ -249,6 +249,21 @@ class TestEngines:
             "the model to Q4_K_M or Q8_0, or take engine llama.cpp, which computes with IQ4_XS as it is"
         )
         assert not any("IQ4_XS" in note for note in make_plan(QWEN_3_4B, P4, request(engine="llama.cpp")).notes)
+
+
+class TestOtherEngine:
+    def test_an_engine_that_fits_is_named_beside_the_nearest_settings(self) -> None:
+        """On a CPU SGLang widens the weights of a 7B to 27 GB; llama.cpp computes with the 4 GB of the file."""
+        cpu = load_card("cpu")
+        asked = request(cpu, card_bytes=16 << 30, device="cpu", dtype="float32", kv_dtype="fp32")
+        assert not make_plan(LLAMA_2_7B, cpu, asked).fits
+        [change] = other_engine_fits(Settings(device="cpu", context_length=4096), LLAMA_2_7B, cpu, asked)
+        assert change.settings == {"engine": "llama.cpp"}
+        assert change.sentence.startswith("engine llama.cpp: 16,384 tokens of KV cache, ")
+
+    def test_an_engine_that_does_not_fit_either_is_not_named(self) -> None:
+        asked = request(P4, card_bytes=2 << 30)
+        assert other_engine_fits(Settings(context_length=4096), LLAMA_2_7B, P4, asked) == []
 
 
 class TestCards:

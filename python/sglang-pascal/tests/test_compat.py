@@ -43,6 +43,7 @@ def test_rows_of_a_device_and_a_stage():
         "logit soft cap",
         "attention backend",
         "load format",
+        "refusal while draining",
         "int8 KV cache, choice",
     ]
     assert [shim.name for shim in shims_for("cpu", "worker")] == ["int8 KV cache, pool"]

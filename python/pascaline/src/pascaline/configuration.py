@@ -124,12 +124,23 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Value]:
         origin = f"{path}:{lines.get(key, 1)}"
         if key not in keys:
             problems.append(f"{key}: unknown key{_suggestion(key, keys)} ({origin})")
-        elif isinstance(raw, bool) and keys[key].annotation is not bool:
-            # pydantic would take true for 1.
+        elif not _is_of_toml_type(raw, keys[key]):
             problems.append(f"{key}: invalid value {raw!r}, must be {allowed_values(keys[key])} ({origin})")
         else:
             values[key] = Value(raw, origin)
     return values
+
+
+def _is_of_toml_type(raw: Any, field: FieldInfo) -> bool:
+    """Whether a TOML value needs no guess: pydantic takes true for 1, and "4096" for the number, as flags are."""
+    annotations = {field.annotation, *get_args(field.annotation)}
+    if isinstance(raw, bool) or bool in annotations:
+        return isinstance(raw, bool) and bool in annotations
+    return not (isinstance(raw, str) and annotations & {int, float} and not _has_units(field))
+
+
+def _has_units(field: FieldInfo) -> bool:
+    return any(getattr(part, "func", None) in {parse_bytes, parse_seconds} for part in _all_metadata(field))
 
 
 def _leaves(table: dict[str, Any], keys: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Any]]:

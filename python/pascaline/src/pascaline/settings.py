@@ -9,14 +9,14 @@ from __future__ import annotations
 from pathlib import Path  # noqa: TC003 - pydantic needs it at run time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
 from pascaline.digests import SHA256_SCHEMA, parse_sha256s
-from pascaline.units import parse_bytes, parse_seconds
+from pascaline.units import BYTES_SCHEMA, SECONDS_SCHEMA, parse_bytes, parse_seconds
 
 Port = Annotated[int, Field(ge=1, le=65535)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-Seconds = Annotated[float, BeforeValidator(parse_seconds)]
+Bytes = Annotated[int, Strict(), BeforeValidator(parse_bytes), WithJsonSchema(BYTES_SCHEMA)]
+Seconds = Annotated[float, Strict(), BeforeValidator(parse_seconds), WithJsonSchema(SECONDS_SCHEMA)]
 Sha256s = Annotated[tuple[str, ...] | None, BeforeValidator(parse_sha256s), WithJsonSchema(SHA256_SCHEMA)]
 
 BUILTIN_MODEL = "builtin:smollm2-135m"

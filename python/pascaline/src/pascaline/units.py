@@ -19,6 +19,17 @@ SECOND_UNITS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600
 _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
+def _schema(number: str, units: dict[str, int] | dict[str, float]) -> dict[str, object]:
+    """Return the JSON schema of a number, or of a text with one of the units in any case."""
+    letters = ("".join(f"[{letter.upper()}{letter}]" for letter in unit) for unit in units if unit)
+    pattern = rf"^\s*[0-9]+(\.[0-9]+)?\s*({'|'.join(letters)})?\s*$"
+    return {"anyOf": [{"type": number, "minimum": 0}, {"type": "string", "pattern": pattern}]}
+
+
+BYTES_SCHEMA = _schema("integer", BYTE_UNITS)
+SECONDS_SCHEMA = _schema("number", SECOND_UNITS)
+
+
 def parse_bytes(value: object) -> object:
     """Return bytes from a number or a text such as "64 MiB"; anything else unchanged, for the type check to refuse."""
     quantity = _parse(value, BYTE_UNITS, "KiB, MiB, GiB, kB, MB, GB or none for bytes")

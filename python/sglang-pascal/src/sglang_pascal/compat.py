@@ -333,6 +333,22 @@ _KV_TARGETS: Final = (
 )
 
 
+_RUN_SERVER: Final = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
+
+
+def _refuse_while_draining() -> None:
+    from sglang_pascal.draining import add_to_server
+
+    _hook(_RUN_SERVER, add_to_server, "AROUND")
+
+
+def _is_server() -> bool:
+    """Whether this process may listen: a worker that SGLang spawned does not, and need not import the server."""
+    from sglang_pascal.orphans import SPAWNED
+
+    return SPAWNED not in sys.orig_argv
+
+
 def _add_int8_choice() -> None:
     from sglang_pascal.attention.kv_types import INT8, kv_cache_choices
 
@@ -520,6 +536,17 @@ SHIMS: Final = (
         is_needed=_always,
         apply=_register_load_format,
         is_applied=lambda: _is_hooked(_VERIFY_LOAD_FORMAT),
+    ),
+    Shim(
+        name="refusal while draining",
+        what=f"{_RUN_SERVER} wraps its application: 503 for new work once SIGTERM came",
+        why="SGLang goes on accepting requests while it waits for the last one to end: under load it never ends",
+        sglang="0.5.23",
+        devices=("cpu", "cuda"),
+        stage="register",
+        is_needed=_is_server,
+        apply=_refuse_while_draining,
+        is_applied=lambda: _is_hooked(_RUN_SERVER),
     ),
     Shim(
         name="int8 KV cache, choice",

@@ -18,7 +18,9 @@ import "@corepkgs@" (
         statix = final.gnugrep;
         deadnix = final.gnugrep;
         prometheus.cli = final.gnugrep;
-        linuxPackages.nvidiaPackages.stable.version = "595.84";
+        linuxPackages.nvidiaPackages =
+          final.lib.mapAttrs (_: version: { inherit version; })
+            (import "@repository@/tests/nix/stand-in.nix" { inherit (final) lib; }).driverVersions;
         nixosOptionsDoc = _: { optionsCommonMark = final.gnugrep; };
         # Evaluates every node, and fails where an assertion does.
         testers.runNixOSTest =

@@ -28,6 +28,16 @@ class Fact:
 
 
 @dataclass(frozen=True, slots=True)
+class DriverBranches:
+    """Which branches of NVIDIA's driver a Pascal card and CUDA's releases need (driver.toml)."""
+
+    last_pascal: int
+    """The newest branch that drives Pascal."""
+    least: dict[int, int]
+    """CUDA's major version -> the oldest branch that runs its programs."""
+
+
+@dataclass(frozen=True, slots=True)
 class Card:
     """One card's facts and default settings."""
 
@@ -147,6 +157,14 @@ def installed_models(proc_gpus: Path = PROC_GPUS) -> list[str]:
         if match:
             models.append(match.group(1).removeprefix("NVIDIA "))
     return models
+
+
+@cache
+def driver_branches() -> DriverBranches:
+    """Return the table of driver branches, which the NixOS modules read too."""
+    data = _read("driver.toml")
+    least = {int(major): branch for major, branch in data["least_branch"].items()}
+    return DriverBranches(last_pascal=data["last_pascal_branch"], least=least)
 
 
 def _facts(entries: dict[str, Any]) -> dict[str, Fact]:

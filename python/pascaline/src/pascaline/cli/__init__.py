@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from pascaline import __version__
 from pascaline.errors import ExitCode, PascalineError
@@ -36,6 +36,14 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line and where to read more, instead of pages of usage before them."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and end with the code of a bad configuration."""
+        self.exit(ExitCode.CONFIGURATION, f"{self.prog}: error: {message}\n{self.prog} --help says what there is\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the arguments name and return its exit code."""
     protect_named(os.environ)
@@ -54,11 +62,11 @@ def _show_uncaught(kind: type[BaseException], error: BaseException, trace: Trace
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
-def _top_parser() -> argparse.ArgumentParser:
+def _top_parser() -> Parser:
     width = max(map(len, COMMANDS))
     listing = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
     codes = "\n".join(f"  {code.value:>3}  {code.meaning}" for code in ExitCode)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pascaline",
         usage="pascaline COMMAND [OPTIONS]",
         description="Serve language models on Pascal GPUs (Tesla P4, P40, P100, GTX 10xx).",
@@ -72,7 +80,7 @@ def _top_parser() -> argparse.ArgumentParser:
 
 def _run_command(name: str, arguments: Sequence[str]) -> int:
     module = importlib.import_module(f"pascaline.cli.{name}")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"pascaline {name}",
         description=module.DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -14,7 +14,7 @@ from pascaline.errors import ConfigurationError, ExitCode, MissingError, ModelEr
 from pascaline.models import store
 from pascaline.models.accept import judge
 from pascaline.models.reader import read_model
-from pascaline.planning import make_plan, nearest_fits, refusal, table
+from pascaline.planning import make_plan, nearest_fits, other_engine_fits, refusal, table
 from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
 from pascaline.planning.report import choices_table, explanation, sweep_table
 
@@ -72,7 +72,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="Q4_K_M",
         help="with --optimize: the coarsest quantisation that is good enough (default: %(default)s)",
     )
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the card's memory into a .svg or .png file")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="draw the card's memory into a .svg or .png file; may be given several times",
+    )
     add_settings_arguments(parser)
 
 
@@ -90,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _optimize(arguments, spec, card, request)
     if arguments.sweep:
         return _sweep(arguments, spec, card, request)
-    return _plan(arguments, spec, card, request)
+    return _plan(arguments, configuration, spec, card, request)
 
 
 def _check_kinds(arguments: argparse.Namespace) -> None:
@@ -127,13 +134,18 @@ def target(configuration: Configuration, spec: ModelSpec) -> tuple[Card, PlanReq
     return placement.card, request_from_placement(settings, spec, placement)
 
 
-def _plan(arguments: argparse.Namespace, spec: ModelSpec, card: Card, request: PlanRequest) -> int:
+def _plan(
+    arguments: argparse.Namespace, configuration: Configuration, spec: ModelSpec, card: Card, request: PlanRequest
+) -> int:
     verdict = judge(spec, request.engine)
     plan = make_plan(spec, card, request)
-    changes = [] if plan.fits else nearest_fits(spec, card, request)
+    changes = []
+    if not plan.fits:
+        changes = nearest_fits(spec, card, request)
+        changes += other_engine_fits(configuration.settings, spec, card, request)
     plan = replace(plan, refusals=tuple(verdict.refusals), notes=(*plan.notes, *verdict.notes))
-    if arguments.picture:
-        draw(plan, arguments.picture)
+    for picture in arguments.picture:
+        draw(plan, picture)
     if arguments.json:
         nearest = {} if not plan.reasons else {"nearest": [change.to_json() for change in changes]}
         print(json.dumps(plan.to_json() | nearest, indent=2))

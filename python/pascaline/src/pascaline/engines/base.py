@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from pascaline.engines.causes import Cause, Diagnosis, Explanation, cuda_fault
+from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.errors import ConfigurationError
 from pascaline.gpu.devices import device_variables
 
@@ -68,17 +69,42 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How much an engine has done and has to do."""
+    """How much an engine has done and has to do. Counters since its start; their differences mean something."""
 
     tokens: float
     """A sum that grows with every step of work; its size means nothing."""
     running: int
     queued: int
+    answers: float | None = None
+    """Grows with every token that is handed to a client; None: the engine counts only its work, which then stands for
+    it."""
+    prefill: float = 0.0
+    """Prompt tokens computed."""
+    decode: float = 0.0
+    """Tokens generated, whether or not they reached a client."""
+    prompts: float | None = None
+    """Prompts whose computation began; None: the engine does not say."""
+    idle_seconds: float | None = None
+    """Time without anything to compute; None: the engine does not say."""
 
     @property
     def has_work(self) -> bool:
         """Whether any request waits for an answer."""
         return self.running + self.queued > 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkLimits:
+    """The most that a healthy engine computes between two answers: beyond it, answers are lost."""
+
+    chunk: float
+    """Prompt tokens of one step, as far as the prompt does not end in it."""
+    prefill: float
+    """Prompt tokens."""
+    prompts: float
+    """Prompts."""
+    decode: float
+    """Generated tokens that are still held back."""
 
 
 class Engine(ABC):
@@ -98,7 +124,7 @@ class Engine(ABC):
 
     @abstractmethod
     def progress(self, metrics: str) -> Progress | None:
-        """Read the progress from its /metrics; None where the series are missing."""
+        """Read the progress from its /metrics; None where the series are missing or the page is malformed."""
 
     @abstractmethod
     def version(self, address: tuple[str, int], api_key: str | None) -> str:
@@ -107,6 +133,11 @@ class Engine(ABC):
     @abstractmethod
     def parse_line(self, line: str) -> tuple[str, str]:
         """Return (level, text) of a line of its output; level is a name of the logging module."""
+
+    def work_limits(self, task: Task) -> WorkLimits | None:
+        """Return what may be computed between two answers; None where it does not count answers apart."""
+        del task
+        return None
 
     def allocated(self, metrics: str) -> dict[str, int]:
         """Read from its /metrics what it allocated: weights_bytes, kv_bytes, kv_tokens, as far as it says so."""
@@ -157,13 +188,8 @@ class Engine(ABC):
 
 
 def sum_of_series(metrics: str, name: str) -> float | None:
-    """Return the sum of all series of this name in a Prometheus text page; None where there is none.
-
-    Written out because the page is read every second and a full parser takes a hundred times as long.
-    """
-    total: float | None = None
-    for line in metrics.splitlines():
-        if line.startswith(name) and line[len(name) : len(name) + 1] in {"{", " "}:
-            value = line.rsplit(" ", 1)[-1]
-            total = (total or 0.0) + (float(value) if value != "NaN" else 0.0)
-    return total
+    """Return the sum of all series of this name in a Prometheus text page; None: there is none, or no page."""
+    try:
+        return Samples(metrics, {name}).sum(name)
+    except MalformedPageError:
+        return None

@@ -7,9 +7,10 @@ import re
 import shutil
 from typing import TYPE_CHECKING, ClassVar
 
-from pascaline.engines.base import VERSION_TIMEOUT_SECONDS, Engine, Launch, Progress, Task, sum_of_series
+from pascaline.engines.base import VERSION_TIMEOUT_SECONDS, Engine, Launch, Progress, Task
 from pascaline.engines.causes import Cause, Explanation
 from pascaline.engines.client import request
+from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.errors import ConfigurationError, MissingError
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 # Ours -> llama.cpp's types of a stored key or value.
 KV_TYPES = {"auto": "f16", "fp16": "f16", "bf16": "bf16", "int8": "q8_0"}
 ALL_LAYERS = 999
+# One thread computes and hands over, so that its steps stand for its answers.
+_STEPS = ("llamacpp:n_decode_total", "llamacpp:prompt_tokens_total", "llamacpp:tokens_predicted_total")
+_PROGRESS_SERIES = frozenset({*_STEPS, "llamacpp:requests_processing", "llamacpp:requests_deferred"})
 
 _ERROR_WORDS = re.compile(r"\b(error|failed|fatal|abort)", re.IGNORECASE)
 _WARNING_WORDS = re.compile(r"\b(warn(ing)?|deprecated)\b", re.IGNORECASE)
@@ -117,12 +121,14 @@ class LlamaCppEngine(Engine):
 
     def progress(self, metrics: str) -> Progress | None:
         """Read the counter of decode calls, which moves with every batch, of prompt or answer."""
-        running = sum_of_series(metrics, "llamacpp:requests_processing")
+        try:
+            samples = Samples(metrics, _PROGRESS_SERIES)
+        except MalformedPageError:
+            return None
+        running = samples.sum("llamacpp:requests_processing")
         if running is None:
             return None
-        names = ("n_decode_total", "prompt_tokens_total", "tokens_predicted_total")
-        steps = sum(sum_of_series(metrics, f"llamacpp:{name}") or 0.0 for name in names)
-        return Progress(steps, int(running), int(sum_of_series(metrics, "llamacpp:requests_deferred") or 0))
+        return Progress(samples.total(*_STEPS), int(running), int(samples.total("llamacpp:requests_deferred")))
 
     def version(self, address: tuple[str, int], api_key: str | None) -> str:
         """Ask the running engine."""

@@ -8,9 +8,10 @@ import shutil
 import sys
 from typing import TYPE_CHECKING, ClassVar
 
-from pascaline.engines.base import VERSION_TIMEOUT_SECONDS, Engine, Launch, Progress, Task, sum_of_series
+from pascaline.engines.base import VERSION_TIMEOUT_SECONDS, Engine, Launch, Progress, Task, WorkLimits, sum_of_series
 from pascaline.engines.causes import Cause, Diagnosis, Explanation, cuda_fault
 from pascaline.engines.client import request
+from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.errors import MissingError
 
 if TYPE_CHECKING:
@@ -21,6 +22,25 @@ KV_DTYPES = {"auto": "auto", "fp16": "auto", "bf16": "bf16", "fp8_e5m2": "fp8_e5
 
 BITSANDBYTES = "bitsandbytes"
 """Quantisation that SGLang does itself, while it loads a folder."""
+
+HELD_BACK_TOKENS = 10
+"""Tokens after which an answer that is not streamed is handed on within SGLang, where it is counted (default: 50)."""
+# Counted in the tokenizer's process, behind the detokenizer: first tokens, further tokens, tokens of finished answers.
+_ANSWERS = (
+    "sglang:time_to_first_token_seconds_count",
+    "sglang:inter_token_latency_seconds_count",
+    "sglang:generation_tokens_total",
+)
+_PROGRESS_SERIES = frozenset(
+    {
+        *_ANSWERS,
+        "sglang:realtime_tokens_total",
+        "sglang:num_running_reqs",
+        "sglang:num_queue_reqs",
+        "sglang:queue_time_seconds_count",
+        "sglang:scheduler_idle_seconds_total",
+    }
+)
 
 # The last line of a traceback. What the plugin raises is written for users; SGLang goes on about signals and kills.
 _PLUGIN_ERROR = re.compile(r"sglang_pascal(?:\.\w+)+: (.+)")
@@ -133,13 +153,43 @@ class SglangEngine(Engine):
         return Diagnosis(Cause.CUDA_FAULT if cuda_fault(own) else found.cause if found else Cause.OTHER, own[-1])
 
     def progress(self, metrics: str) -> Progress | None:
-        """Read the counters that move on every decode step and after every prefill chunk."""
-        tokens = sum_of_series(metrics, "sglang:realtime_tokens_total")
-        running = sum_of_series(metrics, "sglang:num_running_reqs")
+        """Read its scheduler's counters, and those of its tokenizer's process, which counts what left towards clients.
+
+        Between the two is the detokenizer: where it stops, the scheduler goes on and nothing leaves.
+        """
+        try:
+            samples = Samples(metrics, _PROGRESS_SERIES)
+        except MalformedPageError:
+            return None
+        running = samples.sum("sglang:num_running_reqs")
         if running is None:
             return None
-        queued = sum_of_series(metrics, "sglang:num_queue_reqs")
-        return Progress(tokens or 0.0, int(running), int(queued or 0))
+        return Progress(
+            tokens=samples.total("sglang:realtime_tokens_total"),
+            running=int(running),
+            queued=int(samples.total("sglang:num_queue_reqs")),
+            answers=samples.total(*_ANSWERS),
+            prefill=samples.sum("sglang:realtime_tokens_total", 'mode="prefill_compute"') or 0.0,
+            decode=samples.sum("sglang:realtime_tokens_total", 'mode="decode"') or 0.0,
+            prompts=samples.sum("sglang:queue_time_seconds_count"),
+            idle_seconds=samples.sum("sglang:scheduler_idle_seconds_total"),
+        )
+
+    def work_limits(self, task: Task) -> WorkLimits:
+        """Return what it computes at most before something is handed to a client, with room for retracted requests.
+
+        The prompts of all requests that run together fit into the pool and are computed before any of them goes on; an
+        answer that is not streamed is handed over every HELD_BACK_TOKENS, the first time as one token, which may be
+        mistaken for the test generation's.
+        """
+        settings = task.settings
+        ranks = settings.tensor_parallel * settings.pipeline_parallel
+        return WorkLimits(
+            chunk=settings.chunked_prefill_tokens,
+            prefill=2.0 * task.max_total_tokens * ranks,
+            prompts=(2.0 * settings.max_running_requests + 2) * ranks,
+            decode=3.0 * HELD_BACK_TOKENS * settings.max_running_requests * ranks,
+        )
 
     def allocated(self, metrics: str) -> dict[str, int]:
         """Read its gauges. On the CPU its weights are what the host's free memory fell by: rough."""
@@ -227,6 +277,8 @@ def _environment(task: Task) -> dict[str, str]:
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         # After a crash, do not wait a minute for a GPU core dump.
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0",
+        # So that answers that are not streamed are seen to leave while they are computed.
+        "SGLANG_FORCE_STREAM_INTERVAL": str(HELD_BACK_TOKENS),
         "PYTHONUNBUFFERED": "1",
         # Dozens of lines at every start about packages that are rightly not there.
         "PYTHONWARNINGS": "default" if task.settings.debug else "ignore",

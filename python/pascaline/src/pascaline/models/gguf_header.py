@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pascaline.errors import ModelError
 from pascaline.models.acceptance import Unread
 from pascaline.models.ggml_types import REMOVED_TENSOR_TYPES, TENSOR_TYPES
+from pascaline.models.impostors import head_of, impostor
 from pascaline.models.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -312,7 +313,7 @@ def _read_version(cursor: _Cursor) -> int:
         cursor.fail("it is empty; download it again")
     magic = cursor.take(4, "the magic number")
     if magic != MAGIC:
-        cursor.fail(f"it is not a GGUF file: it starts with {magic!r}, must start with {MAGIC!r}{_hint(cursor, magic)}")
+        cursor.fail(f"it is not a GGUF file: it starts with {magic!r}, must start with {MAGIC!r}{_hint(cursor)}")
     version = cursor.u32("the version")
     if version and version & 0xFFFF == 0:
         cursor.fail(
@@ -323,10 +324,9 @@ def _read_version(cursor: _Cursor) -> int:
     return version
 
 
-def _hint(cursor: _Cursor, magic: bytes) -> str:
-    if magic == b"vers" and cursor.limit >= 20 and cursor.take(16, "") == b"ion https://git-":
-        return "; it is the pointer of a git-lfs file: run git lfs pull"
-    return ""
+def _hint(cursor: _Cursor) -> str:
+    what = impostor(head_of(cursor.source))
+    return f"; {what}" if what else ""
 
 
 def _read_count(cursor: _Cursor, what: str, limit: int) -> int:

@@ -5,15 +5,17 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from pascaline.errors import ModelError
-from pascaline.models.gguf_header import check_extents, check_unique_names, printable, shown
+from pascaline.models.gguf_header import check_extents, printable, shown
 from pascaline.models.hf_config import HfConfig
+from pascaline.models.impostors import POINTER, head_of, impostor
 from pascaline.models.json_file import MAX_JSON_BYTES, parse_object
 from pascaline.models.layers import differing, most_common_heads
 from pascaline.models.source import Source, file_mode, open_file
@@ -24,6 +26,8 @@ SINGLE_NAME = "model.safetensors"
 MAX_TENSORS = 1 << 18
 MAX_SHARDS = 1024
 MAX_DIMENSIONS = 8
+NAMED_TENSORS = 16
+"""Most of the missing tensors that a message names."""
 MAX_NAME = 255
 """Longest name of a shard, characters (Linux's NAME_MAX)."""
 
@@ -51,6 +55,18 @@ DTYPE_BITS = {
 }
 """Bits of one element (safetensors' `Dtype`)."""
 
+_NUMBERED = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<shards>\d{5})\.safetensors", re.ASCII)
+_OTHER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+_AGAIN = "download the folder again (git lfs pull, where it was cloned by git)"
+
 OpenPart = Callable[[str], AbstractContextManager[Source]]
 
 
@@ -66,7 +82,18 @@ def read_safetensors(directory: Path | str) -> ModelSpec:
             f"failed to read {directory}: it has no config.json; name a GGUF file, or a folder as downloaded from "
             "Hugging Face"
         )
-    return read_safetensors_parts(str(directory), open_part, lambda name: directory / name, _file_names(directory))
+    spec = read_safetensors_parts(str(directory), open_part, lambda name: directory / name, _file_names(directory))
+    _check_other_files(directory)
+    return spec
+
+
+def _check_other_files(directory: Path) -> None:
+    """Refuse a folder whose tokenizer or configuration is a pointer of git-lfs: the engine would start with it."""
+    for name in _OTHER_FILES:
+        if file_mode(directory / name) is not None:
+            with open_file(directory / name) as source:
+                if head_of(source).startswith(POINTER):
+                    _fail(source, str(impostor(POINTER)))
 
 
 def read_safetensors_parts(
@@ -74,21 +101,71 @@ def read_safetensors_parts(
 ) -> ModelSpec:
     """Read config.json and the headers of the files of these names; None stands for those that the index names."""
     config = HfConfig(*_read_json(open_part, "config.json"))
-    names = _indexed_names(open_part) if names is None else names
+    places = _indexed_places(open_part) if names is None else {}
+    names = sorted(set(places.values())) if names is None else names
     tensors: list[TensorSpec] = []
     file_bytes = 0
     for index, name in enumerate(names):
-        with open_part(name) as source:
+        with _open_shard(open_part, name, len(names)) as source:
             tensors += read_header(source, index)
             file_bytes += source.size
         if len(tensors) > MAX_TENSORS:
             raise ModelError(f"failed to read {place}: it has more than {MAX_TENSORS} tensors")
-    check_unique_names(place, tuple(tensors))
+    _check_shards(place, names, tensors, places)
+    _check_numbered(place, names)
     return _spec(config, Path(place).name, tuple(map(locate, names)), tuple(tensors), file_bytes)
+
+
+@contextmanager
+def _open_shard(open_part: OpenPart, name: str, count: int) -> Iterator[Source]:
+    try:
+        with open_part(name) as source:
+            yield source
+    except ModelError as error:
+        if count == 1:
+            raise
+        raise ModelError(f"a shard of the model cannot be read, of {count}: {error}") from error
+
+
+def _check_numbered(place: str, names: Sequence[str]) -> None:
+    """Refuse shards whose names speak of others that are not among them: an index, or a download, is incomplete."""
+    for name in names:
+        if (match := _NUMBERED.fullmatch(name)) is None:
+            continue
+        for number in range(1, min(int(match["shards"]), MAX_SHARDS) + 1):
+            sibling = f"{match['stem']}-{number:05d}-of-{match['shards']}.safetensors"
+            if sibling not in names:
+                raise ModelError(
+                    f"failed to read {place}: {shown(name)} is there, or in the index, and {shown(sibling)} is not; "
+                    f"{_AGAIN}"
+                )
+
+
+def _check_shards(place: str, names: Sequence[str], tensors: Sequence[TensorSpec], places: Mapping[str, str]) -> None:
+    """Refuse a tensor that two shards hold, and one that the index names and no shard holds."""
+    holder: dict[str, int] = {}
+    for tensor in tensors:
+        if (other := holder.get(tensor.name)) is not None:
+            _refuse_twice(place, tensor.name, names[other], names[tensor.file_index])
+        holder[tensor.name] = tensor.file_index
+    missing = [name for name in places if name not in holder]
+    if missing:
+        more = f" and {len(missing) - NAMED_TENSORS} more" if len(missing) > NAMED_TENSORS else ""
+        raise ModelError(
+            f"failed to read {place}: no shard holds {len(missing)} of the {len(places)} tensors that {INDEX_NAME} "
+            f"names: {', '.join(map(shown, missing[:NAMED_TENSORS]))}{more}; {_AGAIN}"
+        )
+
+
+def _refuse_twice(place: str, tensor: str, one: str, other: str) -> NoReturn:
+    where = f"in {shown(one)} and in {shown(other)}" if one != other else f"twice in {shown(one)}"
+    raise ModelError(f"failed to read {place}: tensor {shown(tensor)} is {where}; {_AGAIN}")
 
 
 def read_header(source: Source, file_index: int = 0) -> list[TensorSpec]:
     """Read where the tensors of one safetensors file lie; their data is not touched."""
+    if what := impostor(head_of(source)):
+        _fail(source, what)
     if source.size < 8:
         _fail(source, f"it is truncated: it has {source.size} bytes, the length of its header alone needs 8")
     (length,) = struct.unpack("<Q", source.read_at(0, 8))
@@ -102,7 +179,21 @@ def read_header(source: Source, file_index: int = 0) -> list[TensorSpec]:
         _fail(source, f"it has {len(header)} tensors, at most {MAX_TENSORS} are read")
     tensors = tuple(_tensor(source, name, entry, 8 + length, file_index) for name, entry in header.items())
     check_extents(source.name, source.size, tensors)
+    _check_covered(source, tensors, 8 + length)
     return list(tensors)
+
+
+def _check_covered(source: Source, tensors: Sequence[TensorSpec], data_start: int) -> None:
+    """Refuse bytes that belong to no tensor, as the format does: tensors follow each other up to the file's end."""
+    end = data_start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.data_offset, tensor.n_bytes)):
+        if tensor.data_offset != end:
+            _fail(
+                source, f"{tensor.data_offset - end} bytes before tensor {shown(tensor.name)} belong to none; {_AGAIN}"
+            )
+        end += tensor.n_bytes
+    if end != source.size:
+        _fail(source, f"{source.size - end} bytes at its end belong to no tensor; {_AGAIN}")
 
 
 def _tensor(source: Source, name: str, entry: object, data_start: int, file_index: int) -> TensorSpec:
@@ -152,7 +243,8 @@ def _file_names(directory: Path) -> list[str] | None:
     return names
 
 
-def _indexed_names(open_part: OpenPart) -> list[str]:
+def _indexed_places(open_part: OpenPart) -> dict[str, str]:
+    """Return the shard of each tensor that the index names."""
     file, index = _read_json(open_part, INDEX_NAME)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -163,13 +255,16 @@ def _indexed_names(open_part: OpenPart) -> list[str]:
             raise ModelError(f"failed to read {file}: {shown(name)} is not the name of a safetensors file beside it")
     if len(names) > MAX_SHARDS:
         raise ModelError(f"failed to read {file}: it names {len(names)} files, at most {MAX_SHARDS} are read")
-    return sorted(names)
+    return dict(weight_map)
 
 
 def _read_json(open_part: OpenPart, name: str) -> tuple[str, dict[str, object]]:
     with open_part(name) as source:
         if source.size > MAX_JSON_BYTES:
             _fail(source, f"it has {source.size} bytes, at most {MAX_JSON_BYTES} are read")
+        head = head_of(source)
+        if not head.lstrip().startswith(b"{") and (what := impostor(head)):
+            _fail(source, what)
         return source.name, parse_object(source.name, source.read_at(0, source.size))
 
 

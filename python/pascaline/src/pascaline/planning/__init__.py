@@ -12,7 +12,7 @@ report      all of it as text               picture                      the bar
 """
 
 from pascaline.planning.memory import Part
-from pascaline.planning.nearest import Change, nearest_fits
+from pascaline.planning.nearest import Change, nearest_fits, other_engine_fits
 from pascaline.planning.plan import Plan, make_plan
 from pascaline.planning.report import refusal, table
 from pascaline.planning.request import PlanRequest, request_from_settings
@@ -24,6 +24,7 @@ __all__ = [
     "PlanRequest",
     "make_plan",
     "nearest_fits",
+    "other_engine_fits",
     "refusal",
     "request_from_settings",
     "table",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from pascaline.errors import ConfigurationError
 from pascaline.planning.kv_cache import PADDING_TOKENS
 from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
 from pascaline.planning.plan import Plan, make_plan
-from pascaline.planning.request import KV_DTYPES
+from pascaline.planning.request import KV_DTYPES, EngineName, request_from_settings
 from pascaline.planning.weights import weights_on_device
 from pascaline.units import format_bytes
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pascaline.models.spec import ModelSpec
     from pascaline.planning.request import PlanRequest
     from pascaline.planning.weights import Weights
+    from pascaline.settings import Settings
 
 CONTEXT_STEP = 256
 MIN_CONTEXT = 512
@@ -35,6 +37,7 @@ FRACTION_DISTANCE = 0.3
 CHUNK_WEIGHT, REQUESTS_WEIGHT = 0.2, 0.7
 
 _WORDS = {
+    "engine": "engine {}",
     "file_type": "the model quantised to {}",
     "kv_cache.dtype": "kv_cache.dtype {}",
     "kv_cache.max_tokens": "kv_cache.max_tokens {:,}",
@@ -80,6 +83,30 @@ def nearest_fits(spec: ModelSpec, card: Card, request: PlanRequest, count: int =
         if all(change.settings != other.settings for other in chosen):
             chosen.append(change)
     return sorted(chosen[:count], key=lambda change: change.distance)
+
+
+def other_engine_fits(settings: Settings, spec: ModelSpec, card: Card, request: PlanRequest) -> list[Change]:
+    """Return the other engines that serve the model on this card under the same settings, as changes of `engine`."""
+    found = []
+    for engine in get_args(EngineName):
+        if engine == request.engine:
+            continue
+        other = settings.model_copy(update={"engine": engine})
+        try:
+            wanted = request_from_settings(
+                other,
+                spec,
+                device=request.device,
+                dtype=request.dtype,
+                card_bytes=request.card_bytes,
+                used_bytes=request.used_bytes,
+            )
+        except ConfigurationError:
+            continue
+        plan = make_plan(spec, card, wanted)
+        if plan.fits:
+            found.append(Change({"engine": engine}, _sentence({"engine": engine}, plan), plan, 0.0))
+    return found
 
 
 def _does_as_much(simpler: Change, change: Change) -> bool:

@@ -12,6 +12,12 @@ from pydantic import BaseModel, Field
 
 from pascaline import __version__
 from pascaline.redaction import redact_all
+from pascaline.serving.connections import (
+    Connections,
+    bounded_protocol,
+    connection_limit,
+    raise_descriptor_limit,
+)
 from pascaline.serving.health import ANSWERING, State
 
 if TYPE_CHECKING:
@@ -154,13 +160,16 @@ class AgentServer(uvicorn.Server):
 
 def create_server(supervisor: Supervisor) -> AgentServer:
     """Return the server of the agent; its socket is bound by the caller, before anything else is started."""
+    connections = Connections(connection_limit(raise_descriptor_limit()))
     config = uvicorn.Config(
         create_app(supervisor),
         log_level="warning",
         access_log=False,
         lifespan="off",
         loop="asyncio",
-        http="h11",
+        http=bounded_protocol(connections),
+        # The queue of the kernel, and how many are accepted in one go.
+        backlog=connections.most,
         ws="none",
         timeout_graceful_shutdown=2,
     )

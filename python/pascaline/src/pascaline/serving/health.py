@@ -1,19 +1,40 @@
 """Health of an instance as a pure state machine: events and times in, state and reason out, no I/O.
 
-    planned → starting → ready ⇄ busy → unresponsive → restarting → starting
-                            any → draining → stopped          any → gpu-lost, failed
+| from | to | when |
+|---|---|---|
+| planned | starting | the model is found, verified and planned, and the engine's process is started |
+| starting | ready | a first test generation succeeded |
+| starting | restarting | the engine ended, or was not ready within start_timeout; before the first time: failed |
+| ready | busy | the engine says that requests run or wait |
+| busy | ready | it says that none do |
+| ready, busy | unresponsive | no answer for longer than stall_timeout, and no excuse (below); the engine is killed |
+| ready, busy | restarting | the engine's process ended |
+| unresponsive | restarting | the engine's process has ended |
+| restarting, gpu-lost | starting | the wait is over and the engine is started again |
+| any but the last three | gpu-lost | the engine's words say so, or its process cannot be killed |
+| any but the last three | draining | a signal or POST /drain |
+| any but stopped | failed | an error that a restart does not mend, or more than max_restarts in a row |
+| any | stopped | the engine has ended |
 
-An engine is judged by progress, never by latency: while its counters move, or a test generation succeeds, it lives.
+The last three are draining, failed and stopped: nothing leads back from them. A state that is entered again keeps its
+time and reason.
+
+**An engine is judged by answers, never by latency.** Tokens that are handed to clients are signs of life, and so is a
+test generation that succeeds; its own tokens are none. Work that is computed is no sign of life, it only excuses
+silence, as in a long prefill: each of its steps for one stall_timeout, until more was computed than a healthy engine
+computes between two answers (WorkLimits), while there was work other than the test generations', and while they do not
+fail with an error. Where an engine counts its work only, that work stands for its answers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pascaline.engines import Progress
+    from pascaline.engines import Progress, WorkLimits
 
 
 class State(StrEnum):
@@ -67,6 +88,15 @@ class Health:
         return Health(state, now, reason)
 
 
+PROBE_TOKENS = 8.0
+"""The most that the counters of an engine's work grow by for one test generation: its prompt, its token, both at its
+end."""
+PROBE_ANSWERS = 2.0
+"""The same of the counters of answers: its token, and the token of a finished answer."""
+FAILED_PROBES = 3
+"""Test generations in a row that end with an error, after which no work excuses silence."""
+
+
 @dataclass(slots=True)
 class Judge:
     """Decides from counters and test generations whether a running engine is ready, busy or unresponsive.
@@ -76,24 +106,58 @@ class Judge:
 
     stall_timeout: float
     last_sign: float
-    """When the engine last showed that work moves."""
+    """When something last reached a client."""
     progress: Progress | None = None
+    limits: WorkLimits | None = None
+    """None: the engine's work stands for its answers."""
+    last_excuse: float = -math.inf
+    """When the engine last computed something that excuses its silence."""
+    failed_probes: int = 0
+    """In a row, that ended with an error."""
+    _since: Progress | None = field(default=None, init=False)
+    """The counters at the last sign."""
+    _looked: float = field(default=-math.inf, init=False)
+    _probes: int = field(default=0, init=False)
+    """Test generations that were sent since the last sign, and the one on its way."""
+    _probing: bool = field(default=False, init=False)
+    _short_steps: int = field(default=0, init=False)
+    """Looks since the last sign between which less than a chunk was computed: prompts that ended."""
 
     def observe(self, now: float, progress: Progress | None) -> None:
         """Take in the counters; None where they could not be read, which is no sign of life."""
         if progress is None:
             return
-        if self.progress is None or progress.tokens != self.progress.tokens:
-            self.last_sign = now
-        self.progress = progress
+        before, looked = self.progress, self._looked
+        self.progress, self._looked = progress, now
+        if before is None or self._since is None:
+            self._since = before or progress
+            before = self._since
+        # No counter falls while an engine lives. One that does all the same counts again once it is above what it was.
+        if _answered(before=self._since, after=progress) > self._probes * _share_of_probe(progress):
+            self._sign(now)
+        elif self._is_excused(before, progress, now - looked):
+            self.last_excuse = now
+
+    def probe_sent(self) -> None:
+        """Take in that a test generation is on its way: what it moves is no sign of life."""
+        self._probing = True
+        self._probes += 1
 
     def probed(self, now: float) -> None:
         """Take in that a test generation succeeded."""
-        self.last_sign = now
+        self._probing = False
+        self.failed_probes = 0
+        self._sign(now)
+
+    def probe_failed(self, *, with_error: bool) -> None:
+        """Take in that it did not. with_error: the engine answered, but not as one that is merely busy."""
+        self._probing = False
+        self.failed_probes = self.failed_probes + 1 if with_error else 0
 
     def missed(self, seconds: float) -> None:
         """Take in that nobody looked for so long: silence that nobody listened to is no evidence."""
         self.last_sign += seconds
+        self.last_excuse += seconds
 
     def wants_probe(self, now: float, interval: float) -> bool:
         """Whether the engine has shown no sign of life for an interval, so that a test generation is due."""
@@ -102,15 +166,67 @@ class Judge:
     def verdict(self, now: float) -> tuple[State, str]:
         """Return the state that the evidence speaks for, and the evidence."""
         silence = now - self.last_sign
-        if silence > self.stall_timeout:
-            work = f" while {self._requests()} requests wait" if self._requests() else ""
-            return State.UNRESPONSIVE, f"no token for {silence:.0f} s{work}"
+        excused = now - self.last_excuse <= self.stall_timeout and self.failed_probes < FAILED_PROBES
+        if silence > self.stall_timeout and not excused:
+            return State.UNRESPONSIVE, self._complaint(silence)
         if self._requests():
             return State.BUSY, "requests are running"
         return State.READY, "a generation succeeded"
 
+    def _sign(self, now: float) -> None:
+        self.last_sign = max(self.last_sign, now)
+        self._since = self.progress
+        self._probes = int(self._probing)
+        self._short_steps = 0
+
+    def _is_excused(self, before: Progress, progress: Progress, seconds: float) -> bool:
+        """Whether what was computed since the last look, so many seconds ago, can be on the way to an answer."""
+        limits, since = self.limits, self._since or before
+        if limits is None or math.isinf(seconds):
+            return False
+        step = progress.prefill - before.prefill
+        self._short_steps += 0 < step < limits.chunk / 2
+        prefill, decode = progress.prefill - since.prefill, progress.decode - since.decode
+        prompts = self._short_steps if progress.prompts is None else progress.prompts - (since.prompts or 0.0)
+        works = step > 0 or progress.decode > before.decode
+        is_the_probes = prefill <= self._probes * PROBE_TOKENS and decode <= self._probes
+        within = prefill <= limits.prefill and prompts <= limits.prompts and decode <= limits.decode
+        return works and within and not is_the_probes and not _was_idle(before, progress, seconds)
+
+    def _complaint(self, silence: float) -> str:
+        work = f" while {self._requests()} requests wait" if self._requests() else ""
+        computed = self._computed()
+        lost = f"; {computed:.0f} tokens were computed and reached nobody" if computed else ""
+        errors = f"; {self.failed_probes} test generations in a row failed" if self.failed_probes > 1 else ""
+        return f"no token for {silence:.0f} s{work}{lost}{errors}"
+
+    def _computed(self) -> float:
+        """Return what was computed since the last sign, without the test generations'."""
+        if self.limits is None or self.progress is None or self._since is None:
+            return 0.0
+        computed = self.progress.prefill + self.progress.decode - self._since.prefill - self._since.decode
+        return computed if computed > self._probes * PROBE_TOKENS else 0.0
+
     def _requests(self) -> int:
         return 0 if self.progress is None else self.progress.running + self.progress.queued
+
+
+def _answered(*, before: Progress, after: Progress) -> float:
+    """Return how much was answered between two looks."""
+    if before.answers is None or after.answers is None:
+        return after.tokens - before.tokens
+    return after.answers - before.answers
+
+
+def _share_of_probe(progress: Progress) -> float:
+    return PROBE_TOKENS if progress.answers is None else PROBE_ANSWERS
+
+
+def _was_idle(before: Progress, progress: Progress, seconds: float) -> bool:
+    """Whether the engine had nothing to compute for half of the time between two looks: no long prefill."""
+    if before.idle_seconds is None or progress.idle_seconds is None:
+        return False
+    return progress.idle_seconds - before.idle_seconds > seconds / 2
 
 
 def backoff_seconds(restarts: int, base: float, cap: float) -> float:

@@ -71,6 +71,8 @@ STABLE_SECONDS = 600.0
 """An engine that served this long has recovered: its next crash is the first again."""
 KILL_GRACE_SECONDS = 20.0
 """From SIGTERM after draining to SIGKILL; SGLang takes up to 5 s to notice and 3 s to end."""
+BUSY_STATUSES = frozenset({429, 503})
+"""Of an engine that refuses a request because others wait."""
 QUOTED_CHARACTERS = 200
 """Of an answer that is no generation, in the reason."""
 QUOTED_BYTES = 16 * 2**10
@@ -86,6 +88,13 @@ class Probe:
     ok: bool
     seconds: float
     reason: str | None
+    status: int | None = None
+    """HTTP status; None: there was no answer."""
+
+    @property
+    def is_error(self) -> bool:
+        """Whether the engine answered, but without a token, and not because it has too much to do."""
+        return not self.ok and self.status is not None and self.status not in BUSY_STATUSES
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
@@ -327,7 +336,7 @@ class Supervisor:
     async def _watch(self, task: Task, process: EngineProcess) -> None:
         """Follow the engine's progress until it ends or is unresponsive, and see to it that it has ended."""
         looked = time.monotonic()
-        judge = Judge(self.settings.stall_timeout, last_sign=looked)
+        judge = Judge(self.settings.stall_timeout, last_sign=looked, limits=self._engine.work_limits(task))
         probe: asyncio.Task[bool] | None = None
 
         def look() -> float:
@@ -346,8 +355,11 @@ class Supervisor:
                 if probe is not None and probe.done():
                     if probe.result():
                         judge.probed(time.monotonic())
+                    else:
+                        judge.probe_failed(with_error=self.last_probe is not None and self.last_probe.is_error)
                     probe = None
                 if probe is None and judge.wants_probe(now, self.settings.probe_interval):
+                    judge.probe_sent()
                     probe = asyncio.create_task(self._generate(task, timeout=self.settings.stall_timeout))
                 self._change(*judge.verdict(look()))  # again: this process may have been stopped while it asked
                 if self.health.state is State.UNRESPONSIVE:
@@ -380,7 +392,7 @@ class Supervisor:
         """Let the model generate one token, by the way that users' requests take."""
         body = {"model": task.model.served_name, "prompt": "1", "max_tokens": 1, "temperature": 0}
         call = partial(request, task.address, "/v1/completions", body=body, api_key=task.api_key, timeout=timeout)
-        start, reason = time.monotonic(), None
+        start, reason, status = time.monotonic(), None, None
         try:
             status, answer = await self._in_thread(call)
             if status != 200:
@@ -390,7 +402,7 @@ class Supervisor:
         except OSError as error:
             reason = str(error) or type(error).__name__
         seconds = time.monotonic() - start
-        self.last_probe = Probe(time.time(), reason is None, seconds, reason)
+        self.last_probe = Probe(time.time(), reason is None, seconds, reason, status)
         if reason is None:
             self.metrics.probe_seconds.observe(seconds)
             self.metrics.last_generation.set(time.time())

@@ -14,7 +14,7 @@ from pascaline.errors import DoesNotFitError
 from pascaline.gpu.devices import driver_gpus
 from pascaline.gpu.memory import gpu_memory, host_memory, numa_node
 from pascaline.models.accept import judge
-from pascaline.planning import Plan, make_plan, nearest_fits, refusal
+from pascaline.planning import Plan, make_plan, nearest_fits, other_engine_fits, refusal
 from pascaline.planning.placement import HostFacts, Placement, place
 from pascaline.planning.placement import choose_dtype as dtype_of
 from pascaline.planning.request import request_from_placement
@@ -58,6 +58,7 @@ def plan_instance(configuration: Configuration, spec: ModelSpec, placement: Plac
     plan = make_plan(spec, placement.card, request)
     if not plan.fits and not settings.allow_overcommit:
         changes = nearest_fits(spec, placement.card, request)
+        changes += other_engine_fits(settings, spec, placement.card, request)
         raise DoesNotFitError(f"the plan does not fit: {plan.reasons[0]}\n\n{refusal(plan, changes)}")
     defaults = judge(spec, settings.engine).notes
     return replace(plan, notes=(*plan.notes, *defaults, *placement.notes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pascaline.cards import driver_branches
 from pascaline.doctor.verdicts import Checks, Remedy, Result, failure, ok, skipped, warning
 from pascaline.gpu.reading import DeviceStatus, DriverStatus
 
@@ -13,11 +14,8 @@ if TYPE_CHECKING:
 CHECKS = Checks("Driver")
 check = CHECKS.check
 
-LAST_PASCAL_BRANCH = 580
-"""NVIDIA's matrix of toolkits, drivers and architectures: R580 is the last branch for Maxwell, Pascal and Volta."""
-LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
-"""CUDA's major version -> the oldest branch that runs programs built for any of its releases (NVIDIA, CUDA
-Compatibility, minor version compatibility)."""
+LAST_PASCAL_BRANCH = driver_branches().last_pascal
+LEAST_DRIVER = driver_branches().least
 PASCAL_DEVICE_RANGES = ((0x15F0, 0x15FF), (0x1B00, 0x1D7F))
 """PCI numbers of GP100, and of GP102 to GP108 (pci.ids)."""
 
@@ -184,9 +182,9 @@ def _device_nodes(host: Host) -> Result:
 @check(
     "uvm",
     "CUDA's memory device /dev/nvidia-uvm exists",
-    "load nvidia_uvm at boot: a hardened unit may not load modules itself",
+    "load nvidia_uvm with the driver: a hardened unit may not load modules itself",
     command="modprobe nvidia_uvm && nvidia-modprobe -u -c0",
-    option='boot.kernelModules = [ "nvidia_uvm" ];',
+    option="hardware.pascaline.driver.enable = true;",
 )
 def _uvm(host: Host) -> Result:
     """Looks for /dev/nvidia-uvm. Without it nvidia-smi works and every CUDA program says that there is no device."""

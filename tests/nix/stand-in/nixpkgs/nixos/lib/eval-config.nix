@@ -11,7 +11,7 @@ let
   evaluated = lib.evalModules {
     modules = [
       standIn.module
-      standIn.driverModule
+      standIn.nixosModule
     ]
     ++ modules;
     specialArgs = {

@@ -1,0 +1,36 @@
+"""What stands in the place of a model's file when it was not really fetched, told by its first bytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pascaline.models.source import Source
+
+HEAD_BYTES = 64
+"""As many bytes from the start as `impostor` wants, or all of a shorter file."""
+POINTER = b"version https://git-lfs"
+"""How a git-lfs pointer begins (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)."""
+_PAGES = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<!--")
+_LEAST_TEXT = 8
+"""Bytes that a text must have to be told from a file that was cut off: the length that safetensors begin with."""
+_AGAIN = "download it again; where the server asks for a login, with a token (pascaline models add --token-file FILE)"
+
+
+def impostor(head: bytes) -> str | None:
+    """Say what a file is that begins with these bytes and is no weights; None where they tell nothing."""
+    if head.startswith(POINTER):
+        return "it is the pointer of a git-lfs file: run git lfs pull"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.lower().startswith(_PAGES):
+        return f"it is a web page, which a server sent in place of the file: {_AGAIN}"
+    if len(text) >= _LEAST_TEXT and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
+        return (
+            f"it is the text {text[:40].decode('ascii')!r}, which a server may have sent in place of the file: {_AGAIN}"
+        )
+    return None
+
+
+def head_of(source: Source) -> bytes:
+    """Return the first bytes of a file."""
+    return source.read_at(0, min(HEAD_BYTES, source.size))

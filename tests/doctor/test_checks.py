@@ -121,7 +121,9 @@ class TestChecksWithoutARecordedHost:
     def test_different_cards_need_an_order(self) -> None:
         """Index 0 of CUDA and of nvidia-smi may be two different cards."""
         host = Host(gpus=(gpu(0, "Tesla P4"), gpu(1, "Tesla P40")))
-        assert examined(host)["env-device-order"].evidence == "CUDA_DEVICE_ORDER=(not set), and cards differ"
+        assert examined(host)["env-device-order"].evidence == "not set: serve sets PCI_BUS_ID"
+        other = replace(host, instance=Instance(environment={"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}))
+        assert examined(other)["env-device-order"].evidence == "CUDA_DEVICE_ORDER=FASTEST_FIRST, and cards differ"
         ordered = replace(host, instance=Instance(environment={"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}))
         assert examined(ordered)["env-device-order"].verdict is Verdict.OK
 

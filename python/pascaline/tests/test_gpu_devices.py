@@ -102,7 +102,7 @@ class TestAddresses:
             said = f"Model: \t\t Tesla P4\nGPU UUID: \t {uuid}\nBus Location: \t {address}\n"
             (tmp_path / address / "information").write_text(said)
         assert driver_gpus(tmp_path) == (
-            GpuIdentity(0, "", "0000:18:00"),
-            GpuIdentity(1, "GPU-00000000-0000-4000-8000-000000000004", "0000:3b:00"),
+            GpuIdentity(0, "", "0000:18:00", "Tesla P4"),
+            GpuIdentity(1, "GPU-00000000-0000-4000-8000-000000000004", "0000:3b:00", "Tesla P4"),
         )
         assert driver_gpus(tmp_path / "none") == ()

@@ -128,6 +128,15 @@ class TestKernelLog:
     def test_events(self, line: str, expected: tuple[str, int] | None) -> None:
         assert [(event.address, event.number) for event in xid_events([line])] == ([expected] if expected else [])
 
+    def test_a_card_that_is_named_in_the_line_before(self) -> None:
+        lines = [
+            "[ 1843.308145] NVRM: The NVIDIA GPU 0000:b3:00.0",
+            "               NVRM: (PCI ID: 10de:26b5) installed in this system has",
+            "               NVRM: fallen off the bus and is not responding to commands.",
+        ]
+        (event,) = xid_events(lines)
+        assert (event.address, event.number) == ("0000:b3:00", OFF_THE_BUS)
+
     def test_an_event_keeps_the_kernels_words(self) -> None:
         (event,) = xid_events([XID.format("01:00", 79)])
         words = "NVRM: Xid (PCI:0000:01:00): 79, pid='<unknown>', name=<unknown>, words"

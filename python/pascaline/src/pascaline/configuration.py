@@ -19,6 +19,7 @@ from pascaline.cards import card_names, detect_card, load_card
 from pascaline.digests import SHA256_WORDS, parse_sha256s
 from pascaline.engines import ENGINES
 from pascaline.errors import ConfigurationError
+from pascaline.gpu.devices import VISIBLE_DEVICES, driver_gpus, visible_gpus
 from pascaline.redaction import protect_arguments, protect_named, read_secret
 from pascaline.settings import Settings, contradictions
 from pascaline.units import parse_bytes, parse_seconds
@@ -95,7 +96,7 @@ def load(
         values |= _read_file(config_file, problems)
     values |= _read_environment(environment, problems)
     values |= {key: Value(raw, f"flag {flag_of(key)}") for key, raw in (flags or {}).items()}
-    card = _choose_card(values, problems)
+    card = _choose_card(values, environment, problems)
     merged = _profile_values(card) | values
     settings = _validate(merged, problems)
     if settings is not None:
@@ -219,7 +220,7 @@ def _is_sequence(field: FieldInfo) -> bool:
     return get_origin(field.annotation) is tuple
 
 
-def _choose_card(values: Mapping[str, Value], problems: list[str]) -> str | None:
+def _choose_card(values: Mapping[str, Value], environment: Mapping[str, str], problems: list[str]) -> str | None:
     """The profile that was asked for, else the one of this host; `cpu` where the device is to be the CPU."""
     if "card" in values:
         value = values["card"]
@@ -230,7 +231,18 @@ def _choose_card(values: Mapping[str, Value], problems: list[str]) -> str | None
         return None
     if "device" in values and values["device"].raw == "cpu":
         return "cpu"
-    return detect_card()
+    return detect_card(_visible_index(values, environment))
+
+
+def _visible_index(values: Mapping[str, Value], environment: Mapping[str, str]) -> int:
+    """Return which of this host's GPUs is the engine's first; 0 where that is not known, and where none is visible."""
+    named = values["environment"].raw if "environment" in values else {}
+    visible = {**environment, **(named if isinstance(named, dict) else {})}.get(VISIBLE_DEVICES)
+    try:
+        return next((gpu.index for gpu in visible_gpus(driver_gpus(), visible)), 0)
+    except ConfigurationError:
+        # The placement says so, where a GPU is wanted.
+        return 0
 
 
 def _profile_values(card: str | None) -> dict[str, Value]:

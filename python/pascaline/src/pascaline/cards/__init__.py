@@ -135,15 +135,15 @@ def card_for_device(nvml_name: str) -> Card | None:
     return None
 
 
-def detect_card(proc_gpus: Path = PROC_GPUS) -> str | None:
-    """Return the profile of this host's first GPU, `cpu` where there is no GPU, None where its card has no profile.
+def detect_card(index: int = 0, proc_gpus: Path = PROC_GPUS) -> str | None:
+    """Return the profile of this host's GPU of that index, `cpu` without a GPU, None where its card has no profile.
 
     The driver's folder is read rather than NVML, which can block for minutes on a card that is ill.
     """
     models = installed_models(proc_gpus)
     if not models:
         return "cpu"
-    card = card_for_device(models[0])
+    card = card_for_device(models[index]) if index < len(models) else None
     return card.name if card else None
 
 

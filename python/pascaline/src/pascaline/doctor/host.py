@@ -55,6 +55,8 @@ class Driver:
     pci: tuple[PciGpu, ...] = ()
     nodes: Mapping[str, Node] = field(default_factory=dict)
     """/dev/nvidia* that exist, by path."""
+    models: tuple[str, ...] = ()
+    """Names of the GPUs that the driver's folder in /proc lists, in the order of the bus."""
 
     @property
     def branch(self) -> int:
@@ -222,6 +224,8 @@ class System:
     """Version; empty where there is none."""
     memory: Mapping[str, int] = field(default_factory=dict)
     """/proc/meminfo, bytes."""
+    cpu_flags: frozenset[str] = frozenset()
+    """Instruction-set flags of the first CPU; empty where they cannot be read."""
     huge_pages: str = ""
     """always, madvise or never."""
     governor: str = ""

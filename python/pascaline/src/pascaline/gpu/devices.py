@@ -21,7 +21,7 @@ BUS_ORDER = "PCI_BUS_ID"
 """The value of CUDA_DEVICE_ORDER with which CUDA counts as NVML does. CUDA's default is FASTEST_FIRST (CUDA C++
 Programming Guide, environment variables)."""
 PROC_GPUS = Path("/proc/driver/nvidia/gpus")
-"""One folder per GPU, named by its bus address and written by NVIDIA's driver; `information` in it has its UUID."""
+"""One folder per GPU, named by its bus address and written by NVIDIA's driver; `information` has model and UUID."""
 
 _ADDRESS = re.compile(r"(?:([0-9a-f]+):)?([0-9a-f]{1,2}):([0-9a-f]{1,2})(?:\.[0-7])?", re.IGNORECASE)
 _INDEX = re.compile(r"-?\d+")
@@ -72,7 +72,8 @@ def driver_gpus(folder: Path = PROC_GPUS) -> tuple[GpuIdentity, ...]:
 def _of_information(index: int, address: str, path: Path) -> GpuIdentity:
     text = path.read_text(encoding="utf-8", errors="replace")
     uuid = re.search(r"^GPU UUID:\s*(GPU-[0-9a-f-]+)\s*$", text, re.MULTILINE)
-    return GpuIdentity(index, uuid[1] if uuid else "", address)
+    model = re.search(r"^Model:[ \t]*(\S.*?)\s*$", text, re.MULTILINE)
+    return GpuIdentity(index, uuid[1] if uuid else "", address, model[1].removeprefix("NVIDIA ") if model else "")
 
 
 def visible_gpus(gpus: Sequence[GpuIdentity], visible: str | None) -> list[GpuIdentity]:

@@ -7,6 +7,7 @@ was recorded. What an engine is started with follows from the answer and is deci
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pascaline.cards import card_for_device, load_card, unknown_card
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pascaline.gpu.devices import GpuIdentity
     from pascaline.settings import Settings
 
+CPU_INFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 """CPU flags with which torch multiplies bfloat16 in hardware (Linux, arch/x86/include/asm/cpufeatures.h)."""
 
@@ -141,6 +143,12 @@ def choose_dtype(settings: Settings, card: str | None, device: str, cpu_flags: C
     if device == "cuda":
         return "float16"
     return "bfloat16" if cpu_flags() & BFLOAT16_FLAGS else "float32"
+
+
+def cpu_flags(cpu_info: str) -> frozenset[str]:
+    """Return the instruction-set flags of the first CPU in the text of /proc/cpuinfo; empty where it has none."""
+    flags = next((line for line in cpu_info.splitlines() if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())
 
 
 def _check_order(variables: Mapping[str, str]) -> None:

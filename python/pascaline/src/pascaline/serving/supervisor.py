@@ -216,7 +216,7 @@ class Supervisor:
             self._console.line("WARNING", "pascaline", f"allow_overcommit: {reason}")
         for note in plan.notes:
             self._console.line("INFO", "pascaline", f"plan: {note}")
-        self.plan = plan.to_json() | {"allocated": None}
+        self.plan = plan.to_json() | {"placement": self._placement.to_json(), "allocated": None}
         self.metrics.set_plan(plan)
         return plan
 

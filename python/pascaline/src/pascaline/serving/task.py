@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pascaline.cards import installed_models
@@ -15,18 +14,18 @@ from pascaline.gpu.devices import driver_gpus
 from pascaline.gpu.memory import gpu_memory, host_memory, numa_node
 from pascaline.models.accept import judge
 from pascaline.planning import Plan, make_plan, nearest_fits, other_engine_fits, refusal
-from pascaline.planning.placement import HostFacts, Placement, place
-from pascaline.planning.placement import choose_dtype as dtype_of
+from pascaline.planning import placement as placement_rules
+from pascaline.planning.placement import CPU_INFO, HostFacts, Placement, place
 from pascaline.planning.request import request_from_placement
 from pascaline.redaction import read_secret
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pascaline.configuration import Configuration
     from pascaline.models.spec import ModelSpec
     from pascaline.models.store import ResolvedModel
     from pascaline.settings import Settings
-
-CPU_INFO = Path("/proc/cpuinfo")
 
 
 def this_host() -> HostFacts:
@@ -90,14 +89,12 @@ def make_task(
 
 def choose_dtype(settings: Settings, card: str | None, device: str) -> str:
     """Return the type of the computation on this host; see `placement.choose_dtype`."""
-    return dtype_of(settings, card, device, cpu_flags)
+    return placement_rules.choose_dtype(settings, card, device, cpu_flags)
 
 
 def cpu_flags(cpu_info: Path = CPU_INFO) -> frozenset[str]:
-    """Return the instruction-set flags of the first CPU; empty where they cannot be read."""
+    """Return the instruction-set flags of this machine's first CPU; empty where they cannot be read."""
     try:
-        lines = cpu_info.read_text().splitlines()
+        return placement_rules.cpu_flags(cpu_info.read_text())
     except OSError:
         return frozenset()
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return frozenset(flags.partition(":")[2].split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pascaline.doctor.verdicts import Checks, Remedy, Result, failure, info, ok, skipped, warning
+from pascaline.gpu.devices import BUS_ORDER, DEVICE_ORDER
 
 if TYPE_CHECKING:
     from pascaline.doctor.host import Host
@@ -154,13 +155,13 @@ def _visible_devices(host: Host) -> Result:
     option='services.pascaline.instances.<name>.environment.CUDA_DEVICE_ORDER = "PCI_BUS_ID";',
 )
 def _device_order(host: Host) -> Result:
-    """With different cards CUDA's own order is the fastest first, and index 0 is not nvidia-smi's."""
+    """With different cards CUDA's own order is the fastest first. `serve` sets PCI_BUS_ID; another order is refused."""
     if len({gpu.name for gpu in host.gpus}) < 2:
         return skipped("all GPUs are alike")
-    value = host.instance.environment.get("CUDA_DEVICE_ORDER")
-    return (
-        ok(value) if value == "PCI_BUS_ID" else warning(f"CUDA_DEVICE_ORDER={value or '(not set)'}, and cards differ")
-    )
+    value = host.instance.environment.get(DEVICE_ORDER)
+    if value is None:
+        return ok(f"not set: serve sets {BUS_ORDER}")
+    return ok(value) if value == BUS_ORDER else warning(f"{DEVICE_ORDER}={value}, and cards differ")
 
 
 @check(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pascaline.cards import card_for_device
 from pascaline.doctor.host import NVIDIA_VENDOR, Driver, Gpu, GpuProcess, Node, PciGpu
+from pascaline.gpu.devices import PROC_GPUS, driver_gpus
 from pascaline.gpu.processes import identify
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def collect_driver(machine: Machine) -> Driver:
         modules=frozenset(name for name in loaded if name.startswith("nvidia") or name == "nouveau"),
         pci=tuple(_pci_gpus(machine)),
         nodes=_nodes(machine),
+        models=tuple(gpu.name for gpu in driver_gpus(machine.path(PROC_GPUS))),
     )
 
 

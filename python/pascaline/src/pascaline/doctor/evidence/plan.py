@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pascaline.cards import load_card
 from pascaline.doctor.evidence.instance import UNIT_PREFIX
-from pascaline.errors import PascalineError
+from pascaline.errors import MissingError, PascalineError
+from pascaline.gpu.memory import DeviceMemory, memory_of_visible
+from pascaline.planning.placement import HostFacts, place
 from pascaline.planning.plan import make_plan
-from pascaline.planning.request import request_from_settings
+from pascaline.planning.request import request_from_placement
 
 if TYPE_CHECKING:
     from pascaline.doctor.host import Gpu, Host
@@ -16,34 +19,55 @@ if TYPE_CHECKING:
 
 
 def make_host_plan(host: Host) -> tuple[Plan | None, str, str]:
-    """Plan the model on this host's card beside what others hold of it: (plan, why there is none, refusal).
+    """Plan the model where `serve` would run it on this host: (plan, why there is none, refusal).
 
     A refusal is the planner's word that these settings cannot serve this model; without one, something is not known.
     """
     settings, spec, configuration = host.settings, host.model.spec, host.instance.configuration
     if settings is None or spec is None or configuration is None:
         return None, "", ""
-    gpu = next(iter(host.gpus), None)
-    name = configuration.card or (gpu.card.name if gpu and gpu.card else None)
-    if name is None:
-        return None, "the card has no profile; see card-profile", ""
-    card = load_card(name)
-    on_gpu = settings.device == "cuda" or (settings.device == "auto" and name != "cpu")
-    dtype = settings.dtype if settings.dtype != "auto" else "float16" if on_gpu else "float32"
-    total, used = _memory_of(gpu, card.memory_bytes) if on_gpu else (host.system.memory.get("MemAvailable", 0), 0)
     try:
-        request = request_from_settings(
-            settings, spec, device="cuda" if on_gpu else "cpu", dtype=dtype, card_bytes=total, used_bytes=used
-        )
-        return make_plan(spec, card, request), "", ""
+        placement = place(settings, configuration.card, facts_of(host))
+        return make_plan(spec, placement.card, request_from_placement(settings, spec, placement)), "", ""
+    except MissingError as error:
+        return None, str(error), ""
     except PascalineError as error:
         return None, "", str(error)
 
 
-def _memory_of(gpu: Gpu | None, profile_bytes: int) -> tuple[int, int]:
-    """Return (total, used by programs that are not ours), bytes; the profile's where the driver does not tell."""
-    if gpu is None or gpu.memory is None:
-        return profile_bytes, 0
-    total, _, used = gpu.memory
-    ours = sum(process.bytes or 0 for process in gpu.processes if process.unit.startswith(UNIT_PREFIX))
-    return total, max(0, used - ours)
+def facts_of(host: Host) -> HostFacts:
+    """Return the questions that the placement asks, answered from what was collected.
+
+    Without a driver the configured card's profile stands for the GPU: whether the model fits is asked all the same.
+    """
+
+    def installed() -> list[str]:
+        names = [gpu.name.removeprefix("NVIDIA ") for gpu in host.gpus if gpu.reading.values]
+        card = host.instance.configuration.card if host.instance.configuration else None
+        return names or list(host.driver.models) or list(load_card(card).nvml_names[:1] if card else ())
+
+    return HostFacts(
+        environment=host.instance.environment,
+        installed=installed,
+        gpu_memory=lambda visible: _gpu_memory(host, visible),
+        host_memory=lambda: _host_memory(host),
+        cpu_flags=lambda: host.system.cpu_flags,
+    )
+
+
+def _gpu_memory(host: Host, visible: str | None) -> DeviceMemory:
+    """Return the first visible GPU's memory; what the instance itself holds counts as free."""
+    if host.nvml is None:
+        raise MissingError("no driver is loaded")
+    found = memory_of_visible(host.nvml, visible)
+    ours = sum(_held_by_us(gpu) for gpu in host.gpus if gpu.reading.uuid == found.gpus[0].uuid)
+    return replace(found, used_bytes=max(0, found.used_bytes - ours))
+
+
+def _held_by_us(gpu: Gpu) -> int:
+    return sum(process.bytes or 0 for process in gpu.processes if process.unit.startswith(UNIT_PREFIX))
+
+
+def _host_memory(host: Host) -> DeviceMemory:
+    limits = [host.system.memory.get("MemAvailable", 0), *filter(None, [host.system.memory_limit])]
+    return DeviceMemory("cpu", min(limits))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pascaline.doctor.host import Instance, Mount, System
 from pascaline.models import store
+from pascaline.planning.placement import CPU_INFO, cpu_flags
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +26,7 @@ def collect_system(machine: Machine, instance: Instance) -> System:
         is_nixos="ID=nixos" in (machine.read("/etc/os-release") or ""),
         glibc=_glibc(machine),
         memory=_memory(machine.read("/proc/meminfo") or ""),
+        cpu_flags=cpu_flags(machine.read(CPU_INFO) or ""),
         huge_pages=_chosen(machine.read("/sys/kernel/mm/transparent_hugepage/enabled") or ""),
         governor=(machine.read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "").strip(),
         memory_limit=memory_limit,

@@ -1,0 +1,172 @@
+"""One decision about devices, number type, memory and NUMA node, for whoever asks and whatever the host."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pascaline.cards import load_card
+from pascaline.errors import ConfigurationError, MissingError
+from pascaline.gpu.devices import GpuIdentity, visible_gpus
+from pascaline.gpu.memory import DeviceMemory, numa_node
+from pascaline.planning.placement import HostFacts, Placement, cpu_flags, place, place_on_card
+from pascaline.settings import Settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+P4 = GpuIdentity(0, "GPU-aaaa", "0000:01:00", "Tesla P4")
+P40 = GpuIdentity(1, "GPU-bbbb", "0000:82:00", "Tesla P40")
+MIXED = (P4, P40)
+
+
+def host(gpus: tuple[GpuIdentity, ...] = MIXED, nvml: str | None = None, **environment: str) -> HostFacts:
+    """A host with these GPUs. nvml: why it does not answer."""
+
+    def memory(visible: str | None) -> DeviceMemory:
+        if nvml is not None or not gpus:
+            raise MissingError(nvml or "NVML counts no GPU")
+        seen = tuple(visible_gpus(gpus, visible))
+        return DeviceMemory(seen[0].name, load_card(seen[0].name.lower().replace(" ", "-")).memory_bytes, 0, seen)
+
+    return HostFacts(
+        environment=environment,
+        installed=lambda: [gpu.name for gpu in gpus],
+        gpu_memory=memory,
+        host_memory=lambda: DeviceMemory("cpu", 2**34),
+        cpu_flags=lambda: frozenset({"avx2"}),
+        driver_gpus=lambda: gpus,
+        numa_node=lambda address: 1 if address == P40.address else 0,
+    )
+
+
+def placed(facts: HostFacts, **settings: Any) -> Placement:
+    return place(Settings(**settings), settings.get("card"), facts)
+
+
+class TestDevices:
+    @pytest.mark.parametrize(
+        ("visible", "expected", "node"), [("0", P4, 0), ("1", P40, 1), ("GPU-bb", P40, 1), ("1,0", P40, 1)]
+    )
+    def test_planned_and_handed_on_are_one_card(self, visible: str, expected: GpuIdentity, node: int) -> None:
+        """From the process's variables or from the settings': card, memory, NUMA node and the engine's UUID agree."""
+        for found in (
+            placed(host(CUDA_VISIBLE_DEVICES=visible), device="cuda"),
+            placed(host(CUDA_VISIBLE_DEVICES="0"), device="cuda", environment={"CUDA_VISIBLE_DEVICES": visible}),
+        ):
+            assert found.card.name == expected.name.lower().replace(" ", "-")
+            assert found.memory.total_bytes == found.card.memory_bytes
+            assert found.gpus == (expected,)
+            assert found.numa_node == node
+            assert found.variables == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": expected.uuid}
+
+    def test_without_the_variable_the_first_on_the_bus(self) -> None:
+        """llama.cpp would spread over all that it sees: it sees what was planned for."""
+        found = placed(host(), engine="llama.cpp")
+        assert (found.gpus, found.notes) == ((P4,), ())
+        assert found.variables["CUDA_VISIBLE_DEVICES"] == "GPU-aaaa"
+
+    def test_more_named_than_used_is_said(self) -> None:
+        (note,) = placed(host(CUDA_VISIBLE_DEVICES="0,1"), device="cuda").notes
+        assert note == "CUDA_VISIBLE_DEVICES=0,1 shows 2 GPUs, used: GPU 0 (GPU-aaaa, 0000:01:00)"
+        assert placed(host(CUDA_VISIBLE_DEVICES="0,1"), device="cuda", tensor_parallel=2).gpus == MIXED
+
+    def test_fewer_than_needed_are_refused(self) -> None:
+        with pytest.raises(
+            ConfigurationError, match=r"^tensor_parallel x pipeline_parallel needs 2 GPUs, 1 visible: GPU 0"
+        ):
+            placed(host(CUDA_VISIBLE_DEVICES="0"), device="cuda", tensor_parallel=2)
+
+    @pytest.mark.parametrize("visible", [None, "0", "1,GPU-aaaa"])
+    def test_another_order_beside_an_index_is_refused(self, visible: str | None) -> None:
+        variables = {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"} | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {})
+        with pytest.raises(ConfigurationError) as caught:
+            placed(host(), device="cuda", environment=variables)
+        assert str(caught.value) == (
+            "CUDA_DEVICE_ORDER=FASTEST_FIRST numbers the GPUs otherwise than the plan does, must be PCI_BUS_ID or left "
+            "out; or name the GPU by its UUID in CUDA_VISIBLE_DEVICES (nvidia-smi -L)"
+        )
+
+    def test_another_order_beside_uuids_is_no_matter(self) -> None:
+        facts = host(CUDA_DEVICE_ORDER="FASTEST_FIRST", CUDA_VISIBLE_DEVICES="GPU-bbbb")
+        assert placed(facts, device="cuda").gpus == (P40,)
+
+    def test_a_mig_device_is_refused(self) -> None:
+        with pytest.raises(ConfigurationError, match="names a MIG device"):
+            placed(host(CUDA_VISIBLE_DEVICES="MIG-1"), device="cuda")
+
+    @pytest.mark.parametrize("visible", ["", "-1", " "])
+    def test_gpus_that_are_hidden(self, visible: str) -> None:
+        facts = host(CUDA_VISIBLE_DEVICES=visible)
+        assert placed(facts).device == "cpu"
+        with pytest.raises(ConfigurationError) as caught:
+            placed(facts, device="cuda")
+        assert str(caught.value) == (
+            f"device: cuda is wanted, but CUDA_VISIBLE_DEVICES={visible} hides every GPU; name one, or set device to cpu"
+        )
+
+    def test_no_gpu(self) -> None:
+        assert placed(host(gpus=())).device == "cpu"
+        with pytest.raises(ConfigurationError) as caught:
+            placed(host(gpus=()), device="cuda")
+        assert str(caught.value) == (
+            "device: cuda is wanted, but the NVIDIA driver shows no GPU; check nvidia-smi, or set device to cpu"
+        )
+
+    def test_the_cpu_sees_no_gpu_and_obeys_no_order(self) -> None:
+        found = placed(host(CUDA_DEVICE_ORDER="FASTEST_FIRST"), device="cpu")
+        assert (found.card.name, found.memory.total_bytes, found.gpus) == ("cpu", 2**34, ())
+        assert found.variables == {"CUDA_VISIBLE_DEVICES": ""}
+
+    def test_where_nvml_fails_the_profile_and_the_drivers_folder_stand_in(self) -> None:
+        found = placed(host(nvml="NVML hangs", CUDA_VISIBLE_DEVICES="1"), device="cuda", card="tesla-p40")
+        assert (found.card.name, found.gpus) == ("tesla-p40", (P40,))
+        assert found.notes == ("planned as if nothing else used the card: NVML hangs",)
+
+
+class TestNumberType:
+    @pytest.mark.parametrize(
+        ("settings", "expected"),
+        [
+            ({"device": "cuda"}, "float16"),
+            ({"device": "cuda", "dtype": "float32"}, "float32"),
+            ({"device": "cpu"}, "float32"),
+            ({"device": "cpu", "dtype": "bfloat16"}, "bfloat16"),
+        ],
+    )
+    def test_by_device(self, settings: dict[str, Any], expected: str) -> None:
+        assert placed(host(CUDA_VISIBLE_DEVICES="0"), **settings).dtype == expected
+
+    @pytest.mark.parametrize("flag", ["avx512_bf16", "amx_bf16"])
+    def test_a_cpu_that_multiplies_bfloat16(self, flag: str) -> None:
+        flags = cpu_flags(f"processor\t: 0\nflags\t\t: fpu {flag} sse2\nprocessor\t: 1\nflags\t\t: fpu\n")
+        assert flags == {"fpu", flag, "sse2"}
+        facts = HostFacts(
+            environment={},
+            installed=list,
+            gpu_memory=lambda _: DeviceMemory("", 0),
+            host_memory=lambda: DeviceMemory("cpu", 1),
+            cpu_flags=lambda: flags,
+        )
+        assert placed(facts).dtype == "bfloat16"
+
+    def test_unreadable_flags_are_none(self) -> None:
+        assert cpu_flags("") == frozenset()
+
+    def test_bfloat16_on_pascal_is_refused(self) -> None:
+        with pytest.raises(ConfigurationError, match="bfloat16 is emulated on tesla-p4"):
+            placed(host(CUDA_VISIBLE_DEVICES="0"), device="cuda", card="tesla-p4", dtype="bfloat16")
+
+
+def test_a_card_that_is_elsewhere() -> None:
+    found = place_on_card(Settings(), load_card("tesla-p40"))
+    assert (found.device, found.dtype, found.memory.used_bytes, found.gpus) == ("cuda", "float16", 0, ())
+
+
+def test_the_numa_node_of_an_address(tmp_path: Path) -> None:
+    for address, text in (("0000:3b:00", "1\n"), ("0000:5e:00", "-1\n")):
+        (tmp_path / f"{address}.0").mkdir()
+        (tmp_path / f"{address}.0" / "numa_node").write_text(text)
+    assert numa_node("0000:3b:00", tmp_path) == 1
+    assert numa_node("0000:5e:00", tmp_path) is None
+    assert numa_node("0000:00:00", tmp_path) is None

@@ -24,7 +24,8 @@ RESET_XIDS = frozenset({62, 95, 109, 119, 120, 140, 143})
 stopped (62, 109, 119, 120, 143) or its memory had an error that was not contained (95, 140)."""
 
 _XID = re.compile(r"NVRM: Xid \(([^)]*)\): (\d+)")
-_GONE = re.compile(r"NVRM: (?:The NVIDIA )?GPU (?:at )?(?:PCI:)?([0-9a-f:.]+).*fallen off the bus", re.IGNORECASE)
+_GONE = re.compile(r"NVRM: .*fallen off the bus", re.IGNORECASE)
+_GPU = re.compile(r"NVRM: (?:The NVIDIA )?GPU (?:at )?(?:PCI:)?([0-9a-f]*:?[0-9a-f]{2}:[0-9a-f]{2}\b)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +40,19 @@ class XidEvent:
 
 
 def xid_events(lines: Iterable[str]) -> list[XidEvent]:
-    """Return the Xid events among lines of the kernel's log; a card that fell off the bus without one counts as 79."""
-    found = []
+    """Return the Xid events among lines of the kernel's log; a card that fell off the bus without one counts as 79.
+
+    The driver names that card in the same line, or in one of those before it.
+    """
+    found, named = [], ""
     for line in lines:
         if match := _XID.search(line):
             found.append(XidEvent(bus_address(match[1]), int(match[2]), line[match.start() :].strip()))
-        elif match := _GONE.search(line):
-            found.append(XidEvent(bus_address(match[1]), OFF_THE_BUS, line[match.start() :].strip()))
+            continue
+        if match := _GPU.search(line):
+            named = bus_address(match[1])
+        if match := _GONE.search(line):
+            found.append(XidEvent(named, OFF_THE_BUS, line[match.start() :].strip()))
     return found
 
 

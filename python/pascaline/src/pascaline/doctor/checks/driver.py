@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pascaline.cards import driver_branches
+from pascaline.doctor.driver_messages import Refusal, refusals
 from pascaline.doctor.verdicts import Checks, Remedy, Result, failure, ok, skipped, warning
 from pascaline.gpu.reading import DeviceStatus, DriverStatus
 
@@ -18,6 +19,9 @@ LAST_PASCAL_BRANCH = driver_branches().last_pascal
 LEAST_DRIVER = driver_branches().least
 PASCAL_DEVICE_RANGES = ((0x15F0, 0x15FF), (0x1B00, 0x1D7F))
 """PCI numbers of GP100, and of GP102 to GP108 (pci.ids)."""
+
+CONSEQUENCES = frozenset({"no-card", "probe-failed"})
+"""Messages that follow from others, and tell nothing where one of those is there."""
 
 _NO_GPU = "no NVIDIA GPU is on the PCI bus"
 
@@ -228,7 +232,9 @@ def _gpu_lost(host: Host) -> Result:
     if ill:
         return failure("; ".join(f"{gpu.label} is {gpu.reading.status.value}: {gpu.reading.message}" for gpu in ill))
     if host.nvml.counted < len(host.driver.pci):
-        return failure(f"{len(host.driver.pci)} on the bus, {host.nvml.counted} counted by NVML")
+        words = f"{len(host.driver.pci)} on the bus, {host.nvml.counted} counted by NVML"
+        refused = refusals(host.logs.kernel or ())
+        return failure(words, refused[0].message.remedy if refused else None)
     return ok(f"{host.nvml.counted} of {len(host.driver.pci) or host.nvml.counted}") if host.gpus else skipped("no GPU")
 
 
@@ -286,9 +292,16 @@ def _cuda_toolkit(host: Host) -> Result:
     command="journalctl -k -g NVRM -n 30",
 )
 def _driver_messages(host: Host) -> Result:
-    """Searches this boot's kernel log for the driver's refusals: an unsupported card, a failed initialisation."""
+    """Searches this boot's kernel log for every refusal of the driver that is known, and says what each asks for."""
     if host.logs.kernel is None:
         return skipped("this user may not read the kernel's log; add it to the group systemd-journal")
-    words = ("will ignore this", "No NVIDIA GPU found", "RmInitAdapter failed", "API mismatch", "probe with driver")
-    found = [line for line in host.logs.kernel if "NVRM" in line and any(word in line for word in words)]
-    return failure(f"{len(found)} line(s), the last: {found[-1].strip()}") if found else ok("none since the boot")
+    found = refusals(host.logs.kernel)
+    if not found:
+        return ok("none since the boot")
+    words = "; ".join(f"{refusal.message.means}: {refusal.line}" for refusal in _causes(found))
+    return failure(words, found[0].message.remedy)
+
+
+def _causes(found: list[Refusal]) -> list[Refusal]:
+    """Leave out the consequences where there is a cause."""
+    return [refusal for refusal in found if refusal.message.id not in CONSEQUENCES] or found[:1]

@@ -11,7 +11,10 @@ from pascaline.doctor.host import Logs
 if TYPE_CHECKING:
     from pascaline.doctor.machine import Machine
 
-_KERNEL_LINES = "NVRM|Xid|[Oo]ut of memory|oom-kill|AER:|nouveau"
+_KERNEL_LINES = (
+    "NVRM|Xid|[Oo]ut of memory|oom-kill|AER:|nouveau|nvidia.*(probe|power state|version|symbol|Key)|[Ll]ockdown:"
+    "|Loading of (unsigned )?module|BAR [0-9]+"
+)
 
 
 def collect_logs(machine: Machine, name: str) -> Logs:

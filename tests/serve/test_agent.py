@@ -47,6 +47,8 @@ class TestInterface:
             "state": "ready",
             "reason": "a generation succeeded",
             "engine": "sglang",
+            "running_requests": 0,
+            "queued_requests": 0,
             "restarts": 0,
             "model": {"name": "emily", "path": str(model), "architecture": "llama"},
             "versions": {"pascaline": __version__, "sglang": "0.5.23"},
@@ -87,6 +89,9 @@ class TestInterface:
                     202,
                     {"ok": True, "state": "draining", "reason": "draining"},
                 )
+            wait_until("the number of requests", lambda: instance.health()["running_requests"] == 1)
+            refused = instance.complete()
+            assert (refused.status, refused.headers["Retry-After"]) == (503, "5")
             instance.process.terminate()
             assert answer.result().json["usage"]["completion_tokens"] == 40
         assert instance.wait() == ExitCode.OK

@@ -283,7 +283,7 @@ class TestEngine:
             ("import", "exit code 1: sglang cannot be imported; see engine_executable"),
             ("host-memory", "exit code 1: the host has too little memory"),
             ("unknown", "exit code 3: something that nobody has seen before"),
-            ("silent", "exit code 1: Load weight begin. avail mem=7.31 GB"),
+            ("silent", "exit code 1: it wrote no error; its last line: Load weight begin. avail mem=7.31 GB"),
         ],
     )
     def test_a_failed_load(self, serve: Serve, name: str, expected: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import threading
 import time
@@ -188,6 +189,32 @@ class TestEnds:
         assert len(list(runtime.iterdir())) == 1
         instance.stop()
         assert list(runtime.iterdir()) == []
+
+    def test_what_a_killed_instance_left_is_removed_by_the_next(self, serve: Serve, tmp_path: Path) -> None:
+        runtime = tmp_path / "runtime"
+        runtime.mkdir()
+        killed = serve(environment={"TMPDIR": str(runtime)})
+        killed.wait_for_state("ready")
+        killed.process.kill()
+        killed.wait()
+        [left] = runtime.iterdir()
+        instance = serve(environment={"TMPDIR": str(runtime)})
+        instance.wait_for_state("ready")
+        assert left not in list(runtime.iterdir())
+        instance.stop()
+        assert list(runtime.iterdir()) == []
+
+    def test_a_removed_folder_is_made_anew_for_the_next_engine(self, serve: Serve, tmp_path: Path) -> None:
+        runtime, key = tmp_path / "runtime", tmp_path / "key"
+        runtime.mkdir()
+        key.write_text("sesame-open")
+        instance = serve(api_key_file=key, environment={"TMPDIR": str(runtime)})
+        instance.wait_for_state("ready")
+        shutil.rmtree(runtime)
+        instance.fault(crash_now=1)
+        instance.wait_for_state("restarting")
+        assert instance.wait_for_state("ready")["restarts"] == 1
+        assert instance.complete(headers={"Authorization": "Bearer sesame-open"}).status == 200
 
 
 class TestRestarts:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,7 @@ from pascaline.engines import Launch
 from pascaline.serving import process as process_module
 from pascaline.serving.output import BYTES_PER_SECOND, LINES_PER_SECOND, MAX_LINE_BYTES, Throttle
 from pascaline.serving.process import KEPT_LINES, EngineProcess
-from pascaline.serving.threads import start_in_thread
+from pascaline.serving.threads import is_own_failure, start_in_thread
 from support.stuck import unkillable
 
 if TYPE_CHECKING:
@@ -324,3 +326,23 @@ class TestThreads:
         )
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
         assert (ended.returncode, ended.stderr) == (0, "")
+
+    def test_a_lack_of_ours_is_told_from_what_the_other_side_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def hungry() -> None:
+            raise MemoryError
+
+        async def failure() -> OSError:
+            with pytest.raises(OSError, match=r".") as caught:
+                await start_in_thread(hungry)
+            return caught.value
+
+        assert is_own_failure(asyncio.run(failure()))
+        monkeypatch.setattr(threading.Thread, "start", _no_more_threads)
+        assert is_own_failure(asyncio.run(failure()))
+        assert is_own_failure(OSError(errno.EMFILE, "too many open files"))
+        assert not is_own_failure(ConnectionRefusedError(errno.ECONNREFUSED, "refused"))
+        assert not is_own_failure(TimeoutError("timed out"))
+
+
+def _no_more_threads(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")

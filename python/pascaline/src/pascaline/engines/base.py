@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pascaline.engines.causes import Cause, Diagnosis, Explanation, cuda_fault
 from pascaline.engines.exposition import MalformedPageError, Samples
+from pascaline.engines.last_words import cause_of_traceback, fatal_words, first_of_last_errors
 from pascaline.errors import ConfigurationError
 from pascaline.gpu.devices import device_variables
 
@@ -185,6 +186,24 @@ class Engine(ABC):
         """Return in plain words why it failed; None where its last lines are not understood."""
         diagnosis = self.diagnose(lines)
         return diagnosis.text if diagnosis else None
+
+    def last_words(self, lines: Sequence[str]) -> str:
+        """Return the line that is nearest to why it ended; where no line is an error, that and the last one."""
+        found = (
+            cause_of_traceback(lines)
+            or fatal_words(lines)
+            or first_of_last_errors(lines, lambda line: self.parse_line(line)[0])
+        )
+        if found is not None:
+            return self.parse_line(found)[1].strip()
+        last = next((line for line in reversed(lines) if line.strip()), "no output")
+        said = self.parse_line(last)[1].strip()
+        return f"it wrote no error; its last line: {said}" if self.is_chatter(last) else said
+
+    def is_chatter(self, line: str) -> bool:
+        """Whether a line is one of those that the engine writes while all is well."""
+        del line
+        return False
 
 
 def sum_of_series(metrics: str, name: str) -> float | None:

@@ -152,6 +152,11 @@ class SglangEngine(Engine):
             return found
         return Diagnosis(Cause.CUDA_FAULT if cuda_fault(own) else found.cause if found else Cause.OTHER, own[-1])
 
+    def is_chatter(self, line: str) -> bool:
+        """Whether it has SGLang's time stamp: a traceback and the words of a library have none."""
+        match = _LINE.match(line)
+        return match is not None and match[1] in {None, "DEBUG", "INFO"}
+
     def progress(self, metrics: str) -> Progress | None:
         """Read its scheduler's counters, and those of its tokenizer's process, which counts what left towards clients.
 

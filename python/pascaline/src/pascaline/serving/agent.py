@@ -55,6 +55,8 @@ class HealthReport(BaseModel):
     reason: str
     engine: str = Field(description="Kind of engine")
     engine_pid: int | None = Field(description="Process of the engine; null while none runs")
+    running_requests: int | None = Field(description="Requests that the engine computes; null where it does not say")
+    queued_requests: int | None = Field(description="Requests that wait for it; null where it does not say")
     restarts: int = Field(description="Restarts since the instance was started")
     model: ModelReport | None = Field(description="Null until it was resolved")
     versions: dict[str, str] = Field(description="Of pascaline, and of the engine once it is ready")
@@ -129,12 +131,15 @@ def create_app(supervisor: Supervisor) -> FastAPI:
 def report(supervisor: Supervisor) -> HealthReport:
     """Return what is known now."""
     health, model, probe = supervisor.health, supervisor.model, supervisor.last_probe
+    requests = supervisor.requests if supervisor.engine_pid is not None else None
     return HealthReport(
         state=health.state,
         since=health.since,
         reason=health.reason,
         engine=supervisor.settings.engine,
         engine_pid=supervisor.engine_pid,
+        running_requests=requests.running if requests else None,
+        queued_requests=requests.queued if requests else None,
         restarts=supervisor.restarts,
         model=ModelReport(
             name=model.served_name,

@@ -21,6 +21,8 @@ class FailureKind(StrEnum):
     UNRESPONSIVE = "unresponsive"
     GPU_LOST = "gpu-lost"
     """Restarts are no cure."""
+    HOST = "host"
+    """It could not even be started: no process, memory, descriptor or room on a disk is left."""
 
 
 @dataclass(frozen=True, slots=True)

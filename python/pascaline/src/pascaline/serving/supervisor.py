@@ -10,11 +10,9 @@ import asyncio
 import contextlib
 import json
 import signal
-import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pascaline import __version__
@@ -31,8 +29,9 @@ from pascaline.serving.failure import Ending, Failure, FailureKind, judge
 from pascaline.serving.health import Health, Judge, State, backoff_seconds
 from pascaline.serving.metrics import Metrics
 from pascaline.serving.process import EngineProcess
+from pascaline.serving.runtime_folder import RuntimeFolder
 from pascaline.serving.task import make_task, place_instance, plan_instance
-from pascaline.serving.threads import start_in_thread
+from pascaline.serving.threads import is_own_failure, start_in_thread
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
@@ -113,17 +112,22 @@ class Supervisor:
         self.plan: dict[str, Any] | None = None
         self.last_probe: Probe | None = None
         self.restarts = 0
+        self.requests: Progress | None = None
+        """What the engine last said of its requests; None while it says nothing."""
         self.versions = {"pascaline": __version__}
         """Of pascaline, and of the engine once it is ready."""
         self._configuration = configuration
         self._console = console
         self._notifier = notifier
         self._engine = ENGINES[self.settings.engine]
+        self._runtime_folder = RuntimeFolder()
         self._process: EngineProcess | None = None
         self._placement: Placement | None = None
         self._api_key: str | None = None
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
+        self._failed_to_ask = False
+        """Whether a question since the last look failed in this process, and not in the engine."""
         self._signalled = False
 
     @property
@@ -158,15 +162,15 @@ class Supervisor:
         server = create_server(self)
         serving = asyncio.create_task(serve(server, listener))
         try:
-            with tempfile.TemporaryDirectory(prefix="pascaline-") as runtime_dir:
-                return await self._live(Path(runtime_dir))
+            with self._runtime_folder:
+                return await self._live()
         finally:
             server.should_exit = True
             await serving
 
-    async def _live(self, runtime_dir: Path) -> ExitCode:
+    async def _live(self) -> ExitCode:
         try:
-            task = await self._prepare(runtime_dir)
+            task = await self._prepare()
             await self._keep_running(task)
         except Stopped:
             return await self._drain()
@@ -181,7 +185,7 @@ class Supervisor:
 
     # --- before the engine runs ---------------------------------------------------------------------------------------
 
-    async def _prepare(self, runtime_dir: Path) -> Task:
+    async def _prepare(self) -> Task:
         settings = self.settings
         with self._console.stage("resolve") as stage:
             path, name = await self._in_thread(store.locate, settings)
@@ -199,7 +203,7 @@ class Supervisor:
             stage.note = f": sha256 {shown_sha256s(digests)}" if digests else ""
         self._record_stage("verify", stage.seconds)
         self.model = store.ResolvedModel("gguf" if digests else "huggingface", path, spec, name, digests, prepared)
-        task = make_task(self._configuration, self.model, plan, runtime_dir, self._placement)
+        task = make_task(self._configuration, self.model, plan, self._runtime_folder.path(), self._placement)
         self._api_key = task.api_key
         self.metrics.set_task(task, self._configuration.card)
         return task
@@ -236,6 +240,10 @@ class Supervisor:
             was_ready = was_ready or served > 0
             if not was_ready:
                 raise EngineError(failure.text)
+            if failure.kind is FailureKind.HOST:
+                # The engine did nothing wrong.
+                await self._pause_before_restart(in_a_row + 1, failure)
+                continue
             in_a_row = 1 if served > STABLE_SECONDS else in_a_row + 1
             if in_a_row > self.settings.max_restarts:
                 raise GaveUpError(
@@ -255,12 +263,15 @@ class Supervisor:
             return task
         changed = f"the model changed since it was verified: sha256 {shown_sha256s(digests)}, was "
         self._console.line("WARNING", "pascaline", f"{changed}{shown_sha256s(model.sha256)}; it is read again")
-        return await self._prepare(task.runtime_dir)
+        return await self._prepare()
 
     async def _run_once(self, task: Task) -> tuple[float, Failure]:
         """Run the engine once; return for how long it was ready, and why it ended."""
         self._change(State.STARTING, "the engine is loading")
-        process = self._process = await self._start(task)
+        try:
+            process = self._process = await self._start(task)
+        except OSError as error:
+            return 0.0, Failure(FailureKind.HOST, f"failed to start the engine: {error}")
         self.metrics.engine_up.set(1)
         started, ready_since = time.time(), None
         # Where this is left because the instance is to stop, the engine still runs: it drains.
@@ -275,6 +286,8 @@ class Supervisor:
         return served, await self._failure(process, started)
 
     async def _start(self, task: Task) -> EngineProcess:
+        """Start the engine; OSError where this machine lacks what that takes, such as processes or room on a disk."""
+        task = replace(task, runtime_dir=self._runtime_folder.path())
         on_dropped = partial(self.metrics.count_dropped, "flood")
         return await EngineProcess.start(self._engine.launch(task), self._show_line, on_dropped)
 
@@ -343,8 +356,9 @@ class Supervisor:
             """Return the time; what passed unseen since the last look is not held against the engine."""
             nonlocal looked
             now = time.monotonic()
-            if now - looked > BLIND_SECONDS:
+            if now - looked > BLIND_SECONDS or self._failed_to_ask:
                 judge.missed(now - looked)
+                self._failed_to_ask = False
             looked = now
             return now
 
@@ -376,9 +390,19 @@ class Supervisor:
         await process.kill()
 
     async def _progress(self) -> Progress | None:
-        with contextlib.suppress(OSError):
-            return self._engine.progress(await self._in_thread(self._metrics_page))
-        return None
+        progress = None
+        try:
+            progress = self._engine.progress(await self._in_thread(self._metrics_page))
+        except OSError as error:
+            self._note_own_failure(error)
+        self.requests = progress
+        return progress
+
+    def _note_own_failure(self, error: OSError) -> None:
+        """Where this process lacks descriptors, memory or ports, its question says nothing about the engine."""
+        if is_own_failure(error):
+            self._failed_to_ask = True
+            self._console.line("WARNING", "pascaline", f"failed to ask the engine for a reason of our own: {error}")
 
     def _metrics_page(self) -> str:
         """Return the engine's /metrics; OSError where it does not answer with it in time."""
@@ -400,6 +424,7 @@ class Supervisor:
             elif not _has_token(answer):
                 reason = f"no token in the answer: {_quoted(answer)}"
         except OSError as error:
+            self._note_own_failure(error)
             reason = str(error) or type(error).__name__
         seconds = time.monotonic() - start
         self.last_probe = Probe(time.time(), reason is None, seconds, reason, status)
@@ -425,10 +450,9 @@ class Supervisor:
             not_ready = f"the engine was not ready within start_timeout ({self.settings.start_timeout:g} s)"
             if self.last_probe is not None and self.last_probe.at > started and not self.last_probe.ok:
                 not_ready += f"; the last test generation: {self.last_probe.reason}"
-        last = next((line for line in reversed(lines) if line.strip()), "no output")
         return Ending(
             exit_code=process.exit_code,
-            last_line=self._engine.parse_line(last)[1].strip(),
+            last_line=self._engine.last_words(lines),
             diagnosis=self._engine.diagnose(lines),
             silence=silence,
             stuck=stuck,
@@ -477,13 +501,13 @@ class Supervisor:
         if process is not None and process.exit_code is None:
             self._console.line("INFO", "pascaline", f"draining for at most {settings.drain_timeout:g} s")
             deadline = time.monotonic() + settings.drain_timeout
+            idle = asyncio.create_task(self._until_idle())
             if not self._engine.drains_on_sigterm:
-                idle = asyncio.create_task(self._until_idle())
                 await self._drain_until(deadline, lambda: idle.done() or process.exit_code is not None)
-                idle.cancel()
             process.terminate()
             grace = 0.0 if self._engine.drains_on_sigterm else KILL_GRACE_SECONDS
             await self._drain_until(deadline + grace, lambda: process.exit_code is not None)
+            idle.cancel()
             if process.exit_code is None and not self._stop_now.is_set():
                 text = (
                     f"the engine had not ended after drain_timeout ({settings.drain_timeout:g} s), killing it and "
@@ -506,13 +530,13 @@ class Supervisor:
 
     def _has_work(self) -> bool:
         try:
-            progress = self._engine.progress(self._metrics_page())
+            self.requests = self._engine.progress(self._metrics_page())
         except TimeoutError:
             # llama-server answers between two batches only: silence means that it computes one.
             return True
-        except OSError:
-            return False
-        return progress is not None and progress.has_work
+        except OSError as error:
+            return is_own_failure(error)
+        return self.requests is not None and self.requests.has_work
 
     # --- small ones ---------------------------------------------------------------------------------------------------
 

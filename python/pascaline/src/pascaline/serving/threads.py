@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,19 @@ if TYPE_CHECKING:
 
 M_ARENA_MAX = -8
 """<malloc.h>"""
+
+_OWN = frozenset(
+    {
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN),
+        *(errno.EADDRNOTAVAIL, errno.ENOSPC, errno.EDQUOT),
+    }
+)
+"""What a lack of descriptors, memory, threads, ports of our own, or room on a disk ends with."""
+
+
+def is_own_failure(error: OSError) -> bool:
+    """Whether an error says that this process lacks something, and nothing of whom it wanted to ask."""
+    return error.errno in _OWN
 
 
 def share_one_heap() -> None:
@@ -28,6 +43,8 @@ def share_one_heap() -> None:
 
 def start_in_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
     """Run something that blocks in a thread of its own; a cancelled future ignores what comes of it.
+
+    Raises OSError (EAGAIN) where no thread can be started; a MemoryError of the function is OSError (ENOMEM).
 
     Not asyncio.to_thread: the interpreter waits for its threads, be it for the checksum of 40 GB.
     """
@@ -45,14 +62,20 @@ def start_in_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Fu
             future.set_exception(error)
 
     def work() -> None:
-        result, error = None, None
+        result: Any = None
+        error: BaseException | None = None
         try:
             result = function(*arguments)
+        except MemoryError:
+            error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         except Exception as caught:
             error = caught
         # The loop may be closed by now.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(settle, result, error)
 
-    threading.Thread(target=work, daemon=True, name=getattr(function, "__name__", None)).start()
+    try:
+        threading.Thread(target=work, daemon=True, name=getattr(function, "__name__", None)).start()
+    except (RuntimeError, MemoryError) as caught:
+        raise OSError(errno.EAGAIN, f"failed to start a thread: {caught}") from caught
     return future

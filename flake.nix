@@ -21,13 +21,19 @@
     }:
     let
       inherit (nixpkgs) lib;
+      # What the hosts are; those who look after them may sit elsewhere.
       system = "x86_64-linux";
+      forAdministrators =
+        of:
+        lib.genAttrs [ "x86_64-linux" "aarch64-linux" "aarch64-darwin" "x86_64-darwin" ] (
+          system: of nixpkgs.legacyPackages.${system}
+        );
       unfree = import ./python/unfree.nix { inherit lib; };
       overlay = import ./python/overlay.nix { inherit nixpkgs-cuda; };
       pkgs = import nixpkgs {
         inherit system;
         overlays = [ overlay ];
-        config = unfree.driver;
+        config = unfree.host;
       };
       modules = [
         self.nixosModules.default
@@ -49,7 +55,7 @@
         # So that it is there once, whichever of our modules are imported.
         key = "pascaline:packages";
         nixpkgs.overlays = [ overlay ];
-        nixpkgs.config = unfree.driver;
+        nixpkgs.config = unfree.host;
       };
     in
     {
@@ -104,13 +110,28 @@
         meta.description = "pascaline with the engine beside it: nix run . -- serve";
       };
 
-      devShells.${system}.default = import ./python/shell.nix { inherit pkgs; };
-      formatter.${system} = pkgs.nixfmt-tree;
+      devShells =
+        forAdministrators (pkgs: {
+          default = import ./python/shell.nix { inherit pkgs; };
+        })
+        // {
+          ${system}.default = import ./python/shell.nix { inherit pkgs; };
+        };
+      formatter = forAdministrators (pkgs: pkgs.nixfmt-tree);
       checks.${system} = import ./tests/nix/checks.nix { inherit self pkgs; };
+      # Apart from the checks, since they need KVM: nix build .#vm-tests.serve .#vm-tests.fleet
+      legacyPackages.${system}.vm-tests = import ./tests/nix/vm.nix { inherit pkgs; };
 
-      templates.default = {
-        path = ./templates/fleet;
-        description = "A fleet repository of your own: an inventory and a flake of ten lines";
+      templates = rec {
+        default = single;
+        single = {
+          path = ./templates/single;
+          description = "One host with a Pascal card that serves a model";
+        };
+        fleet = {
+          path = ./templates/fleet;
+          description = "Several hosts: an inventory, of which systems, scrape targets, router and firewall follow";
+        };
       };
     };
 }

@@ -34,14 +34,18 @@ in
     { torchFlavour }: (environments { inherit torchFlavour; }).pascaline-engine
   ) { torchFlavour = "pypi"; };
 
-  # CUDA 12.9 is the newest that still makes code for Pascal, but only where it is named.
+  # CUDA 12.9 is the newest that still makes code for Pascal, but only where it is named. Not by another instance of nixpkgs with these
+  # settings: the last -D wins.
   llama-cpp-pascal =
-    (import final.path {
-      inherit system;
-      config = unfree // {
-        cudaSupport = true;
-        cudaCapabilities = capabilities;
-        cudaForwardCompat = false;
-      };
-    }).llama-cpp;
+    (final.llama-cpp.override {
+      cudaSupport = true;
+      cudaPackages = final.cudaPackages_12_9;
+    }).overrideAttrs
+      (old: {
+        cmakeFlags = old.cmakeFlags ++ [
+          "-DCMAKE_CUDA_ARCHITECTURES=${
+            lib.concatMapStringsSep ";" (lib.replaceStrings [ "." ] [ "" ]) capabilities
+          }"
+        ];
+      });
 }

@@ -1,5 +1,9 @@
-# Development: uv for the workspace, CUDA 11.8 for the kernels, promtool for the rules, formatters and linters for Nix.
+# Development: uv for the workspace, promtool for the rules, formatters and linters for Nix, and CUDA 11.8 for the kernels where the
+# package set has it (x86_64-linux).
 { pkgs }:
+let
+  cuda = pkgs.cudaPackages_pascal or { };
+in
 pkgs.mkShell {
   packages = [
     pkgs.deadnix
@@ -8,11 +12,15 @@ pkgs.mkShell {
     pkgs.python312
     pkgs.statix
     pkgs.uv
-    pkgs.cudaPackages_pascal.cuda_cuobjdump
-    pkgs.cudaPackages_pascal.cuda_nvcc
-    pkgs.cudaPackages_pascal.cuda_nvdisasm
-    pkgs.cudaPackages_pascal.cuda_nvrtc
-  ];
+  ]
+  ++ pkgs.lib.attrValues (
+    builtins.intersectAttrs (pkgs.lib.genAttrs [
+      "cuda_cuobjdump"
+      "cuda_nvcc"
+      "cuda_nvdisasm"
+      "cuda_nvrtc"
+    ] (_: null)) cuda
+  );
   # uv's own interpreters and the wheels' libraries do not find Nix' loader; use the interpreter above.
   UV_PYTHON_DOWNLOADS = "never";
   UV_PYTHON = pkgs.lib.getExe pkgs.python312;

@@ -1,10 +1,16 @@
-# The unfree packages that are allowed, and no others: a Pascal host's driver by name, CUDA by licence.
+# The unfree packages that are allowed, and no others: a Pascal host's driver and llama.cpp's CUDA by name, CUDA 11.8 by licence.
 { lib }:
 {
   # Names, not a predicate: NixOS adds up lists of several modules, but takes one predicate of many.
-  driver = {
+  host = {
     nvidia.acceptLicense = true;
     allowUnfreePackages = [
+      # Of llama.cpp, built with CUDA 12.9. `cccl` is the newer name of `cuda_cccl`.
+      "cccl"
+      "cuda_cccl"
+      "cuda_cudart"
+      "cuda_nvcc"
+      "libcublas"
       "nvidia-kernel-modules"
       "nvidia-persistenced"
       "nvidia-settings"

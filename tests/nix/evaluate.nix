@@ -12,16 +12,37 @@ let
   fleetLib = import ../../hosts { inherit lib; };
   fleet = import ../../hosts/fleet.nix;
 
-  withStandIns =
-    modules:
+  withPackages =
+    pkgs: modules:
     lib.evalModules {
       modules = [
         standIn.module
         standIn.nixosModule
       ]
       ++ modules;
-      specialArgs = { inherit (standIn) pkgs; };
+      specialArgs = { inherit pkgs; };
     };
+  withStandIns = withPackages standIn.pkgs;
+  # Units of a case on a machine that lacks these packages: an error, where a unit asks for one.
+  withoutPackages =
+    missing: module:
+    let
+      pkgs = standIn.pkgs // lib.genAttrs missing (name: throw "${name} is asked for");
+      inherit
+        (withPackages pkgs [
+          ../../modules
+          module
+        ])
+        config
+        ;
+    in
+    builtins.deepSeq (failed config) (
+      builtins.deepSeq (map plain config.environment.systemPackages) (
+        lib.attrNames (
+          lib.filterAttrs (_: service: builtins.deepSeq service true) (ourServices config.systemd.services)
+        )
+      )
+    );
 
   # Our packages by name only: the modules are what is looked at.
   nixpkgsWithOurs = import nixpkgs {
@@ -294,13 +315,73 @@ in
     lib.mapAttrs (host: _: (rendered (fleetLib.moduleOf fleet host)).settings) fleet.hosts
     // lib.mapAttrs (_: module: (rendered module).settings) cases.working;
   targets = fleetLib.targets fleet;
-  # The driver's packages that a host allows, and licence -> whether a package of it may be part of CUDA.
-  unfree =
+  # What a host does not serve with is not built for it.
+  lazy =
     let
-      inherit (import ../../python/unfree.nix { inherit lib; }) driver cuda;
+      without = missing: withoutPackages ([ "cudaPackages_pascal" ] ++ missing);
     in
     {
-      packages = driver.allowUnfreePackages;
+      sglang = without [ "llama-cpp-pascal" "pascaline-router" ] cases.working.p4;
+      llamaCpp = without [ "pascaline-engine" "pascaline-router" ] cases.working.llamaCpp;
+      exporter = without [
+        "llama-cpp-pascal"
+        "pascaline-engine"
+        "pascaline-router"
+      ] cases.working.exporter;
+      router = without [ "llama-cpp-pascal" "pascaline-engine" ] cases.working.router;
+      monitoring = without [
+        "llama-cpp-pascal"
+        "pascaline"
+        "pascaline-engine"
+        "pascaline-router"
+      ] cases.working.monitoring;
+    };
+  # NixOS' own units of what the systemd tests run.
+  nixosUnits =
+    let
+      inherit ((evaluate [ ../systemd/host.nix ]).config.systemd) units;
+    in
+    lib.mapAttrs (_: unit: builtins.unsafeDiscardStringContext unit.text) (
+      lib.filterAttrs (name: _: lib.hasPrefix "pascaline" name && lib.hasSuffix ".service" name) units
+    );
+  # NixOS' modules that took a definition of ours: file -> options.
+  nixosModules =
+    let
+      inherit
+        (evaluate [
+          cases.working.cloudlab
+          cases.working.cuda
+          cases.working.garbage
+          cases.working.limits
+          cases.working.addressByMac
+          (fleetLib.moduleOf cases.openFleet "only")
+        ])
+        options
+        ;
+      ours = toString ../../.;
+      isOurs = file: lib.hasPrefix ours (toString file);
+      taken = lib.filter (option: lib.any isOurs option.files && !(lib.any isOurs option.declarations)) (
+        lib.collect lib.isOption options
+      );
+    in
+    lib.groupBy (option: option.file) (
+      map (option: {
+        file = lib.removePrefix "${toString nixpkgs}/" (toString (lib.head option.declarations));
+        option = lib.showOption option.loc;
+      }) taken
+    );
+  # A module beside ours, and what is asked of its configuration.
+  beside =
+    { file, modules }:
+    host (map (path: import path) modules ++ [ (import file) ]);
+  oneHost = (evaluate [ cases.working.p4 ]).config.system.build.toplevel.drvPath;
+  # The packages that a host allows, and licence -> whether a package of it may be part of CUDA.
+  unfree =
+    let
+      inherit (import ../../python/unfree.nix { inherit lib; }) host cuda;
+    in
+    {
+      packages = host.allowUnfreePackages;
       licences = lib.genAttrs [ "CUDA EULA" "cuDNN EULA" "unfree" ] (
         shortName: cuda.allowUnfreePredicate { meta.license = { inherit shortName; }; }
       );

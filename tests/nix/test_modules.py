@@ -150,11 +150,24 @@ def test_cloudlab_changes_nothing_where_it_is_off(evaluated: Any) -> None:
 
 
 def test_unfree_packages_of_a_host_are_allowed_and_no_others(evaluated: Any) -> None:
-    """The driver of NixOS 26.05 comes in four parts, one of them its kernel module."""
+    """The driver of NixOS 26.05 comes in four parts, one of them its kernel module; the rest is what llama.cpp is built with."""
     unfree = evaluated("unfree")
-    parts = ["nvidia-kernel-modules", "nvidia-persistenced", "nvidia-settings", "nvidia-x11"]
-    assert unfree["packages"] == parts
+    cuda = ["cccl", "cuda_cccl", "cuda_cudart", "cuda_nvcc", "libcublas"]
+    driver = ["nvidia-kernel-modules", "nvidia-persistenced", "nvidia-settings", "nvidia-x11"]
+    assert unfree["packages"] == [*cuda, *driver]
     assert unfree["licences"] == {"CUDA EULA": True, "cuDNN EULA": True, "unfree": False}
+
+
+def test_host_builds_what_it_serves_with_and_nothing_else(evaluated: Any) -> None:
+    """Of SGLang, llama.cpp, the router and the CUDA 11.8 toolkit, what no option asks for is not even looked at."""
+    units = evaluated("lazy")
+    assert {name: [unit for unit in found if unit != "pascaline-store"] for name, found in units.items()} == {
+        "sglang": ["pascaline-emily", "pascaline-model-emily"],
+        "llamaCpp": ["pascaline-second"],
+        "exporter": ["pascaline-exporter"],
+        "router": ["pascaline-router"],
+        "monitoring": ["grafana"],
+    }
 
 
 class TestFleet:

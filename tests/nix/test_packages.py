@@ -33,11 +33,47 @@ def flake(nix_command: Any, source: Path, input_overrides: list[str]) -> Any:
 
 
 def test_flake_check_passes(nix_command: Any, source: Path, input_overrides: list[str]) -> None:
-    """Nix' own view of every output: packages, apps, modules, hosts, checks, template."""
+    """Nix' own view of every output: packages, apps, modules, hosts, checks, templates. None needs KVM."""
     options = ("--no-build", "--impure", "--no-write-lock-file", *input_overrides)
     result = nix_command("flake", "check", *options, f"path:{source}")
     assert result.returncode == 0, result.stderr
-    assert "checking derivation checks.x86_64-linux.vm-fleet" in result.stderr
+    assert "checking derivation checks.x86_64-linux.host-watch" in result.stderr
+    assert "runNixOSTest" not in result.stderr
+    assert "pascaline-serve" not in result.stderr
+
+
+def test_outputs_are_listed_without_evaluating_a_system(
+    nix_command: Any, source: Path, input_overrides: list[str]
+) -> None:
+    """`nix flake show` needs names alone; a system each would take minutes."""
+    options = ("--json", "--impure", "--no-write-lock-file", *input_overrides)
+    result = nix_command("flake", "show", *options, f"path:{source}")
+    assert result.returncode == 0, result.stderr
+    checks = json.loads(result.stdout)["checks"]["x86_64-linux"]
+    assert {"host-gpu-1", "case-p4", "failures", "units"} <= set(checks)
+    assert "a system is evaluated" not in result.stderr
+
+
+def test_packages_need_two_instances_of_nixpkgs(nix_command: Any, source: Path, input_overrides: list[str]) -> None:
+    """The host's own, and the one with CUDA 11.8: each is hundreds of megabytes to evaluate."""
+    options = ("--impure", "--json", "--no-write-lock-file", *input_overrides)
+    paths = "builtins.mapAttrs (_: package: package.drvPath)"
+    result = nix_command("eval", *options, f"path:{source}#packages.x86_64-linux", "--apply", paths)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("trace: an instance of nixpkgs\n") == 1
+    assert result.stderr.count("trace: an instance of nixpkgs-cuda\n") == 1
+
+
+@pytest.mark.parametrize("system", ["aarch64-linux", "aarch64-darwin", "x86_64-darwin"])
+def test_administrators_elsewhere_have_formatter_and_shell(flake: Any, system: str) -> None:
+    """Who looks after the hosts may sit at an ARM board or a Mac, where nothing of CUDA is."""
+    assert flake(f"formatter.{system}.name")
+    assert flake(f"devShells.{system}.default.name") == "shell"
+
+
+def test_virtual_machines_are_an_output_of_their_own(flake: Any) -> None:
+    tests = flake("legacyPackages.x86_64-linux.vm-tests", "builtins.mapAttrs (_: test: test.drvPath)")
+    assert sorted(tests) == ["fleet", "serve"]
 
 
 def test_lock_is_whole(nix_command: Any, source: Path) -> None:
@@ -64,13 +100,11 @@ def test_package_evaluates_to_a_derivation(flake: Any, package: str) -> None:
 
 
 def test_llama_cpp_is_made_for_pascal_alone(flake: Any) -> None:
-    """nixpkgs is told so; without forward compatibility, so that no newer architecture is added."""
-    chosen = "{ inherit (p.config) cudaSupport cudaCapabilities cudaForwardCompat; }"
-    assert flake("packages.x86_64-linux.llama-cpp-pascal", f"p: {chosen}") == {
-        "cudaSupport": True,
-        "cudaCapabilities": ["6.0", "6.1"],
-        "cudaForwardCompat": False,
-    }
+    """With the last CUDA that can; of two settings of the architectures CMake takes the later one."""
+    package = flake("packages.x86_64-linux.llama-cpp-pascal", "p: { inherit (p) cudaSupport cudaVersion cmakeFlags; }")
+    assert package["cudaSupport"] is True
+    assert package["cudaVersion"] == "12.9"
+    assert package["cmakeFlags"][-1] == "-DCMAKE_CUDA_ARCHITECTURES=60;61"
 
 
 def test_other_torch_is_another_environment(flake: Any) -> None:
@@ -225,25 +259,40 @@ def test_checks_evaluate(flake: Any) -> None:
         "settings",
         "units",
         "host-gpu-1",
-        "vm-serve",
-        "vm-fleet",
     } <= set(checks)
 
 
-def test_template_becomes_a_fleet(nix_command: Any, source: Path, input_overrides: list[str], tmp_path: Path) -> None:
+SYSTEMS = "builtins.mapAttrs (_: host: host.config.system.build.toplevel.drvPath)"
+TEMPLATES = {
+    "single": (
+        ["configuration.nix", "flake.nix", "hardware-configuration.nix"],
+        {"nixosConfigurations": (SYSTEMS, ["box"])},
+    ),
+    "fleet": (
+        ["common.nix", "flake.nix", "fleet.nix"],
+        {
+            "nixosConfigurations": (SYSTEMS, ["gpu-1", "watch"]),
+            "colmenaHive": ("hive: builtins.mapAttrs (_: system: system.drvPath) hive.toplevel", ["gpu-1", "watch"]),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_template_becomes_systems(
+    template: str, nix_command: Any, source: Path, input_overrides: list[str], tmp_path: Path
+) -> None:
     """What `nix flake init -t` leaves in an empty folder evaluates to systems without a further word."""
-    template = nix_command("flake", "init", "-t", f"path:{source}", folder=tmp_path)
-    assert template.returncode == 0, template.stderr
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["common.nix", "flake.nix", "fleet.nix"]
+    files, outputs = TEMPLATES[template]
+    result = nix_command("flake", "init", "-t", f"path:{source}#{template}", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == files
     inputs = [f"pascaline/{part}" if part in INPUTS else part for part in input_overrides]
     options = ("--impure", "--json", "--no-write-lock-file", "--override-input", "pascaline", f"path:{source}", *inputs)
-    for output, systems in {
-        "nixosConfigurations": "builtins.mapAttrs (_: host: host.config.system.build.toplevel.drvPath)",
-        "colmenaHive": "hive: builtins.mapAttrs (_: system: system.drvPath) hive.toplevel",
-    }.items():
-        result = nix_command("eval", *options, f"path:{tmp_path}#{output}", "--apply", systems)
+    for output, (apply, systems) in outputs.items():
+        result = nix_command("eval", *options, f"path:{tmp_path}#{output}", "--apply", apply)
         assert result.returncode == 0, result.stderr
-        assert sorted(json.loads(result.stdout)) == ["gpu-1", "watch"]
+        assert sorted(json.loads(result.stdout)) == systems
 
 
 def test_development_shell_evaluates(flake: Any) -> None:

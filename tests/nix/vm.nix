@@ -1,4 +1,5 @@
-# Virtual machines: a serving host and a fleet of two, with the fake engine and the fake NVML instead of a GPU.
+# Virtual machines: a serving host and a fleet of two, with the fake engine and the fake NVML instead of a GPU. They need KVM, so
+# `nix flake check` does not build them: nix build .#vm-tests.serve .#vm-tests.fleet
 { pkgs }:
 let
   inherit (pkgs) lib;
@@ -43,13 +44,13 @@ let
   script = name: builtins.readFile (./vm + "/${name}.py");
 in
 {
-  vm-serve = pkgs.testers.runNixOSTest {
+  serve = pkgs.testers.runNixOSTest {
     name = "pascaline-serve";
     nodes.host = serving;
     testScript = script "serve";
   };
 
-  vm-fleet = pkgs.testers.runNixOSTest {
+  fleet = pkgs.testers.runNixOSTest {
     name = "pascaline-fleet";
     nodes = {
       host = serving;

@@ -70,9 +70,9 @@ def subtest(name: str) -> Iterator[None]:
         raise
 
 
-@pytest.mark.parametrize("check", ["vm-serve", "vm-fleet"])
+@pytest.mark.parametrize("check", ["serve", "fleet"])
 def test_script_passes(check: str, virtual_machines: dict[str, Container]) -> None:
-    script = SCRIPTS / f"{check.removeprefix('vm-')}.py"
+    script = SCRIPTS / f"{check}.py"
     machines = {name: Machine(container) for name, container in virtual_machines.items()}
 
     def start_all() -> None:

@@ -1,6 +1,7 @@
 # Called as nixpkgs is, answers with the trimmed package set and the few names of ours that it lacks.
+# Each call is an instance, which the tests count.
 arguments:
-import "@corepkgs@" (
+builtins.trace "an instance of nixpkgs" import "@corepkgs@" (
   # It knows none of our unfree settings.
   removeAttrs arguments [ "config" ]
   // {
@@ -9,10 +10,20 @@ import "@corepkgs@" (
         path = ./.;
         ugrep = final.gnugrep;
         mkShell = attributes: final.runCommand "shell" { inherit (attributes) packages; } "";
-        # With the settings that nixpkgs would make it with.
-        llama-cpp = (final.hello or final.gnugrep) // {
-          inherit (arguments) config;
-        };
+        cudaPackages_12_9.cudaMajorMinorVersion = "12.9";
+        llama-cpp = final.lib.makeOverridable (
+          {
+            cudaSupport ? false,
+            cudaPackages ? { },
+          }:
+          final.stdenv.mkDerivation {
+            pname = "llama-cpp";
+            version = "0";
+            inherit cudaSupport;
+            cudaVersion = cudaPackages.cudaMajorMinorVersion or "";
+            cmakeFlags = [ "-DCMAKE_CUDA_ARCHITECTURES=75;80;90" ];
+          }
+        ) { };
         nixfmt-tree = final.gnugrep;
         nixfmt = final.gnugrep;
         statix = final.gnugrep;

@@ -9,6 +9,20 @@
       lib = lib // {
         nixosSystem = import ./nixos/lib/eval-config.nix;
       };
-      legacyPackages.x86_64-linux = import ./. { system = "x86_64-linux"; };
+      legacyPackages =
+        lib.genAttrs
+          [
+            "x86_64-linux"
+            "aarch64-linux"
+            "aarch64-darwin"
+            "x86_64-darwin"
+          ]
+          (
+            system:
+            if lib.hasSuffix "darwin" system then
+              import ./darwin.nix { inherit lib system; }
+            else
+              import ./. { inherit system; }
+          );
     };
 }

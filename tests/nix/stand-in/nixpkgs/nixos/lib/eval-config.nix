@@ -23,7 +23,8 @@ let
     name: service: lib.nameValuePair "${name}.service" { inherit (unitText name service) text; }
   ) evaluated.config.systemd.services;
 in
-lib.recursiveUpdate evaluated {
+# Said where a system is evaluated, as listing the flake's outputs must not.
+lib.recursiveUpdate (builtins.trace "a system is evaluated" evaluated) {
   config.systemd = { inherit units; };
   config.system.build.toplevel = derivation {
     name = "toplevel";

@@ -332,7 +332,10 @@ in
     fleet:
     { nixpkgs, modules }:
     {
-      meta = { inherit nixpkgs; };
+      # Colmena reads the platform by a name that nixpkgs warns of.
+      meta.nixpkgs = nixpkgs // {
+        inherit (nixpkgs.stdenv.hostPlatform) system;
+      };
       defaults.imports = modules;
     }
     // lib.mapAttrs (name: host: {

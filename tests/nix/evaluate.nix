@@ -4,6 +4,8 @@
   libPath,
   # Folder of a nixpkgs whose own NixOS modules stand in place of the stand-ins.
   nixpkgs ? null,
+  # { file, modules }, for `besideOf`.
+  besides ? null,
 }:
 let
   real = nixpkgs != null;
@@ -370,10 +372,8 @@ in
         option = lib.showOption option.loc;
       }) taken
     );
-  # A module beside ours, and what is asked of its configuration.
-  beside =
-    { file, modules }:
-    host (map (path: import path) modules ++ [ (import file) ]);
+  # A file beside ours, with the modules of other projects that it needs.
+  besideOf = host (besides.modules ++ [ besides.file ]);
   oneHost = (evaluate [ cases.working.p4 ]).config.system.build.toplevel.drvPath;
   # The packages that a host allows, and licence -> whether a package of it may be part of CUDA.
   unfree =

@@ -247,6 +247,14 @@ def test_hive_deploys_every_host(flake: Any) -> None:
     assert all(path.startswith("/nix/store/") for path in found["systems"].values())
 
 
+def test_hive_warns_of_nothing(nix_command: Any, source: Path, input_overrides: list[str]) -> None:
+    """The locked Colmena reads the platform by a name that nixpkgs 26.05 warns of; ours is put in its place."""
+    options = ("--impure", "--json", "--no-write-lock-file", *input_overrides)
+    result = nix_command("eval", *options, f"path:{source}#colmenaHive.toplevel.gpu-1.drvPath")
+    assert result.returncode == 0, result.stderr
+    assert "a deprecated name of nixpkgs" not in result.stderr
+
+
 def test_checks_evaluate(flake: Any) -> None:
     """Each check is a derivation; building them needs the real nixpkgs."""
     checks = flake("checks.x86_64-linux", "builtins.mapAttrs (_: check: check.drvPath)")

@@ -8,6 +8,8 @@ builtins.trace "an instance of nixpkgs" import "@corepkgs@" (
     overlays = [
       (final: _prev: {
         path = ./.;
+        # As nixpkgs does, which keeps the name for a while.
+        system = builtins.trace "a deprecated name of nixpkgs" final.stdenv.hostPlatform.system;
         ugrep = final.gnugrep;
         mkShell = attributes: final.runCommand "shell" { inherit (attributes) packages; } "";
         cudaPackages_12_9.cudaMajorMinorVersion = "12.9";

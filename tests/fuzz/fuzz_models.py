@@ -123,8 +123,8 @@ def safetensors_seeds() -> list[Files]:
     """Sound Hugging Face folders: one file, shards with an index, a multimodal configuration."""
     entry = {"dtype": "BF16", "shape": [4, 8], "data_offsets": [0, 64]}
     other = {"dtype": "F4", "shape": [3, 2], "data_offsets": [64, 67]}
-    single = safetensors_file({"__metadata__": {"format": "pt"}, "model.embed": entry, "b": other})
-    shard = safetensors_file({"lm_head.weight": entry})
+    single = safetensors_file({"__metadata__": {"format": "pt"}, "model.embed": entry, "b": other}, data_bytes=67)
+    shard = safetensors_file({"lm_head.weight": entry}, data_bytes=64)
     index = {"metadata": {}, "weight_map": {"model.embed": "a.safetensors", "lm_head.weight": "b.safetensors"}}
     hybrid = {"model_type": "gemma3", "text_config": CONFIG | {"model_type": "gemma3_text", "sliding_window": 8}}
     layered = CONFIG | {
@@ -146,7 +146,8 @@ def safetensors_seeds() -> list[Files]:
 
 def read(files: Files, tail_bytes: int) -> ModelSpec:
     """Read the model in these files with the reader of its format."""
-    folder = MemoryFolder(files, tail_bytes)
+    # Every byte of a safetensors file belongs to a tensor, so that those of the seeds have theirs already.
+    folder = MemoryFolder(files, 0 if "config.json" in files else tail_bytes)
     if "config.json" in files:
         names = None if INDEX_NAME in files else ["model.safetensors"]
         return read_safetensors_parts("folder", folder.open, str, names)

@@ -26,8 +26,8 @@ SINGLE_NAME = "model.safetensors"
 MAX_TENSORS = 1 << 18
 MAX_SHARDS = 1024
 MAX_DIMENSIONS = 8
-NAMED_TENSORS = 16
-"""Most of the missing tensors that a message names."""
+NAMED_TENSORS = 3
+"""Most of the missing tensors that a message names: the first ones and the last."""
 MAX_NAME = 255
 """Longest name of a shard, characters (Linux's NAME_MAX)."""
 
@@ -150,10 +150,10 @@ def _check_shards(place: str, names: Sequence[str], tensors: Sequence[TensorSpec
         holder[tensor.name] = tensor.file_index
     missing = [name for name in places if name not in holder]
     if missing:
-        more = f" and {len(missing) - NAMED_TENSORS} more" if len(missing) > NAMED_TENSORS else ""
+        some = missing if len(missing) <= NAMED_TENSORS else [*missing[: NAMED_TENSORS - 1], missing[-1]]
         raise ModelError(
             f"failed to read {place}: no shard holds {len(missing)} of the {len(places)} tensors that {INDEX_NAME} "
-            f"names: {', '.join(map(shown, missing[:NAMED_TENSORS]))}{more}; {_AGAIN}"
+            f"names: {', '.join(map(shown, some))}; {_AGAIN}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import os
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -53,9 +54,9 @@ def server() -> Iterator[Server]:
         httpd.shutdown()
 
 
-def fetch(source: str | Path, target: Path, digest: str = DIGEST) -> subprocess.CompletedProcess[str]:
+def fetch(source: str | Path, target: Path, *digests: str) -> subprocess.CompletedProcess[str]:
     script = Path(__file__).resolve().parents[2] / "modules" / "fetch-model.sh"
-    command = ["bash", "-euo", "pipefail", str(script), str(source), str(target), digest]
+    command = ["bash", "-euo", "pipefail", str(script), str(source), str(target), *(digests or (DIGEST,))]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
@@ -97,6 +98,69 @@ def test_wrong_checksum_is_refused_and_the_file_deleted(server: Server, target: 
         "correct services.pascaline.models.<name>.sha256, or the source\n"
     )
     assert list(target.parent.iterdir()) == []
+
+
+def test_a_damaged_beginning_is_fetched_anew_once(server: Server, target: Path) -> None:
+    """As a power cut leaves it: long enough, and not what was fetched."""
+    target.parent.mkdir(parents=True)
+    target.with_name("model.gguf.partial").write_bytes(bytes(1000))
+    assert fetch(server.url, target).returncode == 0
+    assert target.read_bytes() == CONTENT
+    assert server.asked == ["bytes=1000-", None]
+    target.with_name("model.gguf.partial").write_bytes(bytes(1000))
+    target.unlink()
+    assert fetch(server.url, target, OTHER_DIGEST).returncode == 3
+    assert server.asked == ["bytes=1000-", None] * 2
+    assert not target.exists()
+
+
+def test_a_checksum_in_capitals(server: Server, target: Path) -> None:
+    assert fetch(server.url, target, DIGEST.upper()).returncode == 0
+    assert target.with_name("model.gguf.verified").read_text().startswith(DIGEST)
+
+
+def test_a_file_that_was_overwritten_with_its_time_put_back_is_verified_again(server: Server, target: Path) -> None:
+    assert fetch(server.url, target).returncode == 0
+    before = target.stat()
+    target.write_bytes(bytes(len(CONTENT)))
+    os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert fetch(server.url, target).returncode == 3
+
+
+class TestSplitModels:
+    @pytest.fixture
+    def parts(self, tmp_path: Path) -> list[Path]:
+        parts = [tmp_path / f"emily-0000{part}-of-00003.gguf" for part in (1, 2, 3)]
+        for number, part in enumerate(parts):
+            part.write_bytes(bytes([number]) * 1000)
+        return parts
+
+    def digests(self, parts: list[Path]) -> list[str]:
+        return [hashlib.sha256(part.read_bytes()).hexdigest() for part in parts]
+
+    @pytest.mark.parametrize("prefix", ["", "file://"])
+    def test_every_part_is_brought_and_verified(self, parts: list[Path], target: Path, prefix: str) -> None:
+        folder = target.parent
+        result = fetch(f"{prefix}{parts[0]}", folder / parts[0].name, *self.digests(parts))
+        assert (result.returncode, result.stderr) == (0, "")
+        assert [(folder / part.name).read_bytes() for part in parts] == [part.read_bytes() for part in parts]
+        again = fetch(f"{prefix}{parts[0]}", folder / parts[0].name, *self.digests(parts))
+        assert again.stdout == "".join(f"{folder / part.name} is in place, verified before\n" for part in parts)
+
+    def test_damage_in_another_part_is_found(self, parts: list[Path], target: Path) -> None:
+        digests = self.digests(parts)
+        parts[1].write_bytes(b"x")
+        result = fetch(parts[0], target.parent / parts[0].name, *digests)
+        assert result.returncode == 3
+        assert result.stderr.startswith(f"{parts[1]} has sha256 ")
+
+    def test_checksums_for_a_file_that_is_no_first_part(self, server: Server, target: Path) -> None:
+        result = fetch(server.url, target, DIGEST, DIGEST)
+        assert result.returncode == 2
+        assert result.stderr == (
+            f"{server.url} is not the first of 2 parts: its name must end in -00001-of-00002.gguf, or one checksum be "
+            "given\n"
+        )
 
 
 def test_changed_file_is_verified_again(server: Server, target: Path) -> None:

@@ -291,7 +291,7 @@ class TestFailures:
         ("fault", "cause"),
         [
             ("status 404", "the server answered 404 Not Found"),
-            ("status 401", "the server answered 401 Unauthorized"),
+            ("status 401", "the server answered 401 Unauthorized; name a file with an access token in --token-file"),
             ("encoded", "the server answered with the encoding 'gzip'"),
         ],
     )

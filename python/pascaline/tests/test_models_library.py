@@ -6,18 +6,20 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 from pascaline.errors import ConfigurationError, ModelError, StorageError
 from pascaline.models import library
-from pascaline.models.library import add, entries, garbage, remove, verify
-from support.models import tiny, write_gguf
+from pascaline.models.library import add, entries, garbage, problems, remove, verify
+from support.models import split_gguf, tiny, write_gguf
 
 FETCH_SCRIPT = Path(__file__).parents[3] / "modules" / "fetch-model.sh"
 WRONG = "0" * 64
@@ -50,6 +52,33 @@ def url(model: Path) -> Iterator[str]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture
+def resuming(model: Path) -> Iterator[str]:
+    """The address of a server that goes on from a byte."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content = model.read_bytes()
+            start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            self.send_response(206 if start else 200)
+            self.send_header("ETag", '"one"')
+            self.send_header("Last-Modified", "Sun, 29 Nov 2026 00:00:00 GMT")
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start:])
+
+        def log_message(self, *_: object) -> None:
+            """Keep the test's output clean."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture
@@ -136,8 +165,13 @@ class TestAdd:
         with pytest.raises(ConfigurationError) as caught:
             add(store, "emily", str(model), "ABC")
         assert str(caught.value) == (
-            "--sha256: invalid value 'ABC', must be 64 hexadecimal digits in lower case, as sha256sum prints them"
+            "--sha256: invalid value 'ABC', must be 64 hexadecimal digits, and of a split model as many for each of its "
+            "parts, in order"
         )
+
+    def test_checksum_in_capitals(self, store: Path, model: Path, digest: str) -> None:
+        """Windows' tools print them so."""
+        assert add(store, "emily", str(model), digest.upper()).sha256 == digest
 
     def test_source_that_is_missing(self, store: Path) -> None:
         """A path without a file is told as such."""
@@ -209,6 +243,97 @@ print(sorted(p.name for p in Path("{tmp_path}/small/emily").iterdir()))
         assert [(entry.state, entry.sha256) for entry in entries(store)] == [("verified", digest)]
 
 
+class TestSplitModels:
+    @pytest.fixture
+    def parts(self, model: Path) -> Iterator[list[Path]]:
+        """Parts in the folder that the server serves."""
+        parts = split_gguf(shutil.copy(model, model.with_name("split.gguf")), 3)
+        yield parts
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+    @pytest.mark.parametrize("named", [0, 2])
+    @pytest.mark.parametrize("remote", [False, True])
+    def test_any_part_brings_all(self, store: Path, url: str, parts: list[Path], named: int, remote: bool) -> None:
+        digests = [hashlib.sha256(part.read_bytes()).hexdigest() for part in parts]
+        source = f"{url}/{parts[named].name}?download=true" if remote else str(parts[named])
+        told: list[tuple[int, int]] = []
+
+        def on_part(part: int, count: int) -> Callable[[int, int | None], None]:
+            told.append((part, count))
+            return lambda _done, _total: None
+
+        added = add(store, "emily", source, digests, on_part=on_part)
+        assert (added.path, added.sha256, added.verified) == (store / "emily" / parts[0].name, ",".join(digests), True)
+        assert told == [(0, 3), (1, 3), (2, 3)]
+        assert [entry.state for entry in entries(store)] == ["verified"] * 3
+        assert problems(entries(store)) == []
+        assert add(store, "emily", source).was_there
+
+    def test_one_checksum_is_not_enough(self, store: Path, parts: list[Path]) -> None:
+        with pytest.raises(ConfigurationError) as caught:
+            add(store, "emily", str(parts[0]), WRONG)
+        assert str(caught.value) == (
+            "--sha256: 1 given, and each covers one file alone; must be 3, for: "
+            + ", ".join(part.name for part in parts)
+        )
+        assert not store.exists()
+
+    def test_damage_in_the_second_part(self, store: Path, parts: list[Path]) -> None:
+        digests = [hashlib.sha256(part.read_bytes()).hexdigest() for part in parts]
+        path = add(store, "emily", str(parts[0]), digests).path.with_name(parts[1].name)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        assert [entry.state for entry in verify(store, "emily")] == ["verified", "changed", "verified"]
+
+    def test_a_part_that_is_missing_there(self, store: Path, parts: list[Path]) -> None:
+        parts[1].unlink()
+        with pytest.raises(ModelError) as caught:
+            add(store, "emily", str(parts[0]))
+        assert str(caught.value) == f"failed to read {parts[1]}: No such file or directory"
+
+    def test_a_part_of_another_model(self, store: Path, parts: list[Path]) -> None:
+        """What is kept is said to be no model, by add and by verify."""
+        shutil.copy(parts[0], parts[1])
+        with pytest.raises(ModelError) as caught:
+            add(store, "emily", str(parts[0]))
+        assert str(caught.value).endswith("; to begin again: pascaline models remove emily")
+        [problem] = problems(entries(store))
+        assert "its name says part 2 of 3 of the split model, its header part 1" in problem
+
+    def test_a_part_that_was_removed(self, store: Path, parts: list[Path]) -> None:
+        add(store, "emily", str(parts[0])).path.with_name(parts[2].name).unlink()
+        [problem] = problems(entries(store))
+        assert problem.startswith("part 3 of 3 of the split model cannot be read: ")
+
+
+class TestDamagedBeginning:
+    """A power cut leaves a partial file that does not hold what was fetched."""
+
+    def leave(self, store: Path, url: str, model: Path) -> None:
+        (store / "emily").mkdir(parents=True)
+        partial = store / "emily" / f"{model.name}{library.PARTIAL}"
+        partial.write_bytes(bytes(1000))
+        source = f"{url}/{model.name}"
+        answer = httpx.get(source)
+        note = {"url": source, "etag": '"one"', "last_modified": answer.headers["last-modified"]}
+        partial.with_name(partial.name + ".json").write_text(json.dumps(note | {"size": len(answer.content)}))
+
+    @pytest.mark.parametrize("checksum", [True, False])
+    def test_it_is_fetched_anew(self, store: Path, resuming: str, model: Path, digest: str, checksum: bool) -> None:
+        self.leave(store, resuming, model)
+        added = add(store, "emily", f"{resuming}/{model.name}", digest if checksum else None)
+        assert (added.sha256, hashlib.sha256(added.path.read_bytes()).hexdigest()) == (digest, digest)
+
+    def test_only_once(self, store: Path, resuming: str, model: Path, digest: str) -> None:
+        self.leave(store, resuming, model)
+        with pytest.raises(ModelError) as caught:
+            add(store, "emily", f"{resuming}/{model.name}", WRONG)
+        assert str(caught.value).startswith(f"{resuming}/{model.name} has sha256 {digest}, must be {WRONG}")
+        assert names(store / "emily") == [library.LOCK]
+
+
 class TestVerify:
     def test_sound_file(self, store: Path, model: Path, digest: str) -> None:
         """The file is read again and is what it was."""
@@ -225,6 +350,9 @@ class TestVerify:
             file.seek(-1, os.SEEK_END)
             file.write(bytes([byte ^ 1]))
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        # The kernel's time of change tells of the write; of a bit that rots on the disk nothing does.
+        assert [entry.state for entry in entries(store)] == ["changed"]
+        library._stamp(path, digest)
         assert [entry.state for entry in entries(store)] == ["verified"]
         assert [entry.state for entry in verify(store, "emily")] == ["changed"]
 

@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.site.fault == "redirect loop":
             self._redirect(self.path)
         elif self.site.fault == "status 403":
-            self._answer(403, b"", {})
+            self._answer(403, b"", {"X-Error-Message": "Visit the page."})
         else:
             self._serve(path.removeprefix("/real"))
 
@@ -202,7 +202,10 @@ class TestBadServers:
                 "no ranges",
                 "the server sends whole files only (no range requests); download the file, then name its path",
             ),
-            ("status 403", "the server answered 403 Forbidden"),
+            (
+                "status 403",
+                'the server answered 403 Forbidden ("Visit the page."); name a file with an access token in --token-file',
+            ),
             ("redirect loop", "Exceeded maximum allowed redirects"),
             ("no content-range", "the server answered with the range '', must be bytes START-END/SIZE"),
             ("unknown size", "the server answered with the range 'bytes 0-319/*', must be bytes START-END/SIZE"),
@@ -271,7 +274,10 @@ class TestSafetensors:
     def test_an_index_that_may_not_be_read_is_no_missing_index(self, site: Site) -> None:
         self._write(site.folder, index=True)
         site.fault = "status 403"
-        assert refusal(site, "/") == f"failed to read URL/{INDEX_NAME}: the server answered 403 Forbidden"
+        assert refusal(site, "/") == (
+            f'failed to read URL/{INDEX_NAME}: the server answered 403 Forbidden ("Visit the page."); '
+            "name a file with an access token in --token-file"
+        )
 
 
 def _path(file: Path | str) -> Path:

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pascaline.cli.options import add_token_argument, token_headers
 from pascaline.errors import ConfigurationError, ExitCode
-from pascaline.redaction import read_secret
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ DESCRIPTION = """Keep model files: downloaded, verified, listed, deleted.
 Each model is a folder of the library: /var/lib/pascaline/models where that exists (the NixOS module's), else
 ~/.local/share/pascaline/models. An interrupted download goes on where it ended, if the server proves that its file is
 the same. Give --sha256 from another source than the server: who can exchange the file can exchange its checksum too.
-Parts of a split model are added one by one under one name. `serve --model` takes the path that `add` and `list`
-print."""
+Of a split model (NAME-00001-of-0000N.gguf) any part stands for all: `add` brings every part, and --sha256 takes one
+checksum for each, in order, separated by commas. `serve --model` takes the path that `add` prints."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,12 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = actions.add_parser("add", help="bring a file into the library")
     add.add_argument("name", metavar="NAME", help="name of the model")
     add.add_argument("source", metavar="URL|FILE", help="where the file comes from")
-    add.add_argument("--sha256", metavar="HEX", help="checksum that it must have")
-    add.add_argument("--token-file", type=Path, metavar="FILE", help="file with a token that the server asks for")
+    add.add_argument("--sha256", metavar="HEX[,HEX…]", help="checksum that it must have; one for each part")
+    add_token_argument(add)
     listing = actions.add_parser("list", help="show what is in the library")
     verify = actions.add_parser("verify", help="read files again and compare their checksums")
     verify.add_argument("names", nargs="*", metavar="NAME", help="models (default: all)")
-    verify.add_argument("--sha256", metavar="HEX", help="checksum to compare with, and to remember if it fits")
+    verify.add_argument(
+        "--sha256", metavar="HEX[,HEX…]", help="checksum of each file to compare with, and to remember if it fits"
+    )
     remove = actions.add_parser("remove", help="delete a model")
     remove.add_argument("name", metavar="NAME", help="name of the model")
     collect = actions.add_parser("gc", help="delete what nothing needs")
@@ -72,8 +74,8 @@ def _add(arguments: argparse.Namespace, store: Path) -> int:
         arguments.name,
         arguments.source,
         arguments.sha256,
-        headers=_token(arguments.token_file),
-        on_bytes=ByteBar(arguments.name),
+        headers=token_headers(arguments.token_file),
+        on_part=lambda part, parts: ByteBar(arguments.name if parts == 1 else f"{arguments.name} {part + 1}/{parts}"),
     )
     if arguments.json:
         print(json.dumps({"path": str(added.path), "sha256": added.sha256, "verified": added.verified}))
@@ -91,19 +93,6 @@ def _add(arguments: argparse.Namespace, store: Path) -> int:
     return ExitCode.OK
 
 
-def _token(path: Path | None) -> dict[str, str]:
-    if path is None:
-        return {}
-    try:
-        token = read_secret(path)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise ConfigurationError(f"--token-file: failed to read {path}: {reason}") from error
-    if not token or len(token.split()) != 1:
-        raise ConfigurationError(f"--token-file: {path} must hold one token and nothing else")
-    return {"Authorization": f"Bearer {token}"}
-
-
 def _list(arguments: argparse.Namespace, store: Path) -> int:
     from pascaline.models.library import entries
 
@@ -112,42 +101,20 @@ def _list(arguments: argparse.Namespace, store: Path) -> int:
 
 def _verify(arguments: argparse.Namespace, store: Path) -> int:
     from pascaline.cli.progress import ByteBar
-    from pascaline.models.library import entries, verify
+    from pascaline.models.library import entries, problems, verify
 
     names = arguments.names or sorted({entry.name for entry in entries(store)})
     if arguments.sha256 and len(names) != 1:
-        raise ConfigurationError("--sha256: names one file, must stand with one NAME")
+        raise ConfigurationError("--sha256: is of one model's files, must stand with one NAME")
     found = [entry for name in names for entry in verify(store, name, arguments.sha256, ByteBar(name))]
     _print(arguments, found, f"no models in {store}")
+    wrong = problems(found)
+    for text in wrong:
+        print(f"pascaline models: {text}", file=sys.stderr)
     changed = [entry for entry in found if entry.state == "changed"]
     for entry in changed:
         print(f"pascaline models: {entry.path} has sha256 {entry.sha256}, which is not the expected", file=sys.stderr)
-    refused = _refused([entry for entry in found if entry.state != "changed"])
-    for path, sentence in refused.items():
-        print(f"pascaline models: {path}: {sentence}", file=sys.stderr)
-    return ExitCode.MODEL if changed or refused else ExitCode.OK
-
-
-def _refused(found: list[Entry]) -> dict[Path, str]:
-    """Files that no engine here serves as they are, with the reason; one of another architecture may be llama.cpp's."""
-    from pascaline.errors import ModelError
-    from pascaline.models.accept import judge
-    from pascaline.models.architectures import SGLANG_GGUF
-    from pascaline.models.reader import read_model
-
-    refused: dict[Path, str] = {}
-    for entry in found:
-        if entry.path.suffix != ".gguf":
-            continue
-        try:
-            spec = read_model(entry.path)
-        except ModelError as error:
-            refused[entry.path] = str(error)
-            continue
-        engine = "sglang" if spec.architecture in SGLANG_GGUF else "llama.cpp"
-        if sentence := judge(spec, engine).sentence:
-            refused[entry.path] = f"engine {engine} cannot serve it: {sentence}"
-    return refused
+    return ExitCode.MODEL if changed or wrong else ExitCode.OK
 
 
 def _print(arguments: argparse.Namespace, found: list[Entry], nothing: str) -> int:

@@ -15,6 +15,8 @@ from pascaline.configuration import (
     load,
     setting_fields,
 )
+from pascaline.errors import ConfigurationError
+from pascaline.redaction import read_secret
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -80,3 +82,22 @@ def _flag_value(value: Any, field: FieldInfo) -> Any:
     if get_origin(field.annotation) is dict:
         return from_pairs(value)
     return from_text(value, field) if isinstance(value, str) else value
+
+
+def add_token_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --token-file, for servers that ask who fetches."""
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with a token that the server asks for")
+
+
+def token_headers(path: Path | None) -> dict[str, str]:
+    """Return the headers that carry the token of a file; none where there is none."""
+    if path is None:
+        return {}
+    try:
+        token = read_secret(path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise ConfigurationError(f"--token-file: failed to read {path}: {reason}") from error
+    if not token or len(token.split()) != 1:
+        raise ConfigurationError(f"--token-file: {path} must hold one token and nothing else")
+    return {"Authorization": f"Bearer {token}"}

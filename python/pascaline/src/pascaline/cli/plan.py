@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pascaline.cards import load_card
-from pascaline.cli.options import add_settings_arguments, load_from_arguments
+from pascaline.cli.options import add_settings_arguments, add_token_argument, load_from_arguments, token_headers
 from pascaline.errors import ConfigurationError, ExitCode, MissingError, ModelError, StorageError
 from pascaline.models import store
 from pascaline.models.accept import judge
@@ -20,6 +20,7 @@ from pascaline.planning.report import choices_table, explanation, sweep_table
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Mapping
 
     from pascaline.cards import Card
     from pascaline.configuration import Configuration
@@ -35,6 +36,7 @@ Without --card the GPU of this host is read by NVML, less what other processes u
   pascaline plan emily.Q4_K_M.gguf --card tesla-p4 --context 8192 --requests 2 --kv-dtype int8 --explain
   pascaline plan emily.Q4_K_M.gguf --card tesla-p4 --sweep quant
   pascaline plan emily.Q4_K_M.gguf --card tesla-p4 --optimize throughput --min-quant Q5_K_M
+  pascaline plan https://models.example.org/emily.Q4_K_M.gguf --token-file token --card tesla-p4
   pascaline plan --config emily.toml --json
 
 exit codes:
@@ -80,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="draw the card's memory into a .svg or .png file; may be given several times",
     )
+    add_token_argument(parser)
     add_settings_arguments(parser)
 
 
@@ -89,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model = arguments.file
     _check_kinds(arguments)
     configuration = load_from_arguments(arguments, check_host=False)
-    spec = read_spec(configuration)
+    spec = read_spec(configuration, token_headers(arguments.token_file))
     if arguments.quant is not None:
         spec = requantized(spec, arguments.quant)
     card, request = target(configuration, spec)
@@ -110,11 +113,13 @@ def _check_kinds(arguments: argparse.Namespace) -> None:
             raise ConfigurationError(f"--{flag}: shows one plan, must not be set beside --{many[0]}, which makes many")
 
 
-def read_spec(configuration: Configuration) -> ModelSpec:
-    """Read the model's header from where the settings say."""
+def read_spec(configuration: Configuration, headers: Mapping[str, str] | None = None) -> ModelSpec:
+    """Read the model's header from where the settings say; headers: of the requests to an address."""
     settings = configuration.settings
     if settings.model.startswith(("http://", "https://")):
-        return read_model(settings.model)
+        return read_model(settings.model, headers)
+    if headers:
+        raise ConfigurationError(f"--token-file: is for an address, and {settings.model} is none; leave it out")
     return read_model(store.locate(settings)[0])
 
 

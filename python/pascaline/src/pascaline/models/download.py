@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from pascaline.errors import ModelError, StorageError
+from pascaline.models.server_words import shown_url, status_words
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,6 +90,8 @@ class Download:
         self._digest = hashlib.sha256()
         self._done = 0
         self._version: Version | None = None
+        self.resumed = False
+        """Whether the file begins with what an earlier process left, which may be damaged where that was killed."""
 
     def fetch(self) -> str:
         """Fetch the file into `partial` and return its sha256, computed from what was written.
@@ -140,7 +143,7 @@ class Download:
             while chunk := file.read(CHUNK_BYTES):
                 self._digest.update(chunk)
                 self._done += len(chunk)
-        self._version = version
+        self._version, self.resumed = version, True
 
     def _attempt(self, client: httpx.Client) -> None:
         headers = self._headers | {"Accept-Encoding": "identity"}
@@ -160,7 +163,7 @@ class Download:
             raise _RetryError(f"the server sent {self._done} of {self._version.size} bytes")
 
     def _begin_anew(self) -> None:
-        self._digest, self._done, self._version = hashlib.sha256(), 0, None
+        self._digest, self._done, self._version, self.resumed = hashlib.sha256(), 0, None, False
         self._note.unlink(missing_ok=True)
         self._partial.unlink(missing_ok=True)
 
@@ -181,9 +184,12 @@ class Download:
             self._begin_anew()
             raise _RetryError("the server has no such range", pause=0.001)
         elif status in RETRIED_STATUS:
-            raise _RetryError(f"the server answered {_status_words(response)}", _retry_after(response))
+            raise _RetryError(f"the server answered {self._words(response)}", _retry_after(response))
         else:
-            self._fail(f"the server answered {_status_words(response)}")
+            self._fail(f"the server answered {self._words(response)}")
+
+    def _words(self, response: httpx.Response) -> str:
+        return status_words(response, with_token=any(name.lower() == "authorization" for name in self._headers))
 
     def _range_problem(self, response: httpx.Response) -> str | None:
         """Why a 206 is not the rest of what is here; None where it is."""
@@ -262,18 +268,6 @@ def _version_of(url: str, response: httpx.Response) -> Version:
     )
 
 
-def _status_words(response: httpx.Response) -> str:
-    return f"{response.status_code} {response.reason_phrase}".rstrip()
-
-
 def _retry_after(response: httpx.Response) -> float | None:
     text = response.headers.get("retry-after", "")
     return float(text) if text.isascii() and text.isdigit() else None
-
-
-def shown_url(url: str) -> str:
-    """Return a URL as messages show it: without user, password and query, which may hold a token."""
-    scheme, _, rest = url.partition("://")
-    place = rest.partition("?")[0]
-    host, slash, path = place.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"

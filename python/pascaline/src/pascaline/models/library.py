@@ -1,9 +1,11 @@
 """The library of model files: one folder a model, as the NixOS module keeps it, each file verified against a sha256.
 
 STORE/NAME/FILE            the file, which is there whole or not at all
-STORE/NAME/FILE.verified   `SHA256 SIZE MTIME` of the file when its checksum was compared with one that a person gave
+STORE/NAME/FILE.verified   `SHA256 SIZE CHANGED INODE` of the file when its checksum was that which a person gave
 STORE/NAME/FILE.partial    a download on its way (download.py)
 STORE/NAME/.lock           held while a process adds, verifies or removes
+
+A split model is several such files, its parts, which are added and verified together.
 """
 
 from __future__ import annotations
@@ -14,18 +16,25 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+from pascaline.digests import parse_sha256s
 from pascaline.errors import ConfigurationError, ModelError, StorageError
-from pascaline.models.download import CHUNK_BYTES, Download, OnBytes, full_disk, shown_url, storage_error
+from pascaline.models.accept import judge
+from pascaline.models.architectures import SGLANG_GGUF
+from pascaline.models.download import CHUNK_BYTES, Download, OnBytes, full_disk, storage_error
+from pascaline.models.gguf import open_gguf
+from pascaline.models.gguf_split import sibling_names
 from pascaline.models.reader import read_model
+from pascaline.models.server_words import shown_url
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 SYSTEM_STORE = Path("/var/lib/pascaline/models")
 """Where the NixOS module keeps models (services.pascaline.stateDir)."""
@@ -33,11 +42,10 @@ LOCK = ".lock"
 PARTIAL, VERIFIED = ".partial", ".verified"
 
 State = Literal["verified", "unverified", "changed", "partial"]
-"""verified: as it was when its checksum was compared; unverified: never compared; changed: another size or time since;
+"""verified: as it was when its checksum was compared; unverified: never compared; changed: written or replaced since;
 partial: a download that did not end."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +65,12 @@ class Added:
     """What `add` did."""
 
     path: Path
+    """The file, or the first part of a split model."""
     sha256: str
+    """Of the file; of a split model those of its parts in order, separated by commas, as --sha256 takes them."""
     was_there: bool
     verified: bool
-    """Whether a checksum was given, which it has."""
+    """Whether a checksum was given for each file, which it has."""
 
 
 def default_store() -> Path:
@@ -70,47 +80,120 @@ def default_store() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "pascaline" / "models"
 
 
+OnPart = Callable[[int, int], OnBytes]
+"""Called with (part from 0 on, parts in all) of what is fetched next; returns what is told of its bytes."""
+
+
 def add(
     store: Path,
     name: str,
     source: str,
-    sha256: str | None = None,
+    sha256: str | Sequence[str] | None = None,
     *,
     headers: Mapping[str, str] | None = None,
     on_bytes: OnBytes = lambda _done, _total: None,
+    on_part: OnPart | None = None,
 ) -> Added:
-    """Bring a file into the library from a URL or a path, and return where it is.
+    """Bring a model into the library from a URL or a path, and return where it is; of a split one all parts.
 
-    sha256: what it must have, from a source other than the server. Without it the file counts as unverified.
-    headers: of the requests, for a server that asks for a token.
+    source: the file, or any part of a split model; the other parts are taken from beside it.
+    sha256: what each file must have, from a source other than the server. Without it they count as unverified.
+    headers: of the requests, for a server that asks for a token. on_part: instead of on_bytes, for each part its own.
     """
-    _check_arguments(name, sha256)
-    folder = store / name
-    target = folder / _file_name(source)
+    digests = _check_arguments(name, sha256)
+    folder, file_name = store / name, _file_name(source)
+    names = sibling_names(file_name) or [file_name]
+    _require_one_each(digests, names)
     with _locked(folder, wait=True):
-        if target.exists():
-            return _in_place(target, sha256, on_bytes)
-        partial = target.with_name(target.name + PARTIAL)
-        if _is_url(source):
-            digest = Download(source, partial, headers=headers, on_bytes=on_bytes).fetch()
-        else:
-            digest = _copy(Path(source), partial, on_bytes)
-        _require_digest(partial, shown_url(source) if _is_url(source) else source, digest, sha256)
-        _require_header(partial, target)
-        partial.replace(target)
-        _sync(folder)
-        if sha256 is not None:
-            _stamp(target, digest)
-        return Added(target, digest, was_there=False, verified=sha256 is not None)
+        added = [
+            _add_file(
+                _beside(source, file_name, part),
+                folder / part,
+                digests[index] if digests else None,
+                headers=headers,
+                on_bytes=on_part(index, len(names)) if on_part else on_bytes,
+            )
+            for index, part in enumerate(names)
+        ]
+        if len(names) > 1:
+            _require_one_model(folder / names[0])
+    return Added(
+        added[0].path,
+        ",".join(each.sha256 for each in added),
+        was_there=all(each.was_there for each in added),
+        verified=all(each.verified for each in added),
+    )
 
 
-def _check_arguments(name: str, sha256: str | None) -> None:
+def _add_file(
+    source: str, target: Path, sha256: str | None, *, headers: Mapping[str, str] | None, on_bytes: OnBytes
+) -> Added:
+    if target.exists():
+        return _in_place(target, sha256, on_bytes)
+    partial = target.with_name(target.name + PARTIAL)
+    digest = _bring(source, partial, target, sha256, headers, on_bytes)
+    _require_digest(partial, shown_url(source) if _is_url(source) else source, digest, sha256)
+    _require_header(partial, target)
+    partial.replace(target)
+    _sync(target.parent)
+    if sha256 is not None:
+        _stamp(target, digest)
+    return Added(target, digest, was_there=False, verified=sha256 is not None)
+
+
+def _bring(
+    source: str,
+    partial: Path,
+    target: Path,
+    sha256: str | None,
+    headers: Mapping[str, str] | None,
+    on_bytes: OnBytes,
+) -> str:
+    """Fetch or copy a file and return its sha256; once more where it was resumed from a damaged beginning."""
+    if not _is_url(source):
+        return _copy(Path(source), partial, on_bytes)
+    download = Download(source, partial, headers=headers, on_bytes=on_bytes)
+    digest = download.fetch()
+    wrong = sha256 != digest if sha256 is not None else _header_problem(partial, target) is not None
+    if download.resumed and wrong:
+        partial.unlink()
+        digest = Download(source, partial, headers=headers, on_bytes=on_bytes).fetch()
+    return digest
+
+
+def _beside(source: str, name: str, part: str) -> str:
+    """Return where a part of this name lies beside the one that was named."""
+    if name == part:
+        return source
+    if not _is_url(source):
+        return str(Path(source).with_name(part))
+    parts = urlsplit(source)
+    return urlunsplit(parts._replace(path=f"{parts.path.rpartition('/')[0]}/{quote(part)}"))
+
+
+def _check_arguments(name: str, sha256: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if not _NAME.fullmatch(name):
         raise ConfigurationError(f"name: invalid value {name!r}, must be letters, digits, '.', '_' and '-'")
-    if sha256 is not None and not _SHA256.fullmatch(sha256):
+    try:
+        return parse_sha256s(sha256)
+    except ValueError as error:
+        raise ConfigurationError(f"--sha256: {error}") from error
+
+
+def _require_one_each(digests: tuple[str, ...] | None, names: Sequence[str]) -> None:
+    """Refuse the checksum of one part for the whole of a split model."""
+    if digests is not None and len(digests) != len(names):
         raise ConfigurationError(
-            f"--sha256: invalid value {sha256!r}, must be 64 hexadecimal digits in lower case, as sha256sum prints them"
+            f"--sha256: {len(digests)} given, and each covers one file alone; must be {len(names)}, for: "
+            f"{', '.join(names)}"
         )
+
+
+def _require_one_model(first: Path) -> None:
+    try:
+        read_model(first)
+    except ModelError as error:
+        raise ModelError(f"{error}; to begin again: pascaline models remove {first.parent.name}") from error
 
 
 def _is_url(source: str) -> bool:
@@ -175,13 +258,24 @@ def _require_digest(partial: Path, source: str, digest: str, sha256: str | None)
 
 def _require_header(partial: Path, target: Path) -> None:
     """Refuse what cannot be a model: servers answer 200 with a page that asks to log in."""
-    if target.suffix != ".gguf" or re.search(r"-\d{5}-of-\d{5}$", target.stem):
-        return
-    try:
-        read_model(partial)
-    except ModelError as error:
+    if (problem := _header_problem(partial, target)) is not None:
         partial.unlink()
-        raise ModelError(f"{error}; the file was deleted") from error
+        raise ModelError(f"{problem}; the file was deleted")
+
+
+def _header_problem(partial: Path, target: Path) -> str | None:
+    if target.suffix != ".gguf":
+        return None
+    try:
+        if sibling_names(target.name) is None:
+            read_model(partial)
+        else:
+            # A part, which only the others make a model.
+            with open_gguf(partial):
+                pass
+    except ModelError as error:
+        return str(error)
+    return None
 
 
 def entries(store: Path) -> list[Entry]:
@@ -207,18 +301,47 @@ def _entry(name: str, file: Path) -> Entry:
     return Entry(name, file, size, "verified" if text == _stamp_text(file, digest) else "changed", digest)
 
 
-def verify(store: Path, name: str, sha256: str | None = None, on_bytes: OnBytes = lambda _d, _t: None) -> list[Entry]:
+def problems(found: Sequence[Entry]) -> list[str]:
+    """Return why files are no model that an engine here serves: damaged, a part that is missing or one of another.
+
+    Files whose checksum is another say nothing more. A split model is judged once; one of an architecture that SGLang
+    does not know may be llama.cpp's.
+    """
+    models: dict[Path, Path] = {}
+    for entry in found:
+        if entry.path.suffix == ".gguf" and entry.state != "changed":
+            names = sibling_names(entry.path.name) or [entry.path.name]
+            models.setdefault(entry.path.with_name(names[0]), entry.path)
+    return [problem for file in models.values() if (problem := _problem(file)) is not None]
+
+
+def _problem(file: Path) -> str | None:
+    try:
+        spec = read_model(file)
+    except ModelError as error:
+        return str(error)
+    engine = "sglang" if spec.architecture in SGLANG_GGUF else "llama.cpp"
+    sentence = judge(spec, engine).sentence
+    return f"{file}: engine {engine} cannot serve it: {sentence}" if sentence else None
+
+
+def verify(
+    store: Path,
+    name: str,
+    sha256: str | Sequence[str] | None = None,
+    on_bytes: OnBytes = lambda _d, _t: None,
+) -> list[Entry]:
     """Read every file of a model again, and return them as they are: `changed` where the checksum is another.
 
-    sha256: compare with it and, where it fits, remember it; for a model of one file.
+    sha256: compare with it and, where it fits, remember it; one for each file, in the order of their names.
     """
-    _check_arguments(name, sha256)
+    digests = _check_arguments(name, sha256)
     folder = _existing(store, name)
     with _locked(folder, wait=True):
         files = [file for file in sorted(_files(folder)) if not file.name.endswith(PARTIAL)]
-        if sha256 is not None and len(files) != 1:
-            raise ConfigurationError(f"--sha256: {name} has {len(files)} files, must be one")
-        return [_verify(name, file, sha256, on_bytes) for file in files]
+        _require_one_each(digests, [file.name for file in files])
+        expected = digests or (None,) * len(files)
+        return [_verify(name, file, digest, on_bytes) for file, digest in zip(files, expected, strict=True)]
 
 
 def _verify(name: str, file: Path, sha256: str | None, on_bytes: OnBytes) -> Entry:
@@ -321,7 +444,8 @@ def _existing(store: Path, name: str) -> Path:
 def _stamp_text(file: Path, digest: str) -> str:
     """As modules/fetch-model.sh writes it, so that each accepts the other's."""
     status = file.stat()
-    return f"{digest} {status.st_size} {int(status.st_mtime)}"
+    seconds, rest = divmod(status.st_ctime_ns, 10**9)
+    return f"{digest} {status.st_size} {seconds}.{rest:09d} {status.st_ino}"
 
 
 def _stamp(file: Path, digest: str) -> None:

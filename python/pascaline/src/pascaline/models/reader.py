@@ -12,15 +12,20 @@ from pascaline.models.safetensors import read_safetensors
 from pascaline.models.source import file_mode
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pascaline.models.spec import ModelSpec
 
 
-def read_model(place: Path | str) -> ModelSpec:
-    """Read the model at a path (GGUF file, or folder with config.json and safetensors) or an http(s) URL of one."""
+def read_model(place: Path | str, headers: Mapping[str, str] | None = None) -> ModelSpec:
+    """Read the model at a path (GGUF file, or folder with config.json and safetensors) or an http(s) URL of one.
+
+    headers: of the requests to a URL.
+    """
     if isinstance(place, str) and place.startswith(("http://", "https://")):
         from pascaline.models.remote import read_remote_model
 
-        return read_remote_model(place)
+        return read_remote_model(place, headers)
     path = Path(place)
     mode = file_mode(path)
     if mode is None:

@@ -13,9 +13,10 @@ import httpx
 from pascaline.errors import ModelError
 from pascaline.models.gguf import read_gguf_parts
 from pascaline.models.safetensors import INDEX_NAME, SINGLE_NAME, read_safetensors_parts
+from pascaline.models.server_words import shown_url, status_words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from contextlib import AbstractContextManager
 
     from pascaline.models.source import Source
@@ -46,7 +47,7 @@ class HttpSource:
     chunk_bytes = BLOCK_BYTES
 
     def __init__(self, client: httpx.Client, url: str) -> None:
-        self.name = _shown_url(url)
+        self.name = shown_url(url)
         self._url = url
         self._client = client
         self._tag = ""
@@ -79,8 +80,8 @@ class HttpSource:
         if status == httpx.codes.OK:
             self._fail("the server sends whole files only (no range requests); download the file, then name its path")
         if status != httpx.codes.PARTIAL_CONTENT:
-            cause = f"the server answered {status} {response.reason_phrase}".rstrip()
-            raise _StatusError(f"failed to read {self.name}: {cause}", status)
+            words = status_words(response, with_token="authorization" in self._client.headers)
+            raise _StatusError(f"failed to read {self.name}: the server answered {words}", status)
         text = response.headers.get("content-range", "")
         match = _CONTENT_RANGE.fullmatch(text)
         if match is None:
@@ -115,12 +116,15 @@ class HttpSource:
         raise ModelError(f"failed to read {self.name}: {cause}")
 
 
-def read_remote_model(url: str) -> ModelSpec:
-    """Read a model at a URL: of a GGUF file (any part), of a safetensors file, or of the folder with config.json."""
+def read_remote_model(url: str, headers: Mapping[str, str] | None = None) -> ModelSpec:
+    """Read a model at a URL: of a GGUF file (any part), of a safetensors file, or of the folder with config.json.
+
+    headers: of the requests, for a server that asks for a token; httpx sends a token to no other host after a redirect.
+    """
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise ModelError(f"failed to read {_shown_url(url)}: {error}") from error
+        raise ModelError(f"failed to read {shown_url(url)}: {error}") from error
     folder, _, name = parts.path.rpartition("/")
     if not name.endswith((".gguf", ".safetensors", ".json")):
         folder, name = parts.path.rstrip("/"), ""
@@ -129,7 +133,9 @@ def read_remote_model(url: str) -> ModelSpec:
         return urlunsplit(parts._replace(path=f"{folder}/{quote(part)}", fragment=""))
 
     timeout = httpx.Timeout(TIMEOUT_SECONDS)
-    with httpx.Client(timeout=timeout, follow_redirects=True, max_redirects=MAX_REDIRECTS) as client:
+    with httpx.Client(
+        headers=dict(headers or {}), timeout=timeout, follow_redirects=True, max_redirects=MAX_REDIRECTS
+    ) as client:
 
         def open_part(part: str) -> AbstractContextManager[Source]:
             return _open(client, locate(part))
@@ -137,15 +143,7 @@ def read_remote_model(url: str) -> ModelSpec:
         if name.endswith(".gguf"):
             return read_gguf_parts(unquote(name), open_part, locate)
         names = [SINGLE_NAME] if _is_absent(client, locate(INDEX_NAME)) else None
-        return read_safetensors_parts(_shown_url(locate("")), open_part, locate, names)
-
-
-def _shown_url(url: str) -> str:
-    """A URL as messages show it: without the parts that may hold a password or a token."""
-    scheme, _, rest = url.partition("://")
-    place, _, _ = rest.partition("?")
-    host, slash, path = place.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+        return read_safetensors_parts(shown_url(locate("")), open_part, locate, names)
 
 
 @contextmanager

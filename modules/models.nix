@@ -25,6 +25,10 @@ let
     after = [ storeUnit ];
   };
   # A download link may end in a query, which is no part of the file's name.
+  digest = types.strMatching "[0-9a-fA-F]{64}";
+  digestsOf = model: lib.toList model.sha256;
+  # The end of the first part's name, as llama-gguf-split writes it: without it nothing says what the other parts are called.
+  firstPart = model: "-00001-of-${lib.fixedWidthNumber 5 (lib.length (digestsOf model))}.gguf";
   fileName = url: baseNameOf (lib.head (builtins.match "([^?#]*).*" url));
   keepList = lib.concatMapStringsSep " " lib.escapeShellArg (lib.attrNames models);
 in
@@ -68,10 +72,10 @@ in
                 description = "File on the host to copy from (a string: a Nix path would copy the model into the store).";
               };
               sha256 = mkOption {
-                type = types.nullOr (types.strMatching "[0-9a-f]{64}");
+                type = types.nullOr (types.either digest (types.nonEmptyListOf digest));
                 default = null;
                 example = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
-                description = "The file's sha256, from a source other than the server it comes from. It must be set.";
+                description = "The file's sha256, from a source other than the server it comes from. It must be set. Of a split model a list, one for each part in order; `url` or `path` then names its first part (`…-00001-of-0000N.gguf`), and the others are taken from beside it.";
               };
               file = mkOption {
                 type = types.path;
@@ -80,7 +84,7 @@ in
                 }";
                 defaultText = lib.literalExpression "\"\${config.services.pascaline.stateDir}/models/<name>/<file name>\"";
                 example = "/data/models/emily.gguf";
-                description = "Where the verified file lies.";
+                description = "Where the verified file lies; of a split model its first part.";
               };
             };
           }
@@ -102,6 +106,15 @@ in
           assertion = (model.url == null) != (model.path == null);
           message = "services.pascaline.models.${name}: set exactly one of url and path";
         }
+        {
+          assertion =
+            lib.length (digestsOf model) == 1
+            || lib.all (place: lib.hasSuffix (firstPart model) place) [
+              (fileName (toString (if model.url != null then model.url else model.path)))
+              (toString model.file)
+            ];
+          message = "services.pascaline.models.${name}.sha256: ${toString (lib.length (digestsOf model))} checksums are for a split model of as many parts, so the file's name must end in ${firstPart model}; name the first part, or give the one checksum of a whole file";
+        }
       ]) models
     );
 
@@ -119,12 +132,14 @@ in
           serviceConfig = hardening // {
             Type = "oneshot";
             RemainAfterExit = true;
-            ExecStart = exec [
-              (lib.getExe fetchModel)
-              (if model.url != null then model.url else model.path)
-              model.file
-              (toString model.sha256)
-            ];
+            ExecStart = exec (
+              [
+                (lib.getExe fetchModel)
+                (if model.url != null then model.url else model.path)
+                model.file
+              ]
+              ++ digestsOf model
+            );
             User = cfg.user;
             TimeoutStartSec = "infinity";
             Restart = "on-failure";

@@ -214,6 +214,22 @@ rec {
       url = "https://models.example.org/my%20emily.gguf?download=true";
       sha256 = digest;
     };
+    # Of a split model each part has a checksum, for the unit that brings it and for the instance.
+    split = on [
+      (instance "emily" {
+        model = "emily";
+        gpus = [ ];
+      })
+      {
+        services.pascaline.models.emily = {
+          url = "https://models.example.org/emily-00001-of-00002.gguf";
+          sha256 = [
+            digest
+            (lib.toUpper digest)
+          ];
+        };
+      }
+    ];
     garbage.services.pascaline = {
       collectModelGarbage = true;
       models.emily = {
@@ -532,6 +548,16 @@ rec {
     missingDigest = {
       module.services.pascaline.models.emily.path = "/data/emily.gguf";
       message = "services.pascaline.models.emily.sha256: not set, must be the file's 64 hexadecimal digits; compute it with: sha256sum FILE";
+    };
+    digestsOfNoParts = {
+      module.services.pascaline.models.emily = {
+        path = "/data/emily.gguf";
+        sha256 = [
+          digest
+          digest
+        ];
+      };
+      message = "services.pascaline.models.emily.sha256: 2 checksums are for a split model of as many parts, so the file's name must end in -00001-of-00002.gguf; name the first part, or give the one checksum of a whole file";
     };
     twoSources = {
       module.services.pascaline.models.emily = {

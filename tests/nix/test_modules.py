@@ -119,6 +119,17 @@ def test_reference_page_is_that_of_the_modules(evaluated: Any) -> None:
     assert options.PAGE.read_text() == options.page(evaluated("options"))
 
 
+def test_a_split_model_has_a_checksum_for_each_part(evaluated: Any) -> None:
+    """The unit that brings it and the instance that serves it are told the same."""
+    unit = evaluated("units")["split"]["services"]["pascaline-model-emily"]["serviceConfig"]
+    _, url, file, *digests = unit["ExecStart"].split(" ")
+    assert url == "https://models.example.org/emily-00001-of-00002.gguf"
+    assert file == "/var/lib/pascaline/models/emily/emily-00001-of-00002.gguf"
+    [settings] = evaluated("settings")["split"].values()
+    assert (settings["model"], settings["model_sha256"]) == (file, digests)
+    assert [digest.lower() for digest in digests] == [digests[0]] * 2
+
+
 def test_link_reaches_the_unit_whole(evaluated: Any) -> None:
     """systemd would read %20 as a specifier of its own; and a query is no part of the file's name."""
     unit = evaluated("units")["download"]["services"]["pascaline-model-emily"]["serviceConfig"]

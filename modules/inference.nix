@@ -84,9 +84,10 @@ let
       "pascaline-gpu-limits.service"
     ]
     ++ modelUnits instance;
-    # An engine that never loads is tried for about ten minutes, and then failed, with its reason, and not looped.
-    startLimitIntervalSec = 3600;
-    startLimitBurst = 10;
+    # An engine that never loads is tried 15 times, and then failed, with its reason, and not looped: in an hour where it fails at
+    # once, in nine where each load takes as long as start_timeout (1800 s) allows. The instance counts for itself too (alert InstanceRestartLoop).
+    startLimitIntervalSec = 43200;
+    startLimitBurst = 15;
 
     environment = {
       # The order of nvidia-smi and NVML; CUDA's own default is "fastest first".

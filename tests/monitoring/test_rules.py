@@ -24,7 +24,15 @@ VARIANT_LABEL = "cause"
 PROMISED = {
     *("HighVRAMUsage", "HighGPUTemp", "GpuLost", "GpuXidCritical", "GpuXidWarning", "GpuThrottled", "EccUncorrectable"),
     *("RetiredPagesPending", "PcieReplays", "ExporterDown", "ExporterStale", "EngineDown", "EngineNotReady"),
-    *("EngineRestarting", "EngineUnresponsive", "QueueGrowing", "KvCacheSaturated", "SlowFirstToken", "SlowDecode"),
+    *(
+        "EngineRestarting",
+        "InstanceRestartLoop",
+        "EngineUnresponsive",
+        "QueueGrowing",
+        "KvCacheSaturated",
+        "SlowFirstToken",
+        "SlowDecode",
+    ),
     *("SilentCpuFallback", "PlanExceeded", "FleetHostMissing", "GpuMissing"),
 }
 

@@ -216,6 +216,17 @@ class TestEnds:
         assert instance.wait_for_state("ready")["restarts"] == 1
         assert instance.complete(headers={"Authorization": "Bearer sesame-open"}).status == 200
 
+    def test_starts_are_counted_until_one_is_well(self, serve: Serve, tmp_path: Path) -> None:
+        environment = {"STATE_DIRECTORY": str(tmp_path)}
+        for _ in range(2):
+            instance = serve(faults="load_error=unknown", environment=environment)
+            assert instance.wait() == ExitCode.ENGINE_FAILED
+        instance = serve(environment=environment)
+        instance.wait_for_state("ready")
+        assert instance.metric("pascaline_starts_since_stable") == 3
+        assert instance.stop() == ExitCode.OK
+        assert (tmp_path / "starts.json").read_text() == '{"starts": 0}'
+
 
 class TestRestarts:
     def test_a_crash_is_followed_by_a_restart(self, serve: Serve) -> None:

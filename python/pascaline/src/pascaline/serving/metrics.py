@@ -64,6 +64,10 @@ class Metrics:
         self.probe_failures = Counter(
             "pascaline_probe_failures", "Test generations that failed or got no answer", registry=self.registry
         )
+        self.starts = self._gauge(
+            "pascaline_starts_since_stable",
+            "Starts of the instance since it last served for ten minutes or was stopped in order",
+        )
         self._dropped = Counter(
             "pascaline_log_lines_dropped",
             "Lines that are missing in the log: of a flood, repeated, or read by nobody",

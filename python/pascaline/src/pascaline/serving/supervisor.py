@@ -30,6 +30,7 @@ from pascaline.serving.health import Health, Judge, State, backoff_seconds
 from pascaline.serving.metrics import Metrics
 from pascaline.serving.process import EngineProcess
 from pascaline.serving.runtime_folder import RuntimeFolder
+from pascaline.serving.starts import Starts
 from pascaline.serving.task import make_task, place_instance, plan_instance
 from pascaline.serving.threads import is_own_failure, start_in_thread
 from pascaline.units import format_bytes
@@ -128,6 +129,7 @@ class Supervisor:
         self._stop_now = asyncio.Event()
         self._failed_to_ask = False
         """Whether a question since the last look failed in this process, and not in the engine."""
+        self._starts = Starts.from_environment()
         self._signalled = False
 
     @property
@@ -162,6 +164,7 @@ class Supervisor:
         server = create_server(self)
         serving = asyncio.create_task(serve(server, listener))
         try:
+            self._count_start(self._starts.begin)
             with self._runtime_folder:
                 return await self._live()
         finally:
@@ -348,7 +351,8 @@ class Supervisor:
 
     async def _watch(self, task: Task, process: EngineProcess) -> None:
         """Follow the engine's progress until it ends or is unresponsive, and see to it that it has ended."""
-        looked = time.monotonic()
+        began = looked = time.monotonic()
+        settled = False
         judge = Judge(self.settings.stall_timeout, last_sign=looked, limits=self._engine.work_limits(task))
         probe: asyncio.Task[bool] | None = None
 
@@ -378,6 +382,9 @@ class Supervisor:
                 self._change(*judge.verdict(look()))  # again: this process may have been stopped while it asked
                 if self.health.state is State.UNRESPONSIVE:
                     break
+                if not settled and now - began > STABLE_SECONDS:
+                    self._count_start(self._starts.settle)
+                    settled = True
                 if judge.last_sign >= now:
                     self.metrics.last_generation.set(time.time())
                 await self._sleep(POLL_SECONDS, process)
@@ -515,6 +522,7 @@ class Supervisor:
                 )
                 self._console.line("WARNING", "pascaline", text)
             await process.kill()
+        self._count_start(self._starts.settle)
         self._change(State.STOPPED, "stopped")
         return ExitCode.INTERRUPTED if self._stop_now.is_set() else ExitCode.OK
 
@@ -537,6 +545,13 @@ class Supervisor:
         except OSError as error:
             return is_own_failure(error)
         return self.requests is not None and self.requests.has_work
+
+    def _count_start(self, change: Callable[[], int | None]) -> None:
+        """Begin or end the count of starts; an instance serves also where the count can not be kept."""
+        try:
+            self.metrics.starts.set(change() or 0)
+        except OSError as error:
+            self._console.line("WARNING", "pascaline", f"failed to keep the number of starts: {error}")
 
     # --- small ones ---------------------------------------------------------------------------------------------------
 

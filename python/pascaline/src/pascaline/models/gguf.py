@@ -11,7 +11,7 @@ from pascaline.errors import ModelError
 from pascaline.models.ggml_types import FILE_TYPES, GUESSED_FILE_TYPE
 from pascaline.models.gguf_header import GgufHeader, Metadata, printable, read_header, shown
 from pascaline.models.gguf_split import check_hidden_size, check_parts, part_names
-from pascaline.models.layers import differing, most_common_heads, sliding_layer_ids
+from pascaline.models.layers import differing, has_keys, has_state, layer_parts, most_common_heads, sliding_layer_ids
 from pascaline.models.source import Source, open_file
 from pascaline.models.spec import ModelSpec, TensorSpec
 
@@ -91,7 +91,8 @@ def _spec(headers: tuple[GgufHeader, ...], files: tuple[Path | str, ...]) -> Mod
     layers = keys.count("block_count", maximum=MAX_LAYERS)
     hidden = keys.count("embedding_length")
     heads = keys.per_layer("attention.head_count", layers, default=[0] * layers)
-    kv_heads = _kv_heads(keys, layers, heads)
+    parts = layer_parts((tensor.name for tensor in tensors), layers)
+    kv_heads = _kv_heads(keys, parts, heads)
     head_dim, v_head_dim = _head_dims(keys, hidden, max(heads))
     sliding = _sliding_layers(keys, layers)
     return ModelSpec(
@@ -123,6 +124,11 @@ def _spec(headers: tuple[GgufHeader, ...], files: tuple[Path | str, ...]) -> Mod
         ssm_inner_size=keys.optional("ssm.inner_size"),
         ssm_num_heads=keys.optional("ssm.time_step_rank"),
         ssm_num_groups=keys.optional("ssm.group_count"),
+        state_layer_ids=tuple(layer for layer, own in enumerate(parts) if has_state(own)),
+        shortconv_columns=keys.optional("shortconv.l_cache"),
+        wkv_head_size=keys.optional("wkv.head_size"),
+        token_shift_count=keys.optional("token_shift_count"),
+        kda_head_dim=keys.optional("kda.head_dim"),
         tied_embeddings=all(tensor.name != "output.weight" for tensor in tensors),
         file_type=_file_type(metadata),
         file_bytes=sum(header.file_bytes for header in headers),
@@ -188,15 +194,20 @@ def _architecture(metadata: Metadata) -> str:
     return name
 
 
-def _kv_heads(keys: _Keys, layers: int, heads: list[int]) -> list[int]:
-    """KV heads that each layer stores."""
+def _kv_heads(keys: _Keys, parts: list[frozenset[str]], heads: list[int]) -> list[int]:
+    """KV heads that each layer stores: none in a layer that has no keys, though the metadata gives all one number."""
+    layers = len(parts)
     found = keys.per_layer("attention.head_count_kv", layers, default=heads)
     interval = keys.optional("full_attention_interval")
     if interval:
         # qwen3next: only the last layer of each interval attends, the others are recurrent.
         found = [count if (layer + 1) % interval == 0 else 0 for layer, count in enumerate(found)]
+    if any(map(has_state, parts)):
+        found = [count if has_keys(own) else 0 for count, own in zip(found, parts, strict=True)]
     shared = min(keys.optional("attention.shared_kv_layers") or 0, layers)
-    return found[: layers - shared] + [0] * shared
+    # The last layers that predict further tokens have cells only while they are used (llama.cpp, n_layer_nextn).
+    without = max(shared, min(keys.optional("nextn_predict_layers") or 0, layers))
+    return found[: layers - without] + [0] * without
 
 
 def _head_dims(keys: _Keys, hidden: int, heads: int) -> tuple[int, int]:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
+_BLOCK = re.compile(r"blk\.(\d+)\.([^.]+)")
+_STATE_PARTS = ("ssm_", "shortconv", "time_mix_")
+"""Tensors of layers with a recurrent state: Mamba and gated delta, short convolutions, RWKV (gguf-py, constants.py)."""
+_KEY_PARTS = frozenset({"attn_k", "attn_k_b", "attn_kv_b", "attn_kv_a_mqa"})
+"""Tensors that make keys: a layer with one of them has cells in the KV cache."""
+_FUSED_KEYS = "attn_qkv"
+"""Makes keys too, unless it feeds a gated delta layer."""
 
 
 def sliding_layer_ids(num_layers: int, period: int, *, full_layer_first: bool = False) -> tuple[int, ...]:
@@ -29,3 +38,23 @@ def most_common_heads(layer_heads: Sequence[int]) -> int:
 def differing(layer_values: Sequence[int]) -> tuple[int, ...] | None:
     """The values of all layers if they differ, else None."""
     return tuple(layer_values) if len(set(layer_values)) > 1 else None
+
+
+def layer_parts(names: Iterable[str], num_layers: int) -> list[frozenset[str]]:
+    """Return what each layer consists of: the part of a tensor's name behind `blk.N.`, for every layer."""
+    found: list[set[str]] = [set() for _ in range(num_layers)]
+    for name in names:
+        match = _BLOCK.match(name)
+        if match and int(match[1]) < num_layers:
+            found[int(match[1])].add(match[2])
+    return [frozenset(parts) for parts in found]
+
+
+def has_state(parts: frozenset[str]) -> bool:
+    """Whether a layer of these parts keeps a recurrent state."""
+    return any(part.startswith(_STATE_PARTS) for part in parts)
+
+
+def has_keys(parts: frozenset[str]) -> bool:
+    """Whether a layer of these parts stores keys and values. Falcon-H1's layers do both this and keep a state."""
+    return bool(parts & _KEY_PARTS) or (_FUSED_KEYS in parts and not has_state(parts))

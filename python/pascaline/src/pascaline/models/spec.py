@@ -79,6 +79,16 @@ class ModelSpec:
     ssm_num_heads: int | None = None
     """Heads of a Mamba-2 or gated-delta layer (`ssm.time_step_rank`); rank of the time step in a Mamba-1 layer."""
     ssm_num_groups: int | None = None
+    state_layer_ids: tuple[int, ...] = ()
+    """Layers that keep a recurrent state, by their tensors; empty where a header does not tell them apart."""
+    shortconv_columns: int | None = None
+    """LFM2: columns of a short convolution, of which all but one are kept."""
+    wkv_head_size: int | None = None
+    """RWKV: size of a head's state."""
+    token_shift_count: int | None = None
+    """RWKV: previous tokens that a layer keeps; None: 2."""
+    kda_head_dim: int | None = None
+    """Kimi Linear: size of a head of a delta-attention layer."""
     tied_embeddings: bool = False
     file_type: str | None = None
     """The mixture that a GGUF file names for itself (`Q4_K_M`); says nothing exact about one tensor."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pascaline.models.spec import ModelSpec
     from pascaline.planning.request import PlanRequest
 
@@ -16,6 +18,10 @@ Q8_0_BYTES = 34 / 32
 """llama.cpp's int8: blocks of 32 values with one fp16 scale (ggml-common.h, block_q8_0)."""
 PADDING_TOKENS = 1
 """SGLang's pool has one more page (of one token) for padded rows (mem_cache/memory_pool.py, MHATokenToKVPool)."""
+STATE_ELEMENT_BYTES = 4
+"""llama.cpp keeps recurrent states in fp32 (llama-model.cpp, create_memory)."""
+TOKEN_SHIFTS = 2
+"""RWKV's default of token_shift_count (llama-model.cpp)."""
 LLAMA_CELLS = 256
 """llama.cpp rounds the cells of a sequence up to this (llama-context.cpp, GGML_PAD(n_ctx, 256))."""
 
@@ -50,7 +56,8 @@ def layer_groups(spec: ModelSpec, *, tensor_parallel: int = 1, pipeline_parallel
     """Return the layers with a KV cache, those alike together; on one GPU where several share the model."""
     if spec.kv_lora_rank:
         # MLA stores one compressed vector and the rotated part, whatever the number of heads.
-        layers = -(-spec.num_hidden_layers // pipeline_parallel)
+        attending = sum(map(bool, spec.layer_kv_heads)) if spec.layer_kv_heads else spec.num_hidden_layers
+        layers = -(-attending // pipeline_parallel)
         return [LayerGroup(layers, 1, spec.kv_lora_rank, spec.qk_rope_head_dim or 0, sliding=False)]
     heads = spec.layer_kv_heads or (spec.num_kv_heads,) * spec.num_hidden_layers
     sliding = set(spec.sliding_layer_ids)
@@ -128,17 +135,31 @@ def llama_batch(request: PlanRequest) -> int:
 
 
 def recurrent_bytes(spec: ModelSpec) -> int:
-    """Return the bytes of one request's recurrent state: convolution and SSM state of each layer, fp32.
+    """Return the bytes of one request's recurrent state: what each layer that has one keeps, fp32."""
+    return STATE_ELEMENT_BYTES * len(_state_layers(spec)) * _state_values(spec)
 
-    llama.cpp, llama-hparams.cpp: n_embd_r and n_embd_s.
-    """
+
+def _state_layers(spec: ModelSpec) -> Sequence[int]:
+    """Return the layers with a state: by their tensors, else those without KV heads of a model that has a state."""
+    if spec.state_layer_ids:
+        return spec.state_layer_ids
+    heads = spec.layer_kv_heads or (0,) * spec.num_hidden_layers
+    return [layer for layer, count in enumerate(heads) if count == 0]
+
+
+def _state_values(spec: ModelSpec) -> int:
+    """Return the values that one layer keeps for one request (llama.cpp, llama-hparams.cpp: n_embd_r + n_embd_s)."""
+    if spec.wkv_head_size:
+        return spec.hidden_size * ((spec.token_shift_count or TOKEN_SHIFTS) + spec.wkv_head_size)
+    if spec.shortconv_columns:
+        return spec.hidden_size * (spec.shortconv_columns - 1)
+    kept = max(0, (spec.ssm_conv_kernel or 1) - 1)
+    if spec.kda_head_dim:
+        return spec.num_heads * spec.kda_head_dim * (3 * kept + spec.kda_head_dim)
     if not spec.ssm_state_size or not spec.ssm_inner_size:
         return 0
-    heads = spec.layer_kv_heads or (0,) * spec.num_hidden_layers
-    layers = sum(1 for count in heads if count == 0)
     channels = spec.ssm_inner_size + 2 * (spec.ssm_num_groups or 0) * spec.ssm_state_size
-    convolution = max(0, (spec.ssm_conv_kernel or 1) - 1) * channels
-    return 4 * layers * (convolution + spec.ssm_state_size * spec.ssm_inner_size)
+    return kept * channels + spec.ssm_state_size * spec.ssm_inner_size
 
 
 def _padded(count: int, multiple: int) -> int:

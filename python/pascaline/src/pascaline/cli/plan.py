@@ -117,10 +117,14 @@ def read_spec(configuration: Configuration, headers: Mapping[str, str] | None = 
     """Read the model's header from where the settings say; headers: of the requests to an address."""
     settings = configuration.settings
     if settings.model.startswith(("http://", "https://")):
-        return read_model(settings.model, headers)
-    if headers:
+        spec = read_model(settings.model, headers)
+    elif headers:
         raise ConfigurationError(f"--token-file: is for an address, and {settings.model} is none; leave it out")
-    return read_model(store.locate(settings)[0])
+    else:
+        spec = read_model(store.locate(settings)[0])
+    if problem := store.checksum_problem(settings, spec):
+        raise ConfigurationError(problem)
+    return spec
 
 
 def target(configuration: Configuration, spec: ModelSpec) -> tuple[Card, PlanRequest]:

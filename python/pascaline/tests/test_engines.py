@@ -22,6 +22,7 @@ from pascaline.errors import ConfigurationError, MissingError
 from pascaline.gpu.devices import GpuIdentity, device_variables
 from pascaline.models.spec import ModelSpec
 from pascaline.models.store import ResolvedModel
+from pascaline.serving.console import try_command
 from pascaline.settings import Settings, contradictions
 from support.instance import FAKE_ENGINE
 
@@ -73,6 +74,18 @@ def task(tmp_path: Path) -> Callable[..., Task]:
 
 def llama_task(task: Callable[..., Task], **settings: Any) -> Task:
     return task(ResolvedModel("gguf", Path("/m/emily.gguf"), SPEC, "emily"), engine_executable=FAKE_ENGINE, **settings)
+
+
+class TestTryCommand:
+    """What `serve` prints when it is ready works with the model at hand."""
+
+    def test_a_question(self, task: Callable[..., Task]) -> None:
+        assert "/v1/chat/completions -H" in try_command(task())
+
+    def test_the_start_of_a_sentence_where_there_is_no_chat_template(self, task: Callable[..., Task]) -> None:
+        command = try_command(task(replace(GGUF, has_chat_template=False)))
+        assert "/v1/completions -H" in command
+        assert '"prompt": "The capital of France is"' in command
 
 
 class TestSglangCommand:

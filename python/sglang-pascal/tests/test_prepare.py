@@ -23,7 +23,6 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-WITHOUT_TEMPLATE = FILES - {"chat_template.jinja"}
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def names(folder):
 
 def test_the_folder_holds_everything_but_the_weights(gguf, tmp_path):
     manifest = prepare(gguf, tmp_path / "out")
-    assert names(tmp_path / "out") == WITHOUT_TEMPLATE
+    assert names(tmp_path / "out") == FILES
     assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) < gguf.stat().st_size
     assert manifest == read_manifest(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "pascal.json").read_text()) == {
@@ -128,7 +127,7 @@ def test_a_full_disk_leaves_what_was_there_before(gguf, tmp_path, monkeypatch, f
     assert str(error.value) == f'failed to write "{tmp_path}/out": no space is left on the disk'
     assert names(tmp_path) == ({"model.gguf", "out"} if exists else {"model.gguf"})
     if exists:
-        assert names(tmp_path / "out") == WITHOUT_TEMPLATE
+        assert names(tmp_path / "out") == FILES
 
 
 def test_a_really_full_disk(gguf, tmp_path):

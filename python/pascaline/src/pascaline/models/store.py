@@ -60,6 +60,8 @@ class ResolvedModel:
     """Of each file of a GGUF model, in order; empty for a folder."""
     prepared_dir: Path | None = None
     """Folder with the configuration and tokenizer of a GGUF file; None where the engine reads the file itself."""
+    has_chat_template: bool = True
+    """Whether messages can be made into a prompt."""
 
 
 def cache_folder(settings: Settings) -> Path:

@@ -8,7 +8,7 @@ import os
 import shlex
 from contextlib import contextmanager, suppress
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pascaline.engines.client import reachable
 from pascaline.redaction import RedactingFormatter, redact
@@ -172,15 +172,15 @@ class Stage:
 
 
 def try_command(task: Task) -> str:
-    """Return a curl line that asks the model a question."""
-    question = {
-        "model": task.model.served_name,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
-        "max_tokens": 32,
-        "temperature": 0,
-    }
+    """Return a curl line that works: a question, or the start of a sentence where the model has no chat template."""
+    asked: dict[str, Any]
+    if task.model.has_chat_template:
+        path, asked = "chat/completions", {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    else:
+        path, asked = "completions", {"prompt": "The capital of France is"}
+    question = {"model": task.model.served_name, **asked, "max_tokens": 32, "temperature": 0}
     host, port = reachable(task.address)
-    command = ["curl", "-s", f"http://{_bracketed(host)}:{port}/v1/chat/completions"]
+    command = ["curl", "-s", f"http://{_bracketed(host)}:{port}/v1/{path}"]
     command += ["-H", "Content-Type: application/json", "-d", json.dumps(question)]
     line = shlex.join(command)
     if task.settings.api_key_file is not None:

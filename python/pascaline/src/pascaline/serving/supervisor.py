@@ -22,6 +22,7 @@ from pascaline.engines.client import request
 from pascaline.errors import EngineError, ExitCode, GaveUpError, PascalineError
 from pascaline.gpu import loss
 from pascaline.models import store
+from pascaline.models.chat_template import has_chat_template
 from pascaline.redaction import redact
 from pascaline.serving import ports
 from pascaline.serving.agent import create_server, serve
@@ -69,6 +70,9 @@ STUCK_SECONDS = 30.0
 """Between two looks whether a process that could not be killed has ended."""
 STABLE_SECONDS = 600.0
 """An engine that served this long has recovered: its next crash is the first again."""
+NO_CHAT_TEMPLATE = (
+    "the model has no chat template: /v1/completions works, /v1/chat/completions needs a model file that carries one"
+)
 KILL_GRACE_SECONDS = 20.0
 """From SIGTERM after draining to SIGKILL; SGLang takes up to 5 s to notice and 3 s to end."""
 BUSY_STATUSES = frozenset({429, 503})
@@ -205,7 +209,12 @@ class Supervisor:
                 prepared = await self._in_thread(store.prepare, settings, path, combined_sha256(digests))
             stage.note = f": sha256 {shown_sha256s(digests)}" if digests else ""
         self._record_stage("verify", stage.seconds)
-        self.model = store.ResolvedModel("gguf" if digests else "huggingface", path, spec, name, digests, prepared)
+        chats = has_chat_template(spec, path)
+        if not chats:
+            self._console.line("WARNING", "pascaline", NO_CHAT_TEMPLATE)
+        self.model = store.ResolvedModel(
+            "gguf" if digests else "huggingface", path, spec, name, digests, prepared, chats
+        )
         task = make_task(self._configuration, self.model, plan, self._runtime_folder.path(), self._placement)
         self._api_key = task.api_key
         self.metrics.set_task(task, self._configuration.card)

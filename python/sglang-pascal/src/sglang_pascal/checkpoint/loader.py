@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sglang.srt.model_loader.loader import DefaultModelLoader
+from sglang.srt.model_loader.weight_utils import default_weight_loader
 
+from sglang_pascal.checkpoint.completeness import Completeness
 from sglang_pascal.checkpoint.dequantize import dequantized
 from sglang_pascal.checkpoint.prepare import open_prepared
 from sglang_pascal.checkpoint.weights import raw_tensors
@@ -53,6 +55,13 @@ class PascalGgufLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang publ
         held = bind(model, WeightTable(file)) if model_config.quantization == QUANTIZATION else []
         logger.info("weights held: %s", summary(held) or f"all dequantised to {model_config.dtype}")
         return _streamed(file, {matrix.name for matrix in held}, model_config.dtype)
+
+    def load_weights_and_postprocess(self, model: torch.nn.Module, weights: Any, target_device: torch.device) -> None:
+        """As in the base class, and every parameter of the model must have got weights."""
+        completeness = Completeness(model, default_weight_loader)
+        self.load_weights_only(model, weights, target_device)
+        completeness.require()
+        self.postprocess_weights(model, target_device)
 
 
 def _streamed(file: GgufFile, keep: set[str], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

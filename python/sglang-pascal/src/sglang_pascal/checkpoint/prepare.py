@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sglang_pascal.checkpoint.acceptance import Header, Tensor, accept
+from sglang_pascal.checkpoint.chat_template import write_chat_templates
 from sglang_pascal.checkpoint.config import generation_config, model_config
 from sglang_pascal.checkpoint.gguf_file import GgufFile
 from sglang_pascal.checkpoint.tokenizer import tokenizer_config, write_tokenizer
@@ -114,8 +115,7 @@ def write_folder(file: GgufFile, manifest: Manifest, folder: Path) -> None:
     _write_json(folder / "generation_config.json", generation_config(file))
     write_tokenizer(file.metadata, folder)
     _write_json(folder / "tokenizer_config.json", tokenizer_config(file.metadata))
-    if template := file.metadata.get("tokenizer.chat_template"):
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    write_chat_templates(file.metadata, folder)
     _write_json(folder / MANIFEST, asdict(manifest))
 
 
@@ -195,7 +195,7 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
 
 def _replace_folder(staging: Path, folder: Path) -> None:
     """Rename; a folder that is there steps aside first, since a rename does not replace a full one."""
-    for path in [*staging.iterdir(), staging]:
+    for path in [*staging.rglob("*"), staging]:
         _flush(path)
     old = staging.with_name(f"{staging.name}.old")
     if folder.exists():

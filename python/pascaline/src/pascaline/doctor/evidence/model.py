@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pascaline.doctor.evidence.instance import json_object
 from pascaline.doctor.host import ModelFacts
 from pascaline.errors import PascalineError
 from pascaline.models import store
+from pascaline.models.chat_template import has_chat_template
 from pascaline.models.gguf import open_gguf
 from pascaline.models.reader import read_model
 
@@ -26,7 +26,7 @@ def collect_model(machine: Machine, settings: Settings | None) -> ModelFacts:
         path = machine.path(named) if machine.root != Path("/") and not named.exists() else named
         spec = read_model(path)
         files = store.model_files(spec, path)
-        tokenizer, template = _tokenizer(files[0])
+        tokenizer, template = _has_tokenizer(files[0]), has_chat_template(spec, files[0])
     except PascalineError as error:
         return ModelFacts(path=settings.model, error=str(error))
     checksum, checksum_error = _checksum(settings, files, machine.path(store.cache_folder(settings)))
@@ -42,16 +42,13 @@ def collect_model(machine: Machine, settings: Settings | None) -> ModelFacts:
     )
 
 
-def _tokenizer(path: Path) -> tuple[bool, bool]:
-    """Return whether a model has a tokeniser and a chat template."""
+def _has_tokenizer(path: Path) -> bool:
+    """Return whether a model has a tokeniser."""
     if path.is_dir():
         names = {file.name for file in path.iterdir()}
-        config = json_object((path / "tokenizer_config.json").read_text()) if "tokenizer_config.json" in names else None
-        template = bool(names & {"chat_template.jinja", "chat_template.json"}) or "chat_template" in (config or {})
-        return bool(names & {"tokenizer.json", "tokenizer.model", "vocab.json"}), template
+        return bool(names & {"tokenizer.json", "tokenizer.model", "vocab.json"})
     with open_gguf(path) as header:
-        metadata = header.metadata
-        return "tokenizer.ggml.tokens" in metadata, "tokenizer.chat_template" in metadata
+        return "tokenizer.ggml.tokens" in header.metadata
 
 
 def _checksum(settings: Settings, files: tuple[Path, ...], cache: Path) -> tuple[tuple[str, ...], str]:

@@ -1,0 +1,65 @@
+"""Watches a model while it is loaded: every parameter must get weights, and of a fused layer every shard.
+
+SGLang fills what a checkpoint names and leaves the rest as the memory was: a model that lacks a tensor would be
+healthy and talk nonsense.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from sglang_pascal.errors import CheckpointError
+from sglang_pascal.quantization.table import MERGED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+_ALL: Final = "all"
+"""Stands for a parameter that is filled at once."""
+_LOADER: Final = "weight_loader"
+"""Attribute of a parameter by which SGLang's models fill it."""
+
+
+class Completeness:
+    """Notes what is loaded into a model's parameters from its construction on."""
+
+    def __init__(self, model: torch.nn.Module, default_loader: Callable[..., Any]) -> None:
+        """default_loader: what the model fills a parameter with that has no loader of its own."""
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._missing: dict[str, set[str | int]] = {name: _shards(name) for name in self._names.values()}
+        for parameter in model.parameters():
+            setattr(parameter, _LOADER, self._noting(getattr(parameter, _LOADER, default_loader)))
+
+    def require(self) -> None:
+        """Raise CheckpointError for parameters that nothing was loaded into."""
+        missing = [_described(name, shards) for name, shards in self._missing.items() if shards]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(
+                f"parameter {missing[0]}{more} got no weights: the model file lacks a tensor; copy or download it "
+                "again, or convert the model again"
+            )
+
+    def _noting(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        def loader(parameter: torch.nn.Parameter, loaded: torch.Tensor, *shard: str | int, **named: Any) -> Any:
+            result = load(parameter, loaded, *shard, **named)
+            ids = [*shard, *named.values()]
+            name = self._names[id(parameter)]
+            self._missing[name] -= {ids[0]} if ids and ids[0] is not None else self._missing[name]
+            return result
+
+        return loader
+
+
+def _shards(parameter: str) -> set[str | int]:
+    """What must be loaded into a parameter of this name."""
+    layer = parameter.rpartition(".")[0].rpartition(".")[2]
+    return {shard for _, shard in MERGED[layer]} if layer in MERGED else {_ALL}
+
+
+def _described(parameter: str, missing: set[str | int]) -> str:
+    layer = parameter.rpartition(".")[0].rpartition(".")[2]
+    parts = [name for name, shard in MERGED.get(layer, ()) if shard in missing]
+    return f'"{parameter}"' + (f" (its {', '.join(parts)})" if parts else "")

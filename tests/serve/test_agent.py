@@ -96,6 +96,26 @@ class TestInterface:
             assert answer.result().json["usage"]["completion_tokens"] == 40
         assert instance.wait() == ExitCode.OK
 
+    def test_drain_wants_the_key_or_the_unix_socket(self, serve: Serve, tmp_path: Path) -> None:
+        key, folder = tmp_path / "key", tmp_path / "run"
+        key.write_text("sesame-open")
+        folder.mkdir()
+        instance = serve(api_key_file=key, environment={"RUNTIME_DIRECTORY": str(folder)})
+        instance.wait_for_state("ready")
+        refused = instance.agent("/drain", {})
+        assert (refused.status, refused.headers["www-authenticate"]) == (401, "Bearer")
+        bearer = {"Authorization": "Bearer sesame-open"}
+        assert instance.agent("/drain", {}, headers=bearer | {"Origin": "http://evil.example.org"}).status == 403
+        assert instance.agent("/drain", {}, headers=bearer | {"Host": "evil.example.org"}).status == 403
+        assert instance.agent("/health").json["state"] == "ready"
+        with socket.socket(socket.AF_UNIX) as connection:
+            assert stat.S_IMODE((folder / "agent.sock").stat().st_mode) == 0o600
+            connection.settimeout(10)
+            connection.connect(str(folder / "agent.sock"))
+            connection.sendall(b"POST /drain HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 202 ")
+        assert instance.wait() == ExitCode.OK
+
     def test_drain_takes_no_get(self, serve: Serve) -> None:
         instance = serve()
         instance.wait_for_state("ready")

@@ -18,6 +18,7 @@ from pascaline.serving.connections import (
     connection_limit,
     raise_descriptor_limit,
 )
+from pascaline.serving.guard import Guard, names_of_this_host
 from pascaline.serving.health import ANSWERING, State
 
 if TYPE_CHECKING:
@@ -120,11 +121,16 @@ def create_app(supervisor: Supervisor) -> FastAPI:
             return {"detail": "the model has not been planned yet"}
         return supervisor.plan
 
-    @app.post("/drain", summary="Stop taking requests, let the running ones end, then exit", status_code=202)
+    @app.post(
+        "/drain",
+        summary="Stop taking requests, let the running ones end, then exit; with the API key, where there is one",
+        status_code=202,
+    )
     async def drain() -> Verdict:
         supervisor.stop("POST /drain")
         return Verdict(ok=True, state=supervisor.health.state, reason="draining")
 
+    app.add_middleware(Guard, keys=supervisor.read_api_key, names=names_of_this_host())
     return app
 
 
@@ -181,6 +187,6 @@ def create_server(supervisor: Supervisor) -> AgentServer:
     return AgentServer(config)
 
 
-async def serve(server: AgentServer, listener: socket.socket) -> None:
+async def serve(server: AgentServer, *listeners: socket.socket) -> None:
     """Serve until `server.should_exit`."""
-    await server.serve(sockets=[listener])
+    await server.serve(sockets=list(listeners))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -33,6 +34,20 @@ def bind(host: str, port: int, purpose: str, setting: str) -> socket.socket:
             f"{setting}: port {port} for the {purpose} is in use{held}; "
             f"stop that process, or set {setting} to a free port"
         ) from error
+    return bound
+
+
+def bind_unix(path: Path) -> socket.socket:
+    """Return a socket bound to a path that this user alone may open; removes what was there. Raises OSError."""
+    path.unlink(missing_ok=True)
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # The mode of the file is that of the socket, on Linux, from the moment of bind on.
+    os.fchmod(bound.fileno(), 0o600)
+    try:
+        bound.bind(str(path))
+    except OSError:
+        bound.close()
+        raise
     return bound
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pascaline import __version__
@@ -23,7 +25,7 @@ from pascaline.errors import EngineError, ExitCode, GaveUpError, PascalineError
 from pascaline.gpu import loss
 from pascaline.models import store
 from pascaline.models.chat_template import has_chat_template
-from pascaline.redaction import redact
+from pascaline.redaction import read_secret, redact
 from pascaline.serving import ports
 from pascaline.serving.agent import create_server, serve
 from pascaline.serving.failure import Ending, Failure, FailureKind, judge
@@ -37,6 +39,7 @@ from pascaline.serving.threads import is_own_failure, start_in_thread
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Coroutine
 
     from pascaline.configuration import Configuration
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     from pascaline.serving.notify import Notifier
     from pascaline.settings import Settings
 
+SOCKET_NAME = "agent.sock"
+"""In $RUNTIME_DIRECTORY: the agent for those who may open it, without a key."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """The service manager's, Ctrl-C's, and a closed terminal's."""
 POLL_SECONDS = 1.0
@@ -166,7 +171,7 @@ class Supervisor:
         listener = ports.bind(self.settings.agent_host, self.settings.agent_port, "agent", "agent_port")
         ports.check_free(self.settings.host, self.settings.port, "engine", "port")
         server = create_server(self)
-        serving = asyncio.create_task(serve(server, listener))
+        serving = asyncio.create_task(serve(server, listener, *self._unix_listeners()))
         try:
             self._count_start(self._starts.begin)
             with self._runtime_folder:
@@ -174,6 +179,20 @@ class Supervisor:
         finally:
             server.should_exit = True
             await serving
+
+    def read_api_key(self) -> str | None:
+        """Return the key that requests must carry, None where none is set; raises OSError, UnicodeDecodeError."""
+        path = self.settings.api_key_file
+        return read_secret(path) if path is not None else None
+
+    def _unix_listeners(self) -> list[socket.socket]:
+        """Open the agent's socket in the folder that the service manager made for this unit, where there is one."""
+        folder = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+        try:
+            return [ports.bind_unix(Path(folder, SOCKET_NAME))] if folder else []
+        except OSError as error:
+            self._console.line("WARNING", "pascaline", f"failed to listen on {folder}/{SOCKET_NAME}: {error}")
+            return []
 
     async def _live(self) -> ExitCode:
         try:

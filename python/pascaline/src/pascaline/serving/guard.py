@@ -1,0 +1,119 @@
+"""Who may change an instance by its agent: a request that does is refused unless it comes from where it may.
+
+By the Unix socket: whoever may open it. By TCP: with the API key where there is one, else from this host alone; and
+never from a web page, which a browser lets send to any address that it can reach, under any name.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import json
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    App = Callable[[Any, Any, Any], Awaitable[None]]
+
+_ASKING = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that change nothing."""
+_OWN_NAMES = frozenset({"localhost", "ip6-localhost"})
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An answer: HTTP status and why."""
+
+    status: int
+    reason: str
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host can reach an address, or a name that stands for it."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower() in _OWN_NAMES
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)
+
+
+def refusal(
+    headers: Mapping[str, str], client: str | None, *, keys: Callable[[], str | None], names: frozenset[str]
+) -> Refusal | None:
+    """Say why a request that came by TCP may not change anything; None where it may.
+
+    headers: names in lower case. client: its address. keys: gives the API key, None where there is none; OSError where
+    it can not be read. names: of this host, beside its addresses.
+    """
+    host = headers.get("host", "")
+    if not _is_ours(host, names):
+        return Refusal(403, f"the Host header {host!r} is no address and no name of this host")
+    origin = headers.get("origin")
+    if origin is not None and origin != f"http://{host}":
+        return Refusal(403, f"a web page of another origin ({origin!r}) may not do this")
+    if headers.get("sec-fetch-site", "none") not in {"none", "same-origin"}:
+        return Refusal(403, "a web page of another site may not do this")
+    try:
+        key = keys()
+    except (OSError, UnicodeDecodeError) as error:
+        return Refusal(503, f"the API key cannot be read: {error}")
+    if key is None:
+        if client is None or not is_loopback(client):
+            return Refusal(403, "without an API key only this host may do this; set api_key_file, or do it there")
+    elif not hmac.compare_digest(headers.get("authorization", "").encode(), f"Bearer {key}".encode()):
+        return Refusal(401, "the API key is missing or wrong; send Authorization: Bearer KEY, or use the Unix socket")
+    return None
+
+
+def _is_ours(host: str, names: frozenset[str]) -> bool:
+    """Whether a Host header names this host; an address is one that the client chose itself."""
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name.lower() in _OWN_NAMES | names
+    return True
+
+
+def names_of_this_host() -> frozenset[str]:
+    """Return the names by which this host is called, without asking a name server."""
+    name = socket.gethostname().lower()
+    return frozenset({name, name.partition(".")[0]})
+
+
+class Guard:
+    """ASGI middleware over `refusal`."""
+
+    def __init__(self, app: App, keys: Callable[[], str | None], names: frozenset[str]) -> None:
+        """keys, names: as of `refusal`."""
+        self._app = app
+        self._keys = keys
+        self._names = names
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on, or refuse it."""
+        refused = self._refusal(scope) if scope["type"] == "http" and scope["method"] not in _ASKING else None
+        if refused is None:
+            await self._app(scope, receive, send)
+            return
+        body = json.dumps({"detail": refused.reason}).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        if refused.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def _refusal(self, scope: Any) -> Refusal | None:
+        server = scope.get("server")
+        if server is not None and server[1] is None:
+            return None  # a Unix socket has no port: who may open it is the file system's affair
+        counted = [name for name, _ in scope["headers"]]
+        if any(counted.count(name) > 1 for name in (b"host", b"origin", b"authorization")):
+            return Refusal(400, "a header is given twice")
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        client = scope.get("client")
+        return refusal(headers, client[0] if client else None, keys=self._keys, names=self._names)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from pascaline.cards import load_card, speed_points
+from pascaline.cards import SpeedPoint, load_card, speed_points
 from pascaline.planning import make_plan
-from pascaline.planning.speed import calibration, kind_of, peak_macs, predicted
+from pascaline.planning.speed import calibration, calibration_for, kind_of, peak_macs, predicted
 from support.planning import LLAMA_2_7B, LLAMA_3_8B, P4, request
 
-CONFIRMED = [point for point in speed_points() if point.confirmed]
+CONFIRMED = [point for point in speed_points() if point.confirmed and not point.mixture]
+MIXTURES = [point for point in speed_points() if point.confirmed and point.mixture]
 SHARES = calibration("llama.cpp")
 
 
@@ -38,6 +39,38 @@ class TestCalibration:
         for point in speed_points():
             assert point.source
             assert load_card(point.card).number("bandwidth_bytes_per_second") > 0
+
+
+class TestMixtures:
+    """Mixtures of experts reach a third of a dense model's shares, and their points are few."""
+
+    def test_they_are_fitted_apart(self) -> None:
+        found = calibration("llama.cpp", mixture=True)
+        assert found.bandwidth < 0.5 * SHARES.bandwidth
+        assert found.large_batch < 0.5 * SHARES.large_batch
+        assert 0 < found.small_batch < SHARES.small_batch
+        assert calibration("llama.cpp") == SHARES
+
+    def test_few_points_are_called_an_estimate(self) -> None:
+        assert len(MIXTURES) == 3
+        assert calibration("llama.cpp", mixture=True).basis == "estimated"
+        assert calibration("sglang", mixture=True).errors["bandwidth"] == 0.5
+
+    @pytest.mark.parametrize("point", MIXTURES, ids=lambda point: f"{point.model} {point.phase}")
+    def test_every_point_lies_in_the_range(self, point: SpeedPoint) -> None:
+        found = calibration("llama.cpp", mixture=True)
+        kind = kind_of(point.batch)
+        compute = float("inf") if kind == "bandwidth" else getattr(found, kind)
+        expected, error = predicted(point, found.bandwidth, compute), found.errors[kind]
+        assert expected * (1 - error) <= point.tokens_per_second <= expected * (1 + error)
+
+    def test_a_card_that_multiplies_otherwise_is_an_estimate(self) -> None:
+        """All points are of cards with dp4a; a P100 has none."""
+        measured = calibration_for(load_card("tesla-p40"), "llama.cpp", mixture=False)
+        assert measured == SHARES
+        other = calibration_for(load_card("tesla-p100"), "llama.cpp", mixture=False)
+        assert other.basis == "estimated"
+        assert set(other.errors.values()) == {0.35}
 
 
 class TestEstimate:

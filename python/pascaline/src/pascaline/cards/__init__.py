@@ -112,6 +112,8 @@ class SpeedPoint:
     source: str
     confirmed: bool = True
     """False: a single claim, kept to be seen, that nothing is fitted to."""
+    mixture: bool = False
+    """Of a mixture of experts: its kernels gather rows and reach other shares than those of a dense model."""
 
 
 @cache

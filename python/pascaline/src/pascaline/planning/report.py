@@ -73,7 +73,9 @@ def _speed_lines(plan: Plan) -> list[str]:
     if speed is None or not plan.fits:
         return []
     basis = (
-        "from measured points" if speed.basis == "measured" else "estimated: this engine was not measured on Pascal yet"
+        "from measured points"
+        if speed.basis == "measured"
+        else "estimated: this engine was not measured with such a model on such a card, or at too few points"
     )
     decode = speed.decode
     return [

@@ -7,7 +7,7 @@ fitted to measured points (cards/planning.toml), one for each way in which kerne
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,9 +15,9 @@ from pascaline.cards import efficiencies, load_card, speed_points
 from pascaline.planning.kv_cache import kv_bytes_per_token
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from pascaline.cards import Card, SpeedPoint
+    from pascaline.cards import Card, Fact, SpeedPoint
     from pascaline.models.spec import ModelSpec
     from pascaline.planning.request import PlanRequest
     from pascaline.planning.weights import Weights
@@ -26,6 +26,8 @@ SMALL_BATCH = 8
 """Most columns of a decode kernel (llama.cpp, mmvq.cu, MMVQ_MAX_BATCH_SIZE); tiles begin beyond."""
 DP4A_MACS = 4
 """int8 multiply-accumulates of one dp4a instruction; a card without it multiplies in fp32."""
+LEAST_POINTS = 3
+"""Fewer measured points of a kind say little of other models: what rests on them is called an estimate."""
 ATTENTION_SHARE = 0.4
 """Share of the fp32 peak in prefill attention: estimated, as 0.6 to 0.7 is what a tiled kernel aims at."""
 
@@ -88,7 +90,8 @@ def estimate_speed(spec: ModelSpec, card: Card, request: PlanRequest, weights: W
     """
     if not is_speed_known(card, request) or not weights.n_bytes:
         return None
-    model = _Model(spec, card, request, weights, calibration(request.engine))
+    shares = calibration_for(card, request.engine, mixture=bool(spec.num_experts))
+    model = _Model(spec, card, request, weights, shares)
     prefill = model.prefill()
     seconds = request.context_length / prefill.tokens_per_second
     return Speed(
@@ -173,29 +176,53 @@ def peak_macs(card: Card) -> float:
 
 
 @cache
-def calibration(engine: str) -> Calibration:
-    """Return an engine's shares: from its measured points, else as estimated."""
+def calibration(engine: str, *, mixture: bool = False) -> Calibration:
+    """Return an engine's shares for dense models or mixtures of experts: from measured points, else as estimated.
+
+    The two are fitted apart. Where a kind has fewer than LEAST_POINTS points the shares are an estimate, with an error
+    at least as large as the one known for such models.
+    """
     known = efficiencies(engine)
-    points = [point for point in speed_points() if point.engine == engine and point.confirmed]
+    every = [point for point in speed_points() if point.engine == engine and point.confirmed]
+    points = [point for point in every if point.mixture == mixture]
     overhead = known["step_seconds_per_layer"].value
     if not points:
-        error = known["error"].value
-        return Calibration(
-            known["bandwidth"].value,
-            known["small_batch"].value,
-            known["large_batch"].value,
-            dict.fromkeys(("bandwidth", "small_batch", "large_batch"), error),
-            overhead,
-            "estimated",
-        )
+        return _estimated(known, overhead, known["mixture_error" if mixture else "error"].value)
     bandwidth = _geometric_mean(
         point.tokens_per_second * point.read_bytes / _bandwidth(point) for point in points if point.batch == 1
     )
-    small = _compute_share(points, "small_batch", bandwidth)
     large = _compute_share(points, "large_batch", bandwidth)
+    if mixture:
+        # No point: as much below the dense models' as for large batches.
+        dense = calibration(engine)
+        small = dense.small_batch * large / dense.large_batch
+    else:
+        small = _compute_share(points, "small_batch", bandwidth)
     shares = {"bandwidth": math.inf, "small_batch": small, "large_batch": large}
-    errors = {kind: _error([p for p in points if kind_of(p.batch) == kind], bandwidth, shares[kind]) for kind in shares}
-    return Calibration(bandwidth, small, large, errors, overhead, "measured")
+    floor = known["mixture_error"].value if mixture else 0.0
+    errors = {kind: _error(_of_kind(points, kind), bandwidth, shares[kind], floor) for kind in shares}
+    few = any(len(_of_kind(points, kind)) < LEAST_POINTS for kind in shares)
+    return Calibration(bandwidth, small, large, errors, overhead, "estimated" if few else "measured")
+
+
+def calibration_for(card: Card, engine: str, *, mixture: bool) -> Calibration:
+    """Return the shares for a card: those of cards that multiply otherwise (dp4a or not) are an estimate for it."""
+    shares = calibration(engine, mixture=mixture)
+    measured = {point.card for point in speed_points() if point.engine == engine and point.confirmed}
+    if any(load_card(name).has_dp4a == card.has_dp4a for name in measured):
+        return shares
+    error = efficiencies(engine)["error"].value
+    return replace(shares, errors={kind: max(error, own) for kind, own in shares.errors.items()}, basis="estimated")
+
+
+def _estimated(known: Mapping[str, Fact], overhead: float, error: float) -> Calibration:
+    errors = dict.fromkeys(("bandwidth", "small_batch", "large_batch"), error)
+    bandwidth, small, large = (known[kind].value for kind in errors)
+    return Calibration(bandwidth, small, large, errors, overhead, "estimated")
+
+
+def _of_kind(points: Iterable[SpeedPoint], kind: str) -> list[SpeedPoint]:
+    return [point for point in points if kind_of(point.batch) == kind]
 
 
 def predicted(point: SpeedPoint, bandwidth: float, compute: float) -> float:
@@ -215,9 +242,12 @@ def _compute_share(points: Sequence[SpeedPoint], kind: Kind, bandwidth: float) -
     return _geometric_mean(shares)
 
 
-def _error(points: Sequence[SpeedPoint], bandwidth: float, compute: float) -> float:
+def _error(points: Sequence[SpeedPoint], bandwidth: float, compute: float, floor: float) -> float:
+    """Return the root mean square deviation; of a few points the largest, and no less than `floor`."""
     deviations = [predicted(point, bandwidth, compute) / point.tokens_per_second - 1 for point in points]
-    return math.sqrt(sum(deviation**2 for deviation in deviations) / len(deviations))
+    if len(points) < LEAST_POINTS:
+        return max(floor, *map(abs, deviations), 0.0)
+    return max(floor, math.sqrt(sum(deviation**2 for deviation in deviations) / len(deviations)))
 
 
 def _bandwidth(point: SpeedPoint) -> float:

@@ -143,7 +143,7 @@ def ask_all(server: Instance, n: int, tokens: int) -> tuple[list[list[int]], flo
 def ask(server: Instance, number: int, tokens: int) -> list[int]:
     """One request, whose prompt is its own from the first token on."""
     prompt = [(7 * number + 13 * i) % 250 + 3 for i in range(tokens - ANSWER_TOKENS)]
-    body = {"model": "m", "prompt": prompt, "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True}
+    body = {"model": "default", "prompt": prompt, "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True}
     answer = server.api("/v1/completions", body, timeout=REQUEST_SECONDS)
     usage = answer.json.get("usage", {})
     return [answer.status, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)]

@@ -190,6 +190,7 @@ def test_a_comparison_of_types_needs_instances_of_its_own(bench: Start) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.slow("starts a real engine of its own")
 @pytest.mark.skipif(bool(MISSING), reason=f"not on PATH: {', '.join(MISSING)} (llama.cpp)")
 def test_sglang_serves_the_quality_that_llama_cpp_measures(bench: Start, tmp_path: Path) -> None:
     """Two engines, one file, one text: their perplexities differ by the windows' first token and by rounding."""

@@ -139,6 +139,7 @@ def test_router_needs_its_own_wheels_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.slow("downloads and installs every wheel anew")
 @pytest.mark.timeout(1800)
 def test_environment_from_wheels_alone_imports_the_engine(tmp_path: Path) -> None:
     """From nothing but wheels, offline: the control plane, torch, SGLang and the plugin, with bytecode compiled."""

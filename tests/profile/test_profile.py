@@ -754,6 +754,7 @@ class TestCommand:
         assert read_trace(output / "nvprof.trace.json").kernels[0].name == "decode_matmul_q4_k"
 
     @pytest.mark.engine
+    @pytest.mark.slow("starts a real engine of its own")
     def test_real_engine(self, tmp_path: Path) -> None:
         """SGLang on the CPU, started for the record: every step is in it, and most of it is matrix products."""
         output = tmp_path / "record"

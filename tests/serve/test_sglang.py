@@ -112,6 +112,7 @@ class TestServing:
         assert (model["id"], model["max_model_len"]) == ("SmolLM2-135M-Instruct", 2048)
 
 
+@pytest.mark.slow("ends and restarts a real engine")
 class TestEnds:
     def test_a_killed_scheduler_is_replaced(self, instance: Instance) -> None:
         [scheduler] = [each for each in instance.descendants() if each.name().startswith("sglang::sched")]

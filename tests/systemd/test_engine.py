@@ -11,7 +11,12 @@ from support.container import wait_until
 if TYPE_CHECKING:
     from support.container import Container
 
-pytestmark = [pytest.mark.systemd, pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.systemd,
+    pytest.mark.engine,
+    pytest.mark.slow("starts a real engine of its own"),
+    pytest.mark.timeout(900),
+]
 
 UNIT = "pascaline-main.service"
 KEY = "a-key-that-nobody-guesses"

@@ -13,7 +13,12 @@ from support.container import Container, wait_until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.systemd, pytest.mark.nix, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.slow("waits minutes for an alert of a fleet"),
+    pytest.mark.systemd,
+    pytest.mark.nix,
+    pytest.mark.timeout(900),
+]
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "nix" / "vm"
 UNIT_SECONDS = 180

@@ -44,9 +44,14 @@ def test_rows_of_a_device_and_a_stage():
         "attention backend",
         "load format",
         "refusal while draining",
+        "OpenAI's errors",
         "int8 KV cache, choice",
     ]
-    assert [shim.name for shim in shims_for("cpu", "worker")] == ["int8 KV cache, pool"]
+    assert [shim.name for shim in shims_for("cpu", "worker")] == [
+        "int8 KV cache, pool",
+        "seeds",
+        "sampler",
+    ]
     assert "is_cuda" not in [shim.name for shim in shims_for("cpu")]
     assert "Triton driver" not in [shim.name for shim in shims_for("cuda")]
 

@@ -32,6 +32,9 @@ TILE_DP4A_SHARE = 0.68
 """Of the issue slots in a tile product's inner loop at least so many are dp4a."""
 
 
+pytestmark = pytest.mark.slow("compiles every kernel for sm_60 and sm_61")
+
+
 @pytest.fixture(scope="module")
 def reports() -> dict[str, dict[str, KernelReport]]:
     try:

@@ -24,13 +24,14 @@ from sglang.srt.platforms import current_platform
 current_platform.device_name
 import sglang.srt.model_executor.model_runner
 from sglang_pascal.compat import shims_for
-shims = {shim.name: shim for shim in shims_for("cuda") if shim.name in ("no torch.compile", "Triton kernels", "sampler")}
+shims = {shim.name: shim for shim in shims_for("cuda") if shim.name in ("no torch.compile", "Triton kernels")}
 before = {name: shim.is_applied() for name, shim in shims.items()}
 for shim in shims.values():
     shim.apply()
 import sglang.kernels.ops.memory.small_copy as small_copy
 from sglang.srt.constrained import xgrammar_backend
 from sglang.srt.layers import logsumexp, sampler
+from sglang_pascal.plain_torch import draw_filtered
 from sglang.srt.mem_cache import allocation
 from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from xgrammar import allocate_token_bitmask, apply_token_bitmask_inplace
@@ -55,10 +56,23 @@ _, weights, ids, _ = sampler.top_k_top_p_min_p_sampling_from_probs_torch(
 allowed = [set(i[w > 0].tolist()) for w, i in zip(weights, ids)]
 drawn = [set() for _ in range(4)]
 for _ in range(300):
-    tokens = sampler.top_k_top_p_min_p_sampling_from_probs_torch(probs, *limits, False, None, None)
+    tokens = draw_filtered(probs, *limits[:2], None)
     for row, token in zip(drawn, tokens.tolist()):
         row.add(token)
+def seeded(probs, min_p, seeds):
+    n = len(seeds)
+    rows = probs.expand(n, -1).clone() if len(probs) == 1 else probs
+    limits = [torch.full((n,), rows.shape[1], dtype=torch.int32), torch.ones(n), torch.full((n,), min_p)]
+    return sampler.top_k_top_p_min_p_sampling_from_probs_torch(
+        rows, *limits, min_p > 0, torch.tensor(seeds), torch.full((n,), 9)).flatten().tolist()
+
+one = probs[:1]
 print(json.dumps({
+    "seeded": seeded(one, 0.2, range(400)),
+    "seeded again": seeded(one, 0.2, range(400)),
+    "seeded alone": [seeded(row[None], 0.0, [11])[0] for row in probs],
+    "seeded together": seeded(probs, 0.0, [11] * 4),
+    "above min-p": (one[0] >= 0.2 * one.max()).nonzero().flatten().tolist(),
     "before": before,
     "applied": {name: shim.is_applied() for name, shim in shims.items()},
     "dynamo": os.environ["TORCHDYNAMO_DISABLE"],
@@ -121,6 +135,15 @@ def test_sampling_draws_from_what_sglang_keeps(facts):
     assert facts["counts"][0] == 5
     assert facts["counts"][3] == 1
     assert facts["token type"] == "torch.int32"
+
+
+def test_a_seed_with_min_p_draws_only_what_min_p_leaves_and_always_the_same(facts):
+    assert facts["seeded"] == facts["seeded again"]
+    assert set(facts["seeded"]) == set(facts["above min-p"])
+
+
+def test_a_row_with_a_seed_is_drawn_alone_as_in_a_batch(facts):
+    assert facts["seeded alone"] == facts["seeded together"]
 
 
 class TestBitmask:

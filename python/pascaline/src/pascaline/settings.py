@@ -54,6 +54,11 @@ class Settings(BaseModel):
         min_length=1,
         description="Name of the model in the API and in metrics; default: the file's name",
     )
+    any_model_name: bool = Field(
+        False,
+        description="Whether a request may name any model; if not, SGLang answers 404 to another name than the served "
+        "one. llama.cpp takes any name",
+    )
     card: str | None = Field(
         None, description="Card profile to start from; default: the GPU of this host, cpu where there is none"
     )

@@ -336,10 +336,20 @@ _KV_TARGETS: Final = (
 _RUN_SERVER: Final = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 
 
-def _refuse_while_draining() -> None:
-    from sglang_pascal.draining import add_to_server
+_HANDLE_REQUEST: Final = "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.handle_request"
 
-    _hook(_RUN_SERVER, add_to_server, "AROUND")
+
+def _wrap_server() -> None:
+    from sglang_pascal import draining, openai_api
+
+    # One hook for both: SGLang warns of several around one function.
+    _hook(_RUN_SERVER, functools.partial(openai_api.add_to_server, draining.add_to_server), "AROUND")
+
+
+def _check_requests() -> None:
+    from sglang_pascal.openai_api import check_request
+
+    _hook(_HANDLE_REQUEST, check_request, "AROUND")
 
 
 def _is_server() -> bool:
@@ -404,6 +414,20 @@ def _replace_triton_launches() -> None:
 
 def _last_name(target: str) -> str:
     return target.rpartition(".")[2]
+
+
+_DRAW: Final = "sglang.srt.layers.sampler.multinomial_with_seed"
+_BATCH_INFO: Final = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
+
+
+def _register_seeds() -> None:
+    from sglang_pascal.sampling_seed import draw_with_seeds, merge_seeds, seeds_of_requests
+
+    _hook_at_once(
+        (f"{_BATCH_INFO}.from_schedule_batch", seeds_of_requests, "AROUND"),
+        (f"{_BATCH_INFO}.merge_batch", merge_seeds, "AROUND"),
+        (_DRAW, draw_with_seeds, "REPLACE"),
+    )
 
 
 def _register_sampler() -> None:
@@ -545,8 +569,19 @@ SHIMS: Final = (
         devices=("cpu", "cuda"),
         stage="register",
         is_needed=_is_server,
-        apply=_refuse_while_draining,
+        apply=_wrap_server,
         is_applied=lambda: _is_hooked(_RUN_SERVER),
+    ),
+    Shim(
+        name="OpenAI's errors",
+        what=f"the same wrapper gives errors OpenAI's shape; {_HANDLE_REQUEST} looks at model and top_p first",
+        why="clients of OpenAI read `error.message`; SGLang has other shapes, and answers for any name of a model",
+        sglang="0.5.23",
+        devices=("cpu", "cuda"),
+        stage="register",
+        is_needed=_is_server,
+        apply=_check_requests,
+        is_applied=lambda: _is_hooked(_RUN_SERVER, _HANDLE_REQUEST),
     ),
     Shim(
         name="int8 KV cache, choice",
@@ -588,11 +623,22 @@ SHIMS: Final = (
         is_applied=lambda: _is_hooked(*_TRITON_LAUNCHES, *_FORMS),
     ),
     Shim(
-        name="sampler",
-        what=f"{_SAMPLE} filters by our kernel where it would sort the vocabulary",
-        why="to sort 150,000 probabilities per request and step takes longer than to find the smallest one that stays",
+        name="seeds",
+        what=f"{_BATCH_INFO} of a batch with a seed has the seeds of its requests; {_DRAW} in plain torch",
+        why="SGLang reads `seed` only under --enable-deterministic-inference, and draws by a kernel of sgl_kernel",
         sglang="0.5.23",
-        devices=("cuda",),
+        devices=("cpu", "cuda"),
+        stage="worker",
+        is_needed=_always,
+        apply=_register_seeds,
+        is_applied=lambda: _is_hooked(f"{_BATCH_INFO}.from_schedule_batch", f"{_BATCH_INFO}.merge_batch", _DRAW),
+    ),
+    Shim(
+        name="sampler",
+        what=f"{_SAMPLE} takes min-p beside a seed; on a GPU our kernel filters where it would sort the vocabulary",
+        why="it fails an assertion on min-p beside a seed, and sorting 150,000 probabilities for each token takes long",
+        sglang="0.5.23",
+        devices=("cpu", "cuda"),
         stage="worker",
         is_needed=_always,
         apply=_register_sampler,

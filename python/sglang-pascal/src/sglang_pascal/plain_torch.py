@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from sglang_pascal.sampling_seed import without_min_p
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -73,22 +75,32 @@ def sample_from_probs(
     return_filtered_probs: bool = False,
     max_top_k: int | None = None,
 ) -> Any:
-    """Around `top_k_top_p_min_p_sampling_from_probs_torch`: where SGLang would sort the vocabulary, our kernel finds
-    the smallest value that stays.
+    """Around `top_k_top_p_min_p_sampling_from_probs_torch`: min-p may stand beside a seed, and where SGLang would sort
+    the vocabulary on a GPU, our kernel finds the smallest value that stays.
 
     Not where the order is asked for (a seed, the filtered values), and not where every request has a small top k: then
     SGLang only looks for the k largest.
     """
+    if sampling_seed is not None and need_min_p_sampling:
+        probs, need_min_p_sampling = without_min_p(probs, min_ps), False
     sorts = max_top_k is None or max_top_k >= probs.shape[-1]
-    if not sorts or sampling_seed is not None or return_filtered_probs or probs.dtype != torch.float32:
-        return original(
-            *(probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, positions),
-            return_filtered_probs=return_filtered_probs,
-            max_top_k=max_top_k,
-        )
+    plain = sampling_seed is None and not return_filtered_probs and probs.dtype == torch.float32
+    if sorts and plain and probs.is_cuda:
+        return draw_filtered(probs, top_ks, top_ps, min_ps if need_min_p_sampling else None)
+    return original(
+        *(probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, positions),
+        return_filtered_probs=return_filtered_probs,
+        max_top_k=max_top_k,
+    )
+
+
+def draw_filtered(
+    probs: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor, min_ps: torch.Tensor | None
+) -> torch.Tensor:
+    """Return token ids `[n]`, int32, drawn from what the filters leave of float32 `probs` `[n, vocabulary]`."""
     from sglang_pascal.ops.sampling import top_k_top_p_filter_
 
     kept = top_k_top_p_filter_(
-        probs.clone(), top_ks.int(), top_ps.float(), min_ps.float() if need_min_p_sampling else None
+        probs.clone(), top_ks.int(), top_ps.float(), min_ps.float() if min_ps is not None else None
     )
     return torch.multinomial(kept, num_samples=1).view(-1).to(torch.int32)

@@ -38,7 +38,7 @@ class Engine:
 
     def chat(self, text, **options):
         """A chat completion at temperature 0."""
-        body = {"model": "m", "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 32}
+        body = {"model": "default", "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 32}
         answer = self.client.post("/v1/chat/completions", json=body | options)
         answer.raise_for_status()
         return answer.json()

@@ -11,7 +11,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow("starts a real engine of its own"), pytest.mark.timeout(900)]
 BENCHMARKS = Path(__file__).parents[4] / "benchmarks"
 LAYERS = 4
 SCRIPT = """

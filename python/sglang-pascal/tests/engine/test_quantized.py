@@ -10,7 +10,7 @@ import gguf
 import pytest
 from sglang_pascal.checkpoint.prepare import MANIFEST, prepare
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow("starts a real engine of its own"), pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[4]
 TINY = {
     "qwen3": ("Q4_1", "--attention-backend", "pascal_kernels"),

@@ -13,7 +13,7 @@ from sglang_pascal.checkpoint.dequantize import dequantized
 from sglang_pascal.checkpoint.gguf_file import GgufFile
 from sglang_pascal.checkpoint.weights import raw_tensors
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow("starts a real engine of its own"), pytest.mark.timeout(1200)]
 
 PROMPTS = [
     "The three primary colours are",
@@ -53,7 +53,7 @@ def test_the_answer_makes_sense(engine):
 
 def test_streaming_gives_the_same_text_in_pieces(engine):
     body = {
-        "model": "m",
+        "model": "smollm2",
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
         "temperature": 0,
         "stream": True,

@@ -7,7 +7,7 @@ import concurrent.futures
 import pytest
 import torch
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow("starts a real engine of its own"), pytest.mark.timeout(1200)]
 
 LENGTHS = (1, 7, 8, 9, 33, 100)
 """Around the window of 8, and over several chunks of 32."""

@@ -290,4 +290,6 @@ def _environment(task: Task) -> dict[str, str]:
     }
     if task.settings.debug:
         environment["CUDA_LAUNCH_BLOCKING"] = "1"
+    if task.settings.any_model_name:
+        environment["SGLANG_PASCAL_ANY_MODEL"] = "1"
     return environment | task.variables

@@ -1,0 +1,183 @@
+"""OpenAI's API as its clients expect it, where SGLang answers otherwise.
+
+- An error is `{"error": {"message", "type", "param", "code"}}`, for a missing key and for a body that is no JSON too,
+  and holds no path of the server.
+- A model that is not served is refused with 404, as `GET /v1/models/NAME` does; $SGLANG_PASCAL_ANY_MODEL=1 takes any.
+- `top_p` 0 is greedy, as at OpenAI, and not an error.
+
+docs/api.md lists each feature; its tests drive a server with the `openai` package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, MutableMapping
+
+    Scope = MutableMapping[str, Any]
+    Message = MutableMapping[str, Any]
+    Receive = Callable[[], Awaitable[Message]]
+    Send = Callable[[Message], Awaitable[None]]
+    App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+ANY_MODEL: Final = "SGLANG_PASCAL_ANY_MODEL"
+"""Variable: 1 takes every name of a model for the one that is served."""
+NO_NAME: Final = "default"
+"""What SGLang's protocol fills in where a request names no model."""
+OTHER_SHAPES: Final = ("/v1/messages", "/v1/systemone")
+"""Paths under /v1 whose errors have a shape of their own: Anthropic's, and System One's."""
+MAX_ERROR_BYTES: Final = 2**20
+"""A longer body of an error is passed on as it is."""
+TYPES: Final = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+"""OpenAI's types of errors by status; other 4xx are invalid_request_error, 5xx server_error."""
+_PATH: Final = re.compile(r"(?<![\w/:.])/(?:[\w.@+-]+/)+[\w.@+-]+")
+
+
+class OpenAiErrors:
+    """ASGI middleware, outermost: gives each error of /v1 OpenAI's shape."""
+
+    def __init__(self, app: App) -> None:
+        """Wrap an application."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on; hold the answer back while it may be an error."""
+        if scope["type"] != "http" or not _is_openai(scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        held: list[Message] = []
+
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start" and _is_json_error(message):
+                held.append(message)
+            elif held:
+                await _send_error(held, message, send)
+            else:
+                await send(message)
+
+        await self._app(scope, receive, send_on)
+
+
+def _is_openai(path: str) -> bool:
+    return path.startswith("/v1/") and not path.startswith(OTHER_SHAPES)
+
+
+def _is_json_error(start: Message) -> bool:
+    headers = {bytes(name).lower(): bytes(value) for name, value in start.get("headers", ())}
+    return start["status"] >= 400 and headers.get(b"content-type", b"").startswith(b"application/json")
+
+
+async def _send_error(held: list[Message], message: Message, send: Send) -> None:
+    """Collect the body behind the start in `held`; send both once it is whole."""
+    held.append(message)
+    start, *bodies = held
+    content = b"".join(part.get("body", b"") for part in bodies)
+    if message.get("more_body") and len(content) <= MAX_ERROR_BYTES:
+        return
+    if len(content) <= MAX_ERROR_BYTES:
+        content = json.dumps(openai_error(start["status"], content), ensure_ascii=False).encode()
+    headers = [(name, value) for name, value in start["headers"] if bytes(name).lower() != b"content-length"]
+    if not message.get("more_body"):
+        headers.append((b"content-length", str(len(content)).encode()))
+    await send({**start, "headers": headers})
+    await send({"type": "http.response.body", "body": content, "more_body": message.get("more_body", False)})
+    held.clear()
+
+
+def openai_error(status: int, content: bytes) -> dict[str, Any]:
+    """Return OpenAI's error object for an answer of SGLang, FastAPI or a middleware, whatever its shape."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        found = content.decode(errors="replace")
+    error = found.get("error", found) if isinstance(found, dict) else found
+    if not isinstance(error, dict):
+        error = {"message": error}
+    message = error.get("message") or error.get("detail") or ""
+    code = error.get("code")
+    if status == 401:
+        message, code = "no valid API key: send it as `Authorization: Bearer KEY`", "invalid_api_key"
+    return {
+        "error": {
+            "message": without_paths(message if isinstance(message, str) else json.dumps(message)),
+            "type": TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
+            "param": error.get("param"),
+            # SGLang repeats the status here; OpenAI has a word or nothing.
+            "code": code if isinstance(code, str) else None,
+        }
+    }
+
+
+def without_paths(text: str) -> str:
+    """Return a text without the server's absolute paths: each becomes the name of its file; addresses stay."""
+    return _PATH.sub(lambda match: match.group().rsplit("/", 1)[1], text)
+
+
+def validation_message(errors: Any) -> str:
+    """Put FastAPI's list of what is wrong with a request into one sentence: where, and what."""
+    sentences = []
+    for error in errors:
+        place = ".".join(str(part) for part in error.get("loc", ()) if part != "body")
+        if error.get("type") == "json_invalid":
+            cause = error.get("ctx", {}).get("error", "invalid")
+            sentences.append(f"the body is not JSON: {cause} at character {place}")
+        else:
+            sentences.append(f"{place}: {error.get('msg', 'invalid')}" if place else str(error.get("msg", "invalid")))
+    return "; ".join(sentences)
+
+
+def explain_validation(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around SGLang's handler of invalid requests: a sentence for /v1, and what SGLang says elsewhere."""
+
+    async def handler(request: Any, error: Any) -> Any:
+        if not _is_openai(request.url.path):
+            return await original(request, error)
+        from starlette.responses import JSONResponse
+
+        return JSONResponse({"error": {"message": validation_message(error.errors())}}, status_code=400)
+
+    return handler
+
+
+async def check_request(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any) -> Any:
+    """Around `OpenAIServingBase.handle_request`: refuse another model, and make top_p 0 greedy."""
+    served = serving.tokenizer_manager.served_model_name
+    if not is_served(getattr(request, "model", None), served):
+        from starlette.responses import JSONResponse
+
+        error = {
+            "message": f"the model '{request.model}' does not exist; this server has '{served}'",
+            "param": "model",
+            "code": "model_not_found",
+        }
+        return JSONResponse({"error": error}, status_code=404)
+    if getattr(request, "top_p", None) == 0:
+        request.top_p, request.top_k = 1.0, 1
+    return await original(serving, request, raw_request)
+
+
+def is_served(name: str | None, served: str) -> bool:
+    """Whether a request for a model of this name is for the one that is served; an adapter's name follows a colon."""
+    if name is None or name == NO_NAME or os.environ.get(ANY_MODEL) == "1":
+        return True
+    return name == served or name.startswith(f"{served}:")
+
+
+def add_to_server(inner: Callable[..., Any], original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Around SGLang's `_setup_and_run_http_server`: put the middleware outside of all others, that of the key too.
+
+    inner: the next wrapper, called as this one.
+    """
+    from fastapi.exceptions import RequestValidationError
+    from sglang.srt.entrypoints import http_server
+
+    app = http_server.app
+    build = app.build_middleware_stack
+    app.build_middleware_stack = lambda: OpenAiErrors(build())
+    handlers = app.exception_handlers
+    handlers[RequestValidationError] = explain_validation(handlers[RequestValidationError])
+    return inner(original, *arguments, **options)

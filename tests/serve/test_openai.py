@@ -1,0 +1,182 @@
+"""docs/api.md is true: each feature of its table, asked with the `openai` package of a real SGLang under `pascaline serve`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import openai
+import pytest
+from support.instance import Instance, http, running
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow("starts a real engine of its own"), pytest.mark.timeout(1200)]
+
+ROOT = Path(__file__).parents[2]
+START_SECONDS = 400
+REQUEST_SECONDS = 300
+KEY = "a-key-of-the-test"
+MODEL = "smollm2"
+QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+ANSWER = "The capital of France is Paris."
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    folder = tmp_path_factory.mktemp("openai")
+    (folder / "key").write_text(KEY)
+    settings = {
+        "device": "cpu",
+        "context_length": 1024,
+        "served_model_name": MODEL,
+        "api_key_file": folder / "key",
+        "start_timeout": START_SECONDS,
+        "stall_timeout": 120,
+    }
+    with running(folder, **settings) as started:
+        started.wait_for_state("ready", seconds=START_SECONDS)
+        yield started
+
+
+@pytest.fixture
+def client(instance: Instance) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{instance.api_url}/v1", api_key=KEY, timeout=REQUEST_SECONDS, max_retries=0)
+
+
+def chat(client: openai.OpenAI, **options: Any) -> Any:
+    return client.chat.completions.create(
+        **{"model": MODEL, "messages": QUESTION, "max_tokens": 16, "temperature": 0} | options
+    )
+
+
+class TestWorks:
+    def test_chat(self, client: openai.OpenAI) -> None:
+        answer = chat(client)
+        assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (ANSWER, "stop")
+        assert answer.usage.completion_tokens > 0
+
+    def test_a_stream_with_usage(self, client: openai.OpenAI) -> None:
+        chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == ANSWER
+        assert chunks[-1].usage.completion_tokens > 0
+
+    def test_a_completion(self, client: openai.OpenAI) -> None:
+        answer = client.completions.create(model=MODEL, prompt="One, two, three,", max_tokens=4, temperature=0)
+        assert answer.choices[0].text
+
+    def test_several_answers(self, client: openai.OpenAI) -> None:
+        assert len(chat(client, n=2, temperature=1).choices) == 2
+
+    def test_a_stop_string(self, client: openai.OpenAI) -> None:
+        assert chat(client, stop=["France"]).choices[0].message.content == "The capital of "
+
+    def test_log_probabilities(self, client: openai.OpenAI) -> None:
+        [first, *_] = chat(client, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+        assert first.token == "The"
+        assert len(first.top_logprobs) == 3
+        assert first.logprob == pytest.approx(first.top_logprobs[0].logprob)
+
+    def test_a_json_schema(self, client: openai.OpenAI) -> None:
+        schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
+        wanted = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema}}
+        answer = chat(client, response_format=wanted, max_tokens=48).choices[0].message.content
+        assert set(json.loads(answer)) == {"city"}
+
+    def test_the_same_seed_gives_the_same_text(self, client: openai.OpenAI) -> None:
+        def text(seed: int) -> str:
+            return str(chat(client, temperature=1.5, seed=seed, max_tokens=24).choices[0].message.content)
+
+        first = text(1)
+        assert text(1) == first
+        assert {text(seed) for seed in range(2, 6)} != {first}
+
+    def test_a_seed_beside_min_p_and_beside_a_request_without(self, client: openai.OpenAI) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        options: list[dict[str, Any]] = [{"seed": 7}, {"extra_body": {"min_p": 0.1}}, {"seed": 7}, {}]
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda more: chat(client, temperature=1.5, max_tokens=24, **more), options))
+        texts = [answer.choices[0].message.content for answer in answers]
+        assert texts[0] == texts[2]
+
+    def test_top_p_of_zero_is_greedy(self, client: openai.OpenAI) -> None:
+        assert chat(client, temperature=1, top_p=0).choices[0].message.content == ANSWER
+
+    def test_the_models(self, client: openai.OpenAI) -> None:
+        assert [model.id for model in client.models.list()] == [MODEL]
+        assert client.models.retrieve(MODEL).id == MODEL
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "ask",
+        [
+            lambda client: chat(client, model="gpt-4"),
+            lambda client: client.completions.create(model="gpt-4", prompt="a"),
+            lambda client: client.models.retrieve("gpt-4"),
+        ],
+        ids=["chat", "completions", "retrieve"],
+    )
+    def test_another_model_is_not_found(self, client: openai.OpenAI, ask: Callable[[openai.OpenAI], Any]) -> None:
+        with pytest.raises(openai.NotFoundError) as caught:
+            ask(client)
+        assert caught.value.code == "model_not_found"
+        assert "'gpt-4' does not exist" in str(caught.value)
+
+    @pytest.mark.parametrize("key", ["wrong", ""])
+    def test_a_wrong_or_missing_key(self, instance: Instance, key: str) -> None:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        answer = instance.api("/v1/models", headers=headers)
+        assert answer.status == 401
+        assert answer.json["error"]["code"] == "invalid_api_key"
+
+    def test_a_body_that_is_not_json(self, instance: Instance) -> None:
+        import urllib.error
+        import urllib.request
+
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        request = urllib.request.Request(f"{instance.api_url}/v1/chat/completions", b'{"model": ', headers)
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=REQUEST_SECONDS)
+        with caught.value as answer:
+            error = json.load(answer)["error"]
+        assert caught.value.code == 400
+        assert error["message"].startswith("the body is not JSON: ")
+
+    @pytest.mark.parametrize(
+        ("options", "part"),
+        [
+            ({"messages": []}, "essages"),
+            ({"temperature": -1}, "temperature"),
+            ({"top_p": 2}, "top_p"),
+            ({"messages": [{"role": "user", "content": "word " * 3000}]}, "1024"),
+            ({"max_tokens": "many"}, "max_tokens"),
+        ],
+    )
+    def test_a_bad_request_names_what_is_wrong(self, client: openai.OpenAI, options: dict[str, Any], part: str) -> None:
+        with pytest.raises(openai.BadRequestError) as caught:
+            chat(client, **options)
+        assert part in caught.value.body["message"]  # type: ignore[index]
+        assert not re.search(r"/(usr|home|work|opt|root|tmp)/", str(caught.value))
+
+    def test_a_path_that_is_not_there(self, instance: Instance) -> None:
+        answer = http(f"{instance.api_url}/v1/nothing", headers={"Authorization": f"Bearer {KEY}"})
+        assert (answer.status, answer.json["error"]["type"]) == (404, "not_found_error")
+
+
+def test_the_page_has_a_row_for_each_feature() -> None:
+    rows = re.findall(
+        r"^\| ([^|]+) \| (works|refused|ignored|differs) \|", (ROOT / "docs/api.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) >= 15

@@ -16,7 +16,7 @@ import pytest
 from pascaline.errors import ExitCode
 from support.instance import FAKE_ENGINE, PATIENCE
 from support.privileges import ordinary
-from support.raw_models import CONFIG, LLAMA, gguf_file, safetensors_file, value
+from support.raw_models import CONFIG, LLAMA, folder_tensors, gguf_file, safetensors_file, value
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -314,8 +314,8 @@ class TestEngine:
 
 def small_folder(path: Path) -> Path:
     """A Hugging Face folder that can be read."""
-    header = {"model.embed_tokens.weight": {"dtype": "BF16", "shape": [16, 8], "data_offsets": [0, 256]}}
+    header, data_bytes = folder_tensors()
     path.mkdir()
-    (path / "config.json").write_text(json.dumps(CONFIG))
-    (path / "model.safetensors").write_bytes(safetensors_file(header, data_bytes=256))
+    (path / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": True}))
+    (path / "model.safetensors").write_bytes(safetensors_file(header, data_bytes=data_bytes))
     return path

@@ -94,6 +94,26 @@ def safetensors_file(header: object, *, data_bytes: int = 0, length: int | None 
     return struct.pack("<Q", len(data) if length is None else length) + data + bytes(data_bytes)
 
 
+def folder_tensors(model_type: str = "llama", missing: Sequence[str] = ()) -> tuple[dict[str, object], int]:
+    """The header of all tensors of CONFIG's model, tied, with this model_type, and the bytes that they take.
+
+    Shapes are not those of a model: each tensor has one number.
+    """
+    matrices = [f"self_attn.{name}_proj.weight" for name in "qkvo"]
+    matrices += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    matrices += ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    matrices += {
+        "qwen2": [f"self_attn.{name}_proj.bias" for name in "qkv"],
+        "qwen3": ["self_attn.q_norm.weight", "self_attn.k_norm.weight"],
+    }.get(model_type, [])
+    names = ["embed_tokens.weight", *(f"layers.{layer}.{name}" for layer in (0, 1) for name in matrices), "norm.weight"]
+    held = [f"model.{name}" for name in names if f"model.{name}" not in missing]
+    header = {
+        name: {"dtype": "BF16", "shape": [1], "data_offsets": [2 * at, 2 * at + 2]} for at, name in enumerate(held)
+    }
+    return dict(header), 2 * len(held)
+
+
 CONFIG = {
     "model_type": "llama",
     "num_hidden_layers": 2,

@@ -19,7 +19,7 @@ from pascaline.models import store
 from pascaline.settings import Settings
 from support.instance import FAKE_ENGINE
 from support.models import split_gguf, tiny, write_gguf
-from support.raw_models import CONFIG, LLAMA, gguf_file, safetensors_file, tensor, value
+from support.raw_models import CONFIG, LLAMA, folder_tensors, gguf_file, safetensors_file, tensor, value
 
 PATIENCE = 60.0
 
@@ -45,10 +45,11 @@ def sha256(path: Path) -> str:
 
 def folder(path: Path, **changes: Any) -> Path:
     """A Hugging Face folder that can be read."""
-    header = {"model.embed_tokens.weight": {"dtype": "BF16", "shape": [16, 8], "data_offsets": [0, 256]}}
+    missing = changes.pop("missing", ())
+    header, data_bytes = folder_tensors(changes.get("model_type", "llama"), missing)
     path.mkdir()
-    (path / "config.json").write_text(json.dumps(CONFIG | changes))
-    (path / "model.safetensors").write_bytes(safetensors_file(header, data_bytes=256))
+    (path / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": True} | changes))
+    (path / "model.safetensors").write_bytes(safetensors_file(header, data_bytes=data_bytes))
     return path
 
 
@@ -111,6 +112,32 @@ class TestRead:
             "engine llama.cpp may know it"
         )
         assert store.read(settings(engine="llama.cpp"), path).architecture == "falcon"
+
+    @pytest.mark.parametrize(
+        ("model_type", "missing"),
+        [
+            ("llama", "model.embed_tokens.weight"),
+            ("llama", "model.norm.weight"),
+            ("mistral", "model.layers.1.mlp.up_proj.weight"),
+            ("qwen2", "model.layers.0.self_attn.k_proj.bias"),
+            ("qwen3", "model.layers.1.self_attn.q_norm.weight"),
+        ],
+    )
+    def test_a_folder_without_a_tensor(self, tmp_path: Path, model_type: str, missing: str) -> None:
+        """SGLang would serve what the memory held in its place."""
+        path = folder(tmp_path / "m", model_type=model_type, missing=(missing,))
+        assert refusal(ModelError, store.read, settings(), path) == (
+            f"{path}: no file of the folder holds 1 of the tensors that {model_type} needs: {missing!r}; download the "
+            "folder again (git lfs pull, where it was cloned by git)"
+        )
+
+    @pytest.mark.parametrize("tied", [False, None])
+    def test_a_folder_without_its_head(self, tmp_path: Path, tied: bool | None) -> None:
+        """A llama that does not say so has a head of its own; a gemma has none."""
+        path = folder(tmp_path / "m", tie_word_embeddings=tied)
+        assert "holds 1 of the tensors that llama needs: 'lm_head.weight'; " in refusal(
+            ModelError, store.read, settings(), path
+        )
 
     def test_an_unknown_kind_of_folder(self, tmp_path: Path) -> None:
         path = folder(tmp_path / "m", model_type="falcon")

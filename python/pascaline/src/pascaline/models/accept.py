@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 from pascaline.models.acceptance import Header, Tensor, Verdict, accept
 from pascaline.models.architectures import SGLANG_GGUF, SGLANG_HUGGING_FACE
+from pascaline.models.folder_tensors import missing_tensors
+from pascaline.models.gguf_header import shown
+from pascaline.models.safetensors import NAMED_TENSORS
 
 if TYPE_CHECKING:
     from pascaline.models.spec import ModelSpec, TensorSpec
@@ -51,14 +54,27 @@ def _folder(spec: ModelSpec) -> Verdict:
     if method is None:
         packed = next((tensor for tensor in spec.tensors if _is_packed(tensor)), None)
         if packed is None:
-            return Verdict()
+            return _whole_folder(spec)
         method, said = packed.tensor_type.lower(), f"tensor {packed.name!r} of type {packed.tensor_type}"
     if method == SERVED_METHOD:
-        return Verdict()
+        return _whole_folder(spec)
     return Verdict(
         [
             f"its weights are quantised by {method} ({said}), whose kernels need a newer GPU than Pascal; "
             "serve the model as a GGUF file, or the folder that it was quantised from"
+        ]
+    )
+
+
+def _whole_folder(spec: ModelSpec) -> Verdict:
+    missing = missing_tensors(spec)
+    if not missing:
+        return Verdict()
+    some = missing if len(missing) <= NAMED_TENSORS else [*missing[: NAMED_TENSORS - 1], missing[-1]]
+    return Verdict(
+        [
+            f"no file of the folder holds {len(missing)} of the tensors that {spec.architecture} needs: "
+            f"{', '.join(map(shown, some))}; download the folder again (git lfs pull, where it was cloned by git)"
         ]
     )
 

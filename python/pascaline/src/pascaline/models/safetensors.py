@@ -307,6 +307,7 @@ def _spec(
         ssm_num_heads=config.optional("ssm_heads"),
         ssm_num_groups=config.optional("ssm_groups"),
         tied_embeddings=_is_tied(config, tensors),
+        ties_embeddings=config.flag("tie_word_embeddings", default=False),
         file_bytes=file_bytes,
         tensors=tensors,
     )

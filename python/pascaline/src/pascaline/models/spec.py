@@ -90,6 +90,8 @@ class ModelSpec:
     kda_head_dim: int | None = None
     """Kimi Linear: size of a head of a delta-attention layer."""
     tied_embeddings: bool = False
+    ties_embeddings: bool | None = None
+    """Whether config.json, or the family's default, says that there is no head of its own; None of a GGUF file."""
     file_type: str | None = None
     """The mixture that a GGUF file names for itself (`Q4_K_M`); says nothing exact about one tensor."""
     file_bytes: int = 0

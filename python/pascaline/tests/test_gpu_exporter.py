@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -11,14 +13,15 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from pascaline.errors import ExitCode
-from pascaline.gpu.exporter import ChangeLog, Readings
+from pascaline.gpu.exporter import ChangeLog, Exporter, Quiet, Readings
 from pascaline.gpu.fake_nvml import DEMO_SCENARIO, write_scenario
 from pascaline.gpu.reading import DeviceReading, DeviceStatus, DriverStatus, Reading, XidCount
 
@@ -39,7 +42,7 @@ FAILURE = "nvidia_gpu_scrape_success 0\n"
 class RunningExporter:
     """The process, what it logs, and its scenario file."""
 
-    def __init__(self, scenario: Path, *flags: str) -> None:
+    def __init__(self, scenario: Path, *flags: str, preexec_fn: Callable[[], None] | None = None) -> None:
         self.scenario = scenario
         self.write("")
         self.log: list[str] = []
@@ -47,6 +50,7 @@ class RunningExporter:
             [sys.executable, "-m", "pascaline", "exporter", "--port=0", f"--demo={scenario}", *flags],
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=preexec_fn,
         )
         assert self.process.stderr is not None
         self.url = self.process.stderr.readline().split()[-1].removesuffix("/metrics")
@@ -226,16 +230,38 @@ def test_a_signal_ends_it_while_the_driver_hangs_without_a_word(tmp_path: Path) 
     assert len(exporter.log) == 2, exporter.log
 
 
-def test_an_exporter_that_can_read_no_longer_ends_instead_of_being_stale_for_ever(tmp_path: Path) -> None:
-    """Here the thread that reads fails because what takes its log is gone."""
+class _BrokenReader:
+    def read(self) -> Reading:
+        raise RuntimeError("the reader is broken")
+
+    def close(self) -> None:
+        pass
+
+
+def test_an_exporter_that_can_read_no_longer_ends_instead_of_being_stale_for_ever() -> None:
+    switch_interval = sys.getswitchinterval()
+    exporter = Exporter(cast("Any", _BrokenReader()), port=0, log=lambda _: None)
+    try:
+        with pytest.raises(RuntimeError, match="the reader is broken"):
+            exporter.run()
+    finally:
+        sys.setswitchinterval(switch_interval)
+
+
+def test_a_reader_of_the_log_that_goes_away_stops_nothing(tmp_path: Path) -> None:
     write_scenario(tmp_path / "scenario.nvml", ONE_GPU)
     command = [sys.executable, "-m", "pascaline", "exporter", "--port=0", f"--demo={tmp_path / 'scenario.nvml'}"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        assert "listening" in process.stderr.readline()
+        url = process.stderr.readline().split()[-1]
         process.stderr.close()
         write_scenario(tmp_path / "scenario.nvml", ONE_GPU + "all = error GPU_IS_LOST")
         try:
+            deadline = time.monotonic() + PATIENCE
+            while 'status="lost"} 1' not in urllib.request.urlopen(url, timeout=PATIENCE).read().decode():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.terminate()
             assert process.wait(PATIENCE) == ExitCode.OK
         finally:
             process.kill()
@@ -399,3 +425,67 @@ def test_a_state_is_said_again_only_after_another() -> None:
         "NVML: ok",
         "GPU 0 (GPU-a): Xid 31, 2 so far",
     ]
+
+
+def test_half_open_connections_do_not_keep_scrapes_out(tmp_path: Path) -> None:
+    exporter = RunningExporter(tmp_path / "scenario.nvml", "--interval=0.05", preexec_fn=_few_descriptors)
+    held: list[socket.socket] = []
+    try:
+        address = urllib.parse.urlsplit(exporter.url)
+        for _ in range(400):
+            held.append(socket.create_connection((address.hostname or "", address.port or 0), 10))
+            with contextlib.suppress(OSError):
+                held[-1].sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n")
+        for _ in range(5):
+            assert "nvidia_gpu_" in exporter.get()
+    finally:
+        for connection in held:
+            connection.close()
+        exporter.stop()
+
+
+def _few_descriptors() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+
+
+class TestQuiet:
+    def test_one_too_many_displaces_the_longest_quiet(self) -> None:
+        pairs = [socket.socketpair() for _ in range(4)]
+        quiet = Quiet(2)
+        for ours, _ in pairs[:2]:
+            quiet.heard(ours)
+        quiet.heard(pairs[0][0])
+        quiet.heard(pairs[2][0])
+        assert [_is_cut(theirs) for _, theirs in pairs[:3]] == [False, True, False]
+        quiet.gone(pairs[2][0])
+        quiet.heard(pairs[3][0])
+        assert [_is_cut(theirs) for _, theirs in pairs] == [False, True, False, False]
+        assert len(quiet) == 2
+        _close(pairs)
+
+    def test_what_is_quiet_for_too_long_ends_and_what_waits_for_an_answer_does_not(self) -> None:
+        pairs = [socket.socketpair() for _ in range(3)]
+        quiet = Quiet(8, seconds=0.1)
+        quiet.heard(pairs[0][0])
+        quiet.heard(pairs[1][0], patience=60)
+        time.sleep(0.2)
+        quiet.heard(pairs[2][0])
+        quiet.cut_overdue()
+        assert [_is_cut(theirs) for _, theirs in pairs] == [True, False, False]
+        quiet.cut_oldest()
+        assert [_is_cut(theirs) for _, theirs in pairs] == [True, True, False]
+        _close(pairs)
+
+
+def _is_cut(theirs: socket.socket) -> bool:
+    theirs.setblocking(False)
+    try:
+        return theirs.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+
+
+def _close(pairs: list[tuple[socket.socket, socket.socket]]) -> None:
+    for pair in pairs:
+        for each in pair:
+            each.close()

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import uvicorn
-from pascaline.serving.connections import (
+from pascaline.descriptors import (
     LEAST_CONNECTIONS,
     MOST_CONNECTIONS,
     RESERVED_DESCRIPTORS,
-    Connections,
-    bounded_protocol,
     connection_limit,
     raise_descriptor_limit,
 )
+from pascaline.serving.connections import Connections, bounded_protocol
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

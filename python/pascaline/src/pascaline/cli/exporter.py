@@ -16,10 +16,12 @@ from pascaline.gpu.exporter import DEFAULT_INTERVAL, DEFAULT_MAX_AGE, DEFAULT_PO
 from pascaline.gpu.fake_nvml import DEMO_SCENARIO, fake_nvml_environment
 from pascaline.gpu.reader import Reader
 from pascaline.gpu.render import render, to_json
+from pascaline.serving.outlet import Outlet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+STANDARD_ERROR = 2
 DESCRIPTION = """Serve metrics of this host's NVIDIA GPUs to Prometheus.
 
 NVML is called in a process of its own, which is killed when the driver hangs; the metrics then say so
@@ -74,17 +76,25 @@ def run(arguments: argparse.Namespace) -> int:
         return _record(reader, arguments.record)
     if arguments.once:
         return _print_once(reader, as_json=arguments.json)
+    outlet = Outlet(STANDARD_ERROR, _note_lost)
+
+    def log(line: str) -> None:
+        outlet.write(f"pascaline exporter: {line}\n")
+
     exporter = Exporter(
         reader,
         host=arguments.host,
         port=arguments.port,
         interval=arguments.interval,
         max_age=arguments.max_age,
-        log=_log,
+        log=log,
     )
-    _log(f"listening on {exporter.url}")
-    with _stopped_by_signals(exporter):
-        exporter.run()
+    log(f"listening on {exporter.url}")
+    try:
+        with _stopped_by_signals(exporter):
+            exporter.run()
+    finally:
+        outlet.close()
     return ExitCode.OK
 
 
@@ -137,8 +147,8 @@ def _stopped_by_signals(exporter: Exporter) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _log(line: str) -> None:
-    print(f"pascaline exporter: {line}", file=sys.stderr, flush=True)
+def _note_lost(lines: int) -> str:
+    return f"pascaline exporter: {lines} lines were not written here: nobody read them in time\n"
 
 
 def _port(text: str) -> int:

@@ -6,6 +6,7 @@ A reading older than `max_age` is not shown: its scrape waits for the next one, 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import sys
@@ -14,8 +15,9 @@ import time
 from dataclasses import replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pascaline.descriptors import MOST_CONNECTIONS, QUIET_SECONDS, connection_limit, raise_descriptor_limit
 from pascaline.errors import ConfigurationError, PortInUseError
 from pascaline.gpu.reading import DeviceStatus, DriverStatus, Reading
 from pascaline.gpu.render import CONTENT_TYPE, render
@@ -32,6 +34,12 @@ DEFAULT_MAX_AGE = 5.0
 """Seconds for which a reading may be shown; with a long interval, twice the interval."""
 TIMEOUT_HEADER = "X-Prometheus-Scrape-Timeout-Seconds"
 _DEFAULT_TIMEOUT = 10.0  # Prometheus' own default
+_LONGEST_TIMEOUT = 60.0
+"""Longest wait for a reading, whatever a scraper says: Prometheus' longest sensible scrape."""
+_ACCEPT_SECONDS = 0.1
+"""Pause after a connection that could not be accepted: it waits in the kernel, and asking again at once would spin."""
+_MOST_SAID = 100
+"""Different failures of requests that are told."""
 _TIMEOUT_MARGIN = 0.5
 """Seconds of a scrape's timeout that are left for the answer to travel."""
 _SWITCH_SECONDS = 0.0005
@@ -128,7 +136,7 @@ class Exporter:
         self._log = ChangeLog(log)
         self._stop = threading.Event()
         self._error: Exception | None = None
-        self._server = _listen(host, port, self._readings)
+        self._server = _listen(host, port, self._readings, log)
         self._thread = threading.Thread(target=self._read_forever, name="nvml", daemon=True)
 
     @property
@@ -180,19 +188,102 @@ class Exporter:
             self._stop.wait(due - time.monotonic())
 
 
+class Quiet:
+    """The open connections, the longest quiet first: one that says nothing whole for a while, or is one too many, ends.
+
+    Safe to use from any thread. A connection is shut down, not closed: the thread that serves it closes it.
+    """
+
+    def __init__(self, most: int, seconds: float = QUIET_SECONDS) -> None:
+        """most: connections at once. seconds: from opening or the last answer to the end."""
+        self._most = most
+        self._seconds = seconds
+        self._deadlines: dict[socket.socket, float] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """How many are open."""
+        return len(self._deadlines)
+
+    def heard(self, connection: socket.socket, patience: float = 0.0) -> None:
+        """Take in a new connection, or a request of one whose answer may take so many seconds, or the answer."""
+        with self._lock:
+            known = self._deadlines.pop(connection, None) is not None
+            if not known and len(self._deadlines) >= self._most:
+                self._cut(next(iter(self._deadlines)))
+            self._deadlines[connection] = time.monotonic() + self._seconds + patience
+
+    def gone(self, connection: socket.socket) -> None:
+        """Forget a connection."""
+        with self._lock:
+            self._deadlines.pop(connection, None)
+
+    def cut_overdue(self) -> None:
+        """End what has been quiet for too long."""
+        now = time.monotonic()
+        with self._lock:
+            for connection in [each for each, deadline in self._deadlines.items() if deadline < now]:
+                self._cut(connection)
+
+    def cut_oldest(self) -> None:
+        """Make room where the process has no descriptor left."""
+        with self._lock:
+            if self._deadlines:
+                self._cut(next(iter(self._deadlines)))
+
+    def _cut(self, connection: socket.socket) -> None:
+        del self._deadlines[connection]
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 64
 
-    def __init__(self, address: tuple[str, int], readings: Readings) -> None:
+    def __init__(self, address: tuple[str, int], readings: Readings, log: Callable[[str], None]) -> None:
         self.readings = readings
+        self.connections = Quiet(connection_limit(raise_descriptor_limit()))
+        self._log = log
+        self._said: set[str] = set()
+        self.request_queue_size = MOST_CONNECTIONS
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Handler)
 
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection; without a descriptor for it, the oldest makes room for the next try."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            self._say_once(f"failed to accept a connection: {error.strerror or error}")
+            self.connections.cut_oldest()
+            time.sleep(_ACCEPT_SECONDS)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in a thread."""
+        self.connections.heard(request)
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """Look after the connections, ten times a second."""
+        self.connections.cut_overdue()
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        self.connections.gone(request)
+        super().shutdown_request(request)
+
     def handle_error(self, request: object, client_address: object) -> None:
-        """A scraper that went away is no news."""
-        if not isinstance(sys.exception() if sys.version_info >= (3, 12) else sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)  # type: ignore[arg-type]  # typeshed wants its own alias of a socket
+        """A scraper that went away is no news, and no failure is news twice."""
+        del request, client_address
+        error = sys.exc_info()[1]
+        if not isinstance(error, ConnectionError):
+            self._say_once(f"failed to answer a request: {error!r}")
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said and len(self._said) < _MOST_SAID:
+            self._said.add(text)
+            self._log(text)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -206,6 +297,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer the three pages."""
+        self.server.connections.heard(self.connection, self._patience())
         path = self.path.partition("?")[0]
         if path == "/metrics":
             self._answer(HTTPStatus.OK, CONTENT_TYPE, self.server.readings.page(self._patience()))
@@ -225,6 +317,7 @@ class _Handler(BaseHTTPRequestHandler):
             timeout = _DEFAULT_TIMEOUT
         if not 0 < timeout < float("inf"):
             timeout = _DEFAULT_TIMEOUT
+        timeout = min(timeout, _LONGEST_TIMEOUT)
         return timeout - min(_TIMEOUT_MARGIN, timeout / 2)
 
     def _answer(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
@@ -234,14 +327,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+        self.server.connections.heard(self.connection)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the base class names it
         """Keep quiet: a line a scrape says nothing."""
 
 
-def _listen(host: str, port: int, readings: Readings) -> _Server:
+def _listen(host: str, port: int, readings: Readings, log: Callable[[str], None]) -> _Server:
     try:
-        return _Server((host, port), readings)
+        return _Server((host, port), readings, log)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortInUseError(

@@ -11,13 +11,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from pascaline import __version__
+from pascaline.descriptors import connection_limit, raise_descriptor_limit
 from pascaline.redaction import redact_all
-from pascaline.serving.connections import (
-    Connections,
-    bounded_protocol,
-    connection_limit,
-    raise_descriptor_limit,
-)
+from pascaline.serving.connections import Connections, bounded_protocol
 from pascaline.serving.guard import Guard, names_of_this_host
 from pascaline.serving.health import ANSWERING, State
 

@@ -97,6 +97,13 @@ class PascalCpuPlatform(CpuDeviceMixin, _PascalPlatform):  # type: ignore[misc]
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = self.get_default_attention_backend()
 
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        """Once per model, when its weights are there."""
+        from sglang_pascal.packed_products import pack_products
+
+        super().post_load_model(model)
+        pack_products(model)
+
     def is_pin_memory_available(self, device: Any = None) -> bool:
         """There is no device to pin for."""
         del device

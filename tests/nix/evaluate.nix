@@ -346,32 +346,24 @@ in
     lib.mapAttrs (_: unit: builtins.unsafeDiscardStringContext unit.text) (
       lib.filterAttrs (name: _: lib.hasPrefix "pascaline" name && lib.hasSuffix ".service" name) units
     );
-  # NixOS' modules that took a definition of ours: file -> options.
+  # NixOS' modules behind the stand-ins: file -> options. "missing" is one that the stand-ins made up.
   nixosModules =
     let
-      inherit
-        (evaluate [
-          cases.working.cloudlab
-          cases.working.cuda
-          cases.working.garbage
-          cases.working.limits
-          cases.working.addressByMac
-          (fleetLib.moduleOf cases.openFleet "only")
-        ])
-        options
-        ;
-      ours = toString ../../.;
-      isOurs = file: lib.hasPrefix ours (toString file);
-      taken = lib.filter (option: lib.any isOurs option.files && !(lib.any isOurs option.declarations)) (
-        lib.collect lib.isOption options
+      inherit (withNixos [ ]) options;
+      paths = map (option: option.loc) (
+        lib.collect lib.isOption (removeAttrs (withStandIns [ ]).options [ "_module" ])
       );
+      fileOf =
+        path:
+        let
+          files = (lib.attrByPath path { } options).declarations or [ ];
+        in
+        if files == [ ] then
+          "missing"
+        else
+          lib.removePrefix "${toString nixpkgs}/" (toString (lib.head files));
     in
-    lib.groupBy (option: option.file) (
-      map (option: {
-        file = lib.removePrefix "${toString nixpkgs}/" (toString (lib.head option.declarations));
-        option = lib.showOption option.loc;
-      }) taken
-    );
+    lib.mapAttrs (_: map lib.showOption) (lib.groupBy fileOf paths);
   # A file beside ours, with the modules of other projects that it needs.
   besideOf = host (besides.modules ++ [ besides.file ]);
   oneHost = (evaluate [ cases.working.p4 ]).config.system.build.toplevel.drvPath;

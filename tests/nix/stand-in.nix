@@ -240,8 +240,7 @@ in
                 server.http_addr = option types.str "127.0.0.1";
                 server.http_port = option types.port 3000;
                 security.admin_password = option types.str "admin";
-                # As in 26.05, which has no secret of its own.
-                security.secret_key = mkOption { type = types.str; };
+                security.secret_key = option (types.nullOr types.str) null;
               };
             };
             default = { };
@@ -316,6 +315,11 @@ in
             prometheus.alertmanager.enable
             -> prometheus.alertmanager.configuration != null || prometheus.alertmanager.configText != null;
           message = "Can not enable alertmanager without a configuration. Set either the `configuration` or `configText` attribute.";
+        }
+        {
+          # As in 26.05, which has no secret of its own.
+          assertion = grafana.enable -> grafana.settings.security.secret_key != null;
+          message = "Grafana's secret key (services.grafana.settings.security.secret_key) doesn't have a default value anymore.";
         }
         {
           assertion = config.hardware.nvidia.open != null || !nvidiaEnabled config;

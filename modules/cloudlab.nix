@@ -10,7 +10,7 @@ let
 in
 {
   options.hardware.pascaline.cloudlab = {
-    enable = lib.mkEnableOption "the boot and network set-up of a CloudLab node";
+    enable = lib.mkEnableOption "what a CloudLab node needs to boot and to be reached: GRUB in partition 1, a serial console, DHCP, SSH";
 
     rootPartition = mkOption {
       type = types.strMatching "/dev/.*[^0-9][0-9]+";

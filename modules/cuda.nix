@@ -21,14 +21,14 @@ let
 in
 {
   options.hardware.pascaline.cuda = {
-    enable = lib.mkEnableOption "the CUDA 11.8 toolkit in the system's environment";
+    enable = lib.mkEnableOption "the CUDA 11.8 toolkit in every user's environment, for programs of your own; serving a model does not need it";
 
     packages = mkOption {
       type = types.lazyAttrsOf types.raw;
       default = pkgs.cudaPackages_pascal;
       defaultText = lib.literalExpression "pkgs.cudaPackages_pascal";
       example = lib.literalExpression "pkgs.cudaPackages_12_9";
-      description = "The CUDA package set. The overlay's `cudaPackages_pascal` is 11.8 from the pinned nixpkgs 25.05.";
+      description = "CUDA package set that {option}`hardware.pascaline.cuda.components` chooses from. `pkgs.cudaPackages_pascal` is CUDA 11.8 from nixpkgs 25.05, the last release that has it.";
     };
 
     components = mkOption {
@@ -46,7 +46,7 @@ in
         ];
       defaultText = lib.literalExpression "cuda: with cuda; [ cuda_cccl cuda_cudart cuda_nvcc cuda_nvprof cuda_nvrtc cudnn libcublas nccl ]";
       example = lib.literalExpression "cuda: [ cuda.cuda_nvcc cuda.cuda_cudart ]";
-      description = "Which packages of the set are joined into the toolkit that `CUDA_PATH` names.";
+      description = "Packages of the set that make up the toolkit: its `bin` is in every user's `PATH`, and `CUDA_PATH` names its folder.";
     };
 
     cacheDir = mkOption {

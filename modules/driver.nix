@@ -23,7 +23,7 @@ let
 in
 {
   options.hardware.pascaline.driver = {
-    enable = lib.mkEnableOption "the NVIDIA driver as a Pascal GPU needs it";
+    enable = lib.mkEnableOption "the last NVIDIA driver for Pascal, R580 with its closed kernel module, without a display";
 
     computeCapability = mkOption {
       type = types.strMatching "[0-9]+\\.[0-9]";

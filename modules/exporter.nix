@@ -15,13 +15,13 @@ in
   imports = [ ./common.nix ];
 
   options.services.pascaline.exporter = {
-    enable = lib.mkEnableOption "the GPU exporter";
+    enable = lib.mkEnableOption "the exporter, which serves metrics of every GPU for Prometheus";
 
     host = mkOption {
       type = types.str;
       default = "127.0.0.1";
       example = "0.0.0.0";
-      description = "Address to listen on. Loopback, unless Prometheus runs on another host.";
+      description = "Address that the metrics page listens on. Prometheus on another host needs an outer one.";
     };
 
     port = mkOption {
@@ -42,7 +42,7 @@ in
       type = types.listOf types.str;
       default = [ ];
       example = [ "--interval=5" ];
-      description = "Further arguments of `pascaline exporter`.";
+      description = "Further arguments of `pascaline exporter`; its `--help` lists them.";
     };
   };
 

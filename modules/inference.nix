@@ -208,7 +208,7 @@ in
               type = types.bool;
               default = true;
               example = false;
-              description = "Whether to run this instance.";
+              description = "Whether the unit exists. Off, the declaration stays for later.";
             };
 
             model = mkOption {
@@ -242,7 +242,7 @@ in
               type = types.bool;
               default = true;
               example = false;
-              description = "Whether the build runs `pascaline config check` on the rendered settings.";
+              description = "Whether the build runs `pascaline config check` on the settings, and fails where the program would refuse them.";
             };
 
             apiKeyFile = mkOption {
@@ -256,7 +256,7 @@ in
               type = types.bool;
               default = false;
               example = true;
-              description = "Whether to open the API's port. It needs {option}`apiKeyFile`, and `settings.host` other than loopback.";
+              description = "Whether the firewall lets everyone reach the API. It needs `apiKeyFile`, and an outer address in `settings.host`.";
             };
 
             environment = mkOption {
@@ -265,14 +265,14 @@ in
               example = {
                 OMP_NUM_THREADS = "10";
               };
-              description = "Variables of the unit, on top of what the module sets.";
+              description = "Environment variables of the unit. They win over those that the module sets.";
             };
 
             slice = mkOption {
               type = types.str;
               default = "pascaline.slice";
               example = "system.slice";
-              description = "Slice of the unit; limits on `pascaline.slice` hold for all instances together.";
+              description = "systemd slice of the unit. A limit on `pascaline.slice` (`systemd.slices.pascaline`) holds for all instances together.";
             };
 
             memoryMax = mkOption {
@@ -286,7 +286,7 @@ in
               type = types.ints.positive;
               default = 90;
               example = 330;
-              description = "Seconds from `systemctl stop` to SIGKILL; must exceed `settings.drain_timeout` (default 60).";
+              description = "Seconds from `systemctl stop` until what still runs is killed. Greater than `settings.drain_timeout` (default 60), in which running requests may end.";
             };
 
             llamaCppPackage = lib.mkPackageOption pkgs "llama-cpp-pascal" {
@@ -302,7 +302,7 @@ in
               example = {
                 served_model_name = "emily";
               };
-              description = "Settings as they are rendered.";
+              description = "What the configuration file says: `settings`, with the model, the program and the key that the other options name.";
             };
 
             configFile = mkOption {
@@ -311,7 +311,7 @@ in
               default = configFile name instance.config;
               defaultText = lib.literalMD "finalSettings, rendered";
               example = lib.literalExpression "\"pascaline plan --config \${config.services.pascaline.instances.emily.configFile}\"";
-              description = "The rendered TOML file, for other commands of `pascaline` on this host.";
+              description = "The configuration file, for other commands of `pascaline` on this host.";
             };
           };
         }

@@ -16,7 +16,7 @@ in
   imports = [ ./common.nix ];
 
   options.services.pascaline.router = {
-    enable = lib.mkEnableOption "sglang-router in front of the instances";
+    enable = lib.mkEnableOption "sglang-router, one address in front of the APIs of several instances";
 
     package = lib.mkPackageOption pkgs "pascaline-router" {
       example = "pkgs.pascaline-engine";
@@ -27,14 +27,14 @@ in
       type = types.str;
       default = "127.0.0.1";
       example = "0.0.0.0";
-      description = "Address to listen on.";
+      description = "Address that the router's API and metrics listen on. Clients on other hosts need an outer one.";
     };
 
     port = mkOption {
       type = types.port;
       default = 30080;
       example = 8000;
-      description = "Port to listen on.";
+      description = "Port of the router's API.";
     };
 
     metricsPort = mkOption {
@@ -48,7 +48,7 @@ in
       type = types.listOf (types.strMatching "https?://[^ ]+");
       default = [ ];
       example = [ "http://gpu-1.example.org:30000" ];
-      description = "URLs of the instances' APIs.";
+      description = "URLs of the instances' APIs that requests are sent to. In a fleet the inventory sets them.";
     };
 
     policy = mkOption {
@@ -60,21 +60,21 @@ in
       ];
       default = "cache_aware";
       example = "round_robin";
-      description = "How a worker is chosen. `cache_aware` sends a prompt to where its prefix already is.";
+      description = "How the router chooses a worker. `cache_aware` sends a prompt to the worker that has its beginning in memory already; `power_of_two` takes the less loaded of two.";
     };
 
     apiKeyFile = mkOption {
       type = types.nullOr types.externalPath;
       default = null;
       example = "/run/secrets/router-api-key";
-      description = "File with the API key of the workers, which requests to the router must carry too.";
+      description = "File on the host with the API key of the workers, which requests to the router must carry too. It may be readable by root alone; it never enters the Nix store.";
     };
 
     openFirewall = mkOption {
       type = types.bool;
       default = false;
       example = true;
-      description = "Whether to open the port to everyone. It needs {option}`apiKeyFile`.";
+      description = "Whether the firewall lets everyone reach the router. It needs {option}`services.pascaline.router.apiKeyFile`, and an outer address in {option}`services.pascaline.router.host`.";
     };
   };
 

@@ -38,7 +38,7 @@ let
       instance = mkOption {
         type = types.str;
         example = "gpu-1";
-        description = "Host name, which becomes the label `host`.";
+        description = "Name of the host, which becomes the label `host` of its series.";
       };
       address = mkOption {
         type = types.str;
@@ -51,7 +51,7 @@ let
         example = {
           name = "emily";
         };
-        description = "Further labels of all series from this target.";
+        description = "Further labels of every series from this target. The dashboards tell instances apart by `name`.";
       };
     };
   };
@@ -66,7 +66,7 @@ let
           address = "gpu-1.example.org:${toString port}";
         }
       ];
-      description = "${what} to scrape.";
+      description = what;
     };
   job = name: targets: {
     job_name = name;
@@ -86,10 +86,10 @@ in
   options.services.pascaline.monitoring = {
     enable = lib.mkEnableOption "Prometheus, its rules, Alertmanager and Grafana for pascaline hosts";
 
-    exporters = targetsOption "GPU exporters" 9836;
-    agents = targetsOption "Agents" 30001;
-    engines = targetsOption "Engines (their own metrics)" 30000;
-    nodes = targetsOption "node_exporters" 9100;
+    exporters = targetsOption "GPU exporters to scrape, one a host (`services.pascaline.exporter`)." 9836;
+    agents = targetsOption "Agents to scrape, one an instance: the supervisor's own metrics, at `settings.agent_port`." 30001;
+    engines = targetsOption "Engines to scrape, one an instance: what SGLang or llama.cpp say of themselves, at `settings.port`." 30000;
+    nodes = targetsOption "node_exporters to scrape, for a host's processors, memory and disks (`services.prometheus.exporters.node`)." 9100;
 
     scrapeInterval = mkOption {
       type = types.str;
@@ -117,7 +117,7 @@ in
         type = types.bool;
         default = true;
         example = false;
-        description = "Whether to run Alertmanager here and send alerts to it.";
+        description = "Whether to run Alertmanager on this host and send it the alerts of pascaline's rules.";
       };
       webhookUrl = mkOption {
         type = types.nullOr types.str;
@@ -132,7 +132,7 @@ in
         type = types.bool;
         default = true;
         example = false;
-        description = "Whether to run Grafana with the dashboards here.";
+        description = "Whether to run Grafana on this host, with pascaline's dashboards and this Prometheus as a data source.";
       };
       host = mkOption {
         type = types.str;
@@ -144,7 +144,7 @@ in
         type = types.port;
         default = 3000;
         example = 3001;
-        description = "Port that Grafana listens on.";
+        description = "Port that Grafana listens on; `services.grafana.settings.server.http_port` wins where it is set.";
       };
       openFirewall = mkOption {
         type = types.bool;

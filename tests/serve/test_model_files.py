@@ -105,7 +105,8 @@ class TestSplitModels:
         instance = serve(model=parts[0], engine=engine, engine_executable=FAKE_ENGINE)
         assert instance.wait() == ExitCode.MODEL
         assert instance.error == (
-            f"part 2 of 2 of the split model cannot be read: failed to read {parts[1]}: No such file or directory"
+            f"part 2 of 2 of the split model cannot be read: failed to read {parts[1]}: there is no such file; put all "
+            "parts into one folder, under the names that they were made with"
         )
         assert "starting" not in instance.states
 

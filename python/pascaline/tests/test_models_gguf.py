@@ -296,6 +296,17 @@ class TestSplitFiles:
             "no such file or directory"
         )
 
+    def test_a_part_that_is_spelt_otherwise_is_shown(self, tmp_path: Path) -> None:
+        for name, data in self._parts().items():
+            (tmp_path / name.replace("m-00002", "M-00002")).write_bytes(data)
+        with pytest.raises(ModelError) as raised:
+            read_gguf(tmp_path / "m-00001-of-00002.gguf")
+        assert str(raised.value) == (
+            f"part 2 of 2 of the split model cannot be read: failed to read {tmp_path}/m-00002-of-00002.gguf: there is no "
+            "such file (there is 'M-00002-of-00002.gguf'); put all parts into one folder, under the names that they were "
+            "made with"
+        )
+
     def test_a_part_that_is_another_is_refused(self) -> None:
         files = self._parts()
         files["m-00002-of-00002.gguf"] = files["m-00001-of-00002.gguf"]

@@ -70,7 +70,7 @@ class TestHeader:
     def test_shorter_than_its_length(self, size: int) -> None:
         assert header_refusal(bytes(size)) == (
             f"failed to read m.safetensors: it is truncated: it has {size} bytes, "
-            "the length of its header alone needs 8"
+            "the length of its header alone needs 8; download it again"
         )
 
     def test_a_header_larger_than_the_file(self) -> None:

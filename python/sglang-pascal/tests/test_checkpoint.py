@@ -186,7 +186,9 @@ class TestSplitModels:
 
     def test_a_missing_part(self, parts):
         parts[2].unlink()
-        assert self.error(parts[0]) == f'model file "{parts[2]}" does not exist'
+        assert self.error(parts[0]) == (
+            f'part 3 of 3 of the split model cannot be read: model file "{parts[2]}" does not exist'
+        )
 
     def test_a_part_in_the_place_of_another(self, parts):
         shutil.copy(parts[0], parts[2])

@@ -12,7 +12,7 @@ from pascaline.models.ggml_types import FILE_TYPES, GUESSED_FILE_TYPE
 from pascaline.models.gguf_header import GgufHeader, Metadata, printable, read_header, shown
 from pascaline.models.gguf_split import check_hidden_size, check_parts, part_names
 from pascaline.models.layers import differing, has_keys, has_state, layer_parts, most_common_heads, sliding_layer_ids
-from pascaline.models.source import Source, open_file
+from pascaline.models.source import Source, file_mode, open_file
 from pascaline.models.spec import ModelSpec, TensorSpec
 
 MAX_LAYERS = 512
@@ -52,7 +52,20 @@ OpenPart = Callable[[str], AbstractContextManager[Source]]
 def read_gguf(path: Path | str) -> ModelSpec:
     """Read the header of a GGUF file, or of all parts if it is one part of a split model."""
     path = Path(path)
-    return read_gguf_parts(path.name, lambda name: open_file(path.with_name(name)), path.with_name)
+    return read_gguf_parts(path.name, lambda name: _open_beside(path, name), path.with_name)
+
+
+def _open_beside(path: Path, name: str) -> AbstractContextManager[Source]:
+    """Open the file of this name beside another; where it is missing, say how it may be spelt instead."""
+    part = path.with_name(name)
+    if part != path and file_mode(part) is None:
+        alike = next((file.name for file in path.parent.iterdir() if file.name.lower() == name.lower()), None)
+        hint = f" (there is {shown(alike)})" if alike else ""
+        raise ModelError(
+            f"failed to read {part}: there is no such file{hint}; put all parts into one folder, under the names that "
+            "they were made with"
+        )
+    return open_file(part)
 
 
 @contextmanager

@@ -167,7 +167,10 @@ def read_header(source: Source, file_index: int = 0) -> list[TensorSpec]:
     if what := impostor(head_of(source)):
         _fail(source, what)
     if source.size < 8:
-        _fail(source, f"it is truncated: it has {source.size} bytes, the length of its header alone needs 8")
+        _fail(
+            source,
+            f"it is truncated: it has {source.size} bytes, the length of its header alone needs 8; download it again",
+        )
     (length,) = struct.unpack("<Q", source.read_at(0, 8))
     if length > MAX_JSON_BYTES:
         _fail(source, f"its header has {length} bytes, at most {MAX_JSON_BYTES} are read: it is not safetensors")

@@ -133,11 +133,18 @@ def open_parts(path: Path) -> tuple[GgufPart, ...]:
         _check_whole(asked)
         return (asked,)
     names = _part_names(asked, count)
-    parts = tuple(_open_part(path.with_name(name), index) for index, name in enumerate(names))
+    parts = tuple(_open_sibling(path.with_name(name), index, count) for index, name in enumerate(names))
     for index, part in enumerate(parts):
         _check_part(part, index, parts[0], count)
     _check_tensors(parts)
     return parts
+
+
+def _open_sibling(path: Path, index: int, count: int) -> GgufPart:
+    try:
+        return _open_part(path, index)
+    except CheckpointError as exc:
+        raise CheckpointError(f"part {index + 1} of {count} of the split model cannot be read: {exc}") from exc
 
 
 def _open_part(path: Path, index: int) -> GgufPart:

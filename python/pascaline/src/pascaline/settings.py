@@ -93,6 +93,18 @@ class Settings(BaseModel):
     schedule_policy: Literal["fcfs", "lpm", "random", "dfs-weight"] = Field(
         "fcfs", description="Order in which waiting requests are taken"
     )
+    tool_call_parser: str = Field(
+        "auto",
+        min_length=1,
+        description="How SGLang reads tool calls out of an answer: one of its --tool-call-parser names; auto: by the "
+        "model's chat template; none: calls stay text",
+    )
+    reasoning_parser: str = Field(
+        "auto",
+        min_length=1,
+        description="How SGLang separates thoughts from an answer: one of its --reasoning-parser names; auto: by the "
+        "model's chat template; none: thoughts stay in the answer",
+    )
     chunked_prefill_tokens: int = Field(
         512,
         ge=16,
@@ -183,13 +195,16 @@ def _patience_problems(settings: Settings) -> list[tuple[str, str]]:
 
 # Settings that llama-server has no counterpart of, with the value that asks for nothing.
 _SGLANG_ONLY: dict[str, Any] = {
+    "any_model_name": False,
     "attention_backend": None,
     "max_queued_requests": None,
     "pipeline_parallel": 1,
     "quantization": None,
     "radix_cache": True,
+    "reasoning_parser": "auto",
     "schedule_policy": "fcfs",
     "tensor_parallel": 1,
+    "tool_call_parser": "auto",
 }
 
 

@@ -12,6 +12,7 @@ from pascaline.engines.base import VERSION_TIMEOUT_SECONDS, Engine, Launch, Prog
 from pascaline.engines.causes import Cause, Diagnosis, Explanation, cuda_fault
 from pascaline.engines.client import request
 from pascaline.engines.exposition import MalformedPageError, Samples
+from pascaline.engines.parsers import parser_arguments
 from pascaline.errors import MissingError
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class SglangEngine(Engine):
         "--max-queued-requests": "max_queued_requests",
         "--mem-fraction-static": "mem_fraction_static",
         "--schedule-policy": "schedule_policy",
+        "--tool-call-parser": "tool_call_parser",
+        "--reasoning-parser": "reasoning_parser",
         "--chunked-prefill-size": "chunked_prefill_tokens",
         "--max-total-tokens": "kv_cache.max_tokens",
         "--kv-cache-dtype": "kv_cache.dtype",
@@ -254,6 +257,7 @@ def _feature_arguments(task: Task) -> list[str]:
         arguments.append("--disable-radix-cache")
     if settings.attention_backend is not None:
         arguments += ["--attention-backend", settings.attention_backend]
+    arguments += parser_arguments(settings, task.model.chat_templates)
     if settings.debug:
         arguments += ["--log-level", "debug"]
     elif "--log-level-http" not in settings.extra_args:

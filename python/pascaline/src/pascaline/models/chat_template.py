@@ -1,9 +1,9 @@
-"""Whether a model has a chat template: without one, messages cannot be made into a prompt."""
+"""The chat templates of a model: without one, messages cannot be made into a prompt."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,13 +16,34 @@ _FILES = ("chat_template.jinja", "chat_template.json")
 
 def has_chat_template(spec: ModelSpec, path: Path) -> bool:
     """Return whether the GGUF file has any template in its metadata, or the folder one among its files."""
+    return bool(chat_templates(spec, path))
+
+
+def chat_templates(spec: ModelSpec, path: Path) -> str:
+    """Return the text of all templates of a model, one behind the other; empty if it has none."""
     if spec.format == "gguf":
-        return any(key == KEY or key.startswith(f"{KEY}.") for key, value in spec.metadata.items() if value)
+        found = [value for key, value in spec.metadata.items() if key == KEY or key.startswith(f"{KEY}.")]
+        return "\n".join(str(value) for value in found if value)
     folder = path if path.is_dir() else path.parent
-    if any((folder / name).is_file() for name in _FILES):
-        return True
+    texts = [_text(folder / name) for name in _FILES]
     try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = json.loads(_text(folder / "tokenizer_config.json") or "null")
+    except ValueError:
+        config = None
+    if isinstance(config, dict):
+        texts += _texts(config.get("chat_template"))
+    return "\n".join(filter(None, texts))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
     except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and bool(config.get("chat_template"))
+        return ""
+
+
+def _texts(value: Any) -> list[str]:
+    """Hugging Face's value: one template, or a list of {"name": …, "template": …}."""
+    if isinstance(value, list):
+        return [str(each.get("template", "")) for each in value if isinstance(each, dict)]
+    return [str(value)] if value else []

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,6 +62,8 @@ class ResolvedModel:
     """Folder with the configuration and tokenizer of a GGUF file; None where the engine reads the file itself."""
     has_chat_template: bool = True
     """Whether messages can be made into a prompt."""
+    chat_templates: str = field(default="", repr=False)
+    """The text of all its chat templates."""
 
 
 def cache_folder(settings: Settings) -> Path:

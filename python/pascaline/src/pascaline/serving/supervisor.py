@@ -24,7 +24,7 @@ from pascaline.engines.client import request
 from pascaline.errors import EngineError, ExitCode, GaveUpError, PascalineError
 from pascaline.gpu import loss
 from pascaline.models import store
-from pascaline.models.chat_template import has_chat_template
+from pascaline.models.chat_template import chat_templates
 from pascaline.redaction import read_secret, redact
 from pascaline.serving import ports
 from pascaline.serving.agent import create_server, serve
@@ -228,11 +228,11 @@ class Supervisor:
                 prepared = await self._in_thread(store.prepare, settings, path, combined_sha256(digests))
             stage.note = f": sha256 {shown_sha256s(digests)}" if digests else ""
         self._record_stage("verify", stage.seconds)
-        chats = has_chat_template(spec, path)
-        if not chats:
+        templates = chat_templates(spec, path)
+        if not templates:
             self._console.line("WARNING", "pascaline", NO_CHAT_TEMPLATE)
         self.model = store.ResolvedModel(
-            "gguf" if digests else "huggingface", path, spec, name, digests, prepared, chats
+            "gguf" if digests else "huggingface", path, spec, name, digests, prepared, bool(templates), templates
         )
         task = make_task(self._configuration, self.model, plan, self._runtime_folder.path(), self._placement)
         self._api_key = task.api_key

@@ -1,0 +1,38 @@
+"""Which of SGLang's parsers reads a model's tool calls and thoughts, by the marks in its chat template."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pascaline.settings import Settings
+
+TOOL_CALLS = (
+    (("<tool_call>", "<function="), "qwen3_coder"),
+    (("<tool_call>", "<arg_key>"), "glm45"),
+    (("<tool_call>",), "qwen25"),
+    (("[TOOL_CALLS]",), "mistral"),
+    (("<|python_tag|>",), "llama3"),
+    (("<|tool_call_start|>",), "lfm2"),
+    (("<|tool_calls_section_begin|>",), "kimi_k2"),
+)
+"""Marks that a template must have, all of them -> parser of SGLang 0.5.23 (function_call/*_detector.py); first fit."""
+OTHER_TOOL_CALLS = "qwen25"
+"""For a template without marks: `tool_choice` required and named are constrained to JSON, which this parser reads."""
+REASONING = ((("<think>", "enable_thinking"), "qwen3"), (("<think>",), "deepseek-r1"))
+"""As above (parser/reasoning_parser.py). With `enable_thinking` an answer may come without thoughts."""
+
+
+def parser_arguments(settings: Settings, templates: str) -> list[str]:
+    """Return SGLang's arguments; templates: the text of the model's chat templates, empty if it has none."""
+    tools, thoughts = settings.tool_call_parser, settings.reasoning_parser
+    if tools == "auto":
+        tools = _first_fit(TOOL_CALLS, templates) or (OTHER_TOOL_CALLS if templates else "none")
+    if thoughts == "auto":
+        thoughts = _first_fit(REASONING, templates) or "none"
+    arguments = [] if tools == "none" else ["--tool-call-parser", tools]
+    return arguments + ([] if thoughts == "none" else ["--reasoning-parser", thoughts])
+
+
+def _first_fit(table: tuple[tuple[tuple[str, ...], str], ...], text: str) -> str | None:
+    return next((name for marks, name in table if all(mark in text for mark in marks)), None)

@@ -1,0 +1,54 @@
+"""Which parser of SGLang fits a chat template: by recorded pieces of templates, and every name is SGLang's."""
+
+from __future__ import annotations
+
+import pytest
+from pascaline.engines.parsers import OTHER_TOOL_CALLS, REASONING, TOOL_CALLS, parser_arguments
+from pascaline.settings import Settings
+
+TEMPLATES = {
+    "qwen2.5": ("<tool_call>\n{\"name\": <function-name>, \"arguments\": <args-json-object>}\n</tool_call>", "qwen25", None),
+    "qwen3": (
+        "<tool_call>\n{'name': 1}</tool_call> {%- if enable_thinking is defined %}<think>\n\n</think>", "qwen25", "qwen3"
+    ),
+    "qwen3-coder": ("<tool_call>\n<function=example_function_name>\n<parameter=a>", "qwen3_coder", None),
+    "glm-4.5": ("<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>", "glm45", None),
+    "llama-3.1": ("{{- '<|python_tag|>' + tool_call.name }}", "llama3", None),
+    "mistral": ("{{- '[TOOL_CALLS] [' }}", "mistral", None),
+    "lfm2": ("<|tool_call_start|>[f(a=1)]<|tool_call_end|>", "lfm2", None),
+    "deepseek-r1-distill": ("{{'<think>\\n'}}", OTHER_TOOL_CALLS, "deepseek-r1"),
+    "smollm2": ("{{'<|im_start|>' + message['role']}}", OTHER_TOOL_CALLS, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_chooses_the_parsers(name: str) -> None:
+    text, tools, thoughts = TEMPLATES[name]
+    expected = ["--tool-call-parser", tools] + (["--reasoning-parser", thoughts] if thoughts else [])
+    assert parser_arguments(Settings(), text) == expected
+
+
+def test_a_model_without_a_template_has_no_parser() -> None:
+    assert parser_arguments(Settings(), "") == []
+
+
+def test_a_setting_comes_before_the_template() -> None:
+    text = TEMPLATES["qwen3"][0]
+    chosen = Settings(tool_call_parser="hermes", reasoning_parser="none")
+    assert parser_arguments(chosen, text) == ["--tool-call-parser", "hermes"]
+    assert parser_arguments(Settings(tool_call_parser="none", reasoning_parser="none"), text) == []
+
+
+def test_every_name_is_one_of_sglangs() -> None:
+    """By its source: importing the parsers imports half of SGLang."""
+    import importlib.util
+    from pathlib import Path
+
+    found = importlib.util.find_spec("sglang")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("SGLang is not installed (./dev sync)")
+    folder = Path(next(iter(found.submodule_search_locations))) / "srt"
+    tools = (folder / "function_call/function_call_parser.py").read_text()
+    thoughts = (folder / "parser/reasoning_parser.py").read_text()
+    assert [name for _, name in TOOL_CALLS if f'"{name}":' not in tools] == []
+    assert [name for _, name in REASONING if f'"{name}":' not in thoughts] == []

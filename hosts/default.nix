@@ -245,6 +245,8 @@ let
           inherit port;
           agent_port = agentPort;
         }
+        # The firewall lets in the fleet's routers and monitoring hosts alone.
+        // lib.optionalAttrs ((fleetDefaults // fleet).apiKeyFile == null) { allow_unauthenticated = true; }
         // lib.optionalAttrs (host.gpu != null) { inherit (host.gpu) card; };
       } fleet.instances.${name}
     );

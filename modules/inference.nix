@@ -70,7 +70,7 @@ let
   ];
 
   hardening = import ./hardening.nix;
-  inherit (import ./listen.nix { inherit lib; }) openedIsReachable;
+  inherit (import ./listen.nix { inherit lib; }) isLoopback openedIsReachable;
 
   unit = name: instance: {
     description = "Language model ${name} (pascaline)";
@@ -365,6 +365,18 @@ in
             host = instance.settings.host or "127.0.0.1";
             hostOption = "services.pascaline.instances.${name}.settings.host";
           })
+          {
+            assertion =
+              instance.openFirewall
+              || instance.apiKeyFile != null
+              || instance.settings ? api_key_file
+              || instance.settings.allow_unauthenticated or false
+              || lib.all isLoopback [
+                (instance.settings.host or "127.0.0.1")
+                (instance.settings.agent_host or "127.0.0.1")
+              ];
+            message = "services.pascaline.instances.${name}: without an API key others could use the API or read the agent; set services.pascaline.instances.${name}.apiKeyFile, or settings.allow_unauthenticated = true where the network itself keeps others away";
+          }
           {
             assertion = !(instance.settings ? api_key);
             message = "services.pascaline.instances.${name}.settings.api_key: a secret here would be readable in the Nix store; use services.pascaline.instances.${name}.apiKeyFile";

@@ -62,7 +62,7 @@ def test_an_agent_that_was_named_and_does_not_answer_is_a_failure() -> None:
 def test_settings_that_nothing_runs_yet(tmp_path: Path) -> None:
     """A TOML file alone is examined too: what would go wrong at its start."""
     path = tmp_path / "emily.toml"
-    path.write_text('model = "/no/such/model.gguf"\ndevice = "cpu"\nhost = "0.0.0.0"\n')
+    path.write_text('model = "/no/such/model.gguf"\ndevice = "cpu"\nhost = "0.0.0.0"\nallow_unauthenticated = true\n')
     found = findings(str(path))
     assert found["model-format"].evidence == (
         "failed to read /no/such/model.gguf: there is no such file; name a GGUF file or a Hugging Face folder"

@@ -429,6 +429,12 @@ rec {
       );
       message = "services.pascaline.instances.emily.openFirewall: the API would be open to everyone, must have an API key; set services.pascaline.instances.emily.apiKeyFile";
     };
+    listenWithoutKey = {
+      module = on (
+        instance "emily" (lib.recursiveUpdate builtinModel { settings.agent_host = "10.0.0.1"; })
+      );
+      message = "services.pascaline.instances.emily: without an API key others could use the API or read the agent; set services.pascaline.instances.emily.apiKeyFile, or settings.allow_unauthenticated = true where the network itself keeps others away";
+    };
     openOnLoopback = {
       module = on (
         instance "emily" (

@@ -23,6 +23,7 @@ let
       model = "builtin:smollm2-135m";
       host = "0.0.0.0";
       agent_host = "0.0.0.0";
+      allow_unauthenticated = true;
       device = "cpu";
       # The fake engine takes nothing; the plan is of the real one, which these machines have no memory for.
       allow_overcommit = true;

@@ -141,6 +141,15 @@ class TestMistakes:
                 "quadro-p4000, quadro-p5000, quadro-p6000, quadro-gp100, mx150, mx350, cpu ({file}:1)",
             ),
             ("agent_port = 30000", "agent_port: 30000 is the engine's port too, must be another ({file}:1)"),
+            *(
+                (
+                    f"{key} = '{host}'",
+                    f"{key}: '{host}' can be reached from beyond this host and there is no API key, must be a loopback "
+                    "address; set api_key_file, or allow_unauthenticated where the network itself keeps others away "
+                    "({file}:1)",
+                )
+                for key, host in (("host", "0.0.0.0"), ("agent_host", "::"), ("host", "gpu-1"))
+            ),
             (
                 "kv_cache.max_tokens = 100\ncontext_length = 4096",
                 "kv_cache.max_tokens: 100 tokens cannot hold one request, must be at least context_length (4096) ({file}:1)",

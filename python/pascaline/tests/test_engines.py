@@ -283,6 +283,7 @@ OTHER_VALUES: dict[str, Any] = {
 }
 NOT_THE_ENGINES = {
     *("model", "model_sha256", "card", "engine", "agent_host", "agent_port", "cache_dir", "allow_overcommit"),
+    "allow_unauthenticated",
     *("start_timeout", "drain_timeout", "stall_timeout", "probe_interval", "max_restarts"),
 }
 # The plan keeps to them with either engine; llama-server itself computes as it was built to.

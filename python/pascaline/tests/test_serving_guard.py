@@ -6,7 +6,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from pascaline.serving.guard import Guard, is_loopback, names_of_this_host, refusal
+from pascaline.addresses import is_loopback
+from pascaline.serving.guard import Guard, names_of_this_host, refusal
 
 HERE = {"host": "127.0.0.1:30001"}
 NAMES = frozenset({"gpu-1"})

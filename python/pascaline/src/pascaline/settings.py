@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
+from pascaline.addresses import is_loopback
 from pascaline.digests import SHA256_SCHEMA, parse_sha256s
 from pascaline.units import BYTES_SCHEMA, SECONDS_SCHEMA, parse_bytes, parse_seconds
 
@@ -128,6 +129,9 @@ class Settings(BaseModel):
     api_key_file: Path | None = Field(
         None, description="File whose content requests must carry as their API key; a key itself is never a setting"
     )
+    allow_unauthenticated: bool = Field(
+        False, description="Whether API and agent may listen beyond this host although there is no API key"
+    )
     extra_args: tuple[str, ...] = Field(
         (), description="Further arguments of the engine; those that a setting stands for are refused"
     )
@@ -178,9 +182,20 @@ def _kv_cache_problems(settings: Settings) -> list[tuple[str, str]]:
 
 
 def _address_problems(settings: Settings) -> list[tuple[str, str]]:
+    problems = []
     if settings.port == settings.agent_port:
-        return [("agent_port", f"{settings.agent_port} is the engine's port too, must be another")]
-    return []
+        problems.append(("agent_port", f"{settings.agent_port} is the engine's port too, must be another"))
+    if settings.api_key_file is None and not settings.allow_unauthenticated:
+        problems += [
+            (
+                key,
+                f"{host!r} can be reached from beyond this host and there is no API key, must be a loopback address; "
+                "set api_key_file, or allow_unauthenticated where the network itself keeps others away",
+            )
+            for key, host in (("host", settings.host), ("agent_host", settings.agent_host))
+            if not is_loopback(host)
+        ]
+    return problems
 
 
 def _patience_problems(settings: Settings) -> list[tuple[str, str]]:

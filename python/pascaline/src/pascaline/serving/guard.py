@@ -13,6 +13,8 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pascaline.addresses import OWN_NAMES, is_loopback
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 
 _ASKING = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that change nothing."""
-_OWN_NAMES = frozenset({"localhost", "ip6-localhost"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +30,6 @@ class Refusal:
 
     status: int
     reason: str
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this host can reach an address, or a name that stands for it."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host.lower() in _OWN_NAMES
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)
 
 
 def refusal(
@@ -75,7 +66,7 @@ def _is_ours(host: str, names: frozenset[str]) -> bool:
     try:
         ipaddress.ip_address(name)
     except ValueError:
-        return name.lower() in _OWN_NAMES | names
+        return name.lower() in OWN_NAMES | names
     return True
 
 

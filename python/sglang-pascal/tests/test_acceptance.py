@@ -40,7 +40,7 @@ VOCABULARY = {
 WINDOW = {"attention.sliding_window": 128, "final_logit_softcapping": 30.0}
 FURTHER = {
     "gemma2": WINDOW | {"attn_logit_softcapping": 50.0},
-    "gemma3": WINDOW | {"rope.freq_base_swa": 10000.0},
+    "gemma3": WINDOW | {"rope.freq_base_swa": 10000.0, "attention.sliding_window_pattern": 6},
 }
 
 

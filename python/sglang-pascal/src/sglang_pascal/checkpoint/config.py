@@ -26,8 +26,6 @@ LLAMA3_HIGH_FREQ_FACTOR: Final = 4.0
 LLAMA3_ORIGINAL_CONTEXT: Final = 8192
 """The same in every Llama 3.1, 3.2 and 3.3 (Meta's config.json); only `factor` differs, 8 or 32."""
 _ROPE_FACTOR_TOLERANCE: Final = 1e-3
-GEMMA3_SLIDING_PATTERN: Final = 6
-"""Every sixth layer of Gemma 3 attends to everything."""
 GEMMA_27B_LAYERS: Final = {"gemma2": 46, "gemma3": 62}
 """The 27B models scale queries by hidden_size / heads, all others by head_dim; known by their layer count."""
 
@@ -152,7 +150,7 @@ def _gemma2_config(meta: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gemma3_config(meta: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
-    pattern = meta.get("attention.sliding_window_pattern", GEMMA3_SLIDING_PATTERN)
+    pattern = meta.require("attention.sliding_window_pattern")
     layers = range(config["num_hidden_layers"])
     full = [not slides for slides in pattern] if isinstance(pattern, list) else [(n + 1) % pattern == 0 for n in layers]
     cap = meta.get("final_logit_softcapping")

@@ -257,13 +257,22 @@ class _HeaderReader:
         metadata = {}
         for _ in range(n_keys):
             key = self._string()
+            if key in metadata:
+                raise self._damaged(f'metadata key "{key}" is there twice')
             metadata[key] = self._value(self._scalar(_U32))
         entries = [self._tensor_entry() for _ in range(n_tensors)]
         self.end = self._at
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment.bit_count() != 1:
+            raise self._damaged(f"general.alignment is {alignment!r}, must be a power of two")
         start = -(-self._at // alignment) * alignment
-        infos = (self._tensor_info(start, *entry) for entry in entries)
-        return metadata, {info.name: info for info in infos}
+        infos: dict[str, TensorInfo] = {}
+        for entry in entries:
+            info = self._tensor_info(start, *entry)
+            if info.name in infos:
+                raise self._damaged(f'two tensors are named "{info.name}"')
+            infos[info.name] = info
+        return metadata, infos
 
     def _damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f'"{self._path}" is damaged or incomplete: {what}; copy or download it again')

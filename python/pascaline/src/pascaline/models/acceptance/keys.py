@@ -94,6 +94,7 @@ _COMMON: Final = {
     "nextn_predict_layers": Key("int", "layers that predict further tokens are not served", (0,)),
     "pooling_type": Key("int", "an embedding or reranking model does not generate text", (0,)),
 }
+_UNUSED: Final = Key("any", "not a key of the architecture", (None,))
 _GEMMA: Final = {
     "attention.sliding_window": Key("int", "window of the sliding layers"),
     "final_logit_softcapping": Key("float", "cap of the logits"),
@@ -121,11 +122,20 @@ ARCHITECTURE_KEYS: Final[dict[str, dict[str, Key]]] = {
 }
 """By architecture: the keys that start with its name, without it."""
 DEFAULTS: Final[dict[str, dict[str, float]]] = {
-    "gemma2": {"attention.sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    "gemma2": {"attention.sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3": {"attention.sliding_window_pattern": 6},
 }
 """What llama.cpp's loader takes where a file of the architecture does not say (llama-model.cpp, llama-hparams.h)."""
 REQUIRED: Final[dict[str, tuple[str, ...]]] = {"gemma3": ("attention.sliding_window",)}
 """Keys of an architecture, beside the sizes of all, that have no default."""
+AT_LEAST: Final = {
+    "attention.layer_norm_rms_epsilon": 0.0,
+    "attention.sliding_window": 1,
+    "attention.sliding_window_pattern": 1,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
+}
+"""Lowest values of keys that are used."""
 SAME_AS_HEAD: Final = (
     "attention.value_length",
     "rope.dimension_count",
@@ -192,12 +202,24 @@ def check_keys(header: Header, architecture: str, verdict: Verdict) -> None:
             _check_value(key, known, value, verdict)
         elif key.startswith((f"{architecture}.", *NAMESPACES)):
             verdict.refuse(_unknown(key))
+    for key, least in AT_LEAST.items():
+        value = header.number(f"{architecture}.{key}")
+        if value is not None and value < least and not ARCHITECTURE_KEYS[architecture].get(key, _UNUSED).neutral:
+            verdict.refuse(f'"{architecture}.{key}" is {value:g}, must be at least {least:g}')
+    _check_pattern(header, architecture, verdict)
     for key in REQUIRED.get(architecture, ()):
         if f"{architecture}.{key}" not in header.metadata:
             verdict.refuse(f'metadata key "{architecture}.{key}" is missing; convert the model again')
     for key, value in DEFAULTS.get(architecture, {}).items():
         if f"{architecture}.{key}" not in header.metadata:
             verdict.default(f"{architecture}.{key}", f"{value:g}")
+
+
+def _check_pattern(header: Header, architecture: str, verdict: Verdict) -> None:
+    key = f"{architecture}.attention.sliding_window_pattern"
+    pattern, layers = header.metadata.get(key), header.metadata.get(f"{architecture}.block_count")
+    if isinstance(pattern, list | Unread) and len(pattern) != layers:
+        verdict.refuse(f'"{key}" has {len(pattern)} elements, must have one for each of {layers} layers')
 
 
 def _known(key: str, architecture: str) -> Key | None:

@@ -14,7 +14,7 @@ from .dimensions import ROPE_FREQS
 from .header import is_int, is_number
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from .header import Header, Verdict
 
@@ -66,11 +66,26 @@ def check_rope(header: Header, architecture: str, verdict: Verdict) -> None:
     except RopeError as error:
         verdict.refuse(str(error))
         return
+    for key, value in _defaults(header, architecture, scaling):
+        if f"{architecture}.rope.scaling.{key}" not in header.metadata:
+            verdict.default(f"{architecture}.rope.scaling.{key}", value)
     if ROPE_FREQS in header.tensors and scaling["rope_type"] != "default":
         verdict.refuse(
             f'tensor "{ROPE_FREQS}" stands beside "{architecture}.rope.scaling.factor": two ways of scaling positions '
             "in one file are not supported"
         )
+
+
+def _defaults(header: Header, architecture: str, scaling: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """What llama.cpp takes for the keys of a scaling that a file may leave out: (key of rope.scaling, value)."""
+    if scaling["rope_type"] == "linear":
+        yield "type", "linear"
+    if scaling["rope_type"] == "yarn":
+        yield "original_context_length", scaling["original_max_position_embeddings"]
+        yield from (("attn_factor", 1), ("yarn_beta_fast", 32), ("yarn_beta_slow", 1))
+    kind = header.text(f"{architecture}.rope.scaling.type")
+    if scaling["rope_type"] == "default" and kind not in (None, "", "none"):
+        yield "factor", 1
 
 
 def _plain(keys: _Keys, kind: str, factor: float | None) -> dict[str, Any]:

@@ -22,6 +22,8 @@ NO_WEIGHTS: Final = dict.fromkeys(("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8
     "Q1_0": "the gguf package cannot decode"
 }
 """Types that are no weights or only hold intermediate results, and one that can be named but not read; and why."""
+TIED: Final = frozenset({"gemma2", "gemma3"})
+"""Architectures whose published models all compute the output with the embedding."""
 _FLOATS: Final = frozenset({"F32", "F16", "BF16"})
 _EXPERTS: Final = re.compile(r"_exps\.|ffn_gate_inp|_shexp\.")
 _VISION: Final = re.compile(r"^(v|mm|a)\.|vision|^multi_modal")
@@ -124,6 +126,8 @@ def check_tensors(header: Header, architecture: str, sizes: Dimensions, verdict:
             f'tensor "{missing[0]}"{more} missing of the {len(wanted)} that architecture {architecture} has; '
             "copy or download the file again, or convert the model again"
         )
+    if architecture not in TIED and "output.weight" not in header.tensors:
+        verdict.default("output.weight", "token_embd.weight")
     for name, each in wanted.items():
         if name in header.tensors:
             _check_tensor(header, each, verdict)

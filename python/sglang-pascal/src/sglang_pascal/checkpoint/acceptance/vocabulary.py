@@ -72,10 +72,9 @@ def check_vocabulary(header: Header, verdict: Verdict) -> None:
 
 def _check_byte_level(header: Header, verdict: Verdict) -> None:
     pre, merges = header.metadata.get(f"{PREFIX}pre", "default"), header.metadata.get(f"{PREFIX}merges")
-    if isinstance(pre, str) and pre not in PRE_TOKENIZERS:
-        verdict.refuse(
-            f'tokenizer.ggml.pre is "{pre}", an unknown pre-tokenizer; supported are {", ".join(PRE_TOKENIZERS)}'
-        )
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+        named = f'"{pre}", an unknown pre-tokenizer' if isinstance(pre, str) else "no short string"
+        verdict.refuse(f"tokenizer.ggml.pre is {named}; supported are {', '.join(PRE_TOKENIZERS)}")
     if merges is None or (isinstance(merges, list | Unread) and not len(merges)):
         verdict.refuse(
             f"tokenizer.ggml.merges is {'missing' if merges is None else 'empty'}, so every text would be cut into "
@@ -138,7 +137,5 @@ def _note_defaults(metadata: Mapping[str, Any], family: str, verdict: Verdict) -
     for name, number in SENTENCEPIECE_IDS.items() if family == "llama" else ():
         if f"{PREFIX}{name}_token_id" not in metadata:
             verdict.default(f"{PREFIX}{name}_token_id", number)
-    if not end_ids(metadata):
-        verdict.default(
-            f"{PREFIX}eos_token_id", "none, so an answer ends at the known end-of-turn tokens or max_tokens"
-        )
+    if family == "gpt2" and f"{PREFIX}eos_token_id" not in metadata:
+        verdict.default(f"{PREFIX}eos_token_id", "none, so an answer ends at other end tokens or at max_tokens")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "serve": "plan, launch and supervise an engine that serves one model",
     "plan": "say what a model takes on a card, whether it fits, and the best settings",
+    "completion": "print what a shell needs to complete commands and options",
     "config": "show, check or describe the settings and where each value comes from",
     "doctor": "find out what keeps this host from serving, and what to do",
     "exporter": "serve GPU metrics to Prometheus (NVML)",

@@ -329,7 +329,8 @@ class TestFolder:
         files = self._shards()
         del files["b.safetensors"]
         assert self._refusal(self._write(tmp_path, files)) == (
-            "a shard of the model cannot be read, of 2: failed to read FOLDER/b.safetensors: No such file or directory"
+            "one of the model's 2 shards cannot be read: failed to read FOLDER/b.safetensors: there is no such file; "
+            + AGAIN
         )
 
     def test_a_tensor_in_two_shards(self, tmp_path: Path) -> None:
@@ -363,7 +364,7 @@ class TestFolder:
     def test_a_pointer_of_git_lfs(self, tmp_path: Path, name: str) -> None:
         """In a folder that was cloned without git-lfs each large file is one."""
         pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 4368438944\n"
-        shard = "a shard of the model cannot be read, of 2: " if name == "b.safetensors" else ""
+        shard = "one of the model's 2 shards cannot be read: " if name == "b.safetensors" else ""
         assert self._refusal(self._write(tmp_path, self._shards() | {name: pointer})) == (
             f"{shard}failed to read FOLDER/{name}: it is the pointer of a git-lfs file: run git lfs pull"
         )
@@ -387,13 +388,13 @@ class TestFolder:
         files = self._shards()
         files["b.safetensors"] += b"\0\0"
         assert self._refusal(self._write(tmp_path, files)) == (
-            "a shard of the model cannot be read, of 2: failed to read FOLDER/b.safetensors: 2 bytes at its end belong "
+            "one of the model's 2 shards cannot be read: failed to read FOLDER/b.safetensors: 2 bytes at its end belong "
             "to no tensor; " + AGAIN
         )
         gap = {"lm_head.weight": {"dtype": "F16", "shape": [16, 8], "data_offsets": [8, 264]}}
         files["b.safetensors"] = safetensors_file(gap, data_bytes=264)
         assert self._refusal(self._write(tmp_path, files)) == (
-            "a shard of the model cannot be read, of 2: failed to read FOLDER/b.safetensors: 8 bytes before tensor "
+            "one of the model's 2 shards cannot be read: failed to read FOLDER/b.safetensors: 8 bytes before tensor "
             "'lm_head.weight' belong to none; " + AGAIN
         )
 

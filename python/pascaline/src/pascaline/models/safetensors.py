@@ -75,6 +75,8 @@ def read_safetensors(directory: Path | str) -> ModelSpec:
     directory = Path(directory)
 
     def open_part(name: str) -> AbstractContextManager[Source]:
+        if file_mode(directory / name) is None:
+            raise ModelError(f"failed to read {directory / name}: there is no such file; {_AGAIN}")
         return open_file(directory / name)
 
     if file_mode(directory / "config.json") is None:
@@ -124,7 +126,7 @@ def _open_shard(open_part: OpenPart, name: str, count: int) -> Iterator[Source]:
     except ModelError as error:
         if count == 1:
             raise
-        raise ModelError(f"a shard of the model cannot be read, of {count}: {error}") from error
+        raise ModelError(f"one of the model's {count} shards cannot be read: {error}") from error
 
 
 def _check_numbered(place: str, names: Sequence[str]) -> None:

@@ -21,19 +21,29 @@ def row(point: SpeedPoint, shares: Calibration) -> str:
     return "| " + " | ".join(map(str, (*cells, point.source))) + " |"
 
 
+def table(engine: str, *, mixture: bool) -> None:
+    """Print the shares of an engine for dense models or mixtures, then the points."""
+    points = [point for point in speed_points() if point.engine == engine and point.mixture == mixture]
+    if not points:
+        return
+    shares = calibration(engine, mixture=mixture)
+    models = "mixtures of experts" if mixture else "dense models"
+    print(f"{engine}, {models} ({shares.basis}): share of the peak, and range of the estimate\n")
+    print("| kind | share | range |\n|---|---|---|")
+    for kind, error in shares.errors.items():
+        print(f"| {kind} | {getattr(shares, kind):.3f} | {error:.1%} |")
+    print("\n| card | model | phase | batch | measured, tok/s | estimate | off by | source |")
+    print("|---|---|---|---|---|---|---|---|")
+    for point in points:
+        print(row(point, shares))
+    print()
+
+
 def main() -> None:
-    """Print the shares, then the points."""
+    """Print every engine's dense models, then its mixtures."""
     for engine in sorted({point.engine for point in speed_points()}):
-        shares = calibration(engine)
-        print(f"{engine}: share of the peak, and root mean square of the relative error\n")
-        print("| kind | share | error |\n|---|---|---|")
-        for kind, error in shares.errors.items():
-            print(f"| {kind} | {getattr(shares, kind):.3f} | {error:.1%} |")
-        print("\n| card | model | phase | batch | measured, tok/s | estimate | off by | source |")
-        print("|---|---|---|---|---|---|---|---|")
-        for point in speed_points():
-            if point.engine == engine:
-                print(row(point, shares))
+        table(engine, mixture=False)
+        table(engine, mixture=True)
 
 
 if __name__ == "__main__":

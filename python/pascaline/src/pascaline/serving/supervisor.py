@@ -264,8 +264,13 @@ class Supervisor:
         """Start the engine, watch it, and start it again, until there is nothing more to hope for."""
         in_a_row, was_ready = 0, False
         while True:
-            task = await self._as_verified(task)
-            served, failure = await self._run_once(task)
+            try:
+                task = await self._as_verified(task)
+                served, failure = await self._run_once(task)
+            except OSError as error:
+                if not is_own_failure(error):
+                    raise
+                served, failure = 0.0, Failure(FailureKind.HOST, f"this host lacks what a start takes: {error}")
             if self._stop.is_set():
                 raise Stopped
             was_ready = was_ready or served > 0
@@ -561,7 +566,11 @@ class Supervisor:
                 await asyncio.wait_for(self._stop_now.wait(), timeout=DRAIN_POLL_SECONDS)
 
     async def _until_idle(self) -> None:
-        while await start_in_thread(self._has_work):
+        working = True
+        while working:
+            # Without a thread to ask from, nothing is known: the deadline ends that.
+            with contextlib.suppress(OSError):
+                working = await start_in_thread(self._has_work)
             await asyncio.sleep(DRAIN_POLL_SECONDS)
 
     def _has_work(self) -> bool:
@@ -572,7 +581,8 @@ class Supervisor:
             return True
         except OSError as error:
             return is_own_failure(error)
-        return self.requests is not None and self.requests.has_work
+        # A page that cannot be read says nothing: the deadline ends that too.
+        return self.requests is None or self.requests.has_work
 
     def _count_start(self, change: Callable[[], int | None]) -> None:
         """Begin or end the count of starts; an instance serves also where the count can not be kept."""

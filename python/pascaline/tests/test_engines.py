@@ -160,6 +160,16 @@ class TestSglangCommand:
         placed = replace(given, device_variables=device_variables("cuda", [GpuIdentity(1, "GPU-b", "0000:02:00")]))
         assert make(placed).environment["CUDA_VISIBLE_DEVICES"] == "GPU-b"
 
+    def test_every_start_has_an_empty_folder_for_temporary_files(
+        self, task: Callable[..., Task], tmp_path: Path
+    ) -> None:
+        folder = Path(SGLANG.launch(task()).environment["TMPDIR"])
+        assert folder == tmp_path / "tmp"
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        (folder / "socket").touch()
+        assert SGLANG.launch(task()).environment["TMPDIR"] == str(folder)
+        assert list(folder.iterdir()) == []
+
     def test_variables_of_the_settings_win(self, task: Callable[..., Task]) -> None:
         chosen = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "ACTIVE", "CUDA_LAUNCH_BLOCKING": "0"}
         launch = SGLANG.launch(task(debug=True, environment=chosen))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -43,6 +45,7 @@ def test_rows_of_a_device_and_a_stage():
         "logit soft cap",
         "attention backend",
         "load format",
+        "no file left in /dev/shm",
         "refusal while draining",
         "OpenAI's errors",
         "int8 KV cache, choice",
@@ -110,6 +113,7 @@ print(json.dumps({
     "quantization": [get_quantization_config(name).__name__ for name in ("gguf", "fp8")],
     "norm": RMSNorm._oot_forward_registry["native"][RMSNorm].__name__,
     "rope": os.environ["SGLANG_ROPE_CACHE_FP32"],
+    "load": __import__("sglang.srt.managers.load_snapshot", fromlist=["x"]).shm_path_for("0123"),
     "compiled": __import__("tvm_ffi") and os.listdir(os.environ["TVM_FFI_CACHE_DIR"]),
 }))
 """,
@@ -135,6 +139,7 @@ def test_shims_do_what_they_say(on_cpu):
     assert on_cpu["other_loader"] == "DefaultModelLoader"
     assert on_cpu["rope"] == "1"
     assert on_cpu["compiled"] == []
+    assert re.fullmatch(rf"{tempfile.gettempdir()}/sglang_loads_0123_[0-9a-f]{{8}}\.shm", on_cpu["load"])
 
 
 def test_kv_types_pools_and_quantisation_are_ours_where_they_must_be(on_cpu):

@@ -13,7 +13,9 @@ import importlib.abc
 import importlib.metadata
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from sglang_pascal.errors import UnsupportedVersionError
@@ -229,6 +231,7 @@ def _lacks_sgl_kernel() -> bool:
 _GUARD_MODULE: Final = "sglang.srt.model_executor.model_runner_components.load_model_utils"
 _GUARD: Final = "maybe_downgrade_dtype_for_legacy_gpu"
 _SOFTCAP: Final = "sglang.kernels.ops.activation.softcap"
+_LOAD_PATH: Final = "sglang.srt.managers.load_snapshot.shm_path_for"
 _VERIFY_LOAD_FORMAT: Final = "sglang.srt.configs.load_config.LoadConfig._verify_load_format"
 
 
@@ -257,6 +260,11 @@ def softcap_logits(logits: Any, cap: float | None, output: Any = None) -> Any:
     if output is not None:
         logits = output.copy_(logits)
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+def temporary_load_path(original: Callable[[str], str], ipc_name: str) -> str:
+    """Around SGLang's `shm_path_for`: the same file name in the folder of temporary files, the same for all workers."""
+    return str(Path(tempfile.gettempdir(), Path(original(ipc_name)).name))
 
 
 def _hook(target: str, function: Callable[..., Any], kind: str) -> None:
@@ -560,6 +568,17 @@ SHIMS: Final = (
         is_needed=_always,
         apply=_register_load_format,
         is_applied=lambda: _is_hooked(_VERIFY_LOAD_FORMAT),
+    ),
+    Shim(
+        name="no file left in /dev/shm",
+        what=f"{_LOAD_PATH} names a file in the folder of temporary files (TMPDIR)",
+        why="SGLang ends its workers with SIGKILL, and nobody removes the file in which they tell their load",
+        sglang="0.5.23",
+        devices=("cpu", "cuda"),
+        stage="register",
+        is_needed=_always,
+        apply=lambda: _hook(_LOAD_PATH, temporary_load_path, "AROUND"),
+        is_applied=lambda: _is_hooked(_LOAD_PATH),
     ),
     Shim(
         name="refusal while draining",

@@ -17,6 +17,7 @@ from pascaline.errors import MissingError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 # Ours -> SGLang's names of KV types.
 KV_DTYPES = {"auto": "auto", "fp16": "auto", "bf16": "bf16", "fp8_e5m2": "fp8_e5m2", "int8": "int8"}
@@ -274,6 +275,13 @@ def _write_key_file(task: Task) -> str:
     return str(path)
 
 
+def _empty_folder(path: Path) -> Path:
+    """Make the engine's folder for temporary files anew: sockets that its workers leave, since SIGKILL ends them."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(mode=0o700)
+    return path
+
+
 def _environment(task: Task) -> dict[str, str]:
     environment = {
         "SGLANG_PLATFORM": "pascal",
@@ -292,6 +300,7 @@ def _environment(task: Task) -> dict[str, str]:
         # Dozens of lines at every start about packages that are rightly not there.
         "PYTHONWARNINGS": "default" if task.settings.debug else "ignore",
     }
+    environment["TMPDIR"] = str(_empty_folder(task.runtime_dir / "tmp"))
     if task.settings.debug:
         environment["CUDA_LAUNCH_BLOCKING"] = "1"
     if task.settings.any_model_name:

@@ -23,6 +23,7 @@ changes those of the running process; `GET /fake/faults` shows them.
     exit_code=N                  of a crash or load error instead of SGLang's own; negative: dies by that signal
     hang=1                       the worker stands still: no token, counters keep their values, /metrics answers
     lose_answers=1               the worker computes and its counters move, and no answer leaves: a stopped detokenizer
+    raw_path=PATH                what this path answers is raw_answer (Latin-1) raw_repeat times, and the end
     mute=1                       connections are accepted and nothing is answered
     prefill_tokens_per_second=N  speed for prompts
     decode_tokens_per_second=N   speed for answers, for each request
@@ -146,6 +147,9 @@ class Faults:
     exit_code: int | None = None
     hang: int = 0
     lose_answers: int = 0
+    raw_path: str = ""
+    raw_answer: str = ""
+    raw_repeat: int = 1
     mute: int = 0
     prefill_tokens_per_second: float = 20_000.0
     decode_tokens_per_second: float = 500.0
@@ -496,7 +500,11 @@ class Handler(BaseHTTPRequestHandler):
             answers.get(self.path, lambda _: self._not_found())(body)
 
     def _may_answer(self) -> bool:
-        key = self.engine.arguments.api_key
+        key, faults = self.engine.arguments.api_key, self.engine.faults
+        if faults.raw_path == self.path:
+            self.close_connection = True
+            self.wfile.write(faults.raw_answer.encode("latin1") * faults.raw_repeat)
+            return False
         while self.engine.faults.mute and not self.path.startswith("/fake/"):
             time.sleep(STEP_SECONDS)
         if key is None or self.path in self.PUBLIC or self.headers.get("Authorization") == f"Bearer {key}":

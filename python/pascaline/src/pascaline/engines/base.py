@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pascaline.engines.causes import Cause, Diagnosis, Explanation, cuda_fault
 from pascaline.engines.exposition import MalformedPageError, Samples
@@ -13,14 +13,17 @@ from pascaline.errors import ConfigurationError
 from pascaline.gpu.devices import device_variables
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from pascaline.models.store import ResolvedModel
     from pascaline.settings import Settings
 
+    Ask = Callable[[str], tuple[int, bytes]]
+    """Asks a running engine for a path; returns (status, answer), or raises OSError."""
 
-VERSION_TIMEOUT_SECONDS = 5.0
+LONGEST_NAME = 100
+"""Characters of a version that an engine says of itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +131,8 @@ class Engine(ABC):
         """Read the progress from its /metrics; None where the series are missing or the page is malformed."""
 
     @abstractmethod
-    def version(self, address: tuple[str, int], api_key: str | None) -> str:
-        """Return its version as it says itself; OSError, ValueError or KeyError where it does not."""
+    def version(self, ask: Ask) -> str:
+        """Return its version as it says itself; OSError where it does not."""
 
     @abstractmethod
     def parse_line(self, line: str) -> tuple[str, str]:
@@ -212,3 +215,11 @@ def sum_of_series(metrics: str, name: str) -> float | None:
         return Samples(metrics, {name}).sum(name)
     except MalformedPageError:
         return None
+
+
+def text_of(document: dict[str, Any], key: str) -> str:
+    """Return a short text from an engine's answer. Raises ConnectionError where it holds none."""
+    value = document.get(key)
+    if not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME or not value.isprintable():
+        raise ConnectionError(f"no {key} in the answer")
+    return value

@@ -6,14 +6,21 @@ in all, and whatever comes instead of a whole answer is an OSError.
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
+import os
 import socket
 import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from _typeshed import WriteableBuffer
+
+    Listener = Callable[[], tuple[tuple[str, int], int]]
+    """Returns ((numeric address, port), number) of the socket that is to be reached, or raises OSError."""
 
 MAX_ANSWER_BYTES = 4 * 2**20
 """Of an answer's content."""
@@ -28,15 +35,21 @@ def request(
     body: dict[str, Any] | None = None,
     api_key: str | None = None,
     timeout: float,
+    listener: Listener | None = None,
 ) -> tuple[int, bytes]:
     """Return (status, answer) of a GET, or of a POST where there is a body.
 
-    address: host and port. timeout: seconds for all of it, from connecting to the last byte.
+    address: host and port. timeout: seconds for all of it, from connecting to the last byte. listener: finds the socket
+    that may be talked to; asked before and after connecting, and nothing is sent unless it is the same both times.
     Raises OSError where no whole answer of at most MAX_ANSWER_BYTES came in time, and nothing else.
     """
-    connection = _BoundedConnection(*reachable(address), timeout=timeout)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    found = listener() if listener is not None else None
+    connection = _BoundedConnection(*(found[0] if found else reachable(address)), timeout=timeout)
     try:
+        connection.connect()
+        if listener is not None and listener() != found:
+            raise ConnectionError("another socket took the port while it was connected to")
         if body is None:
             connection.request("GET", path, headers=headers)
         else:
@@ -46,6 +59,8 @@ def request(
         return answer.status, _whole(answer)
     except OSError:
         raise
+    except MemoryError as error:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from error
     except Exception as error:
         # http.client's own errors, and what its parser and those below it raise over odd input.
         raise ConnectionError(f"broken answer: {error!r}") from error

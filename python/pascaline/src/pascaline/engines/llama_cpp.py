@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from typing import TYPE_CHECKING, ClassVar
 
-from pascaline.engines.base import VERSION_TIMEOUT_SECONDS, Engine, Launch, Progress, Task
+from pascaline.engines.base import Engine, Launch, Progress, Task, text_of
 from pascaline.engines.causes import Cause, Explanation
-from pascaline.engines.client import request
+from pascaline.engines.client import json_object
 from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.errors import ConfigurationError, MissingError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from pascaline.engines.base import Ask
     from pascaline.settings import Settings
 
 # Ours -> llama.cpp's types of a stored key or value.
@@ -130,10 +130,9 @@ class LlamaCppEngine(Engine):
             return None
         return Progress(samples.total(*_STEPS), int(running), int(samples.total("llamacpp:requests_deferred")))
 
-    def version(self, address: tuple[str, int], api_key: str | None) -> str:
+    def version(self, ask: Ask) -> str:
         """Ask the running engine."""
-        _, answer = request(address, "/props", api_key=api_key, timeout=VERSION_TIMEOUT_SECONDS)
-        return str(json.loads(answer)["build_info"])
+        return text_of(json_object(ask("/props")[1]), "build_info")
 
     def parse_line(self, line: str) -> tuple[str, str]:
         """Tell the level by llama.cpp's prefix where it has one, else by its words."""

@@ -8,9 +8,9 @@ import shutil
 import sys
 from typing import TYPE_CHECKING, ClassVar
 
-from pascaline.engines.base import VERSION_TIMEOUT_SECONDS, Engine, Launch, Progress, Task, WorkLimits, sum_of_series
+from pascaline.engines.base import Engine, Launch, Progress, Task, WorkLimits, sum_of_series, text_of
 from pascaline.engines.causes import Cause, Diagnosis, Explanation, cuda_fault
-from pascaline.engines.client import request
+from pascaline.engines.client import json_object
 from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.engines.parsers import parser_arguments
 from pascaline.errors import MissingError
@@ -18,6 +18,8 @@ from pascaline.errors import MissingError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+    from pascaline.engines.base import Ask
 
 # Ours -> SGLang's names of KV types.
 KV_DTYPES = {"auto": "auto", "fp16": "auto", "bf16": "bf16", "fp8_e5m2": "fp8_e5m2", "int8": "int8"}
@@ -205,10 +207,9 @@ class SglangEngine(Engine):
         found = {name: sum_of_series(metrics, f"sglang:{series}") for name, (series, _) in _ALLOCATED.items()}
         return {name: round(value * _ALLOCATED[name][1]) for name, value in found.items() if value is not None}
 
-    def version(self, address: tuple[str, int], api_key: str | None) -> str:
+    def version(self, ask: Ask) -> str:
         """Ask the running engine."""
-        _, answer = request(address, "/server_info", api_key=api_key, timeout=VERSION_TIMEOUT_SECONDS)
-        return str(json.loads(answer)["version"])
+        return text_of(json_object(ask("/server_info")[1]), "version")
 
     def parse_line(self, line: str) -> tuple[str, str]:
         """Take SGLang's time stamp away and tell its level, INFO where it names none."""

@@ -68,6 +68,11 @@ class Metrics:
             "pascaline_starts_since_stable",
             "Starts of the instance since it last served for ten minutes or was stopped in order",
         )
+        self.internal_errors = Counter(
+            "pascaline_internal_errors",
+            "Exceptions of the supervisor that nothing foresaw; the log holds the traceback of each",
+            registry=self.registry,
+        )
         self._dropped = Counter(
             "pascaline_log_lines_dropped",
             "Lines that are missing in the log: of a flood, repeated, or read by nobody",

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import time
-from dataclasses import dataclass, replace
+import traceback
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 from pascaline import __version__
 from pascaline.digests import combined_sha256, shown_sha256s
 from pascaline.engines import ENGINES, Task
-from pascaline.engines.client import request
 from pascaline.errors import EngineError, ExitCode, GaveUpError, PascalineError
 from pascaline.gpu import loss
 from pascaline.models import store
 from pascaline.models.chat_template import chat_templates
-from pascaline.redaction import read_secret, redact
+from pascaline.redaction import read_secret
 from pascaline.serving import ports
 from pascaline.serving.agent import create_server, serve
+from pascaline.serving.engine_api import FIRST_GENERATION_SECONDS, POLL_TIMEOUT_SECONDS, EngineApi, Probe
 from pascaline.serving.failure import Ending, Failure, FailureKind, judge
 from pascaline.serving.health import Health, Judge, State, backoff_seconds
 from pascaline.serving.metrics import Metrics
@@ -58,7 +58,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """The service manager's, Ctrl-C's, and a closed terminal's."""
 POLL_SECONDS = 1.0
 """How often counters are read; a scrape of SGLang takes some milliseconds."""
-POLL_TIMEOUT_SECONDS = 5.0
 DRAIN_POLL_SECONDS = 0.2
 """The same while the instance drains, when somebody waits for the end."""
 BLIND_SECONDS = POLL_SECONDS + POLL_TIMEOUT_SECONDS + 4.0
@@ -80,34 +79,42 @@ NO_CHAT_TEMPLATE = (
 )
 KILL_GRACE_SECONDS = 20.0
 """From SIGTERM after draining to SIGKILL; SGLang takes up to 5 s to notice and 3 s to end."""
-BUSY_STATUSES = frozenset({429, 503})
-"""Of an engine that refuses a request because others wait."""
-QUOTED_CHARACTERS = 200
-"""Of an answer that is no generation, in the reason."""
-QUOTED_BYTES = 16 * 2**10
-"""Of it that are looked through."""
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """One test generation."""
-
-    at: float
-    """Unix time."""
-    ok: bool
-    seconds: float
-    reason: str | None
-    status: int | None = None
-    """HTTP status; None: there was no answer."""
-
-    @property
-    def is_error(self) -> bool:
-        """Whether the engine answered, but without a token, and not because it has too much to do."""
-        return not self.ok and self.status is not None and self.status not in BUSY_STATUSES
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
     """Raised within the main task when the instance is to stop."""
+
+
+@dataclass(slots=True)
+class Watch:
+    """What is known while one run of an engine is watched."""
+
+    api: EngineApi
+    judge: Judge
+    began: float
+    """On the monotonic clock."""
+    probe: asyncio.Task[Probe] | None = None
+    settled: bool = False
+    """Whether it served for so long that its start counts as one that went well."""
+    looked: float = field(init=False)
+    """When it was last looked at."""
+    understood: float = field(init=False)
+    """When a look last went as it should."""
+
+    def __post_init__(self) -> None:
+        """The first look is the start."""
+        self.looked = self.understood = self.began
+
+    def look(self, *, in_vain: bool) -> float:
+        """Return the time; what passed unseen since the last look is not held against the engine.
+
+        in_vain: whether a question since then failed in this process.
+        """
+        now = time.monotonic()
+        if now - self.looked > BLIND_SECONDS or in_vain:
+            self.judge.missed(now - self.looked)
+        self.looked = now
+        return now
 
 
 class Supervisor:
@@ -133,7 +140,8 @@ class Supervisor:
         self._runtime_folder = RuntimeFolder()
         self._process: EngineProcess | None = None
         self._placement: Placement | None = None
-        self._api_key: str | None = None
+        self._api: EngineApi | None = None
+        """Of the engine that was started last."""
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._failed_to_ask = False
@@ -203,6 +211,11 @@ class Supervisor:
         except PascalineError as error:
             self._change(State.FAILED, str(error).partition("\n")[0])
             raise
+        except Exception as error:
+            self._note_mistake("a mistake of pascaline itself", error)
+            text = f"a mistake of pascaline itself ({error!r}); please report it with the traceback that the log holds"
+            self._change(State.FAILED, text)
+            raise PascalineError(text) from error
         finally:
             if self._process is not None and await self._process.kill() is None:
                 self._console.line("ERROR", "pascaline", f"left behind: {_stuck(self._process)}")
@@ -235,7 +248,6 @@ class Supervisor:
             "gguf" if digests else "huggingface", path, spec, name, digests, prepared, bool(templates), templates
         )
         task = make_task(self._configuration, self.model, plan, self._runtime_folder.path(), self._placement)
-        self._api_key = task.api_key
         self.metrics.set_task(task, self._configuration.card)
         return task
 
@@ -305,15 +317,18 @@ class Supervisor:
         """Run the engine once; return for how long it was ready, and why it ended."""
         self._change(State.STARTING, "the engine is loading")
         try:
+            if (taken := self._port_taken()) is not None:
+                return 0.0, taken
             process = self._process = await self._start(task)
         except OSError as error:
             return 0.0, Failure(FailureKind.HOST, f"failed to start the engine: {error}")
         self.metrics.engine_up.set(1)
         started, ready_since = time.time(), None
+        api = self._api = EngineApi(self._engine, task, process.pid)
         # Where this is left because the instance is to stop, the engine still runs: it drains.
-        if await self._wait_until_ready(task, process):
+        if await self._wait_until_ready(task, process, api):
             ready_since = time.monotonic()
-            await self._watch(task, process)
+            await self._watch(task, process, api)
         if process.exit_code is not None:
             # Its last words say why.
             await process.wait()
@@ -321,22 +336,35 @@ class Supervisor:
         served = time.monotonic() - ready_since if ready_since is not None else 0.0
         return served, await self._failure(process, started)
 
+    def _port_taken(self) -> Failure | None:
+        """Return the failure that the next run would end with, minutes later: another program took the port meanwhile.
+
+        Raises PortInUseError where no engine of this instance has served yet.
+        """
+        try:
+            ports.check_free(self.settings.host, self.settings.port, "engine", "port")
+        except PascalineError as error:
+            if not self.restarts:
+                raise
+            return Failure(FailureKind.CRASH, str(error))
+        return None
+
     async def _start(self, task: Task) -> EngineProcess:
         """Start the engine; OSError where this machine lacks what that takes, such as processes or room on a disk."""
         task = replace(task, runtime_dir=self._runtime_folder.path())
         on_dropped = partial(self.metrics.count_dropped, "flood")
         return await EngineProcess.start(self._engine.launch(task), self._show_line, on_dropped)
 
-    async def _wait_until_ready(self, task: Task, process: EngineProcess) -> bool:
+    async def _wait_until_ready(self, task: Task, process: EngineProcess, api: EngineApi) -> bool:
         """Wait for the first generation; False where the engine ended or took too long."""
         started = time.monotonic()
         with self._console.stage("load") as load:
-            load.failed = not await self._poll_until(process, started, partial(self._answers, task))
+            load.failed = not await self._poll_until(process, started, partial(self._is_loaded, api))
         if load.failed:
             return False
         self._record_stage("load", load.seconds)
         with self._console.stage("warm-up") as warm_up:
-            warm_up.failed = not await self._poll_until(process, started, partial(self._generate, task))
+            warm_up.failed = not await self._poll_until(process, started, partial(self._warms_up, api))
         if warm_up.failed:
             return False
         self._record_stage("warm-up", warm_up.seconds)
@@ -345,22 +373,21 @@ class Supervisor:
             await self._as_verified(task)
         self._change(State.READY, "a generation succeeded")
         self._notifier.ready()
-        await self._ask_version(task)
-        await self._note_allocated()
+        await self._ask_version(api)
+        await self._note_allocated(api)
         agent = (self.settings.agent_host, self.settings.agent_port)
         self._console.ready(task, agent, load.seconds + warm_up.seconds)
         return True
 
-    async def _ask_version(self, task: Task) -> None:
+    async def _ask_version(self, api: EngineApi) -> None:
         """Note which version of the engine serves; one that does not say so serves all the same."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            version = await self._in_thread(self._engine.version, task.address, task.api_key)
-            self.versions[self._engine.name] = version
+        with contextlib.suppress(OSError):
+            self.versions[self._engine.name] = await self._in_thread(api.version)
 
-    async def _note_allocated(self) -> None:
+    async def _note_allocated(self, api: EngineApi) -> None:
         """Put what the engine allocated beside what was planned."""
         with contextlib.suppress(OSError):
-            allocated = self._engine.allocated(await self._in_thread(self._metrics_page))
+            allocated = await self._in_thread(api.allocated)
             self.metrics.set_allocated(allocated)
             self.plan = (self.plan or {}) | {"allocated": allocated or None}
 
@@ -374,69 +401,71 @@ class Supervisor:
             await self._sleep(POLL_SECONDS / 2)
         return False
 
-    async def _answers(self, task: Task) -> bool:
-        """Whether the engine's API has a model: it is loaded."""
-        with contextlib.suppress(OSError):
-            call = partial(request, task.address, "/v1/models", api_key=task.api_key, timeout=POLL_TIMEOUT_SECONDS)
-            status, _ = await self._in_thread(call)
-            return bool(status == 200)
-        return False
-
-    async def _watch(self, task: Task, process: EngineProcess) -> None:
+    async def _watch(self, task: Task, process: EngineProcess, api: EngineApi) -> None:
         """Follow the engine's progress until it ends or is unresponsive, and see to it that it has ended."""
-        began = looked = time.monotonic()
-        settled = False
-        judge = Judge(self.settings.stall_timeout, last_sign=looked, limits=self._engine.work_limits(task))
-        probe: asyncio.Task[bool] | None = None
-
-        def look() -> float:
-            """Return the time; what passed unseen since the last look is not held against the engine."""
-            nonlocal looked
-            now = time.monotonic()
-            if now - looked > BLIND_SECONDS or self._failed_to_ask:
-                judge.missed(now - looked)
-                self._failed_to_ask = False
-            looked = now
-            return now
-
+        judge = Judge(self.settings.stall_timeout, time.monotonic(), limits=self._engine.work_limits(task))
+        watch = Watch(api, judge, judge.last_sign)
         try:
             while process.exit_code is None:
-                now = look()
-                judge.observe(now, await self._progress())
-                if probe is not None and probe.done():
-                    if probe.result():
-                        judge.probed(time.monotonic())
-                    else:
-                        judge.probe_failed(with_error=self.last_probe is not None and self.last_probe.is_error)
-                    probe = None
-                if probe is None and judge.wants_probe(now, self.settings.probe_interval):
-                    judge.probe_sent()
-                    probe = asyncio.create_task(self._generate(task, timeout=self.settings.stall_timeout))
-                self._change(*judge.verdict(look()))  # again: this process may have been stopped while it asked
+                await self._look_safely(watch)
                 if self.health.state is State.UNRESPONSIVE:
                     break
-                if not settled and now - began > STABLE_SECONDS:
-                    self._count_start(self._starts.settle)
-                    settled = True
-                if judge.last_sign >= now:
-                    self.metrics.last_generation.set(time.time())
                 await self._sleep(POLL_SECONDS, process)
         finally:
             # Before the engine is killed, so that the kill does not pass for the engine's own failure to answer.
-            if probe is not None:
-                probe.cancel()
+            if watch.probe is not None:
+                watch.probe.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Stopped):
-                    await probe
+                    await watch.probe
         await process.kill()
 
-    async def _progress(self) -> Progress | None:
-        progress = None
+    async def _look_safely(self, watch: Watch) -> None:
+        """Look once; a mistake of ours is told and costs this look, and ends the instance where no look succeeds."""
         try:
-            progress = self._engine.progress(await self._in_thread(self._metrics_page))
+            await self._look(watch)
+        except (Stopped, PascalineError):
+            raise
+        except Exception as error:
+            self._note_mistake("the engine was not judged", error)
+            if time.monotonic() - watch.understood > self.settings.stall_timeout:
+                raise
+        else:
+            watch.understood = time.monotonic()
+
+    async def _look(self, watch: Watch) -> None:
+        judge, now = watch.judge, watch.look(in_vain=self._asked_in_vain())
+        judge.observe(now, await self._progress(watch.api))
+        if watch.probe is not None and watch.probe.done():
+            done, watch.probe = watch.probe, None
+            probe = done.result()
+            if probe.ok:
+                judge.probed(time.monotonic())
+            else:
+                judge.probe_failed(with_error=probe.is_error)
+        if watch.probe is None and judge.wants_probe(now, self.settings.probe_interval):
+            judge.probe_sent()
+            watch.probe = asyncio.create_task(self._generate(watch.api, self.settings.stall_timeout))
+        # Again: this process may have been stopped while it asked.
+        self._change(*judge.verdict(watch.look(in_vain=self._asked_in_vain())))
+        if not watch.settled and now - watch.began > STABLE_SECONDS:
+            self._count_start(self._starts.settle)
+            watch.settled = True
+        if judge.last_sign >= now and self.health.state is not State.UNRESPONSIVE:
+            self.metrics.last_generation.set(time.time())
+
+    async def _progress(self, api: EngineApi) -> Progress | None:
+        progress: Progress | None = None
+        try:
+            progress = await self._in_thread(api.progress)
         except OSError as error:
             self._note_own_failure(error)
         self.requests = progress
         return progress
+
+    def _asked_in_vain(self) -> bool:
+        """Whether a question since the last look failed in this process, and not in the engine."""
+        failed, self._failed_to_ask = self._failed_to_ask, False
+        return failed
 
     def _note_own_failure(self, error: OSError) -> None:
         """Where this process lacks descriptors, memory or ports, its question says nothing about the engine."""
@@ -444,42 +473,46 @@ class Supervisor:
             self._failed_to_ask = True
             self._console.line("WARNING", "pascaline", f"failed to ask the engine for a reason of our own: {error}")
 
-    def _metrics_page(self) -> str:
-        """Return the engine's /metrics; OSError where it does not answer with it in time."""
-        address = (self.settings.host, self.settings.port)
-        status, page = request(address, "/metrics", api_key=self._api_key, timeout=POLL_TIMEOUT_SECONDS)
-        if status != 200:
-            raise ConnectionError(f"/metrics: status {status}")
-        return page.decode(errors="replace")
+    async def _is_loaded(self, api: EngineApi) -> bool:
+        with contextlib.suppress(OSError):
+            return bool(await self._in_thread(api.is_loaded))
+        return False
 
-    async def _generate(self, task: Task, timeout: float = 60.0) -> bool:
-        """Let the model generate one token, by the way that users' requests take."""
-        body = {"model": task.model.served_name, "prompt": "1", "max_tokens": 1, "temperature": 0}
-        call = partial(request, task.address, "/v1/completions", body=body, api_key=task.api_key, timeout=timeout)
-        start, reason, status = time.monotonic(), None, None
+    async def _warms_up(self, api: EngineApi) -> bool:
+        return (await self._generate(api, FIRST_GENERATION_SECONDS)).ok
+
+    async def _generate(self, api: EngineApi, timeout: float) -> Probe:
+        """Let the model generate one token, and note how that went."""
+        start = time.monotonic()
         try:
-            status, answer = await self._in_thread(call)
-            if status != 200:
-                reason = f"status {status}: {_quoted(answer)}"
-            elif not _has_token(answer):
-                reason = f"no token in the answer: {_quoted(answer)}"
+            probe: Probe = await self._in_thread(api.generate, timeout)
         except OSError as error:
-            self._note_own_failure(error)
-            reason = str(error) or type(error).__name__
-        seconds = time.monotonic() - start
-        self.last_probe = Probe(time.time(), reason is None, seconds, reason, status)
-        if reason is None:
-            self.metrics.probe_seconds.observe(seconds)
+            # There is no thread to ask in.
+            probe = Probe(time.time(), ok=False, seconds=time.monotonic() - start, reason=str(error), error=error)
+        if probe.error is not None:
+            self._note_own_failure(probe.error)
+        self.last_probe = probe
+        if probe.ok:
+            self.metrics.probe_seconds.observe(probe.seconds)
             self.metrics.last_generation.set(time.time())
         else:
             self.metrics.probe_failures.inc()
-        return reason is None
+        return probe
+
+    def _note_mistake(self, what: str, error: Exception) -> None:
+        """Log an exception that nothing foresaw whole, and count it."""
+        self.metrics.internal_errors.inc()
+        for line in traceback.format_exception(error):
+            for part in line.rstrip().split("\n"):
+                self._console.line("ERROR", "pascaline", f"{what}: {part}")
 
     async def _failure(self, process: EngineProcess, started: float) -> Failure:
         """Put into words why the engine, started at that Unix time, is not running any more."""
         ending = self._ending(process, started)
+        foreign = self._api.foreign if self._api is not None else None
         gpus = self._placement.gpus if self._placement is not None else ()
-        return judge(ending, await self._in_thread(loss.examine, gpus, started))
+        failure = judge(ending, await self._in_thread(loss.examine, gpus, started))
+        return replace(failure, text=f"{failure.text}; {foreign}") if foreign else failure
 
     def _ending(self, process: EngineProcess, started: float) -> Ending:
         lines = list(process.last_lines)
@@ -575,7 +608,7 @@ class Supervisor:
 
     def _has_work(self) -> bool:
         try:
-            self.requests = self._engine.progress(self._metrics_page())
+            self.requests = self._api.progress() if self._api is not None else None
         except TimeoutError:
             # llama-server answers between two batches only: silence means that it computes one.
             return True
@@ -645,16 +678,3 @@ class Supervisor:
 
 def _stuck(process: EngineProcess) -> str:
     return f"its process {process.pid} does not end when it is killed, as where a driver call does not return"
-
-
-def _quoted(answer: bytes) -> str:
-    """Return the beginning of an answer; a secret in it is hidden before it can be cut in two."""
-    return redact(answer[:QUOTED_BYTES].decode(errors="replace"))[:QUOTED_CHARACTERS]
-
-
-def _has_token(answer: bytes) -> bool:
-    """Whether a completion in OpenAI's form says that something was generated."""
-    try:
-        return int(json.loads(answer)["usage"]["completion_tokens"]) > 0
-    except (ValueError, LookupError, TypeError):
-        return False

@@ -1,0 +1,167 @@
+"""Who listens where the engine should: a key is sent, and an answer believed, only if the engine's own processes do.
+
+Whoever takes the port between two runs of the engine would be given the API key and be taken for the engine. The kernel
+tells which process holds a listening socket: /proc/net/tcp and tcp6 name its inode (proc_pid_net(5)), /proc/PID/fd who
+has it open. Both are read anew for each request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pwd
+import socket
+import struct
+from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pascaline.engines.client import reachable
+from pascaline.serving.ports import LISTEN_STATE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PROC = Path("/proc")
+_GONE_OR_FORBIDDEN = (FileNotFoundError, ProcessLookupError, PermissionError)
+
+
+class ForeignListenerError(ConnectionError):
+    """Another program listens on the engine's port."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A listening TCP socket."""
+
+    address: str
+    port: int
+    inode: int
+    uid: int
+    table: str
+    """`tcp` or `tcp6`."""
+
+
+class EngineListener:
+    """The listening socket of one run of an engine, looked for anew whenever it is asked for."""
+
+    def __init__(self, host: str, port: int, leader: int) -> None:
+        """host, port: where the engine was told to listen. leader: process id of the engine, which leads a session."""
+        self._host, self._port = reachable((host, port))
+        self._leader = leader
+        self._owner: tuple[Path, int] | None = None
+        """The open file that was the engine's socket when it was last looked for, and the socket's inode."""
+
+    def __call__(self) -> tuple[tuple[str, int], int]:
+        """Return ((numeric address, port), inode) of the socket that a connection reaches.
+
+        Raises ConnectionRefusedError where nobody listens there, and ForeignListenerError where somebody else does.
+        """
+        listening = list(_listening(self._port))
+        for address in _numeric(self._host, self._port):
+            if found := reached(address, listening):
+                self._check_owner(found)
+                return (address, self._port), found[0].inode
+        raise ConnectionRefusedError(f"nothing listens on {self._host} port {self._port}")
+
+    def _check_owner(self, listeners: list[Listener]) -> None:
+        """Raise ForeignListenerError unless all are the engine's: of several that share a port any may be reached."""
+        for listener in listeners:
+            if self._owner is None or self._owner[1] != listener.inode or not _is_open(*self._owner):
+                self._owner = self._owned(listener)
+            if self._owner is None:
+                raise ForeignListenerError(
+                    f"port {self._port} is listened on by {holder(listener)}, which is no process of the engine "
+                    f"(pid {self._leader}); stop that process, or set port to a free port"
+                )
+
+    def _owned(self, listener: Listener) -> tuple[Path, int] | None:
+        for pid in _processes():
+            if _belongs(pid, self._leader):
+                for file in _files(pid):
+                    if _is_open(file, listener.inode):
+                        return file, listener.inode
+        return None
+
+
+def reached(address: str, listeners: list[Listener]) -> list[Listener]:
+    """Return those that a connection to a numeric address may reach: an exact address goes before a wildcard."""
+    target = ip_address(address)
+    for wanted in (str(target), "0.0.0.0", "::"):  # noqa: S104 - compared, not listened on
+        if isinstance(target, IPv6Address) and wanted == "0.0.0.0":  # noqa: S104
+            continue
+        if found := [each for each in listeners if each.address == wanted]:
+            return found
+    return []
+
+
+def holder(listener: Listener) -> str:
+    """Return "program (pid N)" of a process that has the socket open; its user where that cannot be seen."""
+    for pid in _processes():
+        if any(_is_open(file, listener.inode) for file in _files(pid)):
+            with contextlib.suppress(*_GONE_OR_FORBIDDEN):
+                return f"{(PROC / str(pid) / 'comm').read_text().strip()} (pid {pid})"
+    try:
+        name = pwd.getpwuid(listener.uid).pw_name
+    except KeyError:
+        name = str(listener.uid)
+    return f"a program of user {name}"
+
+
+def _numeric(host: str, port: int) -> list[str]:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConnectionError(f"failed to resolve {host!r}: {error.strerror}") from error
+    # A name's zone, as in fe80::1%eth0, is not in the kernel's table.
+    return list(dict.fromkeys(str(each[4][0]).partition("%")[0] for each in found))
+
+
+def _listening(port: int) -> Iterator[Listener]:
+    for table in ("tcp", "tcp6"):
+        # Without IPv6 there is one table. That this process has no descriptor left to read them is another matter.
+        with contextlib.suppress(FileNotFoundError):
+            for line in (PROC / "net" / table).read_text().splitlines()[1:]:
+                fields = line.split()
+                address, _, hex_port = fields[1].rpartition(":")
+                if fields[3] == LISTEN_STATE and int(hex_port, 16) == port:
+                    yield Listener(_decoded(address), port, int(fields[9]), int(fields[7]), table)
+
+
+def _decoded(text: str) -> str:
+    """Return an address as the kernel's tables write it: 32-bit words in the machine's order of bytes."""
+    words = [int(text[at : at + 8], 16) for at in range(0, len(text), 8)]
+    address = ip_address(struct.pack(f"={len(words)}I", *words))
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return str(mapped or address)
+
+
+def _processes() -> Iterator[int]:
+    yield from (int(path.name) for path in PROC.glob("[0-9]*"))
+
+
+def _files(pid: int) -> Iterator[Path]:
+    with contextlib.suppress(*_GONE_OR_FORBIDDEN):
+        yield from (PROC / str(pid) / "fd").iterdir()
+
+
+def _is_open(file: Path, inode: int) -> bool:
+    try:
+        return str(file.readlink()) == f"socket:[{inode}]"
+    except OSError:
+        return False
+
+
+def _belongs(pid: int, leader: int) -> bool:
+    """Whether a process is in the session that the engine leads, or descends from it."""
+    for _ in range(64):
+        try:
+            # Behind the name, which may hold anything: state, parent, group, session.
+            fields = (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+        except _GONE_OR_FORBIDDEN:
+            return False
+        if leader in (pid, int(fields[3])):
+            return True
+        if (pid := int(fields[1])) <= 1:
+            return False
+    return False

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from pascaline.engines.client import request
+from pascaline.serving import listener as listener_module
 from pascaline.serving.listener import EngineListener, ForeignListenerError, Listener, reached
 
 if TYPE_CHECKING:
@@ -126,6 +127,19 @@ def test_one_that_takes_the_port_later(start: Callable[..., tuple[int, int]]) ->
         listener()
     with socket.create_server(("127.0.0.1", port)), pytest.raises(ForeignListenerError, match=re.escape(ME)):
         listener()
+
+
+def test_a_socket_that_no_process_has_open(
+    start: Callable[..., tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine ends at this moment: it is nobody's, and nobody is blamed. Another user's is another matter."""
+    leader, port = start()
+    monkeypatch.setattr(listener_module, "_files", lambda pid: iter(()))
+    with pytest.raises(ConnectionRefusedError, match=r"^no process has the socket open that listens on port "):
+        EngineListener("127.0.0.1", port, leader)()
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(ForeignListenerError, match="is listened on by a program of user "):
+        EngineListener("127.0.0.1", port, leader)()
 
 
 def test_several_on_one_port_must_all_be_its_own(start: Callable[..., tuple[int, int]]) -> None:

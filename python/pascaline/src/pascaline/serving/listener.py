@@ -8,6 +8,7 @@ has it open. Both are read anew for each request.
 from __future__ import annotations
 
 import contextlib
+import os
 import pwd
 import socket
 import struct
@@ -70,10 +71,17 @@ class EngineListener:
             if self._owner is None or self._owner[1] != listener.inode or not _is_open(*self._owner):
                 self._owner = self._owned(listener)
             if self._owner is None:
-                raise ForeignListenerError(
-                    f"port {self._port} is listened on by {holder(listener)}, which is no process of the engine "
-                    f"(pid {self._leader}); stop that process, or set port to a free port"
-                )
+                raise self._complaint(listener)
+
+    def _complaint(self, listener: Listener) -> ConnectionError:
+        found = holder(listener)
+        if found is None and listener.uid == os.getuid():
+            # As of an engine that ends at this moment: its files are closed before its socket is.
+            return ConnectionRefusedError(f"no process has the socket open that listens on port {self._port}")
+        return ForeignListenerError(
+            f"port {self._port} is listened on by {found or _user(listener.uid)}, which is no process of the engine "
+            f"(pid {self._leader}); stop that process, or set port to a free port"
+        )
 
     def _owned(self, listener: Listener) -> tuple[Path, int] | None:
         for pid in _processes():
@@ -95,17 +103,20 @@ def reached(address: str, listeners: list[Listener]) -> list[Listener]:
     return []
 
 
-def holder(listener: Listener) -> str:
-    """Return "program (pid N)" of a process that has the socket open; its user where that cannot be seen."""
+def holder(listener: Listener) -> str | None:
+    """Return "program (pid N)" of a process that has the socket open; None where that cannot be seen."""
     for pid in _processes():
         if any(_is_open(file, listener.inode) for file in _files(pid)):
             with contextlib.suppress(*_GONE_OR_FORBIDDEN):
                 return f"{(PROC / str(pid) / 'comm').read_text().strip()} (pid {pid})"
+    return None
+
+
+def _user(uid: int) -> str:
     try:
-        name = pwd.getpwuid(listener.uid).pw_name
+        return f"a program of user {pwd.getpwuid(uid).pw_name}"
     except KeyError:
-        name = str(listener.uid)
-    return f"a program of user {name}"
+        return f"a program of user {uid}"
 
 
 def _numeric(host: str, port: int) -> list[str]:

@@ -48,6 +48,7 @@ def test_rows_of_a_device_and_a_stage():
         "no file left in /dev/shm",
         "refusal while draining",
         "OpenAI's errors",
+        "status of refused streams",
         "int8 KV cache, choice",
     ]
     assert [shim.name for shim in shims_for("cpu", "worker")] == [

@@ -347,11 +347,14 @@ _RUN_SERVER: Final = "sglang.srt.entrypoints.http_server._setup_and_run_http_ser
 _HANDLE_REQUEST: Final = "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.handle_request"
 
 
+@functools.cache
 def _wrap_server() -> None:
-    from sglang_pascal import draining, openai_api
+    """Once, for all rows of the table that need it."""
+    from sglang_pascal import draining, openai_api, streams
 
-    # One hook for both: SGLang warns of several around one function.
-    _hook(_RUN_SERVER, functools.partial(openai_api.add_to_server, draining.add_to_server), "AROUND")
+    # One hook for all: SGLang warns of several around one function.
+    inner = functools.partial(streams.add_to_server, draining.add_to_server)
+    _hook(_RUN_SERVER, functools.partial(openai_api.add_to_server, inner), "AROUND")
 
 
 def _check_requests() -> None:
@@ -601,6 +604,17 @@ SHIMS: Final = (
         is_needed=_is_server,
         apply=_check_requests,
         is_applied=lambda: _is_hooked(_RUN_SERVER, _HANDLE_REQUEST),
+    ),
+    Shim(
+        name="status of refused streams",
+        what="the same wrapper gives a stream whose first event is an error the error's status",
+        why="SGLang tells a streamed request that its queue is full by status 200, which no router tries elsewhere",
+        sglang="0.5.23",
+        devices=("cpu", "cuda"),
+        stage="register",
+        is_needed=_is_server,
+        apply=_wrap_server,
+        is_applied=lambda: _is_hooked(_RUN_SERVER),
     ),
     Shim(
         name="int8 KV cache, choice",

@@ -1,0 +1,125 @@
+"""Gives a stream that is refused before its first token the status of the refusal.
+
+A full queue is told to a request that is not streamed by status 503, and to one that is by status 200 and an error as
+its first event: neither a router nor a client's library tries again then. The status is known once the first event is,
+so the start of an answer is held back until then; SGLang's own handlers wait for their first token as well.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, MutableMapping
+
+    Scope = MutableMapping[str, Any]
+    Message = MutableMapping[str, Any]
+    Receive = Callable[[], Awaitable[Message]]
+    Send = Callable[[Message], Awaitable[None]]
+    App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+RETRY_AFTER_SECONDS: Final = 1
+"""A queue is full for as long as one answer takes."""
+_EVENT_STREAM: Final = b"text/event-stream"
+_EVENT: Final = b"data: "
+_LONGEST_REFUSAL: Final = 64 * 2**10
+"""Bytes of an event that can be one."""
+
+
+class StatusOfRefusedStreams:
+    """ASGI middleware."""
+
+    def __init__(self, app: App) -> None:
+        """Wrap an application."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and watch the beginning of its answer."""
+        if scope["type"] == "http":
+            send = _Beginning(send)
+        await self._app(scope, receive, send)
+
+
+class _Beginning:
+    """Holds the start of a stream back until its first event is there."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._start: Message | None = None
+        self._refused = False
+
+    async def __call__(self, message: Message) -> None:
+        if self._refused:
+            return
+        if message["type"] == "http.response.start" and _is_stream(message):
+            self._start = message
+        elif self._start is None or message["type"] != "http.response.body":
+            await self._send(message)
+        elif message.get("body") or not message.get("more_body"):
+            await self._begin(self._start, message)
+
+    async def _begin(self, start: Message, first: Message) -> None:
+        self._start = None
+        refusal = refusal_of(bytes(first.get("body", b"")))
+        if refusal is None:
+            await self._send(start)
+            await self._send(first)
+            return
+        self._refused = True
+        body = json.dumps(refusal).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        if refusal["code"] in (429, 503):
+            headers.append((b"retry-after", str(RETRY_AFTER_SECONDS).encode()))
+        await self._send({"type": "http.response.start", "status": refusal["code"], "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+def _is_stream(start: Message) -> bool:
+    kind: bytes = dict(start.get("headers", ())).get(b"content-type", b"")
+    return start["status"] == 200 and kind.startswith(_EVENT_STREAM)
+
+
+def refusal_of(body: bytes) -> dict[str, Any] | None:
+    """Return the error that the first event of a stream is, as SGLang tells it without a stream; None: it is none.
+
+    OpenAI's routes send {"error": {…, "code": 503}}, SGLang's own an answer whose finish_reason is an abort with a
+    status_code.
+    """
+    event = body.partition(b"\n\n")[0]
+    if (
+        not event.startswith(_EVENT)
+        or len(event) > _LONGEST_REFUSAL
+        or not (b'"error"' in event or b'"abort"' in event)
+    ):
+        return None
+    try:
+        document = json.loads(event.removeprefix(_EVENT))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict):
+        return None
+    error, meta = document.get("error"), document.get("meta_info")
+    if isinstance(error, dict):
+        return _refusal(error, error.get("code"), error.get("type"))
+    reason = meta.get("finish_reason") if isinstance(meta, dict) else None
+    if isinstance(reason, dict) and reason.get("type") == "abort":
+        return _refusal(reason, reason.get("status_code"), "abort")
+    return None
+
+
+def _refusal(error: dict[str, Any], code: Any, kind: Any) -> dict[str, Any] | None:
+    if type(code) is not int or not 400 <= code <= 599:
+        return None
+    return {"object": "error", "message": str(error.get("message")), "type": str(kind), "param": None, "code": code}
+
+
+def add_to_server(inner: Callable[..., Any], original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Around SGLang's `_setup_and_run_http_server`: wrap its application before it listens.
+
+    inner: the next wrapper, called as this one.
+    """
+    from sglang.srt.entrypoints import http_server
+
+    http_server.app.add_middleware(StatusOfRefusedStreams)
+    return inner(original, *arguments, **options)

@@ -8,6 +8,7 @@ has it open. Both are read anew for each request.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pwd
 import socket
@@ -84,7 +85,8 @@ class EngineListener:
         )
 
     def _owned(self, listener: Listener) -> tuple[Path, int] | None:
-        for pid in _processes():
+        # The engine itself first: to ask every process of a busy host takes its time.
+        for pid in itertools.chain((self._leader,), _processes()):
             if _belongs(pid, self._leader):
                 for file in _files(pid):
                     if _is_open(file, listener.inode):

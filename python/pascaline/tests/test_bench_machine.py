@@ -333,6 +333,17 @@ def test_card_is_known_by_profile_or_by_the_drivers_name() -> None:
     assert find_card(None, ["Tesla V100"]) is None
 
 
+def test_the_card_is_the_one_that_the_instance_was_planned_for() -> None:
+    """Of a host with unlike cards the first need not be the instance's."""
+    card = find_card(None, ["Tesla P4", "Tesla P40"], {"card": "tesla-p40"})
+    assert card is not None
+    assert card.name == "tesla-p40"
+    named = find_card("tesla-p4", [], {"card": "tesla-p40"})
+    assert named is not None
+    assert named.name == "tesla-p4"
+    assert find_card(None, [], {"card": "Tesla V100"}) is None
+
+
 # --- which GPU belongs to an instance ---------------------------------------------------------------------------------
 
 

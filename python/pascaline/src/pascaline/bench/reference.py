@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pascaline.bench.claims import ANCHORS, GUIDE_CLAIMS
 from pascaline.bench.workload import parse_lengths
-from pascaline.cards import card_for_device, load_card
+from pascaline.cards import card_for_device, card_names, load_card
 from pascaline.planning.kv_cache import kv_bytes_per_token
 from pascaline.planning.plan import make_plan
 from pascaline.planning.request import PlanRequest
@@ -65,10 +65,11 @@ def setting_of(plan: Mapping[str, Any] | None, engine: str) -> Setting:
     )
 
 
-def find_card(name: str | None, gpus: list[str]) -> Card | None:
-    """Return the card of a profile's name, else the one of this machine's first GPU."""
-    if name is not None:
-        return load_card(name)
+def find_card(name: str | None, gpus: list[str], plan: Mapping[str, Any] | None = None) -> Card | None:
+    """Return the card of a profile's name, else that which the instance's plan was made for, else the first GPU's."""
+    planned_for = (plan or {}).get("card")
+    if name is not None or planned_for in card_names():
+        return load_card(name or str(planned_for))
     return card_for_device(gpus[0].removeprefix("NVIDIA ")) if gpus else None
 
 

@@ -131,7 +131,7 @@ def describe_instance(
         "model": describe_model(spec),
     }
     plan = results.document["plan"] = instance.plan()
-    card = find_card(target.card_name, machine.get("gpus", []))
+    card = find_card(target.card_name, machine.get("gpus", []), plan)
     results.document["reference"] = reference(card, spec, plan, instance.server.engine, experiment)
     results.save()
 

@@ -48,7 +48,14 @@ def test_new_work_gets_503_and_the_connection_ends(method, path):
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/metrics"), ("HEAD", "/health"), ("OPTIONS", "/generate"), ("POST", "/abort_request")]
+    ("method", "path"),
+    [
+        ("GET", "/metrics"),
+        ("HEAD", "/health"),
+        ("OPTIONS", "/generate"),
+        ("POST", "/abort_request"),
+        ("POST", "/freeze_gc"),
+    ],
 )
 def test_questions_and_ends_are_answered_and_the_connection_ends_too(method, path):
     start, body = call(http(method, path), is_draining=lambda: True)

@@ -24,8 +24,8 @@ RETRY_AFTER_SECONDS: Final = 5
 """About the time after which a router that looks every few seconds has noticed."""
 _ASKING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that start no work."""
-_ENDING: Final = frozenset({"/abort_request"})
-"""Paths that end work, which is welcome."""
+_NO_WORK: Final = frozenset({"/abort_request", "/freeze_gc"})
+"""Paths that end work, and what SGLang asks of itself after its warm-up."""
 _TRY_AGAIN_LATER: Final = 1013
 """Close code of a web socket (IANA's registry)."""
 _BODY: Final = json.dumps(
@@ -62,7 +62,7 @@ class RefuseWhileDraining:
 
 
 def _is_work(scope: Scope) -> bool:
-    return scope["type"] == "websocket" or (scope["method"] not in _ASKING and scope["path"] not in _ENDING)
+    return scope["type"] == "websocket" or (scope["method"] not in _ASKING and scope["path"] not in _NO_WORK)
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:

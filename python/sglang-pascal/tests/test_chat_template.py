@@ -46,7 +46,7 @@ def test_others_can_be_chosen_by_name():
 @pytest.mark.parametrize("metadata", [{}, {KEY: ""}, {"tokenizer.chat_templates": []}])
 def test_a_model_without_a_template_says_what_to_do(metadata):
     assert not has_template(metadata)
-    with pytest.raises(jinja2.TemplateError, match="/v1/completions"):
+    with pytest.raises(jinja2.TemplateError, match="endpoint v1/completions"):
         render(chat_templates(metadata)["chat_template.jinja"])
 
 

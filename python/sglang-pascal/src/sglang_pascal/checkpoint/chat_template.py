@@ -18,7 +18,7 @@ from sglang_pascal.errors import CheckpointError
 if TYPE_CHECKING:
     from pathlib import Path
 
-CPU_SECONDS: Final = 20
+CPU_SECONDS: Final = 10
 """Processor time for the trial; importing the renderer takes 1 to 3 s of it, a template some milliseconds."""
 WALL_SECONDS: Final = 120.0
 """The same by the clock, for a machine that is busy."""
@@ -28,10 +28,11 @@ FURTHER_FOLDER: Final = "additional_chat_templates"
 """Where transformers looks for named templates beside chat_template.jinja."""
 TOOL_USE: Final = "tool_use"
 NO_TEMPLATE: Final = (
-    "this model has no chat template: send a prompt to /v1/completions, or serve a file that carries a chat template"
+    "this model has no chat template: send a prompt to the endpoint v1/completions, "
+    "or serve a file that carries a chat template"
 )
 NO_PLAIN_TEMPLATE: Final = (
-    "this model has a chat template for requests with tools alone: send tools, or use /v1/completions"
+    "this model has a chat template for requests with tools alone: send tools, or use v1/completions"
 )
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _UNCOMPILED: Final = 4

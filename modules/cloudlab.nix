@@ -105,7 +105,8 @@ in
       lib.mkDefault "${cfg.dataMount}/pascaline"
     );
 
-    networking.useDHCP = lib.mkDefault (cfg.controlInterface == null);
+    # Before what nixos-generate-config says by mkDefault.
+    networking.useDHCP = lib.mkIf (cfg.controlInterface != null) (lib.mkOverride 900 false);
     networking.interfaces = lib.mkIf (cfg.controlInterface != null) {
       ${cfg.controlInterface}.useDHCP = true;
     };

@@ -105,18 +105,22 @@ in
         message = "hardware.pascaline.driver.branch: driver ${version} of branch '${cfg.branch}' is too old for torch's CUDA 12, must be R${leastBranch} or newer; ${useLast}";
       }
       {
+        assertion = lib.elem "nvidia" config.services.xserver.videoDrivers;
+        message = "services.xserver.videoDrivers: nvidia is not among ${lib.concatStringsSep ", " config.services.xserver.videoDrivers}, must be there for its kernel module to be installed, with or without an X server; add it";
+      }
+      {
         assertion = config.hardware.nvidia.open != true;
         message = "hardware.nvidia.open: the open kernel module needs a GPU with GSP firmware (Turing or newer), must be false for Pascal; remove your setting";
       }
     ];
 
     # The switch that installs the kernel module, also where no X server runs.
-    services.xserver.videoDrivers = [ "nvidia" ];
+    services.xserver.videoDrivers = lib.mkDefault [ "nvidia" ];
     hardware.graphics.enable = true;
     hardware.nvidia = {
       branch = lib.mkDefault cfg.branch;
       open = lib.mkDefault false;
-      nvidiaSettings = false;
+      nvidiaSettings = lib.mkDefault false;
       nvidiaPersistenced = cfg.persistence;
       # Nothing is shown and no video decoded on a server.
       videoAcceleration = lib.mkDefault false;

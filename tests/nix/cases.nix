@@ -195,6 +195,15 @@ rec {
         group = "inference";
       };
     };
+    # A PC whose owner had set up the card already.
+    desktop = on {
+      services.xserver.videoDrivers = [ "nvidia" ];
+      hardware.nvidia = {
+        nvidiaSettings = true;
+        nvidiaPersistenced = true;
+        open = false;
+      };
+    };
     limits = on {
       hardware.pascaline.driver = {
         powerLimitWatts = 60;
@@ -273,6 +282,7 @@ rec {
       };
     };
     lvmRoot = generated {
+      hardware.pascaline.cloudlab.controlInterface = "eno1";
       boot.initrd.kernelModules = [ "dm-snapshot" ];
       fileSystems."/".device = lib.mkForce "/dev/vg/root";
     };
@@ -342,6 +352,10 @@ rec {
     jetson = {
       module = on { hardware.pascaline.driver.computeCapability = "6.2"; };
       message = "hardware.pascaline.driver.computeCapability: 6.2 is newer than Pascal's cards for servers and desktops, must be 6.0 or 6.1; newer cards are served by upstream SGLang with the default driver";
+    };
+    otherVideoDriver = {
+      module = on { services.xserver.videoDrivers = [ "modesetting" ]; };
+      message = "services.xserver.videoDrivers: nvidia is not among modesetting, must be there for its kernel module to be installed, with or without an X server; add it";
     };
     openModule = {
       module = on { hardware.nvidia.open = true; };

@@ -173,7 +173,12 @@ let
         }) config.services.grafana.provision.datasources.settings.datasources;
       };
       nvidia = lib.optionalAttrs config.hardware.pascaline.driver.enable {
-        inherit (config.hardware.nvidia) branch open nvidiaPersistenced;
+        inherit (config.hardware.nvidia)
+          branch
+          open
+          nvidiaPersistenced
+          nvidiaSettings
+          ;
       };
       variables = plain config.environment.variables;
       prometheus = {
@@ -280,9 +285,9 @@ in
       inherit (evaluate [ module ]) config;
     in
     [
-      config.assertions
+      (failed config)
       config.boot.loader.grub.device
-      (lib.mapAttrs (_: service: service.serviceConfig) config.systemd.services)
+      (ourServices config.systemd.services)
     ]
   ) cases.typeErrors;
   options = optionDocs (withStandIns [ ../../modules ]).options;
@@ -364,6 +369,24 @@ in
           lib.removePrefix "${toString nixpkgs}/" (toString (lib.head files));
     in
     lib.mapAttrs (_: map lib.showOption) (lib.groupBy fileOf paths);
+  # What `nix flake init` leaves, without its wiring.
+  templates =
+    let
+      inventory = import ../../templates/fleet/fleet.nix;
+    in
+    {
+      box = host [
+        ../../templates/single/configuration.nix
+        ../../templates/single/hardware-configuration.nix
+      ];
+    }
+    // lib.mapAttrs (
+      name: _:
+      host [
+        ../../templates/fleet/common.nix
+        (fleetLib.moduleOf inventory name)
+      ]
+    ) inventory.hosts;
   # A file beside ours, with the modules of other projects that it needs.
   besideOf = host (besides.modules ++ [ besides.file ]);
   oneHost = (evaluate [ cases.working.p4 ]).config.system.build.toplevel.drvPath;

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from support.network import Network
 
@@ -71,16 +71,17 @@ def image() -> Path:
         pytest.skip("this machine allows no new namespaces")
     found = CACHE / RELEASE
     if not found.is_dir():
-        _make_image(found)
+        make_image(found, PACKAGES)
     return found
 
 
-def _make_image(target: Path) -> None:
+def make_image(target: Path, packages: Sequence[str]) -> None:
+    """Put Debian with these packages into a folder that does not exist; skips the test where it cannot be had."""
     if shutil.which("debootstrap") is None:
         pytest.skip("debootstrap is not on this machine (Debian: apt install debootstrap)")
     partial = target.with_suffix(f".{os.getpid()}")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    command = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", RELEASE, str(partial)]
+    command = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}", RELEASE, str(partial)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
         if done.returncode:

@@ -33,7 +33,15 @@ PREFIX = "PASCALINE_"
 CONFIG_VARIABLE = "PASCALINE_CONFIG"
 # Variables of ours that are no settings: the file itself, and what ./dev, the tests and the simulated NVML read.
 OTHER_VARIABLES = frozenset(
-    {CONFIG_VARIABLE, "PASCALINE_ENV", "PASCALINE_PYTHON", "PASCALINE_NIX_STAND_INS", "PASCALINE_FAKE_NVML"}
+    {
+        CONFIG_VARIABLE,
+        "PASCALINE_ENV",
+        "PASCALINE_FAKE_NVML",
+        "PASCALINE_NIXPKGS",
+        "PASCALINE_NIX_STAND_INS",
+        "PASCALINE_PYTHON",
+        "PASCALINE_VIRTUAL_MACHINES",
+    }
 )
 DEFAULT = "default"
 

@@ -162,7 +162,7 @@ def test_runs_of_another_instance_are_not_mixed_in(bench: Start, server: Serve, 
     assert run.finish() == ExitCode.CONFIGURATION
     assert run.errors.splitlines()[-1] == (
         f"pascaline bench: --output: {folder} holds runs of another instance (context length: 8192, now 512); "
-        "name another folder, or measure with the settings that began it"
+        "name another folder, or measure with the settings of those runs"
     )
     assert (folder / "results.json").read_bytes() == before
 
@@ -198,7 +198,7 @@ def test_an_instance_that_cannot_start_is_reported_with_its_words(
         "pascaline bench: pascaline serve ended with exit code 5 (the engine failed while it loaded); its last line: "
     )
     assert "not enough memory on the device" in last
-    assert last.endswith(f"all of it is in {folder}/serve.log")
+    assert last.endswith(f"the whole log: {folder}/serve.log")
 
 
 def test_a_key_is_used_and_never_written_down(bench: Start, server: Serve, tmp_path: Path) -> None:

@@ -314,13 +314,13 @@ def test_the_plan_expects_less_than_the_roofline_and_more_than_the_guide(seven_b
 def test_without_card_or_model_the_report_says_what_is_missing(seven_billion: ModelSpec) -> None:
     experiment = Experiment(kind="batch", points=batch_points([1], "8", "8", 1), repeats=1, seed=1, timeout=1.0)
     for card, spec, note in (
-        (None, seven_billion, "no roofline: the server's card is the CPU, or is not known (--card names it)"),
+        (None, seven_billion, "no roofline: the server runs on the CPU, or its card is unknown (name it with --card)"),
         (
             load_card("cpu"),
             seven_billion,
-            "no roofline: the server's card is the CPU, or is not known (--card names it)",
+            "no roofline: the server runs on the CPU, or its card is unknown (name it with --card)",
         ),
-        (load_card("tesla-p4"), None, "no roofline: the model's file is not on this machine (--model names it)"),
+        (load_card("tesla-p4"), None, "no roofline: the model's file is not on this machine (name it with --model)"),
     ):
         assert reference(card, spec, None, "sglang", experiment)["note"] == note
 

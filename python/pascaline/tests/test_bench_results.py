@@ -140,7 +140,7 @@ def test_results_of_another_experiment_are_not_gone_on_with(tmp_path: Path) -> N
         create_or_resume(tmp_path, "batch", EXPERIMENT | {"seed": 2, "repeats": 9})
     assert str(caught.value) == (
         f"--output: {tmp_path} holds results of another experiment (repeats, seed differ); "
-        "name another folder, or repeat the command that began it"
+        "name another folder, or repeat the command that started them"
     )
 
 
@@ -192,7 +192,7 @@ def test_noise_is_called_noise(tmp_path: Path) -> None:
 
 def test_one_run_is_called_too_few(tmp_path: Path) -> None:
     found = verdicts(document_of(tmp_path / "a", 10.0), document_of(tmp_path / "b", 5.0))
-    assert set(found.values()) == {"unknown: one run says nothing of chance; use --repeats 3 or more"}
+    assert set(found.values()) == {"unknown: one run cannot show what is chance; use --repeats 3 or more"}
 
 
 def test_what_else_differs_is_said_above_the_table(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_report_shows_what_the_guide_expects_of_four_requests(tmp_path: Path) ->
     results.document["instance"] = {"server": {"model": "tiny"}, "start_seconds": 12.5}
     page = render(results.document)
     assert "<tr><td>from start to ready, s</td><td>12.5</td><td>10.0</td></tr>" in page
-    assert "Its latency of 200 ms does not say which one." in page
+    assert "The guide does not say which latency its 200 ms are." in page
     results.document["points"], results.document["instance"] = results.document["points"][:1], {}
     assert "guide expects" not in render(results.document)
 
@@ -376,7 +376,7 @@ def test_labels_of_marks_stay_inside_the_picture(x: float) -> None:
 
 def test_report_of_an_interrupted_benchmark_says_so(tmp_path: Path) -> None:
     document = results_in(tmp_path, ("batch 1", 10.0)).document
-    assert "Interrupted: these are the runs that were finished." in render(document)
+    assert "Interrupted: only the finished runs are shown." in render(document)
     assert "Interrupted" not in render(document | {"complete": True})
 
 

@@ -113,7 +113,7 @@ def test_what_is_no_address_of_an_api_is_refused(text: str) -> None:
 
 
 def test_a_port_that_is_no_number_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"^--url: 'host:x' is no URL: "):
+    with pytest.raises(ConfigurationError, match=r"^--url: 'host:x' is not a URL: "):
         parse_endpoint("host:x")
 
 
@@ -235,7 +235,7 @@ def test_an_answer_that_never_comes_ends_at_the_timeout() -> None:
         await read_request(reader)
         await asyncio.sleep(3600)
 
-    assert record_of(answer, timeout=0.2).error == "no whole answer within 0.2 s"
+    assert record_of(answer, timeout=0.2).error == "no complete answer within 0.2 s"
 
 
 def test_a_server_that_is_not_there_is_a_failure_and_no_crash() -> None:

@@ -59,8 +59,8 @@ def test_no_length_is_below_one(text: str, seed: int) -> None:
     [
         ("many", "--prompt-tokens: must be like 128, 64-256, normal:128:32 or lognormal:128:0.5, got 'many'"),
         ("-5", "--prompt-tokens: must be like 128, 64-256, normal:128:32 or lognormal:128:0.5, got '-5'"),
-        ("0", "--prompt-tokens: lengths must be at least 1 token and rise, got '0'"),
-        ("9-3", "--prompt-tokens: lengths must be at least 1 token and rise, got '9-3'"),
+        ("0", "--prompt-tokens: lengths must be at least 1 token and ascending, got '0'"),
+        ("9-3", "--prompt-tokens: lengths must be at least 1 token and ascending, got '9-3'"),
         (
             "normal:1.2.3:1",
             "--prompt-tokens: must be like 128, 64-256, normal:128:32 or lognormal:128:0.5, got 'normal:1.2.3:1'",

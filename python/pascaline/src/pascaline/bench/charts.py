@@ -57,7 +57,7 @@ def _token_latency(document: dict[str, Any]) -> str:
 
 
 def _with_references(document: dict[str, Any], key: str, title: str) -> str:
-    """Return a figure beside what the guide claims, the plan expects and the card allows."""
+    """Return a chart of one figure, with the guide's claim, the plan's estimate and the card's roofline beside it."""
     figure, entries = FIGURES[key], _measured(document, key)
     if not entries:
         return ""
@@ -124,7 +124,7 @@ def _quant_charts(document: dict[str, Any]) -> list[str]:
 
 
 def _quant_speed(document: dict[str, Any], names: list[str]) -> list[str]:
-    """Return tokens/s per type and batch size, with what the guide claims."""
+    """Return tokens/s per type and batch size, and the guide's claims."""
     by_name = {entry["name"]: entry["summary"] for entry in document["points"] if entry["summary"]}
     sizes = sorted({name.rpartition(" ")[2] for name in by_name}, key=int)
     series = []

@@ -1,4 +1,4 @@
-"""What others claim: the guide that this project grew out of, and published measurements. Shown beside results."""
+"""Figures that others publish: the guide that this project grew out of, and measurements. Shown beside results."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ GUIDE = "GPU Optimization Strategies (the guide), 7B model on a Tesla P4"
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One figure that somebody states."""
+    """One figure that a source claims."""
 
     kind: str
-    """Benchmark that it belongs to: batch, context, quant."""
+    """The benchmark: batch, context or quant."""
     axis: float | str
     """Batch size, or type of the weights."""
     key: str
@@ -58,7 +58,7 @@ class Anchor:
     card: str
     model: str
     weights_bytes: float
-    """Of the file."""
+    """Size of the model's file."""
     output_throughput: float
     source: str
 
@@ -73,5 +73,5 @@ ANCHORS = (
 
 
 def claims_for(kind: str, key: str) -> dict[float | str, float]:
-    """Return what the guide claims of one figure in one benchmark: axis -> value."""
+    """Return the guide's claims for one figure of one benchmark: axis -> value."""
     return {claim.axis: claim.value for claim in GUIDE_CLAIMS if claim.kind == kind and claim.key == key}

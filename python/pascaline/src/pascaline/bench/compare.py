@@ -1,8 +1,8 @@
-"""Which differences between two results are more than chance.
+"""Finds which differences between two results are more than chance.
 
-The unit is the run, as requests of one run share a server and are not independent: Welch's t-test on the figure of each
-run, corrected for the number of comparisons (Holm), so that two results of the same thing differ
-nowhere in 19 of 20 cases.
+The unit is the run, because the requests of one run share a server and are not independent. Welch's t-test compares the
+figures of the runs, and Holm's method corrects for the number of comparisons. Two results of the same thing therefore
+show no difference at all in 19 of 20 comparisons.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ COMPARED = (
     "tokens_per_joule",
 )
 LOAD = ("prompt_tokens", "output_tokens", "requests", "arrival")
-"""Fields of experiment.Point that decide what is sent besides the point's place on its axis."""
+"""Fields of experiment.Point, other than its place on the axis, that decide what is sent."""
 
 
 def compare(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Return the differences of all points that two results share.
+    """Return the differences at every point that both results have.
 
-    Raises ConfigurationError where they share none, or are of different kinds.
+    Raises ConfigurationError if they have no point in common, or come from different benchmarks.
     """
     if first["kind"] != second["kind"]:
         raise ConfigurationError(
@@ -55,7 +55,7 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 def comparison_table(differences: dict[str, Any]) -> str:
-    """Return the differences as text, those that are significant with their direction."""
+    """Return the differences as text; a significant one says which result is better."""
     lines = [f"not alike: {text}" for text in differences["unlike"]]
     table = [["", "", "A", "B", "B/A", "p", ""]]
     for row in differences["rows"]:
@@ -88,7 +88,7 @@ def _judge(rows: list[dict[str, Any]]) -> None:
 
 def _verdict(row: dict[str, Any]) -> str:
     if row["p_value"] is None:
-        return "unknown: one run says nothing of chance; use --repeats 3 or more"
+        return "unknown: one run cannot show what is chance; use --repeats 3 or more"
     if row["p_value"] >= 1 - CONFIDENCE:
         return "no significant difference"
     better = FIGURES[row["figure"]].better
@@ -99,7 +99,7 @@ def _verdict(row: dict[str, Any]) -> str:
 
 
 def _unlike(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Say what besides the measured values differs between the two."""
+    """Return what differs between the two instances and machines."""
     found = []
     for words, path in (
         ("model", ("instance", "server", "model")),
@@ -120,7 +120,7 @@ def _unlike(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
 
 
 def _unlike_loads(first: dict[str, Any], second: dict[str, Any], names: list[str]) -> list[str]:
-    """Say where requests of the same point differ: a point's name tells how many there were at once, not how long."""
+    """Return how the requests of the same point differ: a point's name gives their number, not their length."""
     found: dict[str, list[str]] = {}
     for name in names:
         a, b = _load_of(first, name), _load_of(second, name)
@@ -131,7 +131,7 @@ def _unlike_loads(first: dict[str, Any], second: dict[str, Any], names: list[str
 
 
 def _load_of(document: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the experiment's point of that name; bench quant puts the type of the weights before it."""
+    """Return the experiment's point of that name. bench quant puts the type of the weights in front of the name."""
     points: list[dict[str, Any]] = document["experiment"]["points"]
     return next((point for point in points if name == point["name"] or name.endswith(f" {point['name']}")), {})
 

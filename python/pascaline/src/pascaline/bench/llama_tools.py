@@ -1,4 +1,4 @@
-"""Quality of a GGUF file by llama.cpp's own llama-perplexity: perplexity, and KL divergence from a reference."""
+"""Quality of a GGUF file by llama.cpp's llama-perplexity: perplexity, and KL divergence from a reference."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 PROGRAM = "llama-perplexity"
 WINDOW_TOKENS = 512
-"""Tokens of one chunk; the second half of each is scored, as in llama.cpp's own tables."""
+"""Tokens in one chunk; the second half of each is scored, as in llama.cpp's published tables."""
 SCORE_BYTES = 2
-"""Of one token's probability in the reference file (tools/perplexity: 16-bit logarithms)."""
+"""Size of one token's probability in the reference file (tools/perplexity: 16-bit logarithms)."""
 ALL_LAYERS = 999
 LAST_LINES = 20
 
@@ -40,7 +40,7 @@ _STATISTICS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scoring:
-    """How quality is measured: the same for all types of one comparison."""
+    """How quality is measured; the same for all types in one comparison."""
 
     text: Path
     chunks: int
@@ -52,7 +52,7 @@ class Scoring:
 def score_reference(
     model: Path, scoring: Scoring, reference: Path, on_chunk: Callable[[int], None]
 ) -> dict[str, float]:
-    """Measure the model that others are compared with, and keep its probabilities in `reference`."""
+    """Measure the model that the others are compared with, and keep its probabilities in `reference`."""
     output = _run(model, scoring, ["--kl-divergence-base", str(reference)], on_chunk)
     match = _FINAL.search(output)
     if match is None:
@@ -61,7 +61,7 @@ def score_reference(
 
 
 def score(model: Path, scoring: Scoring, reference: Path, on_chunk: Callable[[int], None]) -> dict[str, float]:
-    """Measure a model against the reference: perplexity, KL divergence in nats, share of equal likeliest tokens."""
+    """Measure a model against the reference: perplexity, KL divergence in nats, share of equal top tokens."""
     output = _run(model, scoring, ["--kl-divergence-base", str(reference), "--kl-divergence"], on_chunk)
     found = {key: float(match[1]) for key, pattern in _STATISTICS.items() if (match := pattern.search(output))}
     if missing := sorted(_STATISTICS.keys() - found.keys()):
@@ -70,12 +70,12 @@ def score(model: Path, scoring: Scoring, reference: Path, on_chunk: Callable[[in
 
 
 def reference_bytes(chunks: int, vocab_size: int) -> int:
-    """Return the size of a reference file: each scored token's probabilities of the whole vocabulary."""
+    """Return the size of a reference file: the whole vocabulary's probabilities for each scored token."""
     return chunks * WINDOW_TOKENS // 2 * vocab_size * SCORE_BYTES
 
 
 def check_space(folder: Path, needed: int, purpose: str) -> None:
-    """Raise StorageError where a disk has too little room."""
+    """Raise StorageError if a disk has too little room."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StorageError(
@@ -105,7 +105,7 @@ def _run(model: Path, scoring: Scoring, arguments: Sequence[str], on_chunk: Call
 
 
 def _read(process: subprocess.Popen[bytes], on_chunk: Callable[[int], None]) -> str:
-    """Return all output; chunks are reported as they come, not by the line, as the program prints them in one."""
+    """Return all output. Report each chunk as it comes, not by line: the program prints them all in one line."""
     assert process.stdout is not None
     output = ""
     while data := os.read(process.stdout.fileno(), 65536):

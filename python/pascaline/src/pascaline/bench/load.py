@@ -1,4 +1,4 @@
-"""The load generator: sends requests as a workload says and records when each token arrived."""
+"""The load generator: sends the requests of a workload and records when each token arrived."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _END = b"[DONE]"
 
 @dataclass(slots=True)
 class Record:
-    """One request as it went. Times in seconds."""
+    """What happened to one request. Times in seconds."""
 
     started: float
-    """When it was sent, after the start of the run."""
+    """When it was sent, seconds after the start of the run."""
     prompt_tokens: int
     output_tokens: int = 0
-    """As the server counts them, else events with text."""
+    """As the server counts them; without its count, the number of events with text."""
     late: float = 0.0
-    """How long after its arrival time it was sent: what the generator itself was late."""
+    """Seconds from its arrival time until it was sent: the generator's own delay."""
     ttft: float | None = None
     """Time to first token."""
     e2e: float | None = None
-    """Until the answer was whole."""
+    """From sending until the whole answer had arrived."""
     itl: list[float] = field(default_factory=list)
-    """Gaps between events with text; each is a token, unless the server sends several at once."""
+    """Gaps between events with text. Each event is one token, unless the server sends several together."""
     error: str | None = None
 
     @property
@@ -52,17 +52,17 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The outcome of one run of the generator."""
+    """The result of one run of the generator."""
 
     records: list[Record]
     seconds: float
     """From the first request to the end of the last."""
     cpu_seconds: float
-    """CPU time of this process meanwhile, progress display included."""
+    """CPU time of this process during the run, progress display included."""
 
 
 class _Answer:
-    """Takes in the events of one answer."""
+    """Collects the events of one answer."""
 
     def __init__(self, record: Record, sent: float) -> None:
         self._record = record
@@ -89,7 +89,7 @@ class _Answer:
         self._last = now
 
     def finish(self) -> None:
-        """Record the end: the last event with text, as the events after it carry no token."""
+        """Record the end: the last event with text, because the events after it carry no token."""
         if self._last is None:
             raise StreamError("the answer had no text")
         self._record.e2e = self._last - self._sent
@@ -98,7 +98,7 @@ class _Answer:
 
 
 async def send(endpoint: Endpoint, model: str, request: Request, began: float, timeout: float) -> Record:
-    """Send one request and wait for its answer; errors are part of the record. began: perf_counter of the run."""
+    """Send one request and wait for its answer; an error becomes part of the record. began: perf_counter of the run."""
     sent = time.perf_counter()
     record = Record(sent - began, request.prompt_tokens)
     if request.at is not None:
@@ -113,7 +113,7 @@ async def send(endpoint: Endpoint, model: str, request: Request, began: float, t
 
 
 def completion_body(model: str, request: Request) -> dict[str, Any]:
-    """Return a request for exactly so many tokens, the likeliest each time."""
+    """Return a greedy request for exactly the wanted number of tokens."""
     return {
         "model": model,
         "prompt": request.prompt,
@@ -134,7 +134,7 @@ async def run_load(
     timeout: float,
     on_done: OnDone = lambda _: None,
 ) -> Load:
-    """Send all requests: each at its arrival time, or, where they have none, `concurrency` of them at any time."""
+    """Send all requests: each at its arrival time or, if they have none, `concurrency` of them at any time."""
     cpu, began = time.process_time(), time.perf_counter()
 
     async def one(request: Request) -> Record:

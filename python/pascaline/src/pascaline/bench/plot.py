@@ -1,4 +1,4 @@
-"""Charts as SVG text: lines with intervals, and bars. Written out because a report must need no other program.
+"""Charts as SVG text: lines with intervals, and bars. Written by hand because a report must need no other program.
 
 Each chart carries its own style, follows the reader's light or dark setting, and gives every value as a tooltip.
 """
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 40, 52
-"""Margins around the area of the data, pixels."""
+"""Margins around the plot area, pixels."""
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2")
-"""Told apart by most colour-blind people, on light and on dark ground."""
+"""Most colour-blind people can tell these apart, on a light and on a dark background."""
 LEGEND_ROW = 16
 LEGEND_COLUMNS, LONG_NAME = 3, 22
-"""Names of the legend in a row; two where one has more characters than fit a third of the width."""
+"""Names of the legend in a row; two if one has more characters than fit a third of the width."""
 LABEL_ROOM = 1.06
-"""Highest tick over highest value at least: room for what is written above it."""
+"""Least ratio of the highest tick to the highest value: leaves room for what is written above it."""
 MAX_TICKS = 6
 NARROW_BAR = 32.0
-"""Pixels under which a value above a bar is written smaller."""
+"""If a bar is narrower than this, the value above it is written smaller. Pixels."""
 
 _STYLE = """
 svg.chart { font: 12px system-ui, sans-serif; background: #fff; color: #1f2937; }
@@ -45,7 +45,7 @@ class Mark:
     low: float | None = None
     high: float | None = None
     label: str = ""
-    """Written beside it."""
+    """Text beside the mark."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,14 @@ class Series:
     name: str
     marks: Sequence[Mark]
     dashed: bool = False
-    """For what was not measured: claims, estimates, limits."""
+    """For values that were not measured: claims, estimates, limits."""
     joined: bool = True
     """Whether a line joins the marks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """What a chart shows."""
+    """The content of a chart."""
 
     title: str
     x_title: str
@@ -82,7 +82,7 @@ def line_chart(chart: Chart) -> str:
 
 
 def bar_chart(chart: Chart) -> str:
-    """Return the chart with a bar for each value, those of a category beside each other."""
+    """Return the chart with a bar for each value; the bars of one category stand side by side."""
     area = _Area(chart)
     parts = [*area.frame()]
     slot = (WIDTH - LEFT - RIGHT) / max(1, len(chart.categories))
@@ -98,7 +98,7 @@ def bar_chart(chart: Chart) -> str:
 
 
 class _Area:
-    """The area of the data: from values to pixels."""
+    """The plot area: converts values to pixels."""
 
     def __init__(self, chart: Chart) -> None:
         self._chart = chart
@@ -191,7 +191,7 @@ def _series(area: _Area, series: Series, colour: str) -> list[str]:
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{colour}"><title>{tip}</title></circle>'
         )
         if mark.label:
-            # Towards the middle, so that it stays inside the picture.
+            # Towards the middle, so that the text stays inside the picture.
             is_left = x < (LEFT + WIDTH - RIGHT) / 2
             parts.append(_text(x + 8 if is_left else x - 8, y - 6, mark.label, "start" if is_left else "end"))
     return parts
@@ -233,7 +233,7 @@ def number(value: float) -> str:
 
 
 def pareto_front(points: Sequence[Mark], better: Callable[[Mark, Mark], bool]) -> list[Mark]:
-    """Return the marks that no other beats, by ascending x."""
+    """Return the marks that no other mark beats, by ascending x."""
     front = [mark for mark in points if not any(better(other, mark) for other in points if other is not mark)]
     return sorted(front, key=lambda mark: mark.x)
 

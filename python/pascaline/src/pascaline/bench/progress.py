@@ -1,4 +1,4 @@
-"""What a person sees while a benchmark runs: a bar where there is a terminal, else a line for each run."""
+"""What a person sees while a benchmark runs: a bar on a terminal, otherwise a line for each run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 BAR_CELLS = 24
 RENEW_SECONDS = 0.5
-"""How often the bar is drawn at most: drawing is part of the CPU time that is measured."""
+"""Least time between two drawings of the bar: drawing is part of the CPU time that is measured."""
 _SHOWN = ("output_throughput", "ttft_p50", "itl_p50", "error_ratio")
 
 
 class Progress:
-    """One line at the bottom, renewed in place."""
+    """One line at the bottom, redrawn in place."""
 
     def __init__(self, steps: int, stream: TextIO | None = None) -> None:
-        """steps: runs in all, for the bar. stream: None = standard error."""
+        """steps: number of runs, for the bar. stream: None = standard error."""
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._steps = max(1, steps)
@@ -31,14 +31,14 @@ class Progress:
         self._waited_for = ""
 
     def say(self, text: str) -> None:
-        """Write a line that stays."""
+        """Write a line that stays visible."""
         self._clear()
         self._stream.write(f"{text}\n")
         self._draw(force=True)
         self._stream.flush()
 
     def waiting(self, seconds: float, state: str) -> None:
-        """Show that the instance is being started."""
+        """Show that the instance is starting."""
         if self._terminal:
             self._label = f"starting the instance: {state}, {seconds:.0f} s"
             self._draw()
@@ -47,7 +47,7 @@ class Progress:
             self.say(f"starting the instance: {state}")
 
     def skipped(self, runs: int) -> None:
-        """Count runs that are not made."""
+        """Count runs that are left out."""
         self._done += runs
 
     def running(self, label: str, share: float) -> None:
@@ -68,7 +68,7 @@ class Progress:
         self.say(f"{label}: {', '.join(shown)}")
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._clear()
         self._terminal = False
         self._stream.flush()

@@ -1,7 +1,7 @@
-"""Types of weights compared: size, planned and measured memory, quality, speed, for each type from F16 to Q3_K.
+"""Compares types of weights from F16 to Q3_K: size, planned and measured memory, quality and speed of each.
 
-Files are made by llama.cpp's llama-quantize from one source, scored by its llama-perplexity on one text, and served one
-after the other by the engine that the settings name. A type that is done is not done again after an interruption.
+llama.cpp's llama-quantize makes the files from one source and its llama-perplexity scores them on one text. The engine
+that the settings name then serves them one after the other. A later call skips the types that are already done.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ if TYPE_CHECKING:
 
 DEFAULT_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q3_K_S")
 NF4 = "NF4"
-"""bitsandbytes' 4-bit type, which only SGLang serves."""
+"""bitsandbytes' 4-bit type. Only SGLang serves it."""
 BITSANDBYTES = "bitsandbytes==0.49.2"
-"""Not among the locked packages: 180 MB for one method. Has code for 6.0 with CUDA 12.6; SGLang asks for 0.46.1."""
+"""Not a locked package: 180 MB for one method. With CUDA 12.6 it has code for sm_60; SGLang asks for 0.46.1."""
 REFERENCE_TYPE = "F16"
 _PRECISE = {"F32", "F16", "BF16"}
 PRECISE_BYTES = 2
-"""Of a weight in the reference that is made."""
+"""Bits per weight in the reference that is made."""
 MODELS_FOLDER = "models"
 SERVED_REFERENCE = "served.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What is compared, and how."""
+    """What to compare, and how."""
 
     types: tuple[str, ...]
     sizes: tuple[int, ...]
     """Concurrent requests of the speed measurement."""
     chunks: int
-    """Of llama_tools.WINDOW_TOKENS tokens, of the text that ships."""
+    """Number of chunks, each of llama_tools.WINDOW_TOKENS tokens of the shipped text."""
     prompt_tokens: str
     output_tokens: str
     requests: int | None
@@ -79,7 +79,7 @@ class Comparison:
 
 
 def run_quant(target: Target, comparison: Comparison, folder: Path) -> Results:
-    """Compare the types; what an earlier call left in the folder is kept."""
+    """Compare the types; keep what an earlier call left in the folder."""
     path, name = store.locate(target.configuration.settings)
     results = create_or_resume(folder, "quant", asdict(comparison.experiment()) | _identity(comparison, name))
     progress = Progress(len(comparison.types) * (1 + comparison.repeats * len(comparison.sizes)))
@@ -93,12 +93,12 @@ def run_quant(target: Target, comparison: Comparison, folder: Path) -> Results:
 
 
 def _identity(comparison: Comparison, name: str) -> dict[str, Any]:
-    """Return what decides the results besides the requests."""
+    """Return what decides the results, except the requests."""
     return {"types": list(comparison.types), "chunks": comparison.chunks, "model": name}
 
 
 class _Quant:
-    """One comparison under way."""
+    """One comparison in progress."""
 
     def __init__(
         self, target: Target, comparison: Comparison, results: Results, progress: Progress, path: Path, name: str
@@ -130,7 +130,7 @@ class _Quant:
         }
         document["reference"] = reference(self._card, None, None, "", self._comparison.experiment())
         self._require()
-        self._results.save()  # files are made and scored for minutes before there is a result to be gone on with
+        self._results.save()  # making and scoring files takes minutes before the first result exists
         self._models.mkdir(exist_ok=True)
         for kind in self._comparison.types:
             self._measure(kind)
@@ -140,7 +140,7 @@ class _Quant:
             (self._results.folder / SERVED_REFERENCE).unlink(missing_ok=True)
 
     def _require(self) -> None:
-        """Raise MissingError or StorageError before an hour of work where it could not be ended."""
+        """Raise MissingError or StorageError at once if the comparison could not be finished; it takes an hour."""
         kinds = [kind for kind in self._comparison.types if kind != NF4 and not self._is_done(kind, self._entry(kind))]
         for tool in ("quantize", "perplexity") if kinds else ():
             self._comparison.tools.command(tool)
@@ -150,17 +150,17 @@ class _Quant:
             self._require_space()
 
     def _require_space(self) -> None:
-        """Ask for room for the reference's probabilities, and for its file where that is to be made."""
+        """Check the room for the reference's probabilities and, if the reference is still to be made, for its file."""
         scores = llama_tools.reference_bytes(self._comparison.chunks, self._spec.vocab_size)
         is_here = self._spec.file_type in _PRECISE or self._made_file(REFERENCE_TYPE).exists()
         file = 0 if is_here else PRECISE_BYTES * self._spec.n_parameters
-        # A folder's conversion stands beside the file that is made of it.
+        # The conversion of a folder lies beside the file that is made from it.
         needed = file + max(scores, file if self._spec.format == "safetensors" else 0)
         llama_tools.check_space(self._results.folder, needed, "measuring quality")
 
     def _measure(self, kind: str) -> None:
         entry = self._entry(kind)
-        entry.pop("skipped", None)  # what was missing may be here now
+        entry.pop("skipped", None)  # a missing program may have been installed since
         reason = self._reason_to_skip(kind)
         if reason is not None:
             entry["skipped"] = reason
@@ -179,7 +179,7 @@ class _Quant:
         self._results.save()
         self._progress.skipped(1)
         self._speed(kind, model, entry)
-        # The user's own file may be one of the types, and the reference is the source of all others.
+        # Keep the user's own file, which may be one of the types, and the reference, the source of all others.
         if model.parent == self._models and kind != REFERENCE_TYPE and not self._comparison.keep_models:
             _remove(model)
 
@@ -213,13 +213,13 @@ class _Quant:
     # --- files
 
     def _file(self, kind: str) -> Path:
-        """Return the model in a type, made where it is missing."""
+        """Return the model in a type; make it if it is missing."""
         if kind == self._spec.file_type:
             return self._source
         file = self._made_file(kind)
         if not file.exists():
             source = self._source if kind == REFERENCE_TYPE else self._precise_file()
-            # That it works is what the measurement shows.
+            # The measurement shows whether it works.
             options = Options(tools=self._comparison.tools, allow_requantize=True, verify=False)
             quantize(source, kind, file, options=options, on_step=self._on_step)
         return file
@@ -228,7 +228,7 @@ class _Quant:
         return self._models / f"{self._name}-{kind}.gguf"
 
     def _precise_file(self) -> Path:
-        """Return what other types are made from and compared with: the source if it is precise, else its F16."""
+        """Return the file that the others are made from and compared with: the source if precise, otherwise its F16."""
         return self._source if self._spec.file_type in _PRECISE else self._file(REFERENCE_TYPE)
 
     def _on_step(self, what: str, done: int, total: int) -> None:
@@ -296,13 +296,13 @@ class _Quant:
                 with instance.gpu(target.exporter) as gpu:
                     Runner(instance, prompts, gpu, self._progress, experiment).measure(self._results, f"{kind} ")
         except EngineError as error:
-            # A type that the engine cannot serve must not cost the others.
+            # A type that the engine cannot serve must not stop the others.
             entry["skipped"] = str(error)
             self._progress.say(f"{kind}: not served: {error}")
         self._note_memory(names, entry)
 
     def _served_quality(self, kind: str, entry: dict[str, Any], instance: Instance, prompts: Prompts) -> None:
-        """Score the text by the engine itself, where it is SGLang; the F16 of this comparison is the reference."""
+        """If the engine is SGLang, let it score the text itself; the F16 of this comparison is the reference."""
         if instance.server.engine != "sglang" or prompts.tokens is None or "served_perplexity" in entry:
             return
         chunks, file = self._comparison.chunks, self._results.folder / SERVED_REFERENCE
@@ -338,7 +338,7 @@ class _Quant:
         if plan is not None:
             entry["planned_bytes"] = plan["total_bytes"]
             if kind == NF4:
-                # Its file is the 16-bit one; what it becomes in memory is the plan's to say.
+                # Its file is the 16-bit one; the plan knows its size in memory.
                 entry["bits_per_weight"] = 8 * plan["weights_bytes"] / self._spec.n_parameters
             spec = read_model(self._file(kind)) if kind != NF4 else None
             expected = reference(self._card, spec, plan, instance.server.engine, self._comparison.experiment())
@@ -347,7 +347,7 @@ class _Quant:
         self._results.save()
 
     def _note_memory(self, names: list[str], entry: dict[str, Any]) -> None:
-        """Keep the most memory of all points: of the GPU, or of the engine's processes where there is none."""
+        """Keep the highest memory use of all points: of the GPU or, without one, of the engine's processes."""
         for key in ("gpu_memory_bytes", "host_memory_bytes"):
             summaries = [self._results.entry(name)["summary"] for name in names]
             values = [summary[key]["value"] for summary in summaries if key in summary]
@@ -359,13 +359,13 @@ class _Quant:
 
 
 def default_types(settings: Settings) -> tuple[str, ...]:
-    """Return the types where the user names none: NF4 too for what SGLang can quantise while it loads."""
+    """Return the types if the user names none; with NF4 if SGLang can quantise the model while it loads."""
     is_folder = settings.engine == "sglang" and Path(settings.model).expanduser().is_dir()
     return (*DEFAULT_TYPES, NF4) if is_folder else DEFAULT_TYPES
 
 
 def check_types(types: tuple[str, ...]) -> None:
-    """Raise ConfigurationError for a type that is not known."""
+    """Raise ConfigurationError for an unknown type."""
     known = {*DEFAULT_TYPES, NF4, "Q3_K_L", "Q4_K_S", "Q5_K_S", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K"}
     if unknown := [kind for kind in types if kind not in known]:
         raise ConfigurationError(f"--types: unknown type {unknown[0]!r}, must be one of: {', '.join(sorted(known))}")
@@ -378,7 +378,7 @@ def _remove(model: Path) -> None:
 
 
 def _size_of(spec: ModelSpec) -> dict[str, Any]:
-    """Return the size of a file, and of its weights by the type that each tensor really has."""
+    """Return the size of a file and the number of bits per weight, by each tensor's actual type."""
     by_type: dict[str, int] = {}
     for tensor in spec.tensors:
         by_type[tensor.tensor_type] = by_type.get(tensor.tensor_type, 0) + tensor.n_bytes

@@ -1,4 +1,4 @@
-"""What a result is held against: the card's roofline, the plan's estimate, and what the guide claims."""
+"""What a result is compared with: the card's roofline, the plan's estimate, and the guide's claims."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """How the engine computes, as far as it decides bytes and operations."""
+    """How the engine computes; only what decides bytes and operations."""
 
     engine: str
     dtype: str
@@ -35,9 +35,9 @@ class Setting:
 def reference(
     card: Card | None, spec: ModelSpec | None, plan: Mapping[str, Any] | None, engine: str, experiment: Experiment
 ) -> dict[str, Any]:
-    """Return per point what theory allows and what the plan expects; what is missing is said in `note`.
+    """Return for each point the roofline and the plan's estimate; `note` says what is missing.
 
-    card: None where the server's card is not known. plan: that the instance was started with, if any.
+    card: None if the server's card is unknown. plan: the plan that the instance was started with, if any.
     """
     found: dict[str, Any] = {
         "card": card.name if card else None,
@@ -46,16 +46,16 @@ def reference(
         "points": {},
     }
     if card is None or "bandwidth_bytes_per_second" not in card.facts:
-        return found | {"note": "no roofline: the server's card is the CPU, or is not known (--card names it)"}
+        return found | {"note": "no roofline: the server runs on the CPU, or its card is unknown (name it with --card)"}
     if spec is None:
-        return found | {"note": "no roofline: the model's file is not on this machine (--model names it)"}
+        return found | {"note": "no roofline: the model's file is not on this machine (name it with --model)"}
     setting = setting_of(plan, engine)
     points = {point.name: _expectation(card, spec, setting, point) for point in experiment.points}
     return found | {"points": points, "note": None}
 
 
 def setting_of(plan: Mapping[str, Any] | None, engine: str) -> Setting:
-    """Return how an instance computes, by its plan; as the profiles of the cards say where there is none."""
+    """Return how an instance computes, by its plan; without a plan, by the profiles of the cards."""
     known = plan or {}
     return Setting(
         engine="llama.cpp" if engine == "llama.cpp" else "sglang",
@@ -66,7 +66,7 @@ def setting_of(plan: Mapping[str, Any] | None, engine: str) -> Setting:
 
 
 def find_card(name: str | None, gpus: list[str], plan: Mapping[str, Any] | None = None) -> Card | None:
-    """Return the card of a profile's name, else that which the instance's plan was made for, else the first GPU's."""
+    """Return the card with a profile's name; without a name, the plan's card; without a plan, the first GPU's card."""
     planned_for = (plan or {}).get("card")
     if name is not None or planned_for in card_names():
         return load_card(name or str(planned_for))
@@ -77,7 +77,7 @@ def _expectation(card: Card, spec: ModelSpec, setting: Setting, point: Point) ->
     prompt = parse_lengths("prompt_tokens", point.prompt_tokens).typical
     output = parse_lengths("output_tokens", point.output_tokens).typical
     if point.concurrency is None:
-        # Requests that arrive by themselves are served no faster than they come.
+        # Requests with arrival times are never served faster than they arrive.
         return {}
     return {
         "roofline": {"output_throughput": roofline(card, spec, setting, point.concurrency, prompt, output)},
@@ -101,10 +101,10 @@ def roofline(card: Card, spec: ModelSpec, setting: Setting, batch: int, prompt: 
 
 
 def planned(card: Card, spec: ModelSpec, setting: Setting, batch: int, prompt: int, output: int) -> dict[str, float]:
-    """Return the planner's expectation: memory if started for this point, and speed."""
+    """Return the planner's estimate: memory if started for this point, and speed."""
     plan = make_plan(spec, card, _request(card, setting, batch, prompt + output))
     found = {"gpu_memory_bytes": float(plan.total_bytes)}
-    # The planner's decode rate is for half of the context, which here is the mean of what is cached.
+    # The planner's decode rate is at half of the context, which is the mean cached length here.
     decode = make_plan(spec, card, _request(card, setting, batch, 2 * prompt + output)).speed
     prefill = make_plan(spec, card, _request(card, setting, 1, prompt)).speed
     if decode is not None and prefill is not None:

@@ -1,4 +1,4 @@
-"""Results as one HTML file that needs nothing else: no script, no font, no picture from outside."""
+"""Results as one HTML file that loads nothing: no script, font or picture from outside."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_report(results: Results) -> Path:
 
 
 def write_page(path: Path, documents: Sequence[dict[str, Any]]) -> None:
-    """Write one page of several results."""
+    """Write one page with several results."""
     try:
         path.write_text(render(*documents), encoding="utf-8")
     except OSError as error:
@@ -83,7 +83,7 @@ def _section(document: dict[str, Any]) -> list[str]:
 
 
 def _incomplete(document: dict[str, Any]) -> str:
-    return "" if document["complete"] else "<p><strong>Interrupted: these are the runs that were finished.</strong></p>"
+    return "" if document["complete"] else "<p><strong>Interrupted: only the finished runs are shown.</strong></p>"
 
 
 def _model_words(document: dict[str, Any]) -> str:
@@ -142,7 +142,7 @@ def _held_against(document: dict[str, Any]) -> list[str]:
     expected = [["", "measured", "guide expects"]]
     expected += [[html.escape(row.name), f"{row.measured:.1f}", f"{row.claim:.1f}"] for row in expectations(document)]
     if len(expected) > 1:
-        notes.append("Its latency of 200 ms does not say which one.")
+        notes.append("The guide does not say which latency its 200 ms are.")
     return [
         "<h2>Held against</h2>",
         _table(rows),

@@ -1,4 +1,4 @@
-"""The results of a benchmark as one JSON file, written after every run, so that nothing measured is ever lost."""
+"""The results of a benchmark as one JSON file, written after every run so that no measurement is lost."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from pascaline.errors import ConfigurationError, StorageError
 from pascaline.redaction import redact_all
 
 SCHEMA = 1
-"""Version of the document; a reader refuses another."""
+"""Version of the document; readers refuse any other."""
 FILE_NAME = "results.json"
 REPORT_NAME = "report.html"
 
 
 class Results:
-    """A results file and what it holds."""
+    """A results file and its content."""
 
     def __init__(self, folder: Path, document: dict[str, Any]) -> None:
-        """Use `create_or_resume` or `load`."""
+        """Do not call this; use `create_or_resume` or `load`."""
         self.folder = folder
         self.document = document
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """Path of the file."""
         return self.folder / FILE_NAME
 
     @property
     def kind(self) -> str:
-        """Which benchmark."""
+        """Name of the benchmark."""
         return str(self.document["kind"])
 
     def entry(self, name: str) -> dict[str, Any]:
-        """Return the entry of a point, which is made where it is missing."""
+        """Return the entry of a point; make it if it is missing."""
         points: list[dict[str, Any]] = self.document["points"]
         for entry in points:
             if entry["name"] == name:
@@ -53,7 +53,7 @@ class Results:
         return [Run.from_json(run) for run in self.entry(name)["runs"]]
 
     def add_run(self, name: str, run: Run) -> None:
-        """Keep a run, on disk too."""
+        """Keep a run and write it to disk."""
         entry = self.entry(name)
         entry["runs"].append(run.to_json())
         entry["summary"] = summarize(self.runs(name))
@@ -61,12 +61,12 @@ class Results:
         self.save()
 
     def skip(self, name: str, reason: str) -> None:
-        """Note that a point cannot be measured."""
+        """Record why a point cannot be measured."""
         self.entry(name)["skipped"] = reason
         self.save()
 
     def save(self) -> None:
-        """Write the file in one step."""
+        """Write the file in one step: readers never see half of it."""
         self.document["updated"] = time.time()
         partial: Path | None = None
         try:
@@ -86,7 +86,7 @@ class Results:
 def create_or_resume(folder: Path, kind: str, experiment: dict[str, Any]) -> Results:
     """Return new results, or those that an interrupted run of the same experiment left in the folder.
 
-    Raises ConfigurationError where the folder holds results of another experiment.
+    Raises ConfigurationError if the folder holds results of another experiment.
     """
     if (folder / FILE_NAME).exists():
         results = load(folder)
@@ -125,12 +125,12 @@ def load(place: Path) -> Results:
 
 
 def _check_same(results: Results, kind: str, experiment: dict[str, Any]) -> None:
-    # As it was written: JSON has lists where there were tuples.
+    # Compare what JSON can hold: it has lists instead of tuples.
     wanted = {"kind": kind} | json.loads(json.dumps(experiment))
     found = {"kind": results.kind} | results.document["experiment"]
     different = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
     if different:
         raise ConfigurationError(
             f"--output: {results.folder} holds results of another experiment ({', '.join(different)} differ); "
-            "name another folder, or repeat the command that began it"
+            "name another folder, or repeat the command that started them"
         )

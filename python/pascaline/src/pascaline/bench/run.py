@@ -1,4 +1,4 @@
-"""One run: the same requests sent once, and what was read of the machine meanwhile; to and from JSON."""
+"""One run: the answers to its requests and the readings of the machine during it; to and from JSON."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any
 from pascaline.bench.load import Record
 
 _TIME_DIGITS = 6
-"""Microseconds: finer than a network's jitter."""
+"""Digits kept of a time in seconds: microseconds, finer than a network's jitter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One reading of the machine; None where it has no such thing."""
+    """One reading of the machine; None if the machine cannot report the value."""
 
     at: float
     """Seconds after the start of the run."""
     gpu_memory_bytes: float | None = None
-    """Memory in use on the engine's GPU, whoever holds it."""
+    """Memory in use on the engine's GPU, by all processes."""
     gpu_utilization_ratio: float | None = None
     power_watts: float | None = None
     host_memory_bytes: float | None = None
-    """Resident main memory of the engine's processes; what they share counts once."""
+    """Resident main memory of the engine's processes; shared memory counts once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """All of one run."""
+    """Everything recorded in one run."""
 
     seed: str
     started: float

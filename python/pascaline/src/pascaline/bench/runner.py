@@ -1,4 +1,4 @@
-"""Carries an experiment out on one instance: warm-up, runs, readings; what an interrupted one has is not done again."""
+"""Runs an experiment on one instance: warm-up, runs, readings. Points that are already measured are skipped."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Runner:
     def __init__(
         self, instance: Instance, prompts: Prompts, gpu: GpuSource | None, progress: Progress, experiment: Experiment
     ) -> None:
-        """gpu: None leaves the GPU's figures out."""
+        """gpu: None leaves out the GPU's figures."""
         self._instance = instance
         self._prompts = prompts
         self._sampler = Sampler(gpu, instance.engine_pid)
@@ -36,7 +36,7 @@ class Runner:
         self._experiment = experiment
 
     def measure(self, results: Results, prefix: str = "") -> None:
-        """Measure every point that the results lack. prefix: of the points' names in the results."""
+        """Measure every point that the results lack. prefix: put before the points' names in the results."""
         for point in self._experiment.points:
             name = prefix + point.name
             reason = reason_to_skip(point, self._instance.server)

@@ -1,4 +1,4 @@
-"""What the machine does while a run goes on: GPU by NVML or an exporter's page, main memory of the engine by /proc."""
+"""Reads the machine during a run: GPUs by NVML or an exporter's page, the engine's main memory by /proc."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 INTERVAL_SECONDS = 0.5
 PAGE_TIMEOUT_SECONDS = 2.0
-# Of a sample -> of the exporter, and the factor from one to the other.
+# Field of a Sample -> metric of the exporter, and the factor from the metric to the field.
 _SERIES = {
     "gpu_memory_bytes": ("nvidia_gpu_memory_used_bytes", 1.0),
     "gpu_utilization_ratio": ("nvidia_gpu_utilization_gpu", 0.01),
@@ -34,24 +34,24 @@ _READERS = {family.name: family.samples[0].value for family in FAMILIES if famil
 
 
 class GpuSource(Protocol):
-    """Something that tells what a GPU does."""
+    """Something that reports the state of a GPU."""
 
     def read(self, pids: Sequence[int]) -> dict[str, float]:
-        """Return fields of a Sample; pids: of the engine, to tell which GPU is meant."""
+        """Return fields of a Sample. pids: the engine's processes, which show the GPU to read."""
 
     def close(self) -> None:
-        """Give up what it holds."""
+        """Release what the source holds."""
 
 
 class LocalGpu:
     """NVML on this machine."""
 
     def __init__(self) -> None:
-        """Nothing is read before `read`."""
+        """Read nothing before the first `read`."""
         self._reader = Reader()
 
     def read(self, pids: Sequence[int]) -> dict[str, float]:
-        """Read the GPUs that the engine uses, all together; the first one where that cannot be told."""
+        """Read the GPUs that the engine uses, added up; if they cannot be found, the first GPU."""
         devices = [device for device in self._reader.read().devices if device.status is DeviceStatus.OK]
         used = [device for device in devices if _processes(device) & set(pids)] or devices[:1]
         readings = [_device_fields(device) for device in used]
@@ -66,11 +66,11 @@ class ExporterGpu:
     """The page of `pascaline exporter`, for a server on another machine."""
 
     def __init__(self, url: str) -> None:
-        """url: of the page."""
+        """url: address of the page."""
         self._url = url
 
     def read(self, pids: Sequence[int]) -> dict[str, float]:  # noqa: ARG002 - another machine's processes
-        """Read the first GPU of the page; nothing where no page came."""
+        """Read the first GPU of the page; return nothing if the page cannot be read."""
         try:
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
             with opener.open(self._url, timeout=PAGE_TIMEOUT_SECONDS) as answer:
@@ -88,10 +88,10 @@ class ExporterGpu:
 
 
 class Sampler:
-    """Reads in a thread until it is left; a source that fails costs its values, never the run."""
+    """Reads in a thread until its block ends. A source that fails loses its values, never the run."""
 
     def __init__(self, gpu: GpuSource | None, engine_pid: Callable[[], int | None]) -> None:
-        """engine_pid: the engine's first process, asked each time, since an engine may be restarted."""
+        """engine_pid: returns the engine's first process. It is called each time, because an engine may restart."""
         self._gpu = gpu
         self._engine_pid = engine_pid
         self._began = 0.0
@@ -114,7 +114,7 @@ class Sampler:
 
     @property
     def samples(self) -> list[Sample]:
-        """What was read since it was last entered."""
+        """The samples since the block was last entered."""
         return self._samples
 
     def _work(self) -> None:
@@ -128,7 +128,7 @@ class Sampler:
 
 
 def family(pid: int | None, proc: Path = Path("/proc")) -> list[int]:
-    """Return a process and its descendants; empty where there is none."""
+    """Return a process and its descendants; empty if there are none."""
     if pid is None:
         return []
     tasks = (proc / str(pid) / "task").glob("*/children")
@@ -137,10 +137,10 @@ def family(pid: int | None, proc: Path = Path("/proc")) -> list[int]:
 
 
 def host_memory_bytes(pids: Iterable[int], proc: Path = Path("/proc")) -> float | None:
-    """Return the resident memory of processes together, None where none can be read.
+    """Return the resident memory of the processes together; None if none can be read.
 
-    What they may share (files, shared memory) counts as much as one of them has of it. The kernel's exact account
-    (smaps_rollup) would cost tens of milliseconds a reading.
+    Memory that they may share (files, shared memory) counts once, as the largest share of any one process. The kernel's
+    exact account (smaps_rollup) would take tens of milliseconds a reading.
     """
     resident = [
         tuple(int(word) * _PAGE_BYTES for word in words[1:3])
@@ -174,7 +174,7 @@ def _device_fields(device: DeviceReading) -> dict[str, float]:
 
 
 def _together(readings: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Add memory and power of several GPUs; utilisation is their mean."""
+    """Add the memory and power of several GPUs; utilisation is their mean."""
     if not readings:
         return {}
     keys = set.intersection(*map(set, readings))

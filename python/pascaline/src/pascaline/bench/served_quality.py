@@ -1,8 +1,8 @@
-"""Quality of a model as SGLang serves it, by the log-probabilities that it returns for a prompt.
+"""Quality of a model as SGLang serves it, from the log-probabilities that it returns for a prompt.
 
-It measures the engine's own arithmetic, and what no other tool reads (bitsandbytes). Windows and scored tokens are
-those of llama-perplexity. SGLang returns the likeliest tokens of each place, not the whole vocabulary, so the
-divergence is of distributions in which all other tokens are one: never more than the true one.
+This measures the engine's own arithmetic, and types that no other tool reads (bitsandbytes). Windows and scored tokens
+are those of llama-perplexity. SGLang returns the likeliest tokens of each place, not the whole vocabulary, so the
+divergence treats all other tokens as one outcome: it is at most the true one.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from pascaline.bench.stream import Endpoint
 
 TOP_TOKENS = 32
-"""Likeliest tokens that are asked for at each place."""
+"""Number of likeliest tokens to ask for at each place."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What a server thought of a text, token by token."""
+    """A server's log-probabilities for a text, token by token."""
 
     logprobs: list[float]
-    """Of the token that follows."""
+    """Log-probability of the token that follows."""
     tops: list[dict[int, float]]
     """Log-probabilities of the likeliest tokens, likeliest first."""
 
@@ -71,7 +71,7 @@ def score_server(
 
 
 def compare_scores(reference: Scores, other: Scores) -> dict[str, float]:
-    """Return the divergence from the reference, at least (nats per token), and the share of equal likeliest tokens."""
+    """Return a lower bound of the divergence (nats per token), and the share of equal top tokens."""
     pairs = list(zip(reference.tops, other.tops, strict=True))
     return {
         "served_kl_least": fmean(_divergence(p, q) for p, q in pairs),
@@ -91,7 +91,7 @@ def _score_window(endpoint: Endpoint, window: list[int]) -> Scores | None:
     facts: Any = answer.get("meta_info") if status == 200 and isinstance(answer, dict) else None
     if not facts or not facts.get("input_token_logprobs") or not facts.get("input_top_logprobs"):
         return None
-    # Nothing is known of the first token, which follows what was not scored.
+    # The first token has no log-probability: nothing was scored before it.
     scored = [
         (entry[0], top)
         for entry, top in zip(facts["input_token_logprobs"], facts["input_top_logprobs"], strict=True)
@@ -102,7 +102,7 @@ def _score_window(endpoint: Endpoint, window: list[int]) -> Scores | None:
 
 
 def _divergence(p: dict[int, float], q: dict[int, float]) -> float:
-    """KL divergence over the tokens that both name, and one more outcome for all others."""
+    """KL divergence over the tokens that both name; all others count as one outcome."""
     common = p.keys() & q.keys()
     pairs = [(math.exp(p[token]), math.exp(q[token])) for token in common]
     pairs.append((max(0.0, 1 - sum(a for a, _ in pairs)), max(0.0, 1 - sum(b for _, b in pairs))))

@@ -1,4 +1,4 @@
-"""What a server says of itself, asked once before it is measured: model, engine, limits, tokeniser."""
+"""What a server reports about itself, read once before it is measured: model, engine, limits, tokeniser."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PROBE_CHARACTERS = 2000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """A server's own account; None for what it does not say."""
+    """What a server reports; None if it does not report it."""
 
     model: str
-    """Name in the API."""
+    """Model's name in the API."""
     engine: str
     """`sglang`, `llama.cpp` or `unknown`."""
     engine_version: str | None = None
@@ -31,9 +31,9 @@ class Server:
     context_length: int | None = None
     max_running_requests: int | None = None
     max_total_tokens: int | None = None
-    """Tokens of the KV pool."""
+    """Capacity of the KV pool, tokens."""
     settings: dict[str, Any] | None = None
-    """Choices of the engine that change its speed."""
+    """Engine settings that change its speed."""
 
 
 # Fields of SGLang's /server_info that change what is measured.
@@ -56,7 +56,7 @@ _SGLANG_SETTINGS = (
 
 
 def describe(endpoint: Endpoint) -> Server:
-    """Ask the server; raises MissingError where no OpenAI API answers."""
+    """Ask the server. Raises MissingError if no OpenAI API answers."""
     status, models = ask(endpoint, "/v1/models")
     entries = models.get("data") if isinstance(models, dict) else None
     if status != 200 or not entries:
@@ -103,8 +103,8 @@ def _llama_cpp(entry: dict[str, Any], facts: dict[str, Any]) -> Server | None:
 
 
 def make_prompts(endpoint: Endpoint, server: Server) -> Prompts:
-    """Return a maker of prompts: of token ids where the server tells them, else of text of measured density."""
-    # SGLang reads `prompt`, llama.cpp `content`; each ignores the other.
+    """Return a maker of prompts: token ids if the server has a tokeniser, otherwise text whose density was measured."""
+    # SGLang reads `prompt`, llama.cpp reads `content`; each ignores the other key.
     text = shipped_text()
     body = {"model": server.model, "prompt": text, "content": text, "add_special_tokens": False}
     status, answer = ask(endpoint, "/tokenize", body)
@@ -123,9 +123,9 @@ def make_prompts(endpoint: Endpoint, server: Server) -> Prompts:
 
 
 def ask(endpoint: Endpoint, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
-    """Return (status, JSON) of a GET, or of a POST where there is a body; JSON is None where the answer was none.
+    """Return (status, JSON) of a GET or, with a body, of a POST. JSON is None if the answer was not JSON.
 
-    Raises MissingError where nothing answers.
+    Raises MissingError if nothing answers.
     """
     headers = {"Content-Type": "application/json"}
     if endpoint.api_key:

@@ -1,7 +1,7 @@
-"""Percentiles, confidence intervals and significance, without numpy, which the control plane does not depend on.
+"""Percentiles, confidence intervals and significance. Does not need numpy, which the control plane does without.
 
-Requests of one run are not independent, for they share a server. So intervals come from a bootstrap in two levels
-(runs, then the requests of each), and a comparison takes the run as its unit: Welch's t-test on one figure a run.
+The requests of one run share a server, so they are not independent. Intervals therefore come from a two-level bootstrap
+(runs, then the requests of each run), and a comparison takes the run as its unit: Welch's t-test on one figure per run.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ CONFIDENCE = 0.95
 RESAMPLES = 1000
 MIN_RESAMPLES = 200
 RESAMPLED_VALUES = 4_000_000
-"""Values that all resamples together may sort, some seconds of work; many values need fewer resamples."""
+"""Most values that all resamples sort together: a few seconds of work. More values get fewer resamples."""
 BOOTSTRAP_SEED = 20241
-"""Fixed, so that a report made twice from the same results is the same."""
+"""Fixed, so that the same results always give the same report."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure with its confidence interval; both ends None where there is too little to tell."""
+    """A figure with its confidence interval; both ends are None if there are too few runs."""
 
     value: float
     low: float | None = None
@@ -82,7 +82,7 @@ class Difference:
     ratio: float | None
     """Mean of the second over mean of the first; None where the first is 0."""
     p_value: float | None
-    """Chance of a difference at least this large if there were none; None for fewer than two runs on a side."""
+    """Chance of a difference at least this large if there were none; None with fewer than two runs on a side."""
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> Difference:

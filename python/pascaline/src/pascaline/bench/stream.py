@@ -1,7 +1,7 @@
-"""A streamed HTTP request with a time stamp for each event, written out because general clients cost too much.
+"""A streamed HTTP request with a time stamp for each event. Written by hand because general clients cost too much.
 
 At the 200 events a second that a Tesla P4 can send, this takes half of httpx's CPU time (benchmarks/bench_load.py).
-One connection a request, HTTP/1.1, chunked or not; server-sent events as OpenAI's API defines them.
+One connection per request, HTTP/1.1, chunked or not; server-sent events as OpenAI's API defines them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ OnEvent = Callable[[float, bytes], None]
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_ERROR_BYTES = 4096
-"""How much of an error's body is kept."""
+"""Most bytes of an error's body that are kept."""
 
 
 class StreamError(Exception):
-    """The request failed; the text says how."""
+    """The request failed; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where requests go."""
+    """The address to send requests to."""
 
     url: str
     """Scheme, host and port, without a path: http://127.0.0.1:30000."""
@@ -56,12 +56,12 @@ class Endpoint:
 
 
 def parse_endpoint(text: str, api_key: str | None = None) -> Endpoint:
-    """Check a URL such as http://host:30000; a trailing /v1 is accepted, as it is what OpenAI clients are given."""
+    """Check a URL such as http://host:30000. A trailing /v1 is accepted, because OpenAI clients are given one."""
     try:
         parts = urlsplit(text if "://" in text else f"http://{text}")
         port = parts.port
     except ValueError as error:
-        raise ConfigurationError(f"--url: {text!r} is no URL: {error}") from error
+        raise ConfigurationError(f"--url: {text!r} is not a URL: {error}") from error
     path = parts.path.rstrip("/").removesuffix("/v1")
     if parts.scheme not in {"http", "https"} or not parts.hostname or path or parts.query:
         raise ConfigurationError(f"--url: must be like http://127.0.0.1:30000, got {text!r}")
@@ -70,30 +70,30 @@ def parse_endpoint(text: str, api_key: str | None = None) -> Endpoint:
 
 
 class ResponseParser:
-    """Turns the bytes of one HTTP/1.1 response into server-sent events, as far as they have arrived."""
+    """Turns the bytes of one HTTP/1.1 response into server-sent events as they arrive."""
 
     def __init__(self, on_event: OnEvent) -> None:
         """on_event: called for each event of a response with status 200."""
         self.status = 0
         self.complete = False
-        """Whether the body has ended as its headers promised."""
+        """Whether the body has ended as its headers announced."""
         self.error_body = b""
-        """The beginning of the body where the status is not 200."""
+        """The beginning of the body if the status is not 200."""
         self._on_event = on_event
         self._buffer = b""
         self._line = b""
         self._take: Callable[[float], bool] = self._take_head
         self._remaining: int | None = None
-        """Bytes to come of the body or of the chunk; None: until the connection is closed."""
+        """Bytes that the body or the chunk still lacks; None: the body ends with the connection."""
 
     def feed(self, now: float, data: bytes) -> None:
-        """Take in what arrived at a time."""
+        """Read bytes that arrived at a time."""
         self._buffer += data
         while not self.complete and self._take(now):
             pass
 
     def feed_eof(self) -> None:
-        """Take note that the server closed; ends a body without a length."""
+        """Record that the server closed the connection; this ends a body without a length."""
         if self._take == self._take_body and self._remaining is None:
             self.complete = True
 
@@ -201,9 +201,9 @@ class _Connection(asyncio.Protocol):
 
 
 async def post_stream(endpoint: Endpoint, path: str, body: dict[str, Any], on_event: OnEvent, timeout: float) -> None:
-    """POST a JSON body and pass the events of the answer on; StreamError where no whole answer came.
+    """POST a JSON body and pass on the events of the answer. Raises StreamError if the answer is not complete.
 
-    timeout: seconds for all of it. The time that connecting takes is part of what callers measure.
+    timeout: seconds for the whole exchange. Callers measure the time to connect too.
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
@@ -219,7 +219,7 @@ async def post_stream(endpoint: Endpoint, path: str, body: dict[str, Any], on_ev
             )
             await ended
     except TimeoutError:
-        raise StreamError(f"no whole answer within {timeout:g} s") from None
+        raise StreamError(f"no complete answer within {timeout:g} s") from None
     except OSError as error:
         raise StreamError(f"failed to connect to {host}:{port}: {error.strerror or error}") from error
     finally:

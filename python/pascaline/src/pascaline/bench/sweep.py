@@ -1,4 +1,4 @@
-"""A sweep from beginning to end: the instance, its description, the measurements, what they are held against."""
+"""A whole sweep: the instance, its description, the measurements, and what they are compared with."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ LOG_NAME = "serve.log"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What is to be measured."""
+    """What to measure."""
 
     url: str | None
-    """A server that runs; None: one is started."""
+    """A server that already runs; None: start one."""
     exporter: str | None
     configuration: Configuration
     given: dict[str, Any]
-    """Settings that flags chose."""
+    """Settings chosen by flags."""
     config_file: Path | None
     wanted: dict[str, Any]
-    """Settings that the sweep needs; a choice of the user's is kept."""
+    """Settings that the sweep needs; the user's choices take precedence."""
 
     @property
     def model_name(self) -> str:
-        """A name for the model before it has been asked for."""
+        """Name of the model before the server is asked for it."""
         if self.url is not None:
             return "server"
         settings = self.configuration.settings
@@ -58,12 +58,12 @@ class Target:
 
     @property
     def card_name(self) -> str | None:
-        """The server's card profile where it is known; a server elsewhere has not this host's."""
+        """The server's card profile if it is known. A server elsewhere does not have this host's card."""
         return self.configuration.card if self.url is None else self.given.get("card")
 
     @property
     def plain_settings(self) -> dict[str, str]:
-        """What flags, file and variables chose, as text; of the engine's variables the names only: one may be a key."""
+        """Settings from flags, file and variables as text. Engine variables by name only: one may hold a key."""
         if self.url is not None:
             return {key: str(value) for key, value in self.given.items()}
         chosen = [key for key, _ in setting_fields() if self._is_chosen(key)]
@@ -71,12 +71,12 @@ class Target:
         return {key: " ".join(value) if key == "environment" else str(value) for key, value in plain.items()}
 
     def _is_chosen(self, key: str) -> bool:
-        """Whether the user set it; a card's profile only says where to start from."""
+        """Whether the user set it; the value in a card's profile is only a starting point."""
         origin = self.configuration.origins[key]
         return origin != DEFAULT and not origin.startswith("profile ")
 
     def serve_flags(self, spec: ModelSpec) -> list[str]:
-        """Return the arguments of `pascaline serve`."""
+        """Return the arguments for `pascaline serve`."""
         wanted = {key: value for key, value in self.wanted.items() if not self._is_chosen(key)}
         if "context_length" in wanted and spec.context_length:
             wanted["context_length"] = min(wanted["context_length"], spec.context_length)
@@ -85,7 +85,7 @@ class Target:
 
 
 def run_sweep(target: Target, experiment: Experiment, folder: Path) -> Results:
-    """Measure an experiment; what an earlier call left in the folder is kept."""
+    """Measure an experiment; keep what an earlier call left in the folder."""
     results = create_or_resume(folder, experiment.kind, experiment.to_json())
     progress = Progress(len(experiment.points) * experiment.repeats)
     try:
@@ -104,7 +104,7 @@ def run_sweep(target: Target, experiment: Experiment, folder: Path) -> Results:
 
 @contextlib.contextmanager
 def instance_of(target: Target, folder: Path, progress: Progress) -> Iterator[Instance]:
-    """Give the instance of a target, for the length of the block if it is started for it."""
+    """Give the instance of a target; if it has to be started, it runs until the block ends."""
     key = read_api_key(target.configuration.settings.api_key_file)
     if target.url is not None:
         yield attach(parse_endpoint(target.url, key))
@@ -118,7 +118,7 @@ def instance_of(target: Target, folder: Path, progress: Progress) -> Iterator[In
 def describe_instance(
     results: Results, instance: Instance, target: Target, spec: ModelSpec | None, experiment: Experiment
 ) -> None:
-    """Note what is measured, where, and what theory and the guide say of it."""
+    """Record what is measured and on which machine, with the roofline, the plan and the guide's claims."""
     machine, settings = describe_machine(), target.plain_settings
     measured = asdict(instance.server) | {"settings given": settings, "GPUs": machine.get("gpus")}
     check_same_target(results, measured)
@@ -136,14 +136,14 @@ def describe_instance(
     results.save()
 
 
-# What may differ between two starts of the same instance, or says only where it is.
+# These may differ between two starts of the same instance.
 _CHANGING = frozenset({"model_path", "max_total_tokens"})
 
 
 def check_same_target(results: Results, now: dict[str, Any]) -> None:
-    """Raise ConfigurationError where a folder's earlier runs were measured on something else.
+    """Raise ConfigurationError if the folder's earlier runs were measured on something else.
 
-    now: the server's own account, with `settings given` and `GPUs`.
+    now: the server's own report, with `settings given` and `GPUs`.
     """
     document = results.document
     if not any(entry["runs"] for entry in document["points"]):
@@ -153,19 +153,19 @@ def check_same_target(results: Results, now: dict[str, Any]) -> None:
         "settings given": instance.get("settings") or {},
         "GPUs": (document.get("machine") or {}).get("gpus"),
     }
-    # As it was written: JSON has lists where there were tuples.
+    # Compare what JSON can hold: it has lists instead of tuples.
     plain = json.loads(json.dumps(now))
     different = [key for key in plain if key in before and key not in _CHANGING and plain[key] != before[key]]
     if different:
         words = "; ".join(f"{key.replace('_', ' ')}: {before[key]}, now {plain[key]}" for key in different)
         raise ConfigurationError(
             f"--output: {results.folder} holds runs of another instance ({words}); "
-            "name another folder, or measure with the settings that began it"
+            "name another folder, or measure with the settings of those runs"
         )
 
 
 def describe_model(spec: ModelSpec | None) -> dict[str, Any] | None:
-    """Return what a result needs to know of a model."""
+    """Return the facts about a model that a result holds."""
     if spec is None:
         return None
     return {
@@ -179,7 +179,7 @@ def describe_model(spec: ModelSpec | None) -> dict[str, Any] | None:
 
 
 def spec_of(target: Target, instance: Instance) -> ModelSpec | None:
-    """Return the header of the model that is served; None where its file is not on this machine."""
+    """Return the header of the served model; None if its file is not on this machine."""
     if target.url is None or "model" in target.given:
         return _named_spec(target)
     path = instance.model_path()

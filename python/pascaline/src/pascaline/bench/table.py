@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pascaline.bench.figures import Figure
 
 ABSENT = "-"
-"""Stands for what is not known, which is not zero."""
+"""Shown for an unknown value, which is not zero."""
 COLUMNS = {
     "output_throughput": "tok/s out",
     "input_throughput": "tok/s in",
@@ -43,7 +43,7 @@ def shown(figure: Figure, value: float) -> str:
 
 
 def with_interval(figure: Figure, summary: dict[str, Any]) -> str:
-    """Return a value with half the width of its interval, where it has one."""
+    """Return a value with half the width of its interval, if it has one."""
     text = shown(figure, summary["value"])
     if summary["low"] is None:
         return text
@@ -69,7 +69,7 @@ QUALITY_HEADING = (
 def results_table(document: dict[str, Any]) -> str:
     """Return the points as rows. Figures that no point has are left out; latencies are in ms, ± 95 % interval.
 
-    The last columns are what the guide claims, the plan expects and the card's roofline allows, in output tokens/s.
+    The last columns are the guide's claim, the plan's estimate and the card's roofline, in output tokens/s.
     """
     measured = [entry for entry in document["points"] if entry["summary"]]
     keys = [key for key in COLUMNS if any(key in entry["summary"] for entry in measured)]
@@ -89,7 +89,7 @@ def results_table(document: dict[str, Any]) -> str:
 
 
 def quality_rows(document: dict[str, Any]) -> list[list[str]]:
-    """Return size and quality of each type of weights, with a heading; columns that nobody filled are left out."""
+    """Return a heading, and the size and quality of each type of weights. Columns without a value are left out."""
     heading = list(QUALITY_HEADING)
     rows = [heading, *(_quality_row(entry) for entry in document["types"])]
     measured = [row for row in rows[1:] if len(row) == len(heading)]
@@ -122,7 +122,7 @@ def _quality_row(entry: dict[str, Any]) -> list[str]:
 
 
 def aligned(rows: list[list[str]]) -> Iterator[str]:
-    """Yield rows with columns of equal width, the first to the left; a row of two cells spans the rest."""
+    """Yield rows as aligned columns, the first one to the left. A row of two cells spans all columns."""
     columns = max(map(len, rows), default=0)
     full = [row for row in rows if len(row) == columns]
     widths = [max(len(row[n]) for row in full) for n in range(columns)]

@@ -1,4 +1,4 @@
-"""What is asked of the server: lengths, prompts and arrival times, all of them decided by a seed."""
+"""What is sent to the server: lengths, prompts and arrival times, all decided by a seed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NONCE_TOKENS = 4
 """Random tokens that open every prompt, so that no two share a prefix in the server's cache."""
 MAX_TOKENS = 2**20
 MAX_SIGMA = 10.0
-"""Of lognormal lengths, whose tenth standard deviation must be a number yet."""
+"""Of lognormal lengths: ten standard deviations must still be a finite number."""
 SHIPPED_TEXT = files("pascaline.bench").joinpath("texts/alice.txt")
 """In the public domain; see texts/README.md."""
 
@@ -41,7 +41,7 @@ class Lengths:
     128                  always 128
     64-256               uniform, both ends included
     normal:128:32        mean and standard deviation
-    lognormal:128:0.5    median, and standard deviation of the logarithm: what chats look like
+    lognormal:128:0.5    median, and standard deviation of the logarithm: chats look like this
     """
 
     text: str
@@ -69,7 +69,7 @@ class Lengths:
 
 
 def parse_lengths(flag: str, text: str) -> Lengths:
-    """Return the distribution that a flag's value names."""
+    """Return the distribution that a flag's value describes."""
     match = _LENGTHS.fullmatch(text.strip())
     if match is None:
         raise ConfigurationError(f"{flag}: must be like 128, 64-256, normal:128:32 or lognormal:128:0.5, got {text!r}")
@@ -81,7 +81,7 @@ def parse_lengths(flag: str, text: str) -> Lengths:
         shape: Literal["normal", "lognormal"] = "normal" if match["shape"] == "normal" else "lognormal"
         found = Lengths(text, shape, float(match["middle"]), float(match["spread"]))
     if found.first < 1 or (found.shape == "uniform" and found.second < found.first):
-        raise ConfigurationError(f"{flag}: lengths must be at least 1 token and rise, got {text!r}")
+        raise ConfigurationError(f"{flag}: lengths must be at least 1 token and ascending, got {text!r}")
     if max(found.first, found.second) > MAX_TOKENS:
         raise ConfigurationError(f"{flag}: lengths must be at most {MAX_TOKENS} tokens, got {text!r}")
     if found.shape == "lognormal" and found.second > MAX_SIGMA:
@@ -91,27 +91,27 @@ def parse_lengths(flag: str, text: str) -> Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request before it is sent."""
+    """One request to send."""
 
     prompt: Prompt
     prompt_tokens: int
-    """As intended; the server's own count is recorded with the answer."""
+    """The intended length; the server's own count is recorded with the answer."""
     output_tokens: int
     at: float | None = None
-    """Seconds after the start of the run at which it arrives; None: as soon as a place is free."""
+    """Arrival time, seconds after the start of the run; None: sent as soon as a slot is free."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Makes prompts of a wanted length out of the text that ships with this package."""
+    """Makes prompts of a wanted length from the text that ships with this package."""
 
     tokens: Sequence[int] | None
-    """The text as the server's tokeniser sees it; None where the server has no such endpoint."""
+    """The text as the server's tokeniser splits it; None if the server has no such endpoint."""
     characters_per_token: float = 4.0
-    """For servers without a tokeniser endpoint: measured by one request."""
+    """For servers without a tokeniser endpoint; measured by one request."""
 
     def make(self, source: random.Random, length: int) -> Prompt:
-        """Return a prompt that begins unlike any other and is about `length` tokens long, exactly so for token ids."""
+        """Return a prompt of about `length` tokens, exactly `length` for token ids. No two prompts begin alike."""
         if self.tokens is None:
             return _text_prompt(source, round(length * self.characters_per_token))
         nonce = [source.choice(self.tokens) for _ in range(min(NONCE_TOKENS, length))]
@@ -121,7 +121,7 @@ class Prompts:
 
 @cache
 def shipped_text() -> str:
-    """Return the text that prompts are cut from."""
+    """Return the text from which prompts are cut."""
     return SHIPPED_TEXT.read_text(encoding="utf-8")
 
 
@@ -137,7 +137,7 @@ def make_requests(
 
 
 def arrival_times(arrival: Arrival, rate: float, count: int, source: random.Random) -> list[float]:
-    """Return when each request arrives, seconds from the start. rate: requests a second on average."""
+    """Return each request's arrival time, seconds from the start. rate: mean requests per second."""
     if arrival == "fixed":
         return [number / rate for number in range(count)]
     times, now = [], 0.0
@@ -155,6 +155,6 @@ def _text_prompt(source: random.Random, characters: int) -> str:
 
 
 def _cycled(items: Sequence[Item], start: int, count: int) -> list[Item]:
-    """Return `count` items from `start` on, from the beginning again after the end."""
+    """Return `count` items from `start` on, going back to the beginning after the end."""
     size = len(items)
     return [items[(start + number) % size] for number in range(count)]

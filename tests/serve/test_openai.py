@@ -100,13 +100,15 @@ class TestWorks:
 
     @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
     def test_a_call_of_a_tool(self, client: openai.OpenAI, choice: Any) -> None:
-        answer = chat(client, tools=[WEATHER], tool_choice=choice, max_tokens=64)
+        answer = chat(client, tools=[WEATHER], tool_choice=choice, parallel_tool_calls=False, max_tokens=64)
         [call] = answer.choices[0].message.tool_calls
         assert (answer.choices[0].finish_reason, call.function.name) == ("tool_calls", "get_weather")
         assert set(json.loads(call.function.arguments)) == {"city"}
 
     def test_a_call_of_a_tool_in_a_stream(self, client: openai.OpenAI) -> None:
-        chunks = list(chat(client, tools=[WEATHER], tool_choice="required", max_tokens=64, stream=True))
+        chunks = list(
+            chat(client, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, max_tokens=64, stream=True)
+        )
         deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
         calls = [call.function for delta in deltas for call in delta.tool_calls or ()]
         assert [call.name for call in calls if call.name] == ["get_weather"]

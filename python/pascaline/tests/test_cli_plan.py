@@ -168,6 +168,15 @@ def test_pictures(llama: Path, tmp_path: Path, name: str, begin: bytes) -> None:
     assert (tmp_path / name).read_bytes().startswith(begin)
 
 
+def test_a_name_of_the_library_is_a_model(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    folder = tmp_path / "pascaline/models/emily"
+    folder.mkdir(parents=True)
+    (folder / "emily.gguf").symlink_to(llama)
+    found = document("emily", "--card", "tesla-p4", "--context", 512)
+    assert found["weights_bytes"] == document(llama, "--card", "tesla-p4", "--context", 512)["weights_bytes"]
+
+
 def test_several_pictures_at_once(llama: Path, tmp_path: Path) -> None:
     names = [tmp_path / "a.svg", tmp_path / "b.svg"]
     assert plan(llama, "--card", "tesla-p4", "--picture", names[0], "--picture", names[1]).returncode == OK

@@ -371,6 +371,25 @@ class TestVerify:
         assert [entry.state for entry in verify(store, "emily", digest)] == ["verified"]
         assert [entry.state for entry in verify(store, "emily", WRONG)] == ["changed"]
 
+    def test_a_change_of_an_unconfirmed_file_is_reported(self, store: Path, model: Path, digest: str) -> None:
+        """What it was when it was added is remembered, though nobody vouches for it."""
+        path = add(store, "emily", str(model)).path
+        assert [(entry.state, entry.sha256) for entry in entries(store)] == [("unverified", digest)]
+        with path.open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"x")
+        assert [entry.state for entry in entries(store)] == ["changed"]
+        assert [entry.state for entry in verify(store, "emily")] == ["changed"]
+
+    def test_a_model_is_found_by_its_name(self, store: Path, model: Path) -> None:
+        path = add(store, "emily", str(model)).path
+        assert library.find(store, "emily") == path
+        assert library.find(store, "emely") is None
+        assert library.find(store, "../emily") is None
+        (path.with_name("other.gguf")).write_bytes(path.read_bytes())
+        with pytest.raises(ModelError, match=r"has several files: other\.gguf, .*; name one by its path$"):
+            library.find(store, "emily")
+
     def test_unknown_model(self, store: Path, model: Path) -> None:
         """The error names what there is."""
         add(store, "emily", str(model))

@@ -43,7 +43,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: str = Field(
-        BUILTIN_MODEL, min_length=1, description="GGUF file, Hugging Face folder with safetensors, or " + BUILTIN_MODEL
+        BUILTIN_MODEL,
+        min_length=1,
+        description="GGUF file, Hugging Face folder with safetensors, name in the library (`pascaline models`), or "
+        + BUILTIN_MODEL,
     )
     model_sha256: Sha256s = Field(
         None,

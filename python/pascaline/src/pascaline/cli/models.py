@@ -30,7 +30,7 @@ Each model is a folder of the library: /var/lib/pascaline/models where that exis
 ~/.local/share/pascaline/models. An interrupted download goes on where it ended, if the server proves that its file is
 the same. Give --sha256 from another source than the server: who can exchange the file can exchange its checksum too.
 Of a split model (NAME-00001-of-0000N.gguf) any part stands for all: `add` brings every part, and --sha256 takes one
-checksum for each, in order, separated by commas. `serve --model` takes the path that `add` prints."""
+checksum for each, in order, separated by commas. `serve --model` and `plan` take NAME."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = f"""Plan a model's memory on a card: each part, a verdict, the engine's flags and the speed to expect.
 
-MODEL is a GGUF file, a folder with config.json and safetensors, or an http(s) address of one; only headers are read.
+MODEL is a GGUF file, a folder with config.json and safetensors, an http(s) address of one, or a name that
+`pascaline models list` shows; only headers are read.
 Without --card the GPU of this host is read by NVML, less what other processes use, or the host's memory if it has none.
 
   pascaline plan emily.Q4_K_M.gguf --card tesla-p4

@@ -297,6 +297,8 @@ def _environment(task: Task) -> dict[str, str]:
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0",
         # So that answers that are not streamed are seen to leave while they are computed.
         "SGLANG_FORCE_STREAM_INTERVAL": str(HELD_BACK_TOKENS),
+        # A call of a tool obeys the tool's schema, also where the tool does not say `strict`.
+        "SGLANG_TOOL_STRICT_LEVEL": "2",
         "PYTHONUNBUFFERED": "1",
         # Dozens of lines at every start about packages that are rightly not there.
         "PYTHONWARNINGS": "default" if task.settings.debug else "ignore",

@@ -2,6 +2,7 @@
 
 STORE/NAME/FILE            the file, which is there whole or not at all
 STORE/NAME/FILE.verified   `SHA256 SIZE CHANGED INODE` of the file when its checksum was that which a person gave
+STORE/NAME/FILE.seen       the same of a file that was added without a checksum: what it was, which nobody vouches for
 STORE/NAME/FILE.partial    a download on its way (download.py)
 STORE/NAME/.lock           held while a process adds, verifies or removes
 
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pascaline.digests import parse_sha256s
@@ -39,11 +40,11 @@ if TYPE_CHECKING:
 SYSTEM_STORE = Path("/var/lib/pascaline/models")
 """Where the NixOS module keeps models (services.pascaline.stateDir)."""
 LOCK = ".lock"
-PARTIAL, VERIFIED = ".partial", ".verified"
+PARTIAL, VERIFIED, SEEN = ".partial", ".verified", ".seen"
 
 State = Literal["verified", "unverified", "changed", "partial"]
-"""verified: as it was when its checksum was compared; unverified: never compared; changed: written or replaced since;
-partial: a download that did not end."""
+"""verified: as it was when its checksum was compared; unverified: as it was when it was added, without a checksum;
+changed: written or replaced since; partial: a download that did not end."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -136,8 +137,7 @@ def _add_file(
     _require_header(partial, target)
     partial.replace(target)
     _sync(target.parent)
-    if sha256 is not None:
-        _stamp(target, digest)
+    _stamp(target, digest, SEEN if sha256 is None else VERIFIED)
     return Added(target, digest, was_there=False, verified=sha256 is not None)
 
 
@@ -203,7 +203,7 @@ def _is_url(source: str) -> bool:
 def _file_name(source: str) -> str:
     """Return the last part of a URL's or path's name, if it can be a file of a library."""
     name = unquote(urlsplit(source).path.rpartition("/")[2]) if _is_url(source) else Path(source).name
-    if not name or name.startswith(".") or "/" in name or "\0" in name or name.endswith((PARTIAL, VERIFIED)):
+    if not name or name.startswith(".") or "/" in name or "\0" in name or name.endswith((PARTIAL, VERIFIED, SEEN)):
         raise ConfigurationError(f"source: {shown_url(source) if _is_url(source) else source!r} names no file")
     return name
 
@@ -286,7 +286,7 @@ def entries(store: Path) -> list[Entry]:
 
 def _files(folder: Path) -> Iterator[Path]:
     for file in folder.iterdir():
-        if file.is_file() and file.name != LOCK and not file.name.endswith((VERIFIED, PARTIAL + ".json")):
+        if file.is_file() and file.name != LOCK and not file.name.endswith((VERIFIED, SEEN, PARTIAL + ".json")):
             yield file
 
 
@@ -294,11 +294,29 @@ def _entry(name: str, file: Path) -> Entry:
     size = file.stat().st_size
     if file.name.endswith(PARTIAL):
         return Entry(name, file, size, "partial", None)
-    text = _read_stamp(file)
+    text, state = _read_stamp(file), "verified"
+    if text is None:
+        text, state = _read_stamp(file, SEEN), "unverified"
     if text is None:
         return Entry(name, file, size, "unverified", None)
     digest = text.partition(" ")[0]
-    return Entry(name, file, size, "verified" if text == _stamp_text(file, digest) else "changed", digest)
+    return Entry(name, file, size, cast("State", state) if text == _stamp_text(file, digest) else "changed", digest)
+
+
+def find(store: Path, name: str) -> Path | None:
+    """Return the file of a model of the library, the first part of a split one; None if there is no such model.
+
+    Raises ModelError if the folder holds several models.
+    """
+    if not _NAME.fullmatch(name) or not (store / name).is_dir():
+        return None
+    files = [file for file in sorted(_files(store / name)) if not file.name.endswith(PARTIAL)]
+    first = {(sibling_names(file.name) or [file.name])[0] for file in files}
+    if len(first) > 1:
+        raise ModelError(
+            f"model {name!r} of {store} has several files: {', '.join(sorted(first))}; name one by its path"
+        )
+    return store / name / first.pop() if first else None
 
 
 def problems(found: Sequence[Entry]) -> list[str]:
@@ -346,11 +364,13 @@ def verify(
 
 def _verify(name: str, file: Path, sha256: str | None, on_bytes: OnBytes) -> Entry:
     text = _read_stamp(file)
-    expected = sha256 or (text.partition(" ")[0] if text else None)
+    vouched = sha256 or (text.partition(" ")[0] if text else None)
+    seen = _read_stamp(file, SEEN)
+    expected = vouched or (seen.partition(" ")[0] if seen else None)
     digest = file_sha256(file, on_bytes)
-    if expected == digest:
-        _stamp(file, digest)
-    state: State = "unverified" if expected is None else "verified" if expected == digest else "changed"
+    if expected in (None, digest):
+        _stamp(file, digest, VERIFIED if vouched else SEEN)
+    state: State = "changed" if expected not in (None, digest) else "verified" if vouched else "unverified"
     return Entry(name, file, file.stat().st_size, state, digest)
 
 
@@ -394,7 +414,7 @@ def garbage(store: Path, cache: Path, keep: frozenset[str] | None = None) -> lis
 def _garbage_of(folder: Path, keep: frozenset[str] | None) -> list[Garbage]:
     names = {file.name for file in folder.iterdir()}
     # A folder without any of these is not the library's: --store may name a place that holds other things too.
-    is_ours = any(name == LOCK or name.endswith((VERIFIED, PARTIAL)) for name in names)
+    is_ours = any(name == LOCK or name.endswith((VERIFIED, SEEN, PARTIAL)) for name in names)
     if keep is not None and folder.name not in keep:
         return [_waste(folder, "not among the models to keep")] if is_ours else []
     found = []
@@ -402,7 +422,7 @@ def _garbage_of(folder: Path, keep: frozenset[str] | None) -> list[Garbage]:
         path = folder / name
         if name.endswith((PARTIAL, PARTIAL + ".json")):
             found.append(_waste(path, "a download that did not end"))
-        elif name.endswith(VERIFIED) and name.removesuffix(VERIFIED) not in names:
+        elif name.endswith((VERIFIED, SEEN)) and name.rpartition(".")[0] not in names:
             found.append(_waste(path, "the stamp of a file that is gone"))
     if names <= {LOCK} | {waste.path.name for waste in found}:
         return [_waste(folder, "holds no model")]
@@ -448,17 +468,19 @@ def _stamp_text(file: Path, digest: str) -> str:
     return f"{digest} {status.st_size} {seconds}.{rest:09d} {status.st_ino}"
 
 
-def _stamp(file: Path, digest: str) -> None:
-    stamp = file.with_name(file.name + VERIFIED)
+def _stamp(file: Path, digest: str, kind: str = VERIFIED) -> None:
+    """Remember a digest; what is verified needs no memory of how it was first seen."""
     try:
-        stamp.write_text(_stamp_text(file, digest))
+        file.with_name(file.name + kind).write_text(_stamp_text(file, digest))
+        if kind == VERIFIED:
+            file.with_name(file.name + SEEN).unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(error, file.parent, None) from error
 
 
-def _read_stamp(file: Path) -> str | None:
+def _read_stamp(file: Path, kind: str = VERIFIED) -> str | None:
     try:
-        return file.with_name(file.name + VERIFIED).read_text().strip()
+        return file.with_name(file.name + kind).read_text().strip()
     except OSError:
         return None
 

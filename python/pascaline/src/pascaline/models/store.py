@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pascaline.child import with_parent
 from pascaline.errors import ConfigurationError, MissingError, ModelError, PascalineError, StorageError
+from pascaline.models import library
 from pascaline.models.accept import judge
 from pascaline.models.gguf_split import whole_name
 from pascaline.models.reader import read_model
@@ -84,6 +85,8 @@ def locate(settings: Settings) -> tuple[Path, str]:
     else:
         path = Path(settings.model).expanduser().absolute()
         name = path.name if path.is_dir() else whole_name(path.name)
+        if not path.exists() and (found := library.find(library.default_store(), settings.model)) is not None:
+            path, name = found, settings.model
     return path, settings.served_model_name or name
 
 

@@ -98,28 +98,6 @@ class TestWorks:
         answer = chat(client, response_format=wanted, max_tokens=48).choices[0].message.content
         assert set(json.loads(answer)) == {"city"}
 
-    @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
-    def test_a_call_of_a_tool(self, client: openai.OpenAI, choice: Any) -> None:
-        answer = chat(client, tools=[WEATHER], tool_choice=choice, parallel_tool_calls=False, max_tokens=64)
-        [call] = answer.choices[0].message.tool_calls
-        assert (answer.choices[0].finish_reason, call.function.name) == ("tool_calls", "get_weather")
-        assert set(json.loads(call.function.arguments)) == {"city"}
-
-    def test_a_call_of_a_tool_in_a_stream(self, client: openai.OpenAI) -> None:
-        chunks = list(
-            chat(client, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, max_tokens=64, stream=True)
-        )
-        deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
-        calls = [call.function for delta in deltas for call in delta.tool_calls or ()]
-        assert [call.name for call in calls if call.name] == ["get_weather"]
-        assert set(json.loads("".join(call.arguments or "" for call in calls))) == {"city"}
-        assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == [
-            "tool_calls"
-        ]
-
-    def test_tools_that_are_not_needed(self, client: openai.OpenAI) -> None:
-        assert chat(client, tools=[WEATHER]).choices[0].finish_reason == "stop"
-
     def test_the_same_seed_gives_the_same_text(self, client: openai.OpenAI) -> None:
         def text(seed: int) -> str:
             return str(chat(client, temperature=1.5, seed=seed, max_tokens=24).choices[0].message.content)
@@ -189,6 +167,8 @@ class TestErrors:
             ({"top_p": 2}, "top_p"),
             ({"messages": [{"role": "user", "content": "word " * 3000}]}, "1024"),
             ({"max_tokens": "many"}, "max_tokens"),
+            ({"tools": [WEATHER]}, "set tool_call_parser"),
+            ({"tools": [WEATHER], "tool_choice": "required"}, "set tool_call_parser"),
         ],
     )
     def test_a_bad_request_names_what_is_wrong(self, client: openai.OpenAI, options: dict[str, Any], part: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from pascaline.engines.parsers import OTHER_TOOL_CALLS, REASONING, TOOL_CALLS, parser_arguments
+from pascaline.engines.parsers import REASONING, TOOL_CALLS, parser_arguments
 from pascaline.settings import Settings
 
 TEMPLATES = {
@@ -16,15 +16,16 @@ TEMPLATES = {
     "llama-3.1": ("{{- '<|python_tag|>' + tool_call.name }}", "llama3", None),
     "mistral": ("{{- '[TOOL_CALLS] [' }}", "mistral", None),
     "lfm2": ("<|tool_call_start|>[f(a=1)]<|tool_call_end|>", "lfm2", None),
-    "deepseek-r1-distill": ("{{'<think>\\n'}}", OTHER_TOOL_CALLS, "deepseek-r1"),
-    "smollm2": ("{{'<|im_start|>' + message['role']}}", OTHER_TOOL_CALLS, None),
+    "deepseek-r1-distill": ("{{'<think>\\n'}}", None, "deepseek-r1"),
+    "smollm2": ("{{'<|im_start|>' + message['role']}}", None, None),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_chooses_the_parsers(name: str) -> None:
     text, tools, thoughts = TEMPLATES[name]
-    expected = ["--tool-call-parser", tools] + (["--reasoning-parser", thoughts] if thoughts else [])
+    expected = ["--tool-call-parser", tools] if tools else []
+    expected += ["--reasoning-parser", thoughts] if thoughts else []
     assert parser_arguments(Settings(), text) == expected
 
 

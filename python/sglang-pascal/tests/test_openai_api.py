@@ -165,11 +165,11 @@ class Request:
         self.__dict__ |= values
 
 
-def check(request):
+def check(request, serving=None):
     async def original(serving, request, raw_request):
         return request
 
-    return asyncio.run(openai_api.check_request(original, Serving(), request, None))
+    return asyncio.run(openai_api.check_request(original, serving or Serving(), request, None))
 
 
 def test_another_model_is_refused_with_404():
@@ -180,6 +180,26 @@ def test_another_model_is_refused_with_404():
         "param": "model",
         "code": "model_not_found",
     }
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "parser", "refused"),
+    [
+        ([{}], "auto", None, True),
+        ([{}], "required", None, True),
+        ([{}], "none", None, False),
+        ([], "auto", None, False),
+        (None, "auto", None, False),
+        ([{}], "auto", "qwen25", False),
+    ],
+)
+def test_tools_that_nothing_reads_calls_of_are_refused(tools, choice, parser, refused):
+    request = Request(model="emily", tools=tools, tool_choice=choice)
+    serving = Serving()
+    serving.tool_call_parser = parser
+    answer = check(request, serving)
+    assert (getattr(answer, "status_code", None) == 400) == refused
+    assert not refused or "set tool_call_parser" in json.loads(answer.body)["error"]["message"]
 
 
 def test_top_p_of_zero_takes_the_likeliest_token():

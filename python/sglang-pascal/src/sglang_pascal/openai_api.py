@@ -4,6 +4,7 @@
   and holds no path of the server.
 - A model that is not served is refused with 404, as `GET /v1/models/NAME` does; $SGLANG_PASCAL_ANY_MODEL=1 takes any.
 - `top_p` 0 is greedy, as at OpenAI, and not an error.
+- Tools are refused if nothing would read the calls: SGLang takes them, and returns a call as text.
 
 docs/api.md lists each feature; its tests drive a server with the `openai` package.
 """
@@ -34,6 +35,10 @@ MAX_ERROR_BYTES: Final = 2**20
 """A longer body of an error is passed on as it is."""
 TYPES: Final = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 """OpenAI's types of errors by status; other 4xx are invalid_request_error, 5xx server_error."""
+NO_TOOLS: Final = (
+    "tools: no parser of tool calls is set, and the model's chat template has no form of them that is known; "
+    "set tool_call_parser (SGLang's --tool-call-parser), or leave the tools out"
+)
 _PATH: Final = re.compile(r"(?<![\w/:.])/(?:[\w.@+-]+/)+[\w.@+-]+")
 
 
@@ -144,20 +149,29 @@ def explain_validation(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 async def check_request(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any) -> Any:
-    """Around `OpenAIServingBase.handle_request`: refuse another model, and make top_p 0 greedy."""
+    """Around `OpenAIServingBase.handle_request`: refuse another model and unseen tools, and make top_p 0 greedy."""
+    from starlette.responses import JSONResponse
+
     served = serving.tokenizer_manager.served_model_name
     if not is_served(getattr(request, "model", None), served):
-        from starlette.responses import JSONResponse
-
         error = {
             "message": f"the model '{request.model}' does not exist; this server has '{served}'",
             "param": "model",
             "code": "model_not_found",
         }
         return JSONResponse({"error": error}, status_code=404)
+    if _wants_unseen_tools(serving, request):
+        return JSONResponse({"error": {"message": NO_TOOLS, "param": "tools"}}, status_code=400)
     if getattr(request, "top_p", None) == 0:
         request.top_p, request.top_k = 1.0, 1
     return await original(serving, request, raw_request)
+
+
+def _wants_unseen_tools(serving: Any, request: Any) -> bool:
+    """Whether a chat has tools that nothing would read calls of: they would arrive as text, and look like an answer."""
+    if not getattr(request, "tools", None) or getattr(request, "tool_choice", None) == "none":
+        return False
+    return getattr(serving, "tool_call_parser", None) is None
 
 
 def is_served(name: str | None, served: str) -> bool:

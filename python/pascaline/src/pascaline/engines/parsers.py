@@ -17,8 +17,6 @@ TOOL_CALLS = (
     (("<|tool_calls_section_begin|>",), "kimi_k2"),
 )
 """Marks that a template must have, all of them -> parser of SGLang 0.5.23 (function_call/*_detector.py); first fit."""
-OTHER_TOOL_CALLS = "qwen25"
-"""For a template without marks: `tool_choice` required and named are constrained to JSON, which this parser reads."""
 REASONING = ((("<think>", "enable_thinking"), "qwen3"), (("<think>",), "deepseek-r1"))
 """As above (parser/reasoning_parser.py). With `enable_thinking` an answer may come without thoughts."""
 
@@ -27,7 +25,7 @@ def parser_arguments(settings: Settings, templates: str) -> list[str]:
     """Return SGLang's arguments; templates: the text of the model's chat templates, empty if it has none."""
     tools, thoughts = settings.tool_call_parser, settings.reasoning_parser
     if tools == "auto":
-        tools = _first_fit(TOOL_CALLS, templates) or (OTHER_TOOL_CALLS if templates else "none")
+        tools = _first_fit(TOOL_CALLS, templates) or "none"
     if thoughts == "auto":
         thoughts = _first_fit(REASONING, templates) or "none"
     arguments = [] if tools == "none" else ["--tool-call-parser", tools]

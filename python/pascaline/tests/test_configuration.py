@@ -120,17 +120,17 @@ class TestMistakes:
             ),
             (
                 "model_sha256 = 'abc'",
-                "model_sha256: invalid value 'abc', must be 64 hexadecimal digits, and of a split model as many for each of "
+                "model_sha256: invalid value 'abc', must be 64 hexadecimal digits; for a split model, 64 for each of "
                 "its parts, in order ({file}:1)",
             ),
             (
                 f"model_sha256 = ['{'0' * 64}', 7]",
-                "model_sha256: invalid value 7, must be 64 hexadecimal digits, and of a split model as many for each of "
+                "model_sha256: invalid value 7, must be 64 hexadecimal digits; for a split model, 64 for each of "
                 "its parts, in order ({file}:1)",
             ),
             (
                 "model_sha256 = []",
-                "model_sha256: invalid value [], must be 64 hexadecimal digits, and of a split model as many for each of "
+                "model_sha256: invalid value [], must be 64 hexadecimal digits; for a split model, 64 for each of "
                 "its parts, in order ({file}:1)",
             ),
             (
@@ -145,7 +145,7 @@ class TestMistakes:
                 (
                     f"{key} = '{host}'",
                     f"{key}: '{host}' can be reached from beyond this host and there is no API key, must be a loopback "
-                    "address; set api_key_file, or allow_unauthenticated where the network itself keeps others away "
+                    "address; set api_key_file, or allow_unauthenticated if the network itself keeps others away "
                     "({file}:1)",
                 )
                 for key, host in (("host", "0.0.0.0"), ("agent_host", "::"), ("host", "gpu-1"))

@@ -165,7 +165,7 @@ class TestAdd:
         with pytest.raises(ConfigurationError) as caught:
             add(store, "emily", str(model), "ABC")
         assert str(caught.value) == (
-            "--sha256: invalid value 'ABC', must be 64 hexadecimal digits, and of a split model as many for each of its "
+            "--sha256: invalid value 'ABC', must be 64 hexadecimal digits; for a split model, 64 for each of its "
             "parts, in order"
         )
 

@@ -28,6 +28,7 @@ VALUES: list[Any] = [
         "cpu",
         "float16",
         "tesla-p4",
+        "127.0.0.1",
         "/a/file",
         "x" * 64,
         "a" * 64,

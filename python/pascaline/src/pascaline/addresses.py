@@ -8,7 +8,7 @@ OWN_NAMES = frozenset({"localhost", "ip6-localhost"})
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this host can reach an address, or a name that stands for it."""
+    """Whether only this host can reach an address, or the address of a name."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

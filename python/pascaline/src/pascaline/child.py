@@ -1,7 +1,8 @@
 """Becomes a program that dies with its parent: child.py PARENT_PID PROGRAM ARGUMENTS…
 
-`with_parent` gives the command. Run by file with `-I -S`, so that it starts in milliseconds and without anything of the
-environment. A separate program, because nothing may safely run between fork and exec in a process that has threads.
+`with_parent` returns the command. It runs this file with `-I -S`, so that it starts in milliseconds and ignores
+Python's environment variables. It is a separate program, because a process with threads cannot safely run Python code
+between fork and exec.
 """
 
 import ctypes
@@ -15,7 +16,7 @@ NOT_FOUND = 127
 
 
 def with_parent(*command: str) -> tuple[str, ...]:
-    """Return the command that runs another one until this process dies, more exactly the thread that starts it."""
+    """Return a command that runs `command` until the thread that starts it, or this whole process, ends."""
     return sys.executable, "-I", "-S", __file__, str(os.getpid()), *command
 
 
@@ -24,7 +25,7 @@ def main() -> None:
     parent, *command = sys.argv[1:]
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != int(parent):
-        # It died before the kernel was asked.
+        # The parent died before prctl took effect.
         os._exit(NOT_FOUND)
     try:
         os.execvp(command[0], command)  # noqa: S606 - no shell is wanted

@@ -1,6 +1,6 @@
-"""Where each setting comes from: card profile, TOML file, PASCALINE_* variables, flags, in rising order.
+"""Merges the sources of settings: card profile, TOML file, PASCALINE_* variables, flags; later ones win.
 
-All problems of all sources are reported at once, each as `key: what is wrong, must be what is allowed (origin)`.
+Problems in all sources are reported together, each as `key: what is wrong, must be what is allowed (origin)`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PREFIX = "PASCALINE_"
 CONFIG_VARIABLE = "PASCALINE_CONFIG"
-# Variables of ours that are no settings: the file itself, and what ./dev, the tests and the simulated NVML read.
+# PASCALINE_* variables that are not settings: the settings file, and those that ./dev, tests and simulated NVML read.
 OTHER_VARIABLES = frozenset(
     {
         CONFIG_VARIABLE,
@@ -48,17 +48,17 @@ DEFAULT = "default"
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """Settings, and the origin of each value by its dotted key."""
+    """The settings, and the origin of each value by dotted key."""
 
     settings: Settings
     origins: dict[str, str]
     card: str | None
-    """The card profile that was started from; None for a GPU that has none."""
+    """The card profile whose values were used; None for a GPU without a profile."""
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One raw value and where it stands."""
+    """One raw value and where it comes from."""
 
     raw: Any
     origin: str
@@ -92,8 +92,9 @@ def load(
 ) -> Configuration:
     """Merge all sources into one checked configuration.
 
-    flags: dotted key -> value, only those that were given. config_file: None = what PASCALINE_CONFIG names, if any.
-    environment: None = this process's. check_host: whether files that settings name must be readable here.
+    flags: dotted key -> value, for the flags that were given. config_file: None means the file that PASCALINE_CONFIG
+    names, if any. environment: None means this process's. check_host: whether to check that the files that settings
+    name are readable on this host. Raises ConfigurationError with every problem, one a line.
     """
     environment = os.environ if environment is None else environment
     if config_file is None and environment.get(CONFIG_VARIABLE):
@@ -141,7 +142,7 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Value]:
 
 
 def _is_of_toml_type(raw: Any, field: FieldInfo) -> bool:
-    """Whether a TOML value needs no guess: pydantic takes true for 1, and "4096" for the number, as flags are."""
+    """Whether a TOML value has the field's own type: pydantic would also accept true as 1, and "4096" as a number."""
     annotations = {field.annotation, *get_args(field.annotation)}
     if isinstance(raw, bool) or bool in annotations:
         return isinstance(raw, bool) and bool in annotations
@@ -204,7 +205,7 @@ def _read_environment(environment: Mapping[str, str], problems: list[str]) -> di
 
 
 def from_text(text: str, field: FieldInfo) -> Any:
-    """Turn a variable's or flag's text into what the field's type expects of a TOML value."""
+    """Convert the text of a variable or flag into the value that TOML would hold for this field."""
     if _is_pairs(field):
         return from_pairs([part for part in text.split(",") if part])
     if _is_sequence(field):
@@ -215,7 +216,7 @@ def from_text(text: str, field: FieldInfo) -> Any:
 
 
 def from_pairs(texts: Sequence[str]) -> Any:
-    """Return the mapping that texts NAME=VALUE stand for; the first that is no such text alone, to be refused."""
+    """Return a mapping from texts NAME=VALUE; if one has another form, that text alone, for pydantic to refuse."""
     wrong = next((text for text in texts if "=" not in text), None)
     return dict(text.partition("=")[::2] for text in texts) if wrong is None else wrong
 
@@ -229,7 +230,7 @@ def _is_sequence(field: FieldInfo) -> bool:
 
 
 def _choose_card(values: Mapping[str, Value], environment: Mapping[str, str], problems: list[str]) -> str | None:
-    """The profile that was asked for, else the one of this host; `cpu` where the device is to be the CPU."""
+    """Return the configured profile, otherwise `cpu` if the device is the CPU, otherwise that of this host's GPU."""
     if "card" in values:
         value = values["card"]
         if value.raw in card_names():
@@ -243,13 +244,13 @@ def _choose_card(values: Mapping[str, Value], environment: Mapping[str, str], pr
 
 
 def _visible_index(values: Mapping[str, Value], environment: Mapping[str, str]) -> int:
-    """Return which of this host's GPUs is the engine's first; 0 where that is not known, and where none is visible."""
+    """Return the index of the GPU that the engine sees first; 0 if that is unknown or no GPU is visible."""
     named = values["environment"].raw if "environment" in values else {}
     visible = {**environment, **(named if isinstance(named, dict) else {})}.get(VISIBLE_DEVICES)
     try:
         return next((gpu.index for gpu in visible_gpus(driver_gpus(), visible)), 0)
     except ConfigurationError:
-        # The placement says so, where a GPU is wanted.
+        # If the engine needs a GPU, the placement reports this error.
         return 0
 
 
@@ -280,14 +281,14 @@ def _sentence(details: Any, values: Mapping[str, Value]) -> str:
     key = next((k for k in (".".join(location[:n]) for n in (1, 2)) if k in values), ".".join(location))
     field = dict(setting_fields())[key]
     value = values[key]
-    # A validator of ours says it better than the type can.
+    # A message of our own validators is more exact than one made from the type.
     cause = details.get("ctx", {}).get("error")
     reason = str(cause) if cause else f"invalid value {value.raw!r}, must be {allowed_values(field)}"
     return f"{key}: {reason} ({value.origin})"
 
 
 def allowed_values(field: FieldInfo) -> str:
-    """Say in words what a setting may be: its choices, or its type and range."""
+    """Describe the allowed values of a setting: its choices, or its type and range."""
     choices = _choices(field.annotation)
     if choices:
         return "one of: " + ", ".join(choices)
@@ -343,7 +344,7 @@ def _contradiction_sentences(settings: Settings, values: Mapping[str, Value]) ->
 
 
 def _host_problems(settings: Settings, values: Mapping[str, Value]) -> list[str]:
-    """What only this host can tell: whether the files that settings name can be read."""
+    """Return the problems that depend on this host: files named by settings that cannot be read."""
     path = settings.api_key_file
     if path is None:
         return []

@@ -1,4 +1,4 @@
-"""Limits of the control groups around this process: CPUs that it may use, folders with the limits of its memory."""
+"""Limits of this process's control groups: how many CPUs it may use, and the folders that hold its limits."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def usable_cpus(cgroup: Path = CGROUP, root: Path = CGROUP_ROOT) -> int:
-    """Return how many threads can compute at once: the CPUs of the affinity mask, or less where a quota allows less.
+    """Return how many threads can compute at once: the CPUs of the affinity mask, or fewer if a quota allows fewer.
 
-    A part of a CPU counts as none, but for the first: threads that wait for each other after every product all stand
-    still while one of them has used up the quota.
+    A quota is rounded down, to at least 1: threads wait for each other after every matrix product, so all stand still
+    when the quota is used up.
     """
     cpus = len(os.sched_getaffinity(0))
     return max(1, min([cpus, *(math.floor(quota) for quota in _cpu_quotas(cgroup, root))]))
 
 
 def group_folders(controller: str, cgroup: Path = CGROUP, root: Path = CGROUP_ROOT) -> list[Path]:
-    """Return the folders of the groups that this process is in, innermost first; empty where that cannot be read.
+    """Return the folders of the groups that this process is in, innermost first; empty if they cannot be read.
 
     The last is the root of the hierarchy: in a container that is the container's own group.
     controller: `cpu` or `memory`. Version 1 has a hierarchy for each, version 2 (the line `0::`) one for all.
@@ -41,7 +41,7 @@ def group_folders(controller: str, cgroup: Path = CGROUP, root: Path = CGROUP_RO
 
 
 def _cpu_quotas(cgroup: Path, root: Path) -> list[float]:
-    """CPUs that each group allows, as far as it has a limit."""
+    """Return the number of CPUs that each group with a limit allows."""
     quotas = []
     for folder in group_folders("cpu", cgroup, root):
         words = _words(folder / "cpu.max")  # version 2

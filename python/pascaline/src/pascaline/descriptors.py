@@ -1,4 +1,4 @@
-"""Open files of a server: how many it may have, and how many of them connections may take."""
+"""Limits of a server: how many files it may open, and how many of those may be connections."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ MOST_CONNECTIONS = 64
 """More than probes, scrapers and people need at once."""
 LEAST_CONNECTIONS = 4
 RESERVED_DESCRIPTORS = 64
-"""For the engine's pipes, the questions that it is asked, files and libraries."""
+"""Kept for the engine's pipes, requests to the engine, files and libraries."""
 WANTED_DESCRIPTORS = 4096
 QUIET_SECONDS = 10.0
-"""From its opening or last answer to the end of a connection, whatever trickles in meanwhile."""
+"""Time after which a connection is closed, from its opening or last answer. Bytes that arrive do not extend it."""
 
 
 def raise_descriptor_limit(wanted: int = WANTED_DESCRIPTORS) -> int:
-    """Raise the soft limit of open files as far as allowed and wanted; return what holds. The engine inherits it."""
+    """Raise the soft limit of open files to `wanted`, as far as allowed. Return it; the engine inherits it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return wanted
@@ -26,8 +26,8 @@ def raise_descriptor_limit(wanted: int = WANTED_DESCRIPTORS) -> int:
 
 
 def connection_limit(descriptors: int) -> int:
-    """Return how many connections may be open of so many descriptors.
+    """Return how many connections may be open if the process may have this number of file descriptors.
 
-    Half of what is not reserved: as many again may be accepted in one go, before the first of them is counted.
+    Half of the unreserved ones: the server may accept the same number again before it counts the first of them.
     """
     return max(LEAST_CONNECTIONS, min(MOST_CONNECTIONS, (descriptors - RESERVED_DESCRIPTORS) // 2))

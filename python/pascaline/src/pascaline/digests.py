@@ -1,4 +1,4 @@
-"""Checksums of models: one sha256 for each file, in the order of the files, however a person writes them."""
+"""Checksums of models: one sha256 for each file, in file order, written as a list or as text with commas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SHA256_WORDS = "64 hexadecimal digits, and of a split model as many for each of its parts, in order"
+SHA256_WORDS = "64 hexadecimal digits; for a split model, 64 for each of its parts, in order"
 SHA256_SCHEMA = {
     "anyOf": [
         {"type": "string", "pattern": "^[0-9a-fA-F]{64}(,[0-9a-fA-F]{64})*$"},
@@ -17,14 +17,14 @@ SHA256_SCHEMA = {
         {"type": "null"},
     ]
 }
-"""JSON schema of what `parse_sha256s` takes."""
+"""JSON schema of the values that `parse_sha256s` accepts."""
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}", re.ASCII)
 
 
 def parse_sha256s(value: Any) -> tuple[str, ...] | None:
-    """Return the digests, in lower case, of a list or of a text in which commas separate them; None stays None.
+    """Return the digests of a list, or of a text with commas between them, in lower case; None stays None.
 
-    Raises ValueError for what is no such list.
+    Raises ValueError for anything else.
     """
     if value is None:
         return None
@@ -38,9 +38,9 @@ def parse_sha256s(value: Any) -> tuple[str, ...] | None:
 
 
 def combined_sha256(digests: Sequence[str]) -> str:
-    """Return one checksum for a model of several files: of one file its own, else the sha256 of theirs, a line each.
+    """Return one checksum for the whole model: a single file's own, otherwise the sha256 of all digests, one a line.
 
-    It must be what sglang_pascal.checkpoint.prepare.combined_sha256 makes of them.
+    Must return the same as sglang_pascal.checkpoint.prepare.combined_sha256.
     """
     if len(digests) == 1:
         return digests[0]

@@ -1,4 +1,4 @@
-"""The errors that a user can cause or meet, and the exit code that each one ends the program with.
+"""The errors that users can cause or see, and the exit code of each.
 
 PascalineError
 ├── ConfigurationError   ExitCode.CONFIGURATION
@@ -7,8 +7,8 @@ PascalineError
 ├── EngineError          ExitCode.ENGINE_FAILED: it could not be loaded
 ├── GaveUpError          ExitCode.GAVE_UP: it crashed too often
 ├── DoesNotFitError      ExitCode.DOES_NOT_FIT: the plan exceeds the card
-├── MissingError         ExitCode.MISSING: a program, library or device that is needed is not here
-└── StorageError         ExitCode.STORAGE: a disk is full or may not be written
+├── MissingError         ExitCode.MISSING: a required program, library or device is not on this machine
+└── StorageError         ExitCode.STORAGE: a disk is full or not writable
 
 A message starts in lower case, names the cause, the value and the remedy, and has no full stop at its end.
 """
@@ -35,12 +35,12 @@ class ExitCode(IntEnum):
     FAILED = 1, "an error that has no code of its own, or a check that found something wrong"
     CONFIGURATION = 2, "bad configuration or usage; nothing was started"
     MODEL = 3, "the model is missing, damaged, has another checksum or an unknown architecture"
-    PORT_IN_USE = 4, "a port that is to be listened on is taken"
+    PORT_IN_USE = 4, "another process already listens on a port that is needed"
     ENGINE_FAILED = 5, "the engine failed while it loaded"
     GAVE_UP = 6, "the engine crashed more often than max_restarts allows"
     DOES_NOT_FIT = 7, "the plan needs more memory than the card has; nothing was started"
-    MISSING = 8, "a program, library or device that is needed is not on this machine"
-    STORAGE = 9, "a disk is full, or a folder may not be written"
+    MISSING = 8, "a required program, library or device is not on this machine"
+    STORAGE = 9, "a disk is full, or a folder is not writable"
     WARNED = 10, "doctor: nothing failed, but something deserves a warning"
     INTERRUPTED = 130, "stopped at once by a second signal"
 
@@ -64,19 +64,19 @@ class ModelError(PascalineError):
 
 
 class PortInUseError(PascalineError):
-    """Another process listens where this one is to."""
+    """Another process already listens on the address that this one needs."""
 
     exit_code = ExitCode.PORT_IN_USE
 
 
 class EngineError(PascalineError):
-    """The engine ended, or said that it cannot go on, before it was ready."""
+    """The engine ended, or reported that it cannot continue, before it was ready."""
 
     exit_code = ExitCode.ENGINE_FAILED
 
 
 class GaveUpError(PascalineError):
-    """The engine was restarted as often as allowed and failed again."""
+    """The engine failed again after the last allowed restart."""
 
     exit_code = ExitCode.GAVE_UP
 
@@ -88,12 +88,12 @@ class DoesNotFitError(PascalineError):
 
 
 class MissingError(PascalineError):
-    """A program, library or device that is needed is not here."""
+    """A required program, library or device is not on this machine."""
 
     exit_code = ExitCode.MISSING
 
 
 class StorageError(PascalineError):
-    """A disk is full, or a folder cannot be written."""
+    """A disk is full, or a folder is not writable."""
 
     exit_code = ExitCode.STORAGE

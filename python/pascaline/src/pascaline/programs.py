@@ -20,7 +20,7 @@ class Output:
     """What a program printed."""
 
     code: int
-    """Exit code; -1 where it did not end in time."""
+    """Exit code; -1 if it did not end in time."""
     text: str
     """Standard output."""
     errors: str = ""
@@ -28,9 +28,9 @@ class Output:
 
 
 def run_program(command: Sequence[str], text: str = "", *, timeout: float) -> Output | None:
-    """Run a program with `text` as its standard input; None where there is no such program. timeout: seconds.
+    """Run a program with `text` as its standard input. Return None if it cannot be started. timeout: seconds.
 
-    A program that waits in the driver cannot be killed: it is left behind, and this process goes on.
+    A program that is stuck in the driver cannot be killed: it is left behind, and this process continues.
     """
     try:
         process = subprocess.Popen(

@@ -1,9 +1,9 @@
-"""Secrets that this process knows, and the one way in which text leaves it without them.
+"""Hides the secrets that this process knows in all text that leaves it.
 
-Whoever reads a secret says so (`read_secret`, `protect`); whatever is written, shown or sent passes `redact`: the log,
-the agent's answers, systemd's status, errors, reports. A value is found as it is and in the forms that programs print
-it in: JSON, Python's repr, URLs, HTML, shell quotes, base64. What is called a key or a password beside its value is
-hidden too, as an engine may know more secrets than we do.
+Code that reads a secret registers it (`read_secret`, `protect`). All text that is written, shown or sent passes through
+`redact`: the log, the agent's answers, systemd's status, errors, reports. A value is found in its plain form and in the
+forms in which programs print it: JSON, Python's repr, URLs, HTML, shell quotes, base64. A value beside a name such as
+key or password is hidden too, since an engine may know secrets that this process does not.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 HIDDEN = "(secret)"
 SHORTEST_SECRET = 4
-"""Characters; a shorter value cannot be told from ordinary words and is hidden by its name alone."""
+"""Characters. A shorter value looks like an ordinary word, so it is hidden only beside its name."""
 SHORTEST_PART = 8
-"""Characters from which a value is hidden inside longer words too, and a variable's value is taken for a secret."""
+"""Characters. From this length, a value is hidden inside longer words too, and a variable's value can be a secret."""
 
-# A name that says that its value is secret; a number of tokens or the file of a key is none.
+# A name whose value is secret. Names of token counts and key files do not match.
 _SECRET_NAME = re.compile(r"(?i)(?:^|[-_])(?:key|token|secret|password|passphrase|credentials?)$")
-# name=value, 'name': 'value', "name": "value", of names that are never anything else.
+# name=value, 'name': 'value', "name": "value", for names that always hold a secret.
 _NAMED = re.compile(
     r"""(?ix)
     ( (?: api[-_]?key | hf[-_]token | access[-_]token | password | passphrase ) ["']? \s*[=:]\s* )
@@ -38,17 +38,17 @@ _NAMED = re.compile(
 )
 _BEARER = re.compile(r"(?i)\b(bearer\s+)(?!\$)[\w.~+/=-]{4,}")
 _LABEL = re.compile(r'="((?:[^"\\]|\\.)*)"')
-# Around the end and the start of a line that a program broke: blanks, quotes, the frames of tables.
+# What surrounds a line break that a program inserted: blanks, quotes, the frames of tables.
 _FRAME = " \t\r'\"`│|┃\\+"
-# Between two characters of a value that was broken within one text: a line's end, as it is or as an escape.
+# What may stand between two characters of a wrapped value within one text: a line break, plain or as an escape.
 _BREAK = r"""(?:[ \t\r'"`│|┃]*(?:\n|\\n)[ \t\r'"`│|┃]*)?"""
 
 
 class Secrets:
-    """Values that must not leave, and their forms."""
+    """Values that must not leave this process, and the forms in which they are printed."""
 
     def __init__(self) -> None:
-        """Nothing is known yet."""
+        """Start without values."""
         self._values: set[str] = set()
         self._forms: list[str] = []
         self._patterns: list[re.Pattern[str]] = []
@@ -56,7 +56,7 @@ class Secrets:
 
     @property
     def values(self) -> frozenset[str]:
-        """All that are known."""
+        """All known values."""
         return frozenset(self._values)
 
     def add(self, value: str) -> None:
@@ -66,7 +66,7 @@ class Secrets:
             return
         self._values.add(value)
         forms = sorted({form for each in self._values for form in _forms(each)}, key=len, reverse=True)
-        # Most are found by a plain search, which costs next to nothing for the thousands of lines of an engine.
+        # Most forms need only a plain search, which stays cheap for the thousands of lines that an engine writes.
         self._forms = [form for form in forms if _is_plain(form)]
         self._patterns = [re.compile(_searched(form)) for form in forms if not _is_plain(form)]
         once = {form for each in self._values for form in (each, *_escaped(each))}
@@ -74,7 +74,7 @@ class Secrets:
         self._broken = re.compile("|".join(_BREAK.join(map(re.escape, each)) for each in longest_first))
 
     def redact(self, text: str) -> str:
-        """Return the text with HIDDEN in place of every known value, and of what is named as a secret."""
+        """Return the text with HIDDEN in place of every known value, and of every value beside a secret's name."""
         for form in self._forms:
             text = text.replace(form, HIDDEN)
         for pattern in self._patterns:
@@ -85,7 +85,7 @@ class Secrets:
 
 
 def _forms(value: str) -> Iterator[str]:
-    """Yield a value as programs write it; twice escaped too, as JSON within a repr is."""
+    """Yield a value in the forms that programs print, also escaped twice, such as JSON within a repr."""
     once = {value, *_escaped(value)}
     yield from once
     for form in once:
@@ -115,13 +115,13 @@ def _is_plain(form: str) -> bool:
 
 
 def _searched(form: str) -> str:
-    # The hex digits of a URL may be small.
+    # The hex digits of a URL may be lower case.
     part = re.sub(r"%([0-9A-F]{2})", lambda match: f"%(?i:{match[1]})", re.escape(form))
     return part if len(form) >= SHORTEST_PART else rf"(?<![0-9A-Za-z]){part}(?![0-9A-Za-z])"
 
 
 SECRETS = Secrets()
-"""Of this process."""
+"""The secrets of this process."""
 
 
 def protect(value: str | None) -> None:
@@ -131,14 +131,14 @@ def protect(value: str | None) -> None:
 
 
 def protect_named(variables: Mapping[str, str]) -> None:
-    """Protect the values of variables whose names say that they are secret, as HF_TOKEN."""
+    """Protect the values of variables with a secret's name, such as HF_TOKEN."""
     for name, value in variables.items():
         if _SECRET_NAME.search(name) and len(value) >= SHORTEST_PART:
             protect(value)
 
 
 def protect_arguments(arguments: Sequence[str]) -> None:
-    """Protect the values of flags whose names say that they are secret, as --admin-api-key."""
+    """Protect the values of flags with a secret's name, such as --admin-api-key."""
     for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         flag, equals, value = argument.partition("=")
         if flag.startswith("-") and _SECRET_NAME.search(flag):
@@ -146,19 +146,19 @@ def protect_arguments(arguments: Sequence[str]) -> None:
 
 
 def read_secret(path: Path) -> str:
-    """Return what a file holds, without blanks around it, and protect it. Raises OSError, UnicodeDecodeError."""
+    """Return a file's content, without blanks around it, and protect it. Raises OSError, UnicodeDecodeError."""
     value = path.read_text(encoding="utf-8").strip()
     protect(value)
     return value
 
 
 def redact(text: str) -> str:
-    """Return the text as it may leave this process."""
+    """Return the text without secrets."""
     return SECRETS.redact(text)
 
 
 def redact_all(value: Any) -> Any:
-    """Return plain values (as of JSON) with every text in them as it may leave this process."""
+    """Return plain values (such as JSON) with secrets hidden in every text, names included."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
@@ -169,19 +169,19 @@ def redact_all(value: Any) -> Any:
 
 
 class LineRedactor:
-    """Redacts a stream of lines, also a value that the end of a line cuts in two or more parts.
+    """Redacts a stream of lines, including values that are split across two or more lines.
 
-    The first part is hidden from SHORTEST_SECRET characters on, before the next line is known.
+    The first part is hidden if it has at least SHORTEST_SECRET characters, before the next line is known.
     """
 
     def __init__(self, secrets: Secrets = SECRETS) -> None:
-        """One for each stream."""
+        """Start a stream; each stream needs its own redactor."""
         self._secrets = secrets
         self._begun: dict[str, int] = {}
-        """Value -> how many of its characters the lines so far ended with."""
+        """Value -> number of its first characters with which the lines so far ended."""
 
     def __call__(self, line: str) -> str:
-        """Return the line as it may leave."""
+        """Return the line without secrets."""
         text = self._secrets.redact(line)
         begun, self._begun = self._begun, {}
         for value in self._secrets.values:
@@ -207,23 +207,23 @@ class LineRedactor:
 
 
 def _bodies(line: str) -> tuple[str, str]:
-    """Return what may be the line's own text: with quotes and frames, and without."""
+    """Return the line's text twice: with quotes and frames, and without them."""
     return line.strip(), line.strip(_FRAME)
 
 
 def _beginning(value: str, line: str) -> int:
-    """Return with how many first characters of a value, not all of them, a line ends."""
+    """Return the length of the longest proper prefix of `value` with which `line` ends; 0 if there is none."""
     return next((n for n in range(min(len(value) - 1, len(line)), 0, -1) if line.endswith(value[:n])), 0)
 
 
 class RedactingFormatter(logging.Formatter):
-    """A formatter of the logging module whose lines, tracebacks included, may leave."""
+    """A formatter of the logging module that hides secrets in lines and tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
+        """Return the line without secrets."""
         return redact(super().format(record))
 
 
 def redact_labels(page: str) -> str:
-    """Return a page in Prometheus' text format with the values of its labels as they may leave."""
+    """Return a page in Prometheus' text format with secrets hidden in the values of its labels."""
     return _LABEL.sub(lambda match: f'="{redact(match[1])}"', page)

@@ -1,4 +1,4 @@
-"""The systemd unit of an instance on hosts without NixOS: sandbox and limits as modules/inference.nix writes them."""
+"""The systemd unit of an instance on hosts without NixOS, with the sandbox and limits of modules/inference.nix."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ PrivateUsers=true
 
 @dataclass(frozen=True)
 class Unit:
-    """What the unit of an instance is made of."""
+    """The values that make up the unit of an instance."""
 
     instance: str
     executable: Path
@@ -117,9 +117,9 @@ class Unit:
     gpus: str
     """CUDA_VISIBLE_DEVICES: indices in bus order or UUIDs, separated by commas; empty for the CPU."""
     api_key_file: Path | None = None
-    """File with the API key, which root alone may be able to read; systemd hands it to the unit."""
+    """File with the API key. Root alone may own it: systemd passes its content to the unit."""
     served_model_name: str | None = None
-    """What the settings call the model in the API; None: the instance's name."""
+    """Name of the model in the API according to the settings file; None: the instance's name."""
     drain_seconds: float = 60.0
     """The instance's drain_timeout."""
 
@@ -134,7 +134,7 @@ class Unit:
         return UNIT_FOLDER / f"{self.name}.service"
 
     def text(self) -> str:
-        """Return the unit file's content; ConfigurationError if the unit could not see what it needs."""
+        """Return the unit file's content. Raises ConfigurationError if the unit could not see a file that it needs."""
         self._check()
         return _UNIT.format(
             name=self.name,
@@ -175,6 +175,6 @@ def _check_visible(what: str, path: Path) -> None:
 
 
 def _quoted(argument: str) -> str:
-    """Return an argument as ExecStart takes it: `%` and `$` mean something to systemd in any quotes."""
+    """Return an argument quoted for ExecStart. systemd expands `%` and `$` even inside quotes."""
     plain = re.fullmatch(r"[A-Za-z0-9,._+:@%/=-]+", argument)
     return (argument if plain else json.dumps(argument)).replace("%", "%%").replace("$", "$$")

@@ -1,7 +1,7 @@
 """The one typed configuration of an instance.
 
 Flags, TOML keys, variables, the JSON schema, the documentation and the NixOS options all come from these fields. None
-means that nothing was chosen: the model, the plan or the engine decides.
+means that the user chose nothing: the model, the plan or the engine decides.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Settings(BaseModel):
     )
     model_sha256: Sha256s = Field(
         None,
-        description="Checksum that the GGUF file must have at every start of the engine; of a split model a list, one "
+        description="Checksum that the GGUF file must have at every start of the engine; for a split model a list, one "
         "for each part in order",
     )
     served_model_name: str | None = Field(
@@ -60,11 +60,11 @@ class Settings(BaseModel):
     )
     any_model_name: bool = Field(
         False,
-        description="Whether a request may name any model; if not, SGLang answers 404 to another name than the served "
-        "one. llama.cpp takes any name",
+        description="Whether a request may name any model; if not, SGLang answers 404 if the name is not the served "
+        "one. llama.cpp accepts any name",
     )
     card: str | None = Field(
-        None, description="Card profile to start from; default: the GPU of this host, cpu where there is none"
+        None, description="Card profile to start from; default: that of this host's GPU, or cpu if there is none"
     )
     engine: Literal["sglang", "llama.cpp"] = Field("sglang", description="Engine that runs the model")
     engine_executable: Path | None = Field(
@@ -76,47 +76,47 @@ class Settings(BaseModel):
     agent_host: str = Field("127.0.0.1", min_length=1, description="Address on which the agent listens")
     agent_port: Port = Field(30001, description="Port of the agent: health, metrics, plan, drain")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where the model runs; auto: cuda if a GPU is there"
+        "auto", description="Where the model runs; auto: cuda if a GPU is present, otherwise cpu"
     )
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto", description="Type of the computation; auto: float16 on Pascal, the fastest for the CPU otherwise"
     )
     context_length: int | None = Field(
-        None, ge=16, le=2**24, description="Most tokens of one request, prompt and answer; default: the model's"
+        None, ge=16, le=2**24, description="Most tokens of one request, prompt and answer; default: the model's limit"
     )
-    max_running_requests: int = Field(4, ge=1, le=4096, description="Most requests that are computed at once")
+    max_running_requests: int = Field(4, ge=1, le=4096, description="Most requests that run at once")
     max_queued_requests: int | None = Field(
         None,
         ge=1,
         le=65536,
-        description="Most requests that wait; a further one is refused with 503. Default: no bound",
+        description="Most requests that wait; further ones are refused with 503. Default: no limit",
     )
     mem_fraction_static: float | None = Field(
         None, gt=0.0, lt=1.0, description="Share of the card's memory for weights and KV pool"
     )
     schedule_policy: Literal["fcfs", "lpm", "random", "dfs-weight"] = Field(
-        "fcfs", description="Order in which waiting requests are taken"
+        "fcfs", description="Order in which waiting requests are started"
     )
     tool_call_parser: str = Field(
         "auto",
         min_length=1,
-        description="How SGLang reads tool calls out of an answer: one of its --tool-call-parser names; auto: by the "
-        "model's chat template; none: calls stay text",
+        description="How SGLang reads tool calls from an answer: one of its --tool-call-parser names; auto: chosen by "
+        "the model's chat template; none: calls stay text",
     )
     reasoning_parser: str = Field(
         "auto",
         min_length=1,
-        description="How SGLang separates thoughts from an answer: one of its --reasoning-parser names; auto: by the "
-        "model's chat template; none: thoughts stay in the answer",
+        description="How SGLang separates reasoning from an answer: one of its --reasoning-parser names; auto: chosen "
+        "by the model's chat template; none: reasoning stays in the answer",
     )
     chunked_prefill_tokens: int = Field(
         512,
         ge=16,
         le=65536,
-        description="Most prompt tokens that one step computes; small values keep running answers fluent",
+        description="Most prompt tokens that one step computes; small values keep running answers smooth",
     )
     kv_cache: KvCacheSettings = Field(KvCacheSettings(), description="The KV pool")
-    radix_cache: bool = Field(True, description="Whether prompts that begin alike share their KV cache")
+    radix_cache: bool = Field(True, description="Whether prompts with the same beginning share its KV cache")
     attention_backend: str | None = Field(None, min_length=1, description="SGLang's attention backend; default: pascal")
     quantization: str | None = Field(
         None, min_length=1, description="SGLang's quantisation method for safetensors models"
@@ -127,20 +127,20 @@ class Settings(BaseModel):
         None,
         ge=1,
         le=1024,
-        description="CPU threads of the engine; default: one for each CPU that affinity and quota (cpu.max) leave it",
+        description="CPU threads of the engine; default: one for each CPU that affinity and quota (cpu.max) allow",
     )
     api_key_file: Path | None = Field(
-        None, description="File whose content requests must carry as their API key; a key itself is never a setting"
+        None, description="File with the API key that requests must carry; the key itself is never a setting"
     )
     allow_unauthenticated: bool = Field(
-        False, description="Whether API and agent may listen beyond this host although there is no API key"
+        False, description="Whether API and agent may be reachable from other hosts without an API key"
     )
     extra_args: tuple[str, ...] = Field(
-        (), description="Further arguments of the engine; those that a setting stands for are refused"
+        (), description="Further arguments of the engine; one that a setting controls is refused"
     )
     environment: dict[str, str] = Field({}, description="Further variables of the engine's process")
     debug: bool = Field(
-        False, description="Switch on what finds errors and slows everything: synchronous kernel launches, verbose logs"
+        False, description="Synchronous kernel launches and verbose logs: these help to find errors, but are slow"
     )
     cache_dir: Path | None = Field(
         None,
@@ -154,12 +154,12 @@ class Settings(BaseModel):
     probe_interval: Seconds = Field(
         15.0, gt=0, le=3600, description="Time between two test generations of an idle engine"
     )
-    max_restarts: int = Field(5, ge=0, le=1000, description="Crashes in a row after which the instance is given up")
-    allow_overcommit: bool = Field(False, description="Whether to start although the plan does not fit the card")
+    max_restarts: int = Field(5, ge=0, le=1000, description="Consecutive crashes after which the instance gives up")
+    allow_overcommit: bool = Field(False, description="Whether to start even if the plan does not fit the card")
 
 
 def contradictions(settings: Settings) -> list[tuple[str, str]]:
-    """Return (key, sentence) for every pair of values that cannot both be meant. Only what can be seen without I/O."""
+    """Return (key, sentence) for values that contradict each other. Checks only what needs no I/O."""
     return [
         (key, sentence)
         for check in (
@@ -193,7 +193,7 @@ def _address_problems(settings: Settings) -> list[tuple[str, str]]:
             (
                 key,
                 f"{host!r} can be reached from beyond this host and there is no API key, must be a loopback address; "
-                "set api_key_file, or allow_unauthenticated where the network itself keeps others away",
+                "set api_key_file, or allow_unauthenticated if the network itself keeps others away",
             )
             for key, host in (("host", settings.host), ("agent_host", settings.agent_host))
             if not is_loopback(host)
@@ -202,7 +202,7 @@ def _address_problems(settings: Settings) -> list[tuple[str, str]]:
 
 
 def _patience_problems(settings: Settings) -> list[tuple[str, str]]:
-    """An idle engine shows life by test generations only: at least one must fit in before it counts as silent."""
+    """An idle engine makes progress only by test generations: one must fit into stall_timeout."""
     if settings.stall_timeout < 2 * settings.probe_interval:
         least = f"at least twice probe_interval ({settings.probe_interval:g} s)"
         return [
@@ -211,7 +211,7 @@ def _patience_problems(settings: Settings) -> list[tuple[str, str]]:
     return []
 
 
-# Settings that llama-server has no counterpart of, with the value that asks for nothing.
+# Settings without a counterpart in llama-server, each with its neutral value.
 _SGLANG_ONLY: dict[str, Any] = {
     "any_model_name": False,
     "attention_backend": None,

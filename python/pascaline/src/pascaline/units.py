@@ -1,4 +1,4 @@
-"""Sizes and durations as people write them: "64 MiB", "5m"; and back."""
+"""Parses and formats sizes and durations as people write them: "64 MiB", "5m"."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _parse(value: object, units: dict[str, int] | dict[str, float], known: str) 
 
 
 def format_bytes(count: float) -> str:
-    """Return bytes in the largest binary unit that leaves at least one whole, with two decimals."""
+    """Return a size in the largest binary unit in which it is at least 1, with two decimals."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(count) >= size:
             return f"{count / size:.2f} {unit}"

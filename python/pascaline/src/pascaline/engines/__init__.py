@@ -1,4 +1,4 @@
-"""Engines behind one interface: command line, environment, progress counters, what their words mean."""
+"""Engines behind one interface: command line, environment, progress counters, the meaning of their output."""
 
 from pascaline.engines.base import Engine, Launch, Progress, Task, WorkLimits
 from pascaline.engines.causes import Cause, Diagnosis
@@ -6,6 +6,6 @@ from pascaline.engines.llama_cpp import LlamaCppEngine
 from pascaline.engines.sglang import SglangEngine
 
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (SglangEngine(), LlamaCppEngine())}
-"""Every engine by the name that the setting `engine` gives it."""
+"""Every engine by its name in the setting `engine`."""
 
 __all__ = ["ENGINES", "Cause", "Diagnosis", "Engine", "Launch", "Progress", "Task", "WorkLimits"]

@@ -1,4 +1,4 @@
-"""What the supervisor needs of an engine: how to start it, whether it works and moves on, what its words mean."""
+"""The interface between supervisor and engine: how to start it, whether it makes progress, what its output means."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from pascaline.settings import Settings
 
     Ask = Callable[[str], tuple[int, bytes]]
-    """Asks a running engine for a path; returns (status, answer), or raises OSError."""
+    """Sends GET for a path to a running engine; returns (HTTP status, body), or raises OSError."""
 
 LONGEST_NAME = 100
-"""Characters of a version that an engine says of itself."""
+"""Most characters of the version that an engine reports."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """All that decides how an engine is started."""
+    """Everything that determines how an engine is started."""
 
     settings: Settings
     model: ResolvedModel
     device: str
-    """`cpu` or `cuda`: never auto, so that an engine cannot fall back to the CPU unseen."""
+    """`cpu` or `cuda`: never auto, so that an engine cannot fall back to the CPU unnoticed."""
     dtype: str
     """`float16`, `bfloat16` or `float32`."""
     threads: int
@@ -42,16 +42,16 @@ class Task:
     """Tokens of the KV pool."""
     mem_fraction_static: float | None
     runtime_dir: Path
-    """Folder that only this user can read, for a file with the API key."""
+    """Folder that only this user can read, for the file with the API key."""
     api_key: str | None = field(default=None, repr=False)
     device_variables: Mapping[str, str] | None = None
-    """What shows the engine the GPUs that were planned for, and no other; None: those that are visible, by the bus."""
+    """Variables that let the engine see the planned GPUs only; None: all visible GPUs, in the order of the PCI bus."""
 
     @property
     def variables(self) -> dict[str, str]:
-        """The settings' variables and those that name the device.
+        """The variables of the setting `environment`, and those that select the device.
 
-        On a GPU the latter come last: the placement has read the settings' and says the same in UUIDs.
+        On a GPU the latter win: the placement has already read the setting, and names the same GPUs by UUID.
         """
         device = device_variables(self.device) if self.device_variables is None else self.device_variables
         own = self.settings.environment
@@ -65,7 +65,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A command and the variables that it adds to this process's."""
+    """A command, and the variables that it needs besides this process's."""
 
     command: tuple[str, ...]
     environment: dict[str, str]
@@ -73,23 +73,23 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How much an engine has done and has to do. Counters since its start; their differences mean something."""
+    """How much an engine has done and still has to do. Counters run since its start; only differences matter."""
 
     tokens: float
-    """A sum that grows with every step of work; its size means nothing."""
+    """A sum that grows with every step of work; only its growth matters."""
     running: int
     queued: int
     answers: float | None = None
-    """Grows with every token that is handed to a client; None: the engine counts only its work, which then stands for
-    it."""
+    """Grows with every token that is sent to a client; None: the engine counts only its work, and `tokens` is used
+    instead."""
     prefill: float = 0.0
     """Prompt tokens computed."""
     decode: float = 0.0
     """Tokens generated, whether or not they reached a client."""
     prompts: float | None = None
-    """Prompts whose computation began; None: the engine does not say."""
+    """Prompts whose computation began; None: the engine does not report it."""
     idle_seconds: float | None = None
-    """Time without anything to compute; None: the engine does not say."""
+    """Time without anything to compute; None: the engine does not report it."""
 
     @property
     def has_work(self) -> bool:
@@ -99,16 +99,16 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class WorkLimits:
-    """The most that a healthy engine computes between two answers: beyond it, answers are lost."""
+    """The most that a healthy engine computes between two answers. If it computes more, answers are being lost."""
 
     chunk: float
-    """Prompt tokens of one step, as far as the prompt does not end in it."""
+    """Prompt tokens of one step, unless the prompt ends in that step."""
     prefill: float
     """Prompt tokens."""
     prompts: float
     """Prompts."""
     decode: float
-    """Generated tokens that are still held back."""
+    """Generated tokens that are not sent yet."""
 
 
 class Engine(ABC):
@@ -116,45 +116,45 @@ class Engine(ABC):
 
     name: ClassVar[str]
     drains_on_sigterm: ClassVar[bool]
-    """Whether SIGTERM lets running requests finish; else the supervisor waits for them before it sends one."""
+    """Whether the engine finishes running requests after SIGTERM; if not, the supervisor first waits for them."""
     setting_flags: ClassVar[Mapping[str, str]]
-    """The engine's own flag -> the setting that stands for it."""
+    """The engine's own flag -> the setting that controls it."""
     failures: ClassVar[Sequence[Explanation]]
-    """What explains a failure by the engine's output, the most telling first."""
+    """Patterns of output that explain a failure, the most specific first."""
 
     @abstractmethod
     def launch(self, task: Task) -> Launch:
-        """Return how to start it; raises MissingError where its program is not on this machine."""
+        """Return how to start it. Raises MissingError if its program is not on this machine."""
 
     @abstractmethod
     def progress(self, metrics: str) -> Progress | None:
-        """Read the progress from its /metrics; None where the series are missing or the page is malformed."""
+        """Read the progress from its /metrics; None if the series are missing or the page is malformed."""
 
     @abstractmethod
     def version(self, ask: Ask) -> str:
-        """Return its version as it says itself; OSError where it does not."""
+        """Return the version that it reports. Raises OSError if it reports none."""
 
     @abstractmethod
     def parse_line(self, line: str) -> tuple[str, str]:
         """Return (level, text) of a line of its output; level is a name of the logging module."""
 
     def work_limits(self, task: Task) -> WorkLimits | None:
-        """Return what may be computed between two answers; None where it does not count answers apart."""
+        """Return the most that it computes between two answers; None if it does not count answers separately."""
         del task
         return None
 
     def allocated(self, metrics: str) -> dict[str, int]:
-        """Read from its /metrics what it allocated: weights_bytes, kv_bytes, kv_tokens, as far as it says so."""
+        """Read weights_bytes, kv_bytes and kv_tokens from its /metrics; values that it does not report are absent."""
         del metrics
         return {}
 
     def problems(self, settings: Settings) -> list[tuple[str, str]]:
-        """Return (key, sentence) for everything that this engine cannot be started with. Only what needs no I/O."""
+        """Return (key, sentence) for every setting that this engine cannot use. Checks only what needs no I/O."""
         sentences = map(self._contradiction, settings.extra_args)
         return [("extra_args", sentence) for sentence in sentences if sentence is not None]
 
     def _contradiction(self, argument: str) -> str | None:
-        """Say why an argument is refused: one that a setting stands for would contradict it."""
+        """Return why an argument is refused: a setting controls the same flag. None if it is allowed."""
         given = argument.partition("=")[0]
         flag = self._flag_of_setting(given)
         if flag is None:
@@ -163,20 +163,20 @@ class Engine(ABC):
         return f"{shown} is set by {setting}, must be left out; set {setting} instead"
 
     def check_extra_args(self, extra_args: Sequence[str]) -> None:
-        """Raise ConfigurationError for the first argument that a setting stands for."""
+        """Raise ConfigurationError for the first argument that a setting controls."""
         for argument in extra_args:
             if sentence := self._contradiction(argument):
                 raise ConfigurationError(f"extra_args: {sentence}")
 
     def _flag_of_setting(self, given: str) -> str | None:
-        """Return the flag that a setting stands for; engines that use argparse take abbreviations too."""
+        """Return the flag among `setting_flags`, if any; engines that use argparse accept abbreviations too."""
         if given in self.setting_flags:
             return given
         abbreviates = given.startswith("--") and given != "--"
         return next((flag for flag in self.setting_flags if abbreviates and flag.startswith(given)), None)
 
     def diagnose(self, lines: Sequence[str]) -> Diagnosis | None:
-        """Return why it failed, judged by its last lines; None where they are not understood."""
+        """Return why it failed according to its last lines; None if no pattern matches them."""
         text = "\n".join(lines)
         found = next((each for each in self.failures if each.pattern.search(text)), None)
         if found is not None and found.cause is Cause.GPU_LOST:
@@ -186,12 +186,12 @@ class Engine(ABC):
         return Diagnosis(found.cause, found.text) if found else None
 
     def explain(self, lines: Sequence[str]) -> str | None:
-        """Return in plain words why it failed; None where its last lines are not understood."""
+        """Return in plain words why it failed; None if no pattern matches its last lines."""
         diagnosis = self.diagnose(lines)
         return diagnosis.text if diagnosis else None
 
     def last_words(self, lines: Sequence[str]) -> str:
-        """Return the line that is nearest to why it ended; where no line is an error, that and the last one."""
+        """Return the line that best explains why it ended; if no line is an error, say so and quote the last one."""
         found = (
             cause_of_traceback(lines)
             or fatal_words(lines)
@@ -204,13 +204,13 @@ class Engine(ABC):
         return f"it wrote no error; its last line: {said}" if self.is_chatter(last) else said
 
     def is_chatter(self, line: str) -> bool:
-        """Whether a line is one of those that the engine writes while all is well."""
+        """Whether this is a line that the engine also writes in normal operation."""
         del line
         return False
 
 
 def sum_of_series(metrics: str, name: str) -> float | None:
-    """Return the sum of all series of this name in a Prometheus text page; None: there is none, or no page."""
+    """Return the sum of all series of this name in a Prometheus text page; None if it has none or is malformed."""
     try:
         return Samples(metrics, {name}).sum(name)
     except MalformedPageError:
@@ -218,7 +218,7 @@ def sum_of_series(metrics: str, name: str) -> float | None:
 
 
 def text_of(document: dict[str, Any], key: str) -> str:
-    """Return a short text from an engine's answer. Raises ConnectionError where it holds none."""
+    """Return a short text from an engine's answer. Raises ConnectionError if it holds none."""
     value = document.get(key)
     if not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME or not value.isprintable():
         raise ConnectionError(f"no {key} in the answer")

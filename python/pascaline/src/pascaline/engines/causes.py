@@ -1,4 +1,4 @@
-"""What an engine's last words mean, as an enumeration, and the words of CUDA that every engine passes on."""
+"""Causes of an engine's failure, and the CUDA error messages that every engine passes on."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ if TYPE_CHECKING:
 
 
 class Cause(StrEnum):
-    """Why an engine failed, as far as its own words say."""
+    """Why an engine failed, according to its own output."""
 
     GPU_LOST = "gpu-lost"
-    """NVML's or the driver's words for a lost GPU, which reached the engine."""
+    """The engine printed NVML's or the driver's message about a lost GPU."""
     CUDA_FAULT = "cuda-fault"
-    """CUDA's words that a lost GPU, among other causes, makes it say: they count with evidence only."""
+    """A CUDA error that has several causes, among them a lost GPU: it counts only together with other evidence."""
     DEVICE_MEMORY = "device-memory"
     HOST_MEMORY = "host-memory"
     PORT = "port"
     MODEL = "model"
-    """The file is damaged, or holds what the engine does not serve."""
+    """The file is damaged, or holds a model that the engine does not support."""
     INSTALLATION = "installation"
-    """Driver or engine is not installed as it must be."""
+    """Driver or engine is not installed correctly."""
     OTHER = "other"
-    """Told by the engine in words that are written for users."""
+    """The engine explained it in a message that is written for users."""
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A pattern of output and what it means."""
+    """A pattern of output and its meaning."""
 
     pattern: re.Pattern[str]
     cause: Cause
@@ -40,7 +40,7 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What an engine's last lines say."""
+    """The cause of a failure according to an engine's last lines."""
 
     cause: Cause
     text: str
@@ -48,14 +48,14 @@ class Diagnosis:
 
 @dataclass(frozen=True, slots=True)
 class CudaError:
-    """An error of the CUDA runtime or driver that a GPU which is gone can cause."""
+    """An error of the CUDA runtime or driver that a lost GPU can cause."""
 
     code: int
     """cudaError_t; the driver's CUresult has the same number."""
     names: tuple[str, ...]
-    """In cudaError_t and in CUresult."""
+    """Names in cudaError_t and in CUresult."""
     message: str
-    """What cudaGetErrorString returns."""
+    """The text that cudaGetErrorString returns."""
 
 
 CUDA_FAULTS = (
@@ -80,10 +80,10 @@ _CUDA_WORDS = re.compile(r"CUDA|cuda(?:Get|Set|Stream|Device|Error)\w*")
 
 
 def cuda_fault(lines: Iterable[str]) -> CudaError | None:
-    """Return the last of those errors that a line about CUDA names, by its message or its name.
+    """Return the last error of CUDA_FAULTS that a line about CUDA contains, by its message or its name; None if none.
 
-    torch and ggml write "CUDA error: MESSAGE", torch at its start "Error 101: MESSAGE", ggml "failed to initialize
-    CUDA: MESSAGE"; the plugin's kernels write the driver's names.
+    torch and ggml write "CUDA error: MESSAGE". While they start, torch writes "Error 101: MESSAGE" and ggml "failed to
+    initialize CUDA: MESSAGE". The plugin's kernels write the driver's names.
     """
     found = None
     for line in lines:

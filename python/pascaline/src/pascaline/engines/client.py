@@ -1,7 +1,7 @@
 """One HTTP request to an engine, blocking and bounded: the supervisor runs it in a thread.
 
-An engine that is ill may send anything, at any speed, for ever. Each exchange has one deadline and one limit of bytes
-in all, and whatever comes instead of a whole answer is an OSError.
+A faulty engine may send anything, at any speed, for ever. So each exchange has one deadline and one limit of bytes for
+all of it, and anything but a complete answer becomes an OSError.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
     Listener = Callable[[], tuple[tuple[str, int], int]]
-    """Returns ((numeric address, port), number) of the socket that is to be reached, or raises OSError."""
+    """Returns ((numeric address, port), inode) of the socket to connect to, or raises OSError."""
 
 MAX_ANSWER_BYTES = 4 * 2**20
-"""Of an answer's content."""
+"""Limit of an answer's body."""
 MAX_FRAME_BYTES = 256 * 2**10
-"""Of everything else: status, headers, the sizes of chunks."""
+"""Limit of everything else in an answer: status, headers, chunk sizes."""
 
 
 def request(
@@ -37,11 +37,11 @@ def request(
     timeout: float,
     listener: Listener | None = None,
 ) -> tuple[int, bytes]:
-    """Return (status, answer) of a GET, or of a POST where there is a body.
+    """Return (HTTP status, body) of a GET, or of a POST if there is a body to send.
 
-    address: host and port. timeout: seconds for all of it, from connecting to the last byte. listener: finds the socket
-    that may be talked to; asked before and after connecting, and nothing is sent unless it is the same both times.
-    Raises OSError where no whole answer of at most MAX_ANSWER_BYTES came in time, and nothing else.
+    address: host and port. timeout: seconds for the whole exchange, from connecting to the last byte. listener: finds
+    the socket to connect to. It is called before and after connecting; nothing is sent unless both calls agree.
+    Raises only OSError: no complete answer of at most MAX_ANSWER_BYTES came in time.
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     found = listener() if listener is not None else None
@@ -62,14 +62,14 @@ def request(
     except MemoryError as error:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from error
     except Exception as error:
-        # http.client's own errors, and what its parser and those below it raise over odd input.
+        # http.client's own errors, and those that it and the parsers that it uses raise for malformed input.
         raise ConnectionError(f"broken answer: {error!r}") from error
     finally:
         connection.close()
 
 
 def json_object(content: bytes) -> dict[str, Any]:
-    """Return the JSON object that an answer is. Raises ConnectionError for whatever else it is, and nothing else."""
+    """Parse an answer as a JSON object. Raises only ConnectionError, if it is anything else."""
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -80,10 +80,10 @@ def json_object(content: bytes) -> dict[str, Any]:
 
 
 class _BoundedSocket(socket.socket):
-    """A connected socket that gives all its reads and writes together a deadline, and its reads a limit of bytes."""
+    """A connected socket with one deadline for all reads and writes, and one limit of bytes for all reads."""
 
     deadline: float
-    """On the monotonic clock."""
+    """Seconds of the monotonic clock."""
     remaining_bytes: int
 
     def recv_into(self, buffer: WriteableBuffer, nbytes: int = 0, flags: int = 0) -> int:
@@ -96,7 +96,7 @@ class _BoundedSocket(socket.socket):
         return count
 
     def sendall(self, data: Any, flags: int = 0) -> None:
-        """Send all bytes; a time limit of a socket is one for the whole here."""
+        """Send all bytes; sendall applies a socket's timeout to the whole call."""
         self._hurry()
         super().sendall(data, flags)
 
@@ -108,7 +108,7 @@ class _BoundedSocket(socket.socket):
 
 
 class _BoundedConnection(http.client.HTTPConnection):
-    """A connection over such a socket."""
+    """An HTTP connection over a _BoundedSocket."""
 
     def connect(self) -> None:
         """Connect."""
@@ -125,13 +125,13 @@ def _whole(answer: http.client.HTTPResponse) -> bytes:
     content = answer.read(MAX_ANSWER_BYTES + 1)
     if len(content) > MAX_ANSWER_BYTES:
         raise ConnectionError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
-    # A read of at most so many bytes does not tell an early end, as of an engine that was killed, from the real one.
+    # A read with a size returns early without an error if the connection ends, for example if the engine was killed.
     if answer.length:
         raise ConnectionError(f"the answer ended {answer.length} bytes early")
     return content
 
 
 def reachable(address: tuple[str, int]) -> tuple[str, int]:
-    """Return where to connect to for an address that is listened on: a wildcard is reached by loopback."""
+    """Return the address to connect to for an address that a server listens on: loopback for a wildcard."""
     host, port = address
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port  # noqa: S104 - compared, not listened on

@@ -1,4 +1,4 @@
-"""The line of an engine's last output that is nearest to the cause: the error, not what was said after it."""
+"""Finds the line of an engine's last output that best explains its end: the error, not its consequences."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 _TRACEBACK = "Traceback (most recent call last):"
-# The first line after the frames: a class, dotted or not, and mostly a message.
+# The first line after the frames: an exception class, with or without its module, and usually a message.
 _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:: .*|:)?$")
-# Python's and C++'s words where no exception is left to show.
+# What Python and C++ write when they abort without an exception to show.
 _FATAL = re.compile(r"Fatal Python error: .+|^\s*what\(\):\s+.+|terminate called .+")
 _CONSEQUENCE = re.compile(
     r"(?:\w+\.)*(?:EOFError|BrokenPipeError|ConnectionResetError|ConnectionRefusedError|CancelledError|KeyboardInterrupt"
     r"|SystemExit)\b|RuntimeError: (?:Initialization failed|Rank \d+ scheduler)"
 )
-"""What a process says because another one died: SGLang 0.5.23's main process and asyncio."""
+"""What a process reports because another one died: SGLang 0.5.23's main process and asyncio."""
 ERRORS = frozenset({"ERROR", "CRITICAL"})
 RECENT_LINES = 60
-"""An exception that was followed by more lines than these ended nothing."""
+"""If more lines than these follow an exception, it did not end the engine."""
 CLUSTER_LINES = 20
-"""Errors that belong together have fewer other lines between them."""
+"""Errors with fewer other lines between them belong together."""
 
 
 def exceptions(lines: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Yield where and what the first exception of each traceback is: of a chain, which begins with it, the cause."""
+    """Yield (index, line) of the first exception of each traceback: in a chain of exceptions that is the cause."""
     chained = False
     for number, line in enumerate(lines):
         if line.endswith(_TRACEBACK):
@@ -45,19 +45,19 @@ def _exception_after(lines: Sequence[str], start: int) -> int | None:
 
 
 def cause_of_traceback(lines: Sequence[str]) -> str | None:
-    """Return the last exception of the output that is not said of another process's end; None where there is none."""
+    """Return the last recent exception, preferably one that another process's end did not cause; None if none."""
     found = [text for number, text in exceptions(lines) if number >= len(lines) - RECENT_LINES]
     causes = [each for each in found if not _CONSEQUENCE.match(each)]
     return causes[-1] if causes else found[-1] if found else None
 
 
 def fatal_words(lines: Sequence[str]) -> str | None:
-    """Return what a runtime wrote that ended itself: the first of those lines."""
+    """Return the first line that a language runtime wrote when it aborted; None if there is none."""
     return next((line.strip() for line in lines if _FATAL.search(line)), None)
 
 
 def first_of_last_errors(lines: Sequence[str], level: Callable[[str], str]) -> str | None:
-    """Return the first line of the last errors that came together, judged by each line's level."""
+    """Return the first line of the last cluster of errors, by each line's level; None if no line is an error."""
     found, others = None, 0
     for line in reversed(lines):
         if level(line) in ERRORS:

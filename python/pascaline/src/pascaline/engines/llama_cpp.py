@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from pascaline.engines.base import Ask
     from pascaline.settings import Settings
 
-# Ours -> llama.cpp's types of a stored key or value.
+# Our names of KV cache types -> llama.cpp's.
 KV_TYPES = {"auto": "f16", "fp16": "f16", "bf16": "bf16", "int8": "q8_0"}
 ALL_LAYERS = 999
-# One thread computes and hands over, so that its steps stand for its answers.
+# The same thread computes and sends answers, so its steps also count as answers.
 _STEPS = ("llamacpp:n_decode_total", "llamacpp:prompt_tokens_total", "llamacpp:tokens_predicted_total")
 _PROGRESS_SERIES = frozenset({*_STEPS, "llamacpp:requests_processing", "llamacpp:requests_deferred"})
 
@@ -93,7 +93,7 @@ class LlamaCppEngine(Engine):
     ]
 
     def launch(self, task: Task) -> Launch:
-        """Return the command line; raises MissingError where llama-server is not to be found."""
+        """Return the command line. Raises MissingError if llama-server cannot be found."""
         settings = task.settings
         self.check_extra_args(settings.extra_args)
         arguments = [
@@ -115,12 +115,12 @@ class LlamaCppEngine(Engine):
         return Launch((_program(task), *arguments, *settings.extra_args), task.variables)
 
     def problems(self, settings: Settings) -> list[tuple[str, str]]:
-        """Return what is wrong with the extra arguments, and a type of the KV cache that llama.cpp does not have."""
+        """Return the problems of the extra arguments, and that of a KV cache type that llama.cpp does not have."""
         sentence = _kv_problem(settings.kv_cache.dtype)
         return [*super().problems(settings), *([("kv_cache.dtype", sentence)] if sentence else [])]
 
     def progress(self, metrics: str) -> Progress | None:
-        """Read the counter of decode calls, which moves with every batch, of prompt or answer."""
+        """Read the progress; the counter of decode calls grows with every batch of prompt or answer tokens."""
         try:
             samples = Samples(metrics, _PROGRESS_SERIES)
         except MalformedPageError:
@@ -135,7 +135,7 @@ class LlamaCppEngine(Engine):
         return text_of(json_object(ask("/props")[1]), "build_info")
 
     def parse_line(self, line: str) -> tuple[str, str]:
-        """Tell the level by llama.cpp's prefix where it has one, else by its words."""
+        """Take the level from llama.cpp's prefix if there is one, otherwise from the line's words."""
         if match := _PREFIXED.match(line):
             return _LEVELS[match.group(1)], match.group(2)
         if _ERROR_WORDS.search(line):

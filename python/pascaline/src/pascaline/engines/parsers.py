@@ -1,4 +1,4 @@
-"""Which of SGLang's parsers reads a model's tool calls and thoughts, by the marks in its chat template."""
+"""Chooses SGLang's parsers for a model's tool calls and reasoning by the marks in its chat template."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ TOOL_CALLS = (
     (("<|tool_call_start|>",), "lfm2"),
     (("<|tool_calls_section_begin|>",), "kimi_k2"),
 )
-"""Marks that a template must have, all of them -> parser of SGLang 0.5.23 (function_call/*_detector.py); first fit."""
+"""Marks that a template must all contain -> parser of SGLang 0.5.23 (function_call/*_detector.py); the first match
+wins."""
 REASONING = ((("<think>", "enable_thinking"), "qwen3"), (("<think>",), "deepseek-r1"))
-"""As above (parser/reasoning_parser.py). With `enable_thinking` an answer may come without thoughts."""
+"""The same for reasoning (parser/reasoning_parser.py). With `enable_thinking` an answer may have none."""
 
 
 def parser_arguments(settings: Settings, templates: str) -> list[str]:

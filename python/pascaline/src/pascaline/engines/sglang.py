@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 
     from pascaline.engines.base import Ask
 
-# Ours -> SGLang's names of KV types.
+# Our names of KV cache types -> SGLang's.
 KV_DTYPES = {"auto": "auto", "fp16": "auto", "bf16": "bf16", "fp8_e5m2": "fp8_e5m2", "int8": "int8"}
 
 BITSANDBYTES = "bitsandbytes"
-"""Quantisation that SGLang does itself, while it loads a folder."""
+"""The method by which SGLang itself quantises a folder while it loads it."""
 
 HELD_BACK_TOKENS = 10
-"""Tokens after which an answer that is not streamed is handed on within SGLang, where it is counted (default: 50)."""
-# Counted in the tokenizer's process, behind the detokenizer: first tokens, further tokens, tokens of finished answers.
+"""Tokens after which SGLang's scheduler passes on an answer that is not streamed, so that it is counted (default: 50).
+"""
+# Counted in the tokenizer's process, after the detokenizer: first tokens, further tokens, tokens of finished answers.
 _ANSWERS = (
     "sglang:time_to_first_token_seconds_count",
     "sglang:inter_token_latency_seconds_count",
@@ -46,12 +47,12 @@ _PROGRESS_SERIES = frozenset(
     }
 )
 
-# The last line of a traceback. What the plugin raises is written for users; SGLang goes on about signals and kills.
+# The last line of a traceback. The plugin's errors are written for users; after them SGLang reports signals and kills.
 _PLUGIN_ERROR = re.compile(r"sglang_pascal(?:\.\w+)+: (.+)")
 # "[2026-11-23 20:15:01] INFO message" or "[2026-11-23 20:15:01 TP0] message"; SGLang leaves INFO out.
 _LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[^\]]*\] (?:(DEBUG|INFO|WARNING|ERROR|CRITICAL):? )?(.*)")
 _UVICORN_LINE = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL):\s+(.*)")
-# What it allocated: ours -> SGLang's gauge, and the unit of that ("gb" is GiB).
+# What it allocated: our name -> SGLang's gauge and its unit ("gb" is GiB).
 _ALLOCATED = {
     "weights_bytes": ("weight_memory_usage_gb", 2**30),
     "kv_bytes": ("kv_cache_memory_usage_gb", 2**30),
@@ -104,7 +105,7 @@ class SglangEngine(Engine):
             "not enough memory on the device; lower mem_fraction_static, context_length or max_running_requests",
         ),
         Explanation(
-            # It chooses a port for its own processes at once and listens on it a minute later.
+            # SGLang chooses a port for its own processes at its start, but listens on it only a minute later.
             re.compile(r"DistNetworkError.*EADDRINUSE"),
             Cause.PORT,
             "a port that SGLang had chosen for its own processes was taken by another program; start it again",
@@ -138,7 +139,7 @@ class SglangEngine(Engine):
     ]
 
     def launch(self, task: Task) -> Launch:
-        """Return the command line and the variables; the API key goes by a file, as arguments are public."""
+        """Return the command line and the variables. A file holds the API key, since every user can see arguments."""
         settings = task.settings
         self.check_extra_args(settings.extra_args)
         python = str(settings.engine_executable or sys.executable)
@@ -151,7 +152,7 @@ class SglangEngine(Engine):
         return Launch(command, _environment(task))
 
     def diagnose(self, lines: Sequence[str]) -> Diagnosis | None:
-        """Return the plugin's own words where it raised an error, unless they or others' are about the GPU itself."""
+        """Return the plugin's own error message if there is one, except when the output reports a lost GPU."""
         found = super().diagnose(lines)
         own = [match[1] for line in lines if (match := _PLUGIN_ERROR.fullmatch(line.strip()))]
         if not own or (found is not None and found.cause is Cause.GPU_LOST):
@@ -159,14 +160,14 @@ class SglangEngine(Engine):
         return Diagnosis(Cause.CUDA_FAULT if cuda_fault(own) else found.cause if found else Cause.OTHER, own[-1])
 
     def is_chatter(self, line: str) -> bool:
-        """Whether it has SGLang's time stamp: a traceback and the words of a library have none."""
+        """Whether it has SGLang's time stamp and a level up to INFO; tracebacks and library messages have no stamp."""
         match = _LINE.match(line)
         return match is not None and match[1] in {None, "DEBUG", "INFO"}
 
     def progress(self, metrics: str) -> Progress | None:
-        """Read its scheduler's counters, and those of its tokenizer's process, which counts what left towards clients.
+        """Read the counters of its scheduler, and those of its tokenizer's process, which counts answers to clients.
 
-        Between the two is the detokenizer: where it stops, the scheduler goes on and nothing leaves.
+        The detokenizer is between the two: if it stops, the scheduler goes on but no answer leaves.
         """
         try:
             samples = Samples(metrics, _PROGRESS_SERIES)
@@ -187,11 +188,11 @@ class SglangEngine(Engine):
         )
 
     def work_limits(self, task: Task) -> WorkLimits:
-        """Return what it computes at most before something is handed to a client, with room for retracted requests.
+        """Return the most that it computes before it sends something to a client, with room for retracted requests.
 
-        The prompts of all requests that run together fit into the pool and are computed before any of them goes on; an
-        answer that is not streamed is handed over every HELD_BACK_TOKENS, the first time as one token, which may be
-        mistaken for the test generation's.
+        The prompts of all running requests fit into the KV pool, and are computed before any of them generates. An
+        answer that is not streamed is passed on every HELD_BACK_TOKENS. Its first part is one token, which the judge
+        may mistake for a test generation's.
         """
         settings = task.settings
         ranks = settings.tensor_parallel * settings.pipeline_parallel
@@ -203,7 +204,7 @@ class SglangEngine(Engine):
         )
 
     def allocated(self, metrics: str) -> dict[str, int]:
-        """Read its gauges. On the CPU its weights are what the host's free memory fell by: rough."""
+        """Read its gauges. On the CPU, weights_bytes is rough: the drop of the host's free memory while loading."""
         found = {name: sum_of_series(metrics, f"sglang:{series}") for name, (series, _) in _ALLOCATED.items()}
         return {name: round(value * _ALLOCATED[name][1]) for name, value in found.items() if value is not None}
 
@@ -212,7 +213,7 @@ class SglangEngine(Engine):
         return text_of(json_object(ask("/server_info")[1]), "version")
 
     def parse_line(self, line: str) -> tuple[str, str]:
-        """Take SGLang's time stamp away and tell its level, INFO where it names none."""
+        """Remove SGLang's time stamp and return the line's level, INFO if it names none."""
         match = _LINE.match(line) or _UVICORN_LINE.match(line)
         if match is None:
             return ("ERROR" if line.startswith("Traceback") else "INFO"), line
@@ -228,7 +229,7 @@ def _model_arguments(task: Task) -> list[str]:
     if task.settings.quantization is not None:
         arguments += ["--quantization", task.settings.quantization]
         if task.settings.quantization == BITSANDBYTES and model.prepared_dir is None:
-            # Only this loader quantises, and SGLang does not choose it by the method.
+            # Only this loader quantises, and SGLang does not choose it from the method.
             arguments += ["--load-format", BITSANDBYTES]
     return [*arguments, "--device", task.device, "--dtype", task.dtype]
 
@@ -253,7 +254,7 @@ def _limit_arguments(task: Task) -> list[str]:
 
 def _feature_arguments(task: Task) -> list[str]:
     settings = task.settings
-    # Without --sleep-on-idle its scheduler keeps one core busy for ever, waiting for requests.
+    # Without --sleep-on-idle its scheduler keeps one core busy all the time while it waits for requests.
     arguments = ["--enable-metrics", "--sleep-on-idle", "--kv-cache-dtype", KV_DTYPES[settings.kv_cache.dtype]]
     if not settings.radix_cache:
         arguments.append("--disable-radix-cache")
@@ -263,7 +264,7 @@ def _feature_arguments(task: Task) -> list[str]:
     if settings.debug:
         arguments += ["--log-level", "debug"]
     elif "--log-level-http" not in settings.extra_args:
-        # Its own lines about requests say enough; an access log would grow by a line a second from our scrapes alone.
+        # SGLang's own lines about requests are enough; our scrapes alone would add a line a second to an access log.
         arguments += ["--log-level-http", "warning"]
     return arguments
 
@@ -277,7 +278,7 @@ def _write_key_file(task: Task) -> str:
 
 
 def _empty_folder(path: Path) -> Path:
-    """Make the engine's folder for temporary files anew: sockets that its workers leave, since SIGKILL ends them."""
+    """Replace the engine's folder for temporary files: SGLang ends its workers with SIGKILL, so they leave sockets."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(mode=0o700)
     return path
@@ -289,18 +290,18 @@ def _environment(task: Task) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "OMP_NUM_THREADS": str(task.threads),
-        # OpenMP's threads spin for milliseconds after every product, on cores that other programs could use.
+        # By default OpenMP's threads spin for milliseconds after every product, on cores that other programs could use.
         "OMP_WAIT_POLICY": "PASSIVE",
-        # Each of SGLang's processes would otherwise fork compiler workers of more than a gigabyte each, never used.
+        # Otherwise each of SGLang's processes forks compiler workers of more than a gigabyte that nothing uses.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         # After a crash, do not wait a minute for a GPU core dump.
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0",
-        # So that answers that are not streamed are seen to leave while they are computed.
+        # Lets the counters show that answers leave while they are computed, even if they are not streamed.
         "SGLANG_FORCE_STREAM_INTERVAL": str(HELD_BACK_TOKENS),
-        # A call of a tool obeys the tool's schema, also where the tool does not say `strict`.
+        # A tool call obeys the tool's schema even if the tool does not set `strict`.
         "SGLANG_TOOL_STRICT_LEVEL": "2",
         "PYTHONUNBUFFERED": "1",
-        # Dozens of lines at every start about packages that are rightly not there.
+        # Otherwise every start prints dozens of warnings about packages that are absent on purpose.
         "PYTHONWARNINGS": "default" if task.settings.debug else "ignore",
     }
     environment["TMPDIR"] = str(_empty_folder(task.runtime_dir / "tmp"))

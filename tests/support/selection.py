@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Generator, Iterable
 
 ROOT = Path(__file__).parents[2]
 TIMES = ROOT / "docs/results/tests.json"
@@ -37,9 +37,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_left_out] = Counter()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out, group, and order the collected tests in place."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, object, object]:
+    """Leave out, group, and order the collected tests in place.
+
+    A wrapper, to be before pytest-xdist, which takes the groups into the names of the tests here.
+    """
     if config.option.fast:
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.stash[_left_out].update(_reason(item) for item in slow)
@@ -49,6 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(_group(item)))
     items[:] = _longest_first(items)
+    return (yield)
 
 
 def _reason(item: pytest.Item) -> str:

@@ -84,7 +84,7 @@ class TestTable:
         found = examined(Host())
         assert {name: f.evidence for name, f in found.items() if f.verdict is Verdict.FAILURE} == {
             "engine": "not installed: torch, sglang, sglang-pascal",
-            "clock": "it is not 1970-01-01 00:00 UTC",
+            "clock": "the clock says 1970-01-01 00:00 UTC, which is wrong",
             "case-model-loading": "engine: not installed: torch, sglang, sglang-pascal",
         }
 
@@ -115,7 +115,7 @@ class TestChecksWithoutARecordedHost:
             "2.31": ("failure", "glibc 2.31, must be 2.34 or newer"),
             "2.34": ("ok", "glibc 2.34"),
             "2.40": ("ok", "glibc 2.40"),
-            "": ("skipped", "the version is not known"),
+            "": ("skipped", "the version is unknown"),
         }
 
     def test_different_cards_need_an_order(self) -> None:

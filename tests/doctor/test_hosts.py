@@ -43,7 +43,7 @@ class TestHealthyHost:
     def test_next_to_everything_is_judged(self, healthy: dict[str, Finding]) -> None:
         """What is skipped on a host with one GPU and a running instance is what cannot be asked there."""
         skipped = {name: f.evidence for name, f in healthy.items() if f.verdict is Verdict.SKIPPED}
-        assert skipped == {"glibc": "the package brings its own", "env-device-order": "all GPUs are alike"}
+        assert skipped == {"glibc": "the package brings its own", "env-device-order": "all GPUs are of the same model"}
 
     def test_evidence_names_what_was_seen(self, healthy: dict[str, Finding]) -> None:
         """Each finding can be followed without running the check again."""

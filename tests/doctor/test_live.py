@@ -56,7 +56,7 @@ def test_an_agent_that_was_named_and_does_not_answer_is_a_failure() -> None:
     """Whoever gives a URL says that an instance is there; without one there may be none."""
     url = f"http://127.0.0.1:{free_port()}"
     found = findings(url)["instance-state"]
-    assert (found.verdict, found.evidence) == (Verdict.FAILURE, f"no agent of an instance answers at {url}")
+    assert (found.verdict, found.evidence) == (Verdict.FAILURE, f"no agent answers at {url}")
 
 
 def test_settings_that_nothing_runs_yet(tmp_path: Path) -> None:

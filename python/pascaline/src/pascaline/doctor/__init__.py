@@ -1,7 +1,7 @@
-"""Finds out what keeps a host from serving, and says what to do: evidence, verdict and remedy for every check.
+"""Finds out what keeps a host from serving and what to do about it: each check gives evidence, verdict and remedy.
 
-machine    the way to a machine's files, programs and services
-collect    machine -> Host, which holds everything that is known; evidence/ has a module a part
+machine    access to a machine's files, programs and services
+collect    machine -> Host, which holds every known fact; evidence/ has one module per part
 checks/    Host -> findings; pure functions
 report     findings -> text for people, JSON, and a redacted file for a bug report
 """
@@ -23,7 +23,7 @@ __all__ = ["examine", "worst"]
 
 
 def examine(host: Host) -> list[Finding]:
-    """Apply every check, then judge the guide's cases by their findings."""
+    """Apply every check, then judge the guide's cases by the findings."""
     findings = [check.examine(host) for check in ALL_CHECKS]
     return [*findings, *judge_cases(findings)]
 

@@ -1,4 +1,4 @@
-"""Collects a Host from a machine, part by part; a part that fails leaves the others alone."""
+"""Collects a Host from a machine, part by part. A part that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["Question", "collect"]
 
 
 def collect(machine: Machine, question: Question, on_part: Callable[[str], None] = lambda _: None) -> Host:
-    """Collect everything; `on_part` is told what is being looked at."""
+    """Collect everything; `on_part` is called with the name of each part before it is read."""
     on_part("instance")
     instance = collect_instance(machine, question)
     _note_settings(machine, instance)
@@ -52,7 +52,7 @@ def collect(machine: Machine, question: Question, on_part: Callable[[str], None]
         instance=instance,
         logs=_standing(machine, "logs", lambda: collect_logs(machine, instance.name), Logs()),
     )
-    no_plan: tuple[Plan | None, str, str] = (None, "the planner failed; pascaline doctor --report tells why", "")
+    no_plan: tuple[Plan | None, str, str] = (None, "the planner failed; pascaline doctor --report shows why", "")
     plan, plan_error, plan_refusal = _standing(machine, "plan", lambda: make_host_plan(host), no_plan)
     return replace(host, plan=plan, plan_error=plan_error, plan_refusal=plan_refusal)
 
@@ -61,7 +61,7 @@ Part = TypeVar("Part")
 
 
 def _standing(machine: Machine, name: str, collect_part: Callable[[], Part], nothing: Part) -> Part:
-    """Return a part, or nothing of it where this program met what it was not made for: the rest must still be told."""
+    """Return a part, or `nothing` if its collector fails unexpectedly: the other parts must still be reported."""
     try:
         return collect_part()
     except Exception:
@@ -69,7 +69,7 @@ def _standing(machine: Machine, name: str, collect_part: Callable[[], Part], not
         return nothing
 
 
-# Variables that an engine, its libraries or this program read. Any other may hold whatever its owner thought of.
+# Variables that an engine, its libraries or this program read. Any other variable may hold a secret.
 _TOLD_VARIABLE = re.compile(
     r"(?:CUDA|NVIDIA|NVML|NCCL|SGLANG|SGL|PASCALINE|TORCH|PYTORCH|TORCHINDUCTOR|TRITON|LLAMA|GGML|HF|TRANSFORMERS"
     r"|OMP|MKL|PYTHON|LD|LC|XDG)_\w*|(?:CACHE|STATE|RUNTIME|LOGS|CONFIGURATION)_DIRECTORY"
@@ -78,7 +78,7 @@ _TOLD_VARIABLE = re.compile(
 
 
 def _note_settings(machine: Machine, instance: Instance) -> None:
-    """Keep for the report what the instance runs with; of variables that are none of the engine's the names only."""
+    """Keep the instance's settings and variables for the report; variables that no engine reads by name only."""
     variables = sorted(instance.environment.items())
     lines = [f"{name}={value}" for name, value in variables if _TOLD_VARIABLE.fullmatch(name)]
     others = [name for name, _ in variables if not _TOLD_VARIABLE.fullmatch(name)]

@@ -1,4 +1,4 @@
-"""The driver's refusals of a card in the kernel's log: what each means and what to do, from driver_messages.toml."""
+"""Messages in the kernel's log with which the driver refuses a card: cause and remedy, from driver_messages.toml."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class DriverMessage:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A message that was found, and the last line that has it."""
+    """A known message in the log, and the last line that contains it."""
 
     message: DriverMessage
     line: str
@@ -38,7 +38,7 @@ class Refusal:
 
 @cache
 def driver_messages() -> tuple[DriverMessage, ...]:
-    """All messages that are known, the most telling first."""
+    """Return all known messages, the most specific first."""
     text = files("pascaline.doctor").joinpath("driver_messages.toml").read_text(encoding="utf-8")
     return tuple(_message(entry) for entry in tomllib.loads(text)["message"])
 
@@ -49,9 +49,9 @@ def _message(entry: dict[str, str]) -> DriverMessage:
 
 
 def refusals(lines: Iterable[str]) -> list[Refusal]:
-    """Return the refusals among lines of the kernel's log, the most telling first, each once.
+    """Return the refusals among lines of the kernel's log, the most specific first, each once.
 
-    A line belongs to the first message that it has.
+    A line counts for the first message that it matches.
     """
     found: dict[str, Refusal] = {}
     for line in lines:

@@ -1,7 +1,7 @@
-"""Asked in the engine's Python: `engine_probe.py VARIABLE…` prints, as JSON, what is installed and built for what.
+"""Runs in the engine's Python. `engine_probe.py VARIABLE…` prints as JSON what is installed and what it was built for.
 
-A file of its own without imports of this package, since that Python may not have it. Every answer is optional: what
-fails is left out, and `error` says what failed first.
+This file does not import this package, because that Python may not have it. Every answer is optional: what fails is
+left out, and `error` says what failed first.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PACKAGES = ("torch", "sglang", "sglang-pascal", "transformers", "bitsandbytes")
 
 
 def main() -> None:
-    """Print everything that is known."""
-    # What imports print must not get into the answer.
+    """Print every known fact."""
+    # The answer must not contain what imports print.
     with contextlib.redirect_stdout(sys.stderr):
         answer: dict[str, Any] = {"versions": dict(_versions()), "entry_points": _entry_points()}
         for part in (_torch, _plugin, _kernels):
@@ -47,7 +47,7 @@ def _entry_points() -> list[str]:
 
 
 def _torch() -> dict[str, Any]:
-    # The driver is not woken: these are facts of the build.
+    # These are facts of the build; the driver is not called.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
@@ -72,7 +72,7 @@ def _kernels() -> dict[str, Any]:
 
 
 def _unknown(variables: Sequence[str]) -> list[str]:
-    """Those of the variables that no file of SGLang or of the plugin names."""
+    """Return the variables that neither SGLang nor the plugin mentions in any file."""
     unknown = set(variables)
     for package in ("sglang", "sglang_pascal"):
         spec = importlib.util.find_spec(package) if unknown else None

@@ -1,4 +1,4 @@
-"""What is known of a host: plain values, collected once, that every check judges."""
+"""The facts about a host: plain values, collected once and judged by every check."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class PciGpu:
     """An NVIDIA display or 3D controller on the PCI bus, whether or not a driver serves it."""
 
     address: str
-    """As 0000:3b:00.0."""
+    """Such as 0000:3b:00.0."""
     device: str
-    """PCI device number, as 0x1bb3."""
+    """PCI device number, such as 0x1bb3."""
     driver: str
-    """Kernel driver that is bound to it; empty: none."""
+    """Kernel driver that is bound to it; empty if none is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +44,17 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """What the kernel tells of NVIDIA's driver."""
+    """What the kernel reports about NVIDIA's driver."""
 
     version: str = ""
-    """Of the loaded module; empty: none is loaded."""
+    """Version of the loaded module; empty if none is loaded."""
     is_open: bool = False
     """Whether the module is the open one."""
     modules: frozenset[str] = frozenset()
     """Loaded modules among nvidia's and nouveau."""
     pci: tuple[PciGpu, ...] = ()
     nodes: Mapping[str, Node] = field(default_factory=dict)
-    """/dev/nvidia* that exist, by path."""
+    """The existing /dev/nvidia* nodes, by path."""
     models: tuple[str, ...] = ()
     """Names of the GPUs that the driver's folder in /proc lists, in the order of the bus."""
 
@@ -66,7 +66,7 @@ class Driver:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU as NVML answered about it."""
+    """One GPU as NVML reports it."""
 
     reading: DeviceReading
     card: Card | None
@@ -75,28 +75,28 @@ class Gpu:
 
     @property
     def name(self) -> str:
-        """As the driver calls it."""
+        """The driver's name for it."""
         return str(self.reading.values.get("nvmlDeviceGetName", "")) or f"GPU {self.reading.index}"
 
     @property
     def label(self) -> str:
-        """How evidence names it."""
+        """Its name in evidence."""
         return f"GPU {self.reading.index} ({self.name})"
 
     def numbers(self, call: str) -> list[int]:
-        """Return the numbers that a call answered; empty where it did not."""
+        """Return the numbers that an NVML call returned; empty if it failed."""
         value = self.reading.values.get(call)
         if isinstance(value, int):
             return [value]
         return [item for item in value if isinstance(item, int)] if isinstance(value, list) else []
 
     def number(self, call: str) -> int | None:
-        """Return the single or first number that a call answered; None where it did not."""
+        """Return the single or first number that an NVML call returned; None if it failed."""
         return next(iter(self.numbers(call)), None)
 
     @property
     def compute_capability(self) -> str:
-        """As 6.1; empty where it is unknown."""
+        """Such as 6.1; empty if unknown."""
         return ".".join(map(str, self.numbers("nvmlDeviceGetCudaComputeCapability")))
 
     @property
@@ -106,7 +106,7 @@ class Gpu:
 
     @property
     def memory(self) -> tuple[int, int, int] | None:
-        """Total, free and used bytes; None where the driver does not tell."""
+        """Total, free and used bytes; None if the driver does not report them."""
         if v2 := self.numbers("nvmlDeviceGetMemoryInfo_v2"):
             total, _, free, used = v2
             return total, free, used
@@ -118,37 +118,37 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class GpuProcess:
-    """A process that holds memory of a GPU."""
+    """A process that holds GPU memory."""
 
     pid: int
     bytes: int | None
     name: str
     unit: str
-    """Its systemd unit; empty where it is in none, or hides from this user."""
+    """Its systemd unit; empty if it has none, or if this user may not see it."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What the engine's Python tells of itself; see engine_probe.py."""
+    """What the engine's Python reports; see engine_probe.py."""
 
     error: str = ""
-    """Why it could not be asked."""
+    """Why the engine's Python gave no answer."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Installed packages among torch, sglang, sglang-pascal, transformers, bitsandbytes."""
     torch_cuda: str = ""
-    """CUDA version that torch was built for; empty: without CUDA."""
+    """CUDA version that torch was built for; empty if built without CUDA."""
     torch_architectures: tuple[str, ...] = ()
-    """As sm_60, compute_90."""
+    """Such as sm_60, compute_90."""
     supported_sglang: tuple[str, ...] = ()
     """Versions that the plugin was made for."""
     kernel_architectures: tuple[str, ...] = ()
-    """Of the plugin's prebuilt kernels, as sm_61 and compute_61."""
+    """Architectures of the plugin's prebuilt kernels, such as sm_61 and compute_61."""
     kernel_formats: tuple[str, ...] = ()
     """Tensor types that the plugin has kernels for."""
     entry_points: tuple[str, ...] = ()
-    """Platforms that are registered with SGLang."""
+    """Platforms registered with SGLang."""
     unknown_variables: tuple[str, ...] = ()
-    """SGLANG_ variables that are set and that SGLang's source does not name."""
+    """SGLANG_ variables that are set but that SGLang's source does not mention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,46 +157,46 @@ class ModelFacts:
 
     path: str = ""
     error: str = ""
-    """Why it cannot be read; then there is no spec."""
+    """Why the model cannot be read; there is then no spec."""
     spec: ModelSpec | None = None
     sha256: tuple[str, ...] = ()
-    """Of each file; empty where it was not computed."""
+    """Checksum of each file; empty if not computed."""
     checksum_error: str = ""
     has_tokenizer: bool = False
     has_chat_template: bool = False
     read_bytes_per_second: float | None = None
-    """Speed of the disk that it is on; None where it was not measured."""
+    """Speed of the disk that holds it; None if not measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """The instance that was asked about: its settings, its unit, and what its agent and engine say now."""
+    """The instance in question: its settings, its unit, and what its agent and engine report."""
 
     name: str = ""
     others: tuple[str, ...] = ()
-    """Instances on this host, where several are there and none was named."""
+    """The instances on this host, if there are several and none was named."""
     configuration: Configuration | None = None
     configuration_error: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     """The engine's variables."""
     environment_source: str = ""
-    """Where those were read."""
+    """Where the variables were read."""
     unit: Mapping[str, str] = field(default_factory=dict)
     """Properties of its systemd unit; empty without one."""
     health: Mapping[str, Any] | None = None
-    """The agent's /health; None where it does not answer."""
+    """The agent's answer to /health; None without an answer."""
     plan: Mapping[str, Any] | None = None
-    """The agent's /plan."""
+    """The agent's answer to /plan."""
     engine_metrics: str = ""
 
     @property
     def settings(self) -> Settings | None:
-        """Its settings; None where they could not be read."""
+        """Its settings; None if they could not be read."""
         return self.configuration.settings if self.configuration else None
 
     @property
     def state(self) -> str:
-        """As the agent names it; empty where no agent answers."""
+        """The agent's name for the state; empty without an agent's answer."""
         return str(self.health.get("state", "")) if self.health else ""
 
     @property
@@ -211,7 +211,7 @@ class Mount:
 
     point: str
     kind: str
-    """As ext4, tmpfs."""
+    """Such as ext4, tmpfs."""
     free_bytes: int | None = None
 
 
@@ -221,44 +221,44 @@ class System:
 
     is_nixos: bool = False
     glibc: str = ""
-    """Version; empty where there is none."""
+    """Version; empty without glibc."""
     memory: Mapping[str, int] = field(default_factory=dict)
     """/proc/meminfo, bytes."""
     cpu_flags: frozenset[str] = frozenset()
-    """Instruction-set flags of the first CPU; empty where they cannot be read."""
+    """Instruction-set flags of the first CPU; empty if they cannot be read."""
     huge_pages: str = ""
     """always, madvise or never."""
     governor: str = ""
-    """CPU frequency governor; empty where the kernel has none (a virtual machine)."""
+    """CPU frequency governor; empty if the kernel has none (a virtual machine)."""
     memory_limit: int | None = None
     """Bytes that the cgroup allows; None: no limit."""
     cpu_limit: float | None = None
     """CPUs that the cgroup allows; None: no limit."""
     limits_of: str = ""
-    """Whose cgroup those two are of."""
+    """Name of the unit or process whose cgroup sets these two limits."""
     open_files: int | None = None
-    """Hard limit of open files; None where it is unknown."""
+    """Hard limit of open files; None if unknown."""
     listening: frozenset[int] = frozenset()
     """TCP ports that something listens on."""
     clock_synchronised: bool | None = None
-    """None where nobody can tell."""
+    """None if no time service reports it."""
     unix_time: float = 0.0
     cache: Mount | None = None
-    """Where prepared models go."""
+    """File system of the prepared models."""
     cuda_cache: Mount | None = None
-    """Where the driver keeps kernels that it compiled; None where the folder is unknown."""
+    """File system of the driver's cache of compiled kernels; None if the folder is unknown."""
     cuda_cache_folder: str = ""
     cuda_cache_writable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Logs:
-    """Lines of the journal; None where it cannot be read."""
+    """Lines of the journal; None if it cannot be read."""
 
     kernel: tuple[str, ...] | None = None
-    """This boot's, of the GPU driver and of memory shortage."""
+    """Lines of this boot about the GPU driver and about lack of memory."""
     unit: tuple[str, ...] | None = None
-    """The instance's last thousand."""
+    """The last thousand lines of the instance's unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,32 +267,32 @@ class Host:
 
     driver: Driver = Driver()
     nvml: Reading | None = None
-    """None where no driver is there to be asked."""
+    """None without a driver to ask."""
     gpus: tuple[Gpu, ...] = ()
     libcuda: str = ""
-    """Path of libcuda.so.1; empty: not found."""
+    """Path of libcuda.so.1; empty if not found."""
     nvcc: str = ""
-    """Release of the CUDA toolkit on PATH or under CUDA_PATH, as 11.8; empty: none."""
+    """Release of the CUDA toolkit on PATH or under CUDA_PATH, such as 11.8; empty without one."""
     system: System = System()
     engine: EngineFacts = EngineFacts()
     model: ModelFacts = ModelFacts()
     instance: Instance = Instance()
     logs: Logs = Logs()
     plan: Plan | None = None
-    """Of the settings on this host's card; None where none could be made."""
+    """The plan of these settings on this host's card; None if none could be made."""
     plan_error: str = ""
-    """Why none could be made, where something is not known."""
+    """Why there is no plan, if a fact that it needs is unknown."""
     plan_refusal: str = ""
-    """Why the settings cannot serve the model; empty: they can, as far as is known."""
+    """Why the settings cannot serve the model; empty if no reason is known."""
 
     @property
     def settings(self) -> Settings | None:
-        """The instance's settings; None where they could not be read."""
+        """The instance's settings; None if they could not be read."""
         return self.instance.settings
 
     @property
     def wants_gpu(self) -> bool:
-        """Whether the model is to run on a GPU, as far as is known."""
+        """Whether the model is meant to run on a GPU, by what is known."""
         device = self.settings.device if self.settings else "auto"
         return device == "cuda" or (device == "auto" and bool(self.driver.pci))
 

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from pascaline.doctor.verdicts import Remedy
 
 JSON_VERSION = 1
-"""Layout of --json; grows when a key changes its meaning or goes."""
+"""Version of the layout of --json; grows when a key is removed or changes its meaning."""
 MARKS = {Verdict.OK: "✓", Verdict.SKIPPED: "·", Verdict.INFO: "i", Verdict.WARNING: "!", Verdict.FAILURE: "✗"}
 COLOURS = {Verdict.INFO: "36", Verdict.WARNING: "33", Verdict.FAILURE: "31", Verdict.OK: "32", Verdict.SKIPPED: "90"}
 MAX_PART_CHARACTERS = 20_000
-"""Of one recorded file or output in the report."""
+"""Most characters of one recorded file or output in the report."""
 
 
 def to_json(findings: Sequence[Finding], verdict: Verdict) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def to_json(findings: Sequence[Finding], verdict: Verdict) -> dict[str, Any]:
 
 
 def to_text(findings: Sequence[Finding], *, is_nixos: bool, everything: bool = False, colour: bool = False) -> str:
-    """Return lines for people, the worst last, where the eye is; `everything`: with what is well and was skipped."""
+    """Return lines for people, the worst finding last. `everything`: also those that are ok or skipped."""
     shown = [f for f in findings if everything or f.verdict.severity >= Verdict.INFO.severity]
     lines = []
     for finding in sorted(shown, key=lambda finding: finding.verdict.severity):
@@ -76,14 +76,14 @@ def _remedy_lines(remedy: Remedy, *, is_nixos: bool) -> list[str]:
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """Return how many checks ended how, in one line."""
+    """Return the number of checks for each verdict, in one line."""
     counts = {verdict: sum(finding.verdict is verdict for finding in findings) for verdict in Verdict}
     words = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in reversed(Verdict) if counts[verdict])
     return f"{len(findings)} checks: {words}"
 
 
 def write_report(path: Path, findings: Sequence[Finding], transcript: Sequence[tuple[str, str]]) -> None:
-    """Write findings and everything that was read, with names, addresses, keys and serial numbers taken out."""
+    """Write the findings and everything that was read. Names, addresses, keys and serial numbers are removed."""
     head = f"pascaline {__version__}, Python {platform.python_version()}, {platform.system()} {platform.release()}\n"
     parts = [head, to_text(findings, is_nixos=False, everything=True)]
     for title, text in transcript:
@@ -92,7 +92,7 @@ def write_report(path: Path, findings: Sequence[Finding], transcript: Sequence[t
     path.write_text(redact("\n".join(parts)), encoding="utf-8")
 
 
-# A name that says that its value is secret, as NAME=value, "name": "value", or --name value.
+# A name whose value is a secret, as NAME=value, "name": "value", or --name value.
 _SECRET = re.compile(
     r"""(?ix)
     ( (?P<flag>--)? [\w.-]*
@@ -101,7 +101,7 @@ _SECRET = re.compile(
       (?: \s*[=:]\s* | (?(flag)\s+|(?!)) ) )
     (?P<value> "[^"\n]*" | '[^'\n]*' | [^\s,;"']+ )"""
 )
-# Such a word in a name that holds no secret: a path, a number, a count.
+# The same words in a name that holds no secret: a path, a number, a count.
 _NOT_SECRET = re.compile(r"(?i)tokens|tokenizer|token_usage|key_file|keyboard")
 _PATTERNS = (
     (re.compile(r"\bGPU-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"), "GPU-(uuid)"),
@@ -124,18 +124,18 @@ _ADDRESS = re.compile(
     r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.])|(?<![\w.:])(?:[0-9a-fA-F]{0,4}:){2,7}[0-9a-fA-F]{0,4}(?![\w:])"
 )
 
-# As /proc/net/tcp and tcp6 write them, a port behind.
+# As /proc/net/tcp and tcp6 write addresses, followed by a port.
 _HEX_ADDRESS = re.compile(r"\b(?:[0-9A-F]{32}|[0-9A-F]{8})(?=:[0-9A-F]{4}\b)")
 _HEX_LOOPBACK = re.compile(r"0+|0100007F|0{24}01000000|0{16}FFFF00000100007F")
 _NOBODY = frozenset({"root", "nobody", "pascaline", "user", "nixos", "ubuntu", "debian"})
-"""Users whose names tell nothing, and are words of their own."""
+"""User names that identify nobody and are ordinary words."""
 _FIRST_PERSON_UID = 1000
 
 
 def redact(text: str, host_name: str | None = None, home: str | None = None, users: Sequence[str] | None = None) -> str:
-    """Return the text without what tells who and where: keys, user and host names, addresses, serial numbers, UUIDs.
+    """Return the text without anything that identifies a person or host: keys, names, addresses, serial numbers, UUIDs.
 
-    host_name, home, users: None = this host's, this user's. Loopback addresses stay: they say nothing and explain much.
+    host_name, home, users: None = those of this host and user. Loopback addresses stay: they identify nobody.
     """
     text = redact_secrets(text)
     for pattern, replacement in _PATTERNS:
@@ -147,7 +147,7 @@ def redact(text: str, host_name: str | None = None, home: str | None = None, use
     if home not in ("", "/"):
         text = text.replace(home, "~")
     host_name = socket.gethostname() if host_name is None else host_name
-    # Logs have the first part of a full name.
+    # Logs contain the first part of a full name.
     for name in (host_name, host_name.partition(".")[0]):
         if name and name != "localhost":
             text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", "(host)", text)
@@ -157,7 +157,7 @@ def redact(text: str, host_name: str | None = None, home: str | None = None, use
 
 
 def user_names(environment: Mapping[str, str]) -> list[str]:
-    """Return the names of the person who runs this, also behind sudo; accounts of the system are no persons."""
+    """Return the names of the person who runs this, also under sudo; system accounts are not persons."""
     names = {environment.get(variable, "") for variable in ("USER", "LOGNAME", "SUDO_USER")}
     with contextlib.suppress(KeyError):
         names.add(pwd.getpwuid(os.getuid()).pw_name)
@@ -168,7 +168,7 @@ def _is_person(name: str) -> bool:
     try:
         return pwd.getpwnam(name).pw_uid >= _FIRST_PERSON_UID
     except KeyError:
-        return True  # of a directory that does not answer
+        return True  # from a directory service that does not answer
 
 
 def _hide(match: re.Match[str]) -> str:

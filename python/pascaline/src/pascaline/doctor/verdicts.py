@@ -1,4 +1,4 @@
-"""What a check is, what it may find, and how bad that is."""
+"""Checks, their results, and how severe a result is."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ if TYPE_CHECKING:
 
 
 class Verdict(StrEnum):
-    """How a check ended, the worst last."""
+    """How a check ended, from best to worst."""
 
     OK = "ok"
     SKIPPED = "skipped"
-    """It does not apply to this host, or what it needs to know cannot be learned here; the evidence says which."""
+    """The check does not apply to this host, or a fact that it needs is unknown here; the evidence says which."""
     INFO = "info"
-    """Nothing is wrong, but there is something to know, or to gain."""
+    """Nothing is wrong, but the reader should know it or could gain from it."""
     WARNING = "warning"
-    """It works, slower or less safely than it should, or will stop to."""
+    """It works, but slower or less safely than it should, or it will soon stop working."""
     FAILURE = "failure"
-    """Serving fails, or is wrong."""
+    """Serving fails, or gives wrong answers."""
 
     @property
     def severity(self) -> int:
-        """0 for ok, growing."""
+        """0 for the best verdict, then ascending."""
         return list(Verdict).index(self)
 
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """What to do about a finding: on NixOS by an option where there is one, elsewhere by a command."""
+    """What to do about a finding: on NixOS by an option if there is one, elsewhere by a command."""
 
     text: str
     command: str = ""
-    """For a shell, by a user who may do it."""
+    """Shell command, for a user with the necessary rights."""
     option: str = ""
-    """A setting of the NixOS configuration, as it is written there."""
+    """A line of the NixOS configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +48,13 @@ class Finding:
     """What one check found."""
 
     check: str
-    """The check's id."""
+    """The id of the check."""
     title: str
     verdict: Verdict
     evidence: str
-    """What was seen; for `skipped` why nothing could be."""
+    """What was seen; for `skipped`, why the check could not be made."""
     remedy: Remedy | None = None
-    """Only with info, warning and failure."""
+    """Set only for info, warning and failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +64,25 @@ class Result:
     verdict: Verdict
     evidence: str
     remedy: Remedy | None = None
-    """None: the check's own."""
+    """None: the remedy of the check."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One question about a host. Its function is pure: all it knows is the Host."""
+    """One question about a host. Its function is pure: it sees only the Host."""
 
     id: str
-    """Documented and stable: scripts and people refer to it."""
+    """Documented and stable: scripts and people use it."""
     group: str
     title: str
     """The rule that should hold, as a short sentence."""
     explanation: str
-    """What is looked at and why, for docs/doctor.md."""
+    """What the check reads and why, for docs/doctor.md."""
     remedy: Remedy
     judge: Callable[[Host], Result]
 
     def examine(self, host: Host) -> Finding:
-        """Apply the check. One that fails is a finding too: on an ill host the others are needed all the more."""
+        """Apply the check. If it raises, that is a finding too: on a broken host the other checks matter even more."""
         try:
             result = self.judge(host)
         except Exception as error:
@@ -95,17 +95,17 @@ class Check:
 
 
 class Checks(list[Check]):
-    """The checks of one group, filled by its decorator."""
+    """The checks of one group; its decorator adds them."""
 
     def __init__(self, group: str) -> None:
-        """group: heading of these checks."""
+        """group: heading above these checks."""
         super().__init__()
         self.group = group
 
     def check(
         self, name: str, title: str, remedy: str, *, command: str = "", option: str = ""
     ) -> Callable[[Callable[[Host], Result]], Callable[[Host], Result]]:
-        """Make a check of a function; its docstring is the explanation."""
+        """Turn a function into a check; its docstring is the explanation."""
 
         def register(judge: Callable[[Host], Result]) -> Callable[[Host], Result]:
             explanation = " ".join((inspect.getdoc(judge) or "").split())
@@ -116,25 +116,25 @@ class Checks(list[Check]):
 
 
 def ok(evidence: str) -> Result:
-    """All is well."""
+    """Nothing is wrong."""
     return Result(Verdict.OK, evidence)
 
 
 def skipped(reason: str) -> Result:
-    """It could not be judged."""
+    """The check could not be made."""
     return Result(Verdict.SKIPPED, reason)
 
 
 def info(evidence: str, remedy: Remedy | None = None) -> Result:
-    """Worth knowing."""
+    """Worth knowing, but not wrong."""
     return Result(Verdict.INFO, evidence, remedy)
 
 
 def warning(evidence: str, remedy: Remedy | None = None) -> Result:
-    """Not as it should be."""
+    """Not as it should be, but serving works."""
     return Result(Verdict.WARNING, evidence, remedy)
 
 
 def failure(evidence: str, remedy: Remedy | None = None) -> Result:
-    """Broken."""
+    """Serving fails."""
     return Result(Verdict.FAILURE, evidence, remedy)

@@ -1,4 +1,4 @@
-"""All checks, in the order in which a person would ask: card, driver, engine, model, machine, instance."""
+"""All checks, in the order in which a person would look: card, driver, engine, model, machine, instance."""
 
 from __future__ import annotations
 

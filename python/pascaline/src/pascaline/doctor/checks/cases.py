@@ -1,4 +1,4 @@
-"""The guide's three troubleshooting cases, each answered by the checks that find its causes."""
+"""The guide's three troubleshooting cases. Each is answered by the checks that find its causes."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ CASES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 
 def judge_cases(findings: Sequence[Finding]) -> list[Finding]:
-    """Return one finding a case: the worst of its causes, named with their evidence."""
+    """Return one finding per case: its worst cause, with the evidence of all causes."""
     by_id = {finding.check: finding for finding in findings}
     return [_judge(case, title, [by_id[name] for name in names]) for case, (title, names) in CASES.items()]
 
 
 def _judge(case: str, title: str, findings: list[Finding]) -> Finding:
-    title = f"{title}: none of the known causes is here"
+    title = f"{title}: no known cause is present"
     causes = [finding for finding in findings if finding.verdict.severity >= Verdict.WARNING.severity]
     if causes:
         worst = max(causes, key=lambda finding: finding.verdict.severity)
@@ -83,4 +83,4 @@ def _judge(case: str, title: str, findings: list[Finding]) -> Finding:
         return Finding(case, title, worst.verdict, words, worst.remedy)
     judged = sum(finding.verdict is not Verdict.SKIPPED for finding in findings)
     verdict = Verdict.OK if judged else Verdict.SKIPPED
-    return Finding(case, title, verdict, f"{judged} of {len(findings)} causes were looked for, and none found")
+    return Finding(case, title, verdict, f"{judged} of {len(findings)} causes were checked, and none was found")

@@ -1,4 +1,4 @@
-"""Checks of the driver: the right branch and module, loaded, reachable, and of one version throughout."""
+"""Checks of the driver: the right branch and module, loaded, reachable, and of a single version."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ PASCAL_DEVICE_RANGES = ((0x15F0, 0x15FF), (0x1B00, 0x1D7F))
 """PCI numbers of GP100, and of GP102 to GP108 (pci.ids)."""
 
 CONSEQUENCES = frozenset({"no-card", "probe-failed"})
-"""Messages that follow from others, and tell nothing where one of those is there."""
+"""Messages that only follow from others: if one of the others is there, these add nothing."""
 
 _NO_GPU = "no NVIDIA GPU is on the PCI bus"
 
 
 def _has_pascal(host: Host) -> bool:
-    """Whether a card of this generation is here, by the bus where the driver does not tell."""
+    """Whether a Pascal card is present; without the driver's answer, by its PCI number."""
     if host.gpus:
         return bool(host.pascal)
     numbers = [int(gpu.device, 16) for gpu in host.driver.pci if gpu.device.startswith("0x")]
@@ -46,7 +46,7 @@ def _gpu_present(host: Host) -> Result:
     if found:
         return ok(", ".join(f"{gpu.address} [10de:{gpu.device.removeprefix('0x')}]" for gpu in found))
     if host.driver.version:
-        return ok("the bus is hidden here (a container?), and the driver is loaded")
+        return ok("/sys/bus/pci lists no GPU here (a container?), but the driver is loaded")
     if host.settings and host.settings.device == "cuda":
         return failure(f"{_NO_GPU}, and the instance's device is cuda")
     return skipped(f"{_NO_GPU}; the model runs on the CPU")
@@ -55,7 +55,7 @@ def _gpu_present(host: Host) -> Result:
 @check(
     "driver-loaded",
     "NVIDIA's kernel module is loaded",
-    "load the module; where it is not installed, install the driver of branch R580",
+    "load the module; if it is not installed, install the driver of branch R580",
     command="modprobe nvidia; dmesg | grep -i nvrm | tail",
     option="hardware.pascaline.driver.enable = true;",
 )
@@ -121,7 +121,7 @@ def _closed_module(host: Host) -> Result:
 
 @check(
     "driver-library-match",
-    "Driver library and kernel module are of one version",
+    "Driver library and kernel module have the same version",
     "restart the host: the driver was upgraded and the old module is still loaded",
     command="reboot",
 )
@@ -133,7 +133,7 @@ def _library_match(host: Host) -> Result:
         return failure(f"{host.nvml.message} (module {host.driver.version})")
     library = str(host.nvml.library.get("nvmlSystemGetDriverVersion", ""))
     if library and host.driver.version and library != host.driver.version:
-        return failure(f"the library is of {library}, the module of {host.driver.version}")
+        return failure(f"the library has version {library}, the module {host.driver.version}")
     return ok(f"both are {library}") if library else skipped("NVML does not answer; see nvml")
 
 
@@ -149,10 +149,10 @@ def _driver_cuda(host: Host) -> Result:
     if not host.driver.version:
         return skipped("no driver is loaded")
     if not host.engine.torch_cuda:
-        return skipped("torch's CUDA version is not known")
+        return skipped("torch's CUDA version is unknown")
     least = LEAST_DRIVER.get(int(host.engine.torch_cuda.partition(".")[0]))
     if least is None:
-        return skipped(f"no driver requirement is known for CUDA {host.engine.torch_cuda}")
+        return skipped(f"the oldest driver for CUDA {host.engine.torch_cuda} is unknown")
     words = f"driver {host.driver.version}, torch for CUDA {host.engine.torch_cuda}, which needs R{least} or newer"
     return ok(words) if host.driver.branch >= least else failure(words)
 
@@ -191,7 +191,7 @@ def _device_nodes(host: Host) -> Result:
     option="hardware.pascaline.driver.enable = true;",
 )
 def _uvm(host: Host) -> Result:
-    """Looks for /dev/nvidia-uvm. Without it nvidia-smi works and every CUDA program says that there is no device."""
+    """Looks for /dev/nvidia-uvm. Without it nvidia-smi works, but every CUDA program says that there is no device."""
     if not host.driver.version:
         return skipped("no driver is loaded")
     node = host.driver.nodes.get("/dev/nvidia-uvm")
@@ -206,7 +206,7 @@ def _uvm(host: Host) -> Result:
 @check(
     "nvml",
     "NVML answers",
-    "see what the driver says; a call that hangs is a card that is ill: restart the host",
+    "see the driver's message; if a call hangs, the card is in a bad state: restart the host",
     command="timeout 10 nvidia-smi; journalctl -k -g 'NVRM|Xid' -n 50",
 )
 def _nvml(host: Host) -> Result:
@@ -221,7 +221,7 @@ def _nvml(host: Host) -> Result:
 @check(
     "gpu-lost",
     "Every GPU on the bus answers",
-    "power-cycle the host: a warm reboot often does not bring a lost card back. Again: another slot, another cable",
+    "power-cycle the host: a warm reboot often does not bring a lost card back; then try another slot or cable",
     command="journalctl -k -g 'NVRM|Xid' -n 50",
 )
 def _gpu_lost(host: Host) -> Result:
@@ -250,7 +250,7 @@ def _persistence(host: Host) -> Result:
     modes = {gpu.label: gpu.number("nvmlDeviceGetPersistenceMode") for gpu in host.gpus}
     known = {label: mode for label, mode in modes.items() if mode is not None}
     if not known:
-        return skipped("no GPU tells its persistence mode")
+        return skipped("no GPU reports its persistence mode")
     off = [label for label, mode in known.items() if not mode]
     return warning(f"off: {', '.join(off)}") if off else ok(f"on: {', '.join(known)}")
 
@@ -263,10 +263,10 @@ def _persistence(host: Host) -> Result:
     option="hardware.graphics.enable = true;",
 )
 def _libcuda(host: Host) -> Result:
-    """Looks where the loader does: LD_LIBRARY_PATH, its cache, the folders of distributions. torch needs it."""
+    """Searches the loader's folders: LD_LIBRARY_PATH, its cache, the folders of distributions. torch needs it."""
     if not host.driver.version:
         return skipped("no driver is loaded")
-    return ok(host.libcuda) if host.libcuda else failure("libcuda.so.1 is in no folder that the loader searches")
+    return ok(host.libcuda) if host.libcuda else failure("no folder that the loader searches has libcuda.so.1")
 
 
 @check(
@@ -279,7 +279,7 @@ def _libcuda(host: Host) -> Result:
 def _cuda_toolkit(host: Host) -> Result:
     """Asks nvcc for its release. Serving needs no toolkit; building kernels and nvprof do."""
     if not host.nvcc:
-        return skipped("no nvcc on PATH or under CUDA_PATH; serving needs none")
+        return skipped("no nvcc on PATH or under CUDA_PATH; serving does not need it")
     if int(host.nvcc.partition(".")[0]) >= 13:
         return warning(f"nvcc {host.nvcc} cannot build for compute capability 6.x")
     return ok(f"nvcc {host.nvcc}")
@@ -287,12 +287,12 @@ def _cuda_toolkit(host: Host) -> Result:
 
 @check(
     "driver-messages",
-    "The kernel's log has no complaint of the driver about this card",
-    "read the whole message; it names the branch that drives the card, or the module that is in the way",
+    "The kernel's log holds no refusal of this card by the driver",
+    "read the whole message; it names the driver branch for the card, or the module that is in the way",
     command="journalctl -k -g NVRM -n 30",
 )
 def _driver_messages(host: Host) -> Result:
-    """Searches this boot's kernel log for every refusal of the driver that is known, and says what each asks for."""
+    """Searches this boot's kernel log for every known refusal by the driver, and gives the remedy for each."""
     if host.logs.kernel is None:
         return skipped("this user may not read the kernel's log; add it to the group systemd-journal")
     found = refusals(host.logs.kernel)
@@ -303,5 +303,5 @@ def _driver_messages(host: Host) -> Result:
 
 
 def _causes(found: list[Refusal]) -> list[Refusal]:
-    """Leave out the consequences where there is a cause."""
+    """Leave out the consequences if there is a cause."""
     return [refusal for refusal in found if refusal.message.id not in CONSEQUENCES] or found[:1]

@@ -1,4 +1,4 @@
-"""Checks of the engine: versions that fit together, and machine code for this card."""
+"""Checks of the engine: matching versions, and machine code for this card."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHECKS = Checks("Engine")
 check = CHECKS.check
 
 PLATFORM = "pascal"
-"""Entry point of the plugin."""
+"""The plugin's entry point."""
 LEAST_GLIBC = (2, 34)
 """SGLang's wheels are manylinux_2_34."""
 LEAST_BITSANDBYTES = (0, 46, 1)
@@ -21,7 +21,7 @@ LEAST_BITSANDBYTES = (0, 46, 1)
 
 
 def _absent(host: Host, package: str) -> str | None:
-    """Why nothing can be said of a package; None where it is installed."""
+    """Return why a package cannot be judged; None if it is installed."""
     if host.settings and host.settings.engine != "sglang":
         return f"the engine is {host.settings.engine}"
     if package not in host.engine.versions:
@@ -61,7 +61,7 @@ def _sglang_version(host: Host) -> Result:
         return skipped(reason)
     found, supported = host.engine.versions["sglang"], host.engine.supported_sglang
     if not supported:
-        return skipped("the plugin does not tell which versions it supports; see engine")
+        return skipped("the plugin does not report which versions it supports; see engine")
     words = f"sglang {found}, the plugin supports {', '.join(supported)}"
     return ok(words) if found in supported else failure(words)
 
@@ -85,14 +85,14 @@ def _plugin(host: Host) -> Result:
 
 @check(
     "bitsandbytes",
-    "The quantisation bitsandbytes has its package",
-    "install it into the engine's Python, for it is not among the locked packages; or serve a GGUF file",
+    "The package for bitsandbytes quantisation is installed",
+    "install bitsandbytes into the engine's Python (it is not a locked package), or serve a GGUF file",
     command="pip install --no-deps bitsandbytes==0.49.2",
 )
 def _bitsandbytes(host: Host) -> Result:
-    """Where the setting `quantization` names it, looks for 0.46.1 or newer: SGLang fails without it."""
+    """If the setting `quantization` is bitsandbytes, looks for version 0.46.1 or newer: SGLang fails without it."""
     if host.settings is None or host.settings.quantization != "bitsandbytes":
-        return ok("the settings do not ask for it")
+        return ok("the settings do not use it")
     if reason := _absent(host, "sglang"):
         return skipped(reason)
     found = host.engine.versions.get("bitsandbytes")
@@ -105,20 +105,20 @@ def _bitsandbytes(host: Host) -> Result:
 @check(
     "torch-architectures",
     "torch has machine code for this card",
-    "install the torch of the lock: 2.7.1 is the newest on the package index whose binaries hold sm_60 code",
+    "install the locked torch: 2.7.1 is the newest on the package index with code for sm_60",
     command="pip install torch==2.7.1",
     option="services.pascaline.enginePackage = pkgs.pascaline-engine;",
 )
 def _torch_architectures(host: Host) -> Result:
-    """Compares the card with the architectures that torch was built for: sm_60 runs on 6.0 and 6.1, code of another
-    first digit does not; PTX of the same or an older one is compiled by the driver."""
+    """Compares the card with the architectures that torch was built for. Code for sm_60 runs on 6.0 and 6.1; code with
+    another first digit does not run. The driver compiles PTX of the same or an older architecture."""
     if reason := _absent(host, "torch"):
         return skipped(reason)
     if not host.engine.torch_cuda:
         words = f"torch {host.engine.versions['torch']} is built without CUDA"
         return failure(words) if host.wants_gpu else ok(f"{words}; the model runs on the CPU")
     if not host.capabilities:
-        return skipped("no GPU tells its compute capability")
+        return skipped("no GPU reports its compute capability")
     built = host.engine.torch_architectures
     missing = [capability for capability in host.capabilities if not _runs_on(built, capability)]
     words = f"torch {host.engine.versions['torch']} for {' '.join(built)}"
@@ -126,7 +126,7 @@ def _torch_architectures(host: Host) -> Result:
 
 
 def _runs_on(built: tuple[str, ...], capability: str) -> bool:
-    """Whether code of one of the architectures runs: sm_XY on X.Z with Z >= Y, PTX of anything not newer."""
+    """Whether code for one of the architectures runs: sm_XY on X.Z with Z >= Y, PTX on anything not older."""
     major, minor = map(int, capability.split("."))
     for name in built:
         kind, _, number = name.partition("_")
@@ -148,14 +148,14 @@ def _runs_on(built: tuple[str, ...], capability: str) -> bool:
     option='hardware.pascaline.driver.computeCapability = "6.1";',
 )
 def _kernel_architectures(host: Host) -> Result:
-    """Looks for prebuilt kernels of the card's architecture beside the plugin, or where SGLANG_PASCAL_KERNELS says."""
+    """Looks for prebuilt kernels of the card's architecture beside the plugin, or in SGLANG_PASCAL_KERNELS."""
     if reason := _absent(host, "sglang-pascal"):
         return skipped(reason)
     if not host.pascal:
         return skipped("no Pascal card answers")
     built = host.engine.kernel_architectures
     if not built:
-        return info("none is prebuilt; they are compiled at the first start and kept")
+        return info("no kernel is prebuilt; the first start compiles them and keeps them")
     missing = sorted({gpu.compute_capability for gpu in host.pascal if not _runs_on(built, gpu.compute_capability)})
     words = f"prebuilt for {' '.join(built)}"
     return warning(f"{words}, not for {', '.join(missing)}") if missing else ok(words)
@@ -168,9 +168,9 @@ def _kernel_architectures(host: Host) -> Result:
     command="getconf GNU_LIBC_VERSION",
 )
 def _glibc(host: Host) -> Result:
-    """Compares the system's glibc with 2.34, which SGLang's wheels are linked for."""
+    """Compares the system's glibc with 2.34, the oldest that SGLang's wheels support."""
     parts = host.system.glibc.split(".")
     if host.system.is_nixos or not all(part.isdigit() for part in parts[:2]) or len(parts) < 2:
-        return skipped("the package brings its own" if host.system.is_nixos else "the version is not known")
+        return skipped("the package brings its own" if host.system.is_nixos else "the version is unknown")
     words = f"glibc {host.system.glibc}"
     return ok(words) if (int(parts[0]), int(parts[1])) >= LEAST_GLIBC else failure(f"{words}, must be 2.34 or newer")

@@ -1,4 +1,4 @@
-"""Checks of the engine's variables: what slows it, hides the GPU, or does nothing at all."""
+"""Checks of the engine's variables: those that slow it down, hide the GPU, or have no effect."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _unset(name: str) -> Remedy:
     option="hardware.pascaline.cuda.debug = false;",
 )
 def _launch_blocking(host: Host) -> Result:
-    """CUDA_LAUNCH_BLOCKING=1 makes every launch wait for its end: the GPU idles between kernels. The guide sets it."""
+    """CUDA_LAUNCH_BLOCKING=1 makes each launch wait for its end: the GPU idles between kernels. The guide sets it."""
     if host.instance.environment.get("CUDA_LAUNCH_BLOCKING") in _TRUE:
         return warning(f"CUDA_LAUNCH_BLOCKING=1 {_where(host)}")
     if host.settings and host.settings.debug:
@@ -75,14 +75,14 @@ def _cache_disable(host: Host) -> Result:
     option='hardware.pascaline.cuda.cacheDir = "/var/cache/pascaline-cuda";',
 )
 def _ptx_cache(host: Host) -> Result:
-    """Looks where CUDA_CACHE_PATH (default: ~/.nv/ComputeCache) is, and whether this user may write there."""
+    """Checks where CUDA_CACHE_PATH (default: ~/.nv/ComputeCache) lies, and whether this user may write there."""
     folder, mount = host.system.cuda_cache_folder, host.system.cuda_cache
     if not host.driver.version:
         return skipped("no driver is loaded")
     if not folder:
-        return warning("neither CUDA_CACHE_PATH nor HOME is set, so nothing is kept")
+        return warning("neither CUDA_CACHE_PATH nor HOME is set, so compiled kernels are not kept")
     if not host.system.cuda_cache_writable:
-        return warning(f"{folder} cannot be written by this user")
+        return warning(f"this user cannot write to {folder}")
     if mount and mount.kind in VOLATILE:
         return warning(f"{folder} is on {mount.kind}, which a restart empties")
     return ok(f"{folder} on {mount.kind}" if mount else folder)
@@ -98,13 +98,13 @@ def _ptx_cache(host: Host) -> Result:
 def _tf32(host: Host) -> Result:
     """NVIDIA_TF32_OVERRIDE changes tensor cores of Ampere and newer. On Pascal it does nothing; the guide sets it."""
     value = host.instance.environment.get("NVIDIA_TF32_OVERRIDE")
-    return ok("not set") if value is None else info(f"NVIDIA_TF32_OVERRIDE={value} {_where(host)}, without any effect")
+    return ok("not set") if value is None else info(f"NVIDIA_TF32_OVERRIDE={value} {_where(host)} has no effect")
 
 
 @check(
     "env-unknown-sglang",
-    "Every SGLANG_ variable is one that SGLang knows",
-    "remove them: SGLang reads no variable of these names; attention is chosen by the setting attention_backend",
+    "SGLang knows every SGLANG_ variable that is set",
+    "remove them: SGLang does not read these variables; choose attention with the setting attention_backend",
     option='services.pascaline.instances.<name>.settings.attention_backend = "pascal";',
 )
 def _unknown_sglang(host: Host) -> Result:
@@ -114,7 +114,7 @@ def _unknown_sglang(host: Host) -> Result:
     if not names:
         return ok("none is set")
     if "sglang" not in host.engine.versions:
-        return skipped(f"SGLang cannot be asked about {', '.join(names)}; see engine")
+        return skipped(f"SGLang could not be searched for {', '.join(names)}; see engine")
     unknown = host.engine.unknown_variables
     if unknown:
         remedy = _unset(" and ".join(unknown))
@@ -130,14 +130,14 @@ def _unknown_sglang(host: Host) -> Result:
     option="services.pascaline.instances.<name>.gpus = [ 0 ];",
 )
 def _visible_devices(host: Host) -> Result:
-    """Compares CUDA_VISIBLE_DEVICES with the GPUs of the host. An index that is not there hides it and all after it."""
+    """Compares CUDA_VISIBLE_DEVICES with the host's GPUs. An index that does not exist hides all entries from it on."""
     value = host.instance.environment.get("CUDA_VISIBLE_DEVICES")
     if value is None:
         return ok("not set: all GPUs are visible")
     if not host.wants_gpu:
         return ok(f"{value!r}; the model runs on the CPU")
     if not value.strip():
-        return failure(f"empty {_where(host)}: every GPU is hidden from an instance that is to run on one")
+        return failure(f"empty {_where(host)}: every GPU is hidden from an instance that needs one")
     if not host.gpus:
         return skipped("no GPU answers")
     known = {str(gpu.reading.index) for gpu in host.gpus} | {gpu.reading.uuid for gpu in host.gpus}
@@ -149,15 +149,15 @@ def _visible_devices(host: Host) -> Result:
 
 @check(
     "env-device-order",
-    "GPUs are numbered alike everywhere",
+    "All programs number the GPUs alike",
     "set CUDA_DEVICE_ORDER=PCI_BUS_ID, the order of nvidia-smi",
     command="export CUDA_DEVICE_ORDER=PCI_BUS_ID",
     option='services.pascaline.instances.<name>.environment.CUDA_DEVICE_ORDER = "PCI_BUS_ID";',
 )
 def _device_order(host: Host) -> Result:
-    """With different cards CUDA's own order is the fastest first. `serve` sets PCI_BUS_ID; another order is refused."""
+    """If the cards differ, CUDA's own order is the fastest first. `serve` sets PCI_BUS_ID and refuses another order."""
     if len({gpu.name for gpu in host.gpus}) < 2:
-        return skipped("all GPUs are alike")
+        return skipped("all GPUs are of the same model")
     value = host.instance.environment.get(DEVICE_ORDER)
     if value is None:
         return ok(f"not set: serve sets {BUS_ORDER}")
@@ -166,8 +166,8 @@ def _device_order(host: Host) -> Result:
 
 @check(
     "env-library-path",
-    "No stub of libcuda is in front of the driver's",
-    "take the toolkit's stubs folder out of LD_LIBRARY_PATH: it is for linking only",
+    "No stub of libcuda comes before the driver's library",
+    "remove the toolkit's stubs folder from LD_LIBRARY_PATH: it is for linking only",
     command="echo $LD_LIBRARY_PATH",
 )
 def _library_path(host: Host) -> Result:

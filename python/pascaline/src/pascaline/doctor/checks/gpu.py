@@ -1,4 +1,4 @@
-"""Checks of the cards: power, heat, link, memory errors, and who else uses them."""
+"""Checks of the cards: power, temperature, link, memory errors, and other users."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ SOFTWARE_THERMAL = 0x20
 HARDWARE_THERMAL = 0x40
 POWER_BRAKE = 0x80
 SLOWDOWN_REASONS = {
-    SOFTWARE_THERMAL: "the driver lowers clocks for heat",
-    HARDWARE_THERMAL: "the card halves its clocks for heat",
+    SOFTWARE_THERMAL: "the driver lowers clocks because of heat",
+    HARDWARE_THERMAL: "the card halves its clocks because of heat",
     HARDWARE_SLOWDOWN: "the card halves its clocks",
     POWER_BRAKE: "the power supply asks for lower clocks",
 }
 HOT_CELSIUS = 85
-"""The guide's limit, and the alert HighGPUTemp's."""
+"""The guide's limit, and the limit of the alert HighGPUTemp."""
 WARM_PASSIVE_CELSIUS = 75
-"""A passive card that reaches this at little load has no air flow; see peers' reports of 85 °C within five minutes."""
+"""A passive card that gets this warm at little load has no air flow; peers report 85 °C within five minutes."""
 IDLE_RATIO = 0.3
-"""Below this share of time with a kernel a GPU is little used."""
+"""A GPU that runs kernels for a smaller share of the time counts as little used."""
 ECC_SHARE = 1 / 16
-"""Of memory and bandwidth: GDDR5 has no room of its own for ECC, so it takes one byte of sixteen."""
+"""Share of memory and bandwidth: GDDR5 has no extra room for ECC, so it takes one byte of sixteen."""
 NATIVE_ECC = "P100"
-"""HBM2 carries its ECC bits itself, at no cost (NVIDIA, Tesla P100 white paper)."""
+"""HBM2 holds its ECC bits in extra memory, at no cost (NVIDIA, Tesla P100 white paper)."""
 FEW_REPLAYS = 100
 MEBI = 2**20
 
 
 def _each(host: Host, judge: Callable[[Gpu], Result | None], unknown: str) -> Result:
-    """Judge every GPU that answers: the worst verdict, with what was seen on each; skipped where none can be judged."""
+    """Judge every GPU that answers: the worst verdict, with each GPU's evidence; skipped if none can be judged."""
     results = [(gpu, result) for gpu in host.gpus if (result := judge(gpu)) is not None]
     if not results:
         return skipped(unknown if host.gpus else "no GPU answers")
@@ -56,11 +56,11 @@ def _each(host: Host, judge: Callable[[Gpu], Result | None], unknown: str) -> Re
 @check(
     "capability",
     "The card is one that this project serves",
-    "use the engine's own platform for cards newer than Pascal (upstream SGLang), and another card for older ones",
+    "use the engine's own platform for cards newer than Pascal (upstream SGLang); replace cards that are older",
     command="nvidia-smi --query-gpu=name,compute_cap --format=csv",
 )
 def _capability(host: Host) -> Result:
-    """Reads the compute capability: 6.0 and 6.1 are what the plugin's kernels are for; newer cards have upstream's."""
+    """Reads the compute capability. The plugin's kernels are for 6.0 and 6.1; upstream SGLang serves newer cards."""
 
     def judge(gpu: Gpu) -> Result | None:
         if not gpu.compute_capability:
@@ -72,7 +72,7 @@ def _capability(host: Host) -> Result:
             return failure(f"{words} is older than Pascal")
         return info(f"{words}: upstream SGLang serves it with its own kernels")
 
-    return _each(host, judge, "no GPU tells its compute capability")
+    return _each(host, judge, "no GPU reports its compute capability")
 
 
 @check(
@@ -83,14 +83,14 @@ def _capability(host: Host) -> Result:
     option='services.pascaline.instances.<name>.settings.card = "tesla-p4";',
 )
 def _card_profile(host: Host) -> Result:
-    """Looks the card's name up in the profiles, which carry memory, bandwidth and measured constants."""
+    """Looks up the card's name in the profiles, which hold memory, bandwidth and measured constants."""
 
     def judge(gpu: Gpu) -> Result | None:
         if not gpu.reading.values:
             return None
         return ok(gpu.card.name) if gpu.card else info(f"no profile has the name {gpu.name!r}")
 
-    return _each(host, judge, "no GPU tells its name")
+    return _each(host, judge, "no GPU reports its name")
 
 
 @check(
@@ -101,7 +101,7 @@ def _card_profile(host: Host) -> Result:
     option="hardware.pascaline.driver.powerLimitWatts = null;",
 )
 def _power_limit(host: Host) -> Result:
-    """Compares the limit in force with the card's default. A lower one costs speed, and may be meant."""
+    """Compares the current limit with the card's default. A lower limit costs speed, and may be intended."""
 
     def judge(gpu: Gpu) -> Result | None:
         now, default = (
@@ -113,18 +113,18 @@ def _power_limit(host: Host) -> Result:
         words = f"{now / 1000:.0f} W of {default / 1000:.0f} W"
         return warning(words) if now < default else ok(words)
 
-    return _each(host, judge, "no GPU tells its power limits")
+    return _each(host, judge, "no GPU reports a power limit")
 
 
 @check(
     "throttling",
-    "Clocks are not lowered for heat or for want of power",
-    "raise the air flow; where the power supply is the reason, check its cables and the board's power budget",
+    "Clocks are not lowered because of heat or lack of power",
+    "raise the air flow; if the power supply is the reason, check its cables and the board's power budget",
     command="nvidia-smi -q -d PERFORMANCE,TEMPERATURE,POWER",
     option="hardware.pascaline.driver.powerLimitWatts = 60;",
 )
 def _throttling(host: Host) -> Result:
-    """Reads why clocks are lowered now. At the power cap is normal for a P4 under load (75 W); the others are not."""
+    """Reads why clocks are lowered now. A P4 under load normally is at its power cap (75 W); the rest is not normal."""
 
     def judge(gpu: Gpu) -> Result | None:
         reasons = gpu.number("nvmlDeviceGetCurrentClocksThrottleReasons")
@@ -135,7 +135,7 @@ def _throttling(host: Host) -> Result:
             return failure(", ".join(found))
         return ok("at its power cap" if reasons & POWER_CAP else "clocks are not lowered")
 
-    return _each(host, judge, "no GPU tells why clocks are lowered")
+    return _each(host, judge, "no GPU reports why clocks are lowered")
 
 
 @check(
@@ -146,7 +146,7 @@ def _throttling(host: Host) -> Result:
     option="hardware.pascaline.driver.powerLimitWatts = 60;",
 )
 def _temperature(host: Host) -> Result:
-    """Compares the core's temperature with 85 °C (the guide's limit) and, where it is told, the slowdown threshold."""
+    """Compares the core's temperature with 85 °C (the guide's limit) and with the slowdown threshold, if reported."""
 
     def judge(gpu: Gpu) -> Result | None:
         now, slowdown = gpu.number("nvmlDeviceGetTemperature 0"), gpu.number("nvmlDeviceGetTemperatureThreshold 1")
@@ -155,7 +155,7 @@ def _temperature(host: Host) -> Result:
         words = f"{now} °C" + (f", slows down at {slowdown} °C" if slowdown else "")
         return warning(words) if now > HOT_CELSIUS or (slowdown and now >= slowdown - 3) else ok(words)
 
-    return _each(host, judge, "no GPU tells its temperature")
+    return _each(host, judge, "no GPU reports its temperature")
 
 
 @check(
@@ -165,29 +165,29 @@ def _temperature(host: Host) -> Result:
     command="ipmitool sdr type fan",
 )
 def _cooling(host: Host) -> Result:
-    """P4, P40 and P100 have no fan. Warm at low use means that no air moves: under load such a card throttles soon."""
+    """P4, P40 and P100 have no fan. If one is warm at low use, no air moves: under load it soon throttles."""
 
     def judge(gpu: Gpu) -> Result | None:
         if gpu.number("nvmlDeviceGetFanSpeed") is not None:
-            return ok("it has a fan of its own")
+            return ok("it has its own fan")
         now, utilization = gpu.number("nvmlDeviceGetTemperature 0"), gpu.number("nvmlDeviceGetUtilizationRates")
         if now is None or utilization is None:
             return None
         words = f"passive, {now} °C at {utilization} % utilisation"
         return warning(words) if now >= WARM_PASSIVE_CELSIUS and utilization < IDLE_RATIO * 100 else ok(words)
 
-    return _each(host, judge, "no GPU tells fan, temperature and utilisation")
+    return _each(host, judge, "no GPU reports fan, temperature and utilisation")
 
 
 @check(
     "application-clocks",
     "Application clocks are the highest that the card has",
-    "raise them; the power cap still holds, so a cool card gains and a hot one does not",
+    "raise them; the power cap still applies, so a cool card gets faster and a hot one does not",
     command="nvidia-smi -ac MEMORY_MHZ,GRAPHICS_MHZ  # of nvidia-smi -q -d SUPPORTED_CLOCKS",
     option="hardware.pascaline.driver.applicationClocks = { memory = 3003; graphics = 1531; };",
 )
 def _application_clocks(host: Host) -> Result:
-    """Compares the application clock with the maximum. A P4 starts at 1113 MHz of 1531; prompts are bound by it."""
+    """Compares the application clock with the maximum. A P4 starts at 1113 of 1531 MHz, which slows prefill."""
 
     def judge(gpu: Gpu) -> Result | None:
         now, most = gpu.number("nvmlDeviceGetApplicationsClock 0"), gpu.number("nvmlDeviceGetMaxClockInfo 0")
@@ -206,7 +206,7 @@ def _application_clocks(host: Host) -> Result:
     command="nvidia-smi --query-gpu=pcie.link.gen.current,pcie.link.width.current,pcie.link.width.max --format=csv",
 )
 def _pcie_width(host: Host) -> Result:
-    """Compares lanes in use with those that card and slot have. The generation is no sign: it drops when idle."""
+    """Compares the lanes in use with those of card and slot. The generation shows nothing: it drops when idle."""
 
     def judge(gpu: Gpu) -> Result | None:
         now, most = gpu.number("nvmlDeviceGetCurrPcieLinkWidth"), gpu.number("nvmlDeviceGetMaxPcieLinkWidth")
@@ -214,7 +214,7 @@ def _pcie_width(host: Host) -> Result:
             return None
         return warning(f"x{now} of x{most}") if now < most else ok(f"x{now}")
 
-    return _each(host, judge, "no GPU tells its link's width")
+    return _each(host, judge, "no GPU reports its link width")
 
 
 @check(
@@ -224,7 +224,7 @@ def _pcie_width(host: Host) -> Result:
     command="journalctl -k -g AER -n 20",
 )
 def _pcie_replays(host: Host) -> Result:
-    """Reads how often the link had to resend since the driver was loaded. A healthy link hardly ever does."""
+    """Reads how often the link resent a packet since the driver was loaded. A healthy link hardly ever does."""
 
     def judge(gpu: Gpu) -> Result | None:
         count = gpu.number("nvmlDeviceGetPcieReplayCounter")
@@ -237,8 +237,8 @@ def _pcie_replays(host: Host) -> Result:
 
 @check(
     "ecc-cost",
-    "ECC's cost is known and wanted",
-    "switch ECC off only if a rare wrong token is no harm; it needs a reboot",
+    "The cost of ECC is known and wanted",
+    "switch ECC off only if a rare wrong token does no harm; it needs a reboot",
     command="nvidia-smi -e 0 && reboot",
 )
 def _ecc_cost(host: Host) -> Result:
@@ -260,12 +260,12 @@ def _ecc_cost(host: Host) -> Result:
 
 @check(
     "ecc-errors",
-    "No memory error was left uncorrected",
-    "drain the instance and reset the GPU, or reboot: it retires the page; replace a card that repeats it",
+    "No memory error stayed uncorrected",
+    "drain the instance, then reset the GPU or reboot: this retires the page; replace a card that repeats the error",
     command="nvidia-smi -q -d ECC,PAGE_RETIREMENT",
 )
 def _ecc_errors(host: Host) -> Result:
-    """Reads the errors since the driver was loaded that ECC could not correct. Answers after one may be wrong."""
+    """Reads how many errors ECC could not correct since the driver was loaded. Answers after one may be wrong."""
 
     def judge(gpu: Gpu) -> Result | None:
         count = gpu.number("nvmlDeviceGetTotalEccErrors 1 0")
@@ -278,8 +278,8 @@ def _ecc_errors(host: Host) -> Result:
 
 @check(
     "retired-pages",
-    "No bad page of memory waits for its retirement",
-    "drain and reset the GPU, or reboot: until then the page is still handed out",
+    "No bad page of memory waits to be retired",
+    "drain the instance, then reset the GPU or reboot: until then the page is still in use",
     command="nvidia-smi -q -d PAGE_RETIREMENT",
 )
 def _retired_pages(host: Host) -> Result:
@@ -297,19 +297,19 @@ def _retired_pages(host: Host) -> Result:
 
 @check(
     "gpu-processes",
-    "Nobody else holds memory of the GPU",
-    "stop the foreign process, or give the instance a card of its own: the plan counts on the whole card",
+    "No other program holds memory of the GPU",
+    "stop the other process, or give the instance its own card: the plan counts on the whole card",
     command="nvidia-smi --query-compute-apps=pid,process_name,used_memory --format=csv",
     option="services.pascaline.instances.<name>.gpus = [ 1 ];",
 )
 def _gpu_processes(host: Host) -> Result:
-    """Lists processes on the GPUs that belong to no pascaline unit and are not this instance's engine."""
+    """Lists processes on the GPUs that are neither in a pascaline unit nor this instance's engine."""
 
     def judge(gpu: Gpu) -> Result | None:
         foreign = [process for process in gpu.processes if not _is_ours(process, host)]
         if foreign:
             pids = " ".join(str(process.pid) for process in foreign)
-            remedy = Remedy("stop them, or give the instance a card of its own", f"ps -o pid,user,args -p {pids}")
+            remedy = Remedy("stop them, or give the instance its own card", f"ps -o pid,user,args -p {pids}")
             return warning(", ".join(map(_shown, foreign)), remedy)
         return ok(f"{len(gpu.processes)} process(es), all ours")
 
@@ -328,12 +328,12 @@ def _shown(process: GpuProcess) -> str:
 
 @check(
     "display",
-    "No desktop takes memory of the card",
+    "No desktop uses memory of the card",
     "run the display on another adapter, or boot without one",
     command="systemctl set-default multi-user.target && reboot",
 )
 def _display(host: Host) -> Result:
-    """Looks for processes that draw on the card: a desktop holds some hundred megabytes that a model could use."""
+    """Looks for processes that draw on the card. A desktop holds hundreds of megabytes that a model could use."""
 
     def judge(gpu: Gpu) -> Result | None:
         value = gpu.reading.values.get("nvmlDeviceGetGraphicsRunningProcesses")
@@ -347,18 +347,18 @@ def _display(host: Host) -> Result:
 @check(
     "gpu-utilization",
     "Under load the GPU is busy",
-    "raise the batch: on Pascal eight or sixteen requests at once cost each little and give several times the tokens",
+    "raise the batch: on Pascal, eight or sixteen concurrent requests give several times the tokens for little delay",
     command="pascaline plan --max-running-requests 16",
     option="services.pascaline.instances.<name>.settings.max_running_requests = 16;",
 )
 def _gpu_utilization(host: Host) -> Result:
-    """Compares utilisation with the engine's running and waiting requests: waiting ones beside an idle GPU mean that
-    max_running_requests is too small, or that something else holds the engine up (CPU, throttling, debug variables)."""
+    """Compares utilisation with the engine's running and waiting requests. If requests wait while the GPU idles, then
+    max_running_requests is too small, or something else slows the engine (CPU, throttling, debug variables)."""
     metrics = host.instance.engine_metrics
     running = sum_of_series(metrics, "sglang:num_running_reqs")
     queued = sum_of_series(metrics, "sglang:num_queue_reqs") or 0.0
     if running is None:
-        return skipped("no running engine tells its requests")
+        return skipped("no running engine reports its requests")
     if not running + queued:
         return skipped("the engine is idle")
 
@@ -371,13 +371,13 @@ def _gpu_utilization(host: Host) -> Result:
             return warning(words)
         return info(words) if queued else ok(words)
 
-    return _each(host, judge, "no GPU tells its utilisation")
+    return _each(host, judge, "no GPU reports its utilisation")
 
 
 @check(
     "xid-history",
-    "The driver has logged no Xid that stands for broken hardware",
-    "see the Xid's meaning in docs/operations.md (GpuXidCritical, GpuXidWarning); replace a card that repeats one",
+    "The driver has logged no Xid that means broken hardware",
+    "look up the Xid in docs/operations.md (GpuXidCritical, GpuXidWarning); replace a card that repeats one",
     command="journalctl -k -g Xid -n 20",
 )
 def _xid_history(host: Host) -> Result:

@@ -1,4 +1,4 @@
-"""Checks of the instance: its settings, its plan, and what it says of itself."""
+"""Checks of the instance: its settings, its plan, and what it reports."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PASSING_STATES = frozenset({"planned", "starting", "draining"})
 MANY_RESTARTS = 3
 RECURRENT = re.compile(r"CUDA out of memory|OutOfMemoryError|CUDA error: out of memory|Not enough memory")
 FALLBACK_RATIO = 0.5
-"""Less of the planned weights than this on the GPU means that the engine runs on the CPU: the alert's rule."""
+"""If less of the planned weights than this is on the GPU, the engine runs on the CPU: the alert's rule."""
 _NO_SETTINGS = "the settings could not be read; see configuration"
 
 
 @check(
     "configuration",
-    "The settings are sound",
-    "correct each key that is named",
+    "The settings are valid",
+    "correct each key that the evidence names",
     command="pascaline config check FILE",
     option="services.pascaline.instances.<name>.settings = { };",
 )
@@ -41,8 +41,8 @@ def _configuration(host: Host) -> Result:
         return skipped("only the agent's URL is known")
     if instance.others:
         return info(
-            f"several instances are on this host ({', '.join(instance.others)}); these are the settings without any",
-            Remedy("name one", f"pascaline doctor --instance {instance.others[0]}"),
+            f"this host has several instances ({', '.join(instance.others)}); the defaults were checked instead",
+            Remedy("name one of them", f"pascaline doctor --instance {instance.others[0]}"),
         )
     chosen = sum(origin != "default" for origin in instance.configuration.origins.values())
     return ok(f"{chosen} settings chosen, card profile {instance.configuration.card or 'none'}")
@@ -51,12 +51,12 @@ def _configuration(host: Host) -> Result:
 @check(
     "plan-memory",
     "The plan fits the card's free memory",
-    "choose settings that fit; the planner names the nearest",
+    "choose settings that fit; the planner names the nearest ones",
     command="pascaline plan --optimize",
     option="services.pascaline.instances.<name>.settings.context_length = 4096;",
 )
 def _plan_memory(host: Host) -> Result:
-    """Plans the instance's model on this card and compares the sum with what other processes leave of it."""
+    """Plans the instance's model on this card and compares the total with the memory that other processes leave."""
     if host.plan_refusal:
         return failure(host.plan_refusal)
     if host.plan is None:
@@ -77,10 +77,10 @@ def _plan_memory(host: Host) -> Result:
     option="services.pascaline.instances.<name>.settings.max_running_requests = 4;",
 )
 def _plan_headroom(host: Host) -> Result:
-    """Compares the plan with measured deviations: within 3 % of the card, at least 150 MiB, the next long prompt can
+    """Compares the plan with measured deviations: with less than 3 % of the card or 150 MiB free, a long prompt can
     fail."""
     if host.plan is None or not host.plan.fits:
-        return skipped("there is no plan that fits; see plan-memory")
+        return skipped("no plan fits; see plan-memory")
     least = max(0.03 * host.plan.card_bytes, 150 * 2**20)
     words = f"{format_bytes(host.plan.headroom_bytes)} stay free"
     return info(words) if host.plan.headroom_bytes < least else ok(words)
@@ -89,11 +89,11 @@ def _plan_headroom(host: Host) -> Result:
 @check(
     "instance-state",
     "The instance answers requests",
-    "follow the reason that it gives (docs/operations.md, EngineDown)",
+    "follow the reason in the evidence (docs/operations.md, EngineDown)",
     command="systemctl status pascaline-<name>.service; journalctl -u pascaline-<name>.service -n 100",
 )
 def _instance_state(host: Host) -> Result:
-    """Asks the agent for its state, which follows the engine's progress and not its open port."""
+    """Asks the agent for its state, which follows the engine's progress, not its open port."""
     instance = host.instance
     if instance.health is None:
         if instance.unit.get("ActiveState") == "failed":
@@ -103,7 +103,7 @@ def _instance_state(host: Host) -> Result:
         if instance.unit.get("ActiveState") in ("active", "activating"):
             return failure(f"the unit of {instance.name} is {instance.unit['ActiveState']}; its agent does not answer")
         if instance.name.startswith(("http://", "https://")):
-            return failure(f"no agent of an instance answers at {instance.name}")
+            return failure(f"no agent answers at {instance.name}")
         return skipped("no instance runs here")
     words = f"{instance.state}: {instance.health.get('reason', '')}"
     if instance.state in GOOD_STATES:
@@ -113,7 +113,7 @@ def _instance_state(host: Host) -> Result:
 
 @check(
     "instance-restarts",
-    "The engine is not restarted again and again",
+    "The engine does not restart again and again",
     "read the lines before each end: they name the cause",
     command="journalctl -u pascaline-<name>.service -g 'restart|error|exit' -n 50",
 )
@@ -135,10 +135,10 @@ def _instance_restarts(host: Host) -> Result:
     option="services.pascaline.instances.<name>.gpus = [ 0 ];",
 )
 def _cpu_fallback(host: Host) -> Result:
-    """Compares the memory that the instance's processes hold on the GPU with the weights of its plan."""
+    """Compares the GPU memory that the instance's processes hold with the weights in its plan."""
     plan = host.instance.plan
     if not plan or plan.get("device") != "cuda" or host.instance.state not in GOOD_STATES:
-        return skipped("no instance that was planned for a GPU serves here")
+        return skipped("no instance with a plan for a GPU runs here")
     if not any(gpu.reading.values for gpu in host.gpus):
         return skipped("no GPU lists its processes; see nvml and gpu-lost")
     weights = plan.get("weights_bytes", 0)
@@ -157,7 +157,7 @@ def _cpu_fallback(host: Host) -> Result:
     option="services.pascaline.instances.<name>.settings.context_length = 4096;",
 )
 def _gpu_oom_history(host: Host) -> Result:
-    """Searches the instance's last thousand lines for CUDA's and SGLang's words for it."""
+    """Searches the instance's last thousand lines for the messages of CUDA and SGLang about it."""
     if host.logs.unit is None:
         return skipped("no instance was named, or this user may not read its journal")
     found = [line for line in host.logs.unit if RECURRENT.search(line)]
@@ -172,10 +172,10 @@ def _gpu_oom_history(host: Host) -> Result:
     option="services.pascaline.instances.<name>.settings.max_running_requests = 8;",
 )
 def _queue(host: Host) -> Result:
-    """Reads the engine's waiting requests and the KV pool's use."""
+    """Reads the number of waiting requests and the used share of the KV pool."""
     running = sum_of_series(host.instance.engine_metrics, "sglang:num_running_reqs")
     if running is None:
-        return skipped("no running engine tells its requests")
+        return skipped("no running engine reports its requests")
     queued = sum_of_series(host.instance.engine_metrics, "sglang:num_queue_reqs") or 0.0
     usage = sum_of_series(host.instance.engine_metrics, "sglang:token_usage") or 0.0
     words = f"{running:.0f} running, {queued:.0f} waiting, KV pool {usage:.0%} used"
@@ -184,13 +184,13 @@ def _queue(host: Host) -> Result:
 
 @check(
     "api-exposure",
-    "An API that others reach asks for a key",
+    "An API that other hosts can reach asks for a key",
     "set an API key, or listen on loopback only",
     command="pascaline config show --api-key-file FILE",
     option='services.pascaline.instances.<name>.apiKeyFile = "/run/secrets/api-key";',
 )
 def _api_exposure(host: Host) -> Result:
-    """Looks whether the engine listens beyond loopback without an API key."""
+    """Checks whether the engine listens beyond loopback without an API key."""
     settings = host.settings
     if settings is None:
         return skipped(_NO_SETTINGS)
@@ -211,12 +211,12 @@ def _is_loopback(host: str) -> bool:
 @check(
     "kv-pool",
     "The KV pool holds at least one whole request",
-    "remove the limit: 64 MiB, the guide's figure, hold 128 tokens of a 7B model with 32 KV heads",
+    "remove the limit: the guide's 64 MiB hold 128 tokens of a 7B model with 32 KV heads",
     command="pascaline plan",
     option="services.pascaline.instances.<name>.settings.kv_cache = { };",
 )
 def _kv_pool(host: Host) -> Result:
-    """Compares the pool's tokens with context_length: a smaller pool takes prompts and fails in the middle."""
+    """Compares the pool's tokens with context_length: a smaller pool accepts requests that then fail midway."""
     if host.plan is None:
         return skipped(host.plan_error or "there is no plan; see plan-memory")
     plan = host.plan

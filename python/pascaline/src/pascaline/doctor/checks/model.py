@@ -1,4 +1,4 @@
-"""Checks of the model: that it can be read, is the right one, can be spoken to, and loads in time."""
+"""Checks of the model: it can be read, is the right one, has tokeniser and template, and loads in time."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ _CANNOT = "the model cannot be read; see model-format"
 @check(
     "model-format",
     "The model is a file or folder that the engine can read",
-    "correct the setting model, or bring the file here again",
+    "correct the setting model, or download the file again",
     command="pascaline models add NAME URL --sha256 HEX",
     option='services.pascaline.models.<name> = { url = "https://…"; sha256 = "…"; };',
 )
 def _model_format(host: Host) -> Result:
-    """Reads the whole header, so that a file that is missing, cut off or of another kind is told by its real defect."""
+    """Reads the whole header, so that the evidence names the real defect: missing, cut off, or another kind of file."""
     if host.model.error:
         return failure(host.model.error)
     spec = host.model.spec
     if spec is None:
-        return skipped("the settings, which name it, could not be read; see configuration")
+        return skipped("the settings, which name the model, could not be read; see configuration")
     kind = spec.file_type or spec.format
     return ok(f"{spec.architecture}, {kind}, {format_bytes(spec.file_bytes)}, {spec.n_parameters / 1e9:.2f} B weights")
 
 
 @check(
     "model-architecture",
-    "The engine serves the model as its file says",
-    "bring the file here again, use a model of a supported architecture, or the engine llama.cpp",
+    "The engine can serve the model as its file describes it",
+    "download the file again, use a model of a supported architecture, or the engine llama.cpp",
     command="pascaline config show --engine llama.cpp",
     option='services.pascaline.instances.<name>.settings.engine = "llama.cpp";',
 )
 def _model_architecture(host: Host) -> Result:
-    """Asks what serve asks before it starts the engine: an architecture that the plugin loads, every tensor of it in
-    its shape, no metadata key that is unknown, and all that the tokenizer needs."""
+    """Makes the checks of serve before it starts the engine: an architecture that the plugin loads, every tensor in
+    its shape, no unknown metadata key, and everything that the tokenizer needs."""
     spec, settings = host.model.spec, host.settings
     if spec is None or settings is None:
         return skipped(_CANNOT)
@@ -60,19 +60,19 @@ def _model_architecture(host: Host) -> Result:
 @check(
     "model-types",
     "The weights have types that the kernels compute with",
-    "quantise the model again to a type with kernels of its own",
+    "quantise the model again, to a type that has kernels",
     command="pascaline quantize MODEL --type Q4_K_M",
 )
 def _model_types(host: Host) -> Result:
-    """Compares the types of the tensors with those that the plugin has kernels for. Others are expanded to 16 bits when
-    loaded: right answers, three to four times the memory and time."""
+    """Compares the tensors' types with those that the plugin has kernels for. Other types are expanded to 16 bits when
+    loaded: the answers are right, but memory and time are three to four times as much."""
     spec, formats = host.model.spec, host.engine.kernel_formats
     if spec is None:
         return skipped(_CANNOT)
     if spec.format != "gguf" or not host.pascal:
         return skipped("no GGUF file on a Pascal card")
     if not formats:
-        return skipped("the plugin does not tell its types; see engine")
+        return skipped("the plugin does not report its types; see engine")
     sizes: dict[str, int] = {}
     for tensor in spec.tensors:
         sizes[tensor.tensor_type] = sizes.get(tensor.tensor_type, 0) + tensor.n_bytes
@@ -86,13 +86,13 @@ def _model_types(host: Host) -> Result:
 
 @check(
     "model-checksum",
-    "The model file has the checksum that the settings demand",
-    "bring the file here again; if it is the one you mean, correct model_sha256",
+    "The model file has the checksum that the settings require",
+    "download the file again; if it is the one you mean, correct model_sha256",
     command="sha256sum MODEL",
     option='services.pascaline.models.<name>.sha256 = "…";',
 )
 def _model_checksum(host: Host) -> Result:
-    """Compares each file's sha256 with model_sha256. Without one, nobody would notice a damaged or exchanged file."""
+    """Compares each file's sha256 with model_sha256. Without one, a damaged or exchanged file goes unnoticed."""
     settings = host.settings
     if settings is None or host.model.spec is None:
         return skipped(_CANNOT)
@@ -104,7 +104,7 @@ def _model_checksum(host: Host) -> Result:
         return info(
             "model_sha256 is not set",
             Remedy(
-                "set it, from a source other than the server that the file came from",
+                "set it, from another source than the server that the file came from",
                 f"sha256sum {' '.join(map(str, host.model.spec.files))}",
                 'services.pascaline.models.<name>.sha256 = "…";',
             ),
@@ -125,29 +125,29 @@ def _model_checksum(host: Host) -> Result:
     command="ls MODEL_FOLDER/tokenizer*",
 )
 def _model_tokenizer(host: Host) -> Result:
-    """Looks for tokenizer.ggml.tokens in a GGUF file, for tokenizer.json, tokenizer.model or vocab.json in a folder."""
+    """Looks for tokenizer.ggml.tokens in a GGUF file; for tokenizer.json, tokenizer.model or vocab.json in a folder."""
     if host.model.spec is None:
         return skipped(_CANNOT)
-    return ok("there is one") if host.model.has_tokenizer else failure("there is none")
+    return ok("present") if host.model.has_tokenizer else failure("missing")
 
 
 @check(
     "model-chat-template",
     "The model has a chat template",
-    "use /v1/completions, or a model file that carries its template; without it chats come out wrong",
+    "use /v1/completions, or a model file with a template; without one, chat answers are wrong",
     command="gguf-dump MODEL | grep chat_template",
 )
 def _model_chat_template(host: Host) -> Result:
-    """Looks for the template that turns messages into a prompt. A base model has none, and cannot chat."""
+    """Looks for the template that turns messages into a prompt. A base model has none and cannot chat."""
     if host.model.spec is None:
         return skipped(_CANNOT)
-    return ok("there is one") if host.model.has_chat_template else warning("there is none: only completions work well")
+    return ok("present") if host.model.has_chat_template else warning("missing: only completions work well")
 
 
 @check(
     "model-context",
-    "The context is one that the model was made for",
-    "lower context_length to the model's",
+    "The context is no longer than the model was trained for",
+    "lower context_length to the model's length",
     command="pascaline config show --context-length N",
     option="services.pascaline.instances.<name>.settings.context_length = 4096;",
 )
@@ -169,7 +169,7 @@ def _model_context(host: Host) -> Result:
     option='services.pascaline.stateDir = "/data/pascaline";',
 )
 def _disk_speed(host: Host) -> Result:
-    """Reads some hundred megabytes of the model past the page cache and says what a cold start costs. The guide expects
+    """Reads hundreds of megabytes of the model past the page cache and says what a cold start costs. The guide expects
     10 s."""
     spec, speed, settings = host.model.spec, host.model.read_bytes_per_second, host.settings
     if spec is None or settings is None:

@@ -16,25 +16,25 @@ CHECKS = Checks("System")
 check = CHECKS.check
 
 ENGINE_BYTES = 4 * 2**30
-"""Resident memory of SGLang's processes besides weights: 0.95 + 1.7 + 0.9 GB measured on 0.5.23, and room."""
+"""Resident memory of SGLang's processes without weights: 0.95 + 1.7 + 0.9 GB measured on 0.5.23, plus a margin."""
 LEAST_OPEN_FILES = 4096
 LEAST_CACHE_BYTES = 2**30
 """Room for prepared models (32 MiB each), compiled kernels and traces."""
 OLDEST_CLOCK = 1_735_689_600.0
-"""2025-01-01: a clock before it was never set, and every TLS certificate fails."""
+"""2025-01-01. An earlier clock was never set, and every TLS certificate then fails."""
 
 
 @check(
     "host-memory",
-    "The host has memory for the engine",
-    "free memory, add swap for the load, or use a smaller model on the CPU",
+    "The host has enough memory for the engine",
+    "free memory, add swap for the time of loading, or use a smaller model on the CPU",
     command="ps -eo rss,args --sort=-rss | head",
 )
 def _host_memory(host: Host) -> Result:
-    """Compares MemAvailable with what SGLang's processes take, and on a CPU with the weights on top."""
+    """Compares MemAvailable with what SGLang's processes need; on a CPU, plus the weights."""
     available = host.system.memory.get("MemAvailable")
     if available is None:
-        return skipped("/proc/meminfo does not tell")
+        return skipped("/proc/meminfo does not report it")
     if host.instance.is_running:
         return ok(f"{format_bytes(available)} are available beside the running engine")
     needed = ENGINE_BYTES
@@ -52,7 +52,7 @@ def _host_memory(host: Host) -> Result:
     option='services.pascaline.instances.<name>.memoryMax = "24G";',
 )
 def _cgroup_memory(host: Host) -> Result:
-    """Reads memory.max of the unit and everything above it. A process that meets it is killed without a word."""
+    """Reads memory.max of the unit and every cgroup above it. A process that reaches it is killed without a message."""
     limit = host.system.memory_limit
     if limit is None:
         return ok(f"no limit on {host.system.limits_of}")
@@ -64,11 +64,11 @@ def _cgroup_memory(host: Host) -> Result:
 @check(
     "cgroup-cpu",
     "No CPU quota slows the engine",
-    "raise the quota: launching kernels is CPU work, and a waiting launch is an idle GPU",
+    "raise the quota: the CPU launches the kernels, and the GPU idles while a launch waits",
     command="systemctl set-property pascaline-<name>.service CPUQuota=",
 )
 def _cgroup_cpu(host: Host) -> Result:
-    """Reads cpu.max of the unit and everything above it. SGLang runs three processes, of which one is always busy."""
+    """Reads cpu.max of the unit and everything above it. SGLang runs three processes, one of which is always busy."""
     limit = host.system.cpu_limit
     if limit is None:
         return ok(f"no quota on {host.system.limits_of}")
@@ -78,27 +78,27 @@ def _cgroup_cpu(host: Host) -> Result:
 
 @check(
     "open-files",
-    "Enough files may be open",
+    "The limit of open files is high enough",
     "raise the limit: every request holds a socket",
     command="ulimit -Hn; systemctl edit pascaline-<name>.service  # LimitNOFILE=65536",
 )
 def _open_files(host: Host) -> Result:
-    """Reads the hard limit of open files of the unit's process, or of this one."""
+    """Reads the hard limit of open files of the unit's process or, without a unit, of this one."""
     limit = host.system.open_files
     if limit is None:
-        return skipped("the limit is not known")
+        return skipped("the limit is unknown")
     return ok(str(limit)) if limit >= LEAST_OPEN_FILES else warning(f"{limit}, should be {LEAST_OPEN_FILES} or more")
 
 
 @check(
     "huge-pages",
     "Transparent huge pages are available",
-    "allow them for programs that ask: large buffers then take fewer page faults",
+    "allow them for programs that ask: large buffers then cause fewer page faults",
     command="echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
     option='boot.kernelParams = [ "transparent_hugepage=madvise" ];',
 )
 def _huge_pages(host: Host) -> Result:
-    """Reads the kernel's setting. It matters when the model runs on the CPU, and while a file is copied to the GPU."""
+    """Reads the kernel's setting. It matters if the model runs on the CPU, and while a file is copied to the GPU."""
     found = host.system.huge_pages
     if not found:
         return skipped("this kernel has no transparent huge pages")
@@ -108,7 +108,7 @@ def _huge_pages(host: Host) -> Result:
 @check(
     "cpu-governor",
     "The CPU may run at its full clock",
-    "choose the governor performance: with small batches decoding waits for launches, which one CPU makes",
+    "choose the governor performance: with small batches decoding waits for kernel launches, which one CPU makes",
     command="cpupower frequency-set -g performance",
     option='powerManagement.cpuFreqGovernor = "performance";',
 )
@@ -128,10 +128,10 @@ def _cpu_governor(host: Host) -> Result:
     option='services.pascaline.stateDir = "/data/pascaline";',
 )
 def _disk_space(host: Host) -> Result:
-    """Reads the free bytes where prepared models and compiled kernels are kept."""
+    """Reads the free bytes of the disk that holds prepared models and compiled kernels."""
     mount = host.system.cache
     if mount is None or mount.free_bytes is None:
-        return skipped("the cache folder's file system is not known")
+        return skipped("the cache folder's file system is unknown")
     words = f"{format_bytes(mount.free_bytes)} free on {mount.point}"
     return ok(words) if mount.free_bytes >= LEAST_CACHE_BYTES else failure(words)
 
@@ -144,19 +144,19 @@ def _disk_space(host: Host) -> Result:
     option="services.timesyncd.enable = true;",
 )
 def _clock(host: Host) -> Result:
-    """Asks whether a time service has set the clock, and whether the date can be true at all."""
+    """Asks whether a time service has set the clock, and whether the date is plausible."""
     shown = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(host.system.unix_time))
     if host.system.unix_time < OLDEST_CLOCK:
-        return failure(f"it is not {shown}")
+        return failure(f"the clock says {shown}, which is wrong")
     synchronised = host.system.clock_synchronised
     if synchronised is None:
-        return skipped(f"{shown}; nobody tells whether it is synchronised")
+        return skipped(f"{shown}; no time service reports whether the clock is synchronised")
     return ok(f"{shown}, synchronised") if synchronised else warning(f"{shown}, not synchronised")
 
 
 @check(
     "ports",
-    "The ports are free, or the instance's own",
+    "The ports are free, or in use by the instance itself",
     "stop what listens there, or give the instance other ports",
     command="ss -ltnp",
     option="services.pascaline.instances.<name>.settings.port = 30010;",
@@ -183,8 +183,8 @@ def _ports(host: Host) -> Result:
 
 @check(
     "oom-history",
-    "The kernel killed nothing for want of memory",
-    "lower what the host runs, or the instance's host memory; add swap for the time of loading",
+    "The kernel killed no process because memory ran out",
+    "run less on the host, or raise the instance's memory limit; add swap for the time of loading",
     command="journalctl -k -g 'Out of memory|oom-kill' -n 20",
     option='services.pascaline.instances.<name>.memoryMax = "24G";',
 )

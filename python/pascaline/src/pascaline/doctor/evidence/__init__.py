@@ -1,1 +1,1 @@
-"""How each part of a Host is learned from a machine; each module stands what is missing, broken or slow."""
+"""Collects each part of a Host from a machine. Every module copes with missing, broken and slow sources."""

@@ -1,4 +1,4 @@
-"""What kernel and loader tell of the GPUs and of their driver; nothing here calls into the driver."""
+"""What the kernel and the loader report about the GPUs and their driver. Nothing here calls the driver."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LIBRARY_FOLDERS = ("/run/opengl-driver/lib", "/usr/lib/x86_64-linux-gnu", "/usr
 
 
 def collect_driver(machine: Machine) -> Driver:
-    """Read what the kernel knows of NVIDIA's hardware and driver, without a call into the driver."""
+    """Read the kernel's facts about NVIDIA's hardware and driver, without calling the driver."""
     text = machine.read("/proc/driver/nvidia/version") or ""
     match = re.search(r"Kernel Module\s+(?:for \S+\s+)?(\d+\.[\d.]+)", text)
     loaded = {line.split()[0] for line in (machine.read("/proc/modules") or "").splitlines() if line.strip()}
@@ -59,7 +59,7 @@ def _nodes(machine: Machine) -> dict[str, Node]:
 
 
 def collect_gpu(machine: Machine, device: DeviceReading) -> Gpu:
-    """Join what NVML answered about a GPU with its profile, and its processes with their names."""
+    """Combine NVML's answers about a GPU with its card profile, and add the names of its processes."""
     name = str(device.values.get("nvmlDeviceGetName", "")).removeprefix("NVIDIA ")
     calls = ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses")
     found = [pair for call in calls for pair in _pairs(device.values.get(call))]
@@ -76,7 +76,7 @@ def _process(machine: Machine, pid: int, size: int | None) -> GpuProcess:
 
 
 def find_libcuda(machine: Machine, environment: Mapping[str, str]) -> str:
-    """Return where the loader finds it: the engine's own path, else the cache, else where distributions put it."""
+    """Return libcuda's path as the loader finds it: in the engine's path, the cache or the distributions' folders."""
     named = [folder for folder in environment.get("LD_LIBRARY_PATH", "").split(":") if folder]
     for folder in named:
         if machine.path(f"{folder}/{_LIBCUDA}").exists():
@@ -89,7 +89,7 @@ def find_libcuda(machine: Machine, environment: Mapping[str, str]) -> str:
 
 
 def nvcc_release(machine: Machine) -> str:
-    """Return the release of the CUDA toolkit under CUDA_PATH or on PATH; empty where there is none."""
+    """Return the release of the CUDA toolkit under CUDA_PATH or on PATH; empty if there is none."""
     folder = machine.environment.get("CUDA_PATH") or machine.environment.get("CUDA_HOME")
     output = machine.run("nvcc", [f"{folder}/bin/nvcc" if folder else "nvcc", "--version"])
     match = re.search(r"release (\d+\.\d+)", output.text if output else "")

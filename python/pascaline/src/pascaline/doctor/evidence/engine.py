@@ -1,4 +1,4 @@
-"""What the engine's program tells of itself."""
+"""What the engine's program reports about itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROBE_SECONDS = 120.0
 
 
 def collect_engine(machine: Machine, instance: Instance) -> EngineFacts:
-    """Ask the Python that runs SGLang what it has, or llama-server for its version."""
+    """Ask the Python that runs SGLang what is installed, or llama-server for its version."""
     settings = instance.settings
     if settings is not None and settings.engine == "llama.cpp":
         return _llama_server(machine, str(settings.engine_executable or "llama-server"))

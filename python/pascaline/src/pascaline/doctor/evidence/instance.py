@@ -1,4 +1,4 @@
-"""Which instance is asked about: its settings, its variables, and what it says of itself."""
+"""The instance in question: its settings, its variables, and what it reports."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 
 UNIT_PREFIX = "pascaline-"
 NOT_INSTANCES = ("exporter", "router", "gpu-limits", "model-gc")
-"""Units of ours that serve no model; those that fetch one are `model-<name>`."""
+"""Our units that serve no model. Units that fetch a model are named `model-<name>`."""
 UNIT_PROPERTIES = ("LoadState", "ActiveState", "SubState", "NRestarts", "MainPID", "ExecStart", "Environment")
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked about."""
+    """What the user asks about."""
 
     instance: str | None = None
-    """Name of an instance, URL of its agent, or its TOML file; None: the only one of this host, or none."""
+    """Name of an instance, URL of its agent, or its TOML file; None: the only one on this host, or none."""
     config_file: Path | None = None
     flags: Mapping[str, Any] | None = None
     """Settings given on the command line."""
 
 
 def collect_instance(machine: Machine, question: Question) -> Instance:
-    """Find the instance that is asked about: its settings, its variables, and what it says of itself."""
+    """Find the instance in question: its settings, its variables, and what it reports."""
     asked = question.instance
     if asked and asked.startswith(("http://", "https://")):
         return _answers(machine, Instance(name=asked), asked.rstrip("/"), None)
@@ -120,7 +120,7 @@ def _answers(machine: Machine, instance: Instance, agent: str, engine: str | Non
 
 
 def json_object(text: str | None) -> dict[str, Any] | None:
-    """Return the object that a text holds; None where it holds none."""
+    """Return the JSON object in a text; None if there is none."""
     try:
         found = json.loads(text or "")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Lines of the journal that tell of the driver, of memory shortage, and of the instance."""
+"""Lines of the journal about the driver, about lack of memory, and from the instance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KERNEL_LINES = (
 
 
 def collect_logs(machine: Machine, name: str) -> Logs:
-    """Read what driver and memory shortage left in the kernel's log since the boot, and the instance's last lines."""
+    """Read the kernel's lines since the boot about driver and lack of memory, and the instance's last lines."""
     kernel = machine.run(
         "journalctl-kernel",
         ["journalctl", "-k", "-b", "--no-pager", "-o", "short-iso", "-n", "2000", "-g", _KERNEL_LINES],

@@ -1,4 +1,4 @@
-"""What the model is, and whether it is the right one."""
+"""Facts about the model, and whether it is the right one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def collect_model(machine: Machine, settings: Settings | None) -> ModelFacts:
-    """Read the header, the tokeniser's presence, the checksum where one is required, and the speed of its disk."""
+    """Read the header, the presence of a tokeniser, the checksum if one is required, and the speed of its disk."""
     if settings is None:
         return ModelFacts()
     try:
@@ -52,7 +52,7 @@ def _has_tokenizer(path: Path) -> bool:
 
 
 def _checksum(settings: Settings, files: tuple[Path, ...], cache: Path) -> tuple[tuple[str, ...], str]:
-    """Return (sha256 of each file, error), remembered by the store; nothing where no checksum is required."""
+    """Return (sha256 of each file, error), cached by the store; empty if no checksum is required."""
     if settings.model_sha256 is None or files[0].is_dir():
         return (), ""
     try:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def make_host_plan(host: Host) -> tuple[Plan | None, str, str]:
-    """Plan the model where `serve` would run it on this host: (plan, why there is none, refusal).
+    """Plan the model as `serve` would run it on this host: (plan, why there is none, refusal).
 
-    A refusal is the planner's word that these settings cannot serve this model; without one, something is not known.
+    A refusal is the planner's reason why these settings cannot serve this model. Without one, a fact is unknown.
     """
     settings, spec, configuration = host.settings, host.model.spec, host.instance.configuration
     if settings is None or spec is None or configuration is None:
@@ -36,9 +36,9 @@ def make_host_plan(host: Host) -> tuple[Plan | None, str, str]:
 
 
 def facts_of(host: Host) -> HostFacts:
-    """Return the questions that the placement asks, answered from what was collected.
+    """Return the facts that the placement needs, from what was collected.
 
-    Without a driver the configured card's profile stands for the GPU: whether the model fits is asked all the same.
+    Without a driver, the profile of the configured card takes the place of the GPU, to see whether the model would fit.
     """
 
     def installed() -> list[str]:
@@ -56,7 +56,7 @@ def facts_of(host: Host) -> HostFacts:
 
 
 def _gpu_memory(host: Host, visible: str | None) -> DeviceMemory:
-    """Return the first visible GPU's memory; what the instance itself holds counts as free."""
+    """Return the memory of the first visible GPU; memory that the instance itself holds counts as free."""
     if host.nvml is None:
         raise MissingError("no driver is loaded")
     found = memory_of_visible(host.nvml, visible)

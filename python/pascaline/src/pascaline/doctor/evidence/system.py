@@ -59,7 +59,7 @@ def _glibc(machine: Machine) -> str:
 
 
 def _cgroup_limits(machine: Machine, instance: Instance) -> tuple[int | None, float | None, str]:
-    """Return the tightest limits of memory and CPUs above the instance's process, or this one without an instance."""
+    """Return the tightest memory and CPU limits of the instance's process or, without one, of this process."""
     pid = instance.unit.get("MainPID", "0")
     whose, source = (f"the unit of {instance.name}", pid) if pid not in ("", "0") else ("this process", "self")
     match = re.search(r"^0::(/.*)$", machine.read(f"/proc/{source}/cgroup") or "", re.MULTILINE)
@@ -75,7 +75,7 @@ def _cgroup_limits(machine: Machine, instance: Instance) -> tuple[int | None, fl
 
 
 def _cpus(text: str) -> float | None:
-    """CPUs of a cpu.max file: `QUOTA PERIOD` or `max PERIOD`."""
+    """Return the CPUs that a cpu.max file allows: `QUOTA PERIOD` or `max PERIOD`."""
     quota, _, period = text.strip().partition(" ")
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
 
@@ -107,19 +107,19 @@ def _clock_synchronised(machine: Machine) -> bool | None:
 
 
 def _cuda_cache(environment: Mapping[str, str]) -> str:
-    """Return the folder in which the driver keeps compiled kernels: as set, else its default under the home folder."""
+    """Return the folder of the driver's compiled kernels: CUDA_CACHE_PATH, or its default under the home folder."""
     home = environment.get("HOME", "")
     return environment.get("CUDA_CACHE_PATH") or (f"{home}/.nv/ComputeCache" if home else "")
 
 
 def _mount(machine: Machine, folder: Path) -> Mount | None:
-    """Return the file system of a folder, or of its nearest parent that exists."""
+    """Return the file system of a folder, or of its nearest existing parent."""
     rows = [line.split() for line in (machine.read("/proc/self/mounts") or "").splitlines()]
     mounts = [(row[1].replace("\\040", " "), row[2]) for row in rows if len(row) > 2]
     holding = [(point, kind) for point, kind in mounts if folder.is_relative_to(point)]
     if not holding:
         return None
-    # Of two mounts on one point the later hides the earlier.
+    # If two mounts share one point, the later one hides the earlier.
     point, kind = max(enumerate(holding), key=lambda item: (len(item[1][0]), item[0]))[1]
     return Mount(point, kind, _free_bytes(machine.path(folder)))
 

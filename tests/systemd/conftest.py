@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from pascaline.gpu.fake_nvml import DEMO_SCENARIO, build_fake_nvml
-from support.container import Container, image
+from support.container import Container
 from support.network import Network
 from support.nix import evaluate
 from support.units import ROOT
@@ -135,7 +135,6 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
 @pytest.fixture
 def virtual_machines(check: str, tmp_path: Path) -> Iterator[dict[str, Container]]:
     """The machines of one of the flake's virtual machine checks, by name: containers of one network, not booted yet."""
-    image()
     rendered = evaluate("virtualMachines")[check]
     # Names and addresses as NixOS' test driver gives them.
     addresses = {name: f"192.168.1.{number}" for number, name in enumerate(sorted(rendered), start=1)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from support.container import Container, wait_until
+from support.container import Container, image, wait_until
 from support.virtual_machine import PATIENCE, as_machine, machine_image
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def subtest(name: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("check", ["serve", "fleet"])
 def test_script_passes(check: str, virtual_machines: dict[str, Container]) -> None:
+    image()
     run_script(check, {name: Machine(container) for name, container in virtual_machines.items()})
 
 

@@ -10,17 +10,15 @@ A pytest plugin (`-p support.selection` in python/pyproject.toml). Three rules:
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
-
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 TIMES = ROOT / "docs/results/tests.json"
 """Seconds by test file, written by benchmarks/test_times.py."""
 _left_out = pytest.StashKey[Counter[str]]()
@@ -37,22 +35,35 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_left_out] = Counter()
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, object, object]:
-    """Leave out, group, and order the collected tests in place.
-
-    A wrapper, to be before pytest-xdist, which takes the groups into the names of the tests here.
-    """
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out and order the collected tests in place."""
     if config.option.fast:
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.stash[_left_out].update(_reason(item) for item in slow)
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
     items[:] = _longest_first(items)
-    return (yield)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a worker whole groups of tests, in the order in which they were collected."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid.partition("::")[0])
+
+    return GroupScheduling(config, log)
+
+
+@functools.cache
+def group_of(file: str) -> str:
+    """Return the group of a test file, named from `python` or `tests`: itself, or `engine` if it starts a real one."""
+    found = next((folder / file for folder in (ROOT / "python", ROOT / "tests") if (folder / file).is_file()), None)
+    if found is None:
+        return file
+    return "engine" if "pytest.mark.engine" in found.read_text() else str(found.relative_to(ROOT))
 
 
 def _reason(item: pytest.Item) -> str:
@@ -63,29 +74,16 @@ def _reason(item: pytest.Item) -> str:
     return str(marker.args[0])
 
 
-def _group(item: pytest.Item) -> str:
-    return "engine" if item.get_closest_marker("engine") else _file(item)
-
-
-def _file(item: pytest.Item) -> str:
-    return str(item.path.relative_to(ROOT)) if item.path.is_relative_to(ROOT) else item.path.name
-
-
-def _longest_first(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+def _longest_first(items: list[pytest.Item]) -> list[pytest.Item]:
     """Sort groups by their recorded time; the tests of a group keep their order."""
     seconds = _recorded_seconds()
-    items = list(items)
+    groups = [group_of(item.nodeid.partition("::")[0]) for item in items]
     total: Counter[str] = Counter()
-    for group, file in {(_group_of(item), _file(item)) for item in items}:
-        total[group] += seconds.get(file, 0.0)
-    first = {group: index for index, group in reversed(list(enumerate(map(_group_of, items))))}
-    return sorted(items, key=lambda item: (-total[_group_of(item)], first[_group_of(item)]))
-
-
-def _group_of(item: pytest.Item) -> str:
-    marker = item.get_closest_marker("xdist_group")
-    assert marker is not None
-    return str(marker.args[0])
+    for group, file in {(group, item.path) for group, item in zip(groups, items, strict=True)}:
+        total[group] += seconds.get(str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else "", 0.0)
+    first = {group: index for index, group in reversed(list(enumerate(groups)))}
+    order = sorted(range(len(items)), key=lambda index: (-total[groups[index]], first[groups[index]], index))
+    return [items[index] for index in order]
 
 
 def _recorded_seconds() -> dict[str, float]:

@@ -91,6 +91,7 @@ LOSSY = {
     "KV int8": ("--kv-cache-dtype", "int8"),
     "KV fp8_e5m2": ("--kv-cache-dtype", "fp8_e5m2"),
     "prompts in 8 bits": ("--prefill-bits", "8"),
+    "everything in 8 bits": ("--prefill-bits", "8", "--decode-bits", "8"),
 }
 """Settings whose cost in numerics is recorded: name -> flags of numerics.py."""
 

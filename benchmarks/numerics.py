@@ -149,6 +149,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--attention-backend", default="pascal")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--prefill-bits", choices=("8", "16"), default="16", help="of activations (default: 16)")
+    parser.add_argument("--decode-bits", choices=("8", "16"), default="16", help="likewise, of decode steps")
     parser.add_argument("--tokens", type=int, default=2048, help="of the text, for prefill (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=125, help="decode steps of each sequence (default: %(default)s)")
     parser.add_argument(
@@ -172,7 +173,7 @@ def measure(args: argparse.Namespace, folder: Path) -> int:
     """As `main`, of a prepared folder."""
     import transformers
 
-    os.environ["SGLANG_PASCAL_PREFILL_BITS"] = args.prefill_bits
+    os.environ |= {"SGLANG_PASCAL_PREFILL_BITS": args.prefill_bits, "SGLANG_PASCAL_DECODE_BITS": args.decode_bits}
     flags = ["--device", args.device, "--quantization", "gguf", "--attention-backend", args.attention_backend]
     flags += ["--kv-cache-dtype", args.kv_cache_dtype, "--dtype", "float16" if args.device == "cuda" else "float32"]
     flags += ["--max-total-tokens", "8192", "--mem-fraction-static", "0.2"]
@@ -180,7 +181,7 @@ def measure(args: argparse.Namespace, folder: Path) -> int:
     reference = load_reference(folder, args.device)
     ids = transformers.AutoTokenizer.from_pretrained(folder)(text_of(args.text))["input_ids"]
     results: dict[str, Any] = {"model": args.model.name, "device": device_name(args.device), "flags": flags}
-    results["prefill_bits"] = args.prefill_bits
+    results |= {"prefill_bits": args.prefill_bits, "decode_bits": args.decode_bits}
     ok = True
     start = time.monotonic()
     for name, pairs in (

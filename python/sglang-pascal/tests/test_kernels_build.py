@@ -41,22 +41,23 @@ def own_cache(tmp_path, monkeypatch) -> Path:
 
 class TestNames:
     def test_a_file_is_named_by_module_hash_and_target(self):
-        name = MODULES["decode_matmul.Q4_K"].file_name("61", "cubin")
-        assert name == f"decode_matmul.Q4_K-{MODULES['decode_matmul.Q4_K'].key('61')}.sm_61.cubin"
+        name = MODULES["decode_matmul.Q4_K.16"].file_name("61", "cubin")
+        assert name == f"decode_matmul.Q4_K.16-{MODULES['decode_matmul.Q4_K.16'].key('61')}.sm_61.cubin"
         assert MODULES["sampling"].file_name("60", "ptx").endswith(".compute_60.ptx")
 
     def test_the_hash_covers_source_headers_defines_and_architecture(self, monkeypatch):
-        module = MODULES["decode_matmul.Q4_K"]
-        keys = {module.key("61"), module.key("60"), Module("decode_matmul", ("TYPE=Q5_K",)).key("61")}
+        module = MODULES["decode_matmul.Q4_K.16"]
+        keys = {module.key("61"), module.key("60"), Module("decode_matmul", ("TYPE=Q4_K", "BITS=8")).key("61")}
         monkeypatch.setattr(build, "source_text", lambda name: b"another source")
         keys.add(module.key("61"))
         monkeypatch.setattr(build, "headers", lambda: {"common.cuh": b"another header"})
         keys.add(module.key("61"))
         assert len(keys) == 5
 
-    def test_every_weight_type_has_its_three_modules(self):
+    def test_every_weight_type_has_its_modules(self):
         for name in FORMATS:
-            assert {f"repack.{name}", f"decode_matmul.{name}", f"tile_matmul.{name}"} <= set(MODULES)
+            products = {f"{kind}_matmul.{name}.{bits}" for kind in ("decode", "tile") for bits in (8, 16)}
+            assert {f"repack.{name}", *products} <= set(MODULES)
 
 
 class TestInfo:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from sglang_pascal import selftest
 from sglang_pascal.__main__ import main
-from sglang_pascal.kernels import driver
+from sglang_pascal.kernels import build, driver
 from sglang_pascal.kernels.build import ARCHITECTURES
 from sglang_pascal.kernels.formats import FORMATS
+from sglang_pascal.ops import matmul as matmul_module
 from sglang_pascal.ops._call import OperationError
 from sglang_pascal.ops.activations import Activations, quantize, rms_norm
-from sglang_pascal.ops.attention import Sequences, attention_decode, attention_prefill
+from sglang_pascal.ops.attention import SPLITS, Sequences, attention_decode, attention_prefill, most_splits
 from sglang_pascal.ops.kv_cache import KvPool, rope_and_store
 from sglang_pascal.ops.matmul import matmul, matmul_half, splits_of
 from sglang_pascal.ops.sampling import argmax, top_k_top_p_filter_
@@ -191,6 +193,49 @@ class TestEmptyBatches:
         x = quantize(torch.zeros(0, 256))
         assert isinstance(x, Activations)
         assert matmul(x, weight).shape == (0, 40)
+
+
+class TestParts:
+    """Which kernels multiply how many rows of x."""
+
+    @pytest.mark.parametrize(
+        ("n", "bits", "expected"),
+        [
+            (0, 16, []),
+            (1, 16, [(0, 1, 1, False)]),
+            (20, 16, [(0, 20, 20, False)]),
+            (21, 16, [(0, 10, 12, False), (10, 21, 12, False)]),
+            (30, 16, [(0, 15, 16, False), (15, 30, 16, False)]),
+            (31, 16, [(0, 31, 32, True)]),
+            (33, 16, [(0, 32, 32, True), (32, 33, 1, False)]),
+            (512, 16, [(0, 512, 32, True)]),
+            (21, 8, [(0, 21, 24, True)]),
+            (33, 8, [(0, 16, 16, False), (16, 33, 20, False)]),
+            (41, 8, [(0, 41, 48, True)]),
+            (130, 8, [(0, 128, 64, True), (128, 130, 2, False)]),
+        ],
+    )
+    def test_whole_tiles_come_first_and_the_rest_is_not_padded_to_one(self, n, bits, expected):
+        assert [tuple(part) for part in matmul_module.parts(n, bits)] == expected
+
+    @pytest.mark.parametrize("bits", matmul_module.DECODE_WIDTHS)
+    def test_every_row_is_multiplied_once_by_a_kernel_that_holds_it(self, bits):
+        for n in range(1, 300):
+            found = matmul_module.parts(n, bits)
+            assert [row for part in found for row in range(part.first, part.end)] == list(range(n))
+            assert all(part.n <= part.width or part.is_tiles for part in found)
+
+
+class TestAttentionSplits:
+    @pytest.mark.parametrize(("max_length", "splits"), [(1, 1), (32, 1), (33, 2), (512, 16), (4096, 16), (4097, 17)])
+    def test_there_are_enough_for_every_length_up_to_the_longest(self, max_length, splits):
+        assert most_splits(max_length) == splits
+
+    def test_the_kernels_cut_at_the_same_lengths(self):
+        """`split_of`, as the header has it."""
+        source = (build.SOURCES / "kv.cuh").read_text()
+        longest = [int(number) for number in re.findall(r"length > (\d+)", source)]
+        assert {length: 32 << i for i, length in enumerate(longest)} == SPLITS
 
 
 class TestSplits:

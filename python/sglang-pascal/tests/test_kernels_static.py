@@ -10,26 +10,49 @@ from sglang_pascal.kernels import static, table
 from sglang_pascal.kernels.build import ToolchainError
 from sglang_pascal.kernels.formats import FORMATS
 from sglang_pascal.kernels.static import Instruction, KernelReport, Loop, innermost_loops, parse_code, parse_resources
-from sglang_pascal.ops.matmul import DECODE_COLUMNS
+from sglang_pascal.ops.matmul import DECODE_WIDTHS, TILE_WIDTHS
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "kernels.md"
 MAX_SHARED_BYTES = 48 * 1024
 """Of a CTA without opting in to more, which Pascal has not."""
 
 SLOTS_PER_WEIGHT = {
-    "Q4_K": {1: 0.90, 2: 1.25, 4: 1.90, 8: 3.35, 16: 6.2},
-    "Q5_K": {1: 1.55, 2: 1.90, 4: 2.50, 8: 3.95, 16: 6.8},
-    "Q6_K": {1: 1.70, 2: 2.05, 4: 2.75, 8: 4.35, 16: 7.4},
-    "Q8_0": {1: 0.52, 2: 0.85, 4: 1.45, 8: 2.70, 16: 5.3},
-    "Q4_0": {1: 0.90, 2: 1.20, 4: 1.80, 8: 3.10, 16: 5.7},
-    "Q4_1": {1: 0.90, 2: 1.25, 4: 1.90, 8: 3.30, 16: 6.2},
+    "Q4_K": {
+        8: {1: 0.85, 2: 1.22, 3: 1.54, 4: 1.9, 6: 2.9, 8: 3.6, 12: 5.1, 16: 6.39, 20: 7.81},
+        16: {1: 1.14, 2: 1.76, 3: 2.63, 4: 3.25, 6: 4.67, 8: 5.84, 12: 8.48, 16: 11.07, 20: 13.68},
+    },
+    "Q5_K": {
+        8: {1: 1.47, 2: 1.81, 3: 2.16, 4: 2.53, 6: 3.88, 8: 4.6, 12: 6.08, 16: 7.4, 20: 8.85},
+        16: {1: 1.76, 2: 2.39, 3: 3.59, 4: 4.25, 6: 5.63, 8: 6.85, 12: 9.48, 16: 12.11, 20: 14.69},
+    },
+    "Q6_K": {
+        8: {1: 1.6, 2: 1.98, 3: 2.36, 4: 2.73, 6: 4.16, 8: 5.03, 12: 6.75, 16: 8.0, 20: 9.65},
+        16: {1: 1.93, 2: 2.61, 3: 3.82, 4: 4.57, 6: 6.11, 8: 7.32, 12: 10.3, 16: 13.19, 20: 16.16},
+    },
+    "Q8_0": {
+        8: {1: 0.47, 2: 0.79, 3: 1.08, 4: 1.41, 6: 2.24, 8: 2.89, 12: 4.26, 16: 5.4, 20: 6.7},
+        16: {1: 0.75, 2: 1.36, 3: 2.11, 4: 2.72, 6: 3.98, 8: 5.11, 12: 7.61, 16: 10.11, 20: 12.57},
+    },
+    "Q4_0": {
+        8: {1: 0.85, 2: 1.2, 3: 1.47, 4: 1.79, 6: 2.65, 8: 3.32, 12: 4.65, 16: 5.84, 20: 7.15},
+        16: {1: 1.15, 2: 1.74, 3: 2.49, 4: 3.12, 6: 4.41, 8: 5.54, 12: 8.04, 16: 10.53, 20: 12.99},
+    },
+    "Q4_1": {
+        8: {1: 0.84, 2: 1.2, 3: 1.53, 4: 1.9, 6: 2.79, 8: 3.5, 12: 5.0, 16: 6.31, 20: 7.72},
+        16: {1: 1.14, 2: 1.75, 3: 2.54, 4: 3.21, 6: 4.54, 8: 5.75, 12: 8.39, 16: 10.99, 20: 13.58},
+    },
 }
-"""Issue slots per weight of a decode product for N columns together; 8.0 (Q4_K) would be all that a P4 has at full
-bandwidth."""
-WARPS_PER_SM = {1: 16, 2: 16, 4: 12, 8: 12, 16: 8}
-"""At least so many resident: 16 KB of loads in flight hide the memory's latency."""
-TILE_DP4A_SHARE = 0.68
-"""Of the issue slots in a tile product's inner loop at least so many are dp4a."""
+"""Issue slots per weight of a decode product for all of its rows of x together, by bits and rows of x; 8.0 (Q4_K) would
+be all that a P4 has at full bandwidth."""
+WARPS_PER_SM = {1: 16, 2: 12, 3: 12, 4: 12, 6: 12, 8: 8, 12: 8, 16: 8, 20: 8}
+"""At least so many resident, by rows of x: 16 KB of loads in flight hide the memory's latency."""
+MOST_LOOP_INSTRUCTIONS = 4600
+"""Of a decode product's loop, up to 20 rows of x; 3000 are some 32 KB of code, which up to 12 rows stay below."""
+TILE_DP4A_SHARE = {8: 0.68, 16: 0.77}
+"""Of the issue slots in a tile product's inner loop at least so many are dp4a, by bits of x."""
+TILE_DP4A_SHARE_OF_HALF_SCALES = {8: 0.58, 16: 0.68}
+PRODUCTS = [(bits, n) for bits, widths in DECODE_WIDTHS.items() for n in widths]
+TILES = [(bits, n) for bits, widths in TILE_WIDTHS.items() for n in widths]
 
 
 pytestmark = pytest.mark.slow("compiles every kernel for sm_60 and sm_61")
@@ -59,40 +82,63 @@ class TestEveryKernel:
         assert reports["60"].keys() <= reports["61"].keys()
 
 
+def decode_reports(reports, tensor_type: str) -> dict[tuple[int, int], KernelReport]:
+    return {(bits, n): reports["61"][f"decode_matmul_{tensor_type}_{bits}bit_n{n}"] for bits, n in PRODUCTS}
+
+
 class TestDecodeProducts:
     @pytest.mark.parametrize("tensor_type", FORMATS)
     def test_issue_slots_per_weight(self, reports, tensor_type):
+        found = {key: report.slots_per_weight for key, report in decode_reports(reports, tensor_type).items()}
         allowed = SLOTS_PER_WEIGHT[tensor_type]
-        found = {n: reports["61"][f"decode_matmul_{tensor_type}_n{n}"].slots_per_weight for n in allowed}
-        assert {n: slots for n, slots in found.items() if slots > allowed[n]} == {}
+        assert {(bits, n): slots for (bits, n), slots in found.items() if slots > allowed[bits][n]} == {}
 
     @pytest.mark.parametrize("tensor_type", FORMATS)
     def test_occupancy(self, reports, tensor_type):
-        found = {n: reports["61"][f"decode_matmul_{tensor_type}_n{n}"].warps_per_sm for n in WARPS_PER_SM}
-        assert {n: warps for n, warps in found.items() if warps < WARPS_PER_SM[n]} == {}
+        found = {key: report.warps_per_sm for key, report in decode_reports(reports, tensor_type).items()}
+        assert {key: warps for key, warps in found.items() if warps < WARPS_PER_SM[key[1]]} == {}
 
     @pytest.mark.parametrize("tensor_type", FORMATS)
     def test_rows_per_lane_are_those_that_the_launch_counts_on(self, reports, tensor_type):
-        form = FORMATS[tensor_type]
-        for n in WARPS_PER_SM:
-            assert reports["61"][f"decode_matmul_{tensor_type}_n{n}"].rows_per_lane == form.rows_per_lane(n)
+        found = {key: report.rows_per_lane for key, report in decode_reports(reports, tensor_type).items()}
+        assert found == {
+            (bits, n): min(DECODE_WIDTHS[bits][n], FORMATS[tensor_type].most_rows_per_lane) for bits, n in PRODUCTS
+        }
 
     @pytest.mark.parametrize("tensor_type", FORMATS)
-    def test_no_integer_multiplication_in_the_loop(self, reports, tensor_type):
-        for n in WARPS_PER_SM:
-            assert "XMAD" not in reports["61"][f"decode_matmul_{tensor_type}_n{n}"].main_loop.opcodes
+    def test_the_loop_multiplies_at_most_one_address(self, reports, tensor_type):
+        """Two XMAD: a step of the types with blocks of 32 is no power of two of bytes behind the last."""
+        for report in decode_reports(reports, tensor_type).values():
+            assert report.main_loop.opcodes.get("XMAD", 0) <= 2, report.name
 
-    def test_q4_k_stays_within_a_p4s_budget_up_to_16_columns(self, reports):
-        slots = reports["61"]["decode_matmul_Q4_K_n16"].slots_per_weight
-        assert slots < 0.8 * table.budget("Q4_K")
+    @pytest.mark.parametrize("tensor_type", FORMATS)
+    def test_the_loop_is_not_longer_than_it_must_be(self, reports, tensor_type):
+        for (_, n), report in decode_reports(reports, tensor_type).items():
+            limit = MOST_LOOP_INSTRUCTIONS if n > 12 else 3000
+            assert report.main_loop.instructions <= limit, report.name
+
+    @pytest.mark.parametrize(("bits", "n"), [(16, 8), (8, 16)])
+    def test_q4_k_stays_within_a_p4s_budget(self, reports, bits, n):
+        assert decode_reports(reports, "Q4_K")[bits, n].slots_per_weight < 0.8 * table.budget("Q4_K")
+
+    @pytest.mark.parametrize(("bits", "n"), [(16, 12), (8, 20)])
+    def test_q4_k_takes_a_p4s_whole_budget_for_the_most_rows_that_cost_nothing(self, reports, bits, n):
+        assert decode_reports(reports, "Q4_K")[bits, n].slots_per_weight < 1.03 * table.budget("Q4_K")
 
 
 class TestOtherKernels:
+    @pytest.mark.parametrize(("bits", "n"), TILES)
     @pytest.mark.parametrize("tensor_type", FORMATS)
-    def test_a_tile_product_is_mostly_dp4a(self, reports, tensor_type):
-        loop = reports["61"][f"tile_matmul_{tensor_type}"].main_loop
-        share = loop.opcodes["IDP"] / loop.slots
-        assert share >= (TILE_DP4A_SHARE if not FORMATS[tensor_type].half_scales else 0.6)
+    def test_a_tile_product_is_mostly_dp4a(self, reports, tensor_type, bits, n):
+        loop = reports["61"][f"tile_matmul_{tensor_type}_{bits}bit_n{n}"].main_loop
+        shares = TILE_DP4A_SHARE_OF_HALF_SCALES if FORMATS[tensor_type].half_scales else TILE_DP4A_SHARE
+        assert loop.opcodes["IDP"] / loop.slots >= shares[bits]
+
+    @pytest.mark.parametrize(("bits", "n"), TILES)
+    @pytest.mark.parametrize("tensor_type", FORMATS)
+    def test_as_many_tiles_share_a_multiprocessor_as_the_launch_counts_on(self, reports, tensor_type, bits, n):
+        report = reports["61"][f"tile_matmul_{tensor_type}_{bits}bit_n{n}"]
+        assert report.warps_per_sm >= TILE_WIDTHS[bits][n] * report.threads // 32
 
     def test_decode_attention_multiplies_no_addresses_in_its_inner_loop(self, reports):
         for name, report in reports["61"].items():
@@ -100,9 +146,10 @@ class TestOtherKernels:
                 assert report.main_loop.opcodes["FFMA"], name
                 assert "XMAD" not in report.main_loop.opcodes, name
 
+    @pytest.mark.parametrize(("bits", "n"), TILES)
     @pytest.mark.parametrize("tensor_type", FORMATS)
-    def test_a_tile_product_multiplies_at_most_one_address_in_its_inner_loop(self, reports, tensor_type):
-        assert reports["61"][f"tile_matmul_{tensor_type}"].main_loop.opcodes.get("XMAD", 0) <= 1
+    def test_a_tile_product_multiplies_at_most_one_address_in_its_inner_loop(self, reports, tensor_type, bits, n):
+        assert reports["61"][f"tile_matmul_{tensor_type}_{bits}bit_n{n}"].main_loop.opcodes.get("XMAD", 0) <= 1
 
     def test_prefill_attention_is_mostly_multiply_add(self, reports):
         for name, report in reports["61"].items():
@@ -120,29 +167,30 @@ class TestTheDocument:
 
 
 class TestBounds:
-    def test_a_request_is_two_columns_and_more_than_eight_are_two_passes(self):
-        def decode(kind: str, n: int, slots: int) -> KernelReport:
-            loop = Loop(slots, 0, {"IDP": 64 * n})
-            return KernelReport(f"decode_matmul.{kind}", f"decode_matmul_{kind}_n{n}", "61", 128, 90, 0, 0, {}, (loop,))
+    def test_each_kernel_of_a_batch_reads_the_weights_and_every_row_has_its_slots(self):
+        def product(kind: str, tensor_type: str, bits: int, n: int) -> KernelReport:
+            columns = n * bits // 8
+            weights = 256 if kind == "decode_matmul" and columns <= static.UNROLLED_COLUMNS else 64
+            loop = Loop(weights * columns, 0, {"IDP": weights * columns // 4})
+            return KernelReport(
+                f"{kind}.{tensor_type}.{bits}", f"{kind}_{tensor_type}_{bits}bit_n{n}", "61", 128, 90, 0, 0, {}, (loop,)
+            )
 
-        reports = [decode(kind, n, 256 * n) for kind in ("Q4_K", "Q6_K") for n in (1, 2, 4, 8, 16)]
-        found = {bound.batch: bound for bound in table.bounds(reports) if bound.model == "Llama-3.1-8B"}
-        assert {batch: (bound.columns, bound.passes) for batch, bound in found.items()} == {
-            1: (2, 1),
-            2: (4, 1),
-            4: (8, 1),
-            8: (16, 1),
-            16: (16, 2),
-        }
-        by_memory = {batch: bound.memory_tokens_per_second for batch, bound in found.items()}
-        assert by_memory[8] == pytest.approx(8 * by_memory[1])
-        assert by_memory[16] == pytest.approx(by_memory[8])
-        # One slot per weight and column: both int8 of a token cost the same whatever the batch is.
-        by_slots = [bound.issue_tokens_per_second for bound in found.values()]
-        assert by_slots == pytest.approx([table.P4_LANE_INSTRUCTIONS / (2 * 7.51e9)] * 5)
-
-    def test_the_columns_are_those_of_the_operations(self):
-        assert table.MOST_COLUMNS == DECODE_COLUMNS
+        reports = [
+            *(product("decode_matmul", kind, bits, n) for kind in ("Q4_K", "Q6_K") for bits, n in PRODUCTS),
+            *(product("tile_matmul", kind, bits, n) for kind in ("Q4_K", "Q6_K") for bits, n in TILES),
+        ]
+        found = {(b.bits, b.batch): b for b in table.bounds(reports) if b.model == "Llama-3.1-8B"}
+        assert sorted(found) == [(bits, batch) for bits in (8, 16) for batch in table.BATCHES]
+        by_memory = {key: bound.memory_tokens_per_second for key, bound in found.items()}
+        assert by_memory[16, 8] == by_memory[8, 8] == pytest.approx(8 * by_memory[16, 1])
+        assert by_memory[16, 24] == pytest.approx(12 * by_memory[16, 1]), "two kernels"
+        assert by_memory[16, 32] == pytest.approx(32 * by_memory[16, 1])
+        # One slot per weight and int8 row: what a token costs does not depend on the batch.
+        by_slots = {key: bound.issue_tokens_per_second for key, bound in found.items()}
+        for bits, rows in ((8, 1), (16, 2)):
+            each = [slots for (of, _), slots in by_slots.items() if of == bits]
+            assert each == pytest.approx([table.P4_LANE_INSTRUCTIONS / (rows * 7.51e9)] * len(table.BATCHES))
 
 
 class TestReading:

@@ -1,13 +1,15 @@
-"""Progress: a bar on a terminal, ten lines in a log."""
+"""Progress: a bar on a terminal, ten lines in a log. And with how many bits activations are multiplied."""
 
 from __future__ import annotations
 
 import io
 import logging
+from types import SimpleNamespace
 
 import pytest
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang_pascal.quantization import precision
-from sglang_pascal.quantization.precision import PREFILL_BITS_VARIABLE, is_wide, prefill_bits
+from sglang_pascal.quantization.precision import DECODE_BITS_VARIABLE, PREFILL_BITS_VARIABLE, is_wide
 from sglang_pascal.quantization.progress import LoadingProgress
 
 
@@ -51,21 +53,37 @@ def test_an_empty_file_divides_by_nothing():
 
 class TestPrecision:
     @pytest.fixture(autouse=True)
-    def fresh(self):
-        prefill_bits.cache_clear()
+    def fresh(self, monkeypatch):
+        precision.activation_bits.cache_clear()
+        for variable in (DECODE_BITS_VARIABLE, PREFILL_BITS_VARIABLE):
+            monkeypatch.delenv(variable, raising=False)
         yield
-        prefill_bits.cache_clear()
+        precision.activation_bits.cache_clear()
 
-    def test_everything_is_wide_unless_told_not(self, monkeypatch):
-        monkeypatch.delenv(PREFILL_BITS_VARIABLE, raising=False)
-        assert [is_wide(n) for n in (1, 16, 17, 4096)] == [True] * 4
+    @staticmethod
+    def wide_in(*, is_decode: bool) -> bool:
+        """Within a forward pass."""
+        with forward_context(ForwardContext(SimpleNamespace(is_decode=is_decode))):
+            return is_wide()
 
-    def test_eight_bits_are_for_more_rows_than_a_decode_step_has(self, monkeypatch):
-        monkeypatch.setenv(PREFILL_BITS_VARIABLE, "8")
-        assert [is_wide(n) for n in (1, 16, 17, 4096)] == [True, True, False, False]
+    def test_everything_is_wide_unless_told_not(self):
+        assert [is_wide(), self.wide_in(is_decode=True), self.wide_in(is_decode=False)] == [True] * 3
 
-    def test_another_number_is_refused(self, monkeypatch):
-        monkeypatch.setenv(PREFILL_BITS_VARIABLE, "12")
+    @pytest.mark.parametrize(("variable", "is_decode"), [(DECODE_BITS_VARIABLE, True), (PREFILL_BITS_VARIABLE, False)])
+    def test_each_phase_has_its_own_variable(self, monkeypatch, variable, is_decode):
+        monkeypatch.setenv(variable, "8")
+        assert not self.wide_in(is_decode=is_decode)
+        assert self.wide_in(is_decode=not is_decode)
+
+    def test_a_pass_without_one_of_our_backends_counts_as_a_decode_step(self, monkeypatch):
+        monkeypatch.setenv(DECODE_BITS_VARIABLE, "8")
+        assert not is_wide()
+        with forward_context(ForwardContext(SimpleNamespace())):
+            assert not is_wide()
+
+    @pytest.mark.parametrize("variable", [DECODE_BITS_VARIABLE, PREFILL_BITS_VARIABLE])
+    def test_another_number_is_refused(self, monkeypatch, variable):
+        monkeypatch.setenv(variable, "12")
         with pytest.raises(precision.PluginError) as error:
-            is_wide(17)
-        assert str(error.value) == "SGLANG_PASCAL_PREFILL_BITS is '12', must be 8 or 16; unset it for 16"
+            precision.activation_bits(variable)
+        assert str(error.value) == f"{variable} is '12', must be 8 or 16; unset it for 16"

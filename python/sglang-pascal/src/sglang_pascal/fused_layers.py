@@ -43,7 +43,7 @@ def attention_layer(
     qkv, _ = self.qkv_proj(hidden_states)
     rotation = Rotation(positions, rotary.cos_sin_cache, rotary.is_neox_style, *_norms(self))
     method = self.o_proj.quant_method
-    is_decode, wide = forward_batch.forward_mode.is_decode(), is_wide(len(qkv))
+    is_decode, wide = forward_batch.forward_mode.is_decode(), is_wide()
     attended = backend.forward_fused(
         qkv, rotation, self.attn, quantized=is_decode and takes_quantized(method), wide=wide
     )
@@ -67,7 +67,7 @@ def mlp_layer(
     ):
         return original(x, *more, **named)
     gate_up, _ = self.gate_up_proj(x)
-    wide = is_wide(len(gate_up))
+    wide = is_wide()
     activations = silu_mul_quantize(gate_up, wide=wide)
     result: torch.Tensor = method.apply_quantized(activations, gate_up.dtype, self.down_proj.bias, wide=wide)
     return result
@@ -105,7 +105,7 @@ def _normed(x: torch.Tensor, norm: Any, residual: torch.Tensor | None, linear: A
     """linear: the layer that multiplies the result, if SGLang has told the norm of it."""
     if linear is None or not takes_quantized(linear.quant_method):
         return rms_norm(x, norm.weight, norm.variance_epsilon, residual)
-    output, wide = torch.empty_like(x), is_wide(len(x))
+    output, wide = torch.empty_like(x), is_wide()
     hand_over(output, rms_norm_quantize(x, norm.weight, norm.variance_epsilon, residual, wide=wide, output=output))
     return output
 

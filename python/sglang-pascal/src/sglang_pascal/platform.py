@@ -6,7 +6,7 @@ instead of Triton, and know no speculation, no MLA and no Mamba: dense text mode
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
@@ -14,8 +14,7 @@ from sglang.srt.platforms.cuda import CudaDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-CUDA_GRAPH_BATCH_SIZES: Final = (1, 2, 4, 8, 16)
-"""Decode batch sizes that are recorded; a batch in between is padded to the next. 16 is past what 8 GB of KV hold."""
+from sglang_pascal.kernels.formats import RECORDED_BATCH_SIZES
 
 
 class _PascalPlatform(SRTPlatform):  # type: ignore[misc]  # SGLang publishes no types
@@ -146,6 +145,6 @@ def graph_config(config: Any, locked: set[tuple[str, str]]) -> Any:
     if (Phase.PREFILL, "backend") not in locked:
         config = with_phase(config, Phase.PREFILL, backend=Backend.DISABLED)
     if not {(Phase.DECODE, "bs"), (Phase.DECODE, "max_bs")} & locked:
-        sizes = list(CUDA_GRAPH_BATCH_SIZES)
+        sizes = list(RECORDED_BATCH_SIZES)
         config = with_phase(config, Phase.DECODE, bs=sizes, max_bs=sizes[-1])
     return config

@@ -15,8 +15,8 @@ import torch
 from sglang_pascal.kernels.formats import BLOCK, FORMATS, GROUP_ROWS, PLANE_BYTES, TILE_COLUMNS, tiles
 
 INT8_MAX: Final = 127
-LOW_STEPS: Final = 254
-"""Steps of the second int8 of wide activations in one of the first: -127..127 spans a rounding error."""
+LOW_STEPS: Final = 256
+"""Steps of the low int8 of wide activations in one of the high int8: -128..127 spans a rounding error."""
 TINY: Final = 1e-30
 """A block of activations whose largest magnitude is below counts as zero."""
 
@@ -145,7 +145,8 @@ _DEQUANTIZE: Final = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0, "Q4_K": _q4_k
 def quantize_ref(x: torch.Tensor, *, wide: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """`[n, columns]` -> int8 `[n, K]` and float32 `[n, K / 32, 2]` of (d, d * sum q); K is padded to 256.
 
-    wide: twice as many rows; the second half is what the rounding of the first lost, in 254ths of its steps.
+    wide: twice as many rows; the second half is what the rounding of the first lost, in 256ths of its steps, with the
+    sum of both: d * (256 * sum of the high q + sum of the low q).
     """
     padded = torch.nn.functional.pad(x.float(), (0, tiles(x.shape[1]) * TILE_COLUMNS - x.shape[1]))
     blocks = padded.view(x.shape[0], padded.shape[1] // BLOCK, BLOCK)
@@ -156,11 +157,12 @@ def quantize_ref(x: torch.Tensor, *, wide: bool = False) -> tuple[torch.Tensor, 
     # One division: `127 / amax` would be torch's reciprocal and a product, with another rounding.
     steps = blocks * torch.where(zero, 0.0, torch.full_like(amax, INT8_MAX).div(amax))
     q = steps.round().nan_to_num(0.0)
-    parts = [(q, d)]
+    parts = [(q, d, q)]
     if wide:
-        parts.append((((steps - q) * LOW_STEPS).round().nan_to_num(0.0).clamp(-INT8_MAX, INT8_MAX), d / LOW_STEPS))
-    values = torch.cat([q for q, _ in parts])
-    scales = torch.cat([torch.cat([d, d * q.sum(-1, keepdim=True)], dim=-1) for q, d in parts])
+        low = ((steps - q) * LOW_STEPS).round().nan_to_num(0.0).clamp(-INT8_MAX - 1, INT8_MAX)
+        parts.append((low, d / LOW_STEPS, LOW_STEPS * q + low))
+    values = torch.cat([q for q, _, _ in parts])
+    scales = torch.cat([torch.cat([d, d * whole.sum(-1, keepdim=True)], dim=-1) for _, d, whole in parts])
     return values.to(torch.int8).flatten(1), scales
 
 
@@ -180,9 +182,17 @@ def silu_mul_ref(x: torch.Tensor) -> torch.Tensor:
 # ---- products ------------------------------------------------------------------------------------------------------
 
 
-def quantized_matmul_ref(q: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Quantised activations x dequantised weights `[rows, columns]` -> float64 `[n, rows]`."""
+def quantized_matmul_ref(
+    q: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor, *, wide: bool = False
+) -> torch.Tensor:
+    """Quantised activations x dequantised weights `[rows, columns]` -> float64 `[n, rows]`.
+
+    wide: of 2n rows, the high and the low int8 of n.
+    """
     x = (q.view(*scales.shape[:2], BLOCK).double() * scales[..., :1].double()).flatten(1)
+    if wide:
+        high, low = x.chunk(2)
+        x = high + low
     return x[:, : weights.shape[1]] @ weights.double().T
 
 

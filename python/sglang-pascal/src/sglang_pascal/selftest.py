@@ -27,12 +27,13 @@ from sglang_pascal.errors import PluginError
 from sglang_pascal.kernels.build import HEAD_DIMS
 from sglang_pascal.kernels.formats import FORMATS, TILE_COLUMNS
 from sglang_pascal.ops.activations import Activations, quantize, rms_norm, rms_norm_quantize, silu_mul_quantize
-from sglang_pascal.ops.attention import SPLIT, Sequences, attention_decode, attention_prefill
+from sglang_pascal.ops.attention import SPLITS, Sequences, attention_decode, attention_prefill
 from sglang_pascal.ops.kv_cache import KvPool, rope_and_store
 from sglang_pascal.ops.matmul import matmul, matmul_half
 from sglang_pascal.ops.sampling import argmax, top_k_top_p_filter_
 from sglang_pascal.ops.weights import dequantize, pack, unpack
 from sglang_pascal.reference import (
+    LOW_STEPS,
     argmax_ref,
     attention_ref,
     dequantize_ref,
@@ -206,7 +207,7 @@ def _silu_mul(device: torch.device) -> float:
 
 
 def _wide(device: torch.device) -> float:
-    """Two int8 hold each value to a 254th of a step of one, whatever quantised it."""
+    """Two int8 hold each value to a 256th of a step of one, whatever quantised it."""
     errors = []
     for columns, dtype in itertools.product(_COLUMNS, (torch.float32, torch.float16)):
         x, weight = _normal(5, columns).to(dtype) * 3, _normal(1, columns, seed=4)[0].to(dtype)
@@ -228,7 +229,7 @@ def _wide_error(result: Activations, wanted: torch.Tensor) -> float:
     values = (result.q.cpu().view(2 * n, -1, 32).double() * result.scales[..., :1].cpu().double()).flatten(1)
     padded = torch.nn.functional.pad(wanted.double(), (0, values.shape[1] - columns))
     largest = padded.view(n, -1, 32).abs().amax(-1, keepdim=True).expand(-1, -1, 32).flatten(1)
-    return _share(values[:n] + values[n:], padded, largest * (1 / 127 / 254 + 1e-5) + 2e-30)
+    return _share(values[:n] + values[n:], padded, largest * (1 / 127 / LOW_STEPS + 1e-5) + 2e-30)
 
 
 def _rms_norm(device: torch.device) -> float:
@@ -259,6 +260,8 @@ def _not_a_number(device: torch.device) -> float:
     results = [
         matmul(quantize(x[:16].to(device)), weight, dtype=torch.float32),
         matmul(quantize(x.to(device)), weight, dtype=torch.float32),
+        matmul(quantize(x.to(device), wide=True), weight, wide=True, dtype=torch.float32),
+        matmul(quantize(x.repeat(4, 1).to(device), wide=True), weight, wide=True, dtype=torch.float32)[:20],
         rms_norm(x.to(device), torch.ones(512, device=device), 1e-6),
     ]
     right = True
@@ -275,8 +278,8 @@ _MATRICES: Final = ((1, 256), (33, 768), (130, 1280), (320, 4608), (64, 14336))
 """Rows and columns: fewer tiles than slices, a last tile row, K in splits, and the widest layer of an 8B model."""
 _SHORT_MATRICES: Final = ((70, 96), (33, 576), (40, 960), (320, 4672))
 """Of types with blocks of 32: the last tile has 96, 64, 192 and 64 of 256 columns. The last matrix is cut in splits."""
-_WIDTHS: Final = (1, 2, 3, 4, 5, 6, 8, 10, 11, 16, 17, 64, 65, 150)
-"""Even ones are multiplied as both int8 of half as many rows too, in kernels of that width and of a wider one."""
+_WIDTHS: Final = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 31, 33, 40, 41, 64, 65, 150)
+"""Rows of x: of every decode kernel the fewest and the most, two of them, and one to three tiles, of either width."""
 
 
 def _short_matrices(tensor_type: str) -> tuple[tuple[int, int], ...]:
@@ -289,20 +292,20 @@ def _product(device: torch.device, tensor_type: str, rows: int, columns: int) ->
     weight = pack(raw.to(device), tensor_type, columns)
     x = _awkward(max(_WIDTHS), columns)
     x[0, -1] = 3
-    expected = quantized_matmul_ref(*quantize_ref(x), values)
-    size = quantized_matmul_ref(*_magnitudes(quantize_ref(x)), values.abs())
-    activations = quantize(x.to(device))
-    errors, widest = [], matmul(activations, weight, dtype=torch.float32)
-    for n in _WIDTHS:
-        some = Activations(activations.q[-n:].contiguous(), activations.scales[-n:].contiguous())
-        y = matmul(some, weight, dtype=torch.float32)
-        errors += [
-            _share(y, expected[-n:], size[-n:] * PRODUCT_LIMIT + 1e-30),
-            _same_bits(y, widest[-n:]) if device.type == "cuda" else 0.0,
-            _same_bits(y, matmul(some, weight, dtype=torch.float32)),
-        ]
-        if n % 2 == 0:
-            errors.append(_same_bits(matmul(some, weight, wide=True, dtype=torch.float32), y[: n // 2] + y[n // 2 :]))
+    errors = []
+    for wide in (False, True):
+        expected = quantized_matmul_ref(*quantize_ref(x, wide=wide), values, wide=wide)
+        size = quantized_matmul_ref(*_magnitudes(quantize_ref(x)), values.abs())
+        multiply = functools.partial(matmul, weight=weight, wide=wide, dtype=torch.float32)
+        widest = multiply(quantize(x.to(device), wide=wide))
+        for n in _WIDTHS:
+            some = quantize(x[-n:].to(device), wide=wide)
+            y = multiply(some)
+            errors += [
+                _share(y, expected[-n:], size[-n:] * PRODUCT_LIMIT + 1e-30),
+                _same_bits(y, widest[-n:]) if device.type == "cuda" else 0.0,
+                _same_bits(y, multiply(some)),
+            ]
     return max(errors)
 
 
@@ -316,15 +319,15 @@ def _product_of_extremes(device: torch.device, tensor_type: str) -> float:
     weight = pack(raw.to(device), tensor_type, values.shape[1])
     x = torch.cat([torch.ones(1, TILE_COLUMNS), -torch.ones(1, TILE_COLUMNS), _normal(20, TILE_COLUMNS)])
     x = x[:, : values.shape[1]]
-    expected = quantized_matmul_ref(*quantize_ref(x), values)
     size = quantized_matmul_ref(*_magnitudes(quantize_ref(x)), values.abs())
     # A value is d * q - m: both parts may be far larger than their difference.
     size += quantized_matmul_ref(*_magnitudes(quantize_ref(x)), values.abs().amax(1, keepdim=True).expand_as(values))
     size += _largest_part(raw, tensor_type) * x.abs().sum(1, keepdim=True)
     errors = []
-    for n in (2, 22):
-        y = matmul(quantize(x[:n].to(device)), weight, dtype=torch.float32)
-        errors.append(_share(y, expected[:n], size[:n] * PRODUCT_LIMIT + 1e-30))
+    for n, wide in itertools.product((2, 22), (False, True)):
+        y = matmul(quantize(x[:n].to(device), wide=wide), weight, wide=wide, dtype=torch.float32)
+        wanted = quantized_matmul_ref(*quantize_ref(x[:n], wide=wide), values, wide=wide)
+        errors.append(_share(y, wanted, size[:n] * PRODUCT_LIMIT + 1e-30))
     return max(errors)
 
 
@@ -340,7 +343,7 @@ def _epilogue(device: torch.device) -> float:
     errors = []
     raw = random_blocks("Q8_0", 100, 512)
     values, weight = dequantize_ref(raw, "Q8_0"), pack(raw.to(device), "Q8_0", 512)
-    for n, dtype in itertools.product((1, 16, 40), (torch.float32, torch.float16)):
+    for n, dtype in itertools.product((1, 16, 40, 70), (torch.float32, torch.float16)):
         x, bias, residual = _normal(n, 512), _normal(100), _normal(n, 100, seed=5).to(dtype)
         wide = torch.full((n, 160), 7.0, dtype=dtype, device=device)
         wide_residual = torch.zeros(n, 130, dtype=dtype, device=device)
@@ -459,7 +462,8 @@ def _batch(lengths: list[int], device: torch.device) -> tuple[Sequences, int]:
     return Sequences(table.to(device), requests.to(device), torch.tensor(lengths, device=device)), total
 
 
-_DECODE_LENGTHS: Final = [0, 1, 31, SPLIT - 1, SPLIT, SPLIT + 1, 3 * SPLIT + 17]
+_DECODE_LENGTHS: Final = [0, 1, 31, 32, 33, 255, *(longest + more for longest in SPLITS for more in (0, 1))]
+"""Around the lengths at which the number of positions in a split changes."""
 _VARIANTS: Final = ((None, 0.0), (100, 0.0), (None, 5.0), (0, 0.0))
 """Window and soft cap."""
 

@@ -41,6 +41,8 @@ class PascalAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
     """Dense multi-head and grouped-query attention, sliding window, logit soft cap, any KV dtype."""
 
     needs_cpu_seq_lens = False
+    is_decode = True
+    """Of the pass that was planned last."""
 
     def __init__(self, runner: Any) -> None:
         super().__init__()
@@ -69,8 +71,8 @@ class PascalAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
         SGLang calls this in each warm-up of a graph, and again inside the recording: the graph must not read what a
         warm-up computed, and each replay must compute it again.
         """
-        self._plan = _ForwardPlan()
-        if forward_batch.forward_mode.is_decode():
+        self._plan, self.is_decode = _ForwardPlan(), forward_batch.forward_mode.is_decode()
+        if self.is_decode:
             self._plan.decode_slots = self._slots(forward_batch, self._decode_columns(forward_batch.seq_lens))
 
     def _decode_columns(self, seq_lens: torch.Tensor) -> int:

@@ -56,6 +56,8 @@ class KernelAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
     """Dense multi-head and grouped-query attention, sliding window, logit soft cap; pools of fp16, e5m2 and int8."""
 
     needs_cpu_seq_lens = False
+    is_decode = True
+    """Of the pass that was planned last."""
 
     def __init__(self, runner: Any) -> None:
         super().__init__()
@@ -89,7 +91,8 @@ class KernelAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
             rows = torch.arange(len(requests), device=slots.device)
             plan.swa = Sequences(slots.clamp(min=0).int(), rows, forward_batch.seq_lens)
             plan.swa_write_slots = self._swa_pool.translate_loc_from_full_to_swa(forward_batch.out_cache_loc)
-        if not forward_batch.forward_mode.is_decode():
+        self.is_decode = forward_batch.forward_mode.is_decode()
+        if not self.is_decode:
             plan.query_starts = _starts(forward_batch.extend_seq_lens)
             plan.max_new = max(forward_batch.extend_seq_lens_cpu)
         self._plan = plan

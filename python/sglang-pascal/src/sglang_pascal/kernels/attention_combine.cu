@@ -3,9 +3,7 @@
 //
 // CTA (head, sequence) of head_dim threads, a dimension a thread; a warp holds one block of 32 activations. Splits are
 // added in order. A sequence of length 0 gives zeros. Bound by launch overhead.
-#include "common.cuh"
-
-constexpr int SPLIT = 256;
+#include "kv.cuh"
 
 struct Arguments {
   const float* partial;        // [n, heads, splits, head_dim]
@@ -26,8 +24,9 @@ __device__ __forceinline__ void put(const Arguments& a, int column, float value)
 
 extern "C" __global__ void __launch_bounds__(256) attention_combine(Arguments a) {
   const int length = static_cast<int>(load_index(a.lengths, blockIdx.y, a.lengths_are_64_bit));
-  const int end = min(a.splits, (length + SPLIT - 1) / SPLIT);
-  const int begin = a.window < 0 ? 0 : max(0, length - 1 - a.window) / SPLIT;
+  const int split = split_of(length);
+  const int end = min(a.splits, (length + split - 1) / split);
+  const int begin = a.window < 0 ? 0 : max(0, length - 1 - a.window) / split;
   const size_t head = static_cast<size_t>(blockIdx.y) * gridDim.x + blockIdx.x;
   const float2* stats = a.partial_stats + head * a.splits;
   const float* partial = a.partial + head * a.splits * blockDim.x + threadIdx.x;

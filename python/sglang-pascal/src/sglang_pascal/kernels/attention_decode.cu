@@ -2,15 +2,16 @@
 //
 // Compiled per pool type and head size (-DKV=F16|E5M2|INT8 -DHEAD_DIM=64|128|256), one kernel per padded count G of query
 // heads that share a KV head. CTA (split, KV head, sequence) of 128 threads: all G heads in one CTA, so that a key is
-// read from memory once; more than 8 heads are several CTAs. A split is 256 positions, cut at multiples of 256: the result of a sequence does not depend on
-// what else is in the batch. attention_combine adds the splits in order.
+// read from memory once; more than 8 heads are several CTAs. A split is 32 to 256 positions by the sequence's length, cut
+// at multiples: the result of a sequence does not depend on what else is in the batch. attention_combine adds the splits
+// in order.
 // Scores: HEAD_DIM / 8 lanes share a key (16 bytes of fp16 each), G sums are reduced by halving exchanges, then softmax
 // over the split in shared memory, then the same lanes sum p * v.
 // Shared: (1 + G) KB of places and scores, 16 * G * HEAD_DIM bytes of warp sums: 41 KB at most (G = 8, HEAD_DIM = 256).
 // A lane holds 8 * G query or output values: 64 registers at G = 8.
 #include "kv.cuh"
 
-constexpr int THREADS = 128, WARPS = 4, SPLIT = 256;
+constexpr int THREADS = 128, WARPS = 4;
 
 struct Arguments {
   const void* q;              // [n, heads, HEAD_DIM], float or half
@@ -53,8 +54,8 @@ struct Attention {
   static constexpr int TOKENS = WARP / LANES; // a warp has at once
   static constexpr int PER_ROUND = WARPS * TOKENS;
 
-  u32 vectors[SPLIT]; // slot * kv_heads + KV head of each position
-  float scores[SPLIT][G];
+  u32 vectors[MOST_SPLIT]; // slot * kv_heads + KV head of each position
+  float scores[MOST_SPLIT][G];
   float sums[WARPS][G][D];
 
   // What the CTA computes: some of the query heads of a KV head.
@@ -72,10 +73,10 @@ struct Attention {
   __device__ __forceinline__ void score(const Arguments& a, const Heads& heads, int first, int count) {
     const int lane = threadIdx.x % WARP, part = lane % LANES, token = threadIdx.x / LANES;
     float q[G][EIGHT];
+    const u32 first_head = (blockIdx.z * a.heads + heads.first) * D + part * EIGHT; // n * heads * D is far below 2^32
 #pragma unroll
     for (int g = 0; g < G; g++) {
-      const int head = heads.first + min(g, heads.count - 1);
-      const size_t base = (static_cast<size_t>(blockIdx.z) * a.heads + head) * D + part * EIGHT;
+      const u32 base = first_head + min(g, heads.count - 1) * D;
 #pragma unroll
       for (int d = 0; d < EIGHT; d++) q[g][d] = load_element(a.q, base + d, a.q_is_half);
     }
@@ -154,8 +155,8 @@ struct Attention {
   __device__ __forceinline__ void run(const Arguments& a) {
     const int length = static_cast<int>(load_index(a.lengths, blockIdx.z, a.lengths_are_64_bit));
     const Heads heads(a);
-    const int base = blockIdx.x * SPLIT;
-    const int count = min(SPLIT, length - base);
+    const int split = split_of(length), base = blockIdx.x * split;
+    const int count = min(split, length - base);
     const int first = a.window < 0 ? 0 : max(0, length - 1 - a.window - base); // within the split
     if (count <= 0 || first >= count) return;
     const size_t request = static_cast<size_t>(load_index(a.requests, blockIdx.z, a.requests_are_64_bit));

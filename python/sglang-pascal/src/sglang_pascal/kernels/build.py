@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from sglang_pascal.errors import PluginError, StorageError
-from sglang_pascal.kernels.formats import FORMATS
+from sglang_pascal.kernels.formats import ACTIVATION_BITS, FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +63,7 @@ class Module:
 
     @property
     def name(self) -> str:
-        """As in file names: `decode_matmul.Q4_K`."""
+        """As in file names: `decode_matmul.Q4_K.16`."""
         return ".".join([self.source, *(define.partition("=")[2] for define in self.defines)])
 
     def key(self, architecture: str) -> str:
@@ -80,8 +80,10 @@ class Module:
 
 
 def _all_modules() -> Iterator[Module]:
-    for source in ("repack", "decode_matmul", "tile_matmul"):
-        yield from (Module(source, (f"TYPE={name}",)) for name in FORMATS)
+    yield from (Module("repack", (f"TYPE={name}",)) for name in FORMATS)
+    for source in ("decode_matmul", "tile_matmul"):
+        for name in FORMATS:
+            yield from (Module(source, (f"TYPE={name}", f"BITS={bits}")) for bits in ACTIVATION_BITS)
     for source in ("attention_decode", "attention_prefill"):
         for kv in KV_TYPES:
             yield from (Module(source, (f"KV={kv}", f"HEAD_DIM={head_dim}")) for head_dim in HEAD_DIMS)

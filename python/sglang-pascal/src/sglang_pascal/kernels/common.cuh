@@ -121,18 +121,21 @@ __device__ __forceinline__ long long load_index(const void* base, size_t i, bool
 constexpr float INT8_MAX = 127.0f;
 constexpr float TINY = 1e-30f; // below it 127 / amax may overflow: such a block counts as zero
 
-constexpr float LOW_STEPS = 254.0f; // of the second int8 in one step of the first: -127..127 spans the rounding error
+constexpr int LOW_STEPS = 256; // of the low int8 in one step of the high one
 
-__device__ __forceinline__ void write_block(int q, float d, signed char* q_out, float2* scale_out, int lane) {
+// A warp's int8 values and {d, d * their sum}. high_sum: of the high halves, in steps of the low ones.
+__device__ __forceinline__ int write_block(int q, float d, signed char* q_out, float2* scale_out, int lane,
+                                           int high_sum = 0) {
   int sum = q;
 #pragma unroll
   for (int offset = 16; offset; offset >>= 1) sum += __shfl_xor_sync(ALL_LANES, sum, offset);
   q_out[lane] = static_cast<signed char>(q);
-  if (lane == 0) *scale_out = make_float2(d, __fmul_rn(d, static_cast<float>(sum)));
+  if (lane == 0) *scale_out = make_float2(d, __fmul_rn(d, static_cast<float>(high_sum + sum)));
+  return sum;
 }
 
 // One warp holds one block of 32 values, a value a lane; writes its int8 values and {d, d * sum q}. With q_low, what the
-// rounding lost is written there as int8 of a 254th of the step: both together are 16 bits.
+// rounding lost is written there as int8 of a 256th of the step: both together are 16 bits, and scale_low is of both.
 // d is NaN or infinite where a value is: whatever multiplies it shows that.
 __device__ __forceinline__ void quantize_block(float value, signed char* q_out, float2* scale_out, int lane,
                                                signed char* q_low = nullptr, float2* scale_low = nullptr) {
@@ -142,8 +145,8 @@ __device__ __forceinline__ void quantize_block(float value, signed char* q_out, 
   const float d = zero ? 0.0f : __fdiv_rn(amax, INT8_MAX);
   const float steps = __fmul_rn(value, inverse);
   const int q = __float2int_rn(steps);
-  write_block(q, d, q_out, scale_out, lane);
+  const int sum = write_block(q, d, q_out, scale_out, lane);
   if (!q_low) return;
-  const int low = __float2int_rn(__fmul_rn(__fsub_rn(steps, static_cast<float>(q)), LOW_STEPS));
-  write_block(max(-127, min(127, low)), __fdiv_rn(d, LOW_STEPS), q_low, scale_low, lane);
+  const int low = __float2int_rn(__fmul_rn(__fsub_rn(steps, static_cast<float>(q)), static_cast<float>(LOW_STEPS)));
+  write_block(max(-128, min(127, low)), __fmul_rn(d, 1.0f / LOW_STEPS), q_low, scale_low, lane, LOW_STEPS * sum);
 }

@@ -1,69 +1,97 @@
-// y[n, row] = sum over k of w[row, k] * x[n, k] for a few columns n: the product of a decode step.
+// y[n, row] = sum over k of w[row, k] * x[n, k] for a few outputs n: the product of a decode step.
 //
-// Compiled once per weight type (-DTYPE=Q4_K ...), one kernel per column count N; fewer columns are padded with zeros.
+// Compiled once per weight type and bits of x (-DTYPE=Q4_K -DBITS=16 ...), one kernel per number of outputs N; fewer are
+// padded with zeros. x is read as C = N or 2 N columns of int8 (matmul.cuh).
 // One lane owns R rows (R groups of 32 rows in a CTA), so weight loads are whole 512-byte planes, the lane's scales are
 // in its registers, activations are the same word for the warp, and the loop has no shuffle.
 // CTA: 128 threads = 4 warps, one slice each (matmul.cuh), whatever N, R and CHUNK are: a row's bits do not depend on how
-// many columns are computed with it. Splits of K are CTAs (grid.y); the one that finishes last adds them in order, from
+// many are computed with it. Splits of K are CTAs (grid.y); the one that finishes last adds them in order, from
 // partials [splits, n, 32 * groups].
 //
-//   N        1     2     4     8    16
-//   R        1     1     2     2     2     rows a lane: a uniform 16-byte shared load may cost 4 cycles on sm_61, so
-//                                          columns are shared by two rows from N = 4 on (Q6_K, which has more scales
-//                                          and is slower by its bytes, not at N = 8: its loads fit there)
-//   CHUNK   32    32    16     8     8     tiles of activations staged
-//   shared 10K   20K   20K   20K   40K     upper bound: 320 bytes * N * CHUNK
+//   R      1 for C = 1 and 2, else 2, and 4 (Q5_K: 3; 2 on sm_60) above C = 12: a uniform 16-byte shared load may cost 4 cycles on
+//          sm_61, so rows share it; four rows are no slower than their bytes there, for 16 columns and more
+//   CHUNK  tiles of activations that are staged at once, by each warp for itself: as many as leave shared memory for the
+//          CTAs that registers allow
+//   steps  of a tile (64 weights) are unrolled up to C = 4; above they are a loop of 3 to 12 KB of code, which fits the
+//          instruction cache where four of them would not
 // Registers and the resulting occupancy: docs/kernels.md, checked against ptxas by a test.
 #include "matmul.cuh"
+
+constexpr int HALVES = BITS / 8;
 
 template <class T>
 constexpr int SCALES = T::HAS_MIN ? 2 : 1; // floats of a block of activations: d, and d * sum q where it is needed
 
+// Stage the activations of `count` tiles: x [N][HALVES][CHUNK][16], scales [N][CHUNK][8][SCALES], of x as a whole. A warp
+// stages what it multiplies itself (every fourth tile), so warps do not wait for each other.
 template <class T, int N, int CHUNK>
 __device__ __forceinline__ void stage(const Arguments& a, int4* x, float* scales, int first_tile, int count) {
-#pragma unroll 1
-  for (int n = 0; n < N; n++) {
-    const bool real = n < a.n;
-    const int4* source = a.x + (static_cast<size_t>(n) * a.n_tiles + first_tile) * 16;
-    for (int i = threadIdx.x; i < count * 16; i += WARP * SLICES)
-      x[n * CHUNK * 16 + i] = real ? __ldg(source + i) : make_int4(0, 0, 0, 0);
-    const float2* source_scales = a.x_scales + (static_cast<size_t>(n) * a.n_tiles + first_tile) * 8;
-    for (int i = threadIdx.x; i < count * 8; i += WARP * SLICES) {
-      const float2 s = real ? __ldg(source_scales + i) : make_float2(0.0f, 0.0f);
-      scales[(n * CHUNK * 8 + i) * SCALES<T>] = s.x;
-      if (T::HAS_MIN) scales[(n * CHUNK * 8 + i) * SCALES<T> + 1] = s.y;
-    }
+  constexpr int ROWS = N * HALVES;
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, tiles = (count - warp + SLICES - 1) / SLICES;
+#pragma unroll 4
+  for (int i = lane; i < tiles * ROWS * 16; i += WARP) {
+    const int tile = warp + SLICES * (i / 16 / ROWS), row = i / 16 % ROWS, n = row / HALVES, half = row % HALVES;
+    const size_t source = static_cast<size_t>(n + half * a.low) * a.n_tiles + first_tile + tile;
+    x[(row * CHUNK + tile) * 16 + i % 16] = n < a.n ? __ldg(a.x + source * 16 + i % 16) : make_int4(0, 0, 0, 0);
+  }
+#pragma unroll 4
+  for (int i = lane; i < tiles * N * 8; i += WARP) {
+    const int tile = warp + SLICES * (i / 8 / N), n = i / 8 % N;
+    const size_t source = static_cast<size_t>(n + (HALVES - 1) * a.low) * a.n_tiles + first_tile + tile;
+    const float2 s = n < a.n ? __ldg(a.x_scales + source * 8 + i % 8) : make_float2(0.0f, 0.0f);
+    const int to = ((n * CHUNK + tile) * 8 + i % 8) * SCALES<T>;
+    scales[to] = s.x;
+    if (T::HAS_MIN) scales[to + 1] = s.y;
   }
 }
 
-// acc += one block of 32 products. `x` are the block's 32 int8 activations, `scale` {d, d * sum q}.
+// Sum of COUNT words' products, with both halves of x joined.
+template <class T, int COUNT>
+__device__ __forceinline__ int dot(const u32* w, const int (&x)[HALVES][8], int first) {
+  int sum = 0;
+#pragma unroll
+  for (int half = 0; half < HALVES; half++) {
+    sum <<= 8;
+#pragma unroll
+    for (int k = first; k < first + COUNT; k++) sum = dot4<T::SIGNED>(w[k], x[half][k], sum);
+  }
+  return sum;
+}
+
+// acc += one block of 32 products.
 template <class T>
-__device__ __forceinline__ void add_block(float& acc, const Step& w, int b, const int* x, float d, float d_sum) {
-  int low = 0, high = 0;
-#pragma unroll
-  for (int k = 0; k < 4; k++) low = dot4<T::SIGNED>(w.bytes[b][k], x[k], low);
-  if (!T::HALF_SCALES) high = low;
-#pragma unroll
-  for (int k = 4; k < 8; k++) high = dot4<T::SIGNED>(w.bytes[b][k], x[k], high);
-  if (T::HALF_SCALES) acc = add_products(acc, w.scale[b][0], d, low);
-  acc = add_products(acc, w.scale[b][1], d, high);
+__device__ __forceinline__ void add_block(float& acc, const Step& w, int b, const int (&x)[HALVES][8], float d,
+                                          float d_sum) {
+  if (T::HALF_SCALES) {
+    acc = add_products(acc, w.scale[b][0], d, dot<T, 4>(w.bytes[b], x, 0));
+    acc = add_products(acc, w.scale[b][1], d, dot<T, 4>(w.bytes[b], x, 4));
+  } else {
+    acc = add_products(acc, w.scale[b][0], d, dot<T, 8>(w.bytes[b], x, 0));
+  }
   if (T::HAS_MIN) acc = __fmaf_rn(-w.min[b], d_sum, acc);
 }
 
-template <class T, int N, int R, int CHUNK>
+template <class T, int N, int FEWEST, int R, int CHUNK>
 __device__ __forceinline__ void add_step(float (&acc)[R][N], const uint4* const (&tile)[R],
                                          const typename T::Header (&header)[R], int step, const int4* x,
-                                         const float* scales) {
+                                         const float* scales, int count) {
   Step w[R];
 #pragma unroll
   for (int r = 0; r < R; r++) T::unpack(header[r], T::load(tile[r], threadIdx.x % WARP, step), step, w[r]);
 #pragma unroll
   for (int n = 0; n < N; n++) {
+    if (n >= FEWEST && n >= count) break;
 #pragma unroll
     for (int b = 0; b < 2; b++) {
       const int block = T::block(step, b);
-      const int4 x0 = x[n * CHUNK * 16 + 2 * block], x1 = x[n * CHUNK * 16 + 2 * block + 1];
-      const int words[8] = {x0.x, x0.y, x0.z, x0.w, x1.x, x1.y, x1.z, x1.w};
+      int words[HALVES][8];
+#pragma unroll
+      for (int half = 0; half < HALVES; half++) {
+        const int4* source = x + (n * HALVES + half) * CHUNK * 16 + 2 * block;
+        const int4 x0 = source[0], x1 = source[1];
+        words[half][0] = x0.x, words[half][1] = x0.y, words[half][2] = x0.z, words[half][3] = x0.w;
+        words[half][4] = x1.x, words[half][5] = x1.y, words[half][6] = x1.z, words[half][7] = x1.w;
+      }
       const float* s = scales + (n * CHUNK * 8 + block) * SCALES<T>;
       float d, d_sum = 0.0f;
       if (T::HAS_MIN) {
@@ -78,53 +106,24 @@ __device__ __forceinline__ void add_step(float (&acc)[R][N], const uint4* const 
   }
 }
 
-template <class T, int N, int R, int CHUNK>
+template <class T, int N, int FEWEST, int R, int CHUNK>
 __device__ __forceinline__ void add_tile(float (&acc)[R][N], const uint4* const (&tile)[R], const int4* x,
-                                         const float* scales) {
+                                         const float* scales, int count) {
+  constexpr int UNROLLED = N * HALVES <= 4 ? STEPS : 1;
   typename T::Header header[R];
 #pragma unroll
   for (int r = 0; r < R; r++) header[r] = T::load_header(tile[r], threadIdx.x % WARP);
-#pragma unroll
-  for (int step = 0; step < STEPS; step++) add_step<T, N, R, CHUNK>(acc, tile, header, step, x, scales);
+#pragma unroll UNROLLED
+  for (int step = 0; step < STEPS; step++) add_step<T, N, FEWEST, R, CHUNK>(acc, tile, header, step, x, scales, count);
 }
 
 // The last tile of a row, where it has fewer steps: once a row, so its steps are a loop of their own.
-template <class T, int N, int R, int CHUNK>
+template <class T, int N, int FEWEST, int R, int CHUNK>
 __device__ __forceinline__ void add_short_tile(float (&acc)[R][N], const uint4* const (&tile)[R], int steps,
-                                               const int4* x, const float* scales) {
+                                               const int4* x, const float* scales, int count) {
   const typename T::Header header[R] = {};
 #pragma unroll 1
-  for (int step = 0; step < steps; step++) add_step<T, N, R, CHUNK>(acc, tile, header, step, x, scales);
-}
-
-// The sum of one output over the splits, in order.
-__device__ __forceinline__ float sum_of_splits(const Arguments& a, int n, int row, int padded_rows) {
-  float sum = 0.0f;
-  for (int split = 0; split < gridDim.y; split++)
-    sum = __fadd_rn(sum, __ldcg(a.partials + (static_cast<size_t>(split) * a.n + n) * padded_rows + row));
-  return sum;
-}
-
-// Sum over splits, by the CTA that comes last. Called by all threads.
-template <int N, int R>
-__device__ __forceinline__ void add_splits(const Arguments& a, int padded_rows, int outputs) {
-  __shared__ bool is_last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    is_last = atomicAdd(a.tickets + blockIdx.x, 1u) == gridDim.y - 1;
-    if (is_last) a.tickets[blockIdx.x] = 0;
-  }
-  __syncthreads();
-  if (!is_last) return;
-  __threadfence();
-  for (int i = threadIdx.x; i < R * WARP * outputs; i += WARP * SLICES) {
-    const int n = i / (R * WARP), row = blockIdx.x * R * WARP + i % (R * WARP);
-    if (row >= a.rows) continue;
-    float sum = sum_of_splits(a, n, row, padded_rows);
-    if (a.halves == 2) sum = __fadd_rn(sum, sum_of_splits(a, n + outputs, row, padded_rows));
-    write_output(a, n, row, sum);
-  }
+  for (int step = 0; step < steps; step++) add_step<T, N, FEWEST, R, CHUNK>(acc, tile, header, step, x, scales, count);
 }
 
 // The sum of one output over the slices of a CTA, in order. COUNT: outputs of a slice.
@@ -136,9 +135,9 @@ __device__ __forceinline__ float sum_of_slices(const float* sums) {
   return sum;
 }
 
-template <class T, int N, int R, int CHUNK>
+template <class T, int N, int FEWEST, int R, int CHUNK>
 __device__ __forceinline__ void multiply(const Arguments& a) {
-  __shared__ int4 x[N * CHUNK * 16];
+  __shared__ int4 x[N * HALVES * CHUNK * 16];
   __shared__ float2 scales_[N * CHUNK * 8 * SCALES<T> / 2];
   float* scales = reinterpret_cast<float*>(scales_);
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -160,57 +159,74 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
 #pragma unroll 1
   for (int first = begin; first < end; first += CHUNK) {
     const int count = min(CHUNK, end - first), whole = T::SHORT_TILES ? min(count, a.n_steps / STEPS - first) : count;
-    __syncthreads();
+    __syncwarp();
     stage<T, N, CHUNK>(a, x, scales, first, count);
-    __syncthreads();
+    __syncwarp();
 #pragma unroll 1
     for (int i = warp; i < whole; i += SLICES) {
-      add_tile<T, N, R, CHUNK>(acc, tile, x + i * 16, scales + i * 8 * SCALES<T>);
+      add_tile<T, N, FEWEST, R, CHUNK>(acc, tile, x + i * 16, scales + i * 8 * SCALES<T>, a.n);
 #pragma unroll
       for (int r = 0; r < R; r++) tile[r] += SLICES * T::UNITS;
     }
     if (T::SHORT_TILES && whole < count && whole % SLICES == warp)
-      add_short_tile<T, N, R, CHUNK>(acc, tile, a.n_steps % STEPS, x + whole * 16, scales + whole * 8 * SCALES<T>);
+      add_short_tile<T, N, FEWEST, R, CHUNK>(acc, tile, a.n_steps % STEPS, x + whole * 16, scales + whole * 8 * SCALES<T>, a.n);
   }
 
-  __syncthreads();
-  float* sums = reinterpret_cast<float*>(x); // [slice][n][r][lane]: SLICES * N * R * 128 bytes <= N * CHUNK * 256
-  static_assert(SLICES * R * WARP * 4 <= CHUNK * 256, "the sums fit where the activations were");
+  // The slices are added a few outputs at a time, where the activations were.
+  float* sums = reinterpret_cast<float*>(x); // [slice][n][r][lane]
+  constexpr int FITTING = HALVES * N * CHUNK * 256 / (SLICES * R * WARP * 4), TOGETHER = FITTING < N ? FITTING : N;
 #pragma unroll
-  for (int n = 0; n < N; n++)
+  for (int first = 0; first < N; first += TOGETHER) {
+    __syncthreads();
 #pragma unroll
-    for (int r = 0; r < R; r++) sums[((warp * N + n) * R + r) * WARP + lane] = acc[r][n];
-  __syncthreads();
-  const int padded_rows = groups * WARP, outputs = a.halves == 2 ? a.n / 2 : a.n;
-  for (int i = threadIdx.x; i < N * R * WARP; i += WARP * SLICES) {
-    const int n = i / (R * WARP), row = blockIdx.x * R * WARP + i % (R * WARP);
-    float sum = sum_of_slices<N * R * WARP>(sums + i);
-    if (gridDim.y > 1) {
-      if (n < a.n && row < padded_rows)
-        __stcg(a.partials + (static_cast<size_t>(blockIdx.y) * a.n + n) * padded_rows + row, sum);
-    } else if (n < outputs) {
-      if (a.halves == 2) sum = __fadd_rn(sum, sum_of_slices<N * R * WARP>(sums + i + outputs * R * WARP));
-      write_output(a, n, row, sum);
+    for (int n = first; n < first + TOGETHER && n < N; n++)
+#pragma unroll
+      for (int r = 0; r < R; r++) sums[((warp * TOGETHER + n - first) * R + r) * WARP + lane] = acc[r][n];
+    __syncthreads();
+    for (int i = threadIdx.x; i < TOGETHER * R * WARP; i += WARP * SLICES) {
+      const int n = first + i / (R * WARP), row = blockIdx.x * R * WARP + i % (R * WARP);
+      if (n >= N) break;
+      const float sum = sum_of_slices<TOGETHER * R * WARP>(sums + i);
+      if (gridDim.y == 1)
+        write_output(a, n, row, sum);
+      else if (n < a.n && row < groups * WARP)
+        __stcg(partial_of(a, a.partials, blockIdx.y, n, row), sum);
     }
   }
-  if (gridDim.y > 1) add_splits<N, R>(a, padded_rows, outputs);
+  if (gridDim.y > 1 && comes_last(a.tickets + blockIdx.x, gridDim.y))
+    add_splits(a, a.partials, blockIdx.x * R * WARP, R * WARP);
 }
 
-#define KERNEL(T, N, R, CHUNK, CTAS_PER_SM)                                                                             \
-  extern "C" __global__ void __launch_bounds__(WARP* SLICES, CTAS_PER_SM) NAME(T, N)(Arguments a) {                      \
-    multiply<T, N, R, CHUNK>(a);                                                                                        \
+constexpr int MOST_ROWS = __CUDA_ARCH__ >= 610 ? TYPE::MOST_ROWS : 2;
+
+#define KERNEL(N, FEWEST, R, CHUNK, CTAS_PER_SM)                                                                        \
+  extern "C" __global__ void __launch_bounds__(WARP* SLICES, CTAS_PER_SM) NAME(TYPE, BITS, N)(Arguments a) {             \
+    multiply<TYPE, N, FEWEST, (R < MOST_ROWS ? R : MOST_ROWS), CHUNK>(a);                                                  \
   }
-#define NAME_(T, N) decode_matmul_##T##_n##N
-#define NAME(T, N) NAME_(T, N)
+#define NAME_(T, BITS, N) decode_matmul_##T##_##BITS##bit_n##N
+#define NAME(T, BITS, N) NAME_(T, BITS, N)
 
-constexpr int WIDE_ROWS = TYPE::HALF_SCALES ? 1 : 2;
+constexpr int ROOM = __CUDA_ARCH__ >= 610 ? 3 : 2; // sm_60 spreads bytes for 16-bit products: more registers
 
-KERNEL(TYPE, 1, 1, 32, 4)
-KERNEL(TYPE, 2, 1, 32, 4)
-KERNEL(TYPE, 4, 2, 16, 3)
-#if __CUDA_ARCH__ >= 610
-KERNEL(TYPE, 8, WIDE_ROWS, 8, 3)
+// N and R also stand in ops/matmul.py.
+#if BITS == 8
+KERNEL(1, 1, 1, 32, 4)
+KERNEL(2, 2, 1, 32, 4)
+KERNEL(3, 3, 2, 16, 3)
+KERNEL(4, 4, 2, 16, 3)
+KERNEL(6, 5, 2, 8, ROOM)
+KERNEL(8, 7, 2, 8, ROOM)
+KERNEL(12, 9, 2, 8, ROOM)
+KERNEL(16, 13, 4, 8, 2)
+KERNEL(20, 17, 4, 4, 2)
 #else
-KERNEL(TYPE, 8, WIDE_ROWS, 8, 2) // the bytes spread for 16-bit products need more registers
+KERNEL(1, 1, 1, 32, 4)
+KERNEL(2, 2, 2, 16, 3)
+KERNEL(3, 3, 2, 8, 3)
+KERNEL(4, 4, 2, 8, 3)
+KERNEL(6, 5, 2, 8, ROOM)
+KERNEL(8, 7, 4, 8, 2)
+KERNEL(12, 9, 4, 4, 2)
+KERNEL(16, 13, 4, 4, 2)
+KERNEL(20, 17, 4, 4, 2)
 #endif
-KERNEL(TYPE, 16, 2, 8, 2)

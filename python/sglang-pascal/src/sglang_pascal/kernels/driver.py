@@ -129,6 +129,11 @@ def multiprocessors(device: int | None) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def has_dp4a(device: int) -> bool:
+    """Whether the code that a card runs is that for sm_61, not for sm_60."""
+    return target_of(torch.cuda.get_device_capability(device))[0] != "60"
+
+
 def target_of(capability: tuple[int, int]) -> tuple[str, str]:
     """(architecture, kind of file) for a card."""
     if capability[0] == 6:

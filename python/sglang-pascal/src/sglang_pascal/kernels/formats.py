@@ -16,6 +16,12 @@ STEP_COLUMNS: Final = 64
 """Weights of a row that a product takes at a time, a quarter of a tile."""
 BLOCK: Final = 32
 """Activations that share a scale."""
+ACTIVATION_BITS: Final = (8, 16)
+"""What activations can be multiplied with: one int8, or two."""
+RECORDED_BATCH_SIZES: Final = (*range(1, 13), 14, 16, 18, 20, 24, 28, 32)
+"""Decode batch sizes that are recorded as CUDA graphs, of those up to the most requests at once; one in between is
+padded to the next. Every size that a decode product multiplies without a padded row has its own up to 12.
+"""
 PLANE_BYTES: Final = 16
 """Bytes of one row in one plane of a tile."""
 
@@ -32,6 +38,8 @@ class Format:
     """A block subtracts a minimum: products then need the sum of their activations."""
     half_scales: bool = False
     """16 weights share a scale, not 32."""
+    most_rows_per_lane: int = 4
+    """Of a decode product, by the registers that a row's unpacked weights take."""
 
     @property
     def weight_bytes(self) -> float:
@@ -57,10 +65,6 @@ class Format:
     def record_bytes(self) -> int:
         """Bytes of a record of 32 rows."""
         return self.record_row_bytes * GROUP_ROWS
-
-    def rows_per_lane(self, width: int) -> int:
-        """Rows that a lane of the decode product for `width` columns has: R of decode_matmul.cu."""
-        return 2 if width >= 4 and not (width == 8 and self.half_scales) else 1
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row in the file. `columns` is a multiple of `block_weights`."""
@@ -89,7 +93,7 @@ FORMATS: Final = {
     form.tensor_type: form
     for form in (
         Format("Q4_K", 256, 144, has_min=True),
-        Format("Q5_K", 256, 176, has_min=True),
+        Format("Q5_K", 256, 176, has_min=True, most_rows_per_lane=3),
         Format("Q6_K", 256, 210, has_min=False, half_scales=True),
         Format("Q8_0", 32, 34, has_min=False),
         Format("Q4_0", 32, 18, has_min=False),

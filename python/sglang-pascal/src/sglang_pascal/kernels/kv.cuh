@@ -59,3 +59,10 @@ __device__ __forceinline__ float finish_score(float dot, float scale, float soft
   const float score = __fmul_rn(dot, scale);
   return __fmul_rn(soft_cap > 0.0f ? __fmul_rn(soft_cap, tanhf(__fdiv_rn(score, soft_cap))) : score, LOG2_E);
 }
+
+// Positions of one split of a decode: a sixteenth of the sequence up to 256, so that few and short sequences fill a card
+// too. It depends on the sequence's own length alone, and so do the bits of its result.
+constexpr int MOST_SPLIT = 256;
+__device__ __forceinline__ int split_of(int length) {
+  return 32 << ((length > 512) + (length > 1024) + (length > 2048));
+}

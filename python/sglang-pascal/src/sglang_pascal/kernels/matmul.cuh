@@ -1,8 +1,12 @@
 // What the two products with quantised weights share, so that a row's sum has the same bits in both.
 //
-// The order of a sum, whatever the number of columns n: K is cut into `splits` ranges of tiles (a function of the
+// The order of a sum, whatever the number of outputs n: K is cut into `splits` ranges of tiles (a function of the
 // weight's shape and the card); in a split, slice s adds the blocks of tiles s, s + 4, ... in order; then the four slices
-// are added in order, then the splits, then (where x is two int8 of each value) both halves, then bias and residual.
+// are added in order, then the splits, then bias and residual.
+//
+// x has 8 or 16 bits (HALVES = 1 or 2). 16 bits are two int8 of each value, x = d * (256 * high + low): a block's integer
+// products with both are joined before the one conversion, scale and addition that 8 bits take as well. The joined sum
+// is below 2^28 and is rounded to float once.
 #pragma once
 #include "weights.cuh"
 
@@ -10,16 +14,16 @@ constexpr int SLICES = 4;
 
 struct Arguments {
   const uint4* weights;
-  const int4* x;          // [n, K] int8; of two halves the second is what the rounding of the first lost
-  const float2* x_scales; // [n, K / 32] {d, d * sum q}
-  void* y;                // [n / halves, rows], float or half; rows y_stride elements apart
+  const int4* x;          // int8 rows of K; `low` rows behind those of the high halves are the low ones
+  const float2* x_scales; // likewise rows of K / 32 {d, d * sum q}; with a low half they are of the whole value
+  void* y;                // [n, rows], float or half; rows y_stride elements apart
   const float* bias;      // [rows] or null
   const void* residual;   // like y, rows residual_stride apart; or null
   float* partials;
   u32* tickets;           // one per group of 32 rows, zero before and after
   long long y_stride, residual_stride;
   int rows, n_tiles, n_steps, n, y_is_half, splits; // n_steps: of 64 columns, in a row of the weights
-  int halves;             // 1, or 2 (the decode product only): y[i] = product of x[i] + product of x[n / 2 + i]
+  int low;                // rows of x between a high half and its low one; 0 of 8 bits
 };
 
 __device__ __forceinline__ int split_begin(const Arguments& a, int split) {
@@ -36,4 +40,37 @@ __device__ __forceinline__ void write_output(const Arguments& a, int n, int row,
   if (a.bias) sum = __fadd_rn(sum, __ldg(a.bias + row));
   if (a.residual) sum = __fadd_rn(sum, load_element(a.residual, n * a.residual_stride + row, a.y_is_half));
   store_element(a.y, n * a.y_stride + row, a.y_is_half, sum);
+}
+
+// Where split `split` of an output lies in partials [splits, n, 32 * groups].
+__device__ __forceinline__ float* partial_of(const Arguments& a, float* partials, int split, int n, int row) {
+  const int padded_rows = (a.rows + WARP - 1) / WARP * WARP;
+  return partials + (static_cast<size_t>(split) * a.n + n) * padded_rows + row;
+}
+
+// Of `ctas` CTAs that share a ticket, whether this one is the last to come here. Called by all threads; what the others
+// wrote before is visible afterwards.
+__device__ __forceinline__ bool comes_last(u32* ticket, u32 ctas) {
+  __shared__ bool is_last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    is_last = atomicAdd(ticket, 1u) == ctas - 1;
+    if (is_last) *ticket = 0;
+  }
+  __syncthreads();
+  if (is_last) __threadfence();
+  return is_last;
+}
+
+// The results of rows first_row.. (row_count of them) from the sums of all splits, in order.
+__device__ __forceinline__ void add_splits(const Arguments& a, float* partials, int first_row, int row_count) {
+  for (int i = threadIdx.x; i < row_count * a.n; i += blockDim.x) {
+    const int n = i / row_count, row = first_row + i % row_count;
+    if (row >= a.rows) continue;
+    float sum = 0.0f;
+    for (int split = 0; split < a.splits; split++)
+      sum = __fadd_rn(sum, __ldcg(partial_of(a, partials, split, n, row)));
+    write_output(a, n, row, sum);
+  }
 }

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from sglang_pascal.kernels.build import MODULES, Module, ToolchainError, artifact, assemble, candidates
-from sglang_pascal.kernels.formats import TILE_COLUMNS
+from sglang_pascal.kernels.formats import STEP_COLUMNS, TILE_COLUMNS
 
 NVDISASM_VARIABLE: Final = "CUDA_NVDISASM"
 """Path of nvdisasm, before all other places."""
@@ -37,6 +37,8 @@ _HALF_OPCODES: Final = ("HADD2", "HMUL2", "HFMA2")
 _DOUBLE_OPCODES: Final = ("DADD", "DMUL", "DFMA", "DMNMX", "DSETP")
 SLOW_OPCODES: Final = {"60": _DOUBLE_OPCODES, "61": (*_HALF_OPCODES, *_DOUBLE_OPCODES)}
 """Arithmetic at 1/64 (half) and 1/32 (double) of the rate of float. sm_60 has fast halves, and converts by HADD2."""
+UNROLLED_COLUMNS: Final = 4
+"""Most int8 rows of x for which decode_matmul.cu unrolls the steps of a tile."""
 LOCAL_OPCODES: Final = ("LDL", "STL")
 """Local memory: registers that did not fit, or an array that was indexed."""
 
@@ -94,26 +96,44 @@ class KernelReport:
 
     @property
     def slots_per_weight(self) -> float | None:
-        """Issue slots per weight of the decode products (all their columns together); None for other kernels.
+        """Issue slots per weight of the products (all their columns together); None for other kernels.
 
-        One pass of the loop is a tile's 256 weights of each row that a lane has.
+        Of a tile product: those of its inner loop, without unpacking and staging.
         """
-        if not self.module.startswith("decode_matmul") or self.main_loop is None:
+        if not self.module.startswith(("decode_matmul", "tile_matmul")) or self.main_loop is None:
             return None
-        return self.main_loop.slots / (TILE_COLUMNS * self.rows_per_lane)
+        return self.main_loop.slots / self._weights_per_pass
 
     @property
     def rows_per_lane(self) -> int:
-        """Rows of the weight that a lane of a decode product has: 32 x 2 dot products of 4 per row, tile and column."""
+        """Rows of the weight that a lane of a decode product has. One pass of its loop is a tile of each row where the
+        tile's steps are unrolled, else a step.
+        """
+        return max(1, self._weights_per_pass // (TILE_COLUMNS if self.columns <= UNROLLED_COLUMNS else STEP_COLUMNS))
+
+    @property
+    def _weights_per_pass(self) -> int:
+        """Of the loop: dot products of 4 weights and a column."""
         assert self.main_loop is not None
         products = self.main_loop.opcodes.get("IDP", 0) * 4 or self.main_loop.opcodes.get("XMAD", 0)
-        return max(1, products // (TILE_COLUMNS * self.columns))
+        return products // self.columns
+
+    @property
+    def outputs(self) -> int:
+        """Rows of x that a product multiplies at once: the number at the end of its name."""
+        found = re.search(r"_n(\d+)$", self.name)
+        return int(found[1]) if found else 1
+
+    @property
+    def bits(self) -> int:
+        """Of x, in its name; 8 where the kernel has no choice."""
+        found = re.search(r"_(\d+)bit", self.name)
+        return int(found[1]) if found else 8
 
     @property
     def columns(self) -> int:
-        """Rows of x that a decode product multiplies at once: the number at the end of its name."""
-        found = re.search(r"_n(\d+)$", self.name)
-        return int(found[1]) if found else 1
+        """int8 rows of x: two for each output of 16 bits."""
+        return self.outputs * self.bits // 8
 
 
 def _multiplications(loop: Loop) -> int:

@@ -1,13 +1,13 @@
 """The table of the kernels on Pascal: what the compiler made of them, and the speed that follows as an upper bound.
 
-The bounds are of products as they are served: activations of 16 bits are two columns for each request, and more than
-eight requests are multiplied in two passes over the weights. They are estimates by arithmetic, no measurements: of a
-Tesla P4 at its default clock, with full memory bandwidth and every issue slot used. No Pascal card reaches them; what
-they show is which of both limits a kernel meets first.
+The bounds are of products as they are served, with either width of the activations (`activation_bits`). They are
+estimates by arithmetic, no measurements: of a Tesla P4 at its default clock, with full memory bandwidth and every issue
+slot used. No Pascal card reaches them; what they show is which of both limits a kernel meets first.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sglang_pascal.errors import PluginError, StorageError
 from sglang_pascal.kernels.formats import FORMATS
 from sglang_pascal.kernels.static import KernelReport, analyse
+from sglang_pascal.ops.matmul import DECODE_WIDTHS, KINDS, parts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,11 +50,7 @@ MODELS: Final = (
 head, are Q6_K."""
 
 
-BATCHES: Final = (1, 2, 4, 8, 16)
-COLUMNS_PER_REQUEST: Final = 2
-"""Of a product: the two int8 of an activation (`quantization.precision`)."""
-MOST_COLUMNS: Final = 16
-"""Of one pass over the weights (`ops.matmul.DECODE_COLUMNS`)."""
+BATCHES: Final = (1, 2, 4, 8, 12, 16, 24, 32)
 
 
 @dataclass(frozen=True)
@@ -61,12 +58,10 @@ class Bound:
     """Estimated upper bound of a model's decode speed on a P4."""
 
     model: str
+    bits: int
+    """Of the activations."""
     batch: int
     """Requests that are decoded together."""
-    columns: int
-    """N of the products."""
-    passes: int
-    """Over all weights, in each step."""
     memory_tokens_per_second: float
     """All requests together, if only memory limited: weights only, empty context."""
     issue_tokens_per_second: float
@@ -79,25 +74,24 @@ class Bound:
 
 
 def bounds(reports: list[KernelReport]) -> list[Bound]:
-    """For each model and batch size, from the issue slots per weight of the decode products."""
-    slots = {(r.module.partition(".")[2], r.columns): r.slots_per_weight for r in reports if r.slots_per_weight}
-    result = []
-    for model in MODELS:
-        n_bytes = sum(count * FORMATS[kind].weight_bytes for kind, count in model.weights.items())
-        for batch in BATCHES:
-            columns = min(MOST_COLUMNS, COLUMNS_PER_REQUEST * batch)
-            if not all((kind, columns) in slots for kind in model.weights):
-                continue
-            passes = COLUMNS_PER_REQUEST * batch // columns
-            instructions = sum(count * (slots[kind, columns] or 0.0) for kind, count in model.weights.items())
-            per_pass = batch / passes
-            result.append(
-                Bound(
-                    *(model.name, batch, columns, passes),
-                    *(per_pass * P4_BANDWIDTH / n_bytes, per_pass * P4_LANE_INSTRUCTIONS / instructions),
-                )
+    """For each model, width of the activations and batch size, from the issue slots per weight of the products.
+
+    Each kernel of a batch (`ops.matmul.parts`) reads the weights once and is bound by the slower of both.
+    """
+    slots = {(*r.module.split(".")[:2], r.bits, r.outputs): r.slots_per_weight for r in reports if r.slots_per_weight}
+    found = []
+    for model, bits, batch in itertools.product(MODELS, sorted(DECODE_WIDTHS, reverse=True), BATCHES):
+        kernels = [(KINDS[part.is_tiles], part.width, -(-part.n // part.width)) for part in parts(batch, bits)]
+        if all((kind, name, bits, width) in slots for kind, width, _ in kernels for name in model.weights):
+            memory = len(kernels) * sum(n * FORMATS[name].weight_bytes for name, n in model.weights.items())
+            issue = sum(
+                times * n * slots[kind, name, bits, width]
+                for kind, width, times in kernels
+                for name, n in model.weights.items()
             )
-    return result
+            by_memory, by_issue = batch * P4_BANDWIDTH / memory, batch * P4_LANE_INSTRUCTIONS / issue
+            found.append(Bound(model.name, bits, batch, by_memory, by_issue))
+    return found
 
 
 def budget(tensor_type: str) -> float:
@@ -108,12 +102,12 @@ def budget(tensor_type: str) -> float:
 def as_markdown(reports: list[KernelReport]) -> str:
     """The tables of docs/kernels.md."""
     lines = [_HEAD, "|---|---|---|---|---|---|---|---|", *map(_row, reports)]
-    decode = [report for report in reports if report.slots_per_weight]
-    if decode:
-        lines += ["", "| product | N | rows a lane | issue slots per weight | of a P4's budget (estimate) |"]
-        lines += ["|---|---|---|---|---|", *map(_product_row, decode)]
-        lines += ["", f"| model, Q4_K_M | batch | N | passes | {' | '.join(_LIMITS)} |"]
-        lines += ["|---|---|---|---|---|---|---|", *map(_bound_row, bounds(reports))]
+    products = [report for report in reports if report.slots_per_weight]
+    if products:
+        lines += ["", "| product | bits | N | rows a lane | issue slots per weight | of a P4's budget (estimate) |"]
+        lines += ["|---|---|---|---|---|---|", *map(_product_row, products)]
+        lines += ["", f"| model, Q4_K_M | bits | batch | {' | '.join(_LIMITS)} |"]
+        lines += ["|---|---|---|---|---|---|", *map(_bound_row, bounds(reports))]
     return "\n".join(lines) + "\n"
 
 
@@ -127,13 +121,15 @@ def _row(report: KernelReport) -> str:
 
 
 def _product_row(report: KernelReport) -> str:
-    kind, slots = report.module.partition(".")[2], report.slots_per_weight or 0.0
-    return f"| {kind} | {report.columns} | {report.rows_per_lane} | {slots:.2f} | {100 * slots / budget(kind):.0f} % |"
+    kind, slots = report.module.split(".")[1], report.slots_per_weight or 0.0
+    rows = "tile" if report.module.startswith("tile_matmul") else report.rows_per_lane
+    cells = (kind, report.bits, report.outputs, rows, f"{slots:.2f}")
+    return f"| {' | '.join(map(str, cells))} | {100 * slots / budget(kind):.0f} % |"
 
 
 def _bound_row(bound: Bound) -> str:
     return (
-        f"| {bound.model} | {bound.batch} | {bound.columns} | {bound.passes} | {bound.memory_tokens_per_second:.0f} | "
+        f"| {bound.model} | {bound.bits} | {bound.batch} | {bound.memory_tokens_per_second:.0f} | "
         f"{bound.issue_tokens_per_second:.0f} | {bound.tokens_per_second:.0f} |"
     )
 

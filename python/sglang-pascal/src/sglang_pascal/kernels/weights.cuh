@@ -82,7 +82,7 @@ __device__ __forceinline__ void k_scales(const KHeader& header, int step, float 
 }
 
 struct Q4_K {
-  static constexpr int UNITS = 288;
+  static constexpr int UNITS = 288, MOST_ROWS = 4;
   static constexpr bool SIGNED = false, HAS_MIN = true, HALF_SCALES = false, SHORT_TILES = false;
   typedef KHeader Header;
   struct Raw {
@@ -103,7 +103,7 @@ struct Q4_K {
 };
 
 struct Q5_K {
-  static constexpr int UNITS = 352;
+  static constexpr int UNITS = 352, MOST_ROWS = 3; // a lane's rows in a decode product, by its registers
   static constexpr bool SIGNED = false, HAS_MIN = true, HALF_SCALES = false, SHORT_TILES = false;
   struct Header {
     KHeader scales;
@@ -137,7 +137,7 @@ struct Q5_K {
 };
 
 struct Q6_K {
-  static constexpr int UNITS = 420;
+  static constexpr int UNITS = 420, MOST_ROWS = 4;
   static constexpr bool SIGNED = true, HAS_MIN = false, HALF_SCALES = true, SHORT_TILES = false;
   struct Header {
     float d;
@@ -192,7 +192,7 @@ __device__ __forceinline__ Tail load_tail(const uint4* tile, int row, int step, 
 }
 
 struct Q8_0 {
-  static constexpr int UNITS = 544;
+  static constexpr int UNITS = 544, MOST_ROWS = 4;
   static constexpr bool SIGNED = true, HAS_MIN = false, HALF_SCALES = false, SHORT_TILES = true;
   typedef NoHeader Header;
   struct Raw {
@@ -218,7 +218,7 @@ struct Q8_0 {
 };
 
 struct Q4_0 {
-  static constexpr int UNITS = 288;
+  static constexpr int UNITS = 288, MOST_ROWS = 4;
   static constexpr bool SIGNED = true, HAS_MIN = false, HALF_SCALES = false, SHORT_TILES = true;
   typedef NoHeader Header;
   struct Raw {
@@ -249,7 +249,7 @@ struct Q4_0 {
 };
 
 struct Q4_1 {
-  static constexpr int UNITS = 320;
+  static constexpr int UNITS = 320, MOST_ROWS = 4;
   static constexpr bool SIGNED = false, HAS_MIN = true, HALF_SCALES = false, SHORT_TILES = true;
   typedef NoHeader Header;
   struct Raw {

@@ -20,8 +20,8 @@ _MOST_NORM_THREADS = 1024
 class Activations(NamedTuple):
     """`n` rows of quantised activations; x = d * q. K is the number of columns, padded with zeros to 256.
 
-    Wide ones have 2n rows: the second half is what the rounding of the first lost, so that a product of x is the sum of
-    the products of both halves, with 16 bits.
+    Wide ones have 16 bits in 2n rows: row n + i is what the rounding of row i lost, in steps 256 times as fine, and its
+    scales are of the whole value: x = d * (256 * high + low).
     """
 
     q: torch.Tensor

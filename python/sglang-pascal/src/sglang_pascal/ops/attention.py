@@ -18,8 +18,10 @@ from sglang_pascal.reference import attention_ref, read_pool_ref
 if TYPE_CHECKING:
     from sglang_pascal.ops.kv_cache import KvPool
 
-SPLIT: Final = 256
-"""Positions that one CTA of a decode reads."""
+SPLITS: Final = {512: 32, 1024: 64, 2048: 128}
+"""Longest sequence -> positions that one CTA of a decode reads (`split_of` of kv.cuh)."""
+_MOST_SPLIT: Final = 256
+"""Of longer sequences."""
 _GROUPS: Final = (1, 2, 4, 8)
 """Query heads per KV head that the decode kernels are compiled for; others are padded."""
 _THREADS: Final = 128
@@ -74,7 +76,7 @@ def attention_decode(
     kv_heads = pool.keys.shape[1]
     width = next((width for width in _GROUPS if width >= heads // kv_heads), _GROUPS[-1])
     chunks = -(-(heads // kv_heads) // width)
-    splits = max(1, -(-max_length // SPLIT))
+    splits = most_splits(max_length)
     partial = torch.empty(n * heads * splits, head_dim, dtype=torch.float32, device=query.device)
     stats = torch.empty(n * heads * splits, 2, dtype=torch.float32, device=query.device)
     what = f"query {list(query.shape)}, {kv_heads} KV heads, KV type {pool.kind}, {splits} splits"
@@ -98,6 +100,12 @@ def attention_decode(
             what,
         )
     return _combine(query, partial, stats, sequences.lengths, splits, window_argument, quantized, wide)
+
+
+def most_splits(max_length: int) -> int:
+    """Of a sequence of any length up to max_length."""
+    counts = [-(-min(max_length, longest) // split) for longest, split in SPLITS.items()]
+    return max(1, *counts, -(-max_length // _MOST_SPLIT))
 
 
 def _combine(

@@ -1,25 +1,44 @@
 """Products with weights: `y[n, row] = sum over k of x[n, k] * w[row, k]`.
 
-The bits of `y[n]` depend on `x[n]`, the weight and the card only: not on how many rows of x are multiplied with it, nor
-on which of the two kernels (up to 16 rows, or more) runs. float16 weights are the exception (`matmul_half`).
+The bits of `y[n]` depend on `x[n]` and how many bits it has, the weight and the card only: not on how many rows of x
+are multiplied with it, nor on which of the kernels runs. float16 weights are the exception (`matmul_half`).
+
+Up to `MOST_TOGETHER` rows of x go to a decode kernel. More are cut into whole tiles for the tile kernels and a rest
+(`parts`), so that a row more costs a row's time, not a tile's.
 """
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+import functools
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from sglang_pascal.kernels.driver import multiprocessors
+from sglang_pascal.kernels.driver import has_dp4a, multiprocessors
 from sglang_pascal.kernels.formats import GROUP_ROWS
 from sglang_pascal.ops._call import FLOATS, address, is_half, launch, require
-from sglang_pascal.ops.activations import Activations
 from sglang_pascal.ops.weights import PackedWeight, dequantize
 from sglang_pascal.reference import half_matmul_ref, quantized_matmul_ref
 
-DECODE_COLUMNS: Final = 16
-"""Most rows of x that the decode kernel takes; a tile kernel multiplies more."""
-_DECODE_WIDTHS: Final = (1, 2, 4, 8, 16)
+if TYPE_CHECKING:
+    from sglang_pascal.ops.activations import Activations
+
+DECODE_WIDTHS: Final = {
+    8: {1: 1, 2: 1, 3: 2, 4: 2, 6: 2, 8: 2, 12: 2, 16: 4, 20: 4},
+    16: {1: 1, 2: 2, 3: 2, 4: 2, 6: 2, 8: 4, 12: 4, 16: 4, 20: 4},
+}
+"""Bits of x -> the decode kernels: most rows of x that each takes -> rows of the weight that a lane has (N and R of
+`decode_matmul.cu`)."""
+MOST_TOGETHER: Final = {bits: max(widths) for bits, widths in DECODE_WIDTHS.items()}
+"""Bits of x -> most rows of x that one decode kernel multiplies."""
+PAIRED: Final = {8: range(33, 41), 16: range(21, 31)}
+"""Bits of x -> numbers of rows of x for which two decode kernels take less time than a tile, by their issue slots."""
+TILE_WIDTHS: Final = {8: {24: 3, 32: 3, 48: 2, 64: 2}, 16: {32: 2}}
+"""Bits of x -> the tile kernels: rows of x in a tile -> CTAs for which a multiprocessor has registers."""
+_SM60: Final = 2
+"""Most rows of the weight a lane, and tiles a multiprocessor, where there is no dp4a: its bytes take more registers."""
+_HALF_WIDTHS: Final = (1, 2, 4, 8, 16)
 _DECODE_THREADS: Final = 128
 _HALF_ROWS: Final = 16
 """Rows of a float16 weight in one CTA: four a warp."""
@@ -29,12 +48,7 @@ _SLICES: Final = 4
 _CTAS_PER_MULTIPROCESSOR: Final = 8
 """Decode CTAs that a multiprocessor should have to choose from: what keeps a P4's memory busy."""
 _TILE_ROWS: Final = 128
-_TILE_COLUMNS: Final = 64
 _TILE_THREADS: Final = 128
-_TILE_CTAS_PER_MULTIPROCESSOR: Final = 2
-"""What 200 registers a thread leave room for."""
-_SUM_ROWS: Final = 512
-"""Rows of a wide product that are summed in float32 at once: at most 60 MB for the widest layer of an 8B model."""
 
 
 class _Product(NamedTuple):
@@ -49,8 +63,13 @@ class _Product(NamedTuple):
 
     @property
     def n(self) -> int:
-        """Rows of x: two for each of `out` where they are wide."""
-        return self.x.q.shape[0]
+        """Rows of the result."""
+        return len(self.out)
+
+    @property
+    def bits(self) -> int:
+        """Of x."""
+        return 16 if self.wide else 8
 
 
 def matmul(
@@ -65,14 +84,14 @@ def matmul(
 ) -> torch.Tensor:
     """`[n, rows]` in `dtype` (float16 or float32).
 
-    wide: x has 2n rows, as `quantize(..., wide=True)` makes them; the products of both halves are added in float32.
+    wide: x has 16 bits in 2n rows, as `quantize(..., wide=True)` makes them.
     bias: float32 `[rows]`. residual: like the result, added last. out: where to write; its rows may be apart (a range
     of columns of a wider matrix, when several weights make one result).
     """
-    n_products = x.q.shape[0]
-    n = n_products // (1 + wide)
+    n_int8 = x.q.shape[0]
+    n = n_int8 // (1 + wide)
     require("x.q", x.q, (torch.int8,), (2 * n if wide else None, weight.n_tiles * 256), weight.data)
-    require("x.scales", x.scales, (torch.float32,), (n_products, weight.n_tiles * 8, 2), weight.data)
+    require("x.scales", x.scales, (torch.float32,), (n_int8, weight.n_tiles * 8, 2), weight.data)
     out = torch.empty(n, weight.rows, dtype=dtype, device=x.q.device) if out is None else out
     require("out", out, FLOATS, (n, weight.rows), weight.data, strided_rows=True)
     if bias is not None:
@@ -82,24 +101,55 @@ def matmul(
     product = _Product(x, weight, wide, bias, residual, out)
     if not x.q.is_cuda:
         _multiply_on_cpu(product)
-    elif 0 < n_products <= DECODE_COLUMNS:
-        _decode(product)
-    elif n_products and wide:
-        _wide_tile(product)
-    elif n_products:
-        _tile(product)
+    else:
+        for part in parts(n, product.bits):
+            (_tile if part.is_tiles else _decode)(product, part)
     return out
 
 
+class Part(NamedTuple):
+    """Rows of x that one kernel multiplies."""
+
+    first: int
+    end: int
+    width: int
+    """For how many rows the kernel is made, or its tiles."""
+    is_tiles: bool
+
+    @property
+    def n(self) -> int:
+        """How many rows."""
+        return self.end - self.first
+
+
+@functools.cache
+def parts(n: int, bits: int) -> tuple[Part, ...]:
+    """Kernels for n rows of x."""
+    widest = max(TILE_WIDTHS[bits])
+    whole = n - n % widest
+    rest = _rest(n % widest, bits)
+    moved = (part._replace(first=whole + part.first, end=whole + part.end) for part in rest)
+    return (*([Part(0, whole, widest, is_tiles=True)] if whole else []), *moved)
+
+
+def _rest(n: int, bits: int) -> list[Part]:
+    """Fewer rows than the widest tile has."""
+    if n > MOST_TOGETHER[bits] and n not in PAIRED[bits]:
+        return [Part(0, n, next(width for width in TILE_WIDTHS[bits] if width >= n), is_tiles=True)]
+    cuts = (0, n) if n <= MOST_TOGETHER[bits] else (0, n // 2, n)
+    return [Part(first, end, _decode_width(end - first, bits), is_tiles=False) for first, end in pairwise(cuts) if n]
+
+
+def _decode_width(n: int, bits: int) -> int:
+    return next(width for width in DECODE_WIDTHS[bits] if width >= n)
+
+
 def _multiply_on_cpu(product: _Product) -> None:
-    x, out = product.x, product.out
-    y = quantized_matmul_ref(x.q, x.scales, dequantize(product.weight, torch.float32))
-    if product.wide:
-        y = y[: len(out)].float() + y[len(out) :].float()
+    y = quantized_matmul_ref(*product.x, dequantize(product.weight, torch.float32), wide=product.wide)
     for addend in (product.bias, product.residual):
         if addend is not None:
             y = y + addend
-    out.copy_(y)
+    product.out.copy_(y)
 
 
 def splits_of(weight: PackedWeight) -> int:
@@ -114,64 +164,56 @@ def _partials(count: int, like: torch.Tensor) -> torch.Tensor:
 
 
 _LAYOUT: Final = "PPPPPPPPqqiiiiiii0P"
+KINDS: Final = {False: "decode_matmul", True: "tile_matmul"}
 
 
-def _launch(
-    product: _Product, kind: str, suffix: str, threads: int, grid: tuple[int, int, int], partials: torch.Tensor
-) -> None:
-    """Start `kind` (decode_matmul, tile_matmul) for the weight's type, with the struct that both kernels take."""
-    x, weight, residual, out = product.x, product.weight, product.residual, product.out
+def _launch(product: _Product, part: Part, threads: int, grid: tuple[int, int, int], partials: torch.Tensor) -> None:
+    """Start the kernel of a part, with the struct that all of them take."""
+    (q, scales), weight, bits, kind = product.x, product.weight, product.bits, KINDS[part.is_tiles]
+    out, residual = (None if t is None else t[part.first : part.end] for t in (product.out, product.residual))
+    assert out is not None
     launch(
-        f"{kind}.{weight.tensor_type}",
-        f"{kind}_{weight.tensor_type}{suffix}",
+        f"{kind}.{weight.tensor_type}.{bits}",
+        f"{kind}_{weight.tensor_type}_{bits}bit_n{part.width}",
         threads,
         _LAYOUT,
         grid,
         [
-            *(weight.data.data_ptr(), x.q.data_ptr(), x.scales.data_ptr(), out.data_ptr()),
+            *(weight.data.data_ptr(), q[part.first :].data_ptr(), scales[part.first :].data_ptr(), out.data_ptr()),
             *(address(product.bias), address(residual), partials.data_ptr(), weight.tickets.data_ptr()),
             *(out.stride(0), 0 if residual is None else residual.stride(0)),
-            *(weight.rows, weight.n_tiles, weight.n_steps, product.n, is_half(out)),
-            *(splits_of(weight), 1 + product.wide),
+            *(weight.rows, weight.n_tiles, weight.n_steps, part.n, is_half(out)),
+            *(splits_of(weight), product.n if product.wide else 0),
         ],
         out,
-        f"{weight.tensor_type} [{weight.rows}, {weight.columns}], {product.n} rows of x",
+        f"{weight.tensor_type} [{weight.rows}, {weight.columns}], {part.n} rows of x with {bits} bits",
     )
 
 
-def _decode(product: _Product) -> None:
+def _decode(product: _Product, part: Part) -> None:
     weight, groups = product.weight, -(-product.weight.rows // GROUP_ROWS)
-    width = next(width for width in _DECODE_WIDTHS if width >= product.n)
+    rows_per_lane = min(DECODE_WIDTHS[product.bits][part.width], weight.format.most_rows_per_lane)
+    if not has_dp4a(product.out.device.index):
+        rows_per_lane = min(rows_per_lane, _SM60)
     splits = splits_of(weight)
-    grid = (-(-groups // weight.format.rows_per_lane(width)), splits, 1)
-    partials = _partials(splits * product.n * groups * GROUP_ROWS if splits > 1 else 0, product.out)
-    _launch(product, "decode_matmul", f"_n{width}", _DECODE_THREADS, grid, partials)
+    partials = _partials(splits * part.n * groups * GROUP_ROWS if splits > 1 else 0, product.out)
+    _launch(product, part, _DECODE_THREADS, (-(-groups // rows_per_lane), splits, 1), partials)
 
 
-def _wide_tile(product: _Product) -> None:
-    """One half after the other and some rows at a time, so that the sum in float32 stays small."""
-    (q, scales), weight, residual, out = product.x, product.weight, product.residual, product.out
-    n = len(out)
-    for first in range(0, n, _SUM_ROWS):
-        end = min(first + _SUM_ROWS, n)
-        high, low = (
-            Activations(q[start + first : start + end], scales[start + first : start + end]) for start in (0, n)
-        )
-        total = matmul(low, weight, dtype=torch.float32)
-        matmul(high, weight, residual=total, out=total)
-        for addend in (product.bias, None if residual is None else residual[first:end]):
-            if addend is not None:
-                total += addend
-        out[first:end] = total
-
-
-def _tile(product: _Product) -> None:
-    weight, out = product.weight, product.out
-    n_outputs = -(-product.n // _TILE_COLUMNS) * -(-weight.rows // _TILE_ROWS)
-    ctas = min(n_outputs, _TILE_CTAS_PER_MULTIPROCESSOR * multiprocessors(out.device.index))
-    sums = 2 if splits_of(weight) > 1 else 1
-    partials = _partials(ctas * sums * _TILE_ROWS * _TILE_COLUMNS, out)
-    _launch(product, "tile_matmul", "", _TILE_THREADS, (ctas, 1, 1), partials)
+def _tile(product: _Product, part: Part) -> None:
+    """Tiles that would not fill half of the card are cut along K, as the sum is, and added by the last."""
+    weight, device = product.weight, product.out.device.index
+    splits, groups = splits_of(weight), -(-weight.rows // GROUP_ROWS)
+    n_tiles = -(-part.n // part.width) * -(-weight.rows // _TILE_ROWS)
+    per_multiprocessor = TILE_WIDTHS[product.bits][part.width]
+    room = (per_multiprocessor if has_dp4a(device) else _SM60) * multiprocessors(device)
+    if splits > 1 and 2 * n_tiles <= room:
+        grid = (n_tiles, splits, 1)
+        count = splits * (n_tiles * _TILE_ROWS * part.width + part.n * groups * GROUP_ROWS)
+    else:
+        grid = (min(n_tiles, room), 1, 1)
+        count = grid[0] * min(splits, 2) * _TILE_ROWS * part.width
+    _launch(product, part, _TILE_THREADS, grid, _partials(count, product.out))
 
 
 def matmul_half(
@@ -189,11 +231,11 @@ def matmul_half(
     require("out", out, FLOATS, (n, weight.shape[0]), x, strided_rows=True)
     if bias is not None:
         require("bias", bias, (torch.float32,), (weight.shape[0],), x)
-    if not x.is_cuda or n > DECODE_COLUMNS or columns % _HALVES_PER_LOAD:
+    if not x.is_cuda or n > _HALF_WIDTHS[-1] or columns % _HALVES_PER_LOAD:
         y = x @ weight.T if x.is_cuda else half_matmul_ref(x, weight)
         return out.copy_(y if bias is None else y + bias)
     if n:
-        width = next(width for width in _DECODE_WIDTHS if width >= n)
+        width = next(width for width in _HALF_WIDTHS if width >= n)
         launch(
             "half_matmul",
             f"half_matmul_n{width}",

@@ -114,7 +114,7 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
 
     def _multiply(self, x: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        result = self._products_of(Input(flat, take(x), wide=is_wide(len(flat))), dtype, bias)
+        result = self._products_of(Input(flat, take(x), wide=is_wide()), dtype, bias)
         return result.view(*x.shape[:-1], -1)
 
     def _products_of(self, inputs: Input, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:

@@ -1,33 +1,47 @@
-"""With how many bits activations are multiplied.
+"""With how many bits activations are multiplied, for prompts and for decode steps.
 
-One int8 with a scale per 32 values loses what a small model shows: on SmolLM2-135M 4 % of the most likely tokens
-change. A second int8 for what the rounding of the first lost makes 16 bits, and no token changes. While decoding it is
-free: the time goes into reading the weights, which are read once for both. Prefill multiplies twice as much, so it can
-be told to do without.
+8 bits: one int8 with a scale for 32 values, as llama.cpp has everywhere. A small model shows it: on SmolLM2-135M 4 % of
+the most likely tokens of a prompt change. 16 bits: a second int8 for what the rounding of the first lost; no token
+changes. While few requests decode that is free, as the time goes into reading the weights; prompts, and many requests,
+take nearly twice as long. `pascaline` decides it for a model and a card (`activation_bits`); 16 is the default here.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from typing import Final
+from typing import Any, Final
+
+from sglang.srt.model_executor import forward_context
 
 from sglang_pascal.errors import PluginError
-from sglang_pascal.ops.matmul import DECODE_COLUMNS
+from sglang_pascal.kernels.formats import ACTIVATION_BITS
 
 PREFILL_BITS_VARIABLE: Final = "SGLANG_PASCAL_PREFILL_BITS"
-"""16 (default) or 8."""
+DECODE_BITS_VARIABLE: Final = "SGLANG_PASCAL_DECODE_BITS"
+_DEFAULT: Final = "16"
 
 
 @functools.cache
-def prefill_bits() -> int:
-    """What the variable says, for the life of the process."""
-    value = os.environ.get(PREFILL_BITS_VARIABLE, "16")
-    if value not in ("8", "16"):
-        raise PluginError(f"{PREFILL_BITS_VARIABLE} is {value!r}, must be 8 or 16; unset it for 16")
+def activation_bits(variable: str) -> int:
+    """What a variable says, for the life of the process."""
+    value = os.environ.get(variable, _DEFAULT)
+    if value not in map(str, ACTIVATION_BITS):
+        raise PluginError(f"{variable} is {value!r}, must be 8 or 16; unset it for {_DEFAULT}")
     return int(value)
 
 
-def is_wide(n_rows: int) -> bool:
-    """Whether so many rows of activations are multiplied with 16 bits: any decode step, and prefill unless told not."""
-    return n_rows <= DECODE_COLUMNS or prefill_bits() == 16
+def is_wide() -> bool:
+    """Whether activations of the forward pass that runs now have 16 bits.
+
+    It depends on nothing but the pass being a decode step or not, so that a row's bits do not depend on the batch.
+    """
+    return activation_bits(DECODE_BITS_VARIABLE if _is_decode() else PREFILL_BITS_VARIABLE) == 16
+
+
+def _is_decode() -> bool:
+    """Our attention backends know what they planned last; another's passes, and none, count as decode steps."""
+    if not forward_context.has_forward_context():
+        return True
+    backend: Any = forward_context.get_attn_backend()
+    return bool(getattr(backend, "is_decode", True))

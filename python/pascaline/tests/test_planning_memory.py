@@ -11,6 +11,7 @@ from pascaline.models.reader import read_model
 from pascaline.models.spec import ModelSpec, TensorSpec
 from pascaline.planning import make_plan
 from pascaline.planning.kv_cache import kv_bytes_per_token, layer_groups, llama_pool, recurrent_bytes, sglang_pool
+from pascaline.planning.memory import GRAPH_SIZES, recorded_sizes
 from pascaline.planning.mixtures import MIXTURES, requantized
 from pascaline.planning.weights import HELD_AS, PACKED_COLUMNS, PACKED_ROWS, residence, weights_on_device
 from support.models import PUBLISHED_BYTES, SHAPES, tensor_types, tiny, write_gguf
@@ -27,6 +28,11 @@ class TestWeights:
         formats = pytest.importorskip("sglang_pascal.kernels.formats", reason="sglang-pascal is not installed")
         assert {kind: kind for kind in formats.FORMATS} | storage.LOSSLESS == HELD_AS
         assert (formats.GROUP_ROWS, formats.STEP_COLUMNS) == (PACKED_ROWS, PACKED_COLUMNS)
+
+    def test_the_recorded_batch_sizes_of_the_plugin_and_of_the_planner_agree(self) -> None:
+        formats = pytest.importorskip("sglang_pascal.kernels.formats", reason="sglang-pascal is not installed")
+        assert formats.RECORDED_BATCH_SIZES == GRAPH_SIZES
+        assert [recorded_sizes(n) for n in (1, 4, 12, 13, 32, 33)] == [1, 4, 12, 13, 19, 19]
 
     @pytest.mark.parametrize("kind", sorted(HELD_AS))
     @pytest.mark.parametrize("shape", [(32, 256), (33, 256), (1, 512), (4096, 4096), (152064, 3584)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +20,8 @@ from pascaline.planning import PlanRequest, make_plan, nearest_fits, other_engin
 from pascaline.planning.mixtures import MIXTURES, requantized
 from pascaline.planning.nearest import longest_context
 from pascaline.planning.plan import SHORTEST_CONTEXT
-from pascaline.planning.request import KV_DTYPES
+from pascaline.planning.report import table
+from pascaline.planning.request import KV_DTYPES, activation_bits
 from pascaline.settings import Settings
 from support.planning import LLAMA_2_7B, LLAMA_3_8B, P4, QWEN_3_4B, request
 
@@ -200,7 +201,7 @@ class TestGuidesExample:
         plan = make_plan(LLAMA_2_7B, P4, request(used_bytes=2 << 30))
         missing = plan.total_bytes - plan.request.available_bytes
         assert plan.reasons == (
-            "it needs 6.73 GiB, the card has 7.43 GiB, of which others use 2.00 GiB: "
+            "it needs 6.68 GiB, the card has 7.43 GiB, of which others use 2.00 GiB: "
             f"{missing / 2**30:.2f} GiB too much",
         )
 
@@ -296,6 +297,46 @@ class TestCards:
         assert make_plan(LLAMA_2_7B, card, wanted).kv_bytes <= 1 << 30
 
 
+class TestActivationBits:
+    """8 bits where they do not show and buy time, 16 elsewhere; what was chosen is kept."""
+
+    @staticmethod
+    def bits(spec: ModelSpec, device: str = "cuda", **flags: Any) -> tuple[int | None, int | None]:
+        configuration = load(flags, environment={}, check_host=False)
+        return activation_bits(configuration.settings, spec, device=device)
+
+    def test_a_large_model_has_8_bits_in_prompts_and_16_while_they_are_free(self) -> None:
+        assert self.bits(QWEN_3_4B) == (8, 16)
+        assert self.bits(QWEN_3_4B, max_running_requests=12) == (8, 16)
+        assert self.bits(QWEN_3_4B, max_running_requests=13) == (8, 8)
+
+    def test_a_small_model_and_a_cpu_have_16(self) -> None:
+        assert self.bits(replace(QWEN_3_4B, hidden_size=2047), max_running_requests=32) == (16, 16)
+        assert self.bits(QWEN_3_4B, device="cpu", max_running_requests=32) == (16, 16)
+
+    def test_what_was_chosen_is_kept(self) -> None:
+        assert self.bits(QWEN_3_4B, **{"activation_bits.prefill": 16, "activation_bits.decode": "8"}) == (16, 8)
+
+    def test_where_there_is_no_choice_there_are_none(self) -> None:
+        folder = replace(QWEN_3_4B, format="safetensors")
+        assert self.bits(folder) == self.bits(QWEN_3_4B, engine="llama.cpp") == (None, None)
+        with pytest.raises(ConfigurationError) as caught:
+            self.bits(folder, **{"activation_bits.decode": 16})
+        assert str(caught.value) == (
+            "activation_bits.decode: 16 is of a GGUF file's weights, the model's are safetensors; leave it out"
+        )
+
+    def test_prompts_in_8_bits_are_expected_to_be_faster(self) -> None:
+        plans = [make_plan(QWEN_3_4B, P4, request(prefill_bits=bits, decode_bits=16)) for bits in (8, 16)]
+        fast, slow = (plan.speed for plan in plans)
+        assert fast is not None
+        assert slow is not None
+        assert fast.prefill.tokens_per_second > 1.5 * slow.prefill.tokens_per_second
+        assert fast.decode == slow.decode
+        assert plans[0].to_json()["activation_bits"] == {"prefill": 8, "decode": 16}
+        assert table(plans[0]).splitlines()[0].endswith(", 8-bit prompts, 16-bit decode")
+
+
 class TestRequestFromSettings:
     def test_auto_is_the_type_of_the_computation(self) -> None:
         configuration = load({"card": "cpu"}, environment={}, check_host=False)
@@ -360,7 +401,9 @@ def _commands(folder: Path, engine: str, kv_dtype: str, dtype: str) -> tuple[tup
     task = Task(
         settings=values, model=ResolvedModel("gguf", Path("m.gguf"), QWEN_3_4B, "m"), device="cuda", dtype=dtype,
         threads=1, context_length=plan.context_length, max_total_tokens=plan.kv_tokens,
-        mem_fraction_static=plan.mem_fraction_static, runtime_dir=folder,
+        mem_fraction_static=plan.mem_fraction_static, prefill_bits=made.prefill_bits or 16,
+        decode_bits=made.decode_bits or 16,
+        runtime_dir=folder,
     )  # fmt: skip
     return ENGINES[engine].launch(task).command, plan.engine_args
 

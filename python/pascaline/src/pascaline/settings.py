@@ -6,6 +6,7 @@ means that the user chose nothing: the model, the plan or the engine decides.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path  # noqa: TC003 - pydantic needs it at run time
 from typing import Annotated, Any, Literal
 
@@ -34,6 +35,28 @@ class KvCacheSettings(BaseModel):
     )
     dtype: Literal["auto", "fp16", "bf16", "fp8_e5m2", "int8"] = Field(
         "auto", description="Type of a stored key or value; auto is the type of the computation"
+    )
+
+
+def _number(value: Any) -> Any:
+    """Take the 8 or 16 of a flag or a variable, which are texts."""
+    return int(value) if value in ("8", "16") else value
+
+
+ActivationBits = Annotated[Literal["auto", 8, 16], BeforeValidator(_number)]
+
+
+class ActivationBitsSettings(BaseModel):
+    """With how many bits activations are multiplied with the weights of a GGUF file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prefill: ActivationBits = Field(
+        "auto", description="Of prompts; auto: 8 for models of 2048 and more values per token, else 16"
+    )
+    decode: ActivationBits = Field(
+        "auto",
+        description="Of decode steps; auto: 16 up to 12 max_running_requests, for which it is free, else as prompts",
     )
 
 
@@ -117,6 +140,9 @@ class Settings(BaseModel):
     )
     kv_cache: KvCacheSettings = Field(KvCacheSettings(), description="The KV pool")
     radix_cache: bool = Field(True, description="Whether prompts with the same beginning share its KV cache")
+    activation_bits: ActivationBitsSettings = Field(
+        ActivationBitsSettings(), description="Precision of the products: 8 bits are faster, 16 nearer to float32"
+    )
     attention_backend: str | None = Field(None, min_length=1, description="SGLang's attention backend; default: pascal")
     quantization: str | None = Field(
         None, min_length=1, description="SGLang's quantisation method for safetensors models"
@@ -213,6 +239,8 @@ def _patience_problems(settings: Settings) -> list[tuple[str, str]]:
 
 # Settings without a counterpart in llama-server, each with its neutral value.
 _SGLANG_ONLY: dict[str, Any] = {
+    "activation_bits.decode": "auto",
+    "activation_bits.prefill": "auto",
     "any_model_name": False,
     "attention_backend": None,
     "max_queued_requests": None,
@@ -230,14 +258,26 @@ def _engine_problems(settings: Settings) -> list[tuple[str, str]]:
     if settings.engine != "llama.cpp":
         return []
     return [
-        (key, f"{getattr(settings, key)!r} has no counterpart in llama.cpp, must be left out or engine be sglang")
+        (key, f"{value!r} has no counterpart in llama.cpp, must be left out or engine be sglang")
         for key, neutral in _SGLANG_ONLY.items()
-        if getattr(settings, key) != neutral
+        if (value := attrgetter(key)(settings)) != neutral
     ]
 
 
+ACTIVATION_BITS_VARIABLES = {
+    "prefill": "SGLANG_PASCAL_PREFILL_BITS",
+    "decode": "SGLANG_PASCAL_DECODE_BITS",
+}
+"""Phase -> the variable by which sglang-pascal is told (sglang_pascal/quantization/precision.py)."""
+
+
 def _environment_problems(settings: Settings) -> list[tuple[str, str]]:
-    return [
+    told = [
+        (f"environment.{variable}", f"is set by activation_bits.{phase}, must be left out; set activation_bits.{phase}")
+        for phase, variable in ACTIVATION_BITS_VARIABLES.items()
+        if variable in settings.environment
+    ]
+    return told + [
         (f"environment.{name}", f"{name!r} is not a variable's name, must be without '=' and not empty")
         for name in settings.environment
         if not name or "=" in name

@@ -41,6 +41,9 @@ class Task:
     max_total_tokens: int
     """Tokens of the KV pool."""
     mem_fraction_static: float | None
+    prefill_bits: int
+    decode_bits: int
+    """Of activations, 8 or 16: never auto."""
     runtime_dir: Path
     """Folder that only this user can read, for the file with the API key."""
     api_key: str | None = field(default=None, repr=False)

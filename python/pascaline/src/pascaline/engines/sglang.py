@@ -14,6 +14,7 @@ from pascaline.engines.client import json_object
 from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.engines.parsers import parser_arguments
 from pascaline.errors import MissingError
+from pascaline.settings import ACTIVATION_BITS_VARIABLES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -305,6 +306,8 @@ def _environment(task: Task) -> dict[str, str]:
         "PYTHONWARNINGS": "default" if task.settings.debug else "ignore",
     }
     environment["TMPDIR"] = str(_empty_folder(task.runtime_dir / "tmp"))
+    bits = {"prefill": task.prefill_bits, "decode": task.decode_bits}
+    environment |= {variable: str(bits[phase]) for phase, variable in ACTIVATION_BITS_VARIABLES.items()}
     if task.settings.debug:
         environment["CUDA_LAUNCH_BLOCKING"] = "1"
     if task.settings.any_model_name:

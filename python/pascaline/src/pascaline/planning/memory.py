@@ -25,14 +25,17 @@ ROPE_STEP = 128
 """Positions that SGLang's RoPE table has beyond the context, and the multiple that it is rounded up to (environ.py)."""
 LOGIT_BYTES = 26
 """Per logit while SGLang's PyTorch sampler runs: fp16 and fp32 logits, probabilities, sorted copy, int64 order, sum."""
-ATTENTION_SPLIT = 256
-"""Tokens of one part of a sequence in decode attention; each part leaves its result in fp32 for the second kernel."""
+ATTENTION_SPLIT, ATTENTION_SPLITS = 256, 16
+"""Most tokens of one part of a sequence in decode attention, and most parts of a shorter one; each part leaves its
+result in fp32 for the second kernel."""
 BUFFERS_PER_TOKEN = 3
 """Hidden vectors alive at once in a layer: residual, normalised input, output (SGLang's models/llama.py)."""
 WIDE_BYTES = 2 * (1 + 8 / 32)
 """An activation as sglang-pascal multiplies it: two int8, and two fp32 numbers for 32 of each (ops/activations.py)."""
-SUM_ROWS = 512
-"""Rows of a product that sglang-pascal sums in fp32 at a time (quantization/matrix.py)."""
+GRAPH_SIZES = (*range(1, 13), 14, 16, 18, 20, 24, 28, 32)
+"""Batch sizes of decode graphs (sglang_pascal/kernels/formats.py); a test compares the two."""
+TILE_SUMS_BYTES = 60 * 2 * 64 * 1024
+"""Sums that the tiles of a product keep: 64 KiB of each of two on up to 60 multiprocessors (kernels/tile_matmul.cu)."""
 
 LLAMA_CPU_VECTORS = 5
 """Hidden vectors beside the logits in llama.cpp's buffer on the CPU, as its log shows for six models."""
@@ -153,7 +156,7 @@ def _activations(spec: ModelSpec, request: PlanRequest) -> Part:
     heads = spec.num_heads * spec.head_dim + 2 * spec.num_kv_heads * spec.head_dim
     widest = max(3 * inner, 2 * heads)
     layer = tokens * (BUFFERS_PER_TOKEN * spec.hidden_size + widest) * element
-    splits = -(-request.context_length // ATTENTION_SPLIT)
+    splits = max(ATTENTION_SPLITS, -(-request.context_length // ATTENTION_SPLIT))
     partial = request.max_running_requests * spec.num_heads * splits * (spec.v_head_dim + 2) * 4
     attention = partial if request.device == "cuda" else _cpu_attention(spec, request)
     text = (
@@ -162,9 +165,9 @@ def _activations(spec: ModelSpec, request: PlanRequest) -> Part:
     )
     quantized = 0
     if stays_quantized(spec, request):
-        copies, sums = round(tokens * max(inner, spec.hidden_size) * WIDE_BYTES), min(tokens, SUM_ROWS) * 2 * inner * 4
-        quantized = copies + sums
-        text += f" + two int8 copies {format_bytes(copies)} + fp32 sums {format_bytes(sums)}"
+        copies = round(tokens * max(inner, spec.hidden_size) * WIDE_BYTES)
+        quantized = copies + TILE_SUMS_BYTES
+        text += f" + two int8 copies {format_bytes(copies)} + sums of tiles {format_bytes(TILE_SUMS_BYTES)}"
     source = "SGLang 0.5.23, models/llama.py; sglang-pascal: attention"
     return Part("activations", "activations", layer + attention + quantized, text, "estimated", source)
 
@@ -199,6 +202,12 @@ def _llama_compute(spec: ModelSpec, request: PlanRequest) -> Part:
     return Part("activations", "compute buffer", n_bytes, text, "measured", source)
 
 
+def recorded_sizes(max_running_requests: int) -> int:
+    """Return how many decode graphs there are: SGLang adds the most requests where a larger size is left out."""
+    known = len([size for size in GRAPH_SIZES if size <= max_running_requests])
+    return known + int(max_running_requests not in GRAPH_SIZES and max_running_requests < GRAPH_SIZES[-1])
+
+
 def _constants(request: PlanRequest, card: Card) -> list[Part]:
     """What does not depend on the model, from the card's data."""
     prefix = f"{request.engine.replace('.', '_')}_"
@@ -206,8 +215,13 @@ def _constants(request: PlanRequest, card: Card) -> list[Part]:
     for key, name in _CONSTANTS.items():
         fact: Fact | None = card.planning.get(prefix + key) or card.planning.get(key)
         if fact is not None:
-            text = f"constant of {card.name}"
-            parts.append(Part(key.removesuffix("_bytes"), name, int(fact.value), text, fact.origin, fact.source))
+            text, count = f"constant of {card.name}", 1
+            if key == "graphs_bytes" and request.engine == "sglang":
+                count = recorded_sizes(request.max_running_requests)
+                text = f"{count} recorded batch sizes x {format_bytes(int(fact.value))}"
+            parts.append(
+                Part(key.removesuffix("_bytes"), name, count * int(fact.value), text, fact.origin, fact.source)
+            )
     return parts
 
 

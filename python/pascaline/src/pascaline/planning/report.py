@@ -62,10 +62,13 @@ def table(plan: Plan) -> str:
 
 def _settings_words(plan: Plan) -> str:
     request = plan.request
-    return (
+    words = (
         f"{request.engine}, context {plan.context_length:,}, {request.max_running_requests} requests, "
         f"KV {request.kv_dtype}, chunk {request.chunked_prefill_tokens}"
     )
+    if request.prefill_bits is None:
+        return words
+    return f"{words}, {request.prefill_bits}-bit prompts, {request.decode_bits}-bit decode"
 
 
 def _speed_lines(plan: Plan) -> list[str]:

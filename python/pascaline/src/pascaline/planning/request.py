@@ -47,6 +47,9 @@ class PlanRequest:
     chunked_prefill_tokens: int = 512
     mem_fraction_static: float | None = None
     """Upper bound on the share of the device's memory for weights and KV pool."""
+    prefill_bits: int | None = None
+    decode_bits: int | None = None
+    """Of activations, 8 or 16, as SGLang multiplies them with a GGUF file's matrices; None where there is no choice."""
     quantization: str | None = None
     """SGLang's quantisation method; what weights take changes with bitsandbytes, and with gguf on a CPU."""
     tensor_parallel: int = 1
@@ -64,6 +67,35 @@ class PlanRequest:
     def available_bytes(self) -> int:
         """What others leave."""
         return max(0, self.card_bytes - self.used_bytes)
+
+
+WIDE_ENOUGH_FOR_8_BITS = 2048
+"""Values per token (hidden_size) from which prompts have 8 bits: docs/results/activation-bits.md."""
+MOST_REQUESTS_IN_16_BITS = 12
+"""Requests that decode in 16 bits in the time of reading the weights, on cards with dp4a: docs/kernels.md."""
+
+
+def activation_bits(settings: Settings, spec: ModelSpec, *, device: str) -> tuple[int | None, int | None]:
+    """Return the bits of activations in prompts and decode steps, with auto decided; None where there is no choice.
+
+    Raises ConfigurationError where bits are asked for of weights that are not multiplied as int8.
+    """
+    chosen = settings.activation_bits
+    if settings.engine != "sglang":
+        return None, None
+    if spec.format != "gguf":
+        for phase, bits in (("prefill", chosen.prefill), ("decode", chosen.decode)):
+            if bits != "auto":
+                raise ConfigurationError(
+                    f"activation_bits.{phase}: {bits} is of a GGUF file's weights, the model's are {spec.format}; "
+                    "leave it out"
+                )
+        return None, None
+    small = 8 if device == "cuda" and spec.hidden_size >= WIDE_ENOUGH_FOR_8_BITS else 16
+    few = settings.max_running_requests <= MOST_REQUESTS_IN_16_BITS
+    prefill = small if chosen.prefill == "auto" else chosen.prefill
+    decode = (16 if few else small) if chosen.decode == "auto" else chosen.decode
+    return prefill, decode
 
 
 def request_from_settings(
@@ -85,6 +117,7 @@ def request_from_settings(
     elif settings.engine == "sglang" and kv_dtype == "fp16":
         # SGLang's only pools beside fp8, int8 and bf16 are of the computation's type.
         kv_dtype = KV_DTYPE_OF[dtype]
+    prefill_bits, decode_bits = activation_bits(settings, spec, device=device)
     return PlanRequest(
         card_bytes=card_bytes,
         used_bytes=used_bytes,
@@ -98,6 +131,8 @@ def request_from_settings(
         max_kv_bytes=settings.kv_cache.max_bytes,
         chunked_prefill_tokens=settings.chunked_prefill_tokens,
         mem_fraction_static=settings.mem_fraction_static,
+        prefill_bits=prefill_bits,
+        decode_bits=decode_bits,
         quantization=settings.quantization,
         tensor_parallel=settings.tensor_parallel,
         pipeline_parallel=settings.pipeline_parallel,

@@ -128,7 +128,7 @@ class _Model:
         """A step of one token for each of `batch` requests with `context` tokens each."""
         memory = (self._weights.read_bytes(batch) + batch * context * self._kv) / self._bandwidth
         kind = kind_of(batch)
-        compute = self._compute(batch * self._weights.macs, kind)
+        compute = self._compute(batch * self._weights.macs, kind, self._request.decode_bits)
         return self._rate(batch, (memory, compute, self._overhead), kind, batch, context)
 
     def prefill(self) -> Rate:
@@ -141,11 +141,14 @@ class _Model:
         macs = total * (self._weights.macs - self._weights.output_macs)
         heads = self._spec.num_heads * (self._spec.head_dim + self._spec.v_head_dim) / self._request.tensor_parallel
         attention = self._spec.num_hidden_layers * heads * total**2 / 2 / (self._fp32 * ATTENTION_SHARE)
-        times = (memory, self._compute(macs, kind) + attention, steps * self._overhead)
+        compute = self._compute(macs, kind, self._request.prefill_bits)
+        times = (memory, compute + attention, steps * self._overhead)
         return self._rate(total, times, kind, chunk, total)
 
-    def _compute(self, macs: float, kind: Kind) -> float:
-        return 0.0 if kind == "bandwidth" else macs / (self._peak * getattr(self.calibration, kind))
+    def _compute(self, macs: float, kind: Kind, bits: int | None) -> float:
+        """An activation of 16 bits is two int8; llama.cpp has 8 bits always."""
+        columns = 1 if self._request.engine == "llama.cpp" else (bits or 16) // 8
+        return 0.0 if kind == "bandwidth" else macs * columns / (self._peak * getattr(self.calibration, kind))
 
     def _rate(self, tokens: int, times: tuple[float, float, float], kind: Kind, batch: int, context: int) -> Rate:
         """times: seconds of memory traffic, of arithmetic and of launches."""

@@ -81,6 +81,8 @@ def make_task(
         context_length=plan.context_length,
         max_total_tokens=plan.kv_tokens,
         mem_fraction_static=plan.mem_fraction_static,
+        prefill_bits=request.prefill_bits or 16,
+        decode_bits=request.decode_bits or 16,
         runtime_dir=runtime_dir,
         device_variables=placement.variables if placement else None,
         api_key=read_secret(settings.api_key_file) if settings.api_key_file else None,

@@ -107,6 +107,7 @@ class VirtualMachine(Container):
         assert self._process is not None
         self.run("systemctl", "--no-block", "poweroff", check=False)
         self._process.wait(BOOT_SECONDS)
+        self._process = None
         self._disconnect()
 
     def kill(self) -> None:

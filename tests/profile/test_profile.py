@@ -209,8 +209,8 @@ class TestServedTrace:
     @pytest.mark.parametrize(
         ("name", "calls", "seconds", "step_bytes"),
         [
-            ("decode_matmul_Q4_K_16bit_n1", 3 * 112, Q4_K_SECONDS, SERVED_MATRICES["Q4_K"]),
-            ("decode_matmul_Q6_K_16bit_n1", 3 * 33, Q6_K_SECONDS, SERVED_MATRICES["Q6_K"]),
+            ("decode_matmul_Q4_K_n2", 3 * 112, Q4_K_SECONDS, SERVED_MATRICES["Q4_K"]),
+            ("decode_matmul_Q6_K_n2", 3 * 33, Q6_K_SECONDS, SERVED_MATRICES["Q6_K"]),
             ("attention_decode_F16_d128_g4", 3 * 32, ATTENTION_SECONDS, SERVED_KV),
         ],
     )
@@ -252,7 +252,7 @@ class TestServedTrace:
         summary = summarise(read_trace(SERVED_TRACE), step=step)
         kinds, kernels = ({row.name: row for row in rows} for rows in (summary.kinds, summary.kernels))
         assert kinds["matmul"].bytes_per_second == pytest.approx(3 * 4_912_365_568 / kinds["matmul"].seconds)
-        assert kernels["decode_matmul_Q4_K_16bit_n1"].bytes_per_second is None
+        assert kernels["decode_matmul_Q4_K_n2"].bytes_per_second is None
         assert kernels["attention_decode_F16_d128_g4"].bytes_per_second is not None
         assert summary.step_bytes == 4_912_365_568 + SERVED_KV
 
@@ -430,14 +430,14 @@ class TestRoofline:
     @pytest.mark.parametrize(("steps", "matrices"), [(0, {"Q8_0": 60}), (3, {"Q4_K": 60}), (3, {}), (3, None)])
     def test_nothing_is_claimed_of_what_is_not_known(self, steps: int, matrices: dict[str, int] | None) -> None:
         """Without steps, or where the plan holds nothing in that type, a kernel has no figure."""
-        timeline = Timeline("Tesla P4", (Kernel("tile_matmul_Q8_0_16bit", 0.0, 0.001, None),), steps)
+        timeline = Timeline("Tesla P4", (Kernel("tile_matmul_Q8_0_16bit_n32", 0.0, 0.001, None),), steps)
         assert summarise(timeline, step=StepBytes(90, matrices)).kernels[0].bytes_per_second is None
 
     @pytest.mark.parametrize(
         ("name", "source"),
         [
             ("decode_matmul_Q4_K_8bit_n16", "Q4_K"),
-            ("tile_matmul_Q8_0_16bit", "Q8_0"),
+            ("tile_matmul_Q8_0_16bit_n32", "Q8_0"),
             ("half_matmul_n1", "F16"),
             ("attention_decode_I8_d64_g1", KV_CACHE),
             ("attention_combine", None),
@@ -456,7 +456,7 @@ class TestRoofline:
         """Whatever types the plugin has kernels for."""
         formats = pytest.importorskip("sglang_pascal.kernels.formats", reason="sglang-pascal is not installed")
         for kind in formats.FORMATS:
-            assert read_by(f"decode_matmul_{kind}_16bit_n4") == read_by(f"tile_matmul_{kind}_8bit") == kind
+            assert read_by(f"decode_matmul_{kind}_16bit_n4") == read_by(f"tile_matmul_{kind}_8bit_n64") == kind
             assert kind_of(f"dequantize_{kind}") == "norm"
 
     @given(st.lists(st.tuples(st.floats(0, 100), st.floats(1e-6, 10)), min_size=1, max_size=30))

@@ -40,9 +40,10 @@ CPU = "CPU"
 """Device of a record without a GPU's kernels."""
 KV_CACHE = "KV cache"
 """What decode attention reads."""
-# Names of sglang_pascal/kernels; the numbers are the bits of x and for how many rows of it a kernel has room.
+# Names of sglang_pascal/kernels; the numbers are the bits of x and for how many rows of it a kernel has room;
+# records of releases without a choice of bits have none.
 _READS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"(?:decode_matmul_(\w+)_\d+bit_n\d+|tile_matmul_(\w+)_\d+bit)"), r"\1\2"),
+    (re.compile(r"(?:decode|tile)_matmul_(\w+?)(?:_\d+bit)?(?:_n\d+)?"), r"\1"),
     (re.compile(r"half_matmul_n\d+"), "F16"),
     (re.compile(r"attention_decode_\w+"), KV_CACHE),
 )

@@ -132,7 +132,7 @@ class TestEnds:
             instance.wait_for_state("busy")
             assert instance.stop() == ExitCode.OK
             assert answer.result() is None
-        expected = "the engine had not ended after drain_timeout (1 s), killing it and what it still computes"
+        expected = "the engine had not ended after drain_timeout (1 s); killing it with its running requests"
         assert f"WARNING pascaline: {expected}" in instance.lines
 
     def test_a_second_signal_ends_at_once(self, serve: Serve) -> None:
@@ -498,7 +498,7 @@ class TestGpuLost:
             report = instance.wait_for_state("gpu-lost")
             assert report["reason"].startswith("the engine was unresponsive (no token for ")
             assert report["reason"].endswith(
-                f"; its process {pid} does not end when it is killed, as where a driver call does not return"
+                f"; its process {pid} does not end when it is killed; perhaps a driver call does not return"
             )
             assert report["engine_pid"] == pid
             assert instance.agent("/readyz").status == 503

@@ -58,7 +58,7 @@ def test_it_is_tried_again_however_often_and_counts_for_nothing(monkeypatch: pyt
 
 def test_one_that_never_served_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     restarts, ended = supervise(monkeypatch, [lack(errno.EMFILE)])
-    assert (restarts, str(ended)) == ([], "this host lacks what a start takes: [Errno 24] lacking")
+    assert (restarts, str(ended)) == ([], "this host lacks what a start needs: [Errno 24] lacking")
 
 
 def test_another_error_is_none_of_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:

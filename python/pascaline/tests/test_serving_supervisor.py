@@ -1,4 +1,4 @@
-"""The last resort of the supervisor: an exception that nothing foresaw."""
+"""The last resort of the supervisor: an unexpected exception."""
 
 from __future__ import annotations
 
@@ -94,9 +94,9 @@ def test_any_other_mistake_ends_it_in_order(
     with pytest.raises(PascalineError) as raised:
         asyncio.run(supervisor._live())
     assert str(raised.value) == (
-        "a mistake of pascaline itself (LookupError('of ours')); please report it with the traceback that the log holds"
+        "an internal error of pascaline (LookupError('of ours')); please report it with the traceback in the log"
     )
     assert raised.value.exit_code is ExitCode.FAILED
     assert supervisor.health.state is State.FAILED
     assert mistakes(supervisor) == 1
-    assert "pascaline: a mistake of pascaline itself: LookupError: of ours" in log.getvalue()
+    assert "pascaline: an internal error of pascaline: LookupError: of ours" in log.getvalue()

@@ -1,4 +1,4 @@
-"""The agent's HTTP interface: what holds now, for probes, scrapers and people. Never in the path of users' requests."""
+"""The agent's HTTP interface: current state for probes, scrapers and people. Users' requests never pass through it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class ModelReport(BaseModel):
-    """The model that is served."""
+    """The served model."""
 
     name: str = Field(description="Name in the API")
     path: str = Field(description="File, first part of a split model, or folder")
     architecture: str
-    sha256: str | list[str] | None = Field(description="Checksum of a GGUF file; of a split model one for each part")
+    sha256: str | list[str] | None = Field(description="Checksum of a GGUF file; a list with one per part if split")
 
 
 class ProbeReport(BaseModel):
@@ -45,18 +45,18 @@ class ProbeReport(BaseModel):
 
 
 class HealthReport(BaseModel):
-    """All that is known of the instance."""
+    """Everything known about the instance."""
 
     state: State
     since: float = Field(description="Unix time at which the state was entered")
     reason: str
     engine: str = Field(description="Kind of engine")
-    engine_pid: int | None = Field(description="Process of the engine; null while none runs")
-    running_requests: int | None = Field(description="Requests that the engine computes; null where it does not say")
-    queued_requests: int | None = Field(description="Requests that wait for it; null where it does not say")
-    restarts: int = Field(description="Restarts since the instance was started")
-    model: ModelReport | None = Field(description="Null until it was resolved")
-    versions: dict[str, str] = Field(description="Of pascaline, and of the engine once it is ready")
+    engine_pid: int | None = Field(description="Process id of the engine; null while it does not run")
+    running_requests: int | None = Field(description="Requests that run in the engine; null if it reports none")
+    queued_requests: int | None = Field(description="Requests that wait in the engine; null if it reports none")
+    restarts: int = Field(description="Restarts of the engine since the instance was started")
+    model: ModelReport | None = Field(description="Null until the model is resolved")
+    versions: dict[str, str] = Field(description="Version of pascaline, and of the engine once it is ready")
     last_probe: ProbeReport | None
 
 
@@ -77,7 +77,7 @@ class RedactedResponse(JSONResponse):
 
 
 def create_app(supervisor: Supervisor) -> FastAPI:
-    """Return the application over one supervisor."""
+    """Return the HTTP application for one supervisor."""
     app = FastAPI(
         title="pascaline agent",
         version=__version__,
@@ -85,14 +85,14 @@ def create_app(supervisor: Supervisor) -> FastAPI:
         summary="Health, metrics and control of one instance. The model's API is on the engine's own port.",
     )
 
-    @app.get("/livez", summary="Whether the supervisor runs; says nothing of the engine")
+    @app.get("/livez", summary="Whether the supervisor runs; says nothing about the engine")
     async def livez() -> Verdict:
         return Verdict(ok=True, state=supervisor.health.state, reason="the supervisor answers")
 
     @app.get(
         "/readyz",
-        summary="Whether requests are welcome: a generation succeeded, tokens move, and nobody asked to stop",
-        responses={503: {"model": Verdict, "description": "Not now; the reason says why"}},
+        summary="Whether requests are welcome: a generation succeeded, there is progress, and no stop was requested",
+        responses={503: {"model": Verdict, "description": "Not ready; `reason` says why"}},
     )
     async def readyz(response: Response) -> Verdict:
         health = supervisor.health
@@ -100,7 +100,7 @@ def create_app(supervisor: Supervisor) -> FastAPI:
         response.status_code = 200 if ok else 503
         return Verdict(ok=ok, state=health.state, reason=health.reason)
 
-    @app.get("/health", summary="Everything that is known of the instance")
+    @app.get("/health", summary="Everything known about the instance")
     async def health() -> HealthReport:
         return report(supervisor)
 
@@ -119,7 +119,7 @@ def create_app(supervisor: Supervisor) -> FastAPI:
 
     @app.post(
         "/drain",
-        summary="Stop taking requests, let the running ones end, then exit; with the API key, where there is one",
+        summary="Stop taking requests, let the running ones finish, then exit; needs the API key if one is set",
         status_code=202,
     )
     async def drain() -> Verdict:
@@ -131,7 +131,7 @@ def create_app(supervisor: Supervisor) -> FastAPI:
 
 
 def report(supervisor: Supervisor) -> HealthReport:
-    """Return what is known now."""
+    """Return the current report on the instance."""
     health, model, probe = supervisor.health, supervisor.model, supervisor.last_probe
     requests = supervisor.requests if supervisor.engine_pid is not None else None
     return HealthReport(
@@ -157,16 +157,16 @@ def report(supervisor: Supervisor) -> HealthReport:
 
 
 class AgentServer(uvicorn.Server):
-    """uvicorn without its signal handlers: the supervisor's are the process's only ones."""
+    """uvicorn without signal handlers: only the supervisor handles signals in this process."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signals alone."""
+        """Install no handlers."""
         yield
 
 
 def create_server(supervisor: Supervisor) -> AgentServer:
-    """Return the server of the agent; its socket is bound by the caller, before anything else is started."""
+    """Return the agent's server. The caller binds its socket before it starts anything else."""
     connections = Connections(connection_limit(raise_descriptor_limit()))
     config = uvicorn.Config(
         create_app(supervisor),
@@ -175,7 +175,7 @@ def create_server(supervisor: Supervisor) -> AgentServer:
         lifespan="off",
         loop="asyncio",
         http=bounded_protocol(connections),
-        # The queue of the kernel, and how many are accepted in one go.
+        # The length of the kernel's queue, and the number of connections accepted in one go.
         backlog=connections.most,
         ws="none",
         timeout_graceful_shutdown=2,

@@ -1,7 +1,8 @@
-"""The agent's connections: so many at once, and each only for a while without a whole request.
+"""Limits the agent's connections: their number, and the time that each may stay open without a complete request.
 
-Whoever opens a thousand connections and says nothing must not take from the watch over the engine what it needs. Where
-all are taken a new one displaces the oldest: who asks and listens is served within milliseconds, long before its turn.
+A client that opens a thousand silent connections must not take the descriptors that watching the engine needs. At the
+limit, a new connection displaces the one that was quiet longest. A normal request is answered within milliseconds, long
+before that.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from pascaline.descriptors import QUIET_SECONDS
 
 @dataclass(slots=True)
 class Connections:
-    """The open ones, the longest quiet first."""
+    """The open connections, the one that was quiet longest first."""
 
     most: int
     quiet_seconds: float = QUIET_SECONDS
     _open: dict[asyncio.Transport, asyncio.TimerHandle] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        """How many are open."""
+        """Return the number of open connections."""
         return len(self._open)
 
     def heard(self, transport: asyncio.Transport) -> None:
-        """Take in that a connection was opened, or that a request of it was answered."""
+        """Record that a connection was opened, or that a request on it was answered."""
         self.closed(transport)
         while len(self._open) >= self.most:
             self._end(next(iter(self._open)))
@@ -47,32 +48,32 @@ class Connections:
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's HTTP protocol with limits: it has none for a request that never becomes whole."""
+    """uvicorn's HTTP protocol with limits: uvicorn has none for a request that never becomes complete."""
 
     def __init__(self, connections: Connections, *arguments: Any, **options: Any) -> None:
-        """connections: shared by all of one server."""
+        """connections: shared by all protocols of one server."""
         super().__init__(*arguments, **options)
         self._bounded_by = connections
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        """Count it in."""
+        """Count the connection."""
         self._bounded_by.heard(transport)
         super().connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Count it out."""
+        """Stop counting the connection."""
         self._bounded_by.closed(self.transport)
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """Give it time for another request."""
+        """Allow time for another request."""
         if not self.transport.is_closing():
             self._bounded_by.heard(self.transport)
         super().on_response_complete()
 
 
 def bounded_protocol(connections: Connections) -> type[asyncio.Protocol]:
-    """Return the protocol as uvicorn wants it: a class."""
+    """Return the protocol as a class, which uvicorn requires."""
     return type(
         "AgentProtocol",
         (BoundedProtocol,),

@@ -1,4 +1,4 @@
-"""What a person or the journal sees of an instance: stages with their durations, the engine's output, the addresses."""
+"""The log of an instance for people and the journal: stages with durations, the engine's output, the addresses."""
 
 from __future__ import annotations
 
@@ -21,42 +21,43 @@ if TYPE_CHECKING:
 
     from pascaline.engines import Task
 
-# syslog's numbers, which the journal reads from the start of a line (sd-daemon(3)).
+# syslog's level numbers, which the journal reads from the start of a line (sd-daemon(3)).
 JOURNAL_LEVELS = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 COLOURS = {"WARNING": "\033[33m", "ERROR": "\033[31m", "CRITICAL": "\033[31m"}
 PLAIN = "\033[0m"
 SHOWN_CHARACTERS = 500
-"""Of a line in a terminal: SGLang prints its 500 arguments in one. Files and the journal get it whole."""
+"""Most characters of a line in a terminal: SGLang prints its 500 arguments in one line. Files and the journal get all.
+"""
 REPEATED_CHARACTERS = 200
-"""Of a line that was repeated, in the note that says so."""
+"""Most characters of a repeated line in the note that counts it."""
 
 
 class Stream(Protocol):
-    """Where a console writes to."""
+    """The stream that a console writes to."""
 
     def write(self, text: str, /) -> int:
         """Write a text."""
 
     def flush(self) -> None:
-        """Let nothing wait."""
+        """Write all buffered text."""
 
     def isatty(self) -> bool:
         """Whether it is a terminal."""
 
     def fileno(self) -> int:
-        """The descriptor behind it."""
+        """Return its file descriptor."""
 
 
 class Console:
-    """Writes lines; a running stage is one line that is renewed where the stream is a terminal.
+    """Writes lines. In a terminal, a running stage is one line that is updated in place.
 
-    Never fails: a line that cannot be written is lost. A line that comes again and again is counted.
+    Never raises: a line that cannot be written is lost. A line that repeats too often is counted instead.
     """
 
     def __init__(self, stream: Stream, clock: Callable[[], float] = monotonic) -> None:
-        """clock: seconds."""
+        """clock: monotonic, in seconds."""
         self.on_repeated: Callable[[int], None] = lambda _: None
-        """Called with the number of lines whenever some were not written because they repeat others."""
+        """Called with the number of lines that were not written because they repeat others."""
         self._stream = stream
         self._clock = clock
         self._repeats: Repeats[tuple[str, str, str]] = Repeats()
@@ -67,16 +68,16 @@ class Console:
         self._detail = ""
 
     def line(self, level: str, source: str, text: str) -> None:
-        """Write one line: level and source in front, as every log here. Control characters are written as escapes."""
+        """Write one line with level and source in front. Control characters are written as escapes."""
         self.settle()
-        text = visible(redact(text))  # before it is cut: a part of a secret is not found
+        text = visible(redact(text))  # before the line is cut: redact does not find a part of a secret
         if self._repeats.admits((level, source, text), self._clock()):
             self._write_line(level, source, text)
         else:
             self.on_repeated(1)
 
     def settle(self) -> None:
-        """Say how often lines were repeated, once that is known; to be called now and then."""
+        """Write how often lines were repeated, once their window is over. Call this regularly."""
         for (_, source, text), times in self._repeats.settled(self._clock()):
             line = f"repeated {times} more times within {WINDOW_SECONDS:g} s: {text[:REPEATED_CHARACTERS]}"
             self._write_line("WARNING", source, line)
@@ -91,7 +92,7 @@ class Console:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
-        """Show a stage while it runs, and how long it took at its end."""
+        """Show a stage while it runs, and its duration when it ends."""
         stage = Stage(self, name)
         self._stage, self._stage_start, self._detail = name, monotonic(), ""
         if self._terminal:
@@ -112,7 +113,7 @@ class Console:
         self.line(level, "pascaline", f"{name} {words} {stage.seconds:.1f} s{stage.note}")
 
     def tick(self, detail: str | None = None) -> None:
-        """Renew the running stage's line; detail: what it is at, None = as before."""
+        """Update the running stage's line. detail: current position; None keeps the previous one."""
         if detail is not None:
             self._detail = detail
         if self._terminal and self._stage:
@@ -121,7 +122,7 @@ class Console:
             self._flush()
 
     def ready(self, task: Task, agent: tuple[str, int], seconds: float) -> None:
-        """Say where everything is, and a command that works."""
+        """Write the addresses of API and agent, and a command to try. seconds: time until ready."""
         host, port = reachable(task.address)
         agent_host, agent_port = reachable(agent)
         self._clear()
@@ -134,7 +135,7 @@ class Console:
         self._flush()
 
     def _write(self, text: str) -> None:
-        # The reader of our lines went away, as with `| head` or a terminal that was closed: serving goes on.
+        # The reader is gone, as with `| head` or a closed terminal: serving continues.
         with suppress(OSError):
             self._stream.write(redact(text))
 
@@ -156,12 +157,12 @@ class Stage:
     """A running stage."""
 
     def __init__(self, console: Console, name: str) -> None:
-        """Belongs to a console; use Console.stage."""
+        """Create a stage of a console; use Console.stage."""
         self.name = name
         self.seconds = 0.0
         self.failed = False
         self.note = ""
-        """Shown behind the duration."""
+        """Text after the duration."""
         self._console = console
 
     def progress(self, done: int, total: int) -> None:
@@ -172,7 +173,7 @@ class Stage:
 
 
 def try_command(task: Task) -> str:
-    """Return a curl line that works: a question, or the start of a sentence where the model has no chat template."""
+    """Return a curl command that works: a chat question, or a text completion if the model has no chat template."""
     asked: dict[str, Any]
     if task.model.has_chat_template:
         path, asked = "chat/completions", {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
@@ -184,7 +185,7 @@ def try_command(task: Task) -> str:
     command += ["-H", "Content-Type: application/json", "-d", json.dumps(question)]
     line = shlex.join(command)
     if task.settings.api_key_file is not None:
-        # Double quotes: the shell is to read the file.
+        # In double quotes, so that the shell reads the file.
         line += f' -H "Authorization: Bearer $(cat {shlex.quote(str(task.settings.api_key_file))})"'
     return line
 
@@ -212,7 +213,7 @@ def _writes_to_journal(terminal: bool) -> bool:
 
 
 def open_outlet(descriptor: int) -> Outlet:
-    """Return a stream to this descriptor that never blocks, and that tells of dropped lines as the console would."""
+    """Return a stream to this descriptor that never blocks, and that reports dropped lines in the console's format."""
     terminal = os.isatty(descriptor)
 
     def note(lines: int) -> str:
@@ -223,7 +224,7 @@ def open_outlet(descriptor: int) -> Outlet:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Hands the records of libraries to a console, line by line."""
+    """Passes the log records of libraries to a console, line by line."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.WARNING)
@@ -240,5 +241,5 @@ class _ConsoleHandler(logging.Handler):
 
 
 def silence_libraries(console: Console) -> None:
-    """Libraries report to our console, and only what matters."""
+    """Send the logs of libraries to our console, from level WARNING on."""
     logging.basicConfig(level=logging.WARNING, handlers=[_ConsoleHandler(console)])

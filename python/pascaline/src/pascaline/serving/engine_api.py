@@ -1,7 +1,7 @@
-"""All that the supervisor asks a running engine, each as one bounded exchange with a socket of the engine's own.
+"""Everything that the supervisor asks a running engine, each as one bounded exchange with the engine's own socket.
 
-Every method blocks and is run in a thread. Whatever an engine that is ill sends, the outcome is an answer, "no", or an
-OSError.
+Every method blocks, so the supervisor calls it in a thread. Whatever a faulty engine sends, a method returns an answer
+or False, or raises OSError.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 POLL_TIMEOUT_SECONDS = 5.0
 FIRST_GENERATION_SECONDS = 60.0
-"""For a test generation while the engine warms up; another is sent when it fails."""
+"""Timeout of a test generation while the engine warms up; if one fails, another is sent."""
 BUSY_STATUSES = frozenset({429, 503})
-"""Of an engine that refuses a request because others wait."""
+"""HTTP statuses of an engine that refuses a request because others wait."""
 QUOTED_CHARACTERS = 200
-"""Of an answer that is no generation, in the reason."""
+"""Most characters that a reason quotes from an answer without a token."""
 QUOTED_BYTES = 16 * 2**10
-"""Of it that are looked through."""
+"""Bytes of such an answer that are searched for secrets before it is quoted."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
@@ -42,11 +42,11 @@ class Probe:
     status: int | None = None
     """HTTP status; None: there was no answer."""
     error: OSError | None = None
-    """Why there was none."""
+    """Why there was no answer; None: there was one."""
 
     @property
     def is_error(self) -> bool:
-        """Whether the engine answered, but without a token, and not because it has too much to do."""
+        """Whether the engine answered without a token for another reason than being busy."""
         return not self.ok and self.status is not None and self.status not in BUSY_STATUSES
 
 
@@ -54,9 +54,9 @@ class EngineApi:
     """The API of one run of an engine."""
 
     def __init__(self, engine: Engine, task: Task, leader: int) -> None:
-        """leader: process id of the run, which leads a session."""
+        """leader: process id of the engine, which is the leader of its session."""
         self.foreign: str | None = None
-        """Who was found on its port when it was last asked; None: the engine, or nobody."""
+        """The other program that had the engine's port at the last request; None: the engine had it, or nobody."""
         self._engine = engine
         self._task = task
         self._listener = EngineListener(*task.address, leader)
@@ -64,7 +64,7 @@ class EngineApi:
     def ask(
         self, path: str, body: dict[str, Any] | None = None, timeout: float = POLL_TIMEOUT_SECONDS
     ) -> tuple[int, bytes]:
-        """Return (status, answer). Raises OSError."""
+        """Send a request; return (HTTP status, body). timeout: seconds. Raises OSError."""
         task, self.foreign = self._task, None
         try:
             return request(
@@ -75,22 +75,22 @@ class EngineApi:
             raise
 
     def is_loaded(self) -> bool:
-        """Whether it has a model."""
+        """Whether it has loaded its model."""
         try:
             return self.ask("/v1/models")[0] == 200
         except OSError:
             return False
 
     def version(self) -> str:
-        """Return its version as it says itself; OSError where it does not."""
+        """Return the version that it reports. Raises OSError if it reports none."""
         return self._engine.version(self.ask)
 
     def progress(self) -> Progress | None:
-        """Return its counters; None where it has no page of them. Raises OSError where it does not answer."""
+        """Return its counters; None if its page lacks them or is malformed. Raises OSError if it does not answer."""
         return self._engine.progress(self.metrics_page())
 
     def allocated(self) -> dict[str, int]:
-        """Return what it says that it allocated. Raises OSError."""
+        """Return the memory that it reports as allocated, as `Engine.allocated`. Raises OSError."""
         return self._engine.allocated(self.metrics_page())
 
     def metrics_page(self) -> str:
@@ -101,7 +101,7 @@ class EngineApi:
         return page.decode(errors="replace")
 
     def generate(self, timeout: float = FIRST_GENERATION_SECONDS) -> Probe:
-        """Let the model generate one token, by the way that users' requests take."""
+        """Let the model generate one token, through the same API as users' requests. timeout: seconds."""
         body = {"model": self._task.model.served_name, "prompt": "1", "max_tokens": 1, "temperature": 0}
         start = time.monotonic()
         status, reason, cause = None, None, None
@@ -117,7 +117,7 @@ class EngineApi:
 
 
 def has_token(answer: bytes) -> bool:
-    """Whether a completion in OpenAI's form says that something was generated."""
+    """Whether a completion in OpenAI's format reports at least one generated token."""
     try:
         usage = json_object(answer).get("usage")
     except ConnectionError:
@@ -127,6 +127,6 @@ def has_token(answer: bytes) -> bool:
 
 
 def _quoted(answer: bytes) -> str:
-    """Return the beginning of an answer; a secret in it is hidden before it can be cut in two."""
+    """Return the beginning of an answer; secrets are hidden first, so that none is cut in two and shown in part."""
     text = redact(answer[:QUOTED_BYTES].decode(errors="replace"))
     return _CONTROL.sub(" ", text[:QUOTED_CHARACTERS])

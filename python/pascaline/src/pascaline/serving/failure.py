@@ -1,4 +1,4 @@
-"""Why a run of the engine ended, from its exit, its last words and the evidence about its GPU. No I/O."""
+"""Decides why a run of the engine ended, from its exit, its last output and the evidence about its GPU. No I/O."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class FailureKind(StrEnum):
-    """How a run failed: decides what is done about it, and is a label of the restarts metric."""
+    """How a run failed. It decides what happens next, and is a label of the restarts metric."""
 
     CRASH = "crash"
     UNRESPONSIVE = "unresponsive"
     GPU_LOST = "gpu-lost"
-    """Restarts are no cure."""
+    """A restart does not help."""
     HOST = "host"
-    """It could not even be started: no process, memory, descriptor or room on a disk is left."""
+    """It could not be started: the host has no process, memory, file descriptor or disk space left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +35,23 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
-    """What is seen of an engine that is not to go on."""
+    """What was observed about an engine that ended or has to end."""
 
     exit_code: int | None
-    """None: it runs, as it was not ready in time, or cannot be killed; negative: a signal."""
+    """None: it still runs, because it was not ready in time or cannot be killed; negative: the signal that ended it."""
     last_line: str = ""
-    """The last that it wrote."""
+    """The line of its output that best explains the end."""
     diagnosis: Diagnosis | None = None
     silence: str | None = None
-    """Why it was taken for unresponsive; None where it was not."""
+    """Why it counts as unresponsive; None if it does not."""
     stuck: str | None = None
-    """What is said of a process that does not end when it is killed."""
+    """The message about a process that SIGKILL does not end; None if it ended."""
     not_ready: str | None = None
-    """Why it was not taken for ready; None where it ended by itself."""
+    """Why it never became ready; None if it ended by itself."""
 
 
 def judge(ending: Ending, evidence: Evidence = NOTHING_KNOWN) -> Failure:
-    """Return the kind of the failure and its text, which names what was seen."""
+    """Return the kind of the failure, and a text that names the observations."""
     text = _text(ending)
     if ending.stuck is not None and ending.silence is not None:
         return Failure(FailureKind.GPU_LOST, text)
@@ -63,10 +63,10 @@ def judge(ending: Ending, evidence: Evidence = NOTHING_KNOWN) -> Failure:
 
 
 def _gpu_is_lost(ending: Ending, evidence: Evidence) -> bool:
-    """Hard evidence decides alone; CUDA's words and silence count together with a doubt, never alone."""
+    """Hard evidence decides alone; CUDA errors and silence count only together with doubtful evidence."""
     cause = ending.diagnosis.cause if ending.diagnosis else None
     if evidence.standing is Standing.UNKNOWN:
-        # NVML's own words, which the engine passed on, and nobody here can ask NVML.
+        # This process cannot ask NVML, but the engine printed NVML's own message.
         return cause is Cause.GPU_LOST
     if evidence.standing is Standing.DOUBTFUL:
         return ending.silence is not None or cause in {Cause.GPU_LOST, Cause.CUDA_FAULT}

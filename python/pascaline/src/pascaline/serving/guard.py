@@ -1,7 +1,7 @@
-"""Who may change an instance by its agent: a request that does is refused unless it comes from where it may.
+"""Decides who may change an instance through its agent; refuses all other requests that would change it.
 
-By the Unix socket: whoever may open it. By TCP: with the API key where there is one, else from this host alone; and
-never from a web page, which a browser lets send to any address that it can reach, under any name.
+Through the Unix socket: everyone who may open it. Through TCP: clients with the API key if one is set, otherwise only
+this host. Never a web page: a browser lets a page send requests to any address that it can reach, under any name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ASKING = frozenset({"GET", "HEAD", "OPTIONS"})
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An answer: HTTP status and why."""
+    """The answer to a refused request: HTTP status and reason."""
 
     status: int
     reason: str
@@ -35,10 +35,10 @@ class Refusal:
 def refusal(
     headers: Mapping[str, str], client: str | None, *, keys: Callable[[], str | None], names: frozenset[str]
 ) -> Refusal | None:
-    """Say why a request that came by TCP may not change anything; None where it may.
+    """Return why a request that came through TCP may not change anything; None if it may.
 
-    headers: names in lower case. client: its address. keys: gives the API key, None where there is none; OSError where
-    it can not be read. names: of this host, beside its addresses.
+    headers: names in lower case. client: its address. keys: returns the API key, None if none is set; may raise
+    OSError or UnicodeDecodeError. names: the names of this host, in lower case.
     """
     host = headers.get("host", "")
     if not _is_ours(host, names):
@@ -61,7 +61,7 @@ def refusal(
 
 
 def _is_ours(host: str, names: frozenset[str]) -> bool:
-    """Whether a Host header names this host; an address is one that the client chose itself."""
+    """Whether a Host header names this host. Any address counts: the client itself chose to connect to it."""
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     try:
         ipaddress.ip_address(name)
@@ -71,16 +71,16 @@ def _is_ours(host: str, names: frozenset[str]) -> bool:
 
 
 def names_of_this_host() -> frozenset[str]:
-    """Return the names by which this host is called, without asking a name server."""
+    """Return the names of this host in lower case, without asking a name server."""
     name = socket.gethostname().lower()
     return frozenset({name, name.partition(".")[0]})
 
 
 class Guard:
-    """ASGI middleware over `refusal`."""
+    """ASGI middleware that applies `refusal`."""
 
     def __init__(self, app: App, keys: Callable[[], str | None], names: frozenset[str]) -> None:
-        """keys, names: as of `refusal`."""
+        """keys, names: as in `refusal`."""
         self._app = app
         self._keys = keys
         self._names = names
@@ -101,7 +101,7 @@ class Guard:
     def _refusal(self, scope: Any) -> Refusal | None:
         server = scope.get("server")
         if server is not None and server[1] is None:
-            return None  # a Unix socket has no port: who may open it is the file system's affair
+            return None  # a Unix socket has no port; the file system decides who may open it
         counted = [name for name, _ in scope["headers"]]
         if any(counted.count(name) > 1 for name in (b"host", b"origin", b"authorization")):
             return Refusal(400, "a header is given twice")

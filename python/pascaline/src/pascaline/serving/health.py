@@ -1,29 +1,33 @@
-"""Health of an instance as a pure state machine: events and times in, state and reason out, no I/O.
+"""The health of an instance as a pure state machine: events and times in, state and reason out, no I/O.
 
 | from | to | when |
 |---|---|---|
 | planned | starting | the model is found, verified and planned, and the engine's process is started |
-| starting | ready | a first test generation succeeded |
-| starting | restarting | the engine ended, or was not ready within start_timeout; before the first time: failed |
-| ready | busy | the engine says that requests run or wait |
-| busy | ready | it says that none do |
+| starting | ready | the first test generation succeeded |
+| starting | restarting | the engine ended, or was not ready within start_timeout (if it was never ready: failed) |
+| ready | busy | the engine reports that requests run or wait |
+| busy | ready | it reports that none do |
 | ready, busy | unresponsive | no answer for longer than stall_timeout, and no excuse (below); the engine is killed |
 | ready, busy | restarting | the engine's process ended |
 | unresponsive | restarting | the engine's process has ended |
 | restarting, gpu-lost | starting | the wait is over and the engine is started again |
-| any but the last three | gpu-lost | the engine's words say so, or its process cannot be killed |
+| any but the last three | gpu-lost | evidence or the engine's output shows it, or its process cannot be killed |
 | any but the last three | draining | a signal or POST /drain |
-| any but stopped | failed | an error that a restart does not mend, or more than max_restarts in a row |
+| any but stopped | failed | an error that a restart does not fix, or more than max_restarts in a row |
 | any | stopped | the engine has ended |
 
-The last three are draining, failed and stopped: nothing leads back from them. A state that is entered again keeps its
-time and reason.
+The last three are draining, failed and stopped: nothing leads back from them. If the state does not change, its time
+and reason stay the same.
 
-**An engine is judged by answers, never by latency.** Tokens that are handed to clients are signs of life, and so is a
-test generation that succeeds; its own tokens are none. Work that is computed is no sign of life, it only excuses
-silence, as in a long prefill: each of its steps for one stall_timeout, until more was computed than a healthy engine
-computes between two answers (WorkLimits), while there was work other than the test generations', and while they do not
-fail with an error. Where an engine counts its work only, that work stands for its answers.
+**An engine is judged by answers, never by latency.** Signs of life are tokens that are sent to clients, and test
+generations that succeed (the tokens of a test generation do not count by themselves). Computed work is not a sign of
+life. It only excuses silence, as in a long prefill. Each step of work excuses one stall_timeout, as long as:
+
+- no more was computed than a healthy engine computes between two answers (WorkLimits);
+- there was work besides the test generations;
+- the test generations do not fail with an error.
+
+If an engine counts only its work, that work is taken as its answers.
 """
 
 from __future__ import annotations
@@ -72,7 +76,7 @@ _NEXT: dict[State, frozenset[State]] = {
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """One state, since when it holds, and why it was entered."""
+    """A state, the time since which it holds, and the reason."""
 
     state: State
     since: float
@@ -80,7 +84,10 @@ class Health:
     reason: str
 
     def to(self, state: State, now: float, reason: str) -> Health:
-        """Return the health after a change; the same where the state is. ValueError where there is no such way."""
+        """Return the health after a change; unchanged if already in that state.
+
+        Raises ValueError if the transition is not allowed.
+        """
         if state is self.state:
             return self
         if state not in _NEXT[self.state]:
@@ -89,42 +96,43 @@ class Health:
 
 
 PROBE_TOKENS = 8.0
-"""The most that the counters of an engine's work grow by for one test generation: its prompt, its token, both at its
-end."""
+"""The most that one test generation adds to the counters of an engine's work: its prompt and its token, which may both
+be counted only when it ends."""
 PROBE_ANSWERS = 2.0
-"""The same of the counters of answers: its token, and the token of a finished answer."""
+"""The most that one test generation adds to the counters of answers: its token, and the token of a finished answer."""
 FAILED_PROBES = 3
-"""Test generations in a row that end with an error, after which no work excuses silence."""
+"""Consecutive test generations with an error after which work no longer excuses silence."""
 
 
 @dataclass(slots=True)
 class Judge:
     """Decides from counters and test generations whether a running engine is ready, busy or unresponsive.
 
-    stall_timeout: seconds without any sign of life after which it is unresponsive. Times are of one monotonic clock.
+    stall_timeout: seconds without a sign of life after which it is unresponsive. All times are seconds of one monotonic
+    clock.
     """
 
     stall_timeout: float
     last_sign: float
-    """When something last reached a client."""
+    """Time of the last sign of life."""
     progress: Progress | None = None
     limits: WorkLimits | None = None
-    """None: the engine's work stands for its answers."""
+    """None: the engine counts only its work, which is taken as its answers."""
     last_excuse: float = -math.inf
-    """When the engine last computed something that excuses its silence."""
+    """Time at which the engine last computed something that excuses its silence."""
     failed_probes: int = 0
-    """In a row, that ended with an error."""
+    """Consecutive test generations that ended with an error."""
     _since: Progress | None = field(default=None, init=False)
     """The counters at the last sign."""
     _looked: float = field(default=-math.inf, init=False)
     _probes: int = field(default=0, init=False)
-    """Test generations that were sent since the last sign, and the one on its way."""
+    """Test generations that were sent since the last sign, including the one that still runs."""
     _probing: bool = field(default=False, init=False)
     _short_steps: int = field(default=0, init=False)
-    """Looks since the last sign between which less than a chunk was computed: prompts that ended."""
+    """Observations since the last sign with a prefill step of less than half a chunk: each is the end of a prompt."""
 
     def observe(self, now: float, progress: Progress | None) -> None:
-        """Take in the counters; None where they could not be read, which is no sign of life."""
+        """Record the counters; None if they could not be read, which is not a sign of life."""
         if progress is None:
             return
         before, looked = self.progress, self._looked
@@ -132,39 +140,39 @@ class Judge:
         if before is None or self._since is None:
             self._since = before or progress
             before = self._since
-        # No counter falls while an engine lives. One that does all the same counts again once it is above what it was.
+        # Counters of a running engine never fall. If one does anyway, it counts again once it exceeds its old value.
         if _answered(before=self._since, after=progress) > self._probes * _share_of_probe(progress):
             self._sign(now)
         elif self._is_excused(before, progress, now - looked):
             self.last_excuse = now
 
     def probe_sent(self) -> None:
-        """Take in that a test generation is on its way: what it moves is no sign of life."""
+        """Record that a test generation was sent: counters that it moves are not a sign of life."""
         self._probing = True
         self._probes += 1
 
     def probed(self, now: float) -> None:
-        """Take in that a test generation succeeded."""
+        """Record that a test generation succeeded."""
         self._probing = False
         self.failed_probes = 0
         self._sign(now)
 
     def probe_failed(self, *, with_error: bool) -> None:
-        """Take in that it did not. with_error: the engine answered, but not as one that is merely busy."""
+        """Record that a test generation failed. with_error: the engine answered, and not because it is busy."""
         self._probing = False
         self.failed_probes = self.failed_probes + 1 if with_error else 0
 
     def missed(self, seconds: float) -> None:
-        """Take in that nobody looked for so long: silence that nobody listened to is no evidence."""
+        """Record that nothing was observed for this many seconds: they do not count as silence."""
         self.last_sign += seconds
         self.last_excuse += seconds
 
     def wants_probe(self, now: float, interval: float) -> bool:
-        """Whether the engine has shown no sign of life for an interval, so that a test generation is due."""
+        """Whether a test generation is due: no sign of life for `interval` seconds."""
         return now - self.last_sign >= interval
 
     def verdict(self, now: float) -> tuple[State, str]:
-        """Return the state that the evidence speaks for, and the evidence."""
+        """Return the state according to the evidence, and the evidence in words."""
         silence = now - self.last_sign
         excused = now - self.last_excuse <= self.stall_timeout and self.failed_probes < FAILED_PROBES
         if silence > self.stall_timeout and not excused:
@@ -180,7 +188,7 @@ class Judge:
         self._short_steps = 0
 
     def _is_excused(self, before: Progress, progress: Progress, seconds: float) -> bool:
-        """Whether what was computed since the last look, so many seconds ago, can be on the way to an answer."""
+        """Whether the work since the previous observation, `seconds` ago, can still lead to an answer."""
         limits, since = self.limits, self._since or before
         if limits is None or math.isinf(seconds):
             return False
@@ -201,7 +209,7 @@ class Judge:
         return f"no token for {silence:.0f} s{work}{lost}{errors}"
 
     def _computed(self) -> float:
-        """Return what was computed since the last sign, without the test generations'."""
+        """Return the tokens computed since the last sign of life; 0 if the test generations explain them."""
         if self.limits is None or self.progress is None or self._since is None:
             return 0.0
         computed = self.progress.prefill + self.progress.decode - self._since.prefill - self._since.decode
@@ -212,7 +220,7 @@ class Judge:
 
 
 def _answered(*, before: Progress, after: Progress) -> float:
-    """Return how much was answered between two looks."""
+    """Return how much was answered between two observations."""
     if before.answers is None or after.answers is None:
         return after.tokens - before.tokens
     return after.answers - before.answers
@@ -223,12 +231,12 @@ def _share_of_probe(progress: Progress) -> float:
 
 
 def _was_idle(before: Progress, progress: Progress, seconds: float) -> bool:
-    """Whether the engine had nothing to compute for half of the time between two looks: no long prefill."""
+    """Whether the engine was idle for more than half of the time between two observations, so in no long prefill."""
     if before.idle_seconds is None or progress.idle_seconds is None:
         return False
     return progress.idle_seconds - before.idle_seconds > seconds / 2
 
 
 def backoff_seconds(restarts: int, base: float, cap: float) -> float:
-    """Return the wait before the n-th restart in a row: base, twice that, and so on, at most cap."""
+    """Return the seconds to wait before the n-th consecutive restart: base, twice base, and so on, at most cap."""
     return float(min(cap, base * 2.0 ** min(restarts - 1, 30))) if restarts > 0 else 0.0

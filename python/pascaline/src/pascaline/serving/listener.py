@@ -1,8 +1,8 @@
-"""Who listens where the engine should: a key is sent, and an answer believed, only if the engine's own processes do.
+"""Checks that the engine's own processes listen on its port, before a key is sent there or an answer is believed.
 
-Whoever takes the port between two runs of the engine would be given the API key and be taken for the engine. The kernel
-tells which process holds a listening socket: /proc/net/tcp and tcp6 name its inode (proc_pid_net(5)), /proc/PID/fd who
-has it open. Both are read anew for each request.
+Otherwise a program that takes the port between two runs of the engine would receive the API key and pass as the engine.
+The kernel shows which process holds a listening socket: /proc/net/tcp and tcp6 hold its inode (proc_pid_net(5)), and
+/proc/PID/fd the processes that have it open. Both are read again for each request.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ class Listener:
 
 
 class EngineListener:
-    """The listening socket of one run of an engine, looked for anew whenever it is asked for."""
+    """The listening socket of one run of an engine; each call searches for it again."""
 
     def __init__(self, host: str, port: int, leader: int) -> None:
-        """host, port: where the engine was told to listen. leader: process id of the engine, which leads a session."""
+        """host, port: the engine's configured address. leader: process id of the engine, which leads its session."""
         self._host, self._port = reachable((host, port))
         self._leader = leader
         self._owner: tuple[Path, int] | None = None
-        """The open file that was the engine's socket when it was last looked for, and the socket's inode."""
+        """The file descriptor that was the engine's socket at the last search, and the socket's inode."""
 
     def __call__(self) -> tuple[tuple[str, int], int]:
         """Return ((numeric address, port), inode) of the socket that a connection reaches.
 
-        Raises ConnectionRefusedError where nobody listens there, and ForeignListenerError where somebody else does.
+        Raises ConnectionRefusedError if nothing listens there, and ForeignListenerError if another program does.
         """
         listening = list(_listening(self._port))
         for address in _numeric(self._host, self._port):
@@ -67,7 +67,7 @@ class EngineListener:
         raise ConnectionRefusedError(f"nothing listens on {self._host} port {self._port}")
 
     def _check_owner(self, listeners: list[Listener]) -> None:
-        """Raise ForeignListenerError unless all are the engine's: of several that share a port any may be reached."""
+        """Raise ForeignListenerError unless all are the engine's: if several share a port, any may be reached."""
         for listener in listeners:
             if self._owner is None or self._owner[1] != listener.inode or not _is_open(*self._owner):
                 self._owner = self._owned(listener)
@@ -77,7 +77,7 @@ class EngineListener:
     def _complaint(self, listener: Listener) -> ConnectionError:
         found = holder(listener)
         if found is None and listener.uid == os.getuid():
-            # As of an engine that ends at this moment: its files are closed before its socket is.
+            # The engine may be ending at this moment: its file descriptors close before its socket does.
             return ConnectionRefusedError(f"no process has the socket open that listens on port {self._port}")
         return ForeignListenerError(
             f"port {self._port} is listened on by {found or _user(listener.uid)}, which is no process of the engine "
@@ -85,7 +85,7 @@ class EngineListener:
         )
 
     def _owned(self, listener: Listener) -> tuple[Path, int] | None:
-        # The engine itself first: to ask every process of a busy host takes its time.
+        # The engine itself first: searching every process of a busy host takes time.
         for pid in itertools.chain((self._leader,), _processes()):
             if _belongs(pid, self._leader):
                 for file in _files(pid):
@@ -95,7 +95,7 @@ class EngineListener:
 
 
 def reached(address: str, listeners: list[Listener]) -> list[Listener]:
-    """Return those that a connection to a numeric address may reach: an exact address goes before a wildcard."""
+    """Return the listeners that a connection to a numeric address may reach: an exact address wins over a wildcard."""
     target = ip_address(address)
     for wanted in (str(target), "0.0.0.0", "::"):  # noqa: S104 - compared, not listened on
         if isinstance(target, IPv6Address) and wanted == "0.0.0.0":  # noqa: S104
@@ -106,7 +106,7 @@ def reached(address: str, listeners: list[Listener]) -> list[Listener]:
 
 
 def holder(listener: Listener) -> str | None:
-    """Return "program (pid N)" of a process that has the socket open; None where that cannot be seen."""
+    """Return "program (pid N)" of a process that has the socket open; None if this user cannot see it."""
     for pid in _processes():
         if any(_is_open(file, listener.inode) for file in _files(pid)):
             with contextlib.suppress(*_GONE_OR_FORBIDDEN):
@@ -132,7 +132,7 @@ def _numeric(host: str, port: int) -> list[str]:
 
 def _listening(port: int) -> Iterator[Listener]:
     for table in ("tcp", "tcp6"):
-        # Without IPv6 there is one table. That this process has no descriptor left to read them is another matter.
+        # Without IPv6 there is no tcp6. Other errors, such as no free file descriptor, are raised.
         with contextlib.suppress(FileNotFoundError):
             for line in (PROC / "net" / table).read_text().splitlines()[1:]:
                 fields = line.split()
@@ -142,7 +142,7 @@ def _listening(port: int) -> Iterator[Listener]:
 
 
 def _decoded(text: str) -> str:
-    """Return an address as the kernel's tables write it: 32-bit words in the machine's order of bytes."""
+    """Decode an address of the kernel's tables: 32-bit words in the machine's byte order."""
     words = [int(text[at : at + 8], 16) for at in range(0, len(text), 8)]
     address = ip_address(struct.pack(f"={len(words)}I", *words))
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
@@ -169,7 +169,7 @@ def _belongs(pid: int, leader: int) -> bool:
     """Whether a process is in the session that the engine leads, or descends from it."""
     for _ in range(64):
         try:
-            # Behind the name, which may hold anything: state, parent, group, session.
+            # After the name, which may contain anything: state, parent, group, session.
             fields = (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
         except _GONE_OR_FORBIDDEN:
             return False

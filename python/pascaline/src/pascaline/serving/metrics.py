@@ -29,19 +29,19 @@ DROPPED_CAUSES = ("flood", "repeated", "unread")
 PROBE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 ALLOCATED = {
-    "weights_bytes": "Memory that the engine says its weights take",
-    "kv_bytes": "Memory that the engine says its KV cache takes",
+    "weights_bytes": "Memory of the weights, as the engine reports it",
+    "kv_bytes": "Memory of the KV cache, as the engine reports it",
     "kv_tokens": "Tokens that the engine's KV cache holds",
 }
-"""What an engine may say of its memory -> meaning."""
+"""Values that an engine may report about its memory -> help text of the metric."""
 
 
 class Metrics:
     """All series of one instance, in a registry of their own."""
 
     def __init__(self) -> None:
-        """Register what is known from the start: a series without labels exists from here on."""
-        # A second series for each counter, that nobody reads.
+        """Register the series that exist from the start."""
+        # Otherwise each counter gets a second series, _created, that nobody reads.
         disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus-client gives it no types
         self.registry = CollectorRegistry()
         self._late: dict[str, Gauge] = {}
@@ -70,12 +70,12 @@ class Metrics:
         )
         self.internal_errors = Counter(
             "pascaline_internal_errors",
-            "Exceptions of the supervisor that nothing foresaw; the log holds the traceback of each",
+            "Unexpected exceptions in the supervisor; the log holds the traceback of each",
             registry=self.registry,
         )
         self._dropped = Counter(
             "pascaline_log_lines_dropped",
-            "Lines that are missing in the log: of a flood, repeated, or read by nobody",
+            "Lines that are missing in the log: too many per second, repeated, or not read in time",
             ["cause"],
             registry=self.registry,
         )
@@ -83,18 +83,18 @@ class Metrics:
             self._dropped.labels(cause)
         self.last_generation = self._gauge(
             "pascaline_last_successful_generation_timestamp_seconds",
-            "Unix time at which tokens were last seen to move; 0 before the first",
+            "Unix time at which progress on tokens was last observed; 0 before the first",
         )
         self._settings = self._gauge(
             "pascaline_settings_info",
-            "1; the settings that the instance runs with",
+            "1; the settings of the instance",
             ["model", "served_model_name", "engine", "port", "device", "dtype", "card", "unit"],
         )
         self._gauge("pascaline_build_info", "1; the version of pascaline", ["version"]).labels(__version__).set(1)
         self.set_state(State.PLANNED)
 
     def set_state(self, state: State) -> None:
-        """Mark the one state that holds."""
+        """Set the current state to 1 and all others to 0."""
         for each in State:
             self._state.labels(each.value).set(each is state)
 
@@ -103,10 +103,10 @@ class Metrics:
         self._dropped.labels(cause).inc(lines)
 
     def set_task(self, task: Task, card: str | None) -> None:
-        """Publish what the engine is started with; these series are not there before."""
+        """Publish what the engine is started with; these series do not exist before."""
         model = (str(task.settings.model), task.model.served_name)
         engine = (task.settings.engine, task.settings.port, task.device, task.dtype)
-        # The unit is what ties the instance to its processes on a GPU, of which the exporter tells the unit too.
+        # The unit links the instance to its processes on a GPU: the exporter reports their unit too.
         self._settings.clear()
         self._settings.labels(*model, *engine, card or "", identify(os.getpid()).unit).set(1)
         limits = {
@@ -115,22 +115,22 @@ class Metrics:
             "max_total_tokens": task.max_total_tokens,
         }
         for name, value in limits.items():
-            self._set(f"pascaline_settings_{name}", f"Setting {name} as it is in force", value)
+            self._set(f"pascaline_settings_{name}", f"Effective value of the setting {name}", value)
 
     def set_plan(self, plan: Plan) -> None:
-        """Publish what the plan allows; these series are not there before."""
+        """Publish what the plan allows; these series do not exist before."""
         values = {
             "total_bytes": ("Memory of the device that the plan gives the instance", plan.total_bytes),
-            "weights_bytes": ("Of it for the model's weights", plan.weights_bytes),
-            "kv_bytes": ("Of it for the KV cache", plan.kv_bytes),
+            "weights_bytes": ("Planned memory of the model's weights", plan.weights_bytes),
+            "kv_bytes": ("Planned memory of the KV cache", plan.kv_bytes),
             "kv_tokens": ("Tokens that the plan gives the KV cache", plan.kv_tokens),
-            "device_bytes": ("Memory of the device, as the plan found it", plan.card_bytes),
+            "device_bytes": ("Memory of the device according to the plan", plan.card_bytes),
         }
         for name, (text, value) in values.items():
             self._set(f"pascaline_plan_{name}", text, value)
 
     def set_allocated(self, allocated: dict[str, int]) -> None:
-        """Publish what the engine says that it allocated, beside what was planned."""
+        """Publish the memory that the engine reports as allocated, beside the plan's series."""
         for name, value in allocated.items():
             self._set(f"pascaline_engine_{name}", ALLOCATED[name], value)
 
@@ -139,7 +139,7 @@ class Metrics:
         return redact_labels(generate_latest(self.registry).decode()).encode()
 
     def _set(self, name: str, text: str, value: float) -> None:
-        """Set a series that is registered with its first value."""
+        """Set a series, and register it if this is its first value."""
         if name not in self._late:
             self._late[name] = self._gauge(name, text)
         self._late[name].set(value)

@@ -1,6 +1,6 @@
-"""systemd's notification protocol: datagrams of NAME=VALUE lines to $NOTIFY_SOCKET; does nothing where that is not set.
+"""systemd's notification protocol: datagrams of NAME=VALUE lines to $NOTIFY_SOCKET; does nothing if that is not set.
 
-Never blocks: a manager that is restarted or that does not read gets what it missed with the next message.
+Never blocks: a manager that restarts or does not read gets the missed values with the next message.
 
 Source: sd_notify(3), sd_watchdog_enabled(3).
 """
@@ -24,12 +24,12 @@ MICROSECONDS = 1_000_000
 
 @dataclass(slots=True)
 class Notifier:
-    """The service manager's socket, and how often it wants a sign of life."""
+    """The service manager's socket, and the interval in which it expects a sign of life."""
 
     address: str | None
-    """None where no service manager listens."""
+    """None: no service manager listens."""
     watchdog_seconds: float | None
-    """None where the unit has no WatchdogSec."""
+    """None: the unit has no WatchdogSec."""
     _unsent: dict[str, str] = field(default_factory=dict, init=False)
 
     @classmethod
@@ -41,11 +41,11 @@ class Notifier:
         return cls(environment.get("NOTIFY_SOCKET"), watchdog)
 
     def ready(self) -> None:
-        """Say that the service serves."""
+        """Report that the service is ready."""
         self._send("READY", "1")
 
     def stopping(self) -> None:
-        """Say that the service is on its way out."""
+        """Report that the service is stopping."""
         self._send("STOPPING", "1")
 
     def status(self, text: str) -> None:
@@ -53,7 +53,7 @@ class Notifier:
         self._send("STATUS", visible(redact(text).replace("\n", " ")))
 
     def watchdog(self) -> None:
-        """Say that the main loop still turns."""
+        """Report that the main loop still runs."""
         if self.watchdog_seconds is not None:
             self._send("WATCHDOG", "1")
 
@@ -66,9 +66,9 @@ class Notifier:
             return
         self._unsent[name] = value
         message = "\n".join(f"{name}={value}" for name, value in self._unsent.items())
-        # A leading @ stands for the zero byte of an abstract socket.
+        # A leading @ means the zero byte of an abstract socket's address.
         address = "\0" + self.address[1:] if self.address.startswith("@") else self.address
-        # Without a descriptor left the message waits as well.
+        # The message also waits if no file descriptor is free.
         with contextlib.suppress(OSError):
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as connection:
                 connection.sendto(message.encode(errors="replace"), socket.MSG_DONTWAIT, address)

@@ -1,7 +1,7 @@
-"""A stream that never blocks those who write to it: a thread passes on, and what nobody reads in time is dropped.
+"""A stream that never blocks its writers: a thread writes the text, and drops what is not read in time.
 
-A reader of the log may stop for ever (Ctrl-S in a terminal, a journal that is stuck, a full pipe) or go away. What it
-misses is counted, and told in one line once it reads again.
+A reader of the log may stop for ever (Ctrl-S in a terminal, a journal that is stuck, a full pipe) or go away. The lines
+that it misses are counted, and reported in one line once it reads again.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 QUEUE_BYTES = 2**20
-"""What may wait for a reader: more than an engine says while it loads."""
+"""Most bytes that wait for a reader: more than an engine writes while it loads."""
 CLOSE_SECONDS = 2.0
-"""How long the end of the program waits for a reader."""
+"""How long the program waits for a reader when it ends."""
 
 
 class Outlet:
-    """Takes the place of a text stream that writes to a file descriptor. Safe to use from any thread."""
+    """Replaces a text stream that writes to a file descriptor. Safe to use from any thread."""
 
     def __init__(self, descriptor: int, note: Callable[[int], str], *, capacity: int = QUEUE_BYTES) -> None:
-        """note: makes the text that tells of so many lines dropped. capacity: bytes that may wait."""
+        """note: makes the text that reports a number of dropped lines. capacity: bytes that may wait."""
         self.on_lost: Callable[[int], None] = lambda _: None
         """Called with the number of lines whenever some are dropped, from any thread."""
         self._descriptor = descriptor
@@ -37,14 +37,14 @@ class Outlet:
         self._untold = 0
         """Lines dropped since the last note."""
         self._flows = True
-        """Whether the last write succeeded: a note is worth a try."""
+        """Whether the last write succeeded; only then is a note written."""
         self._writing = False
         self._closed = False
         self._changed = threading.Condition()
         threading.Thread(target=self._pass_on, daemon=True, name="log").start()
 
     def write(self, text: str) -> int:
-        """Take a text in, or drop it where too much waits already."""
+        """Queue a text, or drop it if the queue is full."""
         data = text.encode(errors="backslashreplace")
         with self._changed:
             fits = self._waiting_bytes + len(data) <= self._capacity
@@ -60,17 +60,17 @@ class Outlet:
         """Do nothing: the thread writes at once."""
 
     def isatty(self) -> bool:
-        """Whether a person may be reading."""
+        """Whether the descriptor is a terminal."""
         return os.isatty(self._descriptor)
 
     def fileno(self) -> int:
-        """The descriptor that is written to."""
+        """Return the descriptor that is written to."""
         return self._descriptor
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Wait for what is not written yet; where it stays unread, send all that others still write to nowhere.
+        """Wait until the queue is written. If nobody reads it within `seconds`, redirect the descriptor to /dev/null.
 
-        Without that, the program's last words would wait for the reader for ever.
+        Otherwise the program's last output would wait for the reader for ever.
         """
         with self._changed:
             self._closed = True
@@ -86,7 +86,7 @@ class Outlet:
             self._put(data)
 
     def _next(self) -> bytes | None:
-        """Wait for the next piece: a text, or the note of those that were dropped before it; None at the end."""
+        """Wait for the next piece: a text, or the note about dropped lines; None at the end."""
         with self._changed:
             self._writing = False
             self._changed.notify_all()
@@ -109,7 +109,7 @@ class Outlet:
             while left:
                 left = left[self._write_some(left) :]
         except OSError:
-            # Its reader went away, the terminal is closed, the disk is full.
+            # The reader is gone, the terminal is closed, or the disk is full.
             self._flows = False
             self._drop(data)
         else:
@@ -118,7 +118,7 @@ class Outlet:
     def _write_some(self, data: memoryview) -> int:
         with suppress(BlockingIOError):
             return os.write(self._descriptor, data)
-        # Somebody else who has this file open switched it to non-blocking.
+        # Another process that has this file open made it non-blocking.
         poll = select.poll()
         poll.register(self._descriptor, select.POLLOUT)
         poll.poll()

@@ -1,4 +1,4 @@
-"""What an engine writes, made fit for a log: whole lines, visible characters, and no more of them than help."""
+"""Prepares an engine's output for the log: whole lines, visible characters, a limited amount."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
 MAX_LINE_BYTES = 64 * 1024
-"""Of a longer line the beginning is shown."""
+"""Longest line that is shown whole; of a longer one only the beginning is shown."""
 LINES_PER_SECOND = 500
-"""More than an engine says in earnest; what exceeds it is counted, not shown, so that a flood costs nothing."""
+"""More than an engine normally writes. Further lines are counted, not shown, so that a flood of output costs little."""
 BYTES_PER_SECOND = 256 * 1024
-"""The same in bytes, for few long lines: SGLang's longest in earnest, its arguments, has 15 KiB."""
+"""The same limit in bytes, for few long lines: the longest normal line of SGLang, its arguments, has 15 KiB."""
 
-# C0 but tab, DEL, C1; what ends a line to some programs and not to others; what changes the direction of writing.
+# C0 except tab, DEL, C1; characters that only some programs treat as a line's end; those that change text direction.
 _INVISIBLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 
 def visible(text: str) -> str:
-    r"""Return the text with each control character as its escape, such as \x1b: a log must not steer a terminal."""
+    r"""Return the text with each control character as its escape, such as \x1b: a log must not control a terminal."""
     return _INVISIBLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -33,17 +33,20 @@ class Line:
     """One line of output."""
 
     text: str
-    """Without its end; of a long line the beginning."""
+    """The line without its end; if it is too long, its beginning."""
     size: int
     """Bytes of the whole line."""
 
 
 class Output:
-    """The reading end of a pipe. Not asyncio's own for a child: that one's end is waited for together with the child's,
-    and a grandchild that left the group can hold it open for ever."""
+    """The reading end of a pipe.
+
+    asyncio's own pipe for a child does not do: asyncio waits for the end of pipe and child together, and a grandchild
+    that left the process group can hold the pipe open for ever.
+    """
 
     def __init__(self, stream: asyncio.StreamReader, transport: asyncio.ReadTransport) -> None:
-        """Use `open`."""
+        """Take over a stream; use `open`."""
         self._stream = stream
         self._transport = transport
 
@@ -57,7 +60,7 @@ class Output:
         return cls(stream, transport)
 
     async def lines(self) -> AsyncIterator[Line]:
-        """Yield each line; of one that is longer than MAX_LINE_BYTES the beginning at once, its size at its end."""
+        """Yield each line. If one is longer than MAX_LINE_BYTES, yield its beginning at once, and a note at its end."""
         while piece := await self._read_piece():
             text, size = piece[:MAX_LINE_BYTES].decode(errors="replace").rstrip(), len(piece)
             if not piece.endswith(b"\n") and size >= MAX_LINE_BYTES:
@@ -78,15 +81,15 @@ class Output:
             return await self._stream.readexactly(max(error.consumed, 1))
 
     def close(self) -> None:
-        """Read no more; whoever still writes gets SIGPIPE."""
+        """Stop reading; processes that still write get SIGPIPE."""
         self._transport.close()
 
 
 class Throttle:
-    """Lets so many lines and bytes through in each second, and counts the others."""
+    """Admits a limited number of lines and bytes in each second, and counts the dropped lines."""
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
-        """clock: seconds."""
+        """clock: monotonic, in seconds."""
         self._clock = clock
         self._since = clock()
         self._lines = 0
@@ -94,7 +97,7 @@ class Throttle:
         self._dropped = 0
 
     def admits(self, size: int) -> bool:
-        """Whether a line of so many bytes may be shown."""
+        """Whether a line of `size` bytes may be shown; counts it either way."""
         if self._lines >= LINES_PER_SECOND or self._bytes + size > BYTES_PER_SECOND:
             self._dropped += 1
             return False
@@ -103,7 +106,7 @@ class Throttle:
         return True
 
     def dropped(self, *, at_end: bool = False) -> int:
-        """Begin the next second where this one is over, and return how many lines this one dropped; else 0."""
+        """If the current second is over, return the number of lines dropped in it and begin the next; otherwise 0."""
         if not at_end and self._clock() - self._since < 1.0:
             return 0
         dropped = self._dropped

@@ -1,4 +1,4 @@
-"""Ports: whether one is free, and who holds it where it is not."""
+"""Binds ports, and finds the process that holds a port that is not free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ LISTEN_STATE = "0A"
 
 
 def bind(host: str, port: int, purpose: str, setting: str) -> socket.socket:
-    """Return a bound socket; PortInUseError names the process that holds the port where that can be seen."""
+    """Return a socket bound to a TCP port. purpose, setting: names for messages.
+
+    Raises PortInUseError, which names the process that holds the port if this user can see it, and ConfigurationError
+    if the host does not resolve or the address cannot be bound.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
@@ -38,10 +42,10 @@ def bind(host: str, port: int, purpose: str, setting: str) -> socket.socket:
 
 
 def bind_unix(path: Path) -> socket.socket:
-    """Return a socket bound to a path that this user alone may open; removes what was there. Raises OSError."""
+    """Return a Unix socket that only this user may open; replaces an existing file. Raises OSError."""
     path.unlink(missing_ok=True)
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    # The mode of the file is that of the socket, on Linux, from the moment of bind on.
+    # On Linux the file that bind creates gets the socket's mode at once.
     os.fchmod(bound.fileno(), 0o600)
     try:
         bound.bind(str(path))
@@ -52,12 +56,12 @@ def bind_unix(path: Path) -> socket.socket:
 
 
 def check_free(host: str, port: int, purpose: str, setting: str) -> None:
-    """Raise PortInUseError where another process listens on the port."""
+    """Raise PortInUseError if another process listens on the port; other errors as in `bind`."""
     bind(host, port, purpose, setting).close()
 
 
 def port_holder(port: int) -> str | None:
-    """Return "name (pid N)" of the process that listens on a TCP port; None where it cannot be seen."""
+    """Return "name (pid N)" of the process that listens on a TCP port; None if there is none that this user can see."""
     inodes = _listening_inodes(port)
     if not inodes:
         return None

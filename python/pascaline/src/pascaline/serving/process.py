@@ -1,4 +1,4 @@
-"""The engine's process: started in a group of its own, its output passed on line by line, ended whole."""
+"""The engine's process: starts it in its own group, passes its output on line by line, and ends the whole group."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 NOT_INHERITED = frozenset(
     {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"}
 )
-"""The service manager's variables: what an engine tells it would count as ours. And a secret that no engine needs, as
-none downloads anything."""
+"""The service manager's variables: it would take an engine's notifications for ours. And Hugging Face tokens, which no
+engine needs, since none downloads anything."""
 KILL_SECONDS = 10.0
-"""From SIGKILL to the end of a process, on a machine under load; one that takes longer waits in the kernel, as for a
-driver that does not return."""
+"""From SIGKILL to the end of a process on a loaded machine. If it takes longer, the process is stuck in the kernel, for
+example in a driver call that does not return."""
 KEPT_LINES = 200
-"""Last lines of output that explain a failure."""
+"""Number of last output lines that are kept to explain a failure."""
 OnLine = Callable[[str], None]
 OnDropped = Callable[[int], None]
 
@@ -48,10 +48,10 @@ class EngineProcess:
 
     @classmethod
     async def start(cls, launch: Launch, on_line: OnLine, on_dropped: OnDropped = lambda _: None) -> EngineProcess:
-        """Start the command; it leads a new session and group, and dies with this process.
+        """Start the command as the leader of a new session and group; it dies with this process.
 
-        on_line: takes each line of output that is shown. on_dropped: takes the number of lines that a flood was cut by.
-        OSError where this machine has no process, memory or descriptor left for it.
+        on_line: called with each line of output to show. on_dropped: called with the number of lines that were dropped
+        because the engine wrote too many. Raises OSError if the machine has no process, memory or descriptor left.
         """
         read_end, write_end = os.pipe()
         output = await Output.open(read_end)
@@ -74,24 +74,24 @@ class EngineProcess:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs; negative: ended by that signal."""
+        """The exit code; None while it runs; negative if a signal ended it."""
         return self._process.returncode
 
     async def wait(self) -> int:
-        """Wait for its end and its last output; return the exit code."""
+        """Wait until it ends and its last output is read; return the exit code."""
         code = await self._process.wait()
-        # A grandchild that outlives it may hold the pipe open.
+        # A grandchild that outlives it may keep the pipe open.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(self._reader), timeout=1.0)
         return code
 
     def terminate(self) -> None:
-        """Ask it to end; its children are its own affair."""
+        """Send SIGTERM to it alone: it ends its children itself."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGTERM)
 
     async def kill(self) -> int | None:
-        """End it and everything in its group at once; return its exit code, None where not even SIGKILL ends it."""
+        """Kill it and everything in its group; return its exit code, None if not even SIGKILL ends it."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         with contextlib.suppress(TimeoutError):

@@ -1,4 +1,4 @@
-"""Lines that repeat are counted, not written: a failure of a thousand times a second says so a few times."""
+"""Counts repeated lines instead of writing them: a failure a thousand times a second appears only a few times."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SHOWN = 5
 """How often the same line is written within WINDOW_SECONDS."""
 WINDOW_SECONDS = 60.0
 REMEMBERED = 500
-"""Different lines that are told apart at once; beyond that the oldest is forgotten early."""
+"""Most different lines that are remembered; beyond that the oldest is forgotten early."""
 
 Key = TypeVar("Key")
 
@@ -21,21 +21,21 @@ class _Seen:
 
 
 class Repeats(Generic[Key]):
-    """Counts how often each line came lately. Times are of one monotonic clock."""
+    """Counts how often each line came within the window. Times are seconds of one monotonic clock."""
 
     def __init__(self) -> None:
-        """Nothing was seen yet."""
+        """Start without lines."""
         self._seen: dict[Key, _Seen] = {}
-        """The longest known first."""
+        """Lines by the time of their first occurrence, oldest first."""
 
     def admits(self, key: Key, now: float) -> bool:
-        """Take in that a line came; whether it is to be written."""
+        """Count a line; return whether to write it."""
         seen = self._seen.setdefault(key, _Seen(now))
         seen.times += 1
         return seen.times <= SHOWN
 
     def settled(self, now: float) -> list[tuple[Key, int]]:
-        """Forget the lines whose window is over; return those of them that were kept back, and how often."""
+        """Forget the lines whose window is over; return those that were not always written, and how often not."""
         over = []
         for key, seen in list(self._seen.items()):
             if now - seen.since < WINDOW_SECONDS and len(self._seen) <= REMEMBERED:

@@ -1,7 +1,8 @@
-"""The folder of one instance for files that live as long as it does, such as the one with the API key.
+"""The folder of one instance for files that live as long as the instance, such as the one with the API key.
 
-It is this user's alone, made anew where a cleaner of temporary files took it away, and removed at the end. After a
-SIGKILL the next instance removes it: each holds a lock on its own folder, which the kernel takes back with it.
+Only this user may open it. It is created again if a cleaner of temporary files removed it, and is removed at the end.
+After a SIGKILL the next instance removes it: each instance holds a lock on its folder, which the kernel releases when
+the process ends.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ if TYPE_CHECKING:
 
 PREFIX = "pascaline-serve-"
 _UNFINISHED = ".pascaline-serve-"
-"""A folder that has no lock yet: what begins with PREFIX has one, or belonged to an instance that is gone."""
+"""Prefix of a folder without a lock yet. A folder with PREFIX has a lock, or belongs to an instance that is gone."""
 
 
 class RuntimeFolder:
-    """A context manager; `path` makes the folder where it is not there."""
+    """A context manager; `path` creates the folder if it does not exist."""
 
     def __init__(self) -> None:
-        """Nothing is made before `path` is asked for."""
+        """Create nothing yet; `path` does."""
         self._path: Path | None = None
         self._lock: int | None = None
 
     def __enter__(self) -> RuntimeFolder:
-        """Remove what instances left that were killed."""
+        """Remove the folders of instances that were killed."""
         for left in left_behind():
             shutil.rmtree(left, ignore_errors=True)
         return self
@@ -44,14 +45,14 @@ class RuntimeFolder:
         self._release()
 
     def path(self) -> Path:
-        """Return the folder, of mode 0700; OSError where it can not be made."""
+        """Return the folder, with mode 0700. Raises OSError if it cannot be created."""
         if self._path is None or not self._is_there():
             self._release()
             self._path, self._lock = _make()
         return self._path
 
     def _is_there(self) -> bool:
-        """Whether the folder of this name is still the one that was made, and not somebody's in its place."""
+        """Whether the folder of this name is still the one that this instance created."""
         if self._path is None or self._lock is None:
             return False
         try:

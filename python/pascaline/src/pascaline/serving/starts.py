@@ -1,7 +1,7 @@
-"""How often an instance was started since it last served for a while: kept over the restarts of its unit.
+"""Counts the starts of an instance since it last served for a while; the count survives restarts of its unit.
 
-A service manager starts an instance again that failed. Each start knows nothing of those before it, and what watches
-from outside sees it come and go; so the instance itself counts, in the folder that systemd keeps ($STATE_DIRECTORY).
+A service manager restarts an instance that failed. A process knows nothing about earlier ones, and monitoring only sees
+the instance come and go. So the instance keeps the count in the folder that systemd preserves ($STATE_DIRECTORY).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "starts.json"
 MOST = 1_000_000
-"""A count beyond this was not written by us."""
+"""Largest valid count; a larger one in the file is damage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Starts:
     """The count of one instance."""
 
     path: Path | None
-    """Its file; None where nobody keeps a folder for it: then only this start is known."""
+    """Its file; None if there is no state folder: then only this start is counted."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Starts:
@@ -34,7 +34,7 @@ class Starts:
         return cls(Path(folder, FILE_NAME) if folder else None)
 
     def count(self) -> int:
-        """Return how many starts there were since the instance last served for a while; 0 where that is not known."""
+        """Return the number of starts since the instance last served for a while; 0 if it is unknown."""
         try:
             found = json.loads(self.path.read_text())["starts"] if self.path else 0
         except (OSError, ValueError, TypeError, LookupError, RecursionError):
@@ -42,13 +42,13 @@ class Starts:
         return found if type(found) is int and 0 <= found <= MOST else 0
 
     def begin(self) -> int:
-        """Count this start and return the sum. Raises OSError where it can not be kept."""
+        """Count this start and return the new count. Raises OSError if it cannot be written."""
         starts = self.count() + 1
         self._write(starts)
         return starts
 
     def settle(self) -> None:
-        """Begin anew: the instance serves, or was stopped in order. Raises OSError where that can not be kept."""
+        """Reset the count: the instance serves, or was stopped in order. Raises OSError if it cannot be written."""
         self._write(0)
 
     def _write(self, starts: int) -> None:

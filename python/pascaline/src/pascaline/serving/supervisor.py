@@ -1,7 +1,7 @@
-"""Supervision of one engine: the only place that starts and ends it and that changes the instance's state.
+"""Supervises one engine: the only code that starts and ends it, and that changes the instance's state.
 
-One task runs through the life of an instance: resolve and verify the model, then start the engine, watch it, and
-start it again when it dies or falls silent. Signals and POST /drain only set a flag; this task acts on it.
+One asyncio task runs for the life of an instance. It resolves and verifies the model, starts the engine, watches it,
+and restarts it when it dies or stops answering. Signals and POST /drain only set a flag; this task acts on it.
 """
 
 from __future__ import annotations
@@ -53,62 +53,62 @@ if TYPE_CHECKING:
     from pascaline.settings import Settings
 
 SOCKET_NAME = "agent.sock"
-"""In $RUNTIME_DIRECTORY: the agent for those who may open it, without a key."""
+"""The agent's socket in $RUNTIME_DIRECTORY; everyone who may open it needs no key."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""The service manager's, Ctrl-C's, and a closed terminal's."""
+"""Sent by the service manager, by Ctrl-C, and by a terminal that closes."""
 POLL_SECONDS = 1.0
-"""How often counters are read; a scrape of SGLang takes some milliseconds."""
+"""Interval at which counters are read; a scrape of SGLang takes some milliseconds."""
 DRAIN_POLL_SECONDS = 0.2
-"""The same while the instance drains, when somebody waits for the end."""
+"""The interval while the instance drains: somebody waits for its end."""
 BLIND_SECONDS = POLL_SECONDS + POLL_TIMEOUT_SECONDS + 4.0
-"""Between two looks at an engine; more means that this process was stopped, or the machine slept."""
+"""Longest normal time between two observations of an engine; longer means that this process or the machine slept."""
 EXTEND_SECONDS = 30.0
-"""Start and stop time that the service manager is asked for, again and again while there is progress."""
+"""Extra start or stop time to ask the service manager for, repeatedly while there is progress."""
 BACKOFF_SECONDS = 1.0
 BACKOFF_CAP_SECONDS = 60.0
 GPU_LOST_SECONDS = 300.0
-"""Wait after the GPU is lost: restarts do not bring it back, a reset by a person does."""
+"""Wait after the GPU is lost: restarts do not bring it back, only a reset by a person does."""
 GPU_LOOK_SECONDS = 15.0
-"""Between two questions to NVML whether a lost GPU is back."""
+"""Interval at which NVML is asked whether a lost GPU is back."""
 STUCK_SECONDS = 30.0
-"""Between two looks whether a process that could not be killed has ended."""
+"""Interval at which to check whether a process that could not be killed has ended."""
 STABLE_SECONDS = 600.0
-"""An engine that served this long has recovered: its next crash is the first again."""
+"""An engine that served this long has recovered: its next crash counts as the first again."""
 NO_CHAT_TEMPLATE = (
-    "the model has no chat template: /v1/completions works, /v1/chat/completions needs a model file that carries one"
+    "the model has no chat template: /v1/completions works, /v1/chat/completions needs a model file that has one"
 )
 KILL_GRACE_SECONDS = 20.0
-"""From SIGTERM after draining to SIGKILL; SGLang takes up to 5 s to notice and 3 s to end."""
+"""From SIGTERM after draining to SIGKILL; SGLang takes up to 5 s to notice SIGTERM and 3 s to end."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
-    """Raised within the main task when the instance is to stop."""
+    """Raised within the main task when the instance should stop."""
 
 
 @dataclass(slots=True)
 class Watch:
-    """What is known while one run of an engine is watched."""
+    """What is known while one run of an engine is watched. Times are seconds of the monotonic clock."""
 
     api: EngineApi
     judge: Judge
     began: float
-    """On the monotonic clock."""
+    """Time at which watching began."""
     probe: asyncio.Task[Probe] | None = None
     settled: bool = False
-    """Whether it served for so long that its start counts as one that went well."""
+    """Whether it has served long enough for its start to count as a success."""
     looked: float = field(init=False)
-    """When it was last looked at."""
+    """Time of the last observation."""
     understood: float = field(init=False)
-    """When a look last went as it should."""
+    """Time of the last observation without an internal error."""
 
     def __post_init__(self) -> None:
-        """The first look is the start."""
+        """The start counts as the first observation."""
         self.looked = self.understood = self.began
 
     def look(self, *, in_vain: bool) -> float:
-        """Return the time; what passed unseen since the last look is not held against the engine.
+        """Return the time; time without observation since the last call does not count as the engine's silence.
 
-        in_vain: whether a question since then failed in this process.
+        in_vain: whether a request to the engine failed since then because of this process.
         """
         now = time.monotonic()
         if now - self.looked > BLIND_SECONDS or in_vain:
@@ -121,7 +121,7 @@ class Supervisor:
     """One instance, from start to exit."""
 
     def __init__(self, configuration: Configuration, console: Console, notifier: Notifier) -> None:
-        """Nothing happens before `run`."""
+        """Store the arguments; `run` starts the instance."""
         self.settings: Settings = configuration.settings
         self.health = Health(State.PLANNED, time.time(), "starting up")
         self.metrics = Metrics()
@@ -130,9 +130,9 @@ class Supervisor:
         self.last_probe: Probe | None = None
         self.restarts = 0
         self.requests: Progress | None = None
-        """What the engine last said of its requests; None while it says nothing."""
+        """The engine's last report on its requests; None if its last answer had none."""
         self.versions = {"pascaline": __version__}
-        """Of pascaline, and of the engine once it is ready."""
+        """Version of pascaline, and of the engine once it is ready."""
         self._configuration = configuration
         self._console = console
         self._notifier = notifier
@@ -141,21 +141,21 @@ class Supervisor:
         self._process: EngineProcess | None = None
         self._placement: Placement | None = None
         self._api: EngineApi | None = None
-        """Of the engine that was started last."""
+        """API of the engine that was started last."""
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._failed_to_ask = False
-        """Whether a question since the last look failed in this process, and not in the engine."""
+        """Whether a request since the last observation failed because of this process, not of the engine."""
         self._starts = Starts.from_environment()
         self._signalled = False
 
     @property
     def engine_pid(self) -> int | None:
-        """Process of the engine; None while none runs."""
+        """Process id of the engine; None while it does not run."""
         return self._process.pid if self._process and self._process.exit_code is None else None
 
     def stop(self, reason: str) -> None:
-        """Ask for an orderly end; asked again, or at the end, it changes nothing."""
+        """Request an orderly end. Does nothing if that was already requested, or if the instance has ended."""
         if self._stop.is_set() or self.health.state in {State.FAILED, State.STOPPED}:
             return
         self._change(State.DRAINING, reason)
@@ -163,17 +163,17 @@ class Supervisor:
         self._stop.set()
 
     def _on_signal(self, name: str) -> None:
-        """Stop in order; at a second signal at once. One after POST /drain is a first one."""
+        """Stop in order at the first signal, at once at the second. POST /drain does not count as a signal."""
         if self._signalled:
             self._stop_now.set()
         self._signalled = True
         self.stop(name)
 
     async def run(self) -> ExitCode:
-        """Serve until asked to stop; raises PascalineError where the instance cannot serve."""
+        """Serve until asked to stop. Raises PascalineError if the instance cannot serve."""
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
-            # nohup has SIGHUP ignored, and means it.
+            # Under nohup SIGHUP is ignored, and must stay so.
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 loop.add_signal_handler(number, self._on_signal, number.name)
         listener = ports.bind(self.settings.agent_host, self.settings.agent_port, "agent", "agent_port")
@@ -189,12 +189,12 @@ class Supervisor:
             await serving
 
     def read_api_key(self) -> str | None:
-        """Return the key that requests must carry, None where none is set; raises OSError, UnicodeDecodeError."""
+        """Return the key that requests must carry; None if none is set. Raises OSError, UnicodeDecodeError."""
         path = self.settings.api_key_file
         return read_secret(path) if path is not None else None
 
     def _unix_listeners(self) -> list[socket.socket]:
-        """Open the agent's socket in the folder that the service manager made for this unit, where there is one."""
+        """Open the agent's socket in the folder that the service manager made for this unit, if there is one."""
         folder = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
         try:
             return [ports.bind_unix(Path(folder, SOCKET_NAME))] if folder else []
@@ -212,8 +212,8 @@ class Supervisor:
             self._change(State.FAILED, str(error).partition("\n")[0])
             raise
         except Exception as error:
-            self._note_mistake("a mistake of pascaline itself", error)
-            text = f"a mistake of pascaline itself ({error!r}); please report it with the traceback that the log holds"
+            self._note_mistake("an internal error of pascaline", error)
+            text = f"an internal error of pascaline ({error!r}); please report it with the traceback in the log"
             self._change(State.FAILED, text)
             raise PascalineError(text) from error
         finally:
@@ -252,7 +252,7 @@ class Supervisor:
         return task
 
     async def _plan(self, spec: ModelSpec) -> Plan:
-        """Plan the memory; raises DoesNotFitError where it does not fit and that is not allowed."""
+        """Plan the memory. Raises DoesNotFitError if the model does not fit and allow_overcommit is not set."""
         with self._console.stage("plan") as stage:
             self._placement = await self._in_thread(place_instance, self._configuration)
             plan: Plan = await self._in_thread(plan_instance, self._configuration, spec, self._placement)
@@ -273,7 +273,7 @@ class Supervisor:
     # --- while the engine runs ----------------------------------------------------------------------------------------
 
     async def _keep_running(self, task: Task) -> None:
-        """Start the engine, watch it, and start it again, until there is nothing more to hope for."""
+        """Start the engine, watch it, and restart it, until a stop is requested or restarts no longer help."""
         in_a_row, was_ready = 0, False
         while True:
             try:
@@ -282,14 +282,14 @@ class Supervisor:
             except OSError as error:
                 if not is_own_failure(error):
                     raise
-                served, failure = 0.0, Failure(FailureKind.HOST, f"this host lacks what a start takes: {error}")
+                served, failure = 0.0, Failure(FailureKind.HOST, f"this host lacks what a start needs: {error}")
             if self._stop.is_set():
                 raise Stopped
             was_ready = was_ready or served > 0
             if not was_ready:
                 raise EngineError(failure.text)
             if failure.kind is FailureKind.HOST:
-                # The engine did nothing wrong.
+                # Not the engine's fault, so it does not count towards max_restarts.
                 await self._pause_before_restart(in_a_row + 1, failure)
                 continue
             in_a_row = 1 if served > STABLE_SECONDS else in_a_row + 1
@@ -301,9 +301,9 @@ class Supervisor:
             await self._pause_before_restart(in_a_row, failure)
 
     async def _as_verified(self, task: Task) -> Task:
-        """Verify the model's files once more; files that changed since are read and planned again.
+        """Verify the model's files once more; if they changed, read and plan the model again.
 
-        Raises ModelError where they are not those that model_sha256 demands. Cheap where nothing changed.
+        Raises ModelError if they do not match model_sha256. Cheap if nothing changed.
         """
         model = task.model
         digests = await self._in_thread(store.verify, self.settings, store.model_files(model.spec, model.path))
@@ -314,7 +314,7 @@ class Supervisor:
         return await self._prepare()
 
     async def _run_once(self, task: Task) -> tuple[float, Failure]:
-        """Run the engine once; return for how long it was ready, and why it ended."""
+        """Run the engine once; return how many seconds it was ready, and why it ended."""
         self._change(State.STARTING, "the engine is loading")
         try:
             if (taken := self._port_taken()) is not None:
@@ -325,21 +325,21 @@ class Supervisor:
         self.metrics.engine_up.set(1)
         started, ready_since = time.time(), None
         api = self._api = EngineApi(self._engine, task, process.pid)
-        # Where this is left because the instance is to stop, the engine still runs: it drains.
+        # If a stop request ends this (Stopped), the engine still runs, so that it can drain.
         if await self._wait_until_ready(task, process, api):
             ready_since = time.monotonic()
             await self._watch(task, process, api)
         if process.exit_code is not None:
-            # Its last words say why.
+            # Its last output says why it ended.
             await process.wait()
         self.metrics.engine_up.set(0)
         served = time.monotonic() - ready_since if ready_since is not None else 0.0
         return served, await self._failure(process, started)
 
     def _port_taken(self) -> Failure | None:
-        """Return the failure that the next run would end with, minutes later: another program took the port meanwhile.
+        """Return a failure if another program has taken the port: the engine would fail with it minutes later.
 
-        Raises PortInUseError where no engine of this instance has served yet.
+        Raises PortInUseError if there was no restart yet.
         """
         try:
             ports.check_free(self.settings.host, self.settings.port, "engine", "port")
@@ -350,13 +350,13 @@ class Supervisor:
         return None
 
     async def _start(self, task: Task) -> EngineProcess:
-        """Start the engine; OSError where this machine lacks what that takes, such as processes or room on a disk."""
+        """Start the engine. Raises OSError if the machine lacks what that needs, such as processes or disk space."""
         task = replace(task, runtime_dir=self._runtime_folder.path())
         on_dropped = partial(self.metrics.count_dropped, "flood")
         return await EngineProcess.start(self._engine.launch(task), self._show_line, on_dropped)
 
     async def _wait_until_ready(self, task: Task, process: EngineProcess, api: EngineApi) -> bool:
-        """Wait for the first generation; False where the engine ended or took too long."""
+        """Wait for the first generation; return False if the engine ended or took too long."""
         started = time.monotonic()
         with self._console.stage("load") as load:
             load.failed = not await self._poll_until(process, started, partial(self._is_loaded, api))
@@ -369,7 +369,7 @@ class Supervisor:
             return False
         self._record_stage("warm-up", warm_up.seconds)
         if self.settings.model_sha256 is not None:
-            # What was verified may have been overwritten while the engine read it.
+            # The files may have been overwritten after they were verified and before the engine read them.
             await self._as_verified(task)
         self._change(State.READY, "a generation succeeded")
         self._notifier.ready()
@@ -380,12 +380,12 @@ class Supervisor:
         return True
 
     async def _ask_version(self, api: EngineApi) -> None:
-        """Note which version of the engine serves; one that does not say so serves all the same."""
+        """Store the engine's version; an engine that does not report it may serve as well."""
         with contextlib.suppress(OSError):
             self.versions[self._engine.name] = await self._in_thread(api.version)
 
     async def _note_allocated(self, api: EngineApi) -> None:
-        """Put what the engine allocated beside what was planned."""
+        """Add what the engine allocated to the plan and the metrics."""
         with contextlib.suppress(OSError):
             allocated = await self._in_thread(api.allocated)
             self.metrics.set_allocated(allocated)
@@ -402,7 +402,7 @@ class Supervisor:
         return False
 
     async def _watch(self, task: Task, process: EngineProcess, api: EngineApi) -> None:
-        """Follow the engine's progress until it ends or is unresponsive, and see to it that it has ended."""
+        """Observe the engine's progress until it ends or is unresponsive, then kill what is left of it."""
         judge = Judge(self.settings.stall_timeout, time.monotonic(), limits=self._engine.work_limits(task))
         watch = Watch(api, judge, judge.last_sign)
         try:
@@ -412,7 +412,7 @@ class Supervisor:
                     break
                 await self._sleep(POLL_SECONDS, process)
         finally:
-            # Before the engine is killed, so that the kill does not pass for the engine's own failure to answer.
+            # Cancelled before the engine is killed, so that the kill does not count as a failed test generation.
             if watch.probe is not None:
                 watch.probe.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Stopped):
@@ -420,7 +420,7 @@ class Supervisor:
         await process.kill()
 
     async def _look_safely(self, watch: Watch) -> None:
-        """Look once; a mistake of ours is told and costs this look, and ends the instance where no look succeeds."""
+        """Observe once. An internal error is logged and costs one look; if all fail for stall_timeout, it is raised."""
         try:
             await self._look(watch)
         except (Stopped, PascalineError):
@@ -445,7 +445,7 @@ class Supervisor:
         if watch.probe is None and judge.wants_probe(now, self.settings.probe_interval):
             judge.probe_sent()
             watch.probe = asyncio.create_task(self._generate(watch.api, self.settings.stall_timeout))
-        # Again: this process may have been stopped while it asked.
+        # A second time, since this process may have been stopped while it waited for the answer.
         self._change(*judge.verdict(watch.look(in_vain=self._asked_in_vain())))
         if not watch.settled and now - watch.began > STABLE_SECONDS:
             self._count_start(self._starts.settle)
@@ -463,15 +463,16 @@ class Supervisor:
         return progress
 
     def _asked_in_vain(self) -> bool:
-        """Whether a question since the last look failed in this process, and not in the engine."""
+        """Whether a request since the last call failed because of this process, not of the engine."""
         failed, self._failed_to_ask = self._failed_to_ask, False
         return failed
 
     def _note_own_failure(self, error: OSError) -> None:
-        """Where this process lacks descriptors, memory or ports, its question says nothing about the engine."""
+        """Note if a request failed for lack of descriptors, memory or ports here: it says nothing about the engine."""
         if is_own_failure(error):
             self._failed_to_ask = True
-            self._console.line("WARNING", "pascaline", f"failed to ask the engine for a reason of our own: {error}")
+            text = f"failed to ask the engine, because this process or host lacks something: {error}"
+            self._console.line("WARNING", "pascaline", text)
 
     async def _is_loaded(self, api: EngineApi) -> bool:
         with contextlib.suppress(OSError):
@@ -482,12 +483,12 @@ class Supervisor:
         return (await self._generate(api, FIRST_GENERATION_SECONDS)).ok
 
     async def _generate(self, api: EngineApi, timeout: float) -> Probe:
-        """Let the model generate one token, and note how that went."""
+        """Let the model generate one token, and record the outcome. timeout: seconds."""
         start = time.monotonic()
         try:
             probe: Probe = await self._in_thread(api.generate, timeout)
         except OSError as error:
-            # There is no thread to ask in.
+            # No thread could be started for the request.
             probe = Probe(time.time(), ok=False, seconds=time.monotonic() - start, reason=str(error), error=error)
         if probe.error is not None:
             self._note_own_failure(probe.error)
@@ -500,14 +501,14 @@ class Supervisor:
         return probe
 
     def _note_mistake(self, what: str, error: Exception) -> None:
-        """Log an exception that nothing foresaw whole, and count it."""
+        """Log an unexpected exception with its traceback, and count it."""
         self.metrics.internal_errors.inc()
         for line in traceback.format_exception(error):
             for part in line.rstrip().split("\n"):
                 self._console.line("ERROR", "pascaline", f"{what}: {part}")
 
     async def _failure(self, process: EngineProcess, started: float) -> Failure:
-        """Put into words why the engine, started at that Unix time, is not running any more."""
+        """Return why the engine no longer runs. started: Unix time of its start."""
         ending = self._ending(process, started)
         foreign = self._api.foreign if self._api is not None else None
         gpus = self._placement.gpus if self._placement is not None else ()
@@ -543,7 +544,7 @@ class Supervisor:
         sooner = ", sooner if NVML reads the GPU again, later while it is lost" if lost and self._watches_gpu else ""
         self._console.line("ERROR", "pascaline", f"{failure.text}; restart {in_a_row} in {wait:g} s{sooner}")
         await (self._wait_for_gpu(wait) if lost else self._sleep(wait))
-        # It still holds the GPU and the port: another one beside it could only fail.
+        # A stuck process still holds the GPU and the port, so another engine could only fail.
         while self._process is not None and await self._process.kill() is None:
             self._change(State.GPU_LOST, _stuck(self._process))
             await self._sleep(STUCK_SECONDS)
@@ -553,7 +554,7 @@ class Supervisor:
         return self._placement is not None and bool(self._placement.gpus)
 
     async def _wait_for_gpu(self, seconds: float) -> None:
-        """Wait until NVML reads the GPU again; for `seconds` where that cannot be known."""
+        """Wait until NVML reads the GPU again; if NVML cannot show that, wait for `seconds`."""
         if self._placement is None or not self._placement.gpus:
             return await self._sleep(seconds)
         began, lost_at = time.monotonic(), time.time()
@@ -569,7 +570,7 @@ class Supervisor:
     # --- the end ------------------------------------------------------------------------------------------------------
 
     async def _drain(self) -> ExitCode:
-        """Let running requests end within drain_timeout, then end the engine; at once where asked a second time."""
+        """Let running requests finish within drain_timeout, then end the engine; a second signal ends it at once."""
         process, settings = self._process, self.settings
         if process is not None and process.exit_code is None:
             self._console.line("INFO", "pascaline", f"draining for at most {settings.drain_timeout:g} s")
@@ -583,8 +584,8 @@ class Supervisor:
             idle.cancel()
             if process.exit_code is None and not self._stop_now.is_set():
                 text = (
-                    f"the engine had not ended after drain_timeout ({settings.drain_timeout:g} s), killing it and "
-                    "what it still computes"
+                    f"the engine had not ended after drain_timeout ({settings.drain_timeout:g} s); killing it with its "
+                    "running requests"
                 )
                 self._console.line("WARNING", "pascaline", text)
             await process.kill()
@@ -601,7 +602,7 @@ class Supervisor:
     async def _until_idle(self) -> None:
         working = True
         while working:
-            # Without a thread to ask from, nothing is known: the deadline ends that.
+            # If no thread can be started, try again until the deadline.
             with contextlib.suppress(OSError):
                 working = await start_in_thread(self._has_work)
             await asyncio.sleep(DRAIN_POLL_SECONDS)
@@ -610,24 +611,24 @@ class Supervisor:
         try:
             self.requests = self._api.progress() if self._api is not None else None
         except TimeoutError:
-            # llama-server answers between two batches only: silence means that it computes one.
+            # llama-server answers only between two batches: a timeout means that it computes one.
             return True
         except OSError as error:
             return is_own_failure(error)
-        # A page that cannot be read says nothing: the deadline ends that too.
+        # A malformed page counts as work: the deadline ends that too.
         return self.requests is None or self.requests.has_work
 
     def _count_start(self, change: Callable[[], int | None]) -> None:
-        """Begin or end the count of starts; an instance serves also where the count can not be kept."""
+        """Increase or reset the count of starts; the instance serves even if the count cannot be written."""
         try:
             self.metrics.starts.set(change() or 0)
         except OSError as error:
-            self._console.line("WARNING", "pascaline", f"failed to keep the number of starts: {error}")
+            self._console.line("WARNING", "pascaline", f"failed to write the number of starts: {error}")
 
-    # --- small ones ---------------------------------------------------------------------------------------------------
+    # --- helpers ------------------------------------------------------------------------------------------------------
 
     def _change(self, state: State, reason: str) -> None:
-        """The only writer of the state."""
+        """Change the state; nothing else writes it."""
         if self.health.state is State.DRAINING and state not in {State.STOPPED, State.FAILED}:
             return
         before = self.health.state
@@ -642,7 +643,7 @@ class Supervisor:
         self._console.line(level, "engine", text)
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run something that blocks; raises Stopped as soon as the instance is to stop, and leaves the thread alone."""
+        """Run a blocking function in a thread. Raises Stopped once a stop is requested, and abandons the thread."""
         working = start_in_thread(function, *arguments)
         stopping = asyncio.create_task(self._stop.wait())
         try:
@@ -657,14 +658,14 @@ class Supervisor:
         return working.result()
 
     def _show_life(self) -> None:
-        """Tell the service manager that the main loop turns, and that a start or stop still goes on."""
+        """Report to the service manager that the main loop runs, and that a start or stop is still in progress."""
         self._console.settle()
         self._notifier.watchdog()
         if self.health.state in {State.PLANNED, State.STARTING, State.DRAINING}:
             self._notifier.extend_timeout(EXTEND_SECONDS)
 
     async def _sleep(self, seconds: float, process: EngineProcess | None = None) -> None:
-        """Wait, but not beyond the wish to stop or the end of the process; keep the watchdog quiet meanwhile."""
+        """Wait, keeping the watchdog satisfied. Return early if the process ends; raise Stopped at a stop request."""
         deadline = time.monotonic() + seconds
         while (remaining := deadline - time.monotonic()) > 0 and not (process and process.exit_code is not None):
             self._show_life()
@@ -677,4 +678,4 @@ class Supervisor:
 
 
 def _stuck(process: EngineProcess) -> str:
-    return f"its process {process.pid} does not end when it is killed, as where a driver call does not return"
+    return f"its process {process.pid} does not end when it is killed; perhaps a driver call does not return"

@@ -1,4 +1,4 @@
-"""What an engine is started with, decided from settings, model and host."""
+"""Builds the task of an engine, which is everything that it is started with, from settings, model and host."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def this_host() -> HostFacts:
-    """Return the questions about the machine that this process runs on."""
+    """Return the functions that read facts about the machine that this process runs on."""
     return HostFacts(
         environment=os.environ,
         installed=installed_models,
@@ -42,12 +42,12 @@ def this_host() -> HostFacts:
 
 
 def place_instance(configuration: Configuration) -> Placement:
-    """Decide where the instance runs on this host; errors as of `placement.place`."""
+    """Decide where the instance runs on this host. Raises the errors of `placement.place`."""
     return place(configuration.settings, configuration.card, this_host())
 
 
 def plan_instance(configuration: Configuration, spec: ModelSpec, placement: Placement | None = None) -> Plan:
-    """Plan the model on this host's device with the memory that is free now. placement: None = decide it.
+    """Plan the model on this host's device with the memory that is free now. placement: None means decide it here.
 
     Raises DoesNotFitError, with the table and the nearest settings that fit, unless allow_overcommit is set.
     """
@@ -70,7 +70,7 @@ def make_task(
     runtime_dir: Path,
     placement: Placement | None = None,
 ) -> Task:
-    """Put together what the engine is started with. placement: None = the device of the plan, whatever its number."""
+    """Build the engine's task. placement: None means all visible GPUs, if the plan's device is a GPU."""
     settings, request = configuration.settings, plan.request
     return Task(
         settings=settings,
@@ -90,12 +90,12 @@ def make_task(
 
 
 def choose_dtype(settings: Settings, card: str | None, device: str) -> str:
-    """Return the type of the computation on this host; see `placement.choose_dtype`."""
+    """Return the dtype of the computation on this host; see `placement.choose_dtype`."""
     return placement_rules.choose_dtype(settings, card, device, cpu_flags)
 
 
 def cpu_flags(cpu_info: Path = CPU_INFO) -> frozenset[str]:
-    """Return the instruction-set flags of this machine's first CPU; empty where they cannot be read."""
+    """Return the instruction-set flags of this machine's first CPU; empty if they cannot be read."""
     try:
         return placement_rules.cpu_flags(cpu_info.read_text())
     except OSError:

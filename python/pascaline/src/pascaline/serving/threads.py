@@ -1,4 +1,4 @@
-"""Threads that nobody waits for: what they still do when the instance ends must not delay its end."""
+"""Threads that nothing waits for, so that blocking work does not delay the end of the instance."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ _OWN = frozenset(
         *(errno.EADDRNOTAVAIL, errno.ENOSPC, errno.EDQUOT),
     }
 )
-"""What a lack of descriptors, memory, threads, ports of our own, or room on a disk ends with."""
+"""Errors for a lack of file descriptors, memory, threads, local ports or disk space in this process."""
 
 
 def is_own_failure(error: OSError) -> bool:
-    """Whether an error says that this process lacks something, and nothing of whom it wanted to ask."""
+    """Whether this process lacks a resource, so that the error says nothing about the engine."""
     return error.errno in _OWN
 
 
 def share_one_heap() -> None:
-    """Let the threads of this process share one heap, as long as it has none yet.
+    """Let all threads of this process share one heap. Call this before the first thread starts.
 
-    glibc gives each a heap of its own, 8 MiB of resident memory here, to spare threads that allocate all the time from
-    waiting for each other. Ours wait for files and sockets.
+    glibc gives each thread its own heap, here 8 MiB of resident memory, so that threads that allocate often do not wait
+    for each other. Our threads mostly wait for files and sockets.
     """
-    # Another C library has no such setting.
+    # Other C libraries do not have this setting.
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def start_in_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
-    """Run something that blocks in a thread of its own; a cancelled future ignores what comes of it.
+    """Run a blocking function in its own thread and return a future; if that is cancelled, the result is ignored.
 
-    Raises OSError (EAGAIN) where no thread can be started; a MemoryError of the function is OSError (ENOMEM).
+    Raises OSError (EAGAIN) if no thread can be started. A MemoryError in the function becomes OSError (ENOMEM).
 
-    Not asyncio.to_thread: the interpreter waits for its threads, be it for the checksum of 40 GB.
+    asyncio.to_thread does not do: at its end the interpreter waits for those threads, even for a checksum of 40 GB.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
-    # An error that nobody asks for any more is no news.
+    # Reads the exception, so that asyncio does not report it as never retrieved.
     future.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def settle(result: Any, error: BaseException | None) -> None:
@@ -70,7 +70,7 @@ def start_in_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Fu
             error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         except Exception as caught:
             error = caught
-        # The loop may be closed by now.
+        # The loop may already be closed.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(settle, result, error)
 

@@ -20,7 +20,7 @@ class Call:
     version: int | None = None
     """Number by which nvidia-ml-py picks another version of the call; None = the one it takes by itself."""
     alias: str | None = None
-    """Name of the C function where `version` picks another than `function`."""
+    """Name of the C function if `version` selects another one than `function`."""
 
     @property
     def key(self) -> str:
@@ -47,9 +47,9 @@ LIB_RM_VERSION_MISMATCH = 18
 UNINITIALIZED = 1
 
 DEVICE_GONE = frozenset({GPU_IS_LOST, RESET_REQUIRED})
-"""Codes after which nothing else that a GPU says is believed."""
+"""Codes after which no other answer about the GPU is trusted."""
 LIBRARY_GONE = frozenset({UNINITIALIZED, DRIVER_NOT_LOADED, LIBRARY_NOT_FOUND, LIB_RM_VERSION_MISMATCH})
-"""Codes after which this process's copy of NVML is of no more use."""
+"""Codes after which this process's copy of NVML cannot be used any more."""
 
 ERROR_NAMES = {
     1: "UNINITIALIZED",

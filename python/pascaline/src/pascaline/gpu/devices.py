@@ -1,4 +1,4 @@
-"""Which GPUs a CUDA process sees: the identity of each, and what CUDA_VISIBLE_DEVICES makes of the host's list."""
+"""Which GPUs a CUDA process sees: the identity of each, and how CUDA_VISIBLE_DEVICES filters the host's list."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ _INDEX = re.compile(r"-?\d+")
 
 @dataclass(frozen=True, slots=True)
 class GpuIdentity:
-    """One GPU of the host. A UUID stays with the card; an index belongs to whatever is there now."""
+    """One GPU of the host. A UUID stays with the card; an index belongs to the card that has it now."""
 
     index: int
     """In the order of the PCI bus, as NVML and, under CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA count."""
     uuid: str
-    """Empty where it is not known."""
+
+    """Empty if it is unknown."""
     address: str
-    """On the PCI bus, as 0000:3b:00; empty where it is not known."""
+    """On the PCI bus, as 0000:3b:00; empty if it is unknown."""
     name: str = ""
 
     def __str__(self) -> str:
@@ -45,9 +46,9 @@ class GpuIdentity:
 
 
 def bus_address(text: str) -> str:
-    """Return a PCI address as domain:bus:device in lower case, of NVML's, the kernel's or the driver's form of it.
+    """Return a PCI address as domain:bus:device in lower case, from NVML's, the kernel's or the driver's form.
 
-    "" where the text holds none. The domain that a form leaves out is 0.
+    "" if the text holds none. A missing domain is 0.
     """
     match = _ADDRESS.search(text)
     if match is None:
@@ -57,14 +58,14 @@ def bus_address(text: str) -> str:
 
 
 def identity_of(device: DeviceReading) -> GpuIdentity:
-    """Return who a GPU is that NVML told about."""
+    """Return the identity of a GPU that NVML reports."""
     info = device.values.get(PCI_INFO.key)
     address = bus_address(str(info[0])) if isinstance(info, list) and info else ""
     return GpuIdentity(device.index, device.uuid, address, str(device.values.get(NAME.key, "")))
 
 
 def driver_gpus(folder: Path = PROC_GPUS) -> tuple[GpuIdentity, ...]:
-    """Return the GPUs that the driver's folder lists, in the order of the bus: what is known without NVML."""
+    """Return the GPUs that the driver's folder lists, in the order of the bus. This works without NVML."""
     found = sorted((bus_address(path.parent.name), path) for path in folder.glob("*/information"))
     return tuple(_of_information(index, address, path) for index, (address, path) in enumerate(found))
 
@@ -80,7 +81,7 @@ def visible_gpus(gpus: Sequence[GpuIdentity], visible: str | None) -> list[GpuId
     """Return the GPUs that a process sees with this CUDA_VISIBLE_DEVICES (None: not set), in its own order.
 
     CUDA takes indices and beginnings of UUIDs, and stops at the first entry that names nothing. Raises
-    ConfigurationError where it would see none, for a MIG device, a GPU named twice, or a beginning that fits several.
+    ConfigurationError if it would see none, for a MIG device, a GPU named twice, or a beginning that fits several.
     """
     if visible is None:
         return list(gpus)
@@ -118,9 +119,9 @@ def _named(gpus: Sequence[GpuIdentity], entry: str, visible: str) -> GpuIdentity
 
 
 def device_variables(device: str, gpus: Sequence[GpuIdentity] = ()) -> dict[str, str]:
-    """Return the variables that show an engine these GPUs and no other, counted as NVML counts; on the CPU none at all.
+    """Return the variables that show an engine only these GPUs, counted as NVML counts; on the CPU none at all.
 
-    GPUs whose UUIDs are not all known are left as CUDA_VISIBLE_DEVICES has them.
+    If some UUIDs are unknown, CUDA_VISIBLE_DEVICES stays as it is.
     """
     if device == "cpu":
         return {VISIBLE_DEVICES: ""}

@@ -1,7 +1,7 @@
 """The exporter: one thread reads NVML at an interval, and scrapes are answered from its last reading.
 
-So any number of scrapes at once costs one reading, and a scrape never waits for the driver longer than its own timeout.
-A reading older than `max_age` is not shown: its scrape waits for the next one, and then says that the data is stale.
+Any number of concurrent scrapes costs one reading, and a scrape never waits for the driver longer than its own timeout.
+A reading older than `max_age` is not shown: the scrape waits for the next one, and reports stale data if none comes.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ DEFAULT_MAX_AGE = 5.0
 TIMEOUT_HEADER = "X-Prometheus-Scrape-Timeout-Seconds"
 _DEFAULT_TIMEOUT = 10.0  # Prometheus' own default
 _LONGEST_TIMEOUT = 60.0
-"""Longest wait for a reading, whatever a scraper says: Prometheus' longest sensible scrape."""
+"""Longest wait for a reading, even if a scraper allows more: Prometheus' longest sensible scrape."""
 _ACCEPT_SECONDS = 0.1
-"""Pause after a connection that could not be accepted: it waits in the kernel, and asking again at once would spin."""
+"""Pause after a connection could not be accepted: it waits in the kernel, and an immediate retry would spin."""
 _MOST_SAID = 100
-"""Different failures of requests that are told."""
+"""Most distinct request failures that are logged."""
 _TIMEOUT_MARGIN = 0.5
-"""Seconds of a scrape's timeout that are left for the answer to travel."""
+"""Seconds of a scrape's timeout that are reserved for sending the answer."""
 _SWITCH_SECONDS = 0.0005
 """Interpreter's time slice (its default is 5 ms): how long a scrape may wait for the thread that renders a reading."""
 _STOP_SECONDS = 5.0
@@ -64,14 +64,14 @@ class Readings:
         self._received = -max_age
 
     def publish(self, reading: Reading) -> None:
-        """Make a reading the last one."""
+        """Store a reading as the last one."""
         page = render(reading).encode()
         with self._changed:
             self._last, self._page, self._received = reading, page, time.monotonic()
             self._changed.notify_all()
 
     def page(self, timeout: float) -> bytes:
-        """Return the page of a reading that is young enough, or after `timeout` seconds one that says there is none."""
+        """Return the page of a recent reading, or after `timeout` seconds a page that reports that there is none."""
         with self._changed:
             if self._changed.wait_for(self._is_fresh, max(timeout, 0.0)):
                 return self._page
@@ -81,7 +81,7 @@ class Readings:
         return bool(self._page) and time.monotonic() - self._received <= self._max_age
 
     def _outdated(self) -> Reading:
-        """The last reading without its data: what is known of lost GPUs and events stays."""
+        """The last reading without its data; lost GPUs and events stay."""
         if self._last.status is DriverStatus.STARTING:
             return self._last
         lost = tuple(device for device in self._last.devices if device.status.is_lost)
@@ -89,7 +89,7 @@ class Readings:
 
 
 class ChangeLog:
-    """Says each change of the driver's or a GPU's state once, and not each reading that repeats it."""
+    """Reports each change of the driver's or a GPU's state once, and does not repeat it for each reading."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         """write: takes one line."""
@@ -98,7 +98,7 @@ class ChangeLog:
         self._xids: dict[tuple[str, int], int] = {}
 
     def note(self, reading: Reading) -> None:
-        """Compare a reading with what was said last."""
+        """Compare a reading with the state that was reported last."""
         self._say("NVML", reading.status.value, reading.message)
         for device in reading.devices:
             self._say(f"GPU {device.index} ({device.uuid or 'unknown UUID'})", device.status.value, device.message)
@@ -109,7 +109,7 @@ class ChangeLog:
                 self._xids[key] = xid.count
 
     def _say(self, who: str, status: str, message: str) -> None:
-        # The message of a failure may name another call each time; that of a working GPU says how it is set up.
+        # A failure's message may name another call each time; a working GPU's message describes its configuration.
         state = f"{status}: {message}" if status == DeviceStatus.OK else status
         if self._said.get(who) != state:
             self._said[who] = state
@@ -149,7 +149,7 @@ class Exporter:
     def run(self) -> None:
         """Read and answer until `stop` is called from another thread or a signal handler's.
 
-        Raises what ended the reading thread: pages that stay stale for ever would hide it.
+        Raises the exception that ended the reading thread; otherwise only pages that stay stale would show it.
         """
         sys.setswitchinterval(_SWITCH_SECONDS)
         self._thread.start()
@@ -158,7 +158,7 @@ class Exporter:
         finally:
             self._stop.set()
             self._server.server_close()
-            # Ends a reading that is under way, however long it hangs.
+            # Ends a reading in progress, even if it hangs.
             self._reader.close()
             self._thread.join(_STOP_SECONDS)
         if self._error:
@@ -183,13 +183,13 @@ class Exporter:
                 return
             self._readings.publish(reading)
             self._log.note(reading)
-            # A reading that took longer than the interval does not make the next ones follow at once.
+            # After a reading that took longer than the interval, the next ones do not follow at once.
             due = max(due + self._interval, time.monotonic())
             self._stop.wait(due - time.monotonic())
 
 
 class Quiet:
-    """The open connections, the longest quiet first: one that says nothing whole for a while, or is one too many, ends.
+    """The open connections, the longest idle first. One without a whole request for a while, or one too many, is ended.
 
     Safe to use from any thread. A connection is shut down, not closed: the thread that serves it closes it.
     """
@@ -206,7 +206,7 @@ class Quiet:
         return len(self._deadlines)
 
     def heard(self, connection: socket.socket, patience: float = 0.0) -> None:
-        """Take in a new connection, or a request of one whose answer may take so many seconds, or the answer."""
+        """Note a new connection, a request whose answer may take `seconds`, or the end of an answer."""
         with self._lock:
             known = self._deadlines.pop(connection, None) is not None
             if not known and len(self._deadlines) >= self._most:
@@ -219,14 +219,14 @@ class Quiet:
             self._deadlines.pop(connection, None)
 
     def cut_overdue(self) -> None:
-        """End what has been quiet for too long."""
+        """End the connections that have been idle for too long."""
         now = time.monotonic()
         with self._lock:
             for connection in [each for each, deadline in self._deadlines.items() if deadline < now]:
                 self._cut(connection)
 
     def cut_oldest(self) -> None:
-        """Make room where the process has no descriptor left."""
+        """Close a connection if the process has no descriptor left."""
         with self._lock:
             if self._deadlines:
                 self._cut(next(iter(self._deadlines)))
@@ -265,7 +265,7 @@ class _Server(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Look after the connections, ten times a second."""
+        """Check the connections, ten times a second."""
         self.connections.cut_overdue()
 
     def shutdown_request(self, request: Any) -> None:
@@ -274,7 +274,7 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A scraper that went away is no news, and no failure is news twice."""
+        """Ignore scrapers that went away, and report each failure once."""
         del request, client_address
         error = sys.exc_info()[1]
         if not isinstance(error, ConnectionError):
@@ -330,7 +330,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.connections.heard(self.connection)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the base class names it
-        """Keep quiet: a line a scrape says nothing."""
+        """Log nothing: one line per scrape would be noise."""
 
 
 def _listen(host: str, port: int, readings: Readings, log: Callable[[str], None]) -> _Server:
@@ -339,7 +339,7 @@ def _listen(host: str, port: int, readings: Readings, log: Callable[[str], None]
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortInUseError(
-                f"port {port} of {host} is in use; stop what listens there, or choose another with --port"
+                f"port {port} of {host} is in use; stop the program that listens there, or choose another with --port"
             ) from error
         raise ConfigurationError(
             f"failed to listen on {host}:{port}: {error.strerror or error}; see --host and --port"

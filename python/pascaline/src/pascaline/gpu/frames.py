@@ -1,4 +1,4 @@
-"""JSON objects over a pipe, each behind its length: what the exporter and its NVML process speak."""
+"""JSON objects over a pipe, each after its length: the protocol between the exporter and its NVML process."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ PROGRAM_SECONDS = 5.0
 OFF_THE_BUS = 79
 """The Xid of a GPU that fell off the bus (NVIDIA, Xid Errors)."""
 RESET_XIDS = frozenset({62, 95, 109, 119, 120, 140, 143})
-"""Xids after which NVIDIA's Xid catalog tells to reset the GPU, or to restart the host: a controller on the card
+"""Xids after which NVIDIA's Xid catalog requires a reset of the GPU or a restart of the host: a controller on the card
 stopped (62, 109, 119, 120, 143) or its memory had an error that was not contained (95, 140)."""
 
 _XID = re.compile(r"NVRM: Xid \(([^)]*)\): (\d+)")
@@ -33,7 +33,7 @@ class XidEvent:
     """One event of the driver about one GPU."""
 
     address: str
-    """On the PCI bus, as 0000:3b:00; empty where the line has none."""
+    """On the PCI bus, as 0000:3b:00; empty if the line has none."""
     number: int
     line: str
     """The kernel's own words."""
@@ -61,7 +61,7 @@ def _run(command: Sequence[str]) -> Output | None:
 
 
 def driver_lines(since: float, run: Callable[[Sequence[str]], Output | None] = _run) -> list[str] | None:
-    """Return what the driver told the kernel's log after that Unix time; None where this user may not read it.
+    """Return what the driver wrote to the kernel's log after that Unix time; None if this user may not read it.
 
     `run` runs a program: the journal is asked first, then the kernel's own buffer.
     """
@@ -74,13 +74,13 @@ def driver_lines(since: float, run: Callable[[Sequence[str]], Output | None] = _
 
 
 def _could_read(output: Output) -> bool:
-    """Whether a program saw the log. journalctl ends with 1 where nothing matched, and says where it may not look."""
+    """Whether a program saw the log. journalctl ends with 1 if nothing matched, and reports missing permission."""
     hidden = "not seeing messages" in output.errors or "No journal files" in output.errors
     return not hidden and (output.code == 0 or (output.code == 1 and not output.errors.strip()))
 
 
 def _time(line: str) -> float:
-    """Return the Unix time that a line begins with; infinite where it has none, so that nothing is left out."""
+    """Return the Unix time at the start of a line; infinite if it has none, so that no line is left out."""
     try:
         return datetime.fromisoformat(line.partition(" ")[0]).timestamp()
     except ValueError:

@@ -1,13 +1,13 @@
-"""Whether a GPU is lost, judged by evidence: what NVML says of it now, and what the driver told the kernel's log.
+"""Whether a GPU is lost, judged by evidence: what NVML reports now, and what the driver wrote to the kernel's log.
 
     evidence                                                                standing
     NVML reads the GPU                                                      well
-    NVML says GPU_IS_LOST or RESET_REQUIRED, a call about it hangs,         lost
+    NVML returns GPU_IS_LOST or RESET_REQUIRED, a call about it hangs,      lost
     its UUID is no longer listed, the kernel module is gone, Xid 79
     NVML hangs elsewhere, an Xid after which the GPU must be reset          doubtful
     NVML cannot be asked, the log cannot be read, nothing about this GPU    unknown
 
-An index says nothing here: after a card is lost, its index may be another card's.
+An index identifies no card here: after a card is lost, another card may have its index.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Standing(StrEnum):
-    """What the evidence says of an instance's GPUs, from the best to the worst."""
+    """Condition of an instance's GPUs according to the evidence, from the best to the worst."""
 
     WELL = "well"
     UNKNOWN = "unknown"
@@ -45,7 +45,7 @@ class Standing(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """A standing and what was seen."""
+    """A standing and the observation behind it."""
 
     standing: Standing
     text: str = ""
@@ -68,7 +68,7 @@ def examine(gpus: Sequence[GpuIdentity], since: float, environment: Mapping[str,
 
 
 def judge(gpus: Sequence[GpuIdentity], reading: Reading, kernel_lines: Iterable[str] = ()) -> Evidence:
-    """Return the worst that is known of any of the GPUs. A GPU that NVML reads now is well, whatever the log says."""
+    """Return the worst standing of the GPUs. A GPU that NVML can read now is well, even if the log has errors."""
     events = xid_events(kernel_lines)
     found = [_judge_one(gpu, reading, events) for gpu in gpus]
     return max(found, key=lambda evidence: evidence.standing.severity, default=NOTHING_KNOWN)
@@ -94,7 +94,7 @@ def _by_nvml(gpu: GpuIdentity, reading: Reading) -> Evidence:
 
 
 def _find(gpu: GpuIdentity, devices: Sequence[DeviceReading]) -> DeviceReading | None:
-    """Return what NVML said of the GPU: by its UUID, or by its index if the device that is there tells no UUID."""
+    """Return what NVML reports about the GPU, found by its UUID, or by its index if the device reports no UUID."""
     known = next((device for device in devices if device.uuid and device.uuid == gpu.uuid), None)
     return known or next((device for device in devices if not device.uuid and device.index == gpu.index), None)
 

@@ -1,4 +1,4 @@
-"""Memory of the device that a model is to run on: of a GPU by NVML, of the host by /proc and the control group."""
+"""Memory of the device on which a model will run: a GPU's from NVML, the host's from /proc and the control group."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 MEMINFO = Path("/proc/meminfo")
 TRANSFERS_PER_CYCLE = 2
-"""Double data rate, of the clock that NVML tells: 2 x 3003 MHz x 256 bit is the 192 GB/s of a P4's data sheet."""
+"""Double data rate of the clock that NVML reports: 2 x 3003 MHz x 256 bit is the 192 GB/s of a P4's data sheet."""
 MEGA = 10**6
 BITS_PER_BYTE = 8
 
@@ -32,11 +32,11 @@ class DeviceMemory:
     """Memory of one device, bytes."""
 
     name: str
-    """As the driver calls it; `cpu` for the host."""
+    """The driver's name for it; `cpu` for the host."""
     total_bytes: int
-    """Of a GPU all that the driver reports, of the host what is available."""
+    """For a GPU all memory that the driver reports, for the host the available memory."""
     used_bytes: int = 0
-    """Taken by other processes and by the driver."""
+    """Memory that other processes and the driver use."""
     gpus: tuple[GpuIdentity, ...] = ()
     """The GPUs that a process would see, this one first; empty for the host."""
 
@@ -45,7 +45,7 @@ def gpu_memory(visible: str | None = None, environment: Mapping[str, str] | None
     """Return the memory of the first GPU that a process would see.
 
     visible: value of CUDA_VISIBLE_DEVICES, None = all. environment: of the process that asks NVML (None = this one's).
-    Raises ConfigurationError where `visible` names none of the GPUs, MissingError where NVML shows none or fails.
+    Raises ConfigurationError if `visible` names none of the GPUs, MissingError if NVML shows none or fails.
     """
     with Reader(environment=environment) as reader:
         reading = reader.read()
@@ -53,7 +53,7 @@ def gpu_memory(visible: str | None = None, environment: Mapping[str, str] | None
 
 
 def memory_of_visible(reading: Reading, visible: str | None = None) -> DeviceMemory:
-    """Return the memory of the first GPU that a process would see, of a reading; errors as of gpu_memory."""
+    """Return the memory of the first GPU that a process would see, from a reading; errors as in gpu_memory."""
     devices = {device.index: device for device in reading.devices if device.values}
     if not devices:
         reason = reading.message or "NVML counts no GPU"
@@ -67,33 +67,33 @@ def memory_of_visible(reading: Reading, visible: str | None = None) -> DeviceMem
             total, free = values[total_at], values[free_at]
             if isinstance(total, int) and isinstance(free, int):
                 return DeviceMemory(name, total, total - free, gpus)
-    raise MissingError(f"NVML does not tell the memory of {name}; name a card (--card) to plan without it")
+    raise MissingError(f"NVML does not report the memory of {name}; name a card (--card) to plan without it")
 
 
 def memory_bandwidth(name: str, environment: Mapping[str, str] | None = None) -> float | None:
     """Return the peak bandwidth of the memory of this host's GPU of that name: transfers x clock x width, bytes/s.
 
-    None where there is no such GPU, or NVML is absent or does not tell. environment: as in gpu_memory.
+    None if there is no such GPU, or if NVML is absent or does not report it. environment: as in gpu_memory.
     """
     with Reader(environment=environment) as reader:
         devices = reader.read().devices
     for values in (device.values for device in devices if device.values.get(NAME.key) == name):
         clock, width = values.get(MAX_MEMORY_CLOCK.key), values.get(BUS_WIDTH.key)
         if isinstance(clock, int) and isinstance(width, int):
-            # 0 is no answer.
+            # 0 means that the value is unknown.
             return TRANSFERS_PER_CYCLE * clock * MEGA * width / BITS_PER_BYTE or None
     return None
 
 
 def host_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP, cgroup_root: Path = CGROUP_ROOT) -> DeviceMemory:
-    """Return what this process may still take: MemAvailable, or less where a control group (MemoryMax) allows less."""
+    """Return the bytes that this process may still use: MemAvailable, or less under a control group's MemoryMax."""
     lines = meminfo.read_text().splitlines()
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     return DeviceMemory("cpu", min([available, *_cgroup_rooms(cgroup, cgroup_root)]))
 
 
 def _cgroup_rooms(cgroup: Path, root: Path) -> list[int]:
-    """What each group around this process leaves, version 2 only."""
+    """Bytes that each control group around this process leaves; version 2 only."""
     rooms = []
     for folder in group_folders("memory", cgroup, root):
         with contextlib.suppress(OSError, ValueError):
@@ -104,7 +104,7 @@ def _cgroup_rooms(cgroup: Path, root: Path) -> list[int]:
 
 
 def numa_node(address: str, devices: Path = PCI_DEVICES) -> int | None:
-    """Return the NUMA node of a GPU by its address (0000:3b:00); None where the kernel names none (it writes -1)."""
+    """Return the NUMA node of a GPU by its address (0000:3b:00); None if the kernel names none (it writes -1)."""
     try:
         node = int((devices / f"{address}.0" / "numa_node").read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The one table of what the exporter emits about a GPU: NVML call -> series, unit, type, help, labels.
+"""The table of all series that the exporter emits about a GPU: NVML call -> series, unit, type, help, labels.
 
 `nvidia_gpu_memory_used_bytes`, `_memory_total_bytes`, `_utilization_gpu` (percent), `_temperature_gpu` (Celsius) and
 `_power_draw` (watts) keep the names and units that the guide's rules use; the rest has Prometheus' base units and
@@ -45,7 +45,7 @@ class Family:
     samples: tuple[Sample, ...]
 
 
-# ---- How a value is taken out of the answers ----
+# ---- How a value is read from the answers ----
 
 
 def _read(call: Call, item: int | None = None, scale: float = 1) -> Sample:
@@ -128,7 +128,7 @@ COMPUTE_PROCESSES = Call("nvmlDeviceGetComputeRunningProcesses", fields=("pid", 
 GRAPHICS_PROCESSES = Call("nvmlDeviceGetGraphicsRunningProcesses", fields=("pid", "usedGpuMemory"))
 INFO_CALLS = (NAME, PCI_INFO, SERIAL, VBIOS, COMPUTE_CAPABILITY, VIRTUALIZATION)
 
-# `used` of version 2 leaves out what the driver reserves, as nvidia-smi does; version 1 (drivers before 510) counts it.
+# `used` of version 2 excludes memory reserved by the driver, as nvidia-smi does; version 1 (before 510) includes it.
 _MEMORY = Call(
     "nvmlDeviceGetMemoryInfo",
     fields=("total", "reserved", "free", "used"),
@@ -137,7 +137,7 @@ _MEMORY = Call(
 )
 _MEMORY_V1 = Call("nvmlDeviceGetMemoryInfo", fields=("total", "free", "used"))
 GPU_MEMORY_CALLS = ((_MEMORY, 0, 2), (_MEMORY_V1, 0, 1))
-"""Calls that tell a GPU's memory, the better first, each with the places of total and free."""
+"""Calls that report a GPU's memory, the better one first, each with the positions of total and free."""
 _UTILIZATION = Call("nvmlDeviceGetUtilizationRates", fields=("gpu", "memory"))
 _THROTTLE = Call("nvmlDeviceGetCurrentClocksThrottleReasons")
 _THROTTLE_SUPPORTED = Call("nvmlDeviceGetSupportedClocksThrottleReasons")
@@ -335,4 +335,4 @@ def _device_calls() -> tuple[Call, ...]:
 
 
 DEVICE_CALLS = _device_calls()
-"""Every call that a reading makes about each GPU, once."""
+"""Every call that a reading makes about each GPU, without duplicates."""

@@ -61,14 +61,14 @@ def _serve(
                 listening = True
             answer = read_all(progress)
         except pynvml.NVMLError as error:
-            # This copy of the library is of no more use; the parent starts another process.
+            # This copy of the library cannot be used any more; the parent starts another process.
             send({"failure": error.value, "call": _noted(progress)})
             os._exit(0)
         send(answer)
 
 
 def read_all(progress: mmap.mmap) -> dict[str, Any]:
-    """Make every call; raises NVMLError where the library itself fails."""
+    """Make every call; raises NVMLError if the library itself fails."""
     _note(progress, "nvmlDeviceGetCount")
     count = pynvml.nvmlDeviceGetCount()
     library, _ = _make(LIBRARY_CALLS, (), "", progress)
@@ -92,7 +92,7 @@ def _read_device(index: int, progress: mmap.mmap) -> dict[str, Any]:
 def _make(
     calls: Iterable[Call], handle: tuple[Any, ...], prefix: str, progress: mmap.mmap
 ) -> tuple[dict[str, Raw], dict[str, int]]:
-    """Make calls; those that fail are in the second answer. One that says that the GPU is gone is the last."""
+    """Make calls; the second result has those that failed. A call that reports that the GPU is gone is the last."""
     values: dict[str, Raw] = {}
     errors: dict[str, int] = {}
     for call in calls:
@@ -154,7 +154,7 @@ def _noted(progress: mmap.mmap) -> str:
 
 
 def _start_listening(send: Callable[[dict[str, Any]], None], progress: mmap.mmap) -> None:
-    """Send every Xid event from now on; not where the driver has no events (a vGPU, an old card)."""
+    """Send every Xid event from now on; nothing if the driver has no events (a vGPU, an old card)."""
     try:
         events = pynvml.nvmlEventSetCreate()
         registered = [_register(index, events, progress) for index in range(pynvml.nvmlDeviceGetCount())]
@@ -186,7 +186,7 @@ def _listen(events: Any, devices: dict[int, tuple[int, str]], send: Callable[[di
         except pynvml.NVMLError_Timeout:
             continue
         except pynvml.NVMLError:
-            # One lost GPU fails the wait for all: readings say which, and events of the others still come.
+            # One lost GPU fails the wait for all: readings show which one, and events of the others still arrive.
             time.sleep(_EVENT_WAIT_MS / 1000)
             continue
         index, uuid = _identify(event.device, devices)
@@ -194,7 +194,7 @@ def _listen(events: Any, devices: dict[int, tuple[int, str]], send: Callable[[di
 
 
 def _identify(handle: Any, devices: dict[int, tuple[int, str]]) -> tuple[int, str]:
-    """Return index and UUID: by the handle, as a lost GPU no longer tells them; -1 and "" where all fails."""
+    """Return index and UUID, by the handle because a lost GPU no longer reports them; -1 and "" if all calls fail."""
     known = devices.get(_address(handle))
     if known is not None:
         return known

@@ -1,4 +1,4 @@
-"""Who a process is, from /proc: its name and its systemd unit."""
+"""A process's identity from /proc: its name and its systemd unit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _UNIT = re.compile(r"[^/]+\.(?:service|scope)(?=/|$)")
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """What /proc tells about a process; empty where it ended, or hides from this user."""
+    """What /proc reports about a process; empty if it has ended or this user may not see it."""
 
     name: str = ""
     unit: str = ""

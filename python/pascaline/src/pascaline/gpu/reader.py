@@ -1,6 +1,6 @@
 """Readings of NVML through a process that can be killed: this process never loads the driver's library.
 
-A reading that does not end by its deadline costs the child its life, and the next reading starts another. A child that
+A child whose reading does not end by its deadline is killed, and the next reading starts another. A child that
 even SIGKILL does not end (it waits in the kernel) is abandoned; there are never more than MAX_ABANDONED of them.
 """
 
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from pascaline.gpu.calls import Raw
 
 MAX_ABANDONED = 3
-"""Unkillable children at which no further one is started."""
+"""Number of unkillable children from which on no further one is started."""
 _PROGRESS_BYTES = 128
 _KILL_SECONDS = 1.0
-"""Time that SIGKILL gets before the child counts as unkillable."""
+"""Time after SIGKILL before the child counts as unkillable."""
 
 _LIBRARY_STATUS = {
     LIBRARY_NOT_FOUND: DriverStatus.NO_LIBRARY,
@@ -108,7 +108,7 @@ class Reader:
         self._end_child()
 
     def read(self) -> Reading:
-        """Take one reading; in the pause after a failure, the failure again. Never raises for what the driver does."""
+        """Take one reading; during the pause after a failure, return that failure again. Driver errors never raise."""
         self._abandoned = [child for child in self._abandoned if child.process.poll() is None]
         began, timer = time.time(), time.monotonic()
         if timer < self._retry_at:
@@ -125,7 +125,7 @@ class Reader:
         return self._complete(found)
 
     def _complete(self, found: Reading) -> Reading:
-        """Add what outlives a child."""
+        """Add the state that outlives a child."""
         with self._xid_lock:
             xids = tuple(self._xids[key] for key in sorted(self._xids))
         last_success = found.last_success_timestamp or self._last.last_success_timestamp
@@ -139,7 +139,7 @@ class Reader:
         return self._last
 
     def _attempt(self, now: float) -> Reading:
-        # NVML never finds a GPU again in a process that lost it, nor one that was not there when the process began.
+        # NVML never finds a GPU again in a process that lost it, nor one that was absent when the process started.
         if self._child and self._anything_wrong() and now - self._child.started >= self._recheck:
             self._end_child()
         if self._child is None:
@@ -212,7 +212,7 @@ class Reader:
         return self._failure(DriverStatus.HUNG, f"{where} has not returned for {limit:g} s")
 
     def _failure(self, status: DriverStatus, message: str) -> Reading:
-        """Return a failed reading: a lost GPU stays lost until a reading says otherwise; no other is known."""
+        """Return a failed reading with the lost GPUs only: they stay lost until a reading finds them again."""
         lost = tuple(device for device in self._known.values() if device.status.is_lost)
         return Reading(status, message, devices=lost)
 
@@ -238,9 +238,9 @@ class Reader:
 def _restriction(values: Mapping[str, Raw]) -> str:
     mig = values.get(MIG_MODE.key)
     if isinstance(mig, list) and mig[0]:
-        return "MIG is on: NVML tells no utilization of the whole card"
+        return "MIG is on: NVML reports no utilization of the whole card"
     if values.get(VIRTUALIZATION.key) == VIRTUALIZATION_VGPU:
-        return "this is a vGPU: NVML tells only part of what the card does"
+        return "this is a vGPU: NVML reports only part of what the card does"
     return ""
 
 
@@ -261,7 +261,7 @@ class _Child:
                 stdout=subprocess.PIPE,
                 env=environment,
                 pass_fds=[descriptor],
-                # A Ctrl-C in the terminal is the parent's to handle.
+                # The parent handles a Ctrl-C in the terminal.
                 start_new_session=True,
             )
         finally:
@@ -284,7 +284,7 @@ class _Child:
         return answer
 
     def progress(self) -> str:
-        """Return the call that it made last, behind the GPU's number if it is about one."""
+        """Return the last call that it made, after the GPU's index if it is about one."""
         return self._progress[:].rstrip(b"\0").decode(errors="replace")
 
     def ending(self) -> str:
@@ -299,7 +299,7 @@ class _Child:
     def close(self) -> None:
         """Close the requests' pipe; the thread that receives ends with the process."""
         assert self.process.stdin is not None
-        # What was written to a process that had just died is still in the buffer, and is lost here.
+        # Data for a process that has just died is still in the buffer and is lost here.
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
 

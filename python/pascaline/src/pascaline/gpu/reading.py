@@ -1,4 +1,4 @@
-"""What one reading of NVML found: data and health apart, so that nothing guesses one from the other."""
+"""The result of one reading of NVML. Data and health are separate, so that neither is guessed from the other."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DriverStatus(StrEnum):
     CRASHED = "crashed"
     """The process that called NVML died."""
     STALE = "stale"
-    """The last reading is too old to be shown and a newer one is not there yet."""
+    """The last reading is too old to be shown, and there is no newer one yet."""
     ERROR = "error"
     """Any other failure; the message has NVML's code."""
 
@@ -42,7 +42,7 @@ class DeviceStatus(StrEnum):
 
     OK = "ok"
     LOST = "lost"
-    """NVML says GPU_IS_LOST, or a GPU that was there is no longer counted."""
+    """NVML returns GPU_IS_LOST, or no longer counts a GPU that it counted before."""
     RESET_REQUIRED = "reset_required"
     NO_PERMISSION = "no_permission"
     HUNG = "hung"
@@ -57,15 +57,15 @@ class DeviceStatus(StrEnum):
 
 @dataclass(frozen=True)
 class DeviceReading:
-    """One GPU: who it is, how it is, and what it answered."""
+    """One GPU: its identity, its health and its answers."""
 
     index: int
-    """NVML's number of the GPU."""
+    """NVML's index of the GPU."""
     uuid: str
-    """Empty if the GPU never told it."""
+    """Empty if the GPU never reported it."""
     status: DeviceStatus
     message: str = ""
-    """Why `status` is not OK; with OK, what keeps NVML from telling all (MIG, vGPU)."""
+    """Why `status` is not OK; with OK, why NVML does not report everything (MIG, vGPU)."""
     values: Mapping[str, Raw] = field(default_factory=dict)
     """Answers by call key (calls.Call.key). Only what the GPU supports; empty unless `status` is OK."""
     errors: Mapping[str, int] = field(default_factory=dict)

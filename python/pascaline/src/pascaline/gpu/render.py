@@ -43,7 +43,7 @@ _ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 @dataclass(frozen=True)
 class _Metric:
-    """A metric that is not one NVML answer a sample; the rest is in metrics.FAMILIES."""
+    """A metric whose samples are not single NVML answers; the others are in metrics.FAMILIES."""
 
     name: str
     type: MetricType
@@ -101,7 +101,7 @@ _FIXED = (
 
 
 def render(reading: Reading, identity: Callable[[int], ProcessIdentity] = identify) -> str:
-    """Return the page for one reading; `identity` tells who a process is."""
+    """Return the page for one reading; `identity` returns the name and unit of a process."""
     devices = [device for device in reading.devices if device.status is DeviceStatus.OK]
     lines: list[str] = []
     for metric, rows in _fixed_metrics(reading, devices, identity):
@@ -202,7 +202,7 @@ def _text(value: object) -> str:
 def _processes(
     device: DeviceReading, identity: Callable[[int], ProcessIdentity]
 ) -> Iterator[tuple[tuple[str, str, str], int]]:
-    """Yield each process once, though one that computes and draws is in both of NVML's lists with all its memory."""
+    """Yield each process once: one that computes and draws is in both of NVML's lists, with all its memory."""
     used: dict[int, int] = {}
     for call in (COMPUTE_PROCESSES, GRAPHICS_PROCESSES):
         listed: Any = device.values.get(call.key, [])

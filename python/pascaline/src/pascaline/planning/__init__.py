@@ -6,7 +6,7 @@
 
 request     what is to be planned           weights, kv_cache, memory    bytes of each part, with formulas
 plan        the parts together, a verdict   speed                        tokens per second, from measured points
-mixtures    the model in another quant      nearest                      what would fit where a plan does not
+mixtures    the model in another quant      nearest                      what would fit if a plan does not
 search      sweeps, the best settings
 report      all of it as text               picture                      the bar as SVG
 """

@@ -28,7 +28,7 @@ LLAMA_CELLS = 256
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """Layers whose tokens take the same: how many there are, and the values of one token in one of them."""
+    """Layers that store the same number of values per token: how many layers, and the values of one token in one."""
 
     layers: int
     heads: int
@@ -53,9 +53,9 @@ class LayerGroup:
 
 
 def layer_groups(spec: ModelSpec, *, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> list[LayerGroup]:
-    """Return the layers with a KV cache, those alike together; on one GPU where several share the model."""
+    """Return the layers with a KV cache, grouped by shape. If several GPUs share the model, those of one GPU."""
     if spec.kv_lora_rank:
-        # MLA stores one compressed vector and the rotated part, whatever the number of heads.
+        # MLA stores one compressed vector and the rotated part, for any number of heads.
         attending = sum(map(bool, spec.layer_kv_heads)) if spec.layer_kv_heads else spec.num_hidden_layers
         layers = -(-attending // pipeline_parallel)
         return [LayerGroup(layers, 1, spec.kv_lora_rank, spec.qk_rope_head_dim or 0, sliding=False)]
@@ -85,7 +85,7 @@ class Pool:
     """A KV cache."""
 
     tokens: int
-    """What requests can use, all together."""
+    """Tokens that all requests together can use."""
     n_bytes: int
     formula: str
 
@@ -110,7 +110,7 @@ def sglang_tokens(spec: ModelSpec, request: PlanRequest, n_bytes: int) -> int:
 
 
 def llama_pool(spec: ModelSpec, request: PlanRequest) -> Pool:
-    """Return llama.cpp's cache: cells for the whole context of each parallel request, always.
+    """Return llama.cpp's cache, which always has cells for the whole context of each parallel request.
 
     Sliding-window layers keep the window and one batch (llama-kv-cache-iswa.cpp), recurrent layers a state per request.
     """
@@ -135,12 +135,12 @@ def llama_batch(request: PlanRequest) -> int:
 
 
 def recurrent_bytes(spec: ModelSpec) -> int:
-    """Return the bytes of one request's recurrent state: what each layer that has one keeps, fp32."""
+    """Return the bytes of one request's recurrent state in fp32, summed over the layers that have one."""
     return STATE_ELEMENT_BYTES * len(_state_layers(spec)) * _state_values(spec)
 
 
 def _state_layers(spec: ModelSpec) -> Sequence[int]:
-    """Return the layers with a state: by their tensors, else those without KV heads of a model that has a state."""
+    """Return the layers with a state, found by their tensors; if those are unknown, the layers without KV heads."""
     if spec.state_layer_ids:
         return spec.state_layer_ids
     heads = spec.layer_kv_heads or (0,) * spec.num_hidden_layers

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 Origin = Literal["exact", "measured", "documented", "estimated"]
 
 REQUEST_TABLE_EXTRA = 4
-"""SGLang's table of token slots has so many columns beyond the context (mem_cache/allocation_sizing.py)."""
+"""Columns beyond the context in SGLang's table of token slots (mem_cache/allocation_sizing.py)."""
 ROPE_MARGIN = 256
 ROPE_STEP = 128
 """Positions that SGLang's RoPE table has beyond the context, and the multiple that it is rounded up to (environ.py)."""
 LOGIT_BYTES = 26
 """Per logit while SGLang's PyTorch sampler runs: fp16 and fp32 logits, probabilities, sorted copy, int64 order, sum."""
 ATTENTION_SPLIT, ATTENTION_SPLITS = 256, 16
-"""Most tokens of one part of a sequence in decode attention, and most parts of a shorter one; each part leaves its
-result in fp32 for the second kernel."""
+"""Most tokens of one part of a sequence in decode attention, and most parts of a shorter one; each part stores an fp32
+result for the second kernel."""
 BUFFERS_PER_TOKEN = 3
 """Hidden vectors alive at once in a layer: residual, normalised input, output (SGLang's models/llama.py)."""
 WIDE_BYTES = 2 * (1 + 8 / 32)
@@ -54,7 +54,7 @@ class Part:
     """The calculation with its numbers."""
     origin: Origin
     source: str = ""
-    """Where the constants come from; empty where everything is in the model's header."""
+    """Where the constants come from; empty if everything is in the model's header."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -69,7 +69,7 @@ class Part:
 
 
 def static_parts(spec: ModelSpec, request: PlanRequest, weights: Weights, pool: Pool) -> list[Part]:
-    """Return what is allocated once, before the first request: SGLang's mem_fraction_static bounds the sum."""
+    """Return what is allocated once, before the first request. SGLang's mem_fraction_static limits the sum."""
     source = "" if request.engine == "llama.cpp" else "sglang-pascal: quantization/storage.py, kernels/formats.py"
     parts = [
         Part("weights", "weights", weights.n_bytes, weights.formula, "exact", source),
@@ -92,7 +92,7 @@ def static_parts(spec: ModelSpec, request: PlanRequest, weights: Weights, pool: 
 
 
 def dynamic_parts(spec: ModelSpec, request: PlanRequest, weights: Weights, card: Card) -> list[Part]:
-    """Return what is allocated while requests run, and what the runtime takes for itself."""
+    """Return what is allocated while requests run, and what the runtime itself needs."""
     if request.engine == "llama.cpp":
         found = [_llama_compute(spec, request)]
     else:
@@ -121,12 +121,12 @@ def _tables(spec: ModelSpec, request: PlanRequest) -> Part:
 
 
 def rope_tables(spec: ModelSpec) -> int:
-    """Return how many RoPE tables SGLang makes: Gemma 3 turns sliding layers by another base than the rest."""
+    """Return how many RoPE tables SGLang makes: Gemma 3 uses another base for sliding layers than for the rest."""
     return 2 if spec.architecture in _GEMMA_3 else 1
 
 
 def rope_positions(spec: ModelSpec, request: PlanRequest) -> int:
-    """Return the rows of a RoPE table: the model's context, or the request's with a margin where that is more."""
+    """Return the rows of a RoPE table: the larger of the model's context and the request's with a margin."""
     reserved = request.context_length + ROPE_MARGIN
     return max(spec.context_length, -(-reserved // ROPE_STEP) * ROPE_STEP)
 
@@ -145,7 +145,7 @@ def _dequantized(request: PlanRequest, weights: Weights) -> list[Part]:
     if request.quantization == "bitsandbytes":
         text = f"the largest matrix in {request.dtype}: bitsandbytes expands one for each product of more than one row"
         return [Part("workspace", "dequantisation", weights.largest_matrix_bytes, text, "documented", "bitsandbytes")]
-    text = "none: every type that is held quantised is multiplied as it is"
+    text = "none: every type that stays quantised is multiplied without expanding it"
     return [Part("workspace", "dequantisation", 0, text, "exact", "sglang-pascal: quantization/storage.py")]
 
 
@@ -203,13 +203,13 @@ def _llama_compute(spec: ModelSpec, request: PlanRequest) -> Part:
 
 
 def recorded_sizes(max_running_requests: int) -> int:
-    """Return how many decode graphs there are: SGLang adds the most requests where a larger size is left out."""
+    """Return how many decode graphs there are: SGLang adds max_running_requests if it left out a larger size."""
     known = len([size for size in GRAPH_SIZES if size <= max_running_requests])
     return known + int(max_running_requests not in GRAPH_SIZES and max_running_requests < GRAPH_SIZES[-1])
 
 
 def _constants(request: PlanRequest, card: Card) -> list[Part]:
-    """What does not depend on the model, from the card's data."""
+    """Constants of the card, which do not depend on the model."""
     prefix = f"{request.engine.replace('.', '_')}_"
     parts = []
     for key, name in _CONSTANTS.items():

@@ -31,7 +31,7 @@ Documented in llama-quantize's own list of types. Smaller models lose more; the 
 MIXTURES = tuple(PERPLEXITY_LOSS)
 
 _BASE = {"Q5_K_M": "Q5_K", "Q4_K_M": "Q4_K", "Q3_K_M": "Q3_K", "Q3_K_S": "Q3_K"}
-# The type that takes the place of one whose blocks do not divide a row.
+# The type that replaces one whose blocks do not divide a row.
 _FALLBACK = {"Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _BLOCKS = {kind.name: (kind.block_elements, kind.block_bytes) for kind in TENSOR_TYPES.values()}
 

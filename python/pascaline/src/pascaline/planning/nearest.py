@@ -1,4 +1,4 @@
-"""The nearest settings that fit, where a plan does not."""
+"""The nearest settings that fit, for a plan that does not."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 CONTEXT_STEP = 256
 MIN_CONTEXT = 512
-"""Shorter contexts are of no use to anybody."""
+"""Shorter contexts are not useful."""
 CHUNKS = (128, 256, 512, 1024)
 """Values of chunked_prefill_tokens that are tried."""
 
-# What a change costs beside others: halving a number costs 1 (_shrinkage), of some numbers less.
+# Cost of a change, to rank it: halving a number costs 1 (_shrinkage); for some numbers it costs less.
 POOL_DISTANCE, ONE_REQUEST_DISTANCE = 0.4, 0.2
 KV_DISTANCES = {"int8": 0.5, "fp8_e5m2": 0.6}
 FILE_STEP_DISTANCE = 0.8
@@ -57,11 +57,11 @@ class Change:
     """Settings that fit, and how they differ from those that were asked for."""
 
     settings: dict[str, Any]
-    """Setting -> value; `file_type` is none of pascaline's settings: it asks for the model in that quantisation."""
+    """Setting -> value. `file_type` is not a setting of pascaline: it means the model in that quantisation."""
     sentence: str
     plan: Plan
     distance: float
-    """How far from what was asked for: halving a number costs 1."""
+    """Distance from the requested settings: halving a number costs 1."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -69,14 +69,14 @@ class Change:
 
 
 def nearest_fits(spec: ModelSpec, card: Card, request: PlanRequest, count: int = 3) -> list[Change]:
-    """Return the nearest settings that fit, at most `count`, of different kinds where there are such."""
+    """Return the nearest settings that fit, at most `count`, of different kinds if possible."""
     fitting = sorted((one for one in _candidates(spec, card, request) if one.plan.fits), key=lambda one: one.distance)
     useful = [one for one in fitting if not any(_does_as_much(other, one) for other in fitting)]
     ranked: dict[tuple[str, ...], Change] = {}
     for change in useful:
         ranked.setdefault(tuple(sorted(change.settings)), change)
     kinds = [set(kind) for kind in ranked]
-    # What changes all that another one changes, and more, comes after; then further values of the same settings.
+    # A choice that changes more settings than a simpler one comes later; then further values of the same settings.
     simple = [one for kind, one in ranked.items() if not any(other < set(kind) for other in kinds)]
     chosen: list[Change] = []
     for change in (*simple, *ranked.values(), *useful):
@@ -139,7 +139,7 @@ def _candidates(spec: ModelSpec, card: Card, request: PlanRequest) -> Iterator[C
 
 
 def _files(spec: ModelSpec, request: PlanRequest) -> list[tuple[str | None, float]]:
-    """The file itself, then mixtures of it that take less in the engine's memory."""
+    """The file itself, then its mixtures that need less of the engine's memory."""
     found: list[tuple[str | None, float]] = [(None, 0.0)]
     if request.quantization not in (None, "gguf"):
         return found
@@ -167,7 +167,7 @@ def _fractions(request: PlanRequest) -> list[tuple[float | None, float]]:
 
 
 def _variants(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights) -> Iterator[_Variant]:
-    """The same file and KV type as they are, and with one other number changed."""
+    """The same file and KV type, unchanged and with one other number changed."""
     yield {}, request, 0.0
     yield from _other_pools(spec, card, request, weights)
     if (shorter := longest_context(spec, card, request, weights)) and shorter < request.context_length:
@@ -182,7 +182,7 @@ def _variants(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weight
 
 
 def _other_pools(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights) -> Iterator[_Variant]:
-    """In place of a pool of a set size: what the card has left, and just enough for one request."""
+    """Instead of a pool of a fixed size: the memory that the card has left, and just enough for one request."""
     if request.max_total_tokens is None and request.max_kv_bytes is None:
         return
     free = replace(request, max_total_tokens=None, max_kv_bytes=None)
@@ -209,7 +209,7 @@ def _first_that_fits(
 def longest_context(
     spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights | None = None, *, all_at_once: bool = False
 ) -> int | None:
-    """Return the longest context that fits, in steps of CONTEXT_STEP, at most the model's; None where none does.
+    """Return the longest context that fits, in steps of CONTEXT_STEP, at most the model's; None if none fits.
 
     all_at_once: all requests together must have room for it, not only one.
     """

@@ -25,7 +25,7 @@ COLOURS = {
     "free": "#f2f2f2",
     "missing": "#e45756",
 }
-"""Colour of each part, told apart by people who do not see red and green too: the legend has the bar's order."""
+"""Colour of each part, distinct for colour-blind people too; the legend has the bar's order."""
 WIDTH, BAR_HEIGHT, ROW_HEIGHT, MARGIN = 760, 48, 20, 20
 """Pixels."""
 
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 
 
 def pieces(plan: Plan) -> list[Piece]:
-    """Return the stretches from left to right; a plan that does not fit ends in what is missing."""
+    """Return the stretches from left to right; a plan that does not fit ends with the missing memory."""
     found = [Piece(part.name, part.n_bytes, COLOURS.get(part.key, "#999999")) for part in plan.parts if part.n_bytes]
     if plan.request.used_bytes:
         found.append(Piece("used by others", plan.request.used_bytes, COLOURS["used"]))

@@ -29,22 +29,22 @@ BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostFacts:
-    """What is asked about a host. Everything is a question, so that none is asked without need."""
+    """Questions about a host. Each is a callable, so that only those that are needed are asked."""
 
     environment: Mapping[str, str]
-    """Of the process that starts the engine; the settings' own variables come on top."""
+    """Variables of the process that starts the engine; those of the settings override them."""
     installed: Callable[[], Sequence[str]]
     """Model names of the GPUs that the driver's folder lists, in the order of the bus."""
     gpu_memory: Callable[[str | None], DeviceMemory]
-    """Memory of the first GPU that CUDA_VISIBLE_DEVICES leaves. MissingError where NVML cannot tell, ConfigurationError
-    where the variable leaves none."""
+    """Memory of the first GPU that CUDA_VISIBLE_DEVICES shows. Raises MissingError if NVML does not report it, and
+    ConfigurationError if the variable shows no GPU."""
     host_memory: Callable[[], DeviceMemory]
-    """What the host still has."""
+    """Memory that is available on the host."""
     cpu_flags: Callable[[], frozenset[str]]
     driver_gpus: Callable[[], Sequence[GpuIdentity]] = tuple
-    """The GPUs that the driver's folder lists; asked where NVML fails."""
+    """The GPUs that the driver's folder lists; asked if NVML fails."""
     numa_node: Callable[[str], int | None] = lambda _: None
-    """NUMA node of a PCI address; None where the host has none, or does not tell."""
+    """NUMA node of a PCI address; None if the host has none or does not report it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +57,13 @@ class Placement:
     """`float16`, `bfloat16` or `float32`."""
     card: Card
     memory: DeviceMemory
-    """Of the device: its total, and what others use of it."""
+    """The device's total memory, and the part that others use."""
     gpus: tuple[GpuIdentity, ...] = ()
-    """The GPUs that the engine uses; empty on the CPU, and where neither NVML nor the driver's folder tells."""
+    """The GPUs that the engine uses; empty on the CPU, and if neither NVML nor the driver's folder reports them."""
     numa_node: int | None = None
-    """The GPU's NUMA node; None where there is one node only, or it is not known."""
+    """The GPU's NUMA node; None if the host has one node only, or the node is unknown."""
     variables: Mapping[str, str] = field(default_factory=dict)
-    """What tells the engine which devices are meant."""
+    """Variables that select the engine's devices."""
     notes: tuple[str, ...] = ()
     """What a reader of the plan should know about the choice."""
 
@@ -76,7 +76,7 @@ class Placement:
 def place(settings: Settings, card: str | None, host: HostFacts) -> Placement:
     """Decide where an instance with these settings runs on a host. card: the profile that the settings start from.
 
-    Raises ConfigurationError where settings, variables and host contradict each other, MissingError where the GPU's
+    Raises ConfigurationError if settings, variables and host contradict each other, MissingError if the GPU's
     memory is not known at all.
     """
     variables = {**host.environment, **settings.environment}
@@ -106,7 +106,7 @@ def place(settings: Settings, card: str | None, host: HostFacts) -> Placement:
 
 
 def place_on_card(settings: Settings, card: Card) -> Placement:
-    """Return the placement on a card as its profile describes it, wherever one is: for plans without the hardware."""
+    """Return the placement on a card as its profile describes it, for plans without the hardware."""
     device = "cuda" if settings.device == "auto" else settings.device
     return Placement(
         device=device,
@@ -117,9 +117,9 @@ def place_on_card(settings: Settings, card: Card) -> Placement:
 
 
 def choose_device(settings: Settings, installed: Callable[[], Sequence[str]], variables: Mapping[str, str]) -> str:
-    """Return cpu or cuda. A card profile means its GPU: where that is missing, it is an error, no slow success.
+    """Return cpu or cuda. A card profile requires its GPU: without it this is an error, not a slow start on the CPU.
 
-    `auto` is the CPU where there is no GPU, and where CUDA_VISIBLE_DEVICES hides them all by name.
+    `auto` is the CPU if there is no GPU, or if CUDA_VISIBLE_DEVICES hides all of them.
     """
     if settings.device == "cpu":
         return "cpu"
@@ -146,13 +146,13 @@ def choose_dtype(settings: Settings, card: str | None, device: str, cpu_flags: C
 
 
 def cpu_flags(cpu_info: str) -> frozenset[str]:
-    """Return the instruction-set flags of the first CPU in the text of /proc/cpuinfo; empty where it has none."""
+    """Return the instruction-set flags of the first CPU in the text of /proc/cpuinfo; empty if it has none."""
     flags = next((line for line in cpu_info.splitlines() if line.startswith("flags")), "")
     return frozenset(flags.partition(":")[2].split())
 
 
 def _check_order(variables: Mapping[str, str]) -> None:
-    """Refuse an order of the GPUs in which an index would be one card to the plan and another to the engine."""
+    """Refuse an order of the GPUs in which an index means one card to the plan and another to the engine."""
     order, visible = variables.get(DEVICE_ORDER), variables.get(VISIBLE_DEVICES)
     if order is None or order == BUS_ORDER:
         return
@@ -165,10 +165,10 @@ def _check_order(variables: Mapping[str, str]) -> None:
 
 
 def _gpu(settings: Settings, host: HostFacts, visible: str | None) -> tuple[Card, DeviceMemory, str | None]:
-    """Return the first GPU that the engine sees, its memory, and why that is in doubt (None: it is not).
+    """Return the first GPU that the engine sees, its memory, and why that is in doubt (None: it is certain).
 
-    Where NVML fails but the card is known, its profile stands in: an instance is not to stay down because of a reading
-    that it can do without.
+    If NVML fails but the card is known, its profile is used instead: a missing reading
+    must not keep an instance down.
     """
     try:
         memory = host.gpu_memory(visible)
@@ -188,14 +188,14 @@ def _gpu(settings: Settings, host: HostFacts, visible: str | None) -> tuple[Card
 
 
 def _visible(gpus: Sequence[GpuIdentity], visible: str | None) -> tuple[GpuIdentity, ...]:
-    """Return the GPUs that are visible among those that are known; empty where none is known."""
+    """Return the visible ones among the known GPUs; empty if none is known."""
     return tuple(visible_gpus(gpus, visible)) if gpus else ()
 
 
 def _used(
     settings: Settings, memory: DeviceMemory, visible: str | None
 ) -> tuple[tuple[GpuIdentity, ...], tuple[str, ...]]:
-    """Return the GPUs that the engine uses of those that it may see, and a note where that is fewer than were named."""
+    """Return the GPUs that the engine uses, and a note if they are fewer than CUDA_VISIBLE_DEVICES names."""
     needed = settings.tensor_parallel * settings.pipeline_parallel
     seen = memory.gpus
     if seen and needed > len(seen):

@@ -1,4 +1,4 @@
-"""The plan: what a model takes on a card under given settings, whether that fits, and what the engine is told."""
+"""The plan: a model's memory on a card under given settings, whether it fits, and the engine's arguments."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from pascaline.planning.request import PlanRequest
 
 CPU_POOL_BYTES = 2**30
-"""KV cache on the CPU that nobody gave a size: small beside a host's memory, and enough for a few requests."""
+"""KV cache on the CPU if no size is set: small compared with a host's memory, and enough for a few requests."""
 SHORTEST_CONTEXT = 16
 """Shortest context that can be set; a test holds it against the settings."""
 MAX_FRACTION = 0.98
-"""Highest mem_fraction_static that is passed on: a little must stay for what no plan knows."""
+"""Highest mem_fraction_static that is passed on: some memory must stay free for what no plan includes."""
 WITH_KERNELS = "Q4_K_M or Q8_0"
-"""Mixtures that the notes name: the usual small one, and the largest, whose types all have kernels."""
+"""Mixtures that the notes recommend: the usual small one and the largest whose types all have kernels."""
 RESIDENT_FIRST = ("context", "process")
-"""Parts that are there before SGLang measures what is free; its memory fraction is of the rest."""
+"""Parts that exist before SGLang measures the free memory; its memory fraction is a share of the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The memory of one model on one card. Bytes; per GPU where several share the model."""
+    """The memory of one model on one card, in bytes; per GPU if several share the model."""
 
     request: PlanRequest
     card: str
@@ -52,21 +52,21 @@ class Plan:
     kv_tokens: int
     """Tokens that the KV cache holds, all requests together."""
     mem_fraction_static: float | None
-    """What SGLang is told; None for llama.cpp, which has no such setting."""
+    """The value passed to SGLang; None for llama.cpp, which has no such setting."""
     reasons: tuple[str, ...]
-    """Why it does not fit, one sentence each; empty where it fits."""
+    """Why it does not fit, one sentence each; empty if it fits."""
     notes: tuple[str, ...]
     """What is worth knowing although it fits."""
     host_bytes: int
     """Weights that stay in the host's memory."""
     weights_read_bytes: int
-    """Weights that a decode step of one request reads: not the input embedding, of which it looks up a row."""
+    """Weights that a decode step of one request reads, without the input embedding: a step looks up only one row."""
     matrix_read_bytes: Mapping[str, int]
-    """Of it the matrices, by the type in which the engine holds them (Q4_K, F16, NF4)."""
+    """The matrices among these weights, by the type in which the engine holds them (Q4_K, F16, NF4)."""
     speed: Speed | None
-    """None where the card's data say nothing of its speed."""
+    """None if the card's data do not give its speed."""
     refusals: tuple[str, ...] = ()
-    """Why the engine would refuse the model whatever memory there is, one sentence each."""
+    """Why the engine would refuse the model even with enough memory, one sentence each."""
 
     @property
     def fits(self) -> bool:
@@ -74,22 +74,22 @@ class Plan:
         return not self.reasons and not self.refusals
 
     def part(self, key: str) -> int:
-        """Bytes of one part, 0 where the plan has no such part."""
+        """Bytes of one part, 0 if the plan has no such part."""
         return sum(part.n_bytes for part in self.parts if part.key == key)
 
     @property
     def weights_bytes(self) -> int:
-        """Of the weights as the engine holds them."""
+        """Bytes of the weights as the engine holds them."""
         return self.part("weights")
 
     @property
     def kv_bytes(self) -> int:
-        """Of the KV cache."""
+        """Bytes of the KV cache."""
         return self.part("kv_pool")
 
     @property
     def total_bytes(self) -> int:
-        """Of all parts."""
+        """Bytes of all parts."""
         return sum(part.n_bytes for part in self.parts)
 
     @property
@@ -99,7 +99,7 @@ class Plan:
 
     @property
     def headroom_bytes(self) -> int:
-        """What stays free; negative where it does not fit."""
+        """Bytes that stay free; negative if the plan does not fit."""
         return self.request.available_bytes - self.total_bytes
 
     @property
@@ -109,7 +109,7 @@ class Plan:
 
     @property
     def engine_args(self) -> tuple[str, ...]:
-        """The engine's flags that the plan decides."""
+        """The engine's flags that follow from the plan."""
         return engine_arguments(self)
 
     def to_json(self) -> dict[str, Any]:
@@ -150,9 +150,9 @@ class Plan:
 
 
 def make_plan(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights | None = None) -> Plan:
-    """Plan one model on one card. Whether it fits is in the result, not an exception.
+    """Plan one model on one card. A plan that does not fit is a result, not an exception.
 
-    weights: as weights_on_device gives them for this request, where the caller plans the same model many times.
+    weights: the result of weights_on_device for this request, to save time if the same model is planned many times.
     """
     weights = weights or weights_on_device(spec, request)
     dynamic = dynamic_parts(spec, request, weights, card)
@@ -177,7 +177,7 @@ def make_plan(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weight
 
 
 def _sglang_pool(spec: ModelSpec, request: PlanRequest, weights: Weights, dynamic: list[Part]) -> Pool:
-    """The pool as it was asked for; else room for every request, or as many tokens as fit, but one whole request."""
+    """The pool of the configured size; else room for every request, or as many tokens as fit, at least one request."""
     if request.max_total_tokens is not None:
         return sglang_pool(spec, request, request.max_total_tokens)
     if request.max_kv_bytes is not None:
@@ -192,7 +192,7 @@ def _sglang_pool(spec: ModelSpec, request: PlanRequest, weights: Weights, dynami
 
 
 def _base(request: PlanRequest, parts: list[Part]) -> int:
-    """What SGLang finds free before it loads the model: its mem_fraction_static is a share of this."""
+    """Memory that SGLang finds free before it loads the model: its mem_fraction_static is a share of this."""
     return request.available_bytes - sum(part.n_bytes for part in parts if part.key in RESIDENT_FIRST)
 
 
@@ -204,7 +204,7 @@ def _static_bytes(parts: list[Part]) -> int:
 
 
 def _room(request: PlanRequest, parts: list[Part]) -> int:
-    """Bytes for the pool beside these parts."""
+    """Bytes that these parts leave for the pool."""
     room = request.available_bytes - sum(part.n_bytes for part in parts)
     if request.mem_fraction_static is not None:
         room = min(room, int(request.mem_fraction_static * _base(request, parts)) - _static_bytes(parts))
@@ -212,9 +212,9 @@ def _room(request: PlanRequest, parts: list[Part]) -> int:
 
 
 def _fraction(request: PlanRequest, parts: list[Part]) -> float:
-    """The share that SGLang is told: as set, else all but half of what runs beside it.
+    """The share passed to SGLang: the configured value, or everything except half of what the dynamic parts need.
 
-    --max-total-tokens bounds the pool already; the fraction only must not bound it further.
+    --max-total-tokens already limits the pool; the fraction must not limit it further.
     """
     if request.mem_fraction_static is not None:
         return request.mem_fraction_static
@@ -249,7 +249,7 @@ def _reasons(spec: ModelSpec, request: PlanRequest, parts: list[Part], pool: Poo
 
 
 def _too_small_a_pool(request: PlanRequest, pool: Pool, per_token: int) -> str:
-    """One sentence: what the pool holds, what it cannot serve, what would do."""
+    """One sentence: what the pool holds, what it cannot serve, and which values would suffice."""
     needed = (request.context_length + 1) * per_token
     if request.max_kv_bytes is not None:
         held = request.max_kv_bytes // per_token
@@ -287,7 +287,7 @@ def _notes(spec: ModelSpec, request: PlanRequest, pool: Pool, weights: Weights) 
 
 
 def _expanded(spec: ModelSpec, request: PlanRequest) -> list[str]:
-    """One sentence for each type of matrices that sglang-pascal holds as float16 for want of kernels."""
+    """One sentence for each matrix type that sglang-pascal holds as float16 because it has no kernels for it."""
     if request.engine != "sglang" or not stays_quantized(spec, request):
         return []
     sizes: dict[str, tuple[int, int]] = {}
@@ -309,7 +309,7 @@ def _place(request: PlanRequest) -> str:
 
 
 def engine_arguments(plan: Plan) -> tuple[str, ...]:
-    """Return the flags that decide memory, as pascaline.engines passes them; a test compares the two."""
+    """Return the flags that determine memory, as pascaline.engines passes them; a test compares the two."""
     request = plan.request
     if request.engine == "llama.cpp":
         types = {"fp16": "f16", "bf16": "bf16", "int8": "q8_0"}

@@ -98,7 +98,7 @@ def _rate(rate: Rate) -> str:
 
 
 def bar(plan: Plan, width: int = BAR_WIDTH) -> str:
-    """Return the memory as one line of letters, `.` where it is free; what exceeds the card ends in `!`."""
+    """Return the memory as one line of letters; `.` is free memory, and a plan that exceeds the card ends in `!`."""
     whole = max(plan.card_bytes, plan.total_bytes + plan.request.used_bytes)
     if whole == 0:
         return "." * width
@@ -116,7 +116,7 @@ def bar(plan: Plan, width: int = BAR_WIDTH) -> str:
 
 
 def explanation(plan: Plan) -> str:
-    """Return every part with its formula in numbers, where it comes from, and how sure it is."""
+    """Return every part with its formula in numbers, its source, and its certainty."""
     lines = []
     for part in plan.parts:
         lines += _explained(part)
@@ -137,7 +137,7 @@ def _explained(part: Part) -> list[str]:
 
 
 def refusal(plan: Plan, changes: Sequence[Change]) -> str:
-    """Return the table of a plan that does not fit, and what would."""
+    """Return the table of a plan that does not fit, and the nearest settings that do."""
     lines = [table(plan), ""]
     if changes:
         lines.append("nearest that fit:")

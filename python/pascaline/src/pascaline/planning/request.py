@@ -1,4 +1,4 @@
-"""What is to be planned: an engine's settings and the memory of the device that it is to run on."""
+"""The input of a plan: an engine's settings and the memory of the device on which it will run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EngineName = Literal["sglang", "llama.cpp"]
 Device = Literal["cpu", "cuda"]
 
 KV_DTYPE_OF = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-"""What a pool stores that nobody gave a type: the type of the computation."""
+"""Type of a KV pool if none is set: the type of the computation."""
 KV_DTYPES: dict[str, tuple[str, ...]] = {
     "sglang": ("fp16", "bf16", "fp32", "fp8_e5m2", "int8"),
     "llama.cpp": ("fp16", "bf16", "int8"),
@@ -26,12 +26,12 @@ KV_DTYPES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """Settings that decide memory, and the memory there is. Bytes, tokens; None: the plan decides."""
+    """Settings that determine memory, and the memory of the device. Bytes, tokens; None: the plan decides."""
 
     card_bytes: int
-    """Memory of the device: a GPU's as the driver reports it, on a CPU what the host has free."""
+    """Memory of the device: for a GPU as the driver reports it, for a CPU the free memory of the host."""
     used_bytes: int = 0
-    """Of it taken by others (other processes on the GPU)."""
+    """Bytes that other processes use."""
     engine: EngineName = "sglang"
     device: Device = "cuda"
     dtype: str = "float16"
@@ -51,7 +51,7 @@ class PlanRequest:
     decode_bits: int | None = None
     """Of activations, 8 or 16, as SGLang multiplies them with a GGUF file's matrices; None where there is no choice."""
     quantization: str | None = None
-    """SGLang's quantisation method; what weights take changes with bitsandbytes, and with gguf on a CPU."""
+    """SGLang's quantisation method; bitsandbytes, and gguf on a CPU, change the memory of the weights."""
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
 
@@ -65,7 +65,7 @@ class PlanRequest:
 
     @property
     def available_bytes(self) -> int:
-        """What others leave."""
+        """Bytes that other processes leave free."""
         return max(0, self.card_bytes - self.used_bytes)
 
 
@@ -103,7 +103,7 @@ def request_from_settings(
 ) -> PlanRequest:
     """Return the request of an instance. device and dtype are decided already: never auto.
 
-    Raises ConfigurationError where neither settings nor model say how long a request may be, and where a model of this
+    Raises ConfigurationError if neither settings nor model say how long a request may be, or if a model of this
     format cannot be quantised as the settings say.
     """
     _check_quantization(settings, spec)
@@ -112,10 +112,10 @@ def request_from_settings(
         raise ConfigurationError("context_length: the model names none, must be set to the tokens of a request")
     kv_dtype: str = settings.kv_cache.dtype
     if kv_dtype == "auto":
-        # llama.cpp stores fp16 whatever it computes in.
+        # llama.cpp stores fp16 regardless of the type that it computes in.
         kv_dtype = "fp16" if settings.engine == "llama.cpp" else KV_DTYPE_OF[dtype]
     elif settings.engine == "sglang" and kv_dtype == "fp16":
-        # SGLang's only pools beside fp8, int8 and bf16 are of the computation's type.
+        # Apart from fp8, int8 and bf16, SGLang's pools have the type of the computation.
         kv_dtype = KV_DTYPE_OF[dtype]
     prefill_bits, decode_bits = activation_bits(settings, spec, device=device)
     return PlanRequest(
@@ -152,7 +152,7 @@ def request_from_placement(settings: Settings, spec: ModelSpec, placement: Place
 
 
 def _check_quantization(settings: Settings, spec: ModelSpec) -> None:
-    """Refuse what SGLang finds out only while it loads the model."""
+    """Refuse settings that SGLang would reject only while it loads the model."""
     formats = {"bitsandbytes": ("safetensors", "a Hugging Face folder's"), "gguf": ("gguf", "a GGUF file's")}
     method = settings.quantization if settings.engine == "sglang" else None
     if method in formats and spec.format != formats[method][0]:

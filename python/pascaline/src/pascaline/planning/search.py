@@ -33,18 +33,18 @@ REQUESTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One combination of settings that fits, with what it is good for."""
+    """One combination of settings that fits, with its speed and quality."""
 
     file_type: str
     plan: Plan
     loss: float
     """Perplexity that quantisation adds, an indication (see PERPLEXITY_LOSS)."""
     latency_seconds: float | None
-    """Of a request of LATENCY_PROMPT and LATENCY_ANSWER tokens, alone; None where the card's speed is not known."""
+    """Time of a single request of LATENCY_PROMPT and LATENCY_ANSWER tokens; None if the card's speed is unknown."""
 
     @property
     def throughput(self) -> float | None:
-        """Tokens per second, all requests together; None where the card's speed is not known."""
+        """Tokens per second, all requests together; None if the card's speed is unknown."""
         return self.plan.speed.decode.tokens_per_second if self.plan.speed else None
 
     def to_json(self) -> dict[str, Any]:
@@ -70,9 +70,9 @@ def optimize(spec: ModelSpec, card: Card, request: PlanRequest, goal: Goal, max_
     """Return the settings that no others beat in goal, context and quality together, the best for the goal first.
 
     throughput and latency keep at least the request's context; context keeps its number of requests. All requests have
-    room for their whole context at once. max_loss: what loses more is left out (PERPLEXITY_LOSS, KV_LOSS).
+    room for their whole context at once. max_loss: choices that lose more are left out (PERPLEXITY_LOSS, KV_LOSS).
 
-    Raises ConfigurationError for a goal that is a speed where the card's speed is not known.
+    Raises ConfigurationError if the goal is a speed and the card's speed is unknown.
     """
     if goal != "context" and not is_speed_known(card, request):
         raise ConfigurationError(
@@ -105,7 +105,7 @@ def _searched_kv_types(request: PlanRequest) -> list[str]:
 
 
 def _plans(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights, goal: Goal) -> Iterator[Plan]:
-    """The plans of one file, KV type and chunk that fit; of several numbers of requests, all that fit."""
+    """The plans of one file, KV type and chunk that fit, for every number of requests."""
     if goal == "context":
         longest = longest_context(spec, card, request, weights, all_at_once=True)
         if longest is not None:
@@ -134,7 +134,7 @@ def latency_seconds(plan: Plan) -> float | None:
 
 
 def _scores(choice: Choice, goal: Goal) -> tuple[float, float, float]:
-    """What is compared, larger is better: the goal first. Rounded, so that what nobody can tell apart is equal."""
+    """Values to compare, larger is better, the goal first. Rounded, so that negligible differences count as equal."""
     context, quality = choice.plan.context_length, -choice.loss
     throughput = round(choice.throughput or 0.0, 1)
     if goal == "latency":
@@ -149,7 +149,7 @@ def _nearness(choice: Choice, request: PlanRequest) -> float:
 
 
 def _pareto(ranked: list[Choice], goal: Goal) -> list[Choice]:
-    """Those that no other one equals or beats in everything; of equals the first."""
+    """The choices that no other one equals or beats in everything; of equal ones the first."""
     kept: list[tuple[tuple[float, float, float], Choice]] = []
     for choice in ranked:
         scores = _scores(choice, goal)
@@ -161,7 +161,7 @@ def _pareto(ranked: list[Choice], goal: Goal) -> list[Choice]:
 def sweep(
     spec: ModelSpec, card: Card, request: PlanRequest, over: Literal["context", "requests", "quant"]
 ) -> list[Plan]:
-    """Return the plans over a range of one setting, all else as it is; the quantisation names the plan's model."""
+    """Return the plans over a range of one setting, all others unchanged; a quantisation names its plan's model."""
     if over == "quant":
         found = []
         for mixture in MIXTURES:

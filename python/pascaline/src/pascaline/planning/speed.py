@@ -27,7 +27,7 @@ SMALL_BATCH = 8
 DP4A_MACS = 4
 """int8 multiply-accumulates of one dp4a instruction; a card without it multiplies in fp32."""
 LEAST_POINTS = 3
-"""Fewer measured points of a kind say little of other models: what rests on them is called an estimate."""
+"""Minimum of measured points of a kind; figures based on fewer are called an estimate."""
 ATTENTION_SHARE = 0.4
 """Share of the fp32 peak in prefill attention: estimated, as 0.6 to 0.7 is what a tiled kernel aims at."""
 
@@ -46,7 +46,7 @@ class Rate:
     context: int
     """Tokens of each request that are in the cache."""
     bound: Literal["bandwidth", "compute"]
-    """What takes the most time."""
+    """What limits the speed: the part that takes the most time."""
     formula: str
     """The calculation with its numbers."""
 
@@ -84,9 +84,9 @@ class Calibration:
 
 
 def estimate_speed(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights, kv_tokens: int) -> Speed | None:
-    """Return what to expect; None for a device whose bandwidth and clock are not known, or no weights.
+    """Return the expected speed; None for a device whose bandwidth and clock are unknown, or without weights.
 
-    kv_tokens: of the KV cache, which all requests share.
+    kv_tokens: tokens of the KV cache, which all requests share.
     """
     if not is_speed_known(card, request) or not weights.n_bytes:
         return None
@@ -106,7 +106,7 @@ def estimate_speed(spec: ModelSpec, card: Card, request: PlanRequest, weights: W
 
 
 def is_speed_known(card: Card, request: PlanRequest) -> bool:
-    """Whether the card's data say enough for an estimate: not of a CPU, nor of a GPU without a profile."""
+    """Whether the card's data suffice for an estimate; false for a CPU and for a GPU without a profile."""
     return "bandwidth_bytes_per_second" in card.facts and request.device != "cpu"
 
 
@@ -132,7 +132,7 @@ class _Model:
         return self._rate(batch, (memory, compute, self._overhead), kind, batch, context)
 
     def prefill(self) -> Rate:
-        """Chunks of a prompt that fills the context: the last one attends to all that came before."""
+        """Chunks of a prompt that fills the context: the last one attends to all tokens before it."""
         chunk, total = self._request.chunked_prefill_tokens, self._request.context_length
         chunk = min(chunk, total)
         kind = kind_of(chunk)
@@ -166,14 +166,14 @@ class _Model:
 
 
 def kind_of(batch: int) -> Kind:
-    """Which kernels multiply this many columns."""
+    """The kind of kernels that multiply this many columns."""
     if batch == 1:
         return "bandwidth"
     return "small_batch" if batch <= SMALL_BATCH else "large_batch"
 
 
 def peak_macs(card: Card) -> float:
-    """Multiply-accumulates per second: dp4a where the card has it, else fp32."""
+    """Multiply-accumulates per second: dp4a if the card has it, else fp32."""
     per_lane = DP4A_MACS if card.has_dp4a else 1
     return card.number("cores") * card.number("boost_clock_hertz") * per_lane
 
@@ -196,7 +196,7 @@ def calibration(engine: str, *, mixture: bool = False) -> Calibration:
     )
     large = _compute_share(points, "large_batch", bandwidth)
     if mixture:
-        # No point: as much below the dense models' as for large batches.
+        # Without a point: the same factor below the dense models' share as for large batches.
         dense = calibration(engine)
         small = dense.small_batch * large / dense.large_batch
     else:
@@ -209,7 +209,7 @@ def calibration(engine: str, *, mixture: bool = False) -> Calibration:
 
 
 def calibration_for(card: Card, engine: str, *, mixture: bool) -> Calibration:
-    """Return the shares for a card: those of cards that multiply otherwise (dp4a or not) are an estimate for it."""
+    """Return the shares for a card. Measurements on the other kind of cards (with or without dp4a) are estimates."""
     shares = calibration(engine, mixture=mixture)
     measured = {point.card for point in speed_points() if point.engine == engine and point.confirmed}
     if any(load_card(name).has_dp4a == card.has_dp4a for name in measured):
@@ -235,7 +235,7 @@ def predicted(point: SpeedPoint, bandwidth: float, compute: float) -> float:
 
 
 def _compute_share(points: Sequence[SpeedPoint], kind: Kind, bandwidth: float) -> float:
-    """The share of the arithmetic peak in what the bytes leave of the measured time."""
+    """The share of the arithmetic peak that was reached in the measured time minus the time for the bytes."""
     shares = []
     for point in points:
         if kind_of(point.batch) != kind:
@@ -246,7 +246,7 @@ def _compute_share(points: Sequence[SpeedPoint], kind: Kind, bandwidth: float) -
 
 
 def _error(points: Sequence[SpeedPoint], bandwidth: float, compute: float, floor: float) -> float:
-    """Return the root mean square deviation; of a few points the largest, and no less than `floor`."""
+    """Return the root mean square deviation, or the largest one if there are few points; at least `floor`."""
     deviations = [predicted(point, bandwidth, compute) / point.tokens_per_second - 1 for point in points]
     if len(points) < LEAST_POINTS:
         return max(floor, *map(abs, deviations), 0.0)

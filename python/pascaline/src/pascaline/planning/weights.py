@@ -1,4 +1,4 @@
-"""What a model's weights take on the device and what a step reads of them, tensor by tensor from the header."""
+"""Memory of a model's weights on the device and bytes that a step reads, tensor by tensor from the header."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PACKED_COLUMNS = 64
 VOCABULARY_MULTIPLE = 64
 """SGLang pads embedding and output to it (layers/vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE)."""
 DENSE = "F16"
-"""What a matrix becomes whose type has no kernels (same file)."""
+"""Type in which a matrix without kernels is held (same file)."""
 NF4 = "NF4"
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """bitsandbytes NF4 with double quantisation: 4 bits, one 8-bit scale per 64 weights, one fp32 per 256 scales."""
@@ -55,24 +55,24 @@ class Weights:
     """A model's weights on one device. Bytes; operations per token."""
 
     n_bytes: int
-    """Resident."""
+    """Bytes on the device."""
     host_bytes: int
     """Kept in the host's memory instead (llama.cpp: the input embedding)."""
     rounding_bytes: int
-    """What the allocator takes beyond it."""
+    """Bytes that the allocator takes in addition."""
     dense_read_bytes: int
-    """Read by every step: all but the input embedding and the experts."""
+    """Bytes that every step reads: all except the input embedding and the experts."""
     expert_read_bytes: int
-    """Of the experts that one token uses."""
+    """Bytes of the experts that one token uses."""
     expert_bytes: int
-    """Of all experts."""
+    """Bytes of all experts."""
     matrix_read_bytes: Mapping[str, int]
     """Matrices that a decode step of one request multiplies with, by the type in which the engine holds them: what
     read_bytes(1) counts without the vectors (norms, biases)."""
     macs: int
     """Multiply-accumulates that one token costs, output layer included."""
     output_macs: int
-    """Of it in the output layer, which prefill computes for the last token only."""
+    """The part in the output layer, which prefill computes for the last token only."""
     largest_matrix_bytes: int
     """Largest matrix outside of the vocabulary, in the type of the computation."""
     formula: str
@@ -83,7 +83,7 @@ class Weights:
 
 
 def weights_on_device(spec: ModelSpec, request: PlanRequest) -> Weights:
-    """Return what the weights take and cost under an engine on a device; per GPU where several share the model."""
+    """Return memory and cost of the weights under an engine on a device; per GPU if several share the model."""
     sums = _Sums(spec, request)
     for tensor in spec.tensors:
         sums.add(tensor)
@@ -94,7 +94,7 @@ class Residence(NamedTuple):
     """How the engine holds a tensor in its memory."""
 
     tensor_type: str
-    """As model files name it, or NF4."""
+    """Name of the type in model files, or NF4."""
     n_bytes: int
 
 
@@ -116,9 +116,9 @@ def residence(tensor: TensorSpec, spec: ModelSpec, request: PlanRequest) -> Resi
 
 
 def stays_quantized(spec: ModelSpec, request: PlanRequest) -> bool:
-    """Whether SGLang holds a GGUF file's matrices in their types: on a GPU, and where quantization says `gguf`.
+    """Whether SGLang keeps a GGUF file's matrices quantised: on a GPU, or if `quantization` is `gguf`.
 
-    sglang_pascal/platform.py makes it the GPU's default; on a CPU all is dequantised, which is faster there.
+    sglang_pascal/platform.py makes it the GPU's default; on a CPU all tensors are dequantised, which is faster there.
     """
     return spec.format == "gguf" and (request.quantization or {"cuda": "gguf"}.get(request.device)) == "gguf"
 
@@ -174,7 +174,7 @@ class _Sums:
                 self._output_macs += tensor.n_elements
 
     def result(self) -> Weights:
-        """The sums, for one of the GPUs that share the model."""
+        """The sums for one of the GPUs that share the model."""
         spec, share = self._spec, self._request.tensor_parallel * self._request.pipeline_parallel
         types = ", ".join(
             f"{kind} {size / 2**20:,.1f} MiB" for kind, size in sorted(self._by_type.items(), key=lambda item: -item[1])

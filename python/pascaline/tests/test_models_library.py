@@ -135,7 +135,7 @@ class TestAdd:
             add(store, "emily", str(model), WRONG)
         assert str(caught.value) == (
             f"{store / 'emily' / model.name} is there already and has sha256 {digest}, must be {WRONG}; "
-            "if it is to be replaced: pascaline models remove emily"
+            "to replace it: pascaline models remove emily"
         )
 
     def test_page_that_asks_to_log_in(self, store: Path, url: str) -> None:
@@ -412,7 +412,7 @@ class TestRemove:
             fcntl.flock(lock, fcntl.LOCK_EX)
             with pytest.raises(ModelError) as caught:
                 remove(store, "emily")
-        assert str(caught.value) == f"{store / 'emily'} is in use by another pascaline models; wait for its end"
+        assert str(caught.value) == f"{store / 'emily'} is in use by another pascaline models; wait until it ends"
 
 
 class TestGarbage:

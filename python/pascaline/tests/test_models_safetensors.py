@@ -22,7 +22,7 @@ EMBEDDING = {"model.embed_tokens.weight": {"dtype": "BF16", "shape": [16, 8], "d
 HEAD = {"lm_head.weight": {"dtype": "F16", "shape": [16, 8], "data_offsets": [256, 512]}}
 
 DTYPES = ", ".join(DTYPE_BITS)
-AGAIN = "download the folder again (git lfs pull, where it was cloned by git)"
+AGAIN = "download the folder again (git lfs pull, if it was cloned by git)"
 LIST = "the shape of tensor 't' must be a list of at most 8 numbers"
 WHOLE = "the shape of tensor 't' must hold whole numbers from 0 to 2^63 - 1"
 
@@ -380,7 +380,7 @@ class TestFolder:
     @pytest.mark.parametrize("name", ["b.safetensors", "config.json"])
     def test_what_a_server_sent_in_place_of_a_file(self, tmp_path: Path, name: str, content: bytes, what: str) -> None:
         assert self._refusal(self._write(tmp_path, self._shards() | {name: content})).endswith(
-            f"failed to read FOLDER/{name}: it is {what}: download it again; where the server asks for a login, with a "
+            f"failed to read FOLDER/{name}: it is {what}: download it again; if the server asks for a login, with a "
             "token (pascaline models add --token-file FILE)"
         )
 

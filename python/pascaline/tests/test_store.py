@@ -128,7 +128,7 @@ class TestRead:
         path = folder(tmp_path / "m", model_type=model_type, missing=(missing,))
         assert refusal(ModelError, store.read, settings(), path) == (
             f"{path}: no file of the folder holds 1 of the tensors that {model_type} needs: {missing!r}; download the "
-            "folder again (git lfs pull, where it was cloned by git)"
+            "folder again (git lfs pull, if it was cloned by git)"
         )
 
     @pytest.mark.parametrize("tied", [False, None])

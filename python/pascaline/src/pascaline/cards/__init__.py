@@ -1,4 +1,4 @@
-"""Cards: what each supported GPU is, as data with its sources, and the settings that it starts from."""
+"""Cards: facts about each supported GPU, as data with sources, and its starting settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROC_GPUS = Path("/proc/driver/nvidia/gpus")
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A number, how it came to be known, and from where."""
+    """A number, how it was determined, and its source."""
 
     value: float
     origin: Origin
@@ -43,7 +43,7 @@ class Card:
 
     name: str
     nvml_names: tuple[str, ...]
-    """The names that the driver gives it."""
+    """The driver's names for it."""
     compute_capability: str | None
     """None for the CPU."""
     facts: dict[str, Fact]
@@ -53,7 +53,7 @@ class Card:
     """Constants of the memory plan and the speed estimate."""
 
     def number(self, fact: str) -> float:
-        """Return a fact's value; KeyError where the card has no such fact."""
+        """Return a fact's value. Raises KeyError if the card has no such fact."""
         return self.facts[fact].value
 
     @property
@@ -111,25 +111,25 @@ class SpeedPoint:
     """Multiply-accumulates of one token."""
     source: str
     confirmed: bool = True
-    """False: a single claim, kept to be seen, that nothing is fitted to."""
+    """False: a single claim, kept for reference; nothing is fitted to it."""
     mixture: bool = False
-    """Of a mixture of experts: its kernels gather rows and reach other shares than those of a dense model."""
+    """Whether the model is a mixture of experts: its kernels gather rows and reach other shares than dense ones."""
 
 
 @cache
 def speed_points() -> tuple[SpeedPoint, ...]:
-    """All measured speeds that estimates are calibrated with."""
+    """All measured speeds that calibrate the estimates."""
     return tuple(SpeedPoint(**point) for point in _planning_data()["points"])
 
 
 @cache
 def efficiencies(engine: str) -> dict[str, Fact]:
-    """The shares of the roofline that are known for an engine otherwise than from points."""
+    """The shares of the roofline for an engine that do not come from points."""
     return _facts(_planning_data()["efficiency"][engine])
 
 
 def card_for_device(nvml_name: str) -> Card | None:
-    """Return the card that the driver calls by this name; None for a card without a profile."""
+    """Return the card with this driver name; None for a card without a profile."""
     for name in card_names():
         card = load_card(name)
         if nvml_name in card.nvml_names:
@@ -138,9 +138,9 @@ def card_for_device(nvml_name: str) -> Card | None:
 
 
 def detect_card(index: int = 0, proc_gpus: Path = PROC_GPUS) -> str | None:
-    """Return the profile of this host's GPU of that index, `cpu` without a GPU, None where its card has no profile.
+    """Return the profile of this host's GPU of that index, `cpu` without a GPU, None if its card has no profile.
 
-    The driver's folder is read rather than NVML, which can block for minutes on a card that is ill.
+    This reads the driver's folder rather than NVML, which can block for minutes on a faulty card.
     """
     models = installed_models(proc_gpus)
     if not models:
@@ -163,7 +163,7 @@ def installed_models(proc_gpus: Path = PROC_GPUS) -> list[str]:
 
 @cache
 def driver_branches() -> DriverBranches:
-    """Return the table of driver branches, which the NixOS modules read too."""
+    """Return the table of driver branches. The NixOS modules read it too."""
     data = _read("driver.toml")
     least = {int(major): branch for major, branch in data["least_branch"].items()}
     return DriverBranches(last_pascal=data["last_pascal_branch"], least=least)
@@ -175,7 +175,7 @@ def _facts(entries: dict[str, Any]) -> dict[str, Fact]:
 
 @cache
 def _data() -> dict[str, Any]:
-    """Every card by its name; `gpu` is no card, but what all of them start from."""
+    """Every card by its name; `gpu` is not a card, but the table from which all of them start."""
     return {name: entry for name, entry in _read("cards.toml").items() if name != "gpu"}
 
 

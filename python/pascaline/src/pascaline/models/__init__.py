@@ -1,1 +1,1 @@
-"""Models on disk: what they are (headers only), where they are kept, whether they are whole."""
+"""Models on disk: what they are (headers only), where they are kept, whether they are complete."""

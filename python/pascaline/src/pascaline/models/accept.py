@@ -1,4 +1,4 @@
-"""Whether an engine serves a model, judged by its header alone: what plan, serve, verify and doctor all ask."""
+"""Whether an engine serves a model, judged by its header alone; plan, serve, verify and doctor all ask this."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 SERVED_METHOD = "bitsandbytes"
-"""The one quantisation of a folder that the plugin computes."""
+"""The only quantisation of a folder that the plugin supports."""
 
 
 def judge(spec: ModelSpec, engine: str) -> Verdict:
-    """Return why an engine refuses a model, and what it takes for granted. Pure; never raises.
+    """Return why an engine refuses a model, and which defaults it assumes. Pure; never raises.
 
-    llama.cpp refuses by itself what it cannot load, so that nothing is refused for it here that it would serve.
+    llama.cpp itself refuses what it cannot load, so this function refuses nothing for llama.cpp that it would serve.
     """
     if engine == "llama.cpp":
         return _for_llama_cpp(spec)
@@ -49,7 +49,7 @@ def _for_llama_cpp(spec: ModelSpec) -> Verdict:
 
 
 def _folder(spec: ModelSpec) -> Verdict:
-    """A folder of safetensors whose weights are quantised cannot be computed on these cards, nor on the CPU here."""
+    """A folder of safetensors with quantised weights cannot be computed on these cards, nor on the CPU here."""
     method, said = spec.quantization, "quantization_config"
     if method is None:
         packed = next((tensor for tensor in spec.tensors if _is_packed(tensor)), None)
@@ -74,7 +74,7 @@ def _whole_folder(spec: ModelSpec) -> Verdict:
     return Verdict(
         [
             f"no file of the folder holds {len(missing)} of the tensors that {spec.architecture} needs: "
-            f"{', '.join(map(shown, some))}; download the folder again (git lfs pull, where it was cloned by git)"
+            f"{', '.join(map(shown, some))}; download the folder again (git lfs pull, if it was cloned by git)"
         ]
     )
 

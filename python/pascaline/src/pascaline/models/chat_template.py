@@ -20,7 +20,7 @@ def has_chat_template(spec: ModelSpec, path: Path) -> bool:
 
 
 def chat_templates(spec: ModelSpec, path: Path) -> str:
-    """Return the text of all templates of a model, one behind the other; empty if it has none."""
+    """Return the text of all templates of a model, one after the other; empty if it has none."""
     if spec.format == "gguf":
         found = [value for key, value in spec.metadata.items() if key == KEY or key.startswith(f"{KEY}.")]
         return "\n".join(str(value) for value in found if value)

@@ -1,8 +1,8 @@
-"""Downloads one file: resumed only where the server proves that the rest belongs to what is here, and never trusted.
+"""Downloads one file. It is resumed only if the server proves that the rest belongs to what is here; it is not trusted.
 
 What was fetched so far lies in FILE.partial, with FILE.partial.json beside it: the URL and the server's validators.
-Only a 206 for exactly the missing range, of the same version, is appended; anything else begins anew. A digest that the
-server names is not looked at: who could exchange the file could exchange it too.
+Only a 206 for exactly the missing range of the same version is appended; anything else starts again. A digest from the
+server is ignored: an attacker who can replace the file can replace the digest too.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ if TYPE_CHECKING:
 TIMEOUT_SECONDS = 30.0
 """Longest silence of the server."""
 MAX_FAILURES = 5
-"""In a row and without a byte of progress, after which a download is given up."""
+"""Failures in a row without a byte of progress, after which a download is given up."""
 MAX_PAUSE_SECONDS = 60.0
-"""Between two attempts, also where the server asks for more."""
+"""Longest pause between two attempts, even if the server asks for more."""
 MAX_REDIRECTS = 5
 CHUNK_BYTES = 1 << 20
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 OnBytes = Callable[[int, int | None], None]
-"""Called with (bytes done, bytes in all or None where the server does not tell)."""
+"""Called with (bytes done, bytes in all or None if the server does not say)."""
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """Which version of a file the server sent, by its own words."""
+    """Which version of a file the server sent, according to its headers."""
 
     url: str
     etag: str
-    """Empty where there is none, or a weak one, which does not promise equal bytes."""
+    """Empty if there is none, or only a weak one, which does not promise equal bytes."""
     last_modified: str
     size: int | None
 
     @property
     def validator(self) -> str:
-        """For If-Range; empty: it cannot be resumed."""
+        """Value for If-Range; empty if the download cannot be resumed."""
         return self.etag or self.last_modified
 
 
 class _RetryError(Exception):
-    """The attempt failed in a way that another may not."""
+    """The attempt failed, but another one may succeed."""
 
     def __init__(self, reason: str, pause: float | None = None) -> None:
         super().__init__(reason)
@@ -69,7 +69,7 @@ class _RetryError(Exception):
 
 
 class Download:
-    """One file on its way."""
+    """The download of one file."""
 
     def __init__(
         self,
@@ -91,13 +91,13 @@ class Download:
         self._done = 0
         self._version: Version | None = None
         self.resumed = False
-        """Whether the file begins with what an earlier process left, which may be damaged where that was killed."""
+        """Whether the file begins with data of an earlier process, which may be damaged if that process was killed."""
 
     def fetch(self) -> str:
         """Fetch the file into `partial` and return its sha256, computed from what was written.
 
-        ModelError: the server does not have it, or gave up; StorageError: the disk is full. What is here stays for the
-        next attempt.
+        Raises ModelError if the server does not have it or gave up, StorageError if the disk is full. The downloaded
+        part stays for the next attempt.
         """
         self._take_up()
         failures = 0
@@ -123,7 +123,7 @@ class Download:
 
     @property
     def _prospect(self) -> str:
-        """What the same command will do after this one gave up."""
+        """Say what the same command will do when it is run again."""
         if not self._done:
             return "nothing was fetched, try again later"
         if self._version and self._version.validator and self._version.size is not None:
@@ -131,7 +131,7 @@ class Download:
         return "the server names no version to go on with (ETag, Last-Modified, length), the same command begins anew"
 
     def _take_up(self) -> None:
-        """Go on from what an earlier process left, if it can be proved to be a part of the file."""
+        """Continue from the data of an earlier process, if the server proves that it is a part of the file."""
         try:
             version = Version(**json.loads(self._note.read_text()))
             size = self._partial.stat().st_size
@@ -168,7 +168,7 @@ class Download:
         self._partial.unlink(missing_ok=True)
 
     def _check(self, response: httpx.Response) -> None:
-        """Decide by status and headers what the body is."""
+        """Decide by status and headers what the body contains."""
         status = response.status_code
         if response.headers.get("content-encoding", "identity") != "identity":
             self._fail(f"the server answered with the encoding {response.headers['content-encoding'][:80]!r}")
@@ -177,7 +177,7 @@ class Download:
                 self._begin_anew()
                 raise _RetryError(problem, pause=0.001)
         elif status == httpx.codes.OK:
-            # A new version, or a server without ranges: what is here is of no use.
+            # A new version, or a server without ranges: the data so far cannot be used.
             self._begin_anew()
             self._version = _version_of(self._url, response)
         elif status == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and self._done:
@@ -192,7 +192,7 @@ class Download:
         return status_words(response, with_token=any(name.lower() == "authorization" for name in self._headers))
 
     def _range_problem(self, response: httpx.Response) -> str | None:
-        """Why a 206 is not the rest of what is here; None where it is."""
+        """Why a 206 is not the rest of the file; None if it is."""
         assert self._version is not None
         text = response.headers.get("content-range", "")
         match = _CONTENT_RANGE.fullmatch(text)
@@ -217,7 +217,7 @@ class Download:
             self._note.write_text(json.dumps(asdict(self._version)))
             with self._partial.open("ab") as file:
                 self._on_bytes(self._done, size)
-                # As it comes: pieces of a fixed size would be lost where the connection breaks.
+                # Pieces as they arrive: a piece of a fixed size would be lost if the connection breaks.
                 for chunk in response.iter_raw():
                     if size is not None and self._done + len(chunk) > size:
                         raise _RetryError(f"the server sent more than the {size} bytes that it announced")
@@ -228,7 +228,7 @@ class Download:
                 file.flush()
                 os.fsync(file.fileno())
         finally:
-            # What was hashed and what is on disk must not differ when the next attempt goes on from here.
+            # The hashed bytes and those on disk must be the same when the next attempt continues from here.
             with contextlib.suppress(OSError):
                 os.truncate(self._partial, self._done)
 
@@ -250,7 +250,7 @@ def full_disk(folder: Path, free: int, needed: int) -> StorageError:
 
 
 def storage_error(error: OSError, folder: Path, needed: int | None) -> StorageError:
-    """Return what a failure to write means."""
+    """Return the error for a failure to write."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return full_disk(folder, shutil.disk_usage(folder).free, needed or 0)
     return StorageError(f"failed to write to {folder}: {error.strerror}; name a folder of this user with --store")

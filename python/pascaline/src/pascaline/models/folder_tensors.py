@@ -1,4 +1,4 @@
-"""Which tensors a folder of safetensors must hold: SGLang leaves a parameter without one as it found the memory.
+"""Which tensors a folder of safetensors must hold: SGLang leaves a parameter without a tensor uninitialised.
 
 The names are those of transformers' modelling code (modeling_llama.py and so on), which SGLang's loaders expect.
 """

@@ -10,7 +10,7 @@ class TensorType(NamedTuple):
 
     name: str
     block_elements: int
-    """Weights in one block; a row's length is a multiple of it."""
+    """Weights in one block; a row's length is a multiple of this."""
     block_bytes: int
 
 
@@ -62,7 +62,7 @@ REMOVED_TENSOR_TYPES = {
     37: "IQ4_NL_4_8",
     38: "IQ4_NL_8_8",
 }
-"""Numbers that GGML gave once and took back: files with them must be converted again."""
+"""Numbers of types that GGML has removed: files with them must be converted again."""
 
 FILE_TYPES = {
     0: "F32",
@@ -104,4 +104,4 @@ FILE_TYPES = {
 """Names of the mixtures in `general.file_type` (`enum llama_ftype`), without llama.cpp's MOSTLY_ prefix."""
 
 GUESSED_FILE_TYPE = 1024
-"""Flag on a file type that was derived from the tensors and not written by the converter."""
+"""Flag of a file type that was guessed from the tensors and not written by the converter."""

@@ -1,4 +1,4 @@
-"""ModelSpec of a GGUF model: metadata keys translated to our names, and the parts of a split model put together."""
+"""ModelSpec of a GGUF model: translates metadata keys to our names and joins the parts of a split model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_LAYERS = 512
 MAX_SIZE = (1 << 31) - 1
 """Largest dimension or count; llama.cpp reads them as 32-bit numbers."""
 
-# One full layer in so many, where the file does not say it (llama.cpp's src/llama-model.cpp, set_swa_pattern).
+# Period of full layers if the file does not name it (llama.cpp's src/llama-model.cpp, set_swa_pattern).
 _SLIDING_PERIODS = {
     "afmoe": 4,
     "cohere2": 4,
@@ -37,16 +37,16 @@ _SLIDING_PERIODS = {
     "smallthinker": 4,
 }
 _FULL_LAYER_FIRST = frozenset({"smallthinker"})
-# The window where the file does not say it.
+# The window if the file does not name it.
 _SLIDING_WINDOWS = {"gemma2": 4096, "llama4": 8192, "smallthinker": 4096}
-# The file names a window that llama.cpp does not use.
+# Architectures whose files name a window that llama.cpp does not use.
 _SLIDING_UNUSED = frozenset({"phi3", "phimoe"})
 
-# Architectures of files that belong to a model and are none.
+# Architectures of files that belong to a model but are not models.
 _NO_MODELS = {"clip": "the projector of a vision model", "imatrix": "an importance matrix"}
 
 OpenPart = Callable[[str], AbstractContextManager[Source]]
-"""Opens the file of this name beside the one that was asked for."""
+"""Opens the file of this name in the folder of the requested one."""
 
 
 def read_gguf(path: Path | str) -> ModelSpec:
@@ -56,7 +56,7 @@ def read_gguf(path: Path | str) -> ModelSpec:
 
 
 def _open_beside(path: Path, name: str) -> AbstractContextManager[Source]:
-    """Open the file of this name beside another; where it is missing, say how it may be spelt instead."""
+    """Open the file of this name beside another; if it is missing, suggest a file with a similar name."""
     part = path.with_name(name)
     if part != path and file_mode(part) is None:
         alike = next((file.name for file in path.parent.iterdir() if file.name.lower() == name.lower()), None)
@@ -164,13 +164,13 @@ class _Keys:
         return self.full(key) in self.metadata
 
     def count(self, key: str, *, maximum: int = MAX_SIZE) -> int:
-        """A number that must be there, from 1 on."""
+        """A required number, at least 1."""
         if not self.has(key):
             self.metadata.fail(f"metadata key {shown(self.full(key))} is missing")
         return _whole_number(self.metadata, self.full(key), 1, maximum, minimum=1)
 
     def optional(self, key: str) -> int | None:
-        """A number, None where it is absent or 0."""
+        """A number, None if it is absent or 0."""
         return _whole_number(self.metadata, self.full(key), 0, MAX_SIZE, minimum=0) or None
 
     def per_layer(self, key: str, layers: int, default: list[int]) -> list[int]:
@@ -208,7 +208,7 @@ def _architecture(metadata: Metadata) -> str:
 
 
 def _kv_heads(keys: _Keys, parts: list[frozenset[str]], heads: list[int]) -> list[int]:
-    """KV heads that each layer stores: none in a layer that has no keys, though the metadata gives all one number."""
+    """KV heads that each layer stores: 0 in a layer without keys, even if the metadata gives all the same number."""
     layers = len(parts)
     found = keys.per_layer("attention.head_count_kv", layers, default=heads)
     interval = keys.optional("full_attention_interval")
@@ -218,7 +218,7 @@ def _kv_heads(keys: _Keys, parts: list[frozenset[str]], heads: list[int]) -> lis
     if any(map(has_state, parts)):
         found = [count if has_keys(own) else 0 for count, own in zip(found, parts, strict=True)]
     shared = min(keys.optional("attention.shared_kv_layers") or 0, layers)
-    # The last layers that predict further tokens have cells only while they are used (llama.cpp, n_layer_nextn).
+    # The last layers, which predict further tokens, have cells only while they are used (llama.cpp, n_layer_nextn).
     without = max(shared, min(keys.optional("nextn_predict_layers") or 0, layers))
     return found[: layers - without] + [0] * without
 
@@ -242,13 +242,13 @@ def _sliding_layers(keys: _Keys, layers: int) -> tuple[int, ...]:
     field = keys.metadata.field(keys.full(key))
     if field is not None and field.value_type == "array":
         return tuple(layer for layer, slides in enumerate(keys.array(key, layers)) if slides)
-    # Without a pattern, nothing says which layers slide: counting all as full never plans too little memory.
+    # Without a pattern it is unknown which layers slide: counting all as full never plans too little memory.
     period = keys.optional(key) or _SLIDING_PERIODS.get(keys.architecture, 1)
     return sliding_layer_ids(layers, period, full_layer_first=keys.architecture in _FULL_LAYER_FIRST)
 
 
 def _vocab_size(keys: _Keys, tensors: tuple[TensorSpec, ...]) -> int:
-    """Rows of the embedding, which decide the size of the logits; the vocabulary's length where there is none."""
+    """Rows of the embedding, which determine the size of the logits; without an embedding the vocabulary's length."""
     for tensor in tensors:
         if tensor.name == "token_embd.weight":
             return tensor.shape[0]

@@ -1,7 +1,7 @@
 """The header of one GGUF file (versions 2 and 3): metadata, read lazily, and where each tensor lies.
 
-Tensor data is never read. Arrays of the metadata (a vocabulary of 150,000 strings) are stepped over without making
-Python objects of their elements. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Tensor data is never read. Arrays of the metadata (a vocabulary of 150,000 strings) are skipped without creating
+Python objects for their elements. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MAX_NESTED_ARRAYS = 1 << 16
 MAX_ELEMENTS = (1 << 63) - 1
 """GGML counts elements and bytes in a signed 64-bit number."""
 KEPT_BYTES = 4096
-"""A value up to this size is kept when it is passed; a larger one is read again when it is asked for."""
+"""A value up to this size is kept in memory; a larger one is read again when it is requested."""
 
 _STRING = 8
 _ARRAY = 9
@@ -128,12 +128,12 @@ class _Cursor:
             self.fail(f"{what} {_shown(data)} at byte {self.offset - length} is not UTF-8: {error.reason}")
 
     def skip(self, size: int, what: str) -> None:
-        """Step over bytes without reading them."""
+        """Skip bytes without reading them."""
         self.require(size, what)
         self._at += size
 
     def skip_strings(self, count: int, what: str) -> None:
-        """Step over strings: the one loop that runs a hundred thousand times, so it touches nothing but numbers."""
+        """Skip strings. This loop runs a hundred thousand times, so it handles numbers only."""
         self.require(8 * count, what)
         length_at = _U64.unpack_from
         while count:
@@ -156,7 +156,7 @@ class _Cursor:
 
 @dataclass(frozen=True, slots=True)
 class MetadataField:
-    """One value of the metadata, or where it stands if it is large."""
+    """One value of the metadata, or its position if it is large."""
 
     value_type: str
     """GGUF's name: `uint32`, `string`, `array`, …"""
@@ -171,7 +171,7 @@ class MetadataField:
 
 
 class Metadata:
-    """Key-value pairs of one file. A value is decoded when it is asked for; large ones are read again from the file."""
+    """Key-value pairs of one file. A value is decoded when it is requested; large ones are read again from the file."""
 
     def __init__(self, source: Source, fields: dict[str, MetadataField]) -> None:
         self._source = source
@@ -187,7 +187,7 @@ class Metadata:
         return len(self._fields)
 
     def field(self, key: str) -> MetadataField | None:
-        """Type and length of a value, without decoding it; None where the key is absent."""
+        """Type and length of a value, without decoding it; None if the key is absent."""
         return self._fields.get(key)
 
     def fail(self, cause: str) -> NoReturn:
@@ -195,7 +195,7 @@ class Metadata:
         raise ModelError(f"failed to read {self._source.name}: {cause}")
 
     def value(self, key: str) -> Value | None:
-        """The decoded value; None where the key is absent. Works for large values only while the file is open."""
+        """The decoded value; None if the key is absent. Works for large values only while the file is open."""
         field = self._fields.get(key)
         if field is None:
             return None
@@ -218,7 +218,7 @@ class Metadata:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """The bytes of a small value, at the offset where they stand in the file."""
+    """The bytes of a small value, with their offset in the file."""
 
     name: str
     data: bytes
@@ -246,7 +246,7 @@ class GgufHeader:
 
 
 def read_header(source: Source, file_index: int = 0) -> GgufHeader:
-    """Read one file's header; `file_index` is what its tensors are marked with."""
+    """Read one file's header; its tensors get this `file_index`."""
     cursor = _Cursor(source)
     version = _read_version(cursor)
     tensor_count = _read_count(cursor, "tensors", MAX_TENSORS)
@@ -291,12 +291,12 @@ def check_extents(file: str, size: int, tensors: tuple[TensorSpec, ...]) -> None
 
 
 def shown(text: str) -> str:
-    """A name from a file as a message may show it: quoted, escaped, and cut if it is long."""
+    """A name from a file as messages show it: quoted, escaped, and cut if it is long."""
     return ascii(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
 
 
 def printable(text: str) -> str:
-    """A name from a file as tables and pictures may show it: what a terminal would obey is replaced."""
+    """A name from a file as tables and pictures show it: control characters are replaced."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
@@ -347,7 +347,7 @@ def _read_metadata(cursor: _Cursor, count: int) -> dict[str, MetadataField]:
 
 
 def _pass_field(cursor: _Cursor, key: str) -> MetadataField:
-    """Step over one value and remember where it is."""
+    """Skip one value and remember its position."""
     value_type = _read_type(cursor, key)
     offset = cursor.offset
     if value_type != _ARRAY:
@@ -402,7 +402,7 @@ def _read_type(cursor: _Cursor, key: str) -> int:
 
 
 def _read_value(cursor: _Cursor, value_type: int, key: str) -> Value:
-    """Decode a value that was stepped over before, so that its size is known to be sound."""
+    """Decode a value that was skipped before, so its size has been checked."""
     if value_type == _STRING:
         return cursor.text(f"the value of {shown(key)}")
     if value_type != _ARRAY:

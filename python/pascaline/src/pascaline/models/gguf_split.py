@@ -37,7 +37,7 @@ def whole_name(name: str) -> str:
 
 
 def sibling_names(name: str) -> list[str] | None:
-    """Return the names of all parts of the split model that a file's name speaks of; None if it speaks of none."""
+    """Return the names of all parts of the split model that a file's name implies; None if it implies none."""
     match = _NAME.fullmatch(name)
     count = int(match["parts"]) if match else 1
     if match is None or not 1 < count <= MAX_PARTS or not 1 <= int(match["part"]) <= count:
@@ -48,7 +48,7 @@ def sibling_names(name: str) -> list[str] | None:
 def part_names(name: str, header: GgufHeader) -> list[str] | None:
     """Return the names of all parts of the model that a file belongs to; None if it is a whole model by itself.
 
-    ModelError where its name and its header contradict each other.
+    Raises ModelError if its name and its header contradict each other.
     """
     metadata = header.metadata
     match = _NAME.fullmatch(name)
@@ -73,7 +73,7 @@ def _names(stem: str, count: int) -> list[str]:
 
 
 def _check_whole(header: GgufHeader, named: tuple[int, int] | None) -> None:
-    """Refuse a part that does not say of how many it is one."""
+    """Refuse a part that does not say how many parts there are."""
     metadata = header.metadata
     if named is not None and named[1] > 1:
         metadata.fail(
@@ -90,7 +90,7 @@ def _check_whole(header: GgufHeader, named: tuple[int, int] | None) -> None:
 
 
 def check_parts(headers: Sequence[GgufHeader], names: Sequence[str]) -> None:
-    """Refuse files that are not all parts of one model, each once and in its place."""
+    """Refuse files that are not the complete parts of one model, each once and in order."""
     first = headers[0].metadata
     for index, header in enumerate(headers):
         _check_place(header.metadata, index, len(headers))
@@ -99,7 +99,7 @@ def check_parts(headers: Sequence[GgufHeader], names: Sequence[str]) -> None:
 
 
 def check_hidden_size(headers: Sequence[GgufHeader], hidden: int) -> None:
-    """Refuse a part whose norms have another length than the model's hidden state: it is of another model."""
+    """Refuse a part whose norms differ in length from the model's hidden state: it belongs to another model."""
     for index, header in enumerate(headers):
         for tensor in header.tensors:
             if _HIDDEN_WIDE.fullmatch(tensor.name) and tensor.shape != (hidden,):
@@ -122,7 +122,7 @@ def _check_place(metadata: Metadata, index: int, count: int) -> None:
 
 
 def _check_kinship(metadata: Metadata, first: Metadata, index: int, count: int) -> None:
-    """Compare all keys that this part and the first one have both."""
+    """Compare all keys that this part and the first one share."""
     for key in metadata:
         mine, other = metadata.field(key), first.field(key)
         if key in _PARTS_OWN_KEYS or mine is None or other is None:
@@ -146,14 +146,14 @@ def _check_tensors(headers: Sequence[GgufHeader], names: Sequence[str]) -> None:
             if tensor.name in holder:
                 _fail(names[index], f"tensor {shown(tensor.name)} is in part {holder[tensor.name] + 1} too; {AGAIN}")
             holder[tensor.name] = index
-    # Only the first part's count is read by llama.cpp; that it equals the others' is checked with their other keys.
+    # llama.cpp reads only the first part's count; the comparison of the other keys checks that all counts are equal.
     declared = split_number(headers[0].metadata, TENSORS)
     if declared != len(holder):
         _fail(names[0], f"the {len(headers)} parts hold {len(holder)} tensors, must be {declared} ({TENSORS}); {AGAIN}")
 
 
 def split_number(metadata: Metadata, key: str) -> int:
-    """Return one of the three numbers, which must be there."""
+    """Return one of the three required numbers."""
     field, value = metadata.field(key), metadata.value(key)
     if field is None:
         metadata.fail(f"it is a part of a split model, and metadata key {shown(key)} is missing; {AGAIN}")

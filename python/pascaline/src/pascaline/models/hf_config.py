@@ -1,4 +1,4 @@
-"""The shape of a model from Hugging Face's config.json: every name that families give to the same number."""
+"""The shape of a model from Hugging Face's config.json, under all names that families use for the same number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_SIZE = (1 << 31) - 1
 
 Json = dict[str, object]
 
-# Values that transformers' configuration classes hold by default and that published files leave out.
+# Defaults of transformers' configuration classes that published files leave out.
 _DEFAULTS: dict[str, Json] = {
     "gemma": {"head_dim": 256, "tie_word_embeddings": True},
     "gemma2": {"head_dim": 256, "sliding_window": 4096, "sliding_window_pattern": 2, "tie_word_embeddings": True},
@@ -31,7 +31,7 @@ _DEFAULTS: dict[str, Json] = {
     "gpt_oss": {"sliding_window": 128, "sliding_window_pattern": 2},
 }
 
-# Our name -> the names in config.json, the first that is there wins.
+# Our name -> the names in config.json; the first one present wins.
 _NAMES = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     "hidden": ("hidden_size", "n_embd", "d_model"),
@@ -67,12 +67,12 @@ class HfConfig:
 
     @property
     def architecture(self) -> str:
-        """`model_type` of the whole model: `gemma3` where the text part says `gemma3_text`."""
+        """`model_type` of the whole model: `gemma3` if the text part says `gemma3_text`."""
         return self._text(self._root, "model_type") or self.model_type
 
     @property
     def quantization(self) -> str | None:
-        """Method by which the weights are quantised (`gptq`, `fp8`); None where the file names none."""
+        """Method by which the weights are quantised (`gptq`, `fp8`); None if the file names none."""
         for key in ("quantization_config", "compression_config"):
             for values in (self._root, self._values):
                 if (content := values.get(key)) is not None:
@@ -82,14 +82,14 @@ class HfConfig:
         return None
 
     def count(self, name: str) -> int:
-        """A number that must be there, from 1 on."""
+        """A required number, at least 1."""
         value = self.optional(name)
         if value is None:
             self._fail(f"{' or '.join(_NAMES.get(name, (name,)))} is missing")
         return value
 
     def optional(self, name: str, maximum: int = MAX_SIZE) -> int | None:
-        """A number, None where it is absent, null or 0."""
+        """A number, None if it is absent, null or 0."""
         for key in _NAMES.get(name, (name,)):
             if self._values.get(key) is not None:
                 return self._number(key, self._values[key], maximum) or None
@@ -115,7 +115,7 @@ class HfConfig:
         return self.optional("layers", MAX_LAYERS) or 0
 
     def layer_types(self, layers: int) -> list[str] | None:
-        """What each layer is (`full_attention`, `sliding_attention`, `linear_attention`), None where it is not said."""
+        """Type of each layer (`full_attention`, `sliding_attention`, `linear_attention`), None if the file has none."""
         value = self._values.get("layer_types") or self._values.get("layers_block_type")
         if value is None:
             return None
@@ -170,7 +170,7 @@ def _given(values: Json) -> Json:
 
 
 def _value(value: object) -> str:
-    """A value as a message may show it; a container is named and not printed, since it may be deep or long."""
+    """A value as messages show it; a container is named and not printed, because it may be deep or long."""
     if isinstance(value, str):
         return shown(value)
     if isinstance(value, dict | list):

@@ -1,4 +1,4 @@
-"""What stands in the place of a model's file when it was not really fetched, told by its first bytes."""
+"""Recognises by its first bytes a file that is not the model: a git-lfs pointer, a web page, a server's text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ POINTER = b"version https://git-lfs"
 """How a git-lfs pointer begins (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)."""
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<!--")
 _LEAST_TEXT = 8
-"""Bytes that a text must have to be told from a file that was cut off: the length that safetensors begin with."""
-_AGAIN = "download it again; where the server asks for a login, with a token (pascaline models add --token-file FILE)"
+"""Shortest text that is recognised as such; a shorter one may be a truncated file (safetensors begin with 8 bytes)."""
+_AGAIN = "download it again; if the server asks for a login, with a token (pascaline models add --token-file FILE)"
 
 
 def impostor(head: bytes) -> str | None:
-    """Say what a file is that begins with these bytes and is no weights; None where they tell nothing."""
+    """Say what a file with these first bytes is if it holds no weights; None if they do not show it."""
     if head.startswith(POINTER):
         return "it is the pointer of a git-lfs file: run git lfs pull"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()

@@ -1,4 +1,4 @@
-"""JSON from files that nobody vouches for: bounded in size, in containers and in depth, and no key twice."""
+"""JSON from untrusted files: limited in size, containers and depth, and without duplicate keys."""
 
 from __future__ import annotations
 

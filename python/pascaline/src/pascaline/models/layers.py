@@ -19,9 +19,9 @@ _FUSED_KEYS = "attn_qkv"
 
 
 def sliding_layer_ids(num_layers: int, period: int, *, full_layer_first: bool = False) -> tuple[int, ...]:
-    """The sliding-window layers where one in `period` layers is full: the last of each period, or the first.
+    """The sliding-window layers if one in `period` layers is full: the last of each period, or the first.
 
-    A period of 0 means that all layers slide, of 1 that none does (llama.cpp, `llama_hparams::set_swa_pattern`).
+    A period of 0 means that all layers slide, 1 that none does (llama.cpp, `llama_hparams::set_swa_pattern`).
     """
     if period == 0:
         return tuple(range(num_layers))
@@ -30,7 +30,7 @@ def sliding_layer_ids(num_layers: int, period: int, *, full_layer_first: bool = 
 
 
 def most_common_heads(layer_heads: Sequence[int]) -> int:
-    """Heads of most of the layers that have any; 0 where none has."""
+    """The most common number of heads among layers that have any; 0 if none has."""
     counts = Counter(heads for heads in layer_heads if heads)
     return counts.most_common(1)[0][0] if counts else 0
 
@@ -41,7 +41,7 @@ def differing(layer_values: Sequence[int]) -> tuple[int, ...] | None:
 
 
 def layer_parts(names: Iterable[str], num_layers: int) -> list[frozenset[str]]:
-    """Return what each layer consists of: the part of a tensor's name behind `blk.N.`, for every layer."""
+    """Return the tensors of each layer: the part of their names after `blk.N.`."""
     found: list[set[str]] = [set() for _ in range(num_layers)]
     for name in names:
         match = _BLOCK.match(name)
@@ -51,10 +51,10 @@ def layer_parts(names: Iterable[str], num_layers: int) -> list[frozenset[str]]:
 
 
 def has_state(parts: frozenset[str]) -> bool:
-    """Whether a layer of these parts keeps a recurrent state."""
+    """Whether a layer with these tensors keeps a recurrent state."""
     return any(part.startswith(_STATE_PARTS) for part in parts)
 
 
 def has_keys(parts: frozenset[str]) -> bool:
-    """Whether a layer of these parts stores keys and values. Falcon-H1's layers do both this and keep a state."""
+    """Whether a layer with these tensors stores keys and values. Falcon-H1's layers store them and keep a state too."""
     return bool(parts & _KEY_PARTS) or (_FUSED_KEYS in parts and not has_state(parts))

@@ -1,12 +1,12 @@
-"""The library of model files: one folder a model, as the NixOS module keeps it, each file verified against a sha256.
+"""The library of model files: one folder per model, as the NixOS module keeps it, each file checked against a sha256.
 
-STORE/NAME/FILE            the file, which is there whole or not at all
-STORE/NAME/FILE.verified   `SHA256 SIZE CHANGED INODE` of the file when its checksum was that which a person gave
-STORE/NAME/FILE.seen       the same of a file that was added without a checksum: what it was, which nobody vouches for
-STORE/NAME/FILE.partial    a download on its way (download.py)
+STORE/NAME/FILE            the file, complete or absent
+STORE/NAME/FILE.verified   `SHA256 SIZE CHANGED INODE` of the file when its checksum equalled the one that a person gave
+STORE/NAME/FILE.seen       the same for a file that was added without a checksum, so that a later change is seen
+STORE/NAME/FILE.partial    an unfinished download (download.py)
 STORE/NAME/.lock           held while a process adds, verifies or removes
 
-A split model is several such files, its parts, which are added and verified together.
+A split model has several such files, its parts, which are added and verified together.
 """
 
 from __future__ import annotations
@@ -58,31 +58,31 @@ class Entry:
     bytes: int
     state: State
     sha256: str | None
-    """Of the last comparison; None where there was none."""
+    """Checksum of the last comparison; None if there was none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """What `add` did."""
+    """Result of `add`."""
 
     path: Path
     """The file, or the first part of a split model."""
     sha256: str
-    """Of the file; of a split model those of its parts in order, separated by commas, as --sha256 takes them."""
+    """Checksum of the file; for a split model those of its parts in order, separated by commas, as in --sha256."""
     was_there: bool
     verified: bool
-    """Whether a checksum was given for each file, which it has."""
+    """Whether a checksum was given for each file, and each file has it."""
 
 
 def default_store() -> Path:
-    """Return the host's library where it exists, else the user's own."""
+    """Return the host's library if it exists, else the user's own."""
     if SYSTEM_STORE.is_dir():
         return SYSTEM_STORE
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "pascaline" / "models"
 
 
 OnPart = Callable[[int, int], OnBytes]
-"""Called with (part from 0 on, parts in all) of what is fetched next; returns what is told of its bytes."""
+"""Called with (index of the next part, number of parts); returns the function that is called with its bytes."""
 
 
 def add(
@@ -95,11 +95,11 @@ def add(
     on_bytes: OnBytes = lambda _done, _total: None,
     on_part: OnPart | None = None,
 ) -> Added:
-    """Bring a model into the library from a URL or a path, and return where it is; of a split one all parts.
+    """Bring a model, with all parts of a split one, into the library from a URL or a path. Return where it is.
 
     source: the file, or any part of a split model; the other parts are taken from beside it.
-    sha256: what each file must have, from a source other than the server. Without it they count as unverified.
-    headers: of the requests, for a server that asks for a token. on_part: instead of on_bytes, for each part its own.
+    sha256: the checksum of each file, from a source other than the server. Without it they count as unverified.
+    headers: of the requests, for a server that asks for a token. on_part: replaces on_bytes; one function per part.
     """
     digests = _check_arguments(name, sha256)
     folder, file_name = store / name, _file_name(source)
@@ -149,7 +149,7 @@ def _bring(
     headers: Mapping[str, str] | None,
     on_bytes: OnBytes,
 ) -> str:
-    """Fetch or copy a file and return its sha256; once more where it was resumed from a damaged beginning."""
+    """Fetch or copy a file and return its sha256; fetch it again if it was resumed from a damaged beginning."""
     if not _is_url(source):
         return _copy(Path(source), partial, on_bytes)
     download = Download(source, partial, headers=headers, on_bytes=on_bytes)
@@ -162,7 +162,7 @@ def _bring(
 
 
 def _beside(source: str, name: str, part: str) -> str:
-    """Return where a part of this name lies beside the one that was named."""
+    """Return the place of a part of this name beside the one that was named."""
     if name == part:
         return source
     if not _is_url(source):
@@ -214,7 +214,7 @@ def _in_place(target: Path, sha256: str | None, on_bytes: OnBytes) -> Added:
     if sha256 not in (None, digest):
         raise ModelError(
             f"{target} is there already and has sha256 {digest}, must be {sha256}; "
-            f"if it is to be replaced: pascaline models remove {target.parent.name}"
+            f"to replace it: pascaline models remove {target.parent.name}"
         )
     if sha256 is not None:
         _stamp(target, digest)
@@ -257,7 +257,7 @@ def _require_digest(partial: Path, source: str, digest: str, sha256: str | None)
 
 
 def _require_header(partial: Path, target: Path) -> None:
-    """Refuse what cannot be a model: servers answer 200 with a page that asks to log in."""
+    """Refuse a file that cannot be a model: servers answer 200 with a login page."""
     if (problem := _header_problem(partial, target)) is not None:
         partial.unlink()
         raise ModelError(f"{problem}; the file was deleted")
@@ -270,7 +270,7 @@ def _header_problem(partial: Path, target: Path) -> str | None:
         if sibling_names(target.name) is None:
             read_model(partial)
         else:
-            # A part, which only the others make a model.
+            # A part, which is a model only together with the others.
             with open_gguf(partial):
                 pass
     except ModelError as error:
@@ -320,10 +320,10 @@ def find(store: Path, name: str) -> Path | None:
 
 
 def problems(found: Sequence[Entry]) -> list[str]:
-    """Return why files are no model that an engine here serves: damaged, a part that is missing or one of another.
+    """Return why no engine here serves these files: damaged, a missing part, or a part of another model.
 
-    Files whose checksum is another say nothing more. A split model is judged once; one of an architecture that SGLang
-    does not know may be llama.cpp's.
+    Files with another checksum are not judged further. A split model is judged once. llama.cpp may serve an
+    architecture that SGLang does not know.
     """
     models: dict[Path, Path] = {}
     for entry in found:
@@ -349,9 +349,9 @@ def verify(
     sha256: str | Sequence[str] | None = None,
     on_bytes: OnBytes = lambda _d, _t: None,
 ) -> list[Entry]:
-    """Read every file of a model again, and return them as they are: `changed` where the checksum is another.
+    """Read every file of a model again, and return its state: `changed` if the checksum differs.
 
-    sha256: compare with it and, where it fits, remember it; one for each file, in the order of their names.
+    sha256: compare with it and, if it is equal, remember it; one for each file, in the order of their names.
     """
     digests = _check_arguments(name, sha256)
     folder = _existing(store, name)
@@ -385,7 +385,7 @@ def remove(store: Path, name: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """Something that nothing needs."""
+    """Something that can be deleted."""
 
     path: Path
     bytes: int
@@ -393,9 +393,9 @@ class Garbage:
 
 
 def garbage(store: Path, cache: Path, keep: frozenset[str] | None = None) -> list[Garbage]:
-    """Return what can be deleted: downloads that did not end, stamps and caches of files that are gone.
+    """Return what can be deleted: unfinished downloads, stamps and caches of files that no longer exist.
 
-    keep: names of the models that are still wanted; None: all. What another process holds is left out.
+    keep: names of the models that are still wanted; None: all. Files that another process holds are left out.
     """
     found = []
     for folder in sorted(store.iterdir()) if store.is_dir() else []:
@@ -462,14 +462,14 @@ def _existing(store: Path, name: str) -> Path:
 
 
 def _stamp_text(file: Path, digest: str) -> str:
-    """As modules/fetch-model.sh writes it, so that each accepts the other's."""
+    """The stamp as modules/fetch-model.sh writes it, so that each accepts the other's."""
     status = file.stat()
     seconds, rest = divmod(status.st_ctime_ns, 10**9)
     return f"{digest} {status.st_size} {seconds}.{rest:09d} {status.st_ino}"
 
 
 def _stamp(file: Path, digest: str, kind: str = VERIFIED) -> None:
-    """Remember a digest; what is verified needs no memory of how it was first seen."""
+    """Remember a digest; a verified file needs no record of its first state."""
     try:
         file.with_name(file.name + kind).write_text(_stamp_text(file, digest))
         if kind == VERIFIED:
@@ -486,7 +486,7 @@ def _read_stamp(file: Path, kind: str = VERIFIED) -> str | None:
 
 
 def _stamped(file: Path) -> str | None:
-    """Return the digest of a stamp that still holds."""
+    """Return the digest of a stamp that is still valid."""
     text = _read_stamp(file)
     digest = text.partition(" ")[0] if text else ""
     return digest if text and text == _stamp_text(file, digest) else None
@@ -510,7 +510,7 @@ def _json(path: Path) -> dict[str, str]:
 
 @contextmanager
 def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Hold a model's lock; StorageError where it may not be written, ModelError where another holds it."""
+    """Hold a model's lock. Raises StorageError if it cannot be written, ModelError if another process holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("w")
@@ -522,7 +522,7 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ModelError(f"{folder} is in use by another pascaline models; wait for its end") from error
+            raise ModelError(f"{folder} is in use by another pascaline models; wait until it ends") from error
         yield
 
 

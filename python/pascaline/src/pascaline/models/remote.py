@@ -1,4 +1,4 @@
-"""Models at http(s) URLs: headers by range requests, so that a few MiB of a file of many GiB are fetched."""
+"""Models at http(s) URLs: headers are read by range requests, so that only a few MiB of a large file are fetched."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BLOCK_BYTES = 512 << 10
 TIMEOUT_SECONDS = 30.0
 """Longest silence of the server."""
 MAX_REQUEST_SECONDS = 120.0
-"""Longest time that one block may take, however steadily it trickles in."""
+"""Longest time for one block, even if it arrives steadily."""
 MAX_REDIRECTS = 5
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})", re.ASCII)
@@ -75,7 +75,7 @@ class HttpSource:
             self._fail(str(error).rstrip(".") or type(error).__name__)
 
     def _check(self, response: httpx.Response, offset: int, size: int) -> int:
-        """Check that the answer is the range that was asked for, and return its length."""
+        """Check that the answer is the requested range, and return its length."""
         status = response.status_code
         if status == httpx.codes.OK:
             self._fail("the server sends whole files only (no range requests); download the file, then name its path")

@@ -27,7 +27,7 @@ MAX_TENSORS = 1 << 18
 MAX_SHARDS = 1024
 MAX_DIMENSIONS = 8
 NAMED_TENSORS = 3
-"""Most of the missing tensors that a message names: the first ones and the last."""
+"""Most missing tensors that a message names: the first ones and the last."""
 MAX_NAME = 255
 """Longest name of a shard, characters (Linux's NAME_MAX)."""
 
@@ -65,7 +65,7 @@ _OTHER_FILES = (
     "generation_config.json",
     "chat_template.jinja",
 )
-_AGAIN = "download the folder again (git lfs pull, where it was cloned by git)"
+_AGAIN = "download the folder again (git lfs pull, if it was cloned by git)"
 
 OpenPart = Callable[[str], AbstractContextManager[Source]]
 
@@ -101,7 +101,7 @@ def _check_other_files(directory: Path) -> None:
 def read_safetensors_parts(
     place: str, open_part: OpenPart, locate: Callable[[str], Path | str], names: list[str] | None
 ) -> ModelSpec:
-    """Read config.json and the headers of the files of these names; None stands for those that the index names."""
+    """Read config.json and the headers of the files of these names (None: those that the index names)."""
     config = HfConfig(*_read_json(open_part, "config.json"))
     places = _indexed_places(open_part) if names is None else {}
     names = sorted(set(places.values())) if names is None else names
@@ -130,7 +130,7 @@ def _open_shard(open_part: OpenPart, name: str, count: int) -> Iterator[Source]:
 
 
 def _check_numbered(place: str, names: Sequence[str]) -> None:
-    """Refuse shards whose names speak of others that are not among them: an index, or a download, is incomplete."""
+    """Refuse shards whose names imply others that are missing: the index or the download is incomplete."""
     for name in names:
         if (match := _NUMBERED.fullmatch(name)) is None:
             continue
@@ -144,7 +144,7 @@ def _check_numbered(place: str, names: Sequence[str]) -> None:
 
 
 def _check_shards(place: str, names: Sequence[str], tensors: Sequence[TensorSpec], places: Mapping[str, str]) -> None:
-    """Refuse a tensor that two shards hold, and one that the index names and no shard holds."""
+    """Refuse a tensor that two shards hold, and one that the index names but no shard holds."""
     holder: dict[str, int] = {}
     for tensor in tensors:
         if (other := holder.get(tensor.name)) is not None:
@@ -165,7 +165,7 @@ def _refuse_twice(place: str, tensor: str, one: str, other: str) -> NoReturn:
 
 
 def read_header(source: Source, file_index: int = 0) -> list[TensorSpec]:
-    """Read where the tensors of one safetensors file lie; their data is not touched."""
+    """Read the positions of the tensors in one safetensors file, without their data."""
     if what := impostor(head_of(source)):
         _fail(source, what)
     if source.size < 8:
@@ -189,7 +189,7 @@ def read_header(source: Source, file_index: int = 0) -> list[TensorSpec]:
 
 
 def _check_covered(source: Source, tensors: Sequence[TensorSpec], data_start: int) -> None:
-    """Refuse bytes that belong to no tensor, as the format does: tensors follow each other up to the file's end."""
+    """Refuse bytes that belong to no tensor, as the format requires: tensors fill the file up to its end."""
     end = data_start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.data_offset, tensor.n_bytes)):
         if tensor.data_offset != end:
@@ -233,11 +233,11 @@ def _numbers(source: Source, value: object, what: str, limit: int) -> tuple[int,
 
 
 def _file_names(directory: Path) -> list[str] | None:
-    """The safetensors files of a folder without an index; None where there is one."""
+    """The safetensors files of a folder without an index; None if there is an index."""
     if file_mode(directory / INDEX_NAME) is not None:
         return None
     try:
-        # `consolidated` files are the same weights once more, in another project's layout.
+        # `consolidated` files hold the same weights again, in another project's layout.
         names = sorted(
             entry.name for entry in directory.glob("*.safetensors") if not entry.name.startswith("consolidated")
         )
@@ -327,11 +327,11 @@ def _head_dim(config: HfConfig, hidden: int, heads: int) -> int:
 
 
 def _ssm_inner_size(config: HfConfig, heads: int) -> int | None:
-    """Width of a recurrent layer, which families write in three ways."""
+    """Width of a recurrent layer, for which families use three names."""
     if not config.optional("ssm_state"):
         return None
     if not heads:
-        # Mamba has no other layers, so intermediate_size is theirs.
+        # Mamba has only recurrent layers, so intermediate_size is their width.
         return config.optional("intermediate")
     linear = (config.optional("linear_num_value_heads") or 0) * (config.optional("linear_value_head_dim") or 0)
     return config.optional("ssm_inner") or linear or None

@@ -1,4 +1,4 @@
-"""What a file server's refusal means to a user, and a URL as messages may show it."""
+"""What a file server's refusal means to a user, and a URL as messages show it."""
 
 from __future__ import annotations
 

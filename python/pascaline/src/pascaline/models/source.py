@@ -1,4 +1,4 @@
-"""Where model headers are read from: a file on disk here, a URL in remote.py; both give bytes at an offset."""
+"""Sources of model headers: a file on disk here, a URL in remote.py. Both return bytes at an offset."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Source(Protocol):
 
     @property
     def chunk_bytes(self) -> int:
-        """How much is worth reading at a time."""
+        """Sensible number of bytes for one read."""
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes from `offset`; a ModelError where they are not there."""
+        """Exactly `size` bytes from `offset`. Raises ModelError if the file is shorter."""
 
 
 class FileSource:
-    """A regular file on disk: pread makes an error of a file that shrinks, where mmap would be SIGBUS."""
+    """A regular file on disk. If it shrinks, pread fails with an error, while mmap would end in SIGBUS."""
 
     chunk_bytes = 1 << 20
 
@@ -58,7 +58,7 @@ class FileSource:
 
 
 def file_mode(path: Path) -> int | None:
-    """Type and permissions of a file, as os.stat gives them; None where there is no such file."""
+    """Type and permissions of a file, as os.stat returns them; None if there is no such file."""
     try:
         return path.stat().st_mode
     except FileNotFoundError:
@@ -78,7 +78,7 @@ def open_file(path: Path) -> Iterator[FileSource]:
     except OSError as error:
         raise ModelError(f"failed to read {path}: {error.strerror}") from error
     try:
-        # Once more: another file may have taken the name between the two calls.
+        # Check again: another file may have taken the name between the two calls.
         status = os.fstat(descriptor)
         _require_regular(path, status.st_mode)
         yield FileSource(path, descriptor, status.st_size)

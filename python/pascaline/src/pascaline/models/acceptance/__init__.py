@@ -1,12 +1,12 @@
-"""Whether a GGUF model can be served by SGLang as its file says: the header in, reasons out, no input or output.
+"""Whether SGLang can serve a GGUF model as its file says. It takes the header and returns reasons, without I/O.
 
-header      the header as plain data, and what the checks answer with
+header      the header as plain data, and the result of the checks
 keys        every metadata key: used, known to be harmless, or a reason to refuse
 dimensions  sizes of the model, and the tensors that they imply
 rope        the scaling of positions, in every spelling
 vocabulary  what each kind of tokenizer needs
 
-pascaline and sglang-pascal are installed apart and each has this folder, byte for byte; a test compares the two.
+pascaline and sglang-pascal are installed separately and each has this folder, byte for byte; a test compares them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["ARCHITECTURES", "Header", "Tensor", "Unread", "Verdict", "accept"]
 
 
 def accept(header: Header) -> Verdict:
-    """Judge a whole model by its header. Never raises, whatever the header holds."""
+    """Judge a whole model by its header. Never raises, for any header."""
     verdict = Verdict()
     name = header.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:

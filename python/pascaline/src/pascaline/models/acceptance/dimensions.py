@@ -1,4 +1,4 @@
-"""The sizes that the metadata give, and the tensors that they imply: every parameter has exactly one, of its shape."""
+"""The sizes in the metadata, and the tensors that they imply: exactly one of the right shape for every parameter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROPE_FREQS: Final = "rope_freqs.weight"
 NO_WEIGHTS: Final = dict.fromkeys(("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"), "holds no weights") | {
     "Q1_0": "the gguf package cannot decode"
 }
-"""Types that are no weights or only hold intermediate results, and one that can be named but not read; and why."""
+"""Types that are not weights or hold only intermediate results, and one that cannot be read, each with the reason."""
 TIED: Final = frozenset({"gemma2", "gemma3"})
 """Architectures whose published models all compute the output with the embedding."""
 _FLOATS: Final = frozenset({"F32", "F16", "BF16"})
@@ -41,7 +41,7 @@ class Dimensions:
     kv_heads: int
     head_dim: int
     vocabulary: int | None
-    """Number of tokens; None where the file lists none."""
+    """Number of tokens; None if the file lists none."""
 
 
 class Wanted(NamedTuple):
@@ -49,18 +49,18 @@ class Wanted(NamedTuple):
 
     name: str
     shape: tuple[int | None, ...]
-    """None: of any size (the vocabulary of a file that lists none)."""
+    """None means any size (the vocabulary of a file that lists none)."""
     required: bool = True
 
 
 def one_for_all(value: Any) -> int | None:
-    """The number that holds in every layer, given once or once a layer; None where layers differ or it is no number."""
+    """The number for every layer, given once or per layer; None if layers differ or it is not a number."""
     values = value if isinstance(value, list) else [value]
     return values[0] if values and all(map(is_int, values)) and len(set(values)) == 1 else None
 
 
 def read_dimensions(header: Header, architecture: str, verdict: Verdict) -> Dimensions | None:
-    """Read the sizes; None, with reasons, where one is missing or impossible."""
+    """Read the sizes; None, with reasons, if one is missing or impossible."""
     before = len(verdict.refusals)
     reader = _Reader(header, architecture, verdict)
     layers = reader.required("block_count", MAX_LAYERS)
@@ -84,7 +84,7 @@ def read_dimensions(header: Header, architecture: str, verdict: Verdict) -> Dime
 def wanted_tensors(architecture: str, sizes: Dimensions, *, biased: bool) -> Iterator[Wanted]:
     """Every tensor of an architecture: those of llama.cpp's load_tensors for which SGLang's model has a parameter.
 
-    biased: whether the file has biases of attention in an architecture that may do without.
+    biased: whether the file has attention biases in an architecture where they are optional.
     """
     hidden, rows = sizes.hidden, {"q": sizes.heads, "k": sizes.kv_heads, "v": sizes.kv_heads}
     yield Wanted("token_embd.weight", (sizes.vocabulary, hidden))
@@ -113,7 +113,7 @@ def wanted_tensors(architecture: str, sizes: Dimensions, *, biased: bool) -> Ite
 
 
 def check_tensors(header: Header, architecture: str, sizes: Dimensions, verdict: Verdict) -> None:
-    """Refuse tensors that are missing, of another shape or type than is served, or that no parameter takes."""
+    """Refuse tensors that are missing, have an unsupported shape or type, or belong to no parameter."""
     biased = architecture == "llama" and "blk.0.attn_q.bias" in header.tensors
     wanted = {each.name: each for each in wanted_tensors(architecture, sizes, biased=biased)}
     missing = [name for name, each in wanted.items() if each.required and name not in header.tensors]
@@ -188,7 +188,7 @@ class _Reader:
         return self._in_range(key, self._metadata.get(self.full(key)), maximum)
 
     def optional(self, key: str, default: int | None) -> int | None:
-        # No note of a default: the shapes of the tensors show whether it holds.
+        # A default is not noted here: the shapes of the tensors show whether it is right.
         return self.required(key) if self.full(key) in self._metadata else default
 
     def per_layer(self, key: str, layers: int | None, default: int | None = None) -> int | None:

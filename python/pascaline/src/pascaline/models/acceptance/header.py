@@ -1,4 +1,4 @@
-"""The header of one model as plain data, and what the checks answer with."""
+"""The header of one model as plain data, and the result of the checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """A value that is there, but too large to be read for a decision by its content."""
+    """A value that is present but too large to be read for a check."""
 
     kind: str
     """`string` or `array`."""
@@ -43,12 +43,12 @@ class Header:
     tensors: Mapping[str, Tensor]
 
     def text(self, key: str) -> str | None:
-        """A string; None where it is absent, unread, or of another type."""
+        """A string; None if it is absent, unread, or of another type."""
         value = self.metadata.get(key)
         return value if isinstance(value, str) else None
 
     def number(self, key: str) -> float | None:
-        """A finite number; None where it is absent or of another type."""
+        """A finite number; None if it is absent or of another type."""
         value = self.metadata.get(key)
         return value if is_number(value) else None
 
@@ -58,28 +58,28 @@ class Verdict:
     """What the checks found."""
 
     refusals: list[str] = field(default_factory=list)
-    """Why the model is not served, one sentence each, the most telling first; empty where it is."""
+    """Why the model is not served, one sentence each, the most informative first; empty if it is served."""
     defaults: list[str] = field(default_factory=list)
-    """What the file does not say and llama.cpp's loader has a value for: `rope.freq_base 10000`."""
+    """Values missing in the file for which llama.cpp's loader has a default: `rope.freq_base 10000`."""
 
     def refuse(self, sentence: str) -> None:
         """Note a reason to refuse the model."""
         self.refusals.append(sentence)
 
     def default(self, key: str, value: object) -> None:
-        """Note a default that is taken."""
+        """Note a default that is used."""
         self.defaults.append(f"{key} {value}")
 
     @property
     def notes(self) -> list[str]:
-        """What is worth knowing of a model that is served."""
+        """Notes about a model that is served."""
         if not self.defaults:
             return []
         return [f"the file does not say, so llama.cpp's defaults are taken: {', '.join(self.defaults)}"]
 
     @property
     def sentence(self) -> str:
-        """All reasons in one line; empty where there is none."""
+        """All reasons in one line; empty if there is none."""
         if len(self.refusals) <= SHOWN:
             return "; ".join(self.refusals)
         return f"{'; '.join(self.refusals[:SHOWN])}; and {len(self.refusals) - SHOWN} more"
@@ -100,6 +100,6 @@ def is_number(value: object) -> bool:
 
 
 def quoted(name: str) -> str:
-    """A name out of a file as a message shows it: escaped, and cut where it is long."""
+    """A name from a file as messages show it: escaped, and cut if it is long."""
     shown = name if len(name) <= 80 else name[:80] + "..."
     return '"' + ascii(shown)[1:-1] + '"'

@@ -1,6 +1,6 @@
 """Every metadata key that can change what a model computes: used, known to be harmless, or a reason to refuse.
 
-A key that is in no table is refused by its name: what it means is unknown, so nothing says that it can be left out.
+A key that is in no table is refused by its name: its meaning is unknown, so it cannot be ignored.
 Sources: the format's own documentation (ggml's docs/gguf.md) and llama.cpp's loader (load_hparams, vocab.load).
 """
 
@@ -20,14 +20,14 @@ ARCHITECTURES: Final = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 
 
 class Key(NamedTuple):
-    """What is known of one key."""
+    """What is known about one key."""
 
     kind: str
     """Type of its value: a name of KINDS, or `any` for a key whose value is not used."""
     why: str
-    """What it is used for, or why it can be left out."""
+    """What it is used for, or why it can be ignored."""
     neutral: tuple[Any, ...] = ()
-    """For a key that is not used: the values that change nothing. Every other value is refused."""
+    """For an unused key: the values that change nothing. Every other value is refused."""
 
 
 _INTEGERS: Final = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
@@ -60,20 +60,20 @@ _COMMON: Final = {
     "embedding_length": Key("int", "width of the model"),
     "feed_forward_length": Key("layers", "width of the feed-forward layers"),
     "attention.head_count": Key("layers", "query heads"),
-    "attention.head_count_kv": Key("layers", "key and value heads; as many as query heads where it is absent"),
-    "attention.key_length": Key("int", "size of a head; width / heads where it is absent"),
+    "attention.head_count_kv": Key("layers", "key and value heads; as many as query heads if it is absent"),
+    "attention.key_length": Key("int", "size of a head; width / heads if it is absent"),
     "attention.value_length": Key("int", "size of a value head, which must be that of a key head"),
     "attention.layer_norm_rms_epsilon": Key("float", "epsilon of the norms"),
-    "rope.freq_base": Key("float", "base of the rotation; 10000 where it is absent"),
+    "rope.freq_base": Key("float", "base of the rotation; 10000 if it is absent"),
     "rope.dimension_count": Key("int", "rotated dimensions of a head, which must be all of them"),
     "rope.scale_linear": Key("float", "old spelling of rope.scaling.factor"),
-    "rope.scaling.type": Key("text", "kind of scaling; linear where a factor stands alone"),
+    "rope.scaling.type": Key("text", "kind of scaling; linear if there is only a factor"),
     "rope.scaling.factor": Key("float", "factor of the scaling"),
-    "rope.scaling.original_context_length": Key("int", "context before YaRN; context_length where it is absent"),
+    "rope.scaling.original_context_length": Key("int", "context before YaRN; context_length if it is absent"),
     "rope.scaling.attn_factor": Key("float", "multiplies YaRN's magnitude"),
     "rope.scaling.yarn_attn_factor": Key("float", "multiplies YaRN's magnitude"),
-    "rope.scaling.yarn_beta_fast": Key("float", "YaRN's upper bound of the ramp; 32 where it is absent"),
-    "rope.scaling.yarn_beta_slow": Key("float", "YaRN's lower bound of the ramp; 1 where it is absent"),
+    "rope.scaling.yarn_beta_fast": Key("float", "YaRN's upper bound of the ramp; 32 if it is absent"),
+    "rope.scaling.yarn_beta_slow": Key("float", "YaRN's lower bound of the ramp; 1 if it is absent"),
     "rope.scaling.yarn_ext_factor": Key("float", "YaRN's share, which must be whole"),
     "rope.scaling.yarn_log_multiplier": Key("float", "not computed by SGLang's models of these architectures", (0.0,)),
     "rope.scaling.alpha": Key("float", "NTK scaling, which these architectures do not have", (0.0,)),
@@ -113,21 +113,21 @@ ARCHITECTURE_KEYS: Final[dict[str, dict[str, Key]]] = {
     | _GEMMA
     | {
         "attn_logit_softcapping": Key("float", "Gemma 3 caps no attention scores", (0.0,)),
-        "attention.sliding_window_pattern": Key("pattern", "which layers slide; five of six where it is absent"),
-        "rope.freq_base_swa": Key("float", "base of the rotation in sliding layers; 10000 where it is absent"),
+        "attention.sliding_window_pattern": Key("pattern", "which layers slide; five of six if it is absent"),
+        "rope.freq_base_swa": Key("float", "base of the rotation in sliding layers; 10000 if it is absent"),
         "attention.key_length_swa": Key("int", "size of a head in sliding layers, which must be that of all"),
         "attention.value_length_swa": Key("int", "size of a head in sliding layers, which must be that of all"),
         "rope.dimension_count_swa": Key("int", "rotated dimensions in sliding layers, which must be all"),
     },
 }
-"""By architecture: the keys that start with its name, without it."""
+"""By architecture: the keys that start with its name, without that prefix."""
 DEFAULTS: Final[dict[str, dict[str, float]]] = {
     "gemma2": {"attention.sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3": {"attention.sliding_window_pattern": 6},
 }
-"""What llama.cpp's loader takes where a file of the architecture does not say (llama-model.cpp, llama-hparams.h)."""
+"""llama.cpp's defaults for keys that a file of the architecture leaves out (llama-model.cpp, llama-hparams.h)."""
 REQUIRED: Final[dict[str, tuple[str, ...]]] = {"gemma3": ("attention.sliding_window",)}
-"""Keys of an architecture, beside the sizes of all, that have no default."""
+"""Required keys of an architecture, in addition to the sizes that all need."""
 AT_LEAST: Final = {
     "attention.layer_norm_rms_epsilon": 0.0,
     "attention.sliding_window": 1,
@@ -150,9 +150,9 @@ _NOT_IN_TEXT: Final = "only marks places in a text; tokens are made the same way
 _FILLING: Final = ("prefix", "suffix", "middle", "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep")
 OTHER_KEYS: Final = {
     "tokenizer.ggml.model": Key("text", "kind of tokenizer"),
-    "tokenizer.ggml.pre": Key("text", "how text is split before it is merged; default where it is absent"),
+    "tokenizer.ggml.pre": Key("text", "how text is split before it is merged; default if it is absent"),
     "tokenizer.ggml.tokens": Key("texts", "vocabulary"),
-    "tokenizer.ggml.token_type": Key("ints", "kind of each token; all normal where it is absent"),
+    "tokenizer.ggml.token_type": Key("ints", "kind of each token; all normal if it is absent"),
     "tokenizer.ggml.scores": Key("floats", "order of SentencePiece's merges"),
     "tokenizer.ggml.merges": Key("texts", "merges of byte-level BPE"),
     "tokenizer.ggml.bos_token_id": Key("int", "starts a text"),
@@ -160,7 +160,7 @@ OTHER_KEYS: Final = {
     "tokenizer.ggml.eot_token_id": Key("int", "ends a turn"),
     "tokenizer.ggml.eom_token_id": Key("int", "ends a message"),
     "tokenizer.ggml.eos_token_ids": Key("ints", "all tokens that end a text"),
-    "tokenizer.ggml.unknown_token_id": Key("int", "stands for what is not in the vocabulary"),
+    "tokenizer.ggml.unknown_token_id": Key("int", "token for text that is not in the vocabulary"),
     "tokenizer.ggml.padding_token_id": Key("int", "fills a batch"),
     "tokenizer.ggml.add_bos_token": Key("bool", "whether a text starts with bos"),
     "tokenizer.ggml.add_eos_token": Key("bool", "whether a text ends with eos"),
@@ -191,11 +191,11 @@ OTHER_KEYS: Final = {
 }
 """Keys of NAMESPACES, whole."""
 NAMESPACES: Final = ("tokenizer.", "split.", "quantize.", "rope.")
-"""Beside the architecture's own: where every key must be known. `general.` describes the file."""
+"""Prefixes, besides the architecture's own, under which every key must be known. `general.` describes the file."""
 
 
 def check_keys(header: Header, architecture: str, verdict: Verdict) -> None:
-    """Refuse keys that are unknown, of the wrong type, or not used and not neutral."""
+    """Refuse keys that are unknown, of the wrong type, or unused with a value that changes something."""
     for key, value in header.metadata.items():
         known = _known(key, architecture)
         if known is not None:

@@ -1,7 +1,7 @@
-"""The scaling of positions, in every spelling that GGUF files have for it, in the terms of config.json.
+"""The scaling of positions: translates every spelling in GGUF files into the terms of config.json.
 
-Rules: llama.cpp's load_hparams (a factor without a type is linear; the old key rope.scale_linear stands in for a
-missing rope.scaling.factor; a factor of 0 is none) and llama-context (YaRN's magnitude is
+Rules: llama.cpp's load_hparams (a factor without a type is linear; the old key rope.scale_linear replaces a
+missing rope.scaling.factor; a factor of 0 means no scaling) and llama-context (YaRN's magnitude is
 attn_factor x (1 + 0.1 ln factor)).
 """
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from .header import Header, Verdict
 
 DEFAULT_BASE: Final = 10000.0
-"""llama.cpp's base of the rotation where the file names none, of sliding layers too."""
+"""llama.cpp's base of the rotation if the file names none, for sliding layers too."""
 YARN_ONLY: Final = ("yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_ext_factor")
-"""Keys of rope.scaling that mean something to YaRN alone."""
+"""Keys of rope.scaling that only YaRN uses."""
 UNSCALED: Final = frozenset({"gemma2"})
 """Architectures whose model in SGLang does not scale positions."""
 
@@ -31,7 +31,7 @@ class RopeError(ValueError):
 
 
 def rope_scaling(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any]:
-    """Entries of `rope_parameters` beside `rope_theta`; raises RopeError where SGLang cannot do what the file says."""
+    """Entries of `rope_parameters` other than `rope_theta`. Raises RopeError if SGLang cannot do what the file says."""
     keys = _Keys(metadata, architecture)
     kind = keys.text("rope.scaling.type")
     factor = keys.number("rope.scaling.factor")
@@ -54,7 +54,7 @@ def rope_scaling(metadata: Mapping[str, Any], architecture: str) -> dict[str, An
 
 
 def check_rope(header: Header, architecture: str, verdict: Verdict) -> None:
-    """Refuse a scaling that SGLang cannot do, and note a base that the file does not give."""
+    """Refuse a scaling that SGLang does not support, and note a base that the file leaves out."""
     for key in ("rope.freq_base", *(["rope.freq_base_swa"] if architecture == "gemma3" else [])):
         base = header.number(f"{architecture}.{key}")
         if f"{architecture}.{key}" not in header.metadata:
@@ -77,7 +77,7 @@ def check_rope(header: Header, architecture: str, verdict: Verdict) -> None:
 
 
 def _defaults(header: Header, architecture: str, scaling: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    """What llama.cpp takes for the keys of a scaling that a file may leave out: (key of rope.scaling, value)."""
+    """llama.cpp's defaults for the keys of a scaling that a file may leave out: (key of rope.scaling, value)."""
     if scaling["rope_type"] == "linear":
         yield "type", "linear"
     if scaling["rope_type"] == "yarn":
@@ -121,7 +121,7 @@ def _yarn(keys: _Keys, factor: float | None) -> dict[str, Any]:
 
 
 def _magnitude(keys: _Keys, factor: float) -> dict[str, Any]:
-    """What the file multiplies YaRN's magnitude with, as SGLang (attn_factor) and transformers (the whole) name it."""
+    """The file's factor of YaRN's magnitude, as SGLang (attn_factor) and transformers (the whole) name it."""
     found = [keys.number(f"rope.scaling.{key}") for key in ("attn_factor", "yarn_attn_factor")]
     attention = math.prod(value for value in found if value is not None)
     if attention == 1.0:

@@ -27,14 +27,14 @@ PRE_TOKENIZERS: Final = (
 )
 """Values of `tokenizer.ggml.pre` whose rule is known."""
 UNSET_ID: Final = 0xFFFFFFFF
-"""-1 as converters store it: there is no such token."""
+"""-1 as converters store it: the model has no such token."""
 SPECIAL: Final = ("bos", "eos", "eot", "eom", "unknown", "padding")
 SENTENCEPIECE_IDS: Final = {"bos": 1, "eos": 2, "unknown": 0}
-"""llama.cpp's ids of a SentencePiece vocabulary that does not say."""
+"""llama.cpp's default ids for a SentencePiece vocabulary."""
 
 
 def special_id(metadata: Mapping[str, Any], name: str) -> int | None:
-    """Id of a special token (`bos`, `eos`, …); None where the model has none. Not checked against the vocabulary."""
+    """Id of a special token (`bos`, `eos`, …); None if the model has none. Not checked against the vocabulary."""
     value = metadata.get(f"{PREFIX}{name}_token_id")
     if value is None and metadata.get(f"{PREFIX}model") == "llama":
         return SENTENCEPIECE_IDS.get(name)
@@ -42,7 +42,7 @@ def special_id(metadata: Mapping[str, Any], name: str) -> int | None:
 
 
 def end_ids(metadata: Mapping[str, Any]) -> list[int]:
-    """Ids that end a generation by the keys of the file: eos, eot, eom, and a list of several."""
+    """Ids that end a generation, from the file's keys: eos, eot, eom, and a list of several."""
     found = [special_id(metadata, name) for name in ("eos", "eot", "eom")]
     listed = metadata.get(f"{PREFIX}eos_token_ids")
     found += [each for each in listed if is_int(each)] if isinstance(listed, list) else []
@@ -85,7 +85,7 @@ def _check_byte_level(header: Header, verdict: Verdict) -> None:
 
 
 def _check_merges(metadata: Mapping[str, Any], merges: list[Any], verdict: Verdict) -> None:
-    """Each merge joins two tokens to a third."""
+    """Check that each merge joins two tokens to a third."""
     tokens = metadata.get(f"{PREFIX}tokens")
     if not isinstance(tokens, list):
         return
@@ -120,7 +120,7 @@ def _check_ids(metadata: Mapping[str, Any], tokens: int, verdict: Verdict) -> No
 
 
 def _note_defaults(metadata: Mapping[str, Any], family: str, verdict: Verdict) -> None:
-    """What llama.cpp's vocab.load takes where a key is absent."""
+    """Note the defaults of llama.cpp's vocab.load for absent keys."""
     absent = {
         name for name in ("token_type", "pre", "add_bos_token", "add_eos_token") if f"{PREFIX}{name}" not in metadata
     }

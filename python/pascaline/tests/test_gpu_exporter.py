@@ -167,12 +167,12 @@ def test_each_change_is_logged_once(exporter: RunningExporter) -> None:
         (
             "nvmlDeviceGetMigMode = 1 1",
             'nvidia_gpu_mig_enabled{gpu="0",uuid="GPU-a"} 1',
-            "MIG is on: NVML tells no utilization of the whole card",
+            "MIG is on: NVML reports no utilization of the whole card",
         ),
         (
             "nvmlDeviceGetVirtualizationMode = 2",
             'virtualization="vgpu"} 1',
-            "this is a vGPU: NVML tells only part of what the card does",
+            "this is a vGPU: NVML reports only part of what the card does",
         ),
     ],
     ids=["MIG", "vGPU"],
@@ -278,7 +278,8 @@ def test_a_port_in_use_has_its_exit_code_and_remedy() -> None:
         done = run_exporter("--demo", f"--port={port}")
     assert done.returncode == ExitCode.PORT_IN_USE
     assert done.stderr == (
-        f"pascaline exporter: port {port} of 127.0.0.1 is in use; stop what listens there, or choose another with --port\n"
+        f"pascaline exporter: port {port} of 127.0.0.1 is in use; stop the program that listens there, "
+        "or choose another with --port\n"
     )
 
 
@@ -337,7 +338,7 @@ def test_bad_usage_is_told_before_anything_starts(flags: list[str], message: str
 def test_numbers_out_of_range_are_refused(flag: str, message: str) -> None:
     done = run_exporter(flag)
     assert done.returncode == ExitCode.CONFIGURATION
-    assert done.stderr.splitlines()[-1] == f"pascaline exporter: error: {message}"
+    assert done.stderr == f"pascaline exporter: error: {message}\npascaline exporter --help says what there is\n"
 
 
 def test_once_prints_one_page_or_json() -> None:

@@ -120,7 +120,7 @@ def test_an_interruption_while_quality_is_measured_tells_how_to_go_on(bench: Sta
     assert run.interrupt() == ExitCode.INTERRUPTED
     (folder,) = tmp_path.glob("bench-quant-*")
     told = run.errors.splitlines()[-1]
-    assert told.startswith("interrupted; to go on: pascaline bench quant --model ")
+    assert told.startswith("interrupted; to continue: pascaline bench quant --model ")
     assert told.endswith(f" --output {folder.name}")
     assert json.loads((folder / "results.json").read_text())["complete"] is False
 

@@ -103,7 +103,7 @@ def test_an_interrupted_benchmark_keeps_what_it_has_and_goes_on(
     kept = runs()
     assert len(kept) == 1
     assert not results(folder)["complete"]
-    assert "interrupted; to go on: " in first.errors
+    assert "interrupted; to continue: " in first.errors
     assert "Interrupted" in (folder / "report.html").read_text()
 
     second = bench(*arguments, FAKE_ENGINE_FAULTS=slow)
@@ -133,7 +133,7 @@ def test_a_server_that_dies_ends_the_benchmark_with_what_it_has(bench: Start, se
         run.errors.splitlines()[-1],
     )
     assert len(results(folder)["points"][0]["runs"]) == 1
-    assert "interrupted; to go on: " in run.errors
+    assert "interrupted; to continue: " in run.errors
     assert "Interrupted" in (folder / "report.html").read_text()
 
 

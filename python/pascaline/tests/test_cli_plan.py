@@ -188,7 +188,7 @@ def test_a_wrong_flag_is_named_in_one_line(llama: Path) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (
         CONFIGURATION,
         "",
-        "pascaline plan: error: unrecognized arguments: --contxt 4096\npascaline plan --help says what there is\n",
+        "pascaline plan: error: unrecognized arguments: --contxt 4096\npascaline plan --help lists all options\n",
     )
 
 

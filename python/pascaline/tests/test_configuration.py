@@ -260,7 +260,7 @@ class TestCommand:
 
     def test_check_of_a_sound_file(self, toml: Any) -> None:
         result = run("config", "check", str(toml('card = "tesla-p4"\n')))
-        assert (result.returncode, result.stdout) == (0, "sound: 10 settings chosen, card profile tesla-p4\n")
+        assert (result.returncode, result.stdout) == (0, "valid: 10 settings chosen, card profile tesla-p4\n")
 
     def test_show_names_every_origin(self) -> None:
         shown = json.loads(run("config", "show", "--json", "--port", "1234", "--card", "gtx-1080").stdout)

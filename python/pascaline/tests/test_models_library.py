@@ -477,8 +477,8 @@ class TestCommand:
         added = self.run(store, "add", "emily", str(model))
         assert (added.returncode, added.stdout) == (0, f"{path}: is in place, sha256 {digest}\n")
         assert added.stderr.splitlines()[-1] == (
-            "pascaline models: no checksum was given, so nothing says that this is the file that you mean; compare it "
-            f"with another source, then: pascaline models verify emily --sha256 {digest} --store {store}"
+            "pascaline models: no checksum was given, so nothing proves that this is the right file; compare the "
+            f"sha256 with another source, then run: pascaline models verify emily --sha256 {digest} --store {store}"
         )
         assert self.run(store, "verify", "emily", "--sha256", digest).returncode == 0
         listed = json.loads(self.run(store, "list", "--json").stdout)
@@ -497,7 +497,7 @@ class TestCommand:
         assert done.returncode == 3
         found = hashlib.sha256(b"x").hexdigest()
         assert done.stderr.splitlines()[-1] == (
-            f"pascaline models: {path} has sha256 {found}, which is not the expected"
+            f"pascaline models: {path} has sha256 {found}, which is not the expected one"
         )
 
     def test_a_model_that_no_engine_serves(self, store: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: one module a command, imported only when it is called, so that --help answers at once.
+"""The command line: one module per command, imported only when it is called, so that --help answers at once.
 
 A command's module has `DESCRIPTION`, `add_arguments(parser)` and `run(arguments) -> int` (an exit code).
 """
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
-# Command -> what it does, as --help lists it. The module is pascaline.cli.<command>.
+# Command -> its summary in --help. The module is pascaline.cli.<command>.
 COMMANDS = {
     "serve": "plan, launch and supervise an engine that serves one model",
-    "plan": "say what a model takes on a card, whether it fits, and the best settings",
-    "completion": "print what a shell needs to complete commands and options",
+    "plan": "show how much memory a model needs on a card, whether it fits, and the best settings",
+    "completion": "print a script that completes commands and options in a shell",
     "config": "show, check or describe the settings and where each value comes from",
-    "doctor": "find out what keeps this host from serving, and what to do",
+    "doctor": "find out what keeps this host from serving, and what to do about it",
     "exporter": "serve GPU metrics to Prometheus (NVML)",
-    "bench": "measure an instance under load: batch sizes, contexts, rates, types of weights",
+    "bench": "measure an instance under load: batch sizes, contexts, rates, weight types",
     "models": "download, verify, list and delete model files",
-    "profile": "record the kernels of a decode and hold them against the card's roofline",
+    "profile": "record the kernels of a decode and compare them with the card's roofline",
     "quantize": "make smaller weights with llama.cpp's tools",
     "service": "run an instance as a systemd unit on a host without NixOS",
     "top": "show GPUs and instances of this host or a fleet, live",
@@ -38,11 +38,11 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line and where to read more, instead of pages of usage before them."""
+    """A parser that prints an error in one line and a hint to --help, without pages of usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and end with the code of a bad configuration."""
-        self.exit(ExitCode.CONFIGURATION, f"{self.prog}: error: {message}\n{self.prog} --help says what there is\n")
+        """Print the error, and exit with ExitCode.CONFIGURATION."""
+        self.exit(ExitCode.CONFIGURATION, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """As Python does, without the secrets that the texts of errors quote."""
+    """Print an uncaught exception as Python does, but with secrets hidden."""
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
@@ -71,7 +71,7 @@ def _top_parser() -> Parser:
         prog="pascaline",
         usage="pascaline COMMAND [OPTIONS]",
         description="Serve language models on Pascal GPUs (Tesla P4, P40, P100, GTX 10xx).",
-        epilog=f"commands (pascaline COMMAND --help says more):\n{listing}\n\nexit codes:\n{codes}",
+        epilog=f"commands (for details: pascaline COMMAND --help):\n{listing}\n\nexit codes:\n{codes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
@@ -96,6 +96,6 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output went away (`pascaline … | head`); nothing is left to say.
+        # The reader of our output is gone (`pascaline … | head`), so nothing more can be printed.
         sys.stderr.close()
         return ExitCode.OK

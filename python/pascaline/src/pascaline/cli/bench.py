@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 DESCRIPTION = """Measure an instance under real concurrent load over its OpenAI API.
 
   pascaline bench batch                       1, 2, 4, 8 requests at once: tokens/s, latencies, memory, power
-  pascaline bench context                     one request at a time that fills 2048, 4096, 8192 tokens
-  pascaline bench serve --rates 0.5,1,2       requests that arrive by themselves
+  pascaline bench context                     one request at a time, 2048, 4096 and 8192 tokens long
+  pascaline bench serve --rates 0.5,1,2       requests that arrive at given rates
   pascaline bench quant --model F16.gguf      size, memory, quality and speed of each type from F16 to Q3_K
   pascaline bench compare A B                 which differences between two results are significant
-  pascaline bench report FOLDER               print results again and renew their report
+  pascaline bench report FOLDER               print results again and rewrite their report
   pascaline bench report BATCH CONTEXT QUANT --page all.html     one page with the charts of several results
 
-It starts an instance with the given settings, as `pascaline serve` does, and ends it; with --url it measures one that
-runs already. Results go to a folder: results.json (schema 1) and report.html, one file without outside parts. An
-interrupted benchmark keeps what it has; the same command with the same --output goes on from there."""
+It starts an instance with the given settings, as `pascaline serve` does, and ends it; with --url it measures a running
+one. Results go to a folder: results.json (schema 1) and report.html, a self-contained page. An interrupted benchmark
+keeps its results so far; the same command with the same --output continues it."""
 
 MAX_CHUNKS = 32
-"""The shipped text has some 19,000 tokens, 37 chunks; other tokenisers make fewer of it."""
-# With --url these say what the server has; all other settings belong to an instance that is started.
+"""The shipped text has some 19,000 tokens, which is 37 chunks; with other tokenisers it has fewer."""
+# With --url these settings describe the server; all others can only configure an instance that bench starts.
 _FACTS_OF_A_SERVER = frozenset({"model", "card", "api_key_file"})
 _CHOSEN_HERE = frozenset({"host", "port", "agent_host", "agent_port", "drain_timeout"})
 
@@ -91,7 +91,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "--arrival",
         choices=("poisson", "fixed"),
         default="poisson",
-        help="poisson: as from many users; fixed: evenly spaced (default: %(default)s)",
+        help="poisson: like many independent users; fixed: evenly spaced (default: %(default)s)",
     )
     _add_lengths(parser, prompt="lognormal:128:0.7", output="lognormal:64:0.7")
     _add_common(parser)
@@ -103,7 +103,7 @@ def _add_quant(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--types",
         metavar="TYPE,TYPE,…",
-        help="types of the weights, NF4 for bitsandbytes through SGLang "
+        help="weight types; NF4 means bitsandbytes through SGLang "
         f"(default: {','.join(DEFAULT_TYPES)}, and NF4 for a Hugging Face folder)",
     )
     parser.add_argument(
@@ -111,13 +111,13 @@ def _add_quant(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=16,
         metavar="N",
-        help="chunks of 512 tokens of the text that quality is measured on, at most 32 (default: %(default)s)",
+        help="chunks of 512 tokens on which quality is measured, at most 32 (default: %(default)s)",
     )
     parser.add_argument(
-        "--sizes", default="1,4", metavar="N,N,…", help="concurrent requests of the speeds (default: %(default)s)"
+        "--sizes", default="1,4", metavar="N,N,…", help="concurrent requests of the speed tests (default: %(default)s)"
     )
     parser.add_argument(
-        "--keep-models", action="store_true", help="keep the files of all types (default: each is removed when done)"
+        "--keep-models", action="store_true", help="keep the model files of all types (default: remove each after use)"
     )
     parser.add_argument("--tools", type=Path, metavar="DIR", help="folder of llama.cpp's programs (default: PATH)")
     parser.add_argument(
@@ -130,10 +130,16 @@ def _add_quant(parser: argparse.ArgumentParser) -> None:
 def _add_lengths(parser: argparse.ArgumentParser, *, prompt: str, output: str) -> None:
     forms = "128, 64-256 (uniform), normal:128:32 or lognormal:128:0.7 (median, sigma)"
     parser.add_argument(
-        "--prompt-tokens", default=prompt, metavar="LENGTHS", help=f"of each prompt: {forms} (default: %(default)s)"
+        "--prompt-tokens",
+        default=prompt,
+        metavar="LENGTHS",
+        help=f"tokens of each prompt: {forms} (default: %(default)s)",
     )
     parser.add_argument(
-        "--output-tokens", default=output, metavar="LENGTHS", help="of each answer, alike (default: %(default)s)"
+        "--output-tokens",
+        default=output,
+        metavar="LENGTHS",
+        help="tokens of each answer, in the same forms (default: %(default)s)",
     )
 
 
@@ -142,22 +148,22 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--requests", type=int, metavar="N", help="requests of each run (default: enough for the point)"
     )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each point (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="decides prompts, lengths, arrivals (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of prompts, lengths, arrivals (default: %(default)s)")
     parser.add_argument(
         "--timeout",
         type=float,
         default=600.0,
         metavar="S",
-        help="seconds that a request may take (default: %(default)g)",
+        help="longest duration of a request in seconds (default: %(default)g)",
     )
-    parser.add_argument("--url", help="measure the server there instead of starting one, as http://127.0.0.1:30000")
+    parser.add_argument("--url", help="measure a running server, such as http://127.0.0.1:30000")
     parser.add_argument(
         "--exporter",
         metavar="URL",
-        help="page with the GPU's metrics (default: NVML here; for another host its port 9836)",
+        help="page with the GPU's metrics (default: NVML on this host; port 9836 of another host)",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="where results go (default: bench-BENCHMARK-MODEL-TIME here)"
+        "--output", type=Path, metavar="FOLDER", help="folder for results (default: ./bench-BENCHMARK-MODEL-TIME)"
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
     add_settings_arguments(parser)
@@ -171,9 +177,9 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="results: a folder or its results.json")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="HTML page to write with the charts of all of them")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="HTML page to write with the charts of all results")
     parser.add_argument(
-        "--json", action="store_true", help="print the results as JSON, of several a list, instead of tables"
+        "--json", action="store_true", help="print JSON instead of tables; a list if there are several results"
     )
 
 
@@ -251,7 +257,7 @@ def _quant(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace, kind: str, points: Any, wanted: dict[str, Any]) -> int:
-    """Measure points on one instance. wanted: settings that the sweep needs, where the user chose none."""
+    """Measure points on one instance. wanted: settings that the sweep needs, unless the user chose others."""
     from pascaline.bench.experiment import Experiment
     from pascaline.bench.sweep import run_sweep
 
@@ -278,7 +284,7 @@ def _target(arguments: argparse.Namespace, wanted: dict[str, Any]) -> Target:
 
 
 def _with_results(arguments: argparse.Namespace, folder: Path, measure: Callable[[], Results]) -> int:
-    """Run a measurement that SIGTERM and Ctrl-C may end, and show what there is then."""
+    """Run a measurement and show the results; if SIGTERM, Ctrl-C or the engine ends it, show those so far."""
     from pascaline.bench.results import FILE_NAME, load
 
     interrupt_on_sigterm()
@@ -288,7 +294,7 @@ def _with_results(arguments: argparse.Namespace, folder: Path, measure: Callable
         if (folder / FILE_NAME).exists():
             _show(load(folder), as_json=arguments.json)
             again = shlex.join(["pascaline", *sys.argv[1:], *([] if arguments.output else ["--output", str(folder)])])
-            print(f"interrupted; to go on: {again}", file=sys.stderr)
+            print(f"interrupted; to continue: {again}", file=sys.stderr)
         raise
     _show(results, as_json=arguments.json)
     failed = any(not entry["summary"] for entry in results.document["points"])
@@ -352,7 +358,7 @@ def _whole_numbers(flag: str, text: str) -> list[int]:
 
 
 def _sizes(arguments: argparse.Namespace) -> list[int]:
-    """Return the batch sizes; fewer requests than places would measure a smaller batch than the point is named for."""
+    """Return the batch sizes. With fewer requests than the batch size, a point would measure a smaller batch."""
     sizes = _whole_numbers("--sizes", arguments.sizes)
     if arguments.requests is not None and 1 <= arguments.requests < max(sizes):
         raise ConfigurationError(
@@ -375,7 +381,7 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 
 
 def _given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that flags chose, to be passed on to `pascaline serve`."""
+    """Return the settings that were given as flags, to pass on to `pascaline serve`."""
     given = {key: getattr(arguments, key) for key, _ in setting_fields() if getattr(arguments, key, None) is not None}
     if chosen := sorted(given.keys() & _CHOSEN_HERE):
         flags = ", ".join(map(flag_of, chosen))
@@ -388,7 +394,7 @@ def _given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def default_folder(kind: str, model: str, now: float) -> str:
-    """Return the name of the folder for results that nobody named."""
+    """Return the default name of the folder for results. now: Unix time."""
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", model)
     return f"bench-{kind}-{safe}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}"
 
@@ -397,7 +403,7 @@ ACTIONS: dict[str, tuple[str, Any, Any]] = {
     "batch": ("measure 1, 2, 4, 8 concurrent requests", _add_batch, _batch),
     "context": ("measure long prompts, one at a time", _add_context, _context),
     "serve": ("measure requests that arrive at given rates", _add_serve, _serve),
-    "quant": ("compare types of weights: size, memory, quality, speed", _add_quant, _quant),
-    "compare": ("tell which differences between two results are significant", _add_compare, _compare),
-    "report": ("print results and renew their report", _add_report, _report),
+    "quant": ("compare weight types: size, memory, quality, speed", _add_quant, _quant),
+    "compare": ("show which differences between two results are significant", _add_compare, _compare),
+    "report": ("print results and rewrite their report", _add_report, _report),
 }

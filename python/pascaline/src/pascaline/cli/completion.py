@@ -30,7 +30,7 @@ _pascaline() {{
 complete -o default -F _pascaline pascaline
 """
 _ZSH = "autoload -Uz compinit bashcompinit && compinit && bashcompinit\n"
-"""zsh reads completions that were written for bash."""
+"""Lets zsh use completions that are written for bash."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _words() -> Iterator[tuple[str, list[str]]]:
-    """Yield a command, with its action if it has actions, and what may follow it; the longest first, "" last."""
+    """Yield (command or "command action", words that may follow it); longer keys before shorter ones, "" last."""
     from pascaline.cli import COMMANDS
 
     for name in COMMANDS:

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 DESCRIPTION = """Show, check or describe the settings.
 
   pascaline config show            every setting, its value and where it comes from
-  pascaline config check [FILE]    exit code 0 if all sources together are sound, else 2 with every problem
+  pascaline config check [FILE]    exit code 0 if all sources together are valid, otherwise 2 and every problem
   pascaline config schema          JSON schema of the TOML file
   pascaline config docs            the settings as a Markdown table
 
-Takes the same flags as serve, so that a command line can be tried before it is run."""
+Takes the same flags as serve, so you can check a command line before you run it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="TOML file, as --config")
     parser.add_argument("--json", action="store_true", help="show: as JSON")
     parser.add_argument(
-        "--no-host", action="store_true", help="check: skip what only the serving host can tell (readable files)"
+        "--no-host",
+        action="store_true",
+        help="check: skip what depends on the serving host (whether files are readable)",
     )
     add_settings_arguments(parser)
 
@@ -74,7 +76,7 @@ def _text(value: Any) -> str:
 def _check(arguments: argparse.Namespace) -> int:
     configuration = load_from_arguments(arguments, check_host=not arguments.no_host)
     chosen = sum(origin != "default" for origin in configuration.origins.values())
-    print(f"sound: {chosen} settings chosen, card profile {configuration.card or 'none'}")
+    print(f"valid: {chosen} settings chosen, card profile {configuration.card or 'none'}")
     return ExitCode.OK
 
 
@@ -109,13 +111,13 @@ _PAGE_HEAD = """# Configuration
 
 Every setting has one name, `kv_cache.max_bytes` for example, and can be given in four places. A later one wins:
 
-1. the card profile (`card`; found from the GPU of the host, `cpu` where there is none);
+1. the card profile (`card`; by default that of the host's GPU, or `cpu` if there is none);
 2. a TOML file (`--config FILE` or `$PASCALINE_CONFIG`): `max_bytes = "512 MiB"` in the table `[kv_cache]`;
 3. a variable: `{variable}` (lists and pairs separated by commas);
 4. a flag: `{flag}`.
 
 `pascaline config show` prints each value with its origin, `pascaline config check` all problems at once.
-An unknown key, a value out of its range and two values that contradict each other are errors, exit code 2.
+Unknown keys, values out of range and values that contradict each other are errors with exit code 2.
 
 | setting | meaning | must be | default |
 |---|---|---|---|"""

@@ -1,4 +1,4 @@
-"""`pascaline doctor`: finds out what keeps a host from serving, and says what to do."""
+"""`pascaline doctor`: finds out what keeps a host from serving, and says what to do about it."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ DESCRIPTION = """Examine this host: card, driver, engine, model, machine and ins
 
   pascaline doctor                          this host, and its only instance if there is one
   pascaline doctor --instance emily         the unit pascaline-emily.service: its settings, plan, journal and health
-  pascaline doctor --instance emily.toml    settings that nothing runs yet
-  pascaline doctor --instance http://127.0.0.1:30001   what that agent says
+  pascaline doctor --instance emily.toml    settings that no instance runs yet
+  pascaline doctor --instance http://127.0.0.1:30001   the instance of that agent
   pascaline doctor --report bug.txt         one file for a bug report, without keys, names and addresses
 
 Every finding has evidence and a remedy: a NixOS option on NixOS, a command elsewhere. docs/doctor.md lists all checks.
 
-exit codes: 0 nothing worse than a piece of information, 10 a warning, 1 a failure; others as everywhere"""
+exit codes: 0 no warning and no failure, 10 a warning, 1 a failure; others as in every command"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("--instance", metavar="NAME|URL|FILE", help="instance to examine: unit, agent or TOML file")
     parser.add_argument("--json", action="store_true", help="all findings as JSON")
-    parser.add_argument("--all", action="store_true", help="show what is well and what was skipped, too")
+    parser.add_argument("--all", action="store_true", help="also show checks that passed or were skipped")
     parser.add_argument("--report", type=Path, metavar="FILE", help="also write everything to one redacted text file")
     parser.add_argument("--docs", action="store_true", help="print docs/doctor.md and examine nothing")
     add_settings_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Examine the host and print what was found."""
+    """Examine the host and print the findings."""
     if arguments.docs:
         print(doctor_page(), end="")
         return ExitCode.OK
@@ -69,14 +69,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def exit_code(verdict: Verdict) -> ExitCode:
-    """Return the exit code of the worst verdict."""
+    """Return the exit code for the worst verdict."""
     from pascaline.doctor.verdicts import Verdict
 
     return {Verdict.FAILURE: ExitCode.FAILED, Verdict.WARNING: ExitCode.WARNED}.get(verdict, ExitCode.OK)
 
 
 def _progress(part: str | None) -> None:
-    """Show on a terminal what is being looked at; None: clear it."""
+    """Show on a terminal which part is being examined; None clears the line."""
     if sys.stderr.isatty():
         sys.stderr.write("\r\033[K" if part is None else f"\r\033[Klooking at the {part} …")
         sys.stderr.flush()
@@ -111,24 +111,25 @@ def _row(check: Check) -> str:
 _PAGE_HEAD = """# `pascaline doctor`
 
 Examines a host and says what keeps it from serving, or from serving well. Each check has an id, evidence, a verdict
-and a remedy: a NixOS option where the host is NixOS, else a command. This page is printed by `pascaline doctor --docs`.
+and a remedy: a NixOS option on NixOS, a command elsewhere. `pascaline doctor --docs` prints this page.
 
 | verdict | means | exit code |
 |---|---|---|
-| `ok` | it is as it should be | 0 |
-| `skipped` | it does not apply here, or cannot be learned here; the evidence says why | 0 |
+| `ok` | the check passed | 0 |
+| `skipped` | it does not apply here, or cannot be checked here; the evidence says why | 0 |
 | `info` | nothing is wrong, but there is something to know or to gain | 0 |
-| `warning` | it works slower or less safely than it should, or will stop to | 10 |
-| `failure` | serving fails, or is wrong | 1 |
+| `warning` | serving works, but slower or less safely than it should, or it will stop working | 10 |
+| `failure` | serving fails, or gives wrong results | 1 |
 
-The exit code is the worst verdict's. Without `--all` only `info` and worse are printed, the worst last. `--json`
-prints all of them, in a layout with a version. `--report FILE` writes the findings and all that was read into one text
-file without keys, user and host names, addresses, UUIDs and serial numbers; of variables that are none of the engine's
-it has the names only. Read it before you publish it: no rule finds everything.
+The exit code is that of the worst verdict. Without `--all` only `info` and worse are printed, the worst last. `--json`
+prints all of them, in a versioned layout. `--report FILE` writes the findings and everything that was read into one
+text file without keys, user and host names, addresses, UUIDs and serial numbers. Of variables that are not the engine's
+it holds only the names. Read it before you publish it: no rule finds everything.
 
-Nothing is changed on the host, and nothing but loopback is spoken to unless the settings name another address. NVML is
-asked in a process that is killed when the driver hangs, and no program gets more than a bounded time.
+Doctor changes nothing on the host, and connects only to loopback unless the settings name another address. A separate
+process asks NVML and is killed when the driver hangs; every program that doctor runs has a time limit.
 """
 _CASES_HEAD = (
-    "Each is the worst of the checks that look for its causes, with their evidence and the remedy of the worst."
+    "Each case has the worst verdict of the checks that look for its causes, their evidence, and the remedy of the "
+    "worst one."
 )

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 STANDARD_ERROR = 2
 DESCRIPTION = """Serve metrics of this host's NVIDIA GPUs to Prometheus.
 
-NVML is called in a process of its own, which is killed when the driver hangs; the metrics then say so
+A separate process calls NVML, and is killed when the driver hangs; the metrics then report that
 and never repeat old values. docs/metrics.md lists every metric.
 
   pascaline exporter                      serve http://127.0.0.1:9836/metrics
   pascaline exporter --once               print one page and end
-  pascaline exporter --once --json        the same for programs
+  pascaline exporter --once --json        the same as JSON
   pascaline exporter --demo               two simulated Tesla P4; needs a C compiler, no GPU
-  pascaline exporter --record card.nvml   write what this host's NVML answers, to be replayed with --demo card.nvml
+  pascaline exporter --record card.nvml   write the answers of this host's NVML; replay them with --demo card.nvml
 """
 
 
@@ -39,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument(
-        "--port", type=_port, default=DEFAULT_PORT, help="port to listen on; 0 takes a free one (default: %(default)s)"
+        "--port",
+        type=_port,
+        default=DEFAULT_PORT,
+        help="port to listen on; 0 means any free port (default: %(default)s)",
     )
     parser.add_argument(
         "--interval", type=_seconds, default=DEFAULT_INTERVAL, help="seconds between readings (default: %(default)s)"
@@ -47,10 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-age",
         type=_seconds,
-        help=f"seconds for which a reading is shown (default: {DEFAULT_MAX_AGE:g}, or two intervals)",
+        help=f"seconds for which a reading is shown (default: {DEFAULT_MAX_AGE:g}, or two intervals if that is longer)",
     )
     parser.add_argument(
-        "--deadline", type=_seconds, default=5.0, help="seconds after which a reading has hung (default: %(default)s)"
+        "--deadline",
+        type=_seconds,
+        default=5.0,
+        help="seconds after which a reading counts as hung (default: %(default)s)",
     )
     parser.add_argument(
         "--demo",
@@ -58,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         const=DEMO_SCENARIO,
         metavar="SCENARIO",
-        help="read a simulated NVML: two Tesla P4, or the scenario file named",
+        help="read a simulated NVML: the given scenario file, or two Tesla P4 without one",
     )
     parser.add_argument("--once", action="store_true", help="print one reading and end; 1 if NVML did not answer")
     parser.add_argument("--json", action="store_true", help="with --once: JSON instead of Prometheus text")
@@ -66,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until SIGTERM or Ctrl-C, or do the one thing that was asked for."""
+    """Serve until SIGTERM or Ctrl-C, or print or record one reading."""
     if arguments.max_age is None:
         arguments.max_age = max(DEFAULT_MAX_AGE, 2 * arguments.interval)
     _check(arguments)

@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
     from pascaline.models.library import Entry
 
-DESCRIPTION = """Keep model files: downloaded, verified, listed, deleted.
+DESCRIPTION = """Download, verify, list and delete model files.
 
   pascaline models add emily https://models.example.org/emily.Q4_K_M.gguf --sha256 2f3c…
   pascaline models add emily /data/emily.Q4_K_M.gguf --sha256 2f3c…
   pascaline models list
-  pascaline models verify [NAME]             read the files again, compare their checksums, judge them as serve
+  pascaline models verify [NAME]             read the files again, compare their checksums, and check them as serve does
   pascaline models remove NAME
   pascaline models gc [--keep NAME …]        delete what nothing needs; --dry-run only shows it
 
-Each model is a folder of the library: /var/lib/pascaline/models where that exists (the NixOS module's), else
-~/.local/share/pascaline/models. An interrupted download goes on where it ended, if the server proves that its file is
-the same. Give --sha256 from another source than the server: who can exchange the file can exchange its checksum too.
-Of a split model (NAME-00001-of-0000N.gguf) any part stands for all: `add` brings every part, and --sha256 takes one
-checksum for each, in order, separated by commas. `serve --model` and `plan` take NAME."""
+Each model is a folder of the library: /var/lib/pascaline/models if that exists (the NixOS module creates it), otherwise
+~/.local/share/pascaline/models. An interrupted download continues if the server proves that its file is unchanged. Take
+the --sha256 from another source than the server: whoever can replace the file can also replace its checksum. For a
+split model (NAME-00001-of-0000N.gguf) name any part: `add` brings all parts, and --sha256 takes one checksum for each,
+in order, separated by commas. `serve --model` and `plan` accept NAME."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare one parser per action."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    add = actions.add_parser("add", help="bring a file into the library")
+    add = actions.add_parser("add", help="copy or download a file into the library")
     add.add_argument("name", metavar="NAME", help="name of the model")
     add.add_argument("source", metavar="URL|FILE", help="where the file comes from")
     add.add_argument("--sha256", metavar="HEX[,HEX…]", help="checksum that it must have; one for each part")
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify = actions.add_parser("verify", help="read files again and compare their checksums")
     verify.add_argument("names", nargs="*", metavar="NAME", help="models (default: all)")
     verify.add_argument(
-        "--sha256", metavar="HEX[,HEX…]", help="checksum of each file to compare with, and to remember if it fits"
+        "--sha256", metavar="HEX[,HEX…]", help="checksum that each file must have; it is stored if it matches"
     )
     remove = actions.add_parser("remove", help="delete a model")
     remove.add_argument("name", metavar="NAME", help="name of the model")
@@ -86,8 +86,8 @@ def _add(arguments: argparse.Namespace, store: Path) -> int:
         verify = ["pascaline", "models", "verify", arguments.name, "--sha256", added.sha256]
         verify += ["--store", str(arguments.store)] if arguments.store else []
         print(
-            "pascaline models: no checksum was given, so nothing says that this is the file that you mean; compare it "
-            f"with another source, then: {shlex.join(verify)}",
+            "pascaline models: no checksum was given, so nothing proves that this is the right file; compare the "
+            f"sha256 with another source, then run: {shlex.join(verify)}",
             file=sys.stderr,
         )
     return ExitCode.OK
@@ -105,7 +105,7 @@ def _verify(arguments: argparse.Namespace, store: Path) -> int:
 
     names = arguments.names or sorted({entry.name for entry in entries(store)})
     if arguments.sha256 and len(names) != 1:
-        raise ConfigurationError("--sha256: is of one model's files, must stand with one NAME")
+        raise ConfigurationError("--sha256: belongs to one model, must be given with exactly one NAME")
     found = [entry for name in names for entry in verify(store, name, arguments.sha256, ByteBar(name))]
     _print(arguments, found, f"no models in {store}")
     wrong = problems(found)
@@ -113,7 +113,9 @@ def _verify(arguments: argparse.Namespace, store: Path) -> int:
         print(f"pascaline models: {text}", file=sys.stderr)
     changed = [entry for entry in found if entry.state == "changed"]
     for entry in changed:
-        print(f"pascaline models: {entry.path} has sha256 {entry.sha256}, which is not the expected", file=sys.stderr)
+        print(
+            f"pascaline models: {entry.path} has sha256 {entry.sha256}, which is not the expected one", file=sys.stderr
+        )
     return ExitCode.MODEL if changed or wrong else ExitCode.OK
 
 

@@ -1,4 +1,4 @@
-"""The flags of every command that takes settings: one per setting, made from the field itself."""
+"""The flags of every command that takes settings: one per setting, generated from its field."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group(
         "settings",
-        "Each is a key of the TOML file too (kv_cache.max_bytes) and a variable (PASCALINE_KV_CACHE_MAX_BYTES). "
+        "Each is also a key of the TOML file (kv_cache.max_bytes) and a variable (PASCALINE_KV_CACHE_MAX_BYTES). "
         "Rising precedence: card profile, file, variable, flag.",
     )
     for key, field in setting_fields():
@@ -85,12 +85,12 @@ def _flag_value(value: Any, field: FieldInfo) -> Any:
 
 
 def add_token_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --token-file, for servers that ask who fetches."""
-    parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with a token that the server asks for")
+    """Add --token-file, for servers that require a token."""
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the token that the server requires")
 
 
 def token_headers(path: Path | None) -> dict[str, str]:
-    """Return the headers that carry the token of a file; none where there is none."""
+    """Return the HTTP headers with the token of a file; empty if path is None."""
     if path is None:
         return {}
     try:

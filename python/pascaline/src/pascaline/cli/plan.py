@@ -1,4 +1,4 @@
-"""`pascaline plan`: what a model takes on a card, whether it fits, and with which settings it would be best."""
+"""`pascaline plan`: how much memory a model needs on a card, whether it fits, and which settings are best."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DESCRIPTION = f"""Plan a model's memory on a card: each part, a verdict, the eng
 
 MODEL is a GGUF file, a folder with config.json and safetensors, an http(s) address of one, or a name that
 `pascaline models list` shows; only headers are read.
-Without --card the GPU of this host is read by NVML, less what other processes use, or the host's memory if it has none.
+Without --card it plans for this host's GPU, whose free memory NVML reports, or for the host's memory if it has no GPU.
 
   pascaline plan emily.Q4_K_M.gguf --card tesla-p4
   pascaline plan emily.Q4_K_M.gguf --card tesla-p4 --context 8192 --requests 2 --kv-dtype int8 --explain
@@ -47,10 +47,10 @@ exit codes:
   {ExitCode.DOES_NOT_FIT.value:>3}  the plan needs more memory than the card has
   {ExitCode.MISSING.value:>3}  {ExitCode.MISSING.meaning}"""
 
-# Short names of settings that people plan with -> the setting.
+# Short flags for settings that are often planned with -> the setting.
 ALIASES = {"--context": "context_length", "--requests": "max_running_requests", "--kv-dtype": "kv_cache.dtype"}
 KV_ALLOWANCE = 0.02
-"""Perplexity that --optimize lets a smaller KV type add beyond --min-quant: int8 may, fp8 may not."""
+"""Perplexity that a smaller KV type may add to that of --min-quant under --optimize: this allows int8, but not fp8."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,14 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             flag, dest=key, metavar=flag.rpartition("-")[2].upper(), help=f"short for the flag of {key}"
         )
-    parser.add_argument("--quant", choices=MIXTURES, help="plan the model as if quantised so, without such a file")
+    parser.add_argument("--quant", choices=MIXTURES, help="plan the model as if it had this quantisation")
     parser.add_argument("--explain", action="store_true", help="show each formula with its numbers and source")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument("--sweep", choices=("context", "requests", "quant"), help="plan over a range of one setting")
     parser.add_argument(
         "--optimize",
         choices=("throughput", "latency", "context"),
-        help="find the best quantisation, KV type, context, requests and chunk: a list that nothing beats",
+        help="find the best combinations of quantisation, KV type, context, requests and chunk",
     )
     parser.add_argument(
         "--min-quant",
@@ -81,14 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="draw the card's memory into a .svg or .png file; may be given several times",
+        help="draw the card's memory to a .svg or .png file; may be given several times",
     )
     add_token_argument(parser)
     add_settings_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Plan and print."""
+    """Plan and print the plan."""
     if arguments.file is not None:
         arguments.model = arguments.file
     _check_kinds(arguments)
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_kinds(arguments: argparse.Namespace) -> None:
-    """Refuse flags of one plan beside those of many, rather than to leave them out in silence."""
+    """Refuse flags that show one plan together with those that make many, instead of ignoring them silently."""
     many = [flag for flag in ("sweep", "optimize") if getattr(arguments, flag)]
     if len(many) > 1:
         raise ConfigurationError("--optimize: is set beside --sweep, must be the only one of the two")
@@ -115,7 +115,10 @@ def _check_kinds(arguments: argparse.Namespace) -> None:
 
 
 def read_spec(configuration: Configuration, headers: Mapping[str, str] | None = None) -> ModelSpec:
-    """Read the model's header from where the settings say; headers: of the requests to an address."""
+    """Read the header of the settings' model. headers: for the HTTP requests, if the model is an address.
+
+    Raises ConfigurationError if there are headers but no address, or if the checksum cannot match.
+    """
     settings = configuration.settings
     if settings.model.startswith(("http://", "https://")):
         spec = read_model(settings.model, headers)
@@ -129,7 +132,7 @@ def read_spec(configuration: Configuration, headers: Mapping[str, str] | None = 
 
 
 def target(configuration: Configuration, spec: ModelSpec) -> tuple[Card, PlanRequest]:
-    """Return the card and what is to be planned on it: a named card as its data describe it, else what is here."""
+    """Return the card and the request to plan: a named card according to its profile, otherwise this host's device."""
     from pascaline.planning.placement import place_on_card
     from pascaline.planning.request import request_from_placement
     from pascaline.serving.task import place_instance
@@ -200,7 +203,7 @@ def _optimize(arguments: argparse.Namespace, spec: ModelSpec, card: Card, reques
 
 
 def _require_served(spec: ModelSpec, request: PlanRequest) -> None:
-    """Raise ModelError where the engine would refuse the model under all settings that many plans could try."""
+    """Raise ModelError if the engine refuses the model whatever the settings are."""
     if refusals := judge(spec, request.engine).sentence:
         raise ModelError(f"{spec.name or spec.architecture}: {refusals}")
 
@@ -212,7 +215,7 @@ def _code(plans: list[Plan]) -> ExitCode:
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """Write the picture of a plan, in the format that the file's name says."""
+    """Write the picture of a plan, in the format of the file's suffix."""
     from pascaline.planning.picture import svg
 
     try:

@@ -1,4 +1,4 @@
-"""`pascaline profile`: where the time of a decode goes."""
+"""`pascaline profile`: shows where a decode spends its time."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from pascaline.profile.session import Load, Recording, Target
     from pascaline.profile.timeline import Timeline
 
-DESCRIPTION = """Record the kernels of a running decode and hold them against the card's memory bandwidth.
+DESCRIPTION = """Record the kernels of a running decode and compare them with the card's memory bandwidth.
 
-  pascaline profile --instance emily          a running instance, with requests of our own beside its users'
-  pascaline profile --model emily.gguf        starts an instance for the time of the record
+  pascaline profile --instance emily          a running instance; adds its own requests to those of users
+  pascaline profile --model emily.gguf        starts an instance for the recording
   pascaline profile --tool nvprof             the same under nvprof of CUDA 11.8, the last profiler made for Pascal
-  pascaline profile --read FILE               sum up a trace of torch or a database of nvprof
+  pascaline profile --read FILE               summarise a trace of torch or a database of nvprof
 
-Prints the kinds of work and the kernels that take most, each with the bandwidth that it achieves, and leaves a trace
-for ui.perfetto.dev. Bytes are those that a step must read by the instance's plan, for all products and for our kernels
-of each weight type; without a plan (--read) they are those of the record's operators. The roof is the bandwidth of the
-card's profile, else what NVML tells of a GPU of that name in this host.
+Prints the kinds of work and the kernels that take the most time, each with its bandwidth, and leaves a trace for
+ui.perfetto.dev. Bytes are those that a step must read according to the instance's plan, for all products and for our
+kernels of each weight type. Without a plan (--read) they are those of the recorded operators. The roof is the bandwidth
+of the card's profile, otherwise the one that NVML reports for a GPU of that name in this host.
 
-torch's profiler is used on CPUs and on every card that its CUPTI serves; nvprof cannot attach to a running process, so
-it needs an instance of its own."""
+torch's profiler is used on CPUs and on every card that its CUPTI supports. nvprof cannot attach to a running process,
+so it needs its own instance."""
 
 DEFAULT_STEPS = 20
 TIMEOUT_SECONDS = 600.0
@@ -43,26 +43,29 @@ TIMEOUT_SECONDS = 600.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("--instance", metavar="NAME|URL|FILE", help="instance to record: unit, agent or TOML file")
-    parser.add_argument("--read", type=Path, metavar="FILE", help="sum up a record instead of making one")
+    parser.add_argument("--read", type=Path, metavar="FILE", help="summarise a recording instead of making one")
     parser.add_argument(
         "--steps", type=int, default=DEFAULT_STEPS, help="decode steps to record (default: %(default)s)"
     )
     parser.add_argument("--requests", type=int, default=1, help="requests to decode at once (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="length of their prompts (default: %(default)s)")
-    parser.add_argument("--no-load", action="store_true", help="send nothing, record what others send")
+    parser.add_argument("--no-load", action="store_true", help="send no requests, record those of others")
     parser.add_argument(
-        "--tool", choices=("auto", "torch", "nvprof"), default="auto", help="auto: nvprof on Pascal where it is here"
+        "--tool",
+        choices=("auto", "torch", "nvprof"),
+        default="auto",
+        help="auto: nvprof on Pascal if it is installed, otherwise torch",
     )
     parser.add_argument("--top", type=int, default=15, help="kernels to list (default: %(default)s)")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="DIR", help="folder for the trace (default: a new one here)"
+        "-o", "--output", type=Path, metavar="DIR", help="folder for the trace (default: ./profile-TIME)"
     )
-    parser.add_argument("--json", action="store_true", help="the summary as JSON")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     add_settings_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Record, or read, and print the summary."""
+    """Make or read a recording, and print its summary."""
     for flag, number in (("--steps", arguments.steps), ("--requests", arguments.requests), ("--top", arguments.top)):
         if number < 1:
             raise ConfigurationError(f"{flag} must be at least 1, got {number}")
@@ -123,13 +126,13 @@ def _target(instance: Instance) -> Target:
     from pascaline.profile.session import Target
 
     if instance.settings is None:
-        raise ConfigurationError("--instance: an agent's URL does not tell the engine's address; give NAME or FILE")
+        raise ConfigurationError("--instance: an agent does not report the engine's address; give NAME or FILE, no URL")
     host, port = reachable((instance.settings.host, instance.settings.port))
     return Target(f"http://{f'[{host}]' if ':' in host else host}:{port}", _api_key(instance))
 
 
 def _api_key(instance: Instance) -> str | None:
-    """Return the key that the engine asks for, if any."""
+    """Return the API key that the engine requires, if any. Raises ConfigurationError if its file cannot be read."""
     path = instance.settings.api_key_file if instance.settings else None
     try:
         return read_secret(path) if path else None
@@ -138,7 +141,7 @@ def _api_key(instance: Instance) -> str | None:
 
 
 def _engine_folder(instance: Instance, folder: Path) -> Path:
-    """Where the engine may write: a hardened unit only in folders of its own, any other where we may."""
+    """Return a folder that the engine can write to: a hardened unit can use only its own folders."""
     if not instance.unit:
         return folder
     base = Path(instance.settings.cache_dir) if instance.settings and instance.settings.cache_dir else None
@@ -188,7 +191,7 @@ def _record_own(
 
 
 def _as_texts(flags: dict[str, Any]) -> dict[str, str]:
-    """Settings as variables hold them."""
+    """Return settings as texts for environment variables."""
     return {key: _text(value) for key, value in flags.items()}
 
 
@@ -201,7 +204,7 @@ def _text(value: Any) -> str:
 
 
 def _nvprof(tool: str, instance: Instance) -> str | None:
-    """Return nvprof's path where it is to be used: asked for, or on a Pascal card where it is here."""
+    """Return nvprof's path if it is to be used: on request, or on a Pascal card if it is installed; otherwise None."""
     from pascaline.cards import load_card
 
     found = shutil.which("nvprof")
@@ -249,8 +252,10 @@ def _print(arguments: argparse.Namespace, timeline: Timeline, plan: dict[str, An
 
 
 def _bandwidth(timeline: Timeline, plan: dict[str, Any]) -> float | None:
-    """Bytes per second of the card's profile, by the name that the driver gives it or that the plan has, else as the
-    record tells it, else of this host's GPU of that name by NVML; None for a CPU, and for a card that is not here.
+    """Return the card's bandwidth in bytes per second; None for a CPU, or if no source has it.
+
+    Sources in order: the card's profile, found by the driver's name or the plan's; the recording; NVML, if this host
+    has a GPU of that name.
     """
     from pascaline.cards import card_for_device, card_names, load_card
     from pascaline.gpu.memory import memory_bandwidth

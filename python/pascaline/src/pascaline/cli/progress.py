@@ -1,4 +1,4 @@
-"""A bar on standard error for long work: renewed in place on a terminal, a line for every tenth elsewhere."""
+"""A progress bar on standard error: updated in place on a terminal, otherwise one line for every tenth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ByteBar:
     """Progress in bytes, with speed and remaining time."""
 
     def __init__(self, label: str, stream: TextIO | None = None) -> None:
-        """stream: None = standard error."""
+        """stream: None means standard error."""
         self._label = label
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
@@ -27,7 +27,7 @@ class ByteBar:
         self._shown_tenth = -1
 
     def __call__(self, done: int, total: int | None) -> None:
-        """Show that `done` of `total` bytes are done; total None: unknown."""
+        """Show that `done` of `total` bytes are done; total: None if unknown."""
         if self._first is None or done < self._first:
             self._first, self._began = done, monotonic()
         if self._terminal:

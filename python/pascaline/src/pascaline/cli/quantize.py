@@ -22,12 +22,12 @@ DESCRIPTION = """Quantise a model: a Hugging Face folder, or a GGUF file of type
   pascaline quantize ./emily --type Q4_K_M Q6_K Q8_0 -o out       a Hugging Face folder to three types
   pascaline quantize emily-F16.gguf --type Q3_K_M --calibration text.txt   with an importance matrix
 
-Each result is written whole or not at all, compared with its source, made to generate a few tokens, and gets a .sha256
-file that `sha256sum -c` reads. A run that was interrupted goes on with the types that are missing. llama-quantize,
-llama-imatrix and llama-completion are looked for on PATH, convert_hf_to_gguf.py too (a folder needs it, and a Python
-with torch, transformers and gguf).
+Each result is written completely or not at all, compared with its source, tested by generating a few tokens, and gets a
+.sha256 file for `sha256sum -c`. After an interruption, the same command makes the missing types. The programs
+llama-quantize, llama-imatrix and llama-completion must be on PATH or in --tools. A Hugging Face folder also needs
+convert_hf_to_gguf.py, and a Python with torch, transformers and gguf.
 
-`pascaline doctor` warns of types that the plugin has no kernels for: they are expanded to 16 bits when loaded."""
+`pascaline doctor` warns of types without kernels in the plugin: these are expanded to 16 bits when loaded."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,11 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix to use")
     calibration.add_argument("--calibration", type=Path, metavar="TEXT", help="text to compute one from")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of llama-quantize (default: all)")
-    parser.add_argument("--allow-requantize", action="store_true", help="accept a source that is quantised already")
-    parser.add_argument("--no-verify", action="store_true", help="do not let the results generate")
-    parser.add_argument("--force", action="store_true", help="make results again that are there")
-    parser.add_argument("--tools", type=Path, metavar="DIR", help="folder of llama.cpp's programs")
-    parser.add_argument("--converter", type=Path, metavar="FILE", help="convert_hf_to_gguf.py")
+    parser.add_argument("--allow-requantize", action="store_true", help="accept a source that is already quantised")
+    parser.add_argument("--no-verify", action="store_true", help="do not test the results by generating tokens")
+    parser.add_argument("--force", action="store_true", help="replace existing results")
+    parser.add_argument("--tools", type=Path, metavar="DIR", help="folder of llama.cpp's programs (default: PATH)")
+    parser.add_argument("--converter", type=Path, metavar="FILE", help="convert_hf_to_gguf.py (default: on PATH)")
     parser.add_argument(
         "--python", type=Path, metavar="FILE", help="Python that runs the converter (default: this one)"
     )
@@ -110,7 +110,7 @@ def _line(result: Quantized) -> str:
 
 
 class _Steps:
-    """One line a step: renewed on a terminal, else written when it begins."""
+    """Shows one line per step: updated in place on a terminal, otherwise written when the step begins."""
 
     def __init__(self) -> None:
         self._what = ""

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 STANDARD_ERROR = 2
 _CODES = "\n".join(f"  {code.value:>3}  {code.meaning}" for code in ExitCode)
-DESCRIPTION = f"""Serve one model: find and verify it, start the engine, say when a generation has succeeded, watch
-it by its progress, and start it again when it crashes or falls silent.
+DESCRIPTION = f"""Serve one model: find and verify it, start the engine, report when a first generation succeeds, watch
+the engine's progress, and restart it when it crashes or stops answering.
 
-The model's API (OpenAI's) listens on --port, the agent (health, metrics) on --agent-port. SIGTERM, Ctrl-C or a
-closed terminal lets running requests end within --drain-timeout; a second one stops at once. Under systemd it speaks
-Type=notify and WatchdogSec.
+The OpenAI-compatible API listens on --port, the agent (health, metrics) on --agent-port. After SIGTERM, Ctrl-C or the
+end of the terminal, running requests may finish within --drain-timeout; a second signal stops at once. systemd units
+can use Type=notify and WatchdogSec.
 
   pascaline serve                                   the built-in model
   pascaline serve --model emily.Q4_K_M.gguf --card tesla-p4
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until asked to stop."""
     configuration = load_from_arguments(arguments)
-    # Imported late: a mistake in the configuration is reported before a web framework is loaded.
+    # Imported late, so that an error in the configuration is reported before a web framework is loaded.
     from pascaline.serving.console import Console, open_outlet, silence_libraries
     from pascaline.serving.notify import Notifier
     from pascaline.serving.supervisor import Supervisor
@@ -63,10 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Whoever starts this program with a standard stream closed would find the log in the next file that is opened."""
+    """Open standard streams that are closed as /dev/null; otherwise the next opened file would receive the log."""
     for descriptor in range(STANDARD_ERROR + 1):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The lowest number that is free: this one.
+            # open returns the lowest free number, which is this one.
             os.open(os.devnull, os.O_RDWR)

@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 DESCRIPTION = """Run an instance as a systemd unit on a host without NixOS.
 
   pascaline service show emily --config /etc/pascaline/emily.toml      print the unit file
-  pascaline service install emily --config /etc/pascaline/emily.toml   write it, check the settings, reload systemd
+  pascaline service install emily --config /etc/pascaline/emily.toml   check the settings, write it, reload systemd
   pascaline service remove emily                                       stop and disable it, delete the unit file
 
-The unit is pascaline-NAME.service, with the sandbox of the NixOS module. It runs as a user of its own (DynamicUser), so
-the program, the settings and the model must be readable by everyone, and outside /home and /root. api_key_file of the
-settings may be readable by root alone: systemd hands it to the unit.
+The unit is pascaline-NAME.service, with the sandbox of the NixOS module. It runs as its own user (DynamicUser), so the
+program, the settings and the model must be readable by everyone, and outside /home and /root. The file of api_key_file
+may be readable by root alone: systemd passes its content to the unit.
 
 exit codes: 0 done, 2 settings or paths that the unit cannot use, 8 no systemd here, 9 the unit cannot be written"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the action, the instance and what the unit is made of."""
+    """Add the action, the instance and the parts of the unit."""
     parser.add_argument("action", choices=ACTIONS, metavar="{" + ",".join(ACTIONS) + "}", help="what to do")
     parser.add_argument("instance", metavar="NAME", help="name of the instance, and its name in the API")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with the settings (show, install)")
     parser.add_argument(
-        "--gpus", metavar="GPUS", help="GPUs as `nvidia-smi -L` numbers them, or UUIDs; '' for the CPU (default: 0)"
+        "--gpus", metavar="GPUS", help="GPUs by the numbers of `nvidia-smi -L`, or by UUID; '' for the CPU (default: 0)"
     )
 
 

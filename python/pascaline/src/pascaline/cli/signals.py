@@ -1,4 +1,4 @@
-"""Signals of the commands that have something to clean up."""
+"""Signal handling for commands that have to clean up."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ if TYPE_CHECKING:
 
 
 def interrupt_on_sigterm() -> None:
-    """Let SIGTERM end the command as Ctrl-C does, by KeyboardInterrupt: what it started or half made goes too."""
+    """Let SIGTERM end the command as Ctrl-C does, by KeyboardInterrupt, so that it cleans up."""
     signal.signal(signal.SIGTERM, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Do what Ctrl-C would do now: while a loop runs asyncio cancels its main task, where an exception would tear the
-    loop apart and leave a traceback for each task. A shell's background job ignores Ctrl-C, but not this.
+    """Do what Ctrl-C would do now.
+
+    While a loop runs, asyncio's handler cancels the main task; an exception would break the loop and leave a traceback
+    for each task. A background job of a shell ignores SIGINT; then this raises KeyboardInterrupt anyway.
     """
     on_sigint = signal.getsignal(signal.SIGINT)
     (on_sigint if callable(on_sigint) else signal.default_int_handler)(number, frame)

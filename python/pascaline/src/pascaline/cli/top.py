@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from pascaline.top.pages import Target
     from pascaline.top.readings import HostReading
 
-DESCRIPTION = """Show what GPUs and instances do now: load, memory planned and used, requests, tokens/s, heat, power.
+DESCRIPTION = """Show live data of GPUs and instances: load, planned and used memory, requests, tokens/s, heat, power.
 
 Reads the metrics pages of the exporter (9836), the agents (30001, 30011, …) and the engines (at the port that their
-agent tells). Columns: RUN/WAIT requests running and queued; PLAN/USED GPU memory planned for the instance and
-held by it; from 100 columns on TTFT and ITL, mean time to first token and between tokens since the picture before,
-and what slows a GPU's clocks. q or Ctrl-C ends it.
+agent reports). Columns: RUN/WAIT requests running and queued; PLAN/USED GPU memory planned for the instance and used
+by it. A terminal of 100 columns or more also shows TTFT and ITL (mean time to first token and between tokens since the
+previous reading), and what slows a GPU's clocks. q or Ctrl-C ends it.
 
   pascaline top                                   this host
   pascaline top --host gpu-1 --host gpu-2:30011   all instances of gpu-1, and one of gpu-2
-  pascaline top --once                            one picture; 1 if no host answered
-  pascaline top --json                            the same for programs, sizes in bytes
+  pascaline top --once                            print one reading; exit code 1 if no host answered
+  pascaline top --json                            the same as JSON, sizes in bytes
 """
 
 
@@ -46,14 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host",
         action="append",
         metavar="HOST[:AGENT_PORT]",
-        help="a host to look at, repeatable (default: 127.0.0.1); with a port only the instance of that agent",
+        help="host to read, may be given several times (default: 127.0.0.1); with a port, only that agent's instance",
     )
     parser.add_argument("--exporter-port", type=int, default=9836, help="port of the exporters (default: %(default)s)")
     parser.add_argument("--interval", type=float, default=2.0, help="seconds between readings (default: %(default)s)")
     parser.add_argument(
         "--timeout", type=float, default=2.0, help="seconds to wait for each page (default: %(default)s)"
     )
-    parser.add_argument("--once", action="store_true", help="print one picture and end, as when piped")
+    parser.add_argument("--once", action="store_true", help="print one reading and end; the default if piped")
     parser.add_argument("--json", action="store_true", help="print one reading as JSON and end")
 
 
@@ -132,7 +132,7 @@ async def _read(
 
 
 async def _unless_stopped(reading: Coroutine[None, None, list[HostReading]], stop: asyncio.Event) -> list[HostReading]:
-    """Return the readings, or none if the program is ended while a slow host is waited for."""
+    """Return the readings; an empty list if the user ends the program while a slow host is read."""
     read, stopped = asyncio.ensure_future(reading), asyncio.ensure_future(stop.wait())
     await asyncio.wait({read, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if read.done():
@@ -144,7 +144,7 @@ async def _unless_stopped(reading: Coroutine[None, None, list[HostReading]], sto
 
 @contextlib.contextmanager
 def _keys(stop: asyncio.Event) -> Iterator[None]:
-    """Let q, Q, Ctrl-C and SIGTERM set the event; single keys arrive unechoed until the end."""
+    """Set the event on q, Q, Ctrl-C and SIGTERM. Meanwhile the terminal passes on single keys without an echo."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
@@ -155,7 +155,7 @@ def _keys(stop: asyncio.Event) -> Iterator[None]:
     tty.setcbreak(sys.stdin)
 
     def on_key() -> None:
-        # All keys that wait, past Python's buffer: what stayed there would wake nobody.
+        # Read all waiting keys from the descriptor: keys in Python's buffer would not wake the loop.
         keys = os.read(sys.stdin.fileno(), 1024)
         if not keys or b"q" in keys.lower():
             stop.set()
@@ -171,8 +171,8 @@ def _keys(stop: asyncio.Event) -> Iterator[None]:
 def _client(deadline: float) -> httpx.AsyncClient:
     import httpx
 
-    # Metrics pages of a fleet are not behind the proxy that the environment may name. Without limits: a page that waits
-    # for a free connection would count as one that does not answer.
+    # No proxy from the environment: a fleet's metrics pages are not behind it. No limit of connections: a page that
+    # waits for a free one would count as not answering.
     return httpx.AsyncClient(trust_env=False, timeout=deadline, limits=httpx.Limits())
 
 

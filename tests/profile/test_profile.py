@@ -261,14 +261,14 @@ class TestBadTraces:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (b"", "is no trace, or is cut off: Expecting value: line 1 column 1 (char 0)"),
-            (b"[]", "is no trace: it holds a list"),
-            (b"{}", "is no trace: it has no traceEvents"),
+            (b"", "is not a trace, or is cut off: Expecting value: line 1 column 1 (char 0)"),
+            (b"[]", "is not a trace: it holds a list"),
+            (b"{}", "is not a trace: it has no traceEvents"),
             (b'{"traceEvents": []}', "holds neither kernels nor operators: nothing ran while it was recorded"),
         ],
     )
     def test_messages(self, tmp_path: Path, content: bytes, message: str) -> None:
-        """What is no trace is told by its defect."""
+        """A file that is not a trace is refused with its defect."""
         path = tmp_path / "t.json"
         path.write_bytes(content)
         with pytest.raises(TraceError) as caught:
@@ -586,7 +586,10 @@ class TestSession:
             ("no key", "no request got its first tokens: the engine answered 401 to a request"),
             ("silent", "no request got its first tokens within 1 s"),
             ("refuses", "{url}/start_profile answered 500: no"),
-            ("no trace", "no trace came to {folder} (can the engine's user write there? do requests run?) within 1 s"),
+            (
+                "no trace",
+                "no trace appeared in {folder} (can the engine's user write there? are requests running?) within 1 s",
+            ),
         ],
     )
     def test_failures(self, engine: tuple[Target, type[Engine]], tmp_path: Path, fault: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""An engine of our own for the time of a record: `pascaline serve` as a child, under nvprof where that records."""
+"""An engine of our own during a recording: `pascaline serve` as a child, under nvprof if nvprof is the recorder."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 STOP_SECONDS = 180.0
-"""nvprof writes what it recorded when the engine ends."""
+"""nvprof writes its record when the engine ends, which takes time."""
 
 _WRAPPER = """#!/bin/sh
-# Stands for the engine's Python: SGLang under nvprof, everything else as it is.
+# Runs instead of the engine's Python: SGLang under nvprof, everything else unchanged.
 case "$*" in
 *sglang.launch_server*)
   exec {nvprof} --profile-child-processes --profile-from-start off --openacc-profiling off --quiet \\
@@ -36,7 +36,7 @@ esac
 
 
 def write_nvprof_wrapper(folder: Path, nvprof: str, python: str) -> Path:
-    """Write the program that is named as engine_executable, and return it. Its records go to the same folder."""
+    """Write the program to name as engine_executable, and return its path. nvprof's records go to the same folder."""
     path = folder / "python-under-nvprof"
     path.write_text(
         _WRAPPER.format(nvprof=shlex.quote(nvprof), python=shlex.quote(python), output=shlex.quote(str(folder)))
@@ -46,7 +46,7 @@ def write_nvprof_wrapper(folder: Path, nvprof: str, python: str) -> Path:
 
 
 def free_ports() -> tuple[int, int]:
-    """Return two ports on loopback that nobody listens on now."""
+    """Return two loopback ports on which nothing listens now."""
     with socket.socket() as first, socket.socket() as second:
         first.bind(("127.0.0.1", 0))
         second.bind(("127.0.0.1", 0))
@@ -57,7 +57,7 @@ def free_ports() -> tuple[int, int]:
 def serving(settings: Mapping[str, str], config: Path | None, log: Path, timeout: float) -> Iterator[tuple[str, str]]:
     """Serve with these settings (dotted key -> text) on loopback, and yield (engine's URL, agent's URL) when ready.
 
-    log: file for its output. timeout: seconds until it is ready. EngineError names the log where it never is.
+    log: file for its output. timeout: seconds until it is ready. If it never is, the EngineError names the log.
     """
     port, agent_port = free_ports()
     chosen = {**settings, "host": "127.0.0.1", "agent_host": "127.0.0.1", "port": str(port)}
@@ -94,7 +94,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], agent: str, log: Path, t
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask, wait for what the profiler writes, then end it; its engine dies with it."""
+    """Ask it to stop, wait until the profiler has written its record, then kill it; its engine dies with it."""
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(STOP_SECONDS)

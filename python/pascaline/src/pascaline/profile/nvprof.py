@@ -1,6 +1,6 @@
-"""Databases of nvprof (CUDA 11.8), the last profiler made for Pascal, as timelines and as Chrome traces.
+"""Reads databases of nvprof (CUDA 11.8), the last profiler made for Pascal, as timelines; writes Chrome traces.
 
-The tables are those that its libcuinj64.so.11.8.87 creates; times are nanoseconds, globalMemoryBandwidth is kB/s.
+The tables are those that its libcuinj64.so.11.8.87 creates. Times are nanoseconds, globalMemoryBandwidth is kB/s.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KERNELS = """
 """
 _COPIES = "select 'memcpy', start, end, streamId, bytes from CUPTI_ACTIVITY_KIND_MEMCPY"
 _FILLS = "select 'memset', start, end, streamId, bytes from CUPTI_ACTIVITY_KIND_MEMSET"
-# Kernels that may overlap, which nvprof records by default, have a table of their own.
+# Concurrent kernels, which nvprof records by default, have their own table.
 _QUERIES = (_KERNELS.format("CONCURRENT_KERNEL"), _KERNELS.format("KERNEL"), _COPIES, _FILLS)
 _DEVICE = """
     select s.value, d.globalMemoryBandwidth from CUPTI_ACTIVITY_KIND_DEVICE d join StringTable s on s._id_ = d.name
@@ -33,7 +33,7 @@ _DEVICE = """
 
 
 def is_nvprof(path: Path) -> bool:
-    """Whether a file is a database."""
+    """Whether a file is an SQLite database."""
     try:
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -42,13 +42,13 @@ def is_nvprof(path: Path) -> bool:
 
 
 def read_nvprof(path: Path, steps: int = 0) -> Timeline:
-    """Read a database; TraceError where it is none, or no kernel ran."""
+    """Read a database. Raises TraceError if it is not one of nvprof's, or if it holds no kernel."""
     try:
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
             rows = [row for query in _QUERIES for row in _rows(database, query)]
             device = next(iter(_rows(database, _DEVICE)), ("GPU", None))
     except sqlite3.Error as error:
-        raise TraceError(f"{path} is no database of nvprof: {error}") from error
+        raise TraceError(f"{path} is not a database of nvprof: {error}") from error
     if not rows:
         raise TraceError(f"{path} holds no kernel: nothing ran on the GPU while it was recorded")
     first = min(row[1] for row in rows)
@@ -61,7 +61,7 @@ def read_nvprof(path: Path, steps: int = 0) -> Timeline:
 
 
 def _rows(database: sqlite3.Connection, query: str) -> list[tuple[Any, ...]]:
-    """Rows of a query; none where nvprof made no such table, as it does for what never happened."""
+    """Rows of a query; none if the table is missing, because nvprof makes no table for what never happened."""
     try:
         return database.execute(query).fetchall()
     except sqlite3.OperationalError as error:

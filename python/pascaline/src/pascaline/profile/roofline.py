@@ -1,14 +1,14 @@
-"""A timeline summed up: the kernels that take most, the kinds of work, and how near each comes to the memory's speed.
+"""Sums up a timeline: the kernels that take most time, the kinds of work, and how near each is to the memory's speed.
 
-Decoding reads every matrix once a step, and the KV cache of every running request. So the bandwidth that all matrix
-products together achieve is (bytes of the matrices) x steps / (their time), whatever single kernels tell of themselves.
+Each decode step reads every matrix once, and the KV cache of every running request. The bandwidth that all matrix
+products achieve together is therefore (bytes of the matrices) x steps / (their time), without a record of bytes.
 
-A replayed CUDA graph ties no kernel to an operator. But the names of our kernels tell what they read, so that those of
-one weight type moved (bytes of the type) x steps. Where several names read one type, as when the number of requests
-changed in between, each has its share by the number of its calls: every step makes as many. These are the bytes that a
-step must read. What is read twice counts once (the matrices, for more than 8 requests), and prefill counts nothing: the
-figures are too low where a record holds either. Beyond 16 requests cuBLAS multiplies float16 matrices, under names that
-tell nothing.
+A replayed CUDA graph does not link kernels to operators. But the names of our kernels show what they read, so those of
+one weight type moved (bytes of the type) x steps. If several names read one type, as when the number of requests
+changed during the record, each gets a share by its number of calls, because every step makes the same number. These
+are the bytes that a step must read. Matrices that are read twice (with more than 8 requests) count once, and prefill
+does not count, so the figures are too low if a record holds either. Beyond 16 requests cuBLAS multiplies float16
+matrices, and its kernels' names do not show what they read.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StepBytes:
-    """What one decode step must read; None where that is not known."""
+    """What one decode step must read, bytes; None if unknown."""
 
     weights: int | None = None
     matrices: Mapping[str, int] | None = None
-    """Of the weights those that products read, by the type in which the engine holds them."""
+    """Weights that products read, by the type in which the engine holds them."""
     kv_cache: int | None = None
-    """Of the running requests."""
+    """KV cache of the running requests."""
 
     @classmethod
     def of_plan(cls, plan: Mapping[str, Any], context_tokens: float) -> StepBytes:
-        """Take it from a plan as the agent serves it. context_tokens: in the KV cache, all requests together.
+        """Take it from the agent's plan. context_tokens: tokens in the KV cache, all requests together.
 
-        An older agent tells only what is resident, the input embedding included.
+        An older agent reports only the resident bytes, which include the input embedding.
         """
         return cls(
             plan.get("weights_read_bytes", plan.get("weights_bytes")),
@@ -49,55 +49,55 @@ class StepBytes:
 
     @property
     def total(self) -> int:
-        """As far as it is known."""
+        """All known bytes together."""
         return (self.weights or 0) + (self.kv_cache or 0)
 
     @property
     def products(self) -> int | None:
-        """What all products together read."""
+        """Bytes that all products read together."""
         return sum(self.matrices.values()) if self.matrices else self.weights
 
     @property
     def by_source(self) -> dict[str, int]:
-        """What is known, by what read_by() calls it."""
+        """The known bytes, by the names that read_by() returns."""
         return {**(self.matrices or {}), **({KV_CACHE: self.kv_cache} if self.kv_cache else {})}
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Kernels of one name, or of one kind."""
+    """All kernels of one name, or of one kind."""
 
     name: str
     count: int
     seconds: float
     share: float
-    """Of the time of all kernels."""
+    """Share of the time of all kernels."""
     bytes_per_second: float | None
-    """None where the bytes are not known."""
+    """None if the bytes are unknown."""
     roof_ratio: float | None
-    """Of the card's bandwidth; None where one of the two is not known."""
+    """Share of the card's bandwidth; None if the bytes or the bandwidth are unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a record says."""
+    """The sums of a record."""
 
     device: str
     steps: int
     wall_seconds: float
     busy_ratio: float
-    """Share of the time in which a kernel ran; what is missing is launches and waiting."""
+    """Share of the time in which a kernel ran; launches and waiting make up the rest."""
     bandwidth: float | None
-    """The roof, bytes per second."""
+    """The card's memory bandwidth, bytes per second."""
     kinds: tuple[Row, ...]
     kernels: tuple[Row, ...]
     step_bytes: int | None
-    """That one step must read at least: weights, and the KV cache of the running requests."""
+    """Least bytes that one step reads: weights, and the KV cache of the running requests."""
     step_roof_ratio: float | None
-    """Of the roof that whole steps reach, launches and waiting included."""
+    """Share of the bandwidth that whole steps reach, launches and waiting included."""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return plain values."""
         return {
             "device": self.device,
             "steps": self.steps,
@@ -121,7 +121,7 @@ def summarise(
     step: StepBytes = UNKNOWN,
     top: int = 15,
 ) -> Summary:
-    """Sum a timeline up. bandwidth: the card's, bytes per second; None = what the record says."""
+    """Sum up a timeline. bandwidth: the card's, bytes per second; None = the record's value."""
     roof = bandwidth or timeline.device_bandwidth
     total = sum(kernel.seconds for kernel in timeline.kernels) or 1.0
     by_kind, by_name = defaultdict[str, list["Kernel"]](list), defaultdict[str, list["Kernel"]](list)
@@ -152,7 +152,7 @@ def summarise(
 
 
 def _moved(calls: Mapping[str, int], steps: int, step: StepBytes) -> dict[str, int]:
-    """Bytes that kernels of ours moved, by name, as far as they are known. calls: by name."""
+    """Return the bytes that our kernels moved, by name; unknown ones are left out. calls: by name."""
     known = step.by_source
     sources = {name: source for name in calls if (source := read_by(name)) in known and source is not None}
     together = Counter[str]()

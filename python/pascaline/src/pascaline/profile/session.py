@@ -1,4 +1,4 @@
-"""Drives a decode on a running engine and has SGLang record it: requests first, the record once all of them decode."""
+"""Drives a decode on a running engine and has SGLang record it. The record starts when all requests decode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.2
 TOKEN_RANGE = (10, 200)
-"""Ids that every vocabulary has."""
+"""Token ids that every vocabulary has."""
 CONNECT_SECONDS = 10.0
 
 
@@ -30,44 +30,44 @@ class Target:
     """A running engine."""
 
     url: str
-    """Of SGLang's API, without a slash at its end."""
+    """Address of SGLang's API, without a slash at its end."""
     api_key: str | None = field(default=None, repr=False)
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of every request."""
+        """Headers of every request."""
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is decoded while the record runs."""
+    """What to decode during the record."""
 
     requests: int = 1
-    """At once."""
+    """Concurrent requests."""
     prompt_tokens: int = 32
     max_tokens: int = 512
-    """Most that a request decodes; it is ended when the record is."""
+    """Most tokens that a request decodes; it is stopped with the record."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What a session left."""
+    """The result of a session."""
 
     trace: Path | None
-    """None where the record is made by another profiler, and written when the engine ends."""
+    """None if another profiler makes the record, which it writes when the engine ends."""
     context_tokens: float
-    """Tokens in the KV cache during the record, all requests together; 0 without a load of our own."""
+    """Tokens in the KV cache during the record, all requests together; 0 without our own load."""
 
 
 class _Streams:
-    """Requests that decode until they are told to stop."""
+    """Requests that decode until they are stopped."""
 
     def __init__(self, target: Target, load: Load) -> None:
         self._target, self._load = target, load
         self._stop = threading.Event()
         self.tokens = [0] * load.requests
-        """Received so far, by request."""
+        """Number received so far, by request."""
         self.failure = ""
         self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(load.requests)]
 
@@ -83,12 +83,12 @@ class _Streams:
 
     @property
     def are_decoding(self) -> bool:
-        """Whether each has its first tokens."""
+        """Whether each request has its first tokens."""
         return all(count >= 2 for count in self.tokens)
 
     @property
     def context_tokens(self) -> int:
-        """In the KV cache now."""
+        """Tokens in the KV cache now."""
         return sum(self.tokens) + self._load.requests * self._load.prompt_tokens
 
     def _run(self, index: int) -> None:
@@ -123,11 +123,11 @@ def record(
 ) -> Recording:
     """Record some decode steps and return the trace.
 
-    folder: where the engine writes; it must be empty, and writable by the engine's user. load: None = what others send.
-    timeout: seconds for the first tokens, and again for the record. external: start and stop another profiler, in
-    whose process the engine runs, instead of torch's.
+    folder: the engine writes here; it must be empty and writable by the engine's user. load: None = requests of others.
+    timeout: seconds for the first tokens, and again for the record. external: start and stop another profiler, under
+    which the engine runs, instead of torch's.
 
-    Raises EngineError where the engine cannot be reached, does not decode, or writes no trace.
+    Raises EngineError if the engine cannot be reached, does not decode, or writes no trace.
     """
     if load is None:
         on_stage("recording")
@@ -151,8 +151,8 @@ def record(
 
 def _start(target: Target, folder: Path, steps: int, *, external: bool) -> None:
     body: dict[str, Any] = {"output_dir": str(folder), "with_stack": False, "record_shapes": True}
-    # An external profiler is switched by CUDA's own call, and stopped by hand: SGLang counts no steps for it.
-    # One more, as the step that runs while recording begins counts as one without its mark in the record.
+    # An external profiler is started by CUDA's own call and stopped by us: SGLang does not count steps for it.
+    # One step more, because the step that runs when the record begins is counted but not marked in the record.
     body |= {"activities": ["CUDA_PROFILER"]} if external else {"activities": ["CPU", "GPU"], "num_steps": steps + 1}
     _post(target, "/start_profile", body)
 
@@ -168,14 +168,14 @@ def _post(target: Target, path: str, body: dict[str, Any] | None) -> None:
 
 
 def _wait_for_trace(folder: Path, timeout: float, streams: _Streams | None) -> Path:
-    """Wait until SGLang has written a whole trace."""
+    """Wait until SGLang has written a complete trace."""
     found: list[Path] = []
 
     def is_there() -> bool:
         found[:] = sorted(folder.rglob("*.trace.json*"))
         return bool(found) and is_whole(found[0])
 
-    what = f"no trace came to {folder} (can the engine's user write there? do requests run?)"
+    what = f"no trace appeared in {folder} (can the engine's user write there? are requests running?)"
     _wait(is_there, timeout, streams, what)
     return found[0]
 
@@ -191,7 +191,7 @@ def _wait(condition: Callable[[], bool], timeout: float, streams: _Streams | Non
 
 
 def ask(url: str, timeout: float = 3.0) -> dict[str, Any] | None:
-    """Return a JSON answer of an agent; None where there is none."""
+    """Return an agent's JSON answer; None without one."""
     try:
         with httpx.Client(trust_env=False, timeout=timeout) as client:
             answer = client.get(url)

@@ -1,4 +1,4 @@
-"""What a profiler recorded: kernels with their times and, where they are known, the bytes that they moved."""
+"""What a profiler recorded: kernels with their times and, if known, the bytes that they moved."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Literal
 
 Kind = Literal["matmul", "attention", "norm", "sampling", "copy", "other"]
 
-# Parts of names that tell what a kernel does, the most telling first; ours are those of sglang_pascal/kernels.
+# Parts of names that show what a kernel does, the most specific first; our names are those of sglang_pascal/kernels.
 _KINDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ("copy", ("memcpy", "memset", "copy_", "fill_", "aten::cat", "catarray", "aten::index_put", "repack")),
     ("attention", ("attention", "sdpa", "flash", "fmha", "scaled_dot_product", "paged", "kv_cache", "set_kv")),
     ("sampling", ("argmax", "softmax", "sort", "topk", "multinomial", "sampl", "cumsum", "radix", "exponential")),
-    # Ours that quantise or dequantise beside other work, which a product's "quantize" would take for products.
+    # Our kernels that quantise or dequantise beside other work; "quantize" would otherwise count them as products.
     ("norm", ("norm_quantize", "silu_mul_quantize", "dequantize_q")),
     (
         "matmul",
@@ -37,11 +37,11 @@ _KINDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
 )
 
 CPU = "CPU"
-"""Device of a record without a GPU's kernels."""
+"""Device of a record without GPU kernels."""
 KV_CACHE = "KV cache"
 """What decode attention reads."""
-# Names of sglang_pascal/kernels; the numbers are the bits of x and for how many rows of it a kernel has room;
-# records of releases without a choice of bits have none.
+# Names in sglang_pascal/kernels; the numbers are the bits of x and how many rows of x a kernel can hold. Records of
+# older releases have no number of bits.
 _READS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(?:decode|tile)_matmul_(\w+?)(?:_\d+bit)?(?:_n\d+)?"), r"\1"),
     (re.compile(r"half_matmul_n\d+"), "F16"),
@@ -51,21 +51,21 @@ _READS: tuple[tuple[re.Pattern[str], str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One kernel, or on a CPU one operator without what it called."""
+    """One kernel; on a CPU, one operator without the operators that it called."""
 
     name: str
     start: float
     """Seconds from the start of the record."""
     seconds: float
     bytes: int | None
-    """Read and written; None where the record does not tell."""
+    """Bytes read and written; None if the record does not contain them."""
     stream: int = 0
     operator: str = ""
-    """Operator that launched it; empty where that is not known, as in a replayed CUDA graph."""
+    """Operator that launched it; empty if unknown, as in a replayed CUDA graph."""
 
     @property
     def kind(self) -> Kind:
-        """What it does: by its operator, whose names are few, else by its own name."""
+        """What it does: by its operator, because operators have few names; otherwise by its own name."""
         kind = kind_of(self.operator)
         return kind if kind != "other" else kind_of(self.name)
 
@@ -78,20 +78,20 @@ class Timeline:
     """Name of the GPU, or CPU."""
     kernels: tuple[Kernel, ...]
     steps: int
-    """Decode steps in it; 0 where that is unknown."""
+    """Number of decode steps in it; 0 if unknown."""
     device_bandwidth: float | None = None
-    """Bytes per second as the driver tells it; None where the record does not."""
+    """Bytes per second by the driver's report; None if the record does not contain it."""
 
     @property
     def wall_seconds(self) -> float:
-        """From the first kernel's start to the last one's end."""
+        """Seconds from the first kernel's start to the last one's end."""
         if not self.kernels:
             return 0.0
         return max(k.start + k.seconds for k in self.kernels) - min(k.start for k in self.kernels)
 
     @property
     def busy_seconds(self) -> float:
-        """Time in which at least one kernel ran: overlapping ones count once."""
+        """Seconds in which at least one kernel ran: overlapping kernels count once."""
         total, end = 0.0, float("-inf")
         for kernel in sorted(self.kernels, key=lambda kernel: kernel.start):
             stop = kernel.start + kernel.seconds
@@ -101,13 +101,13 @@ class Timeline:
 
 
 def kind_of(name: str) -> Kind:
-    """Return what a kernel of this name does."""
+    """Return what a kernel with this name does."""
     lower = name.lower()
     return next((kind for kind, parts in _KINDS if any(part in lower for part in parts)), "other")
 
 
 def read_by(name: str) -> str | None:
-    """Return what the kernels of this name and its like read once in each decode step: all matrices of a tensor type,
-    or the KV_CACHE of the running requests. None for a kernel that is not ours, or is bound by nothing that large.
+    """Return what kernels with such a name read once in each decode step: all matrices of a tensor type, or the
+    KV_CACHE of the running requests. None for a kernel that is not ours, or that reads nothing so large.
     """
     return next((match.expand(what) for pattern, what in _READS if (match := pattern.fullmatch(name))), None)

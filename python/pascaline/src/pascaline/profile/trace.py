@@ -1,6 +1,6 @@
-"""Traces of torch's profiler (Chrome's format, plain or gzip) as timelines.
+"""Reads traces of torch's profiler (Chrome's format, plain or gzip) as timelines.
 
-On a GPU kernels are events of their own, tied by `External id` to the operator that launched them. On a CPU the
+On a GPU, kernels are separate events; `External id` links each to the operator that launched it. On a CPU, the
 operators themselves are the kernels, each without the time of the operators that it called.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MICRO = 1e-6
 GPU_CATEGORIES = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 MAX_TRACE_BYTES = 4 << 30
-"""Unpacked; a longer record is of no use to a viewer either."""
+"""Limit of the unpacked size; viewers cannot use a longer record either."""
 DTYPE_BYTES = {
     "double": 8,
     "long": 8,
@@ -41,29 +41,29 @@ DTYPE_BYTES = {
     "char": 1,
     "bool": 1,
 }
-"""torch's names in `Input type`, in lower case."""
+"""torch's names in `Input type`, in lower case -> bytes per element."""
 MATRIX_PRODUCTS = re.compile(r"aten::(mm|addmm|bmm|linear|matmul)$|mkldnn.*linear")
 VIEWS = re.compile(
     r"aten::(view|as_strided|slice|transpose|t|expand|unsqueeze|squeeze|select|permute|detach|alias|empty.*)$"
 )
-"""They only describe memory."""
-# What SGLang calls each of its decode steps, as in step[DECODE bs=4].
+"""Operators that only describe memory."""
+# SGLang's name for each of its decode steps, such as step[DECODE bs=4].
 _STEP = re.compile(r"step\[DECODE\b")
 
 
 class TraceError(PascalineError):
-    """A file is no trace, or an empty one."""
+    """A file is not a trace, or is empty."""
 
 
 def read_trace(path: Path, steps: int = 0) -> Timeline:
-    """Read a trace. steps: decode steps that were recorded, where the trace does not tell.
+    """Read a trace. steps: number of recorded decode steps, if the trace does not contain it.
 
-    Raises TraceError where the file is cut off or is no trace, or holds no operator.
+    Raises TraceError if the file is cut off, is not a trace, or holds no operator.
     """
     document = _load(path)
     events = document.get("traceEvents")
     if not isinstance(events, list):
-        raise TraceError(f"{path} is no trace: it has no traceEvents")
+        raise TraceError(f"{path} is not a trace: it has no traceEvents")
     spans = [event for event in events if event.get("ph") == "X" and "dur" in event]
     device = [event for event in spans if event.get("cat") in GPU_CATEGORIES]
     operators = [event for event in spans if event.get("cat") == "cpu_op"]
@@ -98,9 +98,9 @@ def _load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise TraceError(f"failed to read {path}: {error.strerror or error}") from error
     except (ValueError, EOFError, zlib.error) as error:
-        raise TraceError(f"{path} is no trace, or is cut off: {error}") from error
+        raise TraceError(f"{path} is not a trace, or is cut off: {error}") from error
     if not isinstance(document, dict):
-        raise TraceError(f"{path} is no trace: it holds a {type(document).__name__}")
+        raise TraceError(f"{path} is not a trace: it holds a {type(document).__name__}")
     return document
 
 
@@ -122,7 +122,7 @@ def _gpu_kernels(events: list[dict[str, Any]], operators: Iterable[dict[str, Any
         launcher = by_id.get(number)
         moved = _transferred(arguments)
         if moved is None and launcher is not None:
-            # What an operator reads is counted once, with the longest of its kernels.
+            # What an operator reads counts once, with the longest of its kernels.
             moved = _bytes(launcher) if longest[number] is event else 0
         operator = str(launcher["name"]) if launcher else ""
         kernels.append(_kernel(event, event["dur"], moved, int(arguments.get("stream") or 0), operator))
@@ -130,13 +130,13 @@ def _gpu_kernels(events: list[dict[str, Any]], operators: Iterable[dict[str, Any
 
 
 def _transferred(arguments: dict[str, Any]) -> int | None:
-    """Bytes of a copy, as the driver tells them."""
+    """Return the bytes of a copy, by the driver's report."""
     size = arguments.get("bytes")
     return size if isinstance(size, int) else None
 
 
 def _cpu_kernels(operators: list[dict[str, Any]]) -> list[Kernel]:
-    """Operators with their own time: a parent's less its children's, per thread."""
+    """Operators with their own time: a parent's time minus its children's, per thread."""
     kernels = []
     for thread in {(event.get("pid"), event.get("tid")) for event in operators}:
         own = [event for event in operators if (event.get("pid"), event.get("tid")) == thread]
@@ -153,7 +153,7 @@ def _cpu_kernels(operators: list[dict[str, Any]]) -> list[Kernel]:
 
 
 def _closed(event: dict[str, Any], children: float) -> Kernel:
-    # An operator that mostly calls others moves no bytes of its own.
+    # An operator that mostly calls others moves no bytes itself.
     own = max(0.0, event["dur"] - children)
     return _kernel(event, own, _bytes(event) if own > children else None, 0)
 
@@ -163,7 +163,7 @@ def _kernel(event: dict[str, Any], microseconds: float, moved: int | None, strea
 
 
 def _bytes(event: dict[str, Any]) -> int | None:
-    """Bytes of an operator's inputs and, for a matrix product, its result; None where shapes were not recorded."""
+    """Return the bytes of an operator's inputs and, for a matrix product, its result; None without recorded shapes."""
     arguments = event.get("args", {})
     shapes, types = arguments.get("Input Dims"), arguments.get("Input type")
     name = str(event.get("name"))
@@ -181,11 +181,11 @@ def _bytes(event: dict[str, Any]) -> int | None:
     if MATRIX_PRODUCTS.match(name) and len(matrices) >= 2:
         (left, width), (right, _) = matrices[-2:]
         return total + math.prod(left[:-1]) * right[-1] * width
-    # An element-wise operator writes as much as its largest input.
+    # An element-wise operator writes as many bytes as its largest input has.
     return total + max(math.prod(shape) * width for shape, width in sizes)
 
 
 def _steps(spans: Iterable[dict[str, Any]]) -> int:
-    """Decode steps that SGLang marked, 0 where it marked none."""
+    """Return the number of decode steps that SGLang marked; 0 if none."""
     marks = [e for e in spans if e.get("cat") == "user_annotation" and _STEP.search(str(e.get("name")))]
     return len(marks)

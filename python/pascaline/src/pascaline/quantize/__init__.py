@@ -1,11 +1,11 @@
-"""Quantises models with llama.cpp's own tools: planned, written whole or not at all, verified, and with a checksum.
+"""Quantises models with llama.cpp's own tools: planned, written completely or not at all, verified, with a checksum.
 
-tools   the programs and how they are run
+tools   the programs, and how they are run
 steps   one step each: convert, importance matrix, size, quantise, verify
 
-A source is a Hugging Face folder or a GGUF file of 16 or 32 bits. Each result STEM.TYPE.gguf has STEM.TYPE.gguf.sha256
-beside it, as sha256sum writes it, with a comment that says from what. A result that is there, from the same source and
-with the checksum that it had when it was made, is not made again: an interrupted run goes on where it was.
+A source is a Hugging Face folder or a GGUF file of 16 or 32 bits. Beside each result STEM.TYPE.gguf lies
+STEM.TYPE.gguf.sha256 in the format of sha256sum, with a comment that names the source. A result that exists, comes from
+the same source and still has its checksum is not made again: an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 __all__ = ["COMMON_TYPES", "Options", "Quantized", "Tools", "quantize", "quantize_all"]
 
 COMMON_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q3_K_S")
-"""The guide's comparison, the largest first."""
+"""The types that the guide compares, the largest first."""
 PLAIN_TYPES = frozenset({"F32", "F16", "BF16"})
 
 OnStep = Callable[[str, int, int], None]
-"""Called with (what is being done, done, of how many)."""
+"""Called with (name of the step, done, total)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,17 +43,17 @@ class Options:
 
     tools: Tools = field(default_factory=Tools)
     imatrix: Path | None = None
-    """Importance matrix that llama-imatrix wrote."""
+    """Importance matrix written by llama-imatrix."""
     calibration: Path | None = None
-    """Text to compute an importance matrix from; at most one of this and imatrix is set."""
+    """Text from which to compute an importance matrix; at most one of this and imatrix is set."""
     threads: int | None = None
-    """None: llama.cpp's choice."""
+    """None: llama.cpp's default."""
     allow_requantize: bool = False
-    """Whether a source may be quantised already, which costs quality twice."""
+    """Whether the source may be quantised already, which costs quality twice."""
     verify: bool = True
-    """Whether each result is loaded and generates some tokens."""
+    """Whether to load each result and generate some tokens."""
     force: bool = False
-    """Whether results that are there are made again."""
+    """Whether to make existing results again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Quantized:
     was_there: bool
     seconds: float
     text: str | None
-    """What it generated when it was verified; None where it was not."""
+    """What it generated when it was verified; None if it was not verified."""
 
 
 def quantize(
@@ -80,8 +80,8 @@ def quantize(
 ) -> Quantized:
     """Quantise a model to one type. output: the GGUF file to make.
 
-    Raises ConfigurationError for an unknown type, ModelError for a source or result that is none, MissingError for
-    tools that are not here, StorageError where the disk is too small.
+    Raises ConfigurationError for an unknown type, ModelError for an invalid source or result, MissingError if a tool is
+    not installed, StorageError if the disk is too small.
     """
     return _all(Path(source), {_known(type): Path(output)}, options or Options(), on_step)[0]
 
@@ -94,15 +94,15 @@ def quantize_all(
     options: Options | None = None,
     on_step: OnStep = lambda _what, _done, _total: None,
 ) -> list[Quantized]:
-    """Quantise a model to several types, the conversion from Hugging Face made once; results are STEM.TYPE.gguf."""
+    """Quantise a model to several types, converting it from Hugging Face once. Results are STEM.TYPE.gguf."""
     folder, stem = Path(folder), steps.stem_of(Path(source))
     outputs = {name: folder / f"{stem}.{name}.gguf" for name in map(_known, types)}
     return _all(Path(source), outputs, options or Options(), on_step)
 
 
 def _all(source: Path, outputs: dict[str, Path], options: Options, on_step: OnStep) -> list[Quantized]:
-    """Make what is missing; the source is converted only if anything is."""
-    read_model(source)  # a source that is none is told before anything else
+    """Make the missing results; the source is converted only if one is missing."""
+    read_model(source)  # check the source first: an invalid one is reported before any work starts
     origins = {name: steps.origin_of(source, name, options.imatrix, options.calibration) for name in outputs}
     made = {name: _made(name, path, origins[name]) for name, path in outputs.items() if not options.force}
     results = {name: result for name, result in made.items() if result is not None}
@@ -117,7 +117,7 @@ def _all(source: Path, outputs: dict[str, Path], options: Options, on_step: OnSt
 
 
 def _require_tools(source: Path, options: Options) -> None:
-    """Raise MissingError before anything is made: the last of the programs is needed when all work is done."""
+    """Raise MissingError before any work starts: the last program is needed only when all the work is done."""
     tools = ["quantize"]
     tools += ["convert"] if source.is_dir() else []
     tools += ["imatrix"] if options.calibration is not None else []
@@ -127,7 +127,7 @@ def _require_tools(source: Path, options: Options) -> None:
 
 
 def _made(name: str, output: Path, origin: str) -> Quantized | None:
-    """A result that is there, from this source, with the checksum that it had when it was made."""
+    """Return the existing result if it comes from this source and still has its checksum; None otherwise."""
     digest = steps.digest_if_unchanged(output, origin)
     return None if digest is None else Quantized(output, name, output.stat().st_size, digest, True, 0.0, None)
 

@@ -1,4 +1,4 @@
-"""The steps of a quantisation, each a function; what a step writes has a name of its own until it is whole."""
+"""The steps of a quantisation, each a function. A step writes under a temporary name until its file is complete."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pascaline.models.spec import ModelSpec
 
 OnDone = Callable[[int, int], None]
-"""Called with (done, of how many)."""
+"""Called with (done, total)."""
 
 SPACE_MARGIN = 1.01
 """llama-quantize prints sizes with two decimals of a MiB and leaves out the header."""
@@ -51,10 +51,10 @@ def stem_of(source: Path) -> str:
 
 
 class PlainSource:
-    """The GGUF file of 16 or 32 bits to quantise from: the source, or one that is converted and deleted again."""
+    """The GGUF file of 16 or 32 bits to quantise from: the source, or a conversion that is deleted afterwards."""
 
     def __init__(self, source: Path, spec: ModelSpec, folder: Path, tools: Tools, on_percent: OnDone) -> None:
-        """folder: where a conversion is put."""
+        """folder: for the conversion."""
         self._source, self._spec, self._folder, self._tools, self._on_percent = source, spec, folder, tools, on_percent
         self._converted: Path | None = None
 
@@ -79,7 +79,7 @@ class PlainSource:
 
 
 def convert(tools: Tools, source: Path, spec: ModelSpec, target: Path, on_percent: OnDone) -> None:
-    """Convert a Hugging Face folder to a GGUF file of the 16 bits that its weights have."""
+    """Convert a Hugging Face folder to a GGUF file in the 16-bit type of its weights."""
     needed = 2 * spec.n_parameters + HEADER_BYTES
     _require_free(target.parent, needed, f"the conversion of {source}")
     command = [*tools.command("convert"), str(source), "--outfile", str(target), "--outtype", "auto"]
@@ -89,8 +89,8 @@ def convert(tools: Tools, source: Path, spec: ModelSpec, target: Path, on_percen
 
 
 def importance_matrix(tools: Tools, source: Path, text: Path, folder: Path, on_chunk: OnDone) -> Path:
-    """Return an importance matrix of the source over a text, computed where it is not in the folder yet."""
-    # Of another text or model it would be used without a word.
+    """Return an importance matrix of the source over a text; compute it if the folder does not hold it yet."""
+    # llama-quantize would use the matrix of another text or model without a warning.
     inputs = hashlib.sha256(repr([_state(source), _state(text)]).encode()).hexdigest()[:8]
     target = folder / f"{stem_of(source)}.{text.stem}.{inputs}.imatrix.gguf"
     if target.exists():
@@ -114,18 +114,18 @@ def importance_matrix(tools: Tools, source: Path, text: Path, folder: Path, on_c
 
 
 def require_space(tools: Tools, source: Path, name: str, output: Path, threads: int | None) -> None:
-    """Refuse a quantisation that the disk has no room for, before anything is written."""
+    """Refuse a quantisation for which the disk has no room, before anything is written."""
     needed = planned_bytes(tools, source, name, threads)
     _require_free(output.parent, needed, output.name)
 
 
 def planned_bytes(tools: Tools, source: Path, name: str, threads: int | None = None) -> int:
-    """Return the bytes that a result will take: as llama-quantize plans it, else at most as many as the source."""
+    """Return the bytes that a result will need: by llama-quantize's plan, or at most the size of the source."""
     lines: list[str] = []
     command = [*tools.command("quantize"), "--dry-run", "--allow-requantize", str(source), name]
     ended = run([*command, *([str(threads)] if threads else [])], lines.append)
     sizes = [match for line in lines if (match := _SIZE.search(line))]
-    # A release without --dry-run ends with its usage.
+    # A release without --dry-run ends and prints its usage.
     if ended.code or not sizes:
         return source.stat().st_size
     unit = 2**30 if sizes[-1][2] == "GiB" else 2**20
@@ -160,7 +160,7 @@ def run_quantizer(
 
 
 def verify_header(source: Path, result: Path, name: str) -> None:
-    """Hold a result's header against its source: every tensor, of the same size, in a file of the type asked for."""
+    """Compare a result's header with its source: every tensor, of the same size, in a file of the requested type."""
     before, after = read_model(source), read_model(result)
     sizes = {tensor.name: tensor.n_elements for tensor in before.tensors}
     found = {tensor.name: tensor.n_elements for tensor in after.tensors}
@@ -172,7 +172,7 @@ def verify_header(source: Path, result: Path, name: str) -> None:
 
 
 def verify_generation(tools: Tools, result: Path) -> str:
-    """Load a result, let it write some tokens on the CPU, and return them; ModelError where it cannot."""
+    """Load a result, let it generate some tokens on the CPU, and return them. Raises ModelError if it cannot."""
     command = [*tools.command("generate"), "-m", str(result), "-p", PROMPT, "-n", str(GENERATED_TOKENS)]
     command += ["--temp", "0", "-ngl", "0", "-c", "256", "--no-display-prompt", "-no-cnv"]
     try:
@@ -195,23 +195,23 @@ def verify_generation(tools: Tools, result: Path) -> str:
 
 
 def finish(partial: Path, output: Path, origin: str, on_bytes: OnDone) -> str:
-    """Give a result its name and its checksum file, and return the checksum. origin: as origin_of gives it."""
+    """Give a result its name and its checksum file, and return the checksum. origin: the text from origin_of."""
     digest = file_sha256(partial, lambda done, total: on_bytes(done, total or done))
     with partial.open("rb") as file:
         os.fsync(file.fileno())
-    # The checksum of a file that was there before must not stand beside the new one.
+    # The checksum of an earlier file must not lie beside the new one.
     checksum = output.with_name(output.name + CHECKSUM_SUFFIX)
     checksum.unlink(missing_ok=True)
     partial.replace(output)
     note = partial.with_name(partial.name + CHECKSUM_SUFFIX)
-    # sha256sum takes a line that begins so for a comment.
+    # sha256sum takes a line that begins with # for a comment.
     note.write_text(f"# {origin}\n{digest}  {output.name}\n")
     note.replace(checksum)
     return digest
 
 
 def origin_of(source: Path, name: str, *inputs: Path | None) -> str:
-    """Return words that change whenever a result would: type, and name, size and time of each input."""
+    """Return a text that changes whenever a result would: the type, and name, size and time of each input."""
     files = sorted(file for file in source.iterdir() if file.is_file()) if source.is_dir() else [source]
     files += [path for path in inputs if path is not None]
     states = [_state(file) for file in files]
@@ -219,13 +219,13 @@ def origin_of(source: Path, name: str, *inputs: Path | None) -> str:
 
 
 def _state(file: Path) -> tuple[str, int, int]:
-    """What changes when a file does: name, size, time of change."""
+    """Return what changes when a file does: name, size, time of change."""
     status = file.stat()
     return file.name, status.st_size, status.st_mtime_ns
 
 
 def digest_if_unchanged(output: Path, origin: str) -> str | None:
-    """Return the checksum of a result that is there as it was made, from the same origin; None otherwise."""
+    """Return the checksum of a result that is unchanged and comes from the same origin; None otherwise."""
     checksum = output.with_name(output.name + CHECKSUM_SUFFIX)
     try:
         comment, _, line = checksum.read_text().partition("\n")
@@ -237,7 +237,7 @@ def digest_if_unchanged(output: Path, origin: str) -> str | None:
 
 @contextmanager
 def unfinished(target: Path) -> Iterator[Path]:
-    """Give a file of the target's folder to write to; what is left of it at the end is deleted."""
+    """Give a file in the target's folder to write to; if it still exists at the end, it is deleted."""
     _make_folder(target.parent)
     _clear_left(target.parent, f".{target.name}", ".partial")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
@@ -248,7 +248,7 @@ def unfinished(target: Path) -> Iterator[Path]:
 
 
 def _clear_left(folder: Path, begin: str, end: str) -> None:
-    """Delete what processes that were killed left: gigabytes under a name with the number of a process that is gone."""
+    """Delete what killed processes left: gigabytes, in files named after the number of a process that has ended."""
     for file in folder.glob(f"{glob.escape(begin)}.*{end}"):
         pid = file.name.removeprefix(f"{begin}.").removesuffix(end)
         if pid.isdigit() and not Path("/proc", pid).exists():

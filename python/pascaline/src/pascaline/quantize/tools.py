@@ -1,4 +1,4 @@
-"""llama.cpp's programs: where they are, and how they are run so that nothing of them outlives this process."""
+"""llama.cpp's programs: where they are, and how they are run so that none of them outlives this process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 KEPT_LINES = 50
-"""Last lines of output, for the message of a failure."""
+"""Last lines of output that a failure's message may quote."""
 INSTALL = "install llama.cpp (Debian: llama.cpp-tools and llama.cpp-tools-extra, Nix: llama-cpp)"
 
 # The newest name of each program first.
@@ -35,17 +35,17 @@ _NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """The programs that are here."""
+    """The installed programs."""
 
     folder: Path | None = None
-    """Where to look first; None: on PATH alone."""
+    """Searched first; None: search only PATH."""
     converter: Path | None = None
-    """llama.cpp's convert_hf_to_gguf.py where it is not on PATH."""
+    """llama.cpp's convert_hf_to_gguf.py if it is not on PATH."""
     python: Path = Path(sys.executable)
     """Runs the converter; it must have torch, transformers and gguf."""
 
     def command(self, tool: str) -> list[str]:
-        """Return how to start one of the keys of _NAMES; MissingError where it is not here."""
+        """Return the command of one of the keys of _NAMES. Raises MissingError if it is not installed."""
         if tool == "convert" and self.converter is not None:
             if not self.converter.is_file():
                 raise MissingError(f"--converter: {self.converter} is not a file")
@@ -64,7 +64,7 @@ class Tools:
         return Path(found) if found else None
 
     def _script(self, path: Path) -> list[str]:
-        # A script's own first line names a Python that mostly lacks torch.
+        # The script's own first line names a Python that usually lacks torch.
         return [str(self.python), str(path)] if path.suffix == ".py" else [str(path)]
 
 
@@ -73,13 +73,13 @@ class Ended:
     """How a program ended."""
 
     code: int
-    """Negative: by that signal."""
+    """Negative: ended by that signal."""
     last_lines: tuple[str, ...]
-    """Of its output and errors together."""
+    """Last lines of output and errors together."""
 
     @property
     def reason(self) -> str:
-        """Its last words, for a message."""
+        """Its last line and exit code, for a message."""
         words = next((line for line in reversed(self.last_lines) if line.strip()), "it said nothing")
         ended = f"signal {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
         return f"{ended}: {words.strip()}"
@@ -88,10 +88,11 @@ class Ended:
 def run(command: Sequence[str], on_line: Callable[[str], None]) -> Ended:
     """Run a program to its end; `on_line` gets each line, ended by a newline or a carriage return.
 
-    However this call ends, the program and all that it started are gone then; killing this process ends the program.
+    However this call ends, the program and everything that it started have ended too. If this process is killed, the
+    program ends with it.
     """
     if shutil.which(command[0]) is None:
-        raise MissingError(f"failed to run {command[0]}: it is no program; {INSTALL}")
+        raise MissingError(f"failed to run {command[0]}: it is not a program; {INSTALL}")
     process = subprocess.Popen(
         with_parent(*command),
         stdin=subprocess.DEVNULL,
@@ -104,7 +105,7 @@ def run(command: Sequence[str], on_line: Callable[[str], None]) -> Ended:
     last: deque[str] = deque(maxlen=KEPT_LINES)
     try:
         assert process.stdout is not None
-        for line in process.stdout:  # universal newlines: a carriage return ends one too
+        for line in process.stdout:  # universal newlines: a carriage return ends a line too
             last.append(line.rstrip("\n"))
             on_line(last[-1])
         code = process.wait()

@@ -1,1 +1,1 @@
-"""`pascaline top`: what GPUs and instances of some hosts do now, read from their metrics pages."""
+"""`pascaline top`: shows what the GPUs and instances of some hosts do now, from their metrics pages."""

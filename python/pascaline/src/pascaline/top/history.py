@@ -1,4 +1,4 @@
-"""The last values of each number, for sparklines."""
+"""The latest values of each number, for sparklines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pascaline.top.readings import HostReading
 
 BARS = "▁▂▃▄▅▆▇█"
-# One a column of the widest sparkline drawn.
+# One value per column of the widest sparkline.
 LENGTH = 60
 
 
@@ -20,7 +20,7 @@ class History:
         self._values: dict[tuple[str, str, str], deque[float | None]] = {}
 
     def add(self, reading: HostReading) -> None:
-        """Take the numbers that are drawn from a reading."""
+        """Add the numbers of a reading that are drawn."""
         for gpu in reading.gpus:
             self._append((reading.host, "utilization", gpu.uuid), gpu.utilization_percent)
         for instance in reading.instances:
@@ -35,7 +35,7 @@ class History:
 
 
 def sparkline(values: list[float | None], width: int, top: float | None = None) -> str:
-    """Draw the newest `width` values, right-aligned, a gap for None. The full bar is `top`, else the highest value."""
+    """Draw the newest `width` values, right-aligned, with a gap for None. A full bar is `top`, or the highest value."""
     shown = values[-width:] if width > 0 else []
     known = [value for value in shown if value is not None]
     full = top if top is not None else max(known, default=0.0)

@@ -1,4 +1,4 @@
-"""Metrics pages of a host, fetched side by side, each within its own deadline."""
+"""Metrics pages of hosts, fetched at the same time, each with its own deadline."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 EXPORTER_PORT = 9836
 AGENT_PORT = 30001
-# The n-th instance of a host listens this many ports further than the one before it (hosts/default.nix).
+# The n-th instance of a host listens this many ports above the one before it (hosts/default.nix).
 AGENT_PORT_STEP = 10
 MAX_INSTANCES = 8
-# Where no agent tells the engine's port: one below its own (30000 and 30001).
+# If no agent reports the engine's port, it is one below the agent's (30000 and 30001).
 ENGINE_PORT_OFFSET = -1
 
 
@@ -41,14 +41,14 @@ class Page:
         return [s for s in self.samples.get(name, []) if labels.items() <= s.labels.items()]
 
     def total(self, name: str, **labels: str) -> float | None:
-        """Return the sum over the samples; None where there is none."""
+        """Return the sum of the samples; None if there are none."""
         found = self.select(name, **labels)
         return sum(sample.value for sample in found) if found else None
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A host to look at; without an agent's port, all its instances at the usual ports."""
+    """A host to look at; without an agent's port, all its instances at their default ports."""
 
     host: str
     agent_port: int | None = None
@@ -57,18 +57,18 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class HostPages:
-    """What one host answered: None where nothing listens or the deadline passed."""
+    """What one host answered: None if nothing listens or the deadline passed."""
 
     host: str
     exporter: Page | None
     instances: Mapping[int, tuple[Page | None, Page | None]] = field(default_factory=dict)
     """Agent's port -> pages of agent and engine."""
     error: str | None = None
-    """Why nothing at all answered."""
+    """Why nothing answered at all."""
 
 
 def parse_target(text: str, exporter_port: int) -> Target:
-    """Return the target that HOST, HOST:PORT or [IPV6]:PORT names; the port is an agent's."""
+    """Return the target in HOST, HOST:PORT or [IPV6]:PORT; the port is an agent's."""
     host, port = text, ""
     if text.startswith("["):
         host, _, rest = text[1:].partition("]")
@@ -92,7 +92,7 @@ def parse_page(text: str) -> Page:
 
 
 async def fetch_hosts(client: httpx.AsyncClient, targets: list[Target], deadline: float) -> list[HostPages]:
-    """Return the pages of all hosts; a slow or dead one delays none of the others."""
+    """Return the pages of all hosts; a slow or dead host does not delay the others."""
     return list(await asyncio.gather(*(_fetch_host(client, target, deadline) for target in targets)))
 
 
@@ -109,7 +109,7 @@ async def _fetch_instances(
 ) -> dict[int, tuple[Page | None, Page | None]]:
     if target.agent_port is not None:
         return {target.agent_port: await _fetch_instance(client, target.host, target.agent_port, deadline)}
-    # All at once: an instance that is stopped hides none of those after it.
+    # All at once: a stopped instance does not hide those after it.
     ports = [AGENT_PORT + AGENT_PORT_STEP * number for number in range(MAX_INSTANCES)]
     pairs = await asyncio.gather(*(_fetch_instance(client, target.host, port, deadline) for port in ports))
     return {port: pair for port, pair in zip(ports, pairs, strict=True) if pair != (None, None)}

@@ -1,4 +1,4 @@
-"""What the pages of a host say about its GPUs and instances, as numbers with names: pure functions."""
+"""What a host's pages report about its GPUs and instances, as named numbers. All functions are pure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from pascaline.top.pages import HostPages, Page
 
 _UNIT = re.compile(r"pascaline-(.+)\.service")
-"""An instance's unit, by which it is named."""
+"""An instance's unit; the instance is named after it."""
 _Candidates = tuple[tuple[str, dict[str, str]], ...]
-# The series that say the same of either engine, SGLang first.
+# Metrics with the same meaning in both engines, SGLang's first.
 _GENERATED: _Candidates = (
     ("sglang:realtime_tokens_total", {"mode": "decode"}),
     ("llamacpp:tokens_predicted_total", {}),
@@ -22,13 +22,13 @@ _GENERATED: _Candidates = (
 _THROUGHPUT: _Candidates = (("sglang:gen_throughput", {}), ("llamacpp:predicted_tokens_seconds", {}))
 _RUNNING: _Candidates = (("sglang:num_running_reqs", {}), ("llamacpp:requests_processing", {}))
 _QUEUED: _Candidates = (("sglang:num_queue_reqs", {}), ("llamacpp:requests_deferred", {}))
-# Reasons of clocks that nothing is wrong with.
+# Reasons for lower clocks that are no problem.
 _AS_WANTED = frozenset({"gpu_idle", "applications_clocks_setting", "display_clock_setting"})
 
 
 @dataclass(frozen=True, slots=True)
 class GpuReading:
-    """One GPU now; None where the card does not say."""
+    """One GPU now; None if the card does not report a value."""
 
     gpu: str
     uuid: str
@@ -41,7 +41,7 @@ class GpuReading:
     power_watts: float | None
     power_limit_watts: float | None
     throttle_reasons: tuple[str, ...] = ()
-    """What lowers the clocks now, but for idleness and settings."""
+    """What lowers the clocks now, except idleness and settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,29 +54,29 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class InstanceReading:
-    """One instance now; None where neither agent nor engine says."""
+    """One instance now; None if neither agent nor engine reports a value."""
 
     name: str
     agent_port: int
     model: str | None
     state: str
-    """The agent's word, or `no agent`."""
+    """The agent's name for the state, or `no agent`."""
     restarts: float | None
     running_requests: float | None
     queued_requests: float | None
     generated_tokens: float | None
     """Tokens generated since the engine started."""
     tokens_per_second: float | None
-    """From the tokens between two readings; of a first reading the engine's own gauge."""
+    """From the tokens between two readings; in a first reading, the engine's own gauge."""
     kv_cache_ratio: float | None
     planned_bytes: float | None
     actual_bytes: float | None
     ttft: Observed | None = None
     itl: Observed | None = None
     ttft_seconds: float | None = None
-    """Mean time to first token between two readings, None without any; of a first reading since the engine started."""
+    """Mean time to first token between two readings, None without any; in a first reading, since the engine's start."""
     itl_seconds: float | None = None
-    """The same of the gap between two tokens."""
+    """The same for the gap between two tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class HostReading:
 
 
 def read_host(pages: HostPages, timestamp: float, before: HostReading | None = None) -> HostReading:
-    """Return what the pages say; rates need the reading before."""
+    """Return what the pages report; rates need the previous reading."""
     elapsed = timestamp - before.timestamp if before else 0.0
     earlier = {instance.agent_port: instance for instance in before.instances} if before else {}
     return HostReading(
@@ -174,7 +174,7 @@ def _state(agent: Page | None) -> str:
 
 
 def _memory_of(pages: HostPages, name: str) -> float | None:
-    """Return GPU memory of the instance's unit; all processes' where the instance is alone and runs in no unit."""
+    """Return the GPU memory of the instance's unit; of all processes if it is the only instance and has no unit."""
     if pages.exporter is None:
         return None
     metric = "nvidia_gpu_process_memory_used_bytes"
@@ -196,7 +196,7 @@ def _observed(page: Page | None, histogram: str) -> Observed | None:
 
 
 def _mean(now: Observed | None, before: Observed | None) -> float | None:
-    """Return the mean of what came since; of everything without a reading before, or if the engine restarted."""
+    """Return the mean since the previous reading; without one, or after a restart of the engine, of everything."""
     if now is None:
         return None
     if before is None or now.count < before.count:

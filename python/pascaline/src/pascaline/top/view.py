@@ -1,4 +1,4 @@
-"""The picture: lines of fixed columns that fit the terminal, 80 x 24 at the smallest it is made for."""
+"""The screen: lines of fixed columns that fit the terminal, which needs at least 80 x 24."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 UNKNOWN = "-"
 _MIN_WIDTH = 80
 _WIDE = 100
-"""Width from which on the columns are drawn that 80 have no room for."""
+"""From this width on, columns are drawn that have no room in 80."""
 _MIN_SPARK = 8
 _MAX_SPARK = 60
 _STATE_STYLES = {
@@ -33,13 +33,13 @@ _HOT_CELSIUS = 85  # HighGPUTemp
 
 
 class Column(NamedTuple):
-    """A column's heading and width; the one of width 0 takes the rest of the line."""
+    """A column's heading and width; the column of width 0 takes the rest of the line."""
 
     heading: str
     width: int
     right: bool = False
     wide: bool = False
-    """Whether it is left out of a terminal that is not wide."""
+    """Whether a narrow terminal leaves it out."""
 
 
 _GPU_COLUMNS = (
@@ -68,7 +68,7 @@ _INSTANCE_COLUMNS = (
 
 
 def render(readings: Sequence[HostReading], history: History, clock: str, width: int, height: int | None) -> list[Text]:
-    """Return the lines of the picture; without a height all of them, else what fits and how many are left out."""
+    """Return the lines of the screen; with a height, only as many as fit, and the number of hidden ones."""
     width = max(width, _MIN_WIDTH)
     lines = [_title(readings, clock, width), *_body(readings, history, width)]
     if height is None or len(lines) <= height:
@@ -104,7 +104,7 @@ def _body(readings: Sequence[HostReading], history: History, width: int) -> Iter
 
 class _Row(NamedTuple):
     cells: tuple[str, ...]
-    """In the order of the columns; the sparkline's is empty."""
+    """In the order of the columns; the sparkline's cell is empty."""
     values: list[float | None]
     top: float | None
     style: str
@@ -130,7 +130,7 @@ def _line(columns: tuple[Column, ...], cells: tuple[str, ...], spark: int, style
 
 
 def _fit(text: str, width: int, right: bool) -> str:
-    """Cut a text that is too long with an ellipsis, pad one that is too short."""
+    """Cut a text that is too long with an ellipsis, or pad one that is too short."""
     if cell_len(text) > width:
         return set_cell_size(text, width - 1) + "…"
     return text.rjust(width) if right else set_cell_size(text, width)

@@ -252,6 +252,6 @@ class TestReading:
             static.find_nvdisasm()
         static.find_nvdisasm.cache_clear()
         assert str(caught.value) == (
-            "no nvdisasm of CUDA 11 or 12 is on this machine, which the table of machine code needs; install Debian's "
+            "no nvdisasm of CUDA 11 or 12 is on this machine, but the table of machine code needs one; install Debian's "
             "nvidia-cuda-toolkit (non-free) or the triton wheel, or name the program by CUDA_NVDISASM"
         )

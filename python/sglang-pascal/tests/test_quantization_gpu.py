@@ -144,4 +144,4 @@ def test_running_out_of_device_memory_names_the_tensor():
     assert str(error.value).startswith(
         'cuda:0 ran out of memory while repacking tensor "t" of type Q8_0, shape [32000, 4096]: '
     )
-    assert str(error.value).endswith("stop what else uses the card, or take a smaller quantisation")
+    assert str(error.value).endswith("stop other programs that use the card, or choose a smaller quantisation")

@@ -1,7 +1,7 @@
 """sglang-pascal: upstream SGLang on NVIDIA Pascal GPUs (compute capability 6.x), and on CPUs for tests.
 
-SGLang finds two entry points here: `activate` chooses the platform class, `register` adds what has a name on the
-command line. Importing this package is cheap: torch and SGLang are imported inside.
+SGLang finds two entry points here: `activate` chooses the platform class, `register` adds everything that has a name on
+the command line. Importing this package is cheap: torch and SGLang are imported inside functions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PLATFORM_CLASSES = {
 
 @functools.cache
 def _decision() -> Decision:
-    """The same for the life of a process."""
+    """Return the decision, which stays the same for the life of a process."""
     import torch
 
     from sglang_pascal.device import decide, visible_devices
@@ -32,9 +32,9 @@ def _decision() -> Decision:
 
 
 def activate() -> str | None:
-    """Entry point of `sglang.srt.platforms`: the platform class to use, or None to stay out of the way.
+    """Entry point of `sglang.srt.platforms`: return the platform class to use, or None to change nothing.
 
-    Runs in every process while SGLang's first module is being imported.
+    Runs in every process while SGLang's first module is imported.
     """
     from sglang_pascal.compat import apply_shims, check_sglang_version
     from sglang_pascal.orphans import die_with_parent
@@ -49,7 +49,7 @@ def activate() -> str | None:
 
 
 def register() -> None:
-    """Entry point of `sglang.srt.plugins`: names and hooks; does nothing where the platform is not active."""
+    """Entry point of `sglang.srt.plugins`: adds names and hooks; does nothing if the platform is not active."""
     from sglang_pascal.compat import apply_shims, check_sglang_version
 
     device = _decision().device

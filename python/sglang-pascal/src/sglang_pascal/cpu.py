@@ -1,4 +1,4 @@
-"""Which number type and thread settings serve fastest on this CPU, as measured with the attention backend here."""
+"""The fastest number type and thread settings for this CPU, as measured with this package's attention backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CPU_INFO: Final = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class CpuSettings:
-    """What to start SGLang with on a CPU."""
+    """Settings for SGLang on a CPU."""
 
     dtype: Literal["bfloat16", "float32"]
     """Value of `--dtype`."""
@@ -22,15 +22,15 @@ class CpuSettings:
     """Variables of the engine's process."""
 
     def describe(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return plain values."""
         return {"dtype": self.dtype, "threads": self.threads}
 
 
 def recommended_cpu_settings(flags: frozenset[str] | None = None, cpus: int | None = None) -> CpuSettings:
-    """The fastest settings for a CPU.
+    """Return the fastest settings for a CPU.
 
-    flags: as in /proc/cpuinfo; None = this machine's. cpus: that this process may use; None = as the scheduler says.
-    bfloat16 halves the bytes of each weight, which bounds decoding; without AVX512-BF16 or AMX torch emulates it, which
+    flags: as in /proc/cpuinfo; None = this machine's. cpus: CPUs that this process may use; None = ask the scheduler.
+    bfloat16 halves the bytes of each weight, which bound decoding. Without AVX512-BF16 or AMX, torch emulates it, which
     costs more than it saves.
     """
     flags = cpu_flags() if flags is None else flags
@@ -40,22 +40,22 @@ def recommended_cpu_settings(flags: frozenset[str] | None = None, cpus: int | No
 
 
 def engine_environment(threads: int) -> dict[str, str]:
-    """Variables that make SGLang start fast and stay within its threads."""
+    """Return variables that make SGLang start fast and stay within its threads."""
     return {
         "SGLANG_PLATFORM": "pascal",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(threads),
         # OpenMP's threads spin for milliseconds after every product, on cores that other programs could use.
         "OMP_WAIT_POLICY": "PASSIVE",
-        # Each of SGLang's processes would otherwise fork compiler workers of more than a gigabyte each, never used.
+        # Otherwise each of SGLang's processes forks compiler workers of over a gigabyte each, which it never uses.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        # After a crash, do not wait a minute for a GPU core dump that nobody asked for.
+        # After a crash, do not wait a minute for a GPU core dump that nobody requested.
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0",
     }
 
 
 def cpu_flags(path: Path = CPU_INFO) -> frozenset[str]:
-    """The instruction set flags of the first CPU; empty where they cannot be read."""
+    """Return the instruction set flags of the first CPU; empty if they cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,8 +1,8 @@
-"""Turns new requests away while the server ends in order, so that those in front take them to another server.
+"""Turns new requests away while the server shuts down, so that routers in front send them to another server.
 
-After SIGTERM SGLang waits until no request is left, and accepts further ones meanwhile: under constant load it never
-ends. From that moment on new work gets 503 at once, and no connection is kept for a next request; what was accepted
-before ends as if nothing were.
+After SIGTERM SGLang waits until no request is left, but accepts new ones meanwhile: under constant load it never ends.
+From that moment on, new work gets 503 at once, and no connection is kept open for another request. Requests that were
+accepted before finish as usual.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 RETRY_AFTER_SECONDS: Final = 5
-"""About the time after which a router that looks every few seconds has noticed."""
+"""About the time after which a router that checks every few seconds has noticed."""
 _ASKING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that start no work."""
 _NO_WORK: Final = frozenset({"/abort_request", "/freeze_gc"})
-"""Paths that end work, and what SGLang asks of itself after its warm-up."""
+"""Paths that end work, and the one that SGLang calls itself after its warm-up."""
 _TRY_AGAIN_LATER: Final = 1013
 """Close code of a web socket (IANA's registry)."""
 _BODY: Final = json.dumps(
@@ -42,7 +42,7 @@ class RefuseWhileDraining:
     """ASGI middleware."""
 
     def __init__(self, app: App, is_draining: Callable[[], bool]) -> None:
-        """is_draining: asked at each request and each answer."""
+        """is_draining: called at each request and each answer."""
         self._app = app
         self._is_draining = is_draining
 
@@ -81,7 +81,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def add_to_server(original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Around SGLang's `_setup_and_run_http_server`: wrap its application before it listens."""
+    """Wrap SGLang's `_setup_and_run_http_server`: put the middleware around its application before it listens."""
     from sglang.srt.entrypoints import http_server
 
     def is_draining() -> bool:

@@ -1,4 +1,4 @@
-"""The errors that a user can cause, and the exit code that `sglang-pascal` ends with for each.
+"""The errors that a user can cause, and the exit code of `sglang-pascal` for each.
 
 The numbers are those of pascaline's own commands, so that a supervisor can pass them on. A message starts in lower
 case, names the cause, the value and the remedy, and has no full stop at its end.
@@ -16,19 +16,19 @@ class PluginError(Exception):
 
 
 class CheckpointError(PluginError):
-    """A model file is missing, damaged, has another checksum or cannot be converted."""
+    """A model file is missing, damaged, has the wrong checksum or cannot be converted."""
 
     exit_code = 3
 
 
 class UnsupportedVersionError(PluginError):
-    """SGLang is here in a version that this plugin was not made for."""
+    """This plugin was not made for the installed version of SGLang."""
 
     exit_code = 8
 
 
 class StorageError(PluginError):
-    """A disk is full, or a folder cannot be written."""
+    """A disk is full, or a folder is not writable."""
 
     exit_code = 9
 

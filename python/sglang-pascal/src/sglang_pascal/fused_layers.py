@@ -1,8 +1,8 @@
-"""Layers of SGLang's models as few launches: norm and rotation with the write of keys and values; the norm before a
-product, the activation function and attention each with the quantisation of its result.
+"""Layers of SGLang's models in few launches: norm and rotation with the write of keys and values; the norm before a
+product, the activation function and attention, each with the quantisation of its result.
 
-`fuse` puts each function around a layer's own `forward`. It steps in only where attention runs on our kernels and the
-layer is one that they compute; otherwise SGLang's own code runs. One device: no reduction over ranks.
+`fuse` wraps a layer's own `forward`. The fused code runs only if attention runs on our kernels and they can compute the
+layer; otherwise SGLang's own code runs. One device only: no reduction over ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _FLOATS: Final = (torch.float16, torch.float32)
-"""What the kernels read."""
+"""Types that the kernels read."""
 
 
 def attention_layer(
@@ -80,7 +80,7 @@ def rms_norm_layer(
     post_residual_addition: torch.Tensor | None = None,
     quant_linear: Any = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """SGLang's `RMSNorm` in one launch; as in its own kernel, the residual becomes its sum with x."""
+    """SGLang's `RMSNorm` in one launch; as in its own kernel, the residual is replaced by its sum with x."""
     is_ours = (
         isinstance(get_attn_backend(), KernelAttentionBackend)
         and x.dim() == 2
@@ -102,7 +102,7 @@ def rms_norm_layer(
 
 
 def _normed(x: torch.Tensor, norm: Any, residual: torch.Tensor | None, linear: Any) -> torch.Tensor:
-    """linear: the layer that multiplies the result, if SGLang has told the norm of it."""
+    """Return the norm of x. linear: the layer that multiplies the result, if SGLang passed it to the norm."""
     if linear is None or not takes_quantized(linear.quant_method):
         return rms_norm(x, norm.weight, norm.variance_epsilon, residual)
     output, wide = torch.empty_like(x), is_wide()
@@ -117,15 +117,15 @@ _FUSED: Final[dict[str, Callable[..., torch.Tensor]]] = {
     "LlamaMLP": mlp_layer,
     "Qwen2MLP": mlp_layer,
 }
-"""Class of SGLang's models -> what stands around its `forward`. Mistral is Llama here; Qwen 3 has Qwen 2's MLP."""
+"""Class in SGLang's models -> the function that wraps its `forward`. Mistral uses Llama's; Qwen 3 has Qwen 2's MLP."""
 
 
 _NORMS_UNTOLD: Final = ("Qwen3DecoderLayer",)
-"""Classes of layers whose norms SGLang does not tell what multiplies their result; Llama's and Qwen 2's it does."""
+"""Layer classes whose norms SGLang does not give the layer that multiplies their result. Llama and Qwen 2 do get it."""
 
 
 def fuse(model: torch.nn.Module) -> None:
-    """Change the layers of a model, in place."""
+    """Change the layers of a model in place."""
     for module in model.modules():
         if around := _FUSED.get(type(module).__name__):
             module.forward = functools.partial(around, module.forward, module)
@@ -136,17 +136,17 @@ def fuse(model: torch.nn.Module) -> None:
 
 
 def register_norm(platform_key: str) -> None:
-    """Make `rms_norm_layer` SGLang's forward of RMSNorm on the platform of that key."""
+    """Make `rms_norm_layer` SGLang's forward function of RMSNorm on the platform with that key."""
     RMSNorm.register_oot_forward(RMSNorm, rms_norm_layer, platform_key)
 
 
 def takes_quantized(method: Any) -> bool:
-    """Whether a layer's method multiplies int8 activations only."""
+    """Whether every matrix of a layer multiplies int8 activations."""
     return isinstance(method, QuantizedLinearMethod) and method.is_packed
 
 
 def _rotates_as_the_kernel(rotary: Any, x: torch.Tensor) -> bool:
-    """SGLang's plain rotation by a table, however the table was scaled."""
+    """Whether this is SGLang's plain rotation by a table, however the table was scaled."""
     return (
         isinstance(rotary, RotaryEmbedding)
         and type(rotary).forward_native is RotaryEmbedding.forward_native
@@ -156,7 +156,7 @@ def _rotates_as_the_kernel(rotary: Any, x: torch.Tensor) -> bool:
 
 
 def _norms(attention: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
-    """Weights and epsilon of the norm of queries and keys, where there is one."""
+    """Return weights and epsilon of the norm of queries and keys, if there is one."""
     q_norm = getattr(attention, "q_norm", None)
     if q_norm is None:
         return None, None, 0.0

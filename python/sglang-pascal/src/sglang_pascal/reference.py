@@ -1,8 +1,8 @@
-"""Plain torch for what every kernel computes, on CPU and CUDA. The definition that the kernels are tested against, and
-what the operations of `ops` compute for tensors on the CPU.
+"""Plain torch code for everything that a kernel computes, on CPU and CUDA. Tests compare the kernels with it, and the
+operations of `ops` use it for tensors on the CPU.
 
-Weights are dequantised as the GGUF specification of each type says, in float32; products with them and attention are
-in float64, products with float16 weights in float32.
+Weights are dequantised in float32, as the GGUF specification of each type says. Products with quantised weights and
+attention are computed in float64, products with float16 weights in float32.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ INT8_MAX: Final = 127
 LOW_STEPS: Final = 256
 """Steps of the low int8 of wide activations in one of the high int8: -128..127 spans a rounding error."""
 TINY: Final = 1e-30
-"""A block of activations whose largest magnitude is below counts as zero."""
+"""A block of activations whose largest magnitude is below this counts as zero."""
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 
 def repack_ref(raw: torch.Tensor, tensor_type: str) -> torch.Tensor:
-    """Rows of a GGUF tensor, uint8 `[rows, row_bytes]` -> the device layout, uint8 `[packed_bytes]`."""
+    """Pack rows of a GGUF tensor, uint8 `[rows, row_bytes]`, into the device layout, uint8 `[packed_bytes]`."""
     form = FORMATS[tensor_type]
     rows, row_bytes = raw.shape
     records = form.records(row_bytes // form.block_bytes * form.block_weights)
@@ -40,7 +40,7 @@ def repack_ref(raw: torch.Tensor, tensor_type: str) -> torch.Tensor:
 
 
 def unrepack_ref(packed: torch.Tensor, tensor_type: str, rows: int, columns: int) -> torch.Tensor:
-    """The inverse: uint8 `[rows, row_bytes]`."""
+    """Return the rows of a packed tensor, uint8 `[rows, row_bytes]`: the inverse of `repack_ref`."""
     form = FORMATS[tensor_type]
     groups, records, row_bytes = -(-rows // GROUP_ROWS), form.records(columns), form.row_bytes(columns)
     whole = form.record_row_bytes // PLANE_BYTES * PLANE_BYTES
@@ -55,7 +55,7 @@ def unrepack_ref(packed: torch.Tensor, tensor_type: str, rows: int, columns: int
 
 
 def _plane_order(tensor_type: str, device: torch.device) -> torch.Tensor:
-    """For each byte of a record's row in the device's order, its place in the file."""
+    """Return for each byte of a record's row in the device's order its place in the file."""
     form = FORMATS[tensor_type]
     if not form.short_tiles:
         return torch.arange(form.record_row_bytes, device=device)
@@ -66,7 +66,7 @@ def _plane_order(tensor_type: str, device: torch.device) -> torch.Tensor:
 
 
 def _flip_mask(tensor_type: str, row_bytes: int, device: torch.device) -> torch.Tensor:
-    """Bits of each byte of a row that the device layout holds inverted."""
+    """Return the bits in each byte of a row that the device layout inverts."""
     form = FORMATS[tensor_type]
     mask = torch.zeros(form.block_bytes, dtype=torch.uint8, device=device)
     if tensor_type == "Q6_K":
@@ -77,7 +77,7 @@ def _flip_mask(tensor_type: str, row_bytes: int, device: torch.device) -> torch.
 
 
 def dequantize_ref(raw: torch.Tensor, tensor_type: str) -> torch.Tensor:
-    """Rows of a GGUF tensor, uint8 `[rows, row_bytes]` -> float32 `[rows, columns]`."""
+    """Return the rows of a GGUF tensor, uint8 `[rows, row_bytes]`, as float32 `[rows, columns]`."""
     form = FORMATS[tensor_type]
     blocks = raw.reshape(-1, form.block_bytes)
     return _DEQUANTIZE[tensor_type](blocks).reshape(raw.shape[0], -1)
@@ -88,7 +88,7 @@ def _half(blocks: torch.Tensor, offset: int) -> torch.Tensor:
 
 
 def _nibbles(quants: torch.Tensor) -> torch.Tensor:
-    """`[n, bytes]` -> `[n, 2 * bytes]`: all low nibbles, then all high ones."""
+    """Unpack `[n, bytes]` to `[n, 2 * bytes]`: all low nibbles, then all high ones."""
     return torch.cat([quants & 15, quants >> 4], dim=1)
 
 
@@ -105,7 +105,7 @@ def _q8_0(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def _k_scales(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and minimum of each of the eight sub-blocks of Q4_K and Q5_K: `[n, 8]`."""
+    """Return scale and minimum of each of the eight sub-blocks of Q4_K and Q5_K: `[n, 8]`."""
     packed = blocks[:, 4:16]
     first, second, third = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = torch.cat([first & 63, (third & 15) | (first >> 6 << 4)], dim=1)
@@ -143,18 +143,18 @@ _DEQUANTIZE: Final = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0, "Q4_K": _q4_k
 
 
 def quantize_ref(x: torch.Tensor, *, wide: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[n, columns]` -> int8 `[n, K]` and float32 `[n, K / 32, 2]` of (d, d * sum q); K is padded to 256.
+    """Quantise `[n, columns]` to int8 `[n, K]` and float32 `[n, K / 32, 2]` of (d, d * sum q); K is padded to 256.
 
     wide: twice as many rows; the second half is what the rounding of the first lost, in 256ths of its steps, with the
     sum of both: d * (256 * sum of the high q + sum of the low q).
     """
     padded = torch.nn.functional.pad(x.float(), (0, tiles(x.shape[1]) * TILE_COLUMNS - x.shape[1]))
     blocks = padded.view(x.shape[0], padded.shape[1] // BLOCK, BLOCK)
-    # The largest magnitude as bits, where NaN is above infinity.
+    # The largest magnitude as bits, because NaN is then above infinity.
     amax = (blocks.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(-1, keepdim=True).view(torch.float32)
     zero = amax < TINY
     d = torch.where(zero, 0.0, amax / INT8_MAX)
-    # One division: `127 / amax` would be torch's reciprocal and a product, with another rounding.
+    # One division. torch computes `127 / amax` as a reciprocal and a product, which rounds differently.
     steps = blocks * torch.where(zero, 0.0, torch.full_like(amax, INT8_MAX).div(amax))
     q = steps.round().nan_to_num(0.0)
     parts = [(q, d, q)]
@@ -167,14 +167,14 @@ def quantize_ref(x: torch.Tensor, *, wide: bool = False) -> tuple[torch.Tensor, 
 
 
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / rms(x) * weight in float32."""
+    """Return x / rms(x) * weight in float32."""
     x = x.float()
     mean_square: torch.Tensor = x.square().mean(-1, keepdim=True)
     return x * (mean_square + eps).sqrt().reciprocal() * weight.float()
 
 
 def silu_mul_ref(x: torch.Tensor) -> torch.Tensor:
-    """`[n, 2 * columns]`, gate first -> silu(gate) * up in float32."""
+    """Return silu(gate) * up of `[n, 2 * columns]`, gate first, in float32."""
     gate, up = x.float().chunk(2, dim=-1)
     return gate / (1 + (-gate).exp()) * up
 
@@ -197,7 +197,7 @@ def quantized_matmul_ref(
 
 
 def half_matmul_ref(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """x `[n, columns]` x weights `[rows, columns]` -> float32 `[n, rows]`."""
+    """Multiply x `[n, columns]` by weights `[rows, columns]`: float32 `[n, rows]`."""
     return x.float() @ weights.float().T
 
 
@@ -205,7 +205,7 @@ def half_matmul_ref(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def rope_ref(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, *, is_neox: bool) -> torch.Tensor:
-    """x `[n, heads, head_dim]` rotated by position, float32. cos_sin `[positions, rotary_dim]`: cosines, then sines."""
+    """Rotate x `[n, heads, head_dim]` by position, float32. cos_sin `[positions, rotary_dim]`: cosines, then sines."""
     rotary_dim = cos_sin.shape[1]
     cosine, sine = cos_sin[positions].float()[:, None].chunk(2, dim=-1)
     turned, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:].float()
@@ -216,7 +216,7 @@ def rope_ref(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, *,
 
 
 def quantize_kv_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[..., head_dim]` -> int8 and one fp16 scale per vector `[...]`."""
+    """Quantise `[..., head_dim]` to int8 with one fp16 scale per vector `[...]`."""
     scale = (x.float().abs().amax(-1) / INT8_MAX).half()
     wide = scale.float()[..., None]
     q = torch.where(wide > 0, x.float() / wide, 0.0).round().clamp(-INT8_MAX, INT8_MAX)
@@ -224,7 +224,7 @@ def quantize_kv_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def read_pool_ref(pool: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor) -> torch.Tensor:
-    """Slots of a pool `[slots, kv_heads, head_dim]`, as float64. scales `[slots, kv_heads]` for int8."""
+    """Return slots of a pool `[slots, kv_heads, head_dim]` as float64. scales `[slots, kv_heads]` for int8."""
     if pool.dtype == torch.float8_e5m2:
         return pool.view(torch.uint8)[slots].view(pool.dtype).double()
     values = pool[slots].double()
@@ -243,9 +243,10 @@ def attention_ref(
     window: int | None = None,
     soft_cap: float = 0.0,
 ) -> torch.Tensor:
-    """One sequence, causal: query `[new, heads, D]` for the last positions of keys and values `[length, kv_heads, D]`.
+    """Causal attention of one sequence, in float64.
 
-    float64. window: how many positions before its own a query sees; None = all.
+    query: `[new, heads, D]`, the last positions. keys, values: `[length, kv_heads, D]`. window: number of earlier
+    positions that a query sees; None = all.
     """
     n_new, heads, _ = query.shape
     length = keys.shape[0]
@@ -265,7 +266,7 @@ def attention_ref(
 
 
 def argmax_ref(logits: torch.Tensor) -> torch.Tensor:
-    """Index of the largest of each row `[n, vocabulary]`: the first of equals; a NaN counts as the largest."""
+    """Return the index of the largest value in each row of `[n, vocabulary]`: the first of equals; NaN is largest."""
     return logits.argmax(-1)
 
 
@@ -275,7 +276,7 @@ def top_k_top_p_filter_ref(
     top_p: torch.Tensor | None = None,
     min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Zero outside of the top k, the nucleus p and min_p x the largest; equals of the last kept value stay; sum 1."""
+    """Zero all outside the top k, the nucleus p and min_p x the largest. Values equal to the last kept stay; sum 1."""
     ordered, _ = probabilities.sort(dim=-1, descending=True)
     threshold = torch.zeros_like(ordered[:, :1])
     if top_k is not None:

@@ -1,8 +1,8 @@
-"""`seed` of a request: the same seed gives the same text, whatever runs beside it.
+"""`seed` of a request: the same seed gives the same text, whatever other requests run.
 
-SGLang looks at seeds only under --enable-deterministic-inference, which demands attention backends without Pascal code.
-Its sampler can draw by seed and position in any case; here a batch gets the seeds of its requests as soon as one has
-one. Requests without a seed in such a batch draw by a random number of their own.
+SGLang reads seeds only with --enable-deterministic-inference, which allows only attention backends without Pascal
+code. But its sampler can always draw by seed and position. Here a batch gets the seeds of its requests as soon as one
+request has a seed; the other requests in such a batch draw with random seeds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 _SEED_BITS: Final = 62
-"""Of a seed that nobody chose: below the sign bit of int64."""
+"""Bits of a random seed: below the sign bit of int64."""
 _GOLDEN: Final = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1: Final = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2: Final = 0x94D049BB133111EB - (1 << 64)
@@ -24,7 +24,7 @@ _MIX_2: Final = 0x94D049BB133111EB - (1 << 64)
 
 
 def seeds_of_requests(original: Callable[..., Any], info_class: type, batch: Any, vocab_size: int) -> Any:
-    """Around `SamplingBatchInfo.from_schedule_batch`: seeds `[n]`, int64, if a request of the batch has one."""
+    """Wrap `SamplingBatchInfo.from_schedule_batch`: set seeds `[n]`, int64, if a request of the batch has one."""
     info = original(info_class, batch, vocab_size)
     chosen = [request.sampling_params.sampling_seed for request in batch.reqs]
     if info.sampling_seed is None and any(seed is not None for seed in chosen):
@@ -33,7 +33,7 @@ def seeds_of_requests(original: Callable[..., Any], info_class: type, batch: Any
 
 
 def merge_seeds(original: Callable[..., Any], info: Any, other: Any) -> Any:
-    """Around `SamplingBatchInfo.merge_batch`, which leaves the seeds out if one side has none."""
+    """Wrap `SamplingBatchInfo.merge_batch`, which drops the seeds if one side has none."""
     if (info.sampling_seed is None) != (other.sampling_seed is None):
         for side in (info, other):
             if side.sampling_seed is None:
@@ -44,17 +44,17 @@ def merge_seeds(original: Callable[..., Any], info: Any, other: Any) -> Any:
 def without_min_p(probs: torch.Tensor, min_ps: torch.Tensor) -> torch.Tensor:
     """Return probabilities `[n, vocabulary]` with zeros where they are below min_ps `[n]` times the row's largest.
 
-    SGLang's sampler refuses min-p beside seeds. What min-p removes are the last in the order by which top-k and top-p
-    choose, so it may be done before them.
+    SGLang's sampler refuses min-p together with seeds. min-p removes the tokens that come last in the order in which
+    top-k and top-p choose, so it can be applied before them.
     """
     return probs.masked_fill(probs < probs.amax(dim=-1, keepdim=True) * min_ps.view(-1, 1), 0.0)
 
 
 def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """In place of SGLang's `multinomial_with_seed`, whose hash is a kernel of sgl_kernel.
+    """Replace SGLang's `multinomial_with_seed`, whose hash is a kernel of sgl_kernel.
 
-    logprobs: `[n, columns]`; -inf is never drawn. seeds, positions: `[n]`, integers. Returns `[n, 1]`, int64: the same
-    for the same row, seed and position. Gumbel's trick: the largest of logprob - log(-log(u)), u uniform, is a draw.
+    logprobs: `[n, columns]`; -inf is never drawn. seeds, positions: `[n]`, integers. Returns `[n, 1]`, int64, the same
+    for the same row, seed and position. Gumbel's trick: the largest logprob - log(-log(u)), u uniform, is a draw.
     """
     uniform = _uniform(seeds, positions, logprobs.shape[1])
     return (logprobs.double() - (-uniform.log()).log()).argmax(dim=1, keepdim=True)
@@ -63,8 +63,8 @@ def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torc
 def _uniform(seeds: torch.Tensor, positions: torch.Tensor, columns: int) -> torch.Tensor:
     """Return float64 `[n, columns]` in (0, 1), by SplitMix64's mixing of seed, position and column.
 
-    Steele, Lea, Flood: Fast splittable pseudorandom number generators (2014); constants of the reference code. int64
-    wraps as uint64 does; a shift to the right must lose the sign.
+    Steele, Lea, Flood: Fast splittable pseudorandom number generators (2014); constants of its reference code. int64
+    wraps as uint64 does; a shift to the right must clear the sign bits.
     """
     import torch
 

@@ -1,7 +1,7 @@
 """The CUDA kernels: sources (`*.cu`, `*.cuh`), how they are built, loaded and launched.
 
 formats  the quantised types: bytes per block, planes of the device layout
-build    NVRTC -> PTX -> ptxas -> cubin, with a cache; what a package carries prebuilt
+build    NVRTC -> PTX -> ptxas -> cubin, with a cache; the kernels that a package carries prebuilt
 driver   load and launch through the CUDA driver API
-static   what ptxas and nvdisasm say about each kernel, and the limits that hold
+static   what ptxas and nvdisasm report about each kernel, and the limits that it must keep
 """

@@ -1,9 +1,9 @@
 """Builds the kernels: NVRTC 11.8 compiles CUDA C++ to PTX, ptxas 11.8 assembles PTX to a cubin.
 
-No nvcc, no header, no GPU and no CUDA installation is needed, only the wheels of the extra `kernels`, or the files that
-CUDA_NVRTC and CUDA_PTXAS name, or CUDA_HOME. A file is named by the hash of its sources and options, so a changed
-source is never served from a cache. Looked up in order: the folder that SGLANG_PASCAL_KERNELS names, the package's own
-`prebuilt` folder, the user's cache; built last. For packages: `python -m sglang_pascal.kernels.build --output FOLDER`.
+This needs no nvcc, header, GPU or CUDA installation, only the wheels of the extra `kernels`, or the files named by
+CUDA_NVRTC and CUDA_PTXAS, or CUDA_HOME. A file's name is the hash of its sources and options, so a changed source is
+never served from a cache. Search order: the folder in SGLANG_PASCAL_KERNELS, the package's own `prebuilt` folder, the
+user's cache; if none has it, it is built. For packages: `python -m sglang_pascal.kernels.build --output FOLDER`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ SOURCES: Final = Path(__file__).parent
 PREBUILT: Final = SOURCES / "prebuilt"
 PREBUILT_VARIABLE: Final = "SGLANG_PASCAL_KERNELS"
 NVRTC_VARIABLE: Final = "CUDA_NVRTC"
-"""Path of libnvrtc.so, before all other places."""
+"""Path of libnvrtc.so; searched first."""
 PTXAS_VARIABLE: Final = "CUDA_PTXAS"
-"""Path of ptxas, before all other places."""
+"""Path of ptxas; searched first."""
 TOOLCHAIN: Final = (11, 8)
 """The last CUDA release whose compilers are meant for Pascal."""
 ARCHITECTURES: Final = ("60", "61")
-"""Pascal's data-centre P100, and everything else. The digits of `compute_61` and `sm_61`."""
+"""Pascal's data-centre P100 (60), and all other Pascal cards (61). The digits of `compute_61` and `sm_61`."""
 KV_TYPES: Final = ("F16", "E5M2", "INT8")
 HEAD_DIMS: Final = (64, 128, 256)
 _OPTIONS: Final = ("--std=c++17",)
@@ -67,14 +67,14 @@ class Module:
         return ".".join([self.source, *(define.partition("=")[2] for define in self.defines)])
 
     def key(self, architecture: str) -> str:
-        """Hash of everything that decides the result."""
+        """Return a hash of everything that decides the result."""
         digest = hashlib.sha256(repr((self.defines, architecture, _OPTIONS, TOOLCHAIN)).encode())
         for text in (source_text(f"{self.source}.cu"), *headers().values()):
             digest.update(text)
         return digest.hexdigest()[:16]
 
     def file_name(self, architecture: str, kind: str) -> str:
-        """`kind` is ptx or cubin."""
+        """Return the file's name. `kind` is ptx or cubin."""
         target = "compute" if kind == "ptx" else "sm"
         return f"{self.name}-{self.key(architecture)}.{target}_{architecture}.{kind}"
 
@@ -96,7 +96,7 @@ MODULES: Final = {module.name: module for module in _all_modules()}
 
 
 def artifact(module: Module, architecture: str, kind: str, keep_in: Path | None = None) -> bytes:
-    """The PTX or cubin of a module: prebuilt, cached, or built now and kept in a folder (the user's cache)."""
+    """Return the PTX or cubin of a module: prebuilt, cached, or built now and kept in a folder (the user's cache)."""
     folder = keep_in or cache_folder()
     name = module.file_name(architecture, kind)
     for known in (folder, *_folders()):
@@ -112,7 +112,7 @@ def artifact(module: Module, architecture: str, kind: str, keep_in: Path | None 
 
 
 def missing(architecture: str, kind: str) -> list[str]:
-    """Names of the modules that would have to be built before their first use."""
+    """Return the names of the modules that would have to be built before their first use."""
     return [
         name
         for name, module in MODULES.items()
@@ -121,13 +121,13 @@ def missing(architecture: str, kind: str) -> list[str]:
 
 
 def check_toolchain() -> None:
-    """A ToolchainError where a module could not be built."""
+    """Raise ToolchainError if a module could not be built."""
     _nvrtc()
     find_ptxas()
 
 
 def prebuild(folder: Path, on_file: Callable[[Path], None] | None = None) -> int:
-    """Put every module for every architecture, as PTX and as cubin, into a folder; the number of files."""
+    """Write every module for every architecture, as PTX and as cubin, to a folder; return the number of files."""
     jobs = [(module, arch, kind) for module in MODULES.values() for arch in ARCHITECTURES for kind in ("ptx", "cubin")]
     for module, architecture, kind in jobs:
         path = folder / module.file_name(architecture, kind)
@@ -138,12 +138,12 @@ def prebuild(folder: Path, on_file: Callable[[Path], None] | None = None) -> int
 
 
 def store(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(data)
-        Path(file.name).chmod(0o644)  # a package's files are read by every user
+        Path(file.name).chmod(0o644)  # every user must be able to read a package's files
         Path(file.name).replace(path)
     except OSError as exc:
         raise StorageError(
@@ -165,18 +165,18 @@ def _folders() -> list[Path]:
 
 @functools.cache
 def source_text(name: str) -> bytes:
-    """A source file of this folder."""
+    """Return a source file of this folder."""
     return (SOURCES / name).read_bytes()
 
 
 @functools.cache
 def headers() -> dict[str, bytes]:
-    """Name -> text of every header."""
+    """Return name -> text of every header."""
     return {path.name: path.read_bytes() for path in sorted(SOURCES.glob("*.cuh"))}
 
 
 def compile_ptx(source: bytes, name: str, architecture: str, defines: tuple[str, ...] = ()) -> bytes:
-    """CUDA C++ -> PTX. Refuses a result that would need linking, and warnings."""
+    """Compile CUDA C++ to PTX. Refuses warnings, and a result that would need linking."""
     nvrtc = _nvrtc()
     program = ctypes.c_void_p()
     texts = headers()
@@ -204,7 +204,7 @@ def compile_ptx(source: bytes, name: str, architecture: str, defines: tuple[str,
 
 @contextlib.contextmanager
 def _locale_kept() -> Iterator[None]:
-    """NVRTC 11.8 leaves its thread in the locale "C", in which Python takes every text file for ASCII."""
+    """NVRTC 11.8 leaves its thread in the locale "C", in which Python reads every text file as ASCII."""
     uselocale = ctypes.CDLL(None).uselocale
     uselocale.argtypes, uselocale.restype = [ctypes.c_void_p], ctypes.c_void_p
     before = uselocale(None)
@@ -215,7 +215,7 @@ def _locale_kept() -> Iterator[None]:
 
 
 def refuse_unresolved(ptx: bytes, name: str) -> None:
-    """A symbol that another module would have to define loads nowhere: an intrinsic that NVRTC does not know."""
+    """Refuse a symbol that another module would have to define: an intrinsic that NVRTC does not know loads nowhere."""
     if found := re.search(rb"\.extern\s+\.func\s+(?:\([^)]*\)\s*)?(\S+)", ptx):
         raise ToolchainError(
             f"the PTX of {name} needs the function {found[1].decode()}, which no module defines; "
@@ -224,7 +224,7 @@ def refuse_unresolved(ptx: bytes, name: str) -> None:
 
 
 def assemble(ptx: bytes, architecture: str) -> tuple[bytes, str]:
-    """PTX -> cubin, and ptxas's report of each kernel's resources."""
+    """Assemble PTX to a cubin; return it and ptxas's report of each kernel's resources."""
     ptxas = find_ptxas()
     with tempfile.TemporaryDirectory() as folder:
         source, result = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
@@ -238,7 +238,7 @@ def assemble(ptx: bytes, architecture: str) -> tuple[bytes, str]:
 
 
 def candidates(package: str, below: str) -> Iterator[Path]:
-    """Where a wheel, or CUDA_HOME, would have a file."""
+    """Yield the places where a wheel, or CUDA_HOME, would have a file."""
     spec = importlib.util.find_spec("nvidia")
     for root in spec.submodule_search_locations or [] if spec else []:
         yield Path(root, package, below)
@@ -252,7 +252,7 @@ def _named(variable: str) -> list[Path]:
 
 
 def find_ptxas() -> Path:
-    """ptxas 11.8."""
+    """Return the path of ptxas 11.8."""
     on_path = shutil.which("ptxas")
     for path in (
         *_named(PTXAS_VARIABLE),
@@ -280,7 +280,7 @@ def _nvrtc() -> ctypes.CDLL:
     ):
         if not path.is_file():
             continue
-        # NVRTC opens its builtins by name: load them first, by path.
+        # NVRTC opens its builtins by name, so load them first, by path.
         for builtins in path.parent.glob("libnvrtc-builtins.so.11.8*"):
             ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
         library = ctypes.CDLL(str(path))
@@ -320,7 +320,7 @@ def _log(line: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build everything into a folder: what a package carries."""
+    """Build all kernels into a folder, for a package."""
     parser = argparse.ArgumentParser(
         prog="python -m sglang_pascal.kernels.build", description=__doc__.partition("\n")[0]
     )

@@ -1,9 +1,9 @@
-"""Loads and launches kernels through the CUDA driver API by ctypes. No CUDA library beyond the driver.
+"""Loads and launches kernels through the CUDA driver API by ctypes. Needs no CUDA library except the driver.
 
-A module is loaded once per device, into the context that torch made: the sm_6x cubin on Pascal, PTX, which the driver
-compiles, on anything newer. A launch packs its arguments into one buffer (about 5 us of Python) and goes to torch's
-current stream, so it is ordered with torch's own work and can be captured in a CUDA graph. Load modules before
-capturing: `preload`, or one call of each operation.
+A module is loaded once per device, into torch's context: on Pascal the sm_6x cubin, on anything newer the PTX, which
+the driver compiles. A launch packs its arguments into one buffer (about 5 us of Python) and goes to torch's current
+stream, so it is ordered with torch's own work and can be captured in a CUDA graph. Load modules before capturing: with
+`preload`, or by one call of each operation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 ARCHITECTURE_VARIABLE: Final = "SGLANG_PASCAL_ARCHITECTURE"
-"""60 or 61: which PTX a newer card compiles; 61 when unset. For testing the P100's path elsewhere."""
+"""60 or 61: which PTX a newer card compiles; 61 if unset. For testing the P100's path on other cards."""
 DRIVER_LIBRARY: Final = "libcuda.so.1"
 P4_MULTIPROCESSORS: Final = 20
 _LOG_BYTES: Final = 8192
@@ -76,10 +76,10 @@ class Kernel:
 
 
 def kernel(module: str, function: str, threads: int, layout: str, device: int) -> Kernel:
-    """A kernel, loaded on first use.
+    """Return a kernel; load it on first use.
 
     layout: one letter of `struct` per argument (`P` address, `i` int, `q` long long, `Q` unsigned, `f` float), aligned
-    as C aligns them; end it with `0P` where the kernel takes one struct that holds addresses.
+    as C aligns them; end it with `0P` if the kernel takes one struct that holds addresses.
     """
     return _kernel(module, function, threads, layout, device)
 
@@ -95,7 +95,7 @@ def _kernel(module: str, function: str, threads: int, layout: str, device: int) 
 
 
 def preload(modules: Iterable[str], device: int) -> None:
-    """Load modules now: a module cannot be loaded while a CUDA graph is captured."""
+    """Load modules now: no module can be loaded while a CUDA graph is captured."""
     for name in modules:
         _module(name, device)
 
@@ -123,7 +123,7 @@ def _module(name: str, device: int) -> ctypes.c_void_p:
 
 @functools.cache
 def multiprocessors(device: int | None) -> int:
-    """How many a card has; 20, as a P4, where there is none (None)."""
+    """Return a card's number of multiprocessors; without a card (None) 20, as a P4 has."""
     if device is None:
         return P4_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -135,7 +135,7 @@ def has_dp4a(device: int) -> bool:
 
 
 def target_of(capability: tuple[int, int]) -> tuple[str, str]:
-    """(architecture, kind of file) for a card."""
+    """Return (architecture, kind of file) for a card."""
     if capability[0] == 6:
         return ("60" if capability[1] == 0 else "61"), "cubin"
     if capability[0] < 6:
@@ -152,7 +152,7 @@ def target_of(capability: tuple[int, int]) -> tuple[str, str]:
 
 
 def describe(code: int) -> str:
-    """A driver error as `CUDA error 700 (CUDA_ERROR_ILLEGAL_ADDRESS)`."""
+    """Return a driver error such as `CUDA error 700 (CUDA_ERROR_ILLEGAL_ADDRESS)`."""
     name = ctypes.c_char_p()
     _cuda().cuGetErrorName(code, ctypes.byref(name))
     return f"CUDA error {code} ({name.value.decode() if name.value else 'unknown'})"

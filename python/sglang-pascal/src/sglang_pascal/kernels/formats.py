@@ -1,4 +1,4 @@
-"""The quantised weight types with kernels: their blocks in a GGUF file, and their layout on the device.
+"""The quantised weight types that have kernels: their blocks in a GGUF file, and their layout on the device.
 
 `weights.cuh` and `repack.cu` describe the same layouts to the GPU; the selftest compares the bytes.
 """
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Final
 
 GROUP_ROWS: Final = 32
-"""Rows that a warp multiplies together, one a lane."""
+"""Rows that a warp multiplies together, one per lane."""
 TILE_COLUMNS: Final = 256
 """Weights of a row in one tile."""
 STEP_COLUMNS: Final = 64
-"""Weights of a row that a product takes at a time, a quarter of a tile."""
+"""Weights of a row that a product takes at a time: a quarter of a tile."""
 BLOCK: Final = 32
 """Activations that share a scale."""
 ACTIVATION_BITS: Final = (8, 16)
@@ -43,17 +43,17 @@ class Format:
 
     @property
     def weight_bytes(self) -> float:
-        """Bytes of one weight, its share of the scales included."""
+        """Bytes of one weight, including its share of the scales."""
         return self.block_bytes / self.block_weights
 
     @property
     def short_tiles(self) -> bool:
-        """Whether the last tile of a row may have fewer columns: blocks of 256 fill theirs."""
+        """Whether the last tile of a row may have fewer columns; a block of 256 always fills its tile."""
         return self.block_weights < TILE_COLUMNS
 
     @property
     def record_columns(self) -> int:
-        """Columns that lie together: 256 of types with such blocks, 64 of others."""
+        """Columns that are stored together: 256 for types with such blocks, 64 for others."""
         return STEP_COLUMNS if self.short_tiles else TILE_COLUMNS
 
     @property
@@ -67,25 +67,25 @@ class Format:
         return self.record_row_bytes * GROUP_ROWS
 
     def row_bytes(self, columns: int) -> int:
-        """Bytes of a row in the file. `columns` is a multiple of `block_weights`."""
+        """Return the bytes of a row in the file. `columns` is a multiple of `block_weights`."""
         return columns // self.block_weights * self.block_bytes
 
     def records(self, columns: int) -> int:
-        """Records along a row."""
+        """Return the number of records along a row."""
         return -(-columns // self.record_columns)
 
     def packed_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of a repacked tensor: rows are padded to 32, columns to 64 (blocks of 256 need no padding)."""
+        """Return the bytes of a packed tensor: rows are padded to 32, columns to 64 (blocks of 256 need no padding)."""
         return -(-rows // GROUP_ROWS) * self.records(columns) * self.record_bytes
 
 
 def tiles(columns: int) -> int:
-    """Tiles along a row, of which the last may have fewer columns."""
+    """Return the number of tiles along a row; the last may have fewer columns."""
     return -(-columns // TILE_COLUMNS)
 
 
 def steps(columns: int) -> int:
-    """Steps along a row."""
+    """Return the number of steps along a row."""
     return -(-columns // STEP_COLUMNS)
 
 

@@ -1,8 +1,8 @@
-"""What the compiler made of each kernel for Pascal: registers, shared memory, spills, the instructions of its loops.
+"""What the compiler made of each kernel for Pascal: registers, shared memory, spills, the instructions in its loops.
 
-No GPU is asked: ptxas 11.8 assembles for sm_61 (or sm_60) and nvdisasm prints the machine code. That decides whether a
-kernel is bound by instructions or by memory, which a newer card cannot show. It says nothing about latency, caches or
-power. Two instructions that nvdisasm joins by braces are issued together and take one issue slot.
+This needs no GPU: ptxas 11.8 assembles for sm_61 (or sm_60), and nvdisasm prints the machine code. It shows whether
+instructions or memory bound a kernel on Pascal, which a newer card cannot show. It says nothing about latency, caches
+or power. Two instructions that nvdisasm joins by braces are issued together and take one issue slot.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from sglang_pascal.kernels.build import MODULES, Module, ToolchainError, artifac
 from sglang_pascal.kernels.formats import STEP_COLUMNS, TILE_COLUMNS
 
 NVDISASM_VARIABLE: Final = "CUDA_NVDISASM"
-"""Path of nvdisasm, before all other places."""
+"""Path of nvdisasm; searched first."""
 NVDISASM_RELEASES: Final = ((11, 0), (13, 0))
-"""From and before: the releases that know sm_60 and sm_61."""
+"""First release that knows sm_60 and sm_61, and first release that no longer does."""
 REGISTERS_PER_SM: Final = 65536
 WARPS_PER_SM: Final = 64
 SHARED_BYTES_PER_SM: Final = {"60": 65536, "61": 98304}
 """CUDA C++ Programming Guide, technical specifications per compute capability."""
 _REGISTER_UNIT: Final = 256
-"""Registers are given to a warp in multiples of this."""
+"""A warp gets its registers in multiples of this."""
 _SHARED_UNIT: Final = 256
 _HALF_OPCODES: Final = ("HADD2", "HMUL2", "HFMA2")
 _DOUBLE_OPCODES: Final = ("DADD", "DMUL", "DFMA", "DMNMX", "DSETP")
@@ -40,22 +40,22 @@ SLOW_OPCODES: Final = {"60": _DOUBLE_OPCODES, "61": (*_HALF_OPCODES, *_DOUBLE_OP
 UNROLLED_COLUMNS: Final = 4
 """Most int8 rows of x for which decode_matmul.cu unrolls the steps of a tile."""
 LOCAL_OPCODES: Final = ("LDL", "STL")
-"""Local memory: registers that did not fit, or an array that was indexed."""
+"""Local memory: registers that did not fit, or an array with a variable index."""
 
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop of the machine code: straight instructions that end in a branch to their start."""
+    """An innermost loop of the machine code: straight-line instructions that end in a branch to their start."""
 
     instructions: int
     dual_issued: int
     """Instructions that share their issue slot with the one before."""
     opcodes: dict[str, int]
-    """Counts, without modifiers."""
+    """Opcode without modifiers -> count."""
 
     @property
     def slots(self) -> int:
-        """Issue slots of one warp for one pass."""
+        """Issue slots that one warp needs for one pass."""
         return self.instructions - self.dual_issued
 
 
@@ -71,9 +71,9 @@ class KernelReport:
     registers: int
     shared_bytes: int
     spill_bytes: int
-    """Stack bytes of a thread; 0 wanted."""
+    """Stack bytes per thread; should be 0."""
     slow_opcodes: dict[str, int]
-    """Of `SLOW_OPCODES` and `LOCAL_OPCODES`, anywhere in the kernel; empty wanted."""
+    """Counts of `SLOW_OPCODES` and `LOCAL_OPCODES` in the whole kernel; should be empty."""
     loops: tuple[Loop, ...]
     """Innermost loops, in the order of the code."""
 
@@ -90,7 +90,7 @@ class KernelReport:
 
     @property
     def main_loop(self) -> Loop | None:
-        """The innermost loop with the most multiplications, which is where the kernel's time goes; None without."""
+        """The innermost loop with the most multiplications, in which the kernel spends its time; None without one."""
         busiest = max(self.loops, key=_multiplications, default=None)
         return busiest if busiest and _multiplications(busiest) else None
 
@@ -137,16 +137,16 @@ class KernelReport:
 
 
 def _multiplications(loop: Loop) -> int:
-    """Products of numbers.
+    """Return the number of products of numbers.
 
-    XMAD counts beside FFMA only: with the scales of a product it stands for dp4a (sm_60); alone for addresses.
+    XMAD counts only beside FFMA: with a product's scales it replaces dp4a (sm_60); alone it computes addresses.
     """
     weights = {"IDP": 4, "FFMA": 1} if loop.opcodes.get("IDP") else {"FFMA": 1, "XMAD": int("FFMA" in loop.opcodes)}
     return sum(weight * loop.opcodes.get(opcode, 0) for opcode, weight in weights.items())
 
 
 def analyse(architecture: str, names: tuple[str, ...] = ()) -> list[KernelReport]:
-    """Every kernel of the modules whose name starts with one of `names` (all modules if empty)."""
+    """Return reports for the modules whose name starts with one of `names` (all modules if empty)."""
     modules = [module for module in MODULES.values() if not names or module.name.startswith(names)]
     find_nvdisasm()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -175,7 +175,7 @@ def _analyse(module: Module, architecture: str) -> list[KernelReport]:
 
 
 def parse_resources(log: str) -> dict[str, tuple[int, int, int]]:
-    """Kernel -> registers, bytes of static shared memory, bytes of stack; from `ptxas -v`."""
+    """Return kernel -> registers, bytes of static shared memory, bytes of stack; from `ptxas -v`."""
     found: dict[str, tuple[int, int, int]] = {}
     name, stack = "", 0
     for line in log.splitlines():
@@ -190,19 +190,19 @@ def parse_resources(log: str) -> dict[str, tuple[int, int, int]]:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A line of nvdisasm's output."""
+    """One line of nvdisasm's output."""
 
     opcode: str
-    """Without modifiers."""
+    """Opcode without modifiers."""
     target: str | None
-    """Label that a branch goes to."""
+    """Label that a branch jumps to."""
     is_dual: bool
     labels: tuple[str, ...] = ()
-    """Labels of this place."""
+    """Labels of this instruction."""
 
 
 def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
-    """Kernel -> its machine code."""
+    """Return kernel -> its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -213,7 +213,7 @@ def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
 
 
 def parse_code(text: str) -> dict[str, list[Instruction]]:
-    """nvdisasm's text -> instructions of each kernel.
+    """Return kernel -> instructions from nvdisasm's text.
 
     Two lines in braces are one issue: `{ FFMA ...; /* ... */` and `LDS ...; /* ... */ }`.
     """
@@ -236,12 +236,12 @@ def parse_code(text: str) -> dict[str, list[Instruction]]:
 
 
 def innermost_loops(code: list[Instruction]) -> list[Loop]:
-    """Loops that contain no other loop."""
+    """Return the loops that contain no other loop."""
     place = {label: i for i, line in enumerate(code) for label in line.labels}
     spans = []
     for end, line in enumerate(code):
         start = place.get(line.target or "")
-        if line.opcode == "BRA" and start is not None and start < end:  # one line: the padding at the end
+        if line.opcode == "BRA" and start is not None and start < end:  # a loop of one line is the padding at the end
             spans.append((start, end))
     inner = [span for span in spans if not any(_contains(span, other) for other in spans)]
     return [_loop(code[start : end + 1]) for start, end in inner]
@@ -259,20 +259,20 @@ def _loop(lines: list[Instruction]) -> Loop:
 
 @functools.cache
 def find_nvdisasm() -> Path:
-    """A disassembler that knows Pascal."""
+    """Return a disassembler that supports Pascal."""
     named, on_path = os.environ.get(NVDISASM_VARIABLE), shutil.which("nvdisasm")
     places = [*([Path(named)] if named else []), *candidates("cuda_nvcc", "bin/nvdisasm")]
     for path in (*places, *([Path(on_path)] if on_path else []), *_of_triton()):
         if path.is_file() and NVDISASM_RELEASES[0] <= _release_of(path) < NVDISASM_RELEASES[1]:
             return path
     raise ToolchainError(
-        "no nvdisasm of CUDA 11 or 12 is on this machine, which the table of machine code needs; install Debian's "
+        "no nvdisasm of CUDA 11 or 12 is on this machine, but the table of machine code needs one; install Debian's "
         f"nvidia-cuda-toolkit (non-free) or the triton wheel, or name the program by {NVDISASM_VARIABLE}"
     )
 
 
 def _of_triton() -> list[Path]:
-    """Triton's wheel brings one."""
+    """Triton's wheel contains one."""
     import importlib.util
 
     spec = importlib.util.find_spec("triton")

@@ -1,4 +1,4 @@
-"""The table of the kernels on Pascal: what the compiler made of them, and the speed that follows as an upper bound.
+"""The table of the kernels on Pascal: what the compiler made of them, and upper bounds of their speed.
 
 The bounds are of products as they are served, with either width of the activations (`activation_bits`). They are
 estimates by arithmetic, no measurements: of a Tesla P4 at its default clock, with full memory bandwidth and every issue
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 P4_BANDWIDTH: Final = 192e9
 """Bytes per second: 256 bit of GDDR5 at 6 Gbit/s a pin (NVIDIA, Tesla P4 datasheet)."""
 P4_LANE_INSTRUCTIONS: Final = 20 * 4 * 32 * 1.063e9
-"""Instructions of a lane per second: 20 multiprocessors x 4 schedulers x 32 lanes x base clock."""
+"""Lane instructions per second: 20 multiprocessors x 4 schedulers x 32 lanes x base clock."""
 _HEAD: Final = (
     "| kernel | threads | registers | shared bytes | spilled bytes | warps per SM | loop: instructions | issue slots |"
 )
@@ -34,11 +34,11 @@ BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
 
 @dataclass(frozen=True)
 class Model:
-    """Weights that one token reads, by type, of a Q4_K_M file."""
+    """The weights of a Q4_K_M file that one token reads, by type."""
 
     name: str
     weights: dict[str, float]
-    """Type -> number of weights, output head included, embedding not."""
+    """Type -> number of weights, with the output head but without the embedding."""
 
 
 MODELS: Final = (
@@ -46,8 +46,8 @@ MODELS: Final = (
     Model("Qwen2.5-7B", {"Q4_K": 5.71e9, "Q6_K": 1.36e9}),
     Model("Llama-3.1-8B", {"Q4_K": 6.01e9, "Q6_K": 1.50e9}),
 )
-"""Shapes of the published models: sums over their layers; value and down projections of half of the layers, and the
-head, are Q6_K."""
+"""Sums over the layers of the published models' shapes; the head, and the value and down projections of half of the
+layers, are Q6_K."""
 
 
 BATCHES: Final = (1, 2, 4, 8, 12, 16, 24, 32)
@@ -63,13 +63,13 @@ class Bound:
     batch: int
     """Requests that are decoded together."""
     memory_tokens_per_second: float
-    """All requests together, if only memory limited: weights only, empty context."""
+    """All requests together, if only memory limited the speed: weights only, empty context."""
     issue_tokens_per_second: float
-    """If only issue slots limited."""
+    """The same, if only issue slots limited the speed."""
 
     @property
     def tokens_per_second(self) -> float:
-        """The stricter one."""
+        """The lower of the two."""
         return min(self.memory_tokens_per_second, self.issue_tokens_per_second)
 
 
@@ -95,12 +95,12 @@ def bounds(reports: list[KernelReport]) -> list[Bound]:
 
 
 def budget(tensor_type: str) -> float:
-    """Issue slots per weight at which a P4's instructions take as long as its memory."""
+    """Return the issue slots per weight at which a P4's instructions take as long as its memory."""
     return P4_LANE_INSTRUCTIONS / (P4_BANDWIDTH / FORMATS[tensor_type].weight_bytes)
 
 
 def as_markdown(reports: list[KernelReport]) -> str:
-    """The tables of docs/kernels.md."""
+    """Return the tables of docs/kernels.md."""
     lines = [_HEAD, "|---|---|---|---|---|---|---|---|", *map(_row, reports)]
     products = [report for report in reports if report.slots_per_weight]
     if products:
@@ -135,7 +135,7 @@ def _bound_row(bound: Bound) -> str:
 
 
 def print_table(architecture: str, *, as_json: bool) -> None:
-    """To standard output."""
+    """Print the tables to standard output."""
     reports = analyse(architecture)
     if as_json:
         facts: dict[str, Any] = {
@@ -151,7 +151,7 @@ def print_table(architecture: str, *, as_json: bool) -> None:
 
 
 def update_document(path: Path) -> None:
-    """Put the table for sm_61 between the marks of a Markdown file."""
+    """Put the table for sm_61 between the marks in a Markdown file."""
     try:
         before, begin, rest = path.read_text().partition(BEGIN)
         _, end, after = rest.partition(END)

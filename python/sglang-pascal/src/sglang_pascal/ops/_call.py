@@ -1,4 +1,4 @@
-"""What the operations share: checks at the door, so that kernels can trust their arguments, and the launch."""
+"""Shared by all operations: the checks of arguments, so that kernels can trust them, and the launch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INDICES: Final = (torch.int32, torch.int64)
 
 
 class OperationError(PluginError):
-    """A tensor that an operation does not take: type, shape, device or memory layout."""
+    """A tensor that an operation does not accept: wrong type, shape, device or memory layout."""
 
 
 def launch(
@@ -32,17 +32,17 @@ def launch(
 
 
 def address(tensor: torch.Tensor | None) -> int:
-    """Device address; 0 for None."""
+    """Return the device address; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def is_half(tensor: torch.Tensor) -> int:
-    """1 for float16, 0 for float32."""
+    """Return 1 for float16, 0 for float32."""
     return int(tensor.dtype == torch.float16)
 
 
 def is_long(tensor: torch.Tensor | None) -> int:
-    """1 for int64, 0 for int32 and None."""
+    """Return 1 for int64, 0 for int32 and None."""
     return int(tensor is not None and tensor.dtype == torch.int64)
 
 
@@ -57,7 +57,7 @@ def require(
 ) -> None:
     """Refuse a tensor of another type, shape (None = any size), device or memory layout.
 
-    strided_rows: rows of a matrix may be apart, as those of a slice of columns are.
+    strided_rows: the rows of a matrix may be apart, as in a slice of columns.
     """
     if tensor.dtype not in dtypes:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

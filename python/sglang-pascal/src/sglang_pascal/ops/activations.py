@@ -1,6 +1,6 @@
-"""Activations as int8 with one scale per 32 values, fused with what comes before a product.
+"""Activations as int8 with one scale per 32 values, fused with the operation before a product.
 
-Inputs are float16 or float32, contiguous, one token a row. Every result of a row is independent of the other rows.
+Inputs are float16 or float32, contiguous, one row per token. Each row's result is independent of the other rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Activations(NamedTuple):
 
 
 def empty_activations(n: int, columns: int, device: torch.device) -> Activations:
-    """Uninitialised memory for n rows."""
+    """Return uninitialised memory for n rows."""
     padded = tiles(columns) * TILE_COLUMNS
     return Activations(
         torch.empty(n, padded, dtype=torch.int8, device=device),
@@ -40,7 +40,7 @@ def empty_activations(n: int, columns: int, device: torch.device) -> Activations
 
 
 def quantize(x: torch.Tensor, *, wide: bool = False) -> Activations:
-    """x `[n, columns]`, quantised: d = largest magnitude / 127, q = round(x / d). A NaN or infinity shows in d."""
+    """Quantise x `[n, columns]`: d = largest magnitude / 127, q = round(x / d). A NaN or infinity shows in d."""
     require("x", x, FLOATS, (None, None), x)
     if not x.is_cuda:
         return Activations(*quantize_ref(x, wide=wide))
@@ -48,7 +48,7 @@ def quantize(x: torch.Tensor, *, wide: bool = False) -> Activations:
 
 
 def silu_mul_quantize(gate_up: torch.Tensor, *, wide: bool = False) -> Activations:
-    """silu(gate) * up, quantised. gate_up `[n, 2 * columns]`, gate first."""
+    """Quantise silu(gate) * up. gate_up `[n, 2 * columns]`, gate first."""
     require("gate_up", gate_up, FLOATS, (None, None), gate_up)
     if not gate_up.is_cuda:
         return Activations(*quantize_ref(silu_mul_ref(gate_up), wide=wide))
@@ -76,7 +76,7 @@ def _quantize(function: str, x: torch.Tensor, columns: int, wide: bool) -> Activ
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """x / rms(x) * weight, like x. residual: is added to x first and **replaced by the sum** (SGLang's convention)."""
+    """Return x / rms(x) * weight, like x. residual is first added to x and **replaced by the sum** (SGLang's rule)."""
     output = torch.empty_like(x)
     _rms_norm(x, weight, eps, residual, output, None)
     return output
@@ -91,9 +91,9 @@ def rms_norm_quantize(
     wide: bool = False,
     output: torch.Tensor | None = None,
 ) -> Activations:
-    """As `rms_norm`, quantised in the same launch, before the result is rounded to x's type.
+    """Do `rms_norm` and quantise in the same launch, before the result is rounded to x's type.
 
-    output: like x, receives the floats as well.
+    output: like x; receives the floats too.
     """
     result = empty_activations((1 + wide) * x.shape[0], x.shape[1], x.device)
     _rms_norm(x, weight, eps, residual, output, result)

@@ -1,7 +1,7 @@
 """Attention over a paged pool: one new token per sequence (decode), or many (prefill).
 
-A sequence is a row of `req_to_token`: the slot of each of its positions. Grouped heads, sliding windows and a soft cap
-of the scores are supported. The result of a sequence does not depend on the others in the batch, bit for bit.
+A sequence is a row of `req_to_token`: the slot of each of its positions. Supports grouped heads, sliding windows and a
+soft cap of the scores. A sequence's result does not depend on the others in the batch, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SPLITS: Final = {512: 32, 1024: 64, 2048: 128}
 _MOST_SPLIT: Final = 256
 """Of longer sequences."""
 _GROUPS: Final = (1, 2, 4, 8)
-"""Query heads per KV head that the decode kernels are compiled for; others are padded."""
+"""Query heads per KV head for which the decode kernels are compiled; other numbers are padded."""
 _THREADS: Final = 128
 _QUERIES: Final = 64
-"""Query rows in one CTA of a prefill."""
+"""Query rows in one CTA of a prefill kernel."""
 _NO_WINDOW: Final = -1
 
 
@@ -62,10 +62,10 @@ def attention_decode(
     quantized: bool = False,
     wide: bool = False,
 ) -> torch.Tensor | Activations:
-    """query `[n, heads, D]` of the last position of each sequence -> `[n, heads * D]`, or int8 `Activations` of it.
+    """Attend from query `[n, heads, D]`, each sequence's last position: `[n, heads * D]`, or int8 `Activations` of it.
 
-    max_length: at least the longest length, known on the host; fixed in a CUDA graph (the context length).
-    window: positions before its own that a token sees (SGLang's `sliding_window_size`); None = all.
+    max_length: at least the longest length, known on the host; constant in a CUDA graph (the context length).
+    window: number of earlier positions that a token sees (SGLang's `sliding_window_size`); None = all.
     soft_cap: scores become soft_cap * tanh(score / soft_cap); 0 = off.
     """
     n, heads, head_dim = query.shape
@@ -137,7 +137,7 @@ def _combine(
             query,
             f"query {list(query.shape)}, {splits} splits",
         )
-    return activations if activations is not None else out  # type: ignore[return-value]  # one of both is set
+    return activations if activations is not None else out  # type: ignore[return-value]  # one of the two is set
 
 
 def _decode_on_cpu(
@@ -164,11 +164,11 @@ def attention_prefill(
     window: int | None = None,
     soft_cap: float = 0.0,
 ) -> torch.Tensor:
-    """query `[tokens, heads, D]` of the last positions of each sequence -> `[tokens, heads * D]`, causal.
+    """Attend from query `[tokens, heads, D]`, each sequence's last positions, causal: `[tokens, heads * D]`.
 
-    The new tokens' keys and values are in the pool already. query_starts: int32 `[n + 1]`, first new token of each
+    The pool already holds the new tokens' keys and values. query_starts: int32 `[n + 1]`, the first new token of each
     sequence, then their total number. max_new: at least the most new tokens of one sequence, known on the host. The
-    rest is as for `attention_decode`.
+    other arguments are those of `attention_decode`.
     """
     tokens, heads, head_dim = query.shape
     _check(query, pool, sequences, None)

@@ -1,4 +1,4 @@
-"""Writing keys and values into a paged pool, fused with the rotary embedding and the norm of queries and keys."""
+"""Writes keys and values into a paged pool, fused with the rotary embedding and the norm of queries and keys."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _THREADS: Final = 128
 
 @dataclass(frozen=True)
 class KvPool:
-    """Keys and values of one layer, a slot a token.
+    """Keys and values of one layer, one slot per token.
 
-    The element type says what it is: float16; float8_e5m2 (or uint8, which holds its bytes in SGLang's pools); int8
+    The element type selects the format: float16; float8_e5m2 (or uint8, which holds its bytes in SGLang's pools); int8
     with scales. float32 only on the CPU.
     """
 
@@ -33,7 +33,7 @@ class KvPool:
 
     @property
     def kind(self) -> str:
-        """F16, E5M2 or INT8: a name of `kernels.build.KV_TYPES`."""
+        """F16, E5M2 or INT8: a name in `kernels.build.KV_TYPES`."""
         kinds = {torch.float16: "F16", torch.float8_e5m2: "E5M2", torch.uint8: "E5M2", torch.int8: "INT8"}
         head_dim = self.keys.shape[-1]
         if head_dim not in HEAD_DIMS:
@@ -50,7 +50,7 @@ class KvPool:
         return kinds[self.keys.dtype]
 
     def check(self) -> None:
-        """Refuse tensors that do not belong together."""
+        """Refuse tensors that do not fit together."""
         require("pool.values", self.values, (self.keys.dtype,), tuple(self.keys.shape), self.keys)
         require("pool.keys", self.keys, (self.keys.dtype,), (None, None, None), self.keys)
         for name, scales in (("key_scales", self.key_scales), ("value_scales", self.value_scales)):
@@ -76,12 +76,12 @@ def rope_and_store(
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """Norm (optional) and rotate queries and keys, write keys and values to their slots; the queries `[n, heads, D]`.
+    """Normalise (optional) and rotate queries and keys, write keys and values to their slots; return the queries.
 
     qkv: `[n, (heads + 2 kv_heads) * D]`, float16 or float32. positions, slots: `[n]`; a negative slot is not written
     (padding of a CUDA graph). cos_sin: float32 `[max position, rotary_dim]`, cosines, then sines (SGLang's cache).
-    is_neox: halves are rotated against each other; else neighbours. q_norm, k_norm: `[D]` weights of an RMS norm over
-    each head, in one type.
+    is_neox: the halves are rotated against each other, otherwise neighbours. q_norm, k_norm: `[D]` weights of an RMS
+    norm over each head, of the same type. Returns `[n, heads, D]`.
     """
     n, width = qkv.shape
     _, kv_heads, head_dim = pool.keys.shape
@@ -140,7 +140,7 @@ def _store_on_cpu(pool: KvPool, slots: torch.Tensor, keys: torch.Tensor, values:
     for buffer, scales, x in ((pool.keys, pool.key_scales, keys), (pool.values, pool.value_scales, values)):
         if scales is not None:
             buffer[where], scales[where] = quantize_kv_ref(x[kept])
-        elif buffer.element_size() == 1:  # torch cannot write to an index of fp8, but to its bytes
+        elif buffer.element_size() == 1:  # torch cannot write to indices of an fp8 tensor, only to those of its bytes
             buffer.view(torch.uint8)[where] = x[kept].half().to(torch.float8_e5m2).view(torch.uint8)
         else:
             buffer[where] = x[kept].to(buffer.dtype)

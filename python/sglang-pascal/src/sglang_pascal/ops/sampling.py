@@ -1,4 +1,4 @@
-"""Pieces of sampling over the vocabulary."""
+"""Sampling operations over the vocabulary."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _THREADS: Final = 1024
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """Index of the largest logit of each row, int64 `[n]`: the first of equals; a NaN counts as the largest."""
+    """Return the index of the largest logit of each row, int64 `[n]`: the first of equals; a NaN is the largest."""
     require("logits", logits, FLOATS, (None, None), logits)
     if not logits.is_cuda:
         return argmax_ref(logits)
@@ -31,10 +31,10 @@ def top_k_top_p_filter_(
     top_p: torch.Tensor | None = None,
     min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Zero, in place, what lies outside of the top k, the nucleus p, or below min_p times the largest; sum 1 again.
+    """Zero, in place, all outside the top k, the nucleus p, or below min_p times the largest; then scale to sum 1.
 
-    probabilities: float32 `[n, vocabulary]`. top_k: int32 `[n]`; top_p, min_p: float32 `[n]`. Equals of the smallest
-    value that stays all stay.
+    probabilities: float32 `[n, vocabulary]`. top_k: int32 `[n]`; top_p, min_p: float32 `[n]`. All values equal to the
+    smallest kept value stay.
     """
     n, vocabulary = probabilities.shape
     require("probabilities", probabilities, (torch.float32,), (None, None), probabilities)

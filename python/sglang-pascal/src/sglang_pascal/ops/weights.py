@@ -1,8 +1,8 @@
-"""Quantised weights in device memory: packing into the layout of the kernels, and rows back to floating point.
+"""Quantised weights in device memory: packs them into the kernels' layout, and turns rows back into floats.
 
-A `PackedWeight` holds exactly the bytes of the GGUF tensor in another order, plus padding: rows to a multiple of 32,
-columns to a multiple of 64 (only the 32-wide types can need that). To load a tensor in pieces, or several tensors into
-one matrix (query, key, value; gate, up), allocate the whole and pack into its row ranges:
+A `PackedWeight` holds the bytes of the GGUF tensor in another order, plus padding: rows to a multiple of 32, columns to
+a multiple of 64 (only types with blocks of 32 can need that). To load a tensor in pieces, or several tensors into one
+matrix (query, key, value; gate, up), allocate the whole matrix and pack into its row ranges:
 
     weight = allocate_packed("Q4_K", rows=8192, columns=4096, device=device)
     pack_into(weight.row_range(0, 4096), gate_bytes)     # uint8 [4096, row_bytes], on the device
@@ -22,11 +22,11 @@ from sglang_pascal.reference import dequantize_ref, repack_ref, unrepack_ref
 
 _THREADS = 256
 _TILES_PER_CTA = 8
-"""Of `dequantize`: a warp each."""
+"""Tiles that one CTA of `dequantize` handles, one per warp."""
 
 
 class UnsupportedTypeError(PluginError):
-    """A tensor type, or a shape of it, without kernels."""
+    """A tensor type, or a shape of one, for which there are no kernels."""
 
     exit_code = 3
 
@@ -41,16 +41,16 @@ class PackedWeight:
     rows: int
     columns: int
     tickets: torch.Tensor
-    """int32 `[groups]`, zero between products: counts the parts of a sum. One product at a time may use a weight."""
+    """int32 `[groups]`, zero between products: counts the parts of a sum. A weight serves one product at a time."""
 
     @property
     def format(self) -> Format:
-        """Layout of its type."""
+        """The layout of its type."""
         return FORMATS[self.tensor_type]
 
     @property
     def n_tiles(self) -> int:
-        """Tiles of 256 columns along a row, of which the last may have fewer."""
+        """Tiles of 256 columns along a row; the last may have fewer columns."""
         return tiles(self.columns)
 
     @property
@@ -59,7 +59,7 @@ class PackedWeight:
         return steps(self.columns)
 
     def row_range(self, first: int, rows: int) -> PackedWeight:
-        """Some rows as a view. `first` is a multiple of 32; so is `rows`, unless the range ends the matrix."""
+        """Return some rows as a view. `first` is a multiple of 32; so is `rows`, unless the range ends the matrix."""
         if first % GROUP_ROWS or (rows % GROUP_ROWS and first + rows != self.rows) or first + rows > self.rows:
             raise OperationError(
                 f"rows {first} to {first + rows} of a {self.tensor_type} matrix of {self.rows} rows: "
@@ -77,7 +77,7 @@ class PackedWeight:
 
 
 def format_of(tensor_type: str, columns: int) -> Format:
-    """The layout of a type; refuses a type without kernels, and a row length that its blocks do not divide."""
+    """Return the layout of a type. Refuses a type without kernels, and a row length that its blocks do not divide."""
     if tensor_type not in FORMATS:
         raise UnsupportedTypeError(f"no kernel for tensor type {tensor_type}; types with kernels: {', '.join(FORMATS)}")
     form = FORMATS[tensor_type]
@@ -89,7 +89,7 @@ def format_of(tensor_type: str, columns: int) -> Format:
 
 
 def allocate_packed(tensor_type: str, rows: int, columns: int, device: torch.device) -> PackedWeight:
-    """Uninitialised memory for a matrix. Raises torch.OutOfMemoryError as torch does."""
+    """Return uninitialised memory for a matrix. Raises torch.OutOfMemoryError."""
     form = format_of(tensor_type, columns)
     data = torch.empty(form.packed_bytes(rows, columns), dtype=torch.uint8, device=device)
     tickets = torch.zeros(-(-rows // GROUP_ROWS), dtype=torch.int32, device=device)
@@ -97,14 +97,14 @@ def allocate_packed(tensor_type: str, rows: int, columns: int, device: torch.dev
 
 
 def pack(raw: torch.Tensor, tensor_type: str, columns: int) -> PackedWeight:
-    """A whole GGUF tensor, uint8 `[rows, row_bytes]`, packed on its device."""
+    """Pack a whole GGUF tensor, uint8 `[rows, row_bytes]`, on its device."""
     weight = allocate_packed(tensor_type, raw.shape[0], columns, raw.device)
     pack_into(weight, raw)
     return weight
 
 
 def pack_into(weight: PackedWeight, raw: torch.Tensor) -> None:
-    """Pack a GGUF tensor's rows, uint8 `[weight.rows, row_bytes]`, into memory that is there."""
+    """Pack a GGUF tensor's rows, uint8 `[weight.rows, row_bytes]`, into allocated memory."""
     require("raw", raw, (torch.uint8,), (weight.rows, weight.format.row_bytes(weight.columns)), weight.data)
     if raw.is_cuda:
         _move("repack", weight, raw.data_ptr(), weight.data.data_ptr())
@@ -113,7 +113,7 @@ def pack_into(weight: PackedWeight, raw: torch.Tensor) -> None:
 
 
 def unpack(weight: PackedWeight) -> torch.Tensor:
-    """The GGUF tensor's bytes again: uint8 `[rows, row_bytes]`."""
+    """Return the GGUF tensor's bytes: uint8 `[rows, row_bytes]`."""
     if not weight.data.is_cuda:
         return unrepack_ref(weight.data, weight.tensor_type, weight.rows, weight.columns)
     raw = weight.data.new_empty(weight.rows, weight.format.row_bytes(weight.columns))
@@ -137,9 +137,9 @@ def _move(function: str, weight: PackedWeight, source: int, target: int) -> None
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype, ids: torch.Tensor | None = None) -> torch.Tensor:
-    """Rows as float16 or float32: all `[rows, columns]`, or the rows `ids` of an embedding `[len(ids), columns]`.
+    """Return rows as float16 or float32: all `[rows, columns]`, or rows `ids` of an embedding `[len(ids), columns]`.
 
-    A row that is out of range becomes NaN: an error on the device cannot stop the host.
+    A row that is out of range becomes NaN: a device error could not stop the host.
     """
     if dtype not in FLOATS:
         raise OperationError(f"dequantize to {str(dtype).removeprefix('torch.')}, must be float16 or float32")

@@ -1,7 +1,7 @@
-"""The layers of a model get the file's matrices, by name, before weights are loaded.
+"""Gives the file's matrices to the layers of a model, by name, before weights are loaded.
 
-SGLang's Gemma models make their token embedding without asking for a quantisation: it is given one here. In float16
-Gemma 2's would be 1.2 GB, a sixth of a small card; the file holds it in less than half of that.
+SGLang's Gemma models make their token embedding without a quantisation method; they get one here. In float16, Gemma 2's
+embedding would need 1.2 GB, a sixth of a small card; the file holds it in less than half of that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def bind(model: torch.nn.Module, table: WeightTable) -> list[MatrixInfo]:
-    """Allocate for every matrix that a layer will hold quantised; these matrices."""
+    """Allocate memory for every matrix that a layer will hold quantised; return these matrices."""
     held: list[MatrixInfo] = []
     stager: Stager | None = None
     for name, module in model.named_modules():
@@ -29,7 +29,7 @@ def bind(model: torch.nn.Module, table: WeightTable) -> list[MatrixInfo]:
         if is_embedding and name in table and not isinstance(method, QuantizedLinearMethod):
             method = _quantize_embedding(module)
         if isinstance(method, QuantizedLinearMethod):
-            # One for all: with one a layer 4 GB of an 8B model stayed pinned in the host's memory.
+            # One stager for all: with one per layer, 4 GB of an 8B model stayed pinned in the host's memory.
             stager = stager or Stager(method.device)
             method.bind(module, table.parts_of(name), stager)
             held += method.parts
@@ -37,13 +37,13 @@ def bind(model: torch.nn.Module, table: WeightTable) -> list[MatrixInfo]:
 
 
 def _quantize_embedding(module: torch.nn.Module) -> QuantizedEmbeddingMethod:
-    """Take its float rows from an embedding that has some, and make it ask a method of ours."""
+    """Remove the float rows of an embedding that has some, and make it use a method of ours."""
     old, method = module.weight, QuantizedEmbeddingMethod()
     assert isinstance(old, torch.nn.Parameter)
     (rows, columns), dtype, device = old.shape, old.dtype, old.device
     del module.weight, old
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the float rows must not stay beside the quantised ones
+        torch.cuda.empty_cache()  # the float rows must not stay in memory beside the quantised ones
     with device:
         method.create_weights(module, columns, [rows], columns, rows, params_dtype=dtype)
     module.quant_method = method
@@ -53,7 +53,7 @@ def _quantize_embedding(module: torch.nn.Module) -> QuantizedEmbeddingMethod:
 
 
 def _look_up(module: torch.nn.Embedding, method: QuantizedEmbeddingMethod, ids: torch.Tensor) -> torch.Tensor:
-    """`forward` of an `nn.Embedding`, times the factor that Gemma 3's has."""
+    """Replace `forward` of an `nn.Embedding`; multiply by Gemma 3's factor if the class has one."""
     rows = method.embedding(module, ids.flatten()).view(*ids.shape, -1)
     scale = getattr(module, "embed_scale", None)
     return rows if scale is None else rows * scale

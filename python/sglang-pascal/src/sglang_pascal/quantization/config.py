@@ -1,4 +1,4 @@
-"""SGLang's quantisation configuration `gguf`, as this platform understands it: types come from the file's header."""
+"""SGLang's quantisation configuration `gguf` on this platform: types come from the file's header."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PascalGgufConfig(QuantizationConfig):  # type: ignore[misc]  # SGLang publ
         return cls()
 
     def get_name(self) -> str:
-        """As on the command line."""
+        """Return the name on the command line."""
         return NAME
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
@@ -34,20 +34,20 @@ class PascalGgufConfig(QuantizationConfig):  # type: ignore[misc]  # SGLang publ
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """6.0."""
+        """Return 60, for compute capability 6.0."""
         return 60
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """Everything is in the GGUF file."""
+        """Return none: everything is in the GGUF file."""
         return []
 
     def get_scaled_act_names(self) -> list[str]:
-        """None."""
+        """Return none."""
         return []
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """The method of a linear or embedding layer; None for any other."""
+        """Return the method of a linear or embedding layer; None for any other layer."""
         del prefix
         if isinstance(layer, LinearBase):
             return QuantizedLinearMethod()

@@ -1,4 +1,4 @@
-"""Rows of types without kernels -> rows of the types of `storage.LOSSLESS`, bit for bit the same values.
+"""Converts rows of types without kernels to the types in `storage.LOSSLESS`. All values stay the same, bit for bit.
 
 Layouts of the blocks: ggml's `ggml-common.h`; codes and scales: `ggml-quants.c`.
 """
@@ -24,17 +24,17 @@ _Q3_K_BYTES: Final = 110
 IQ4_NL_VALUES: Final = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.int8
 )
-"""The 16 values that IQ4_NL's codes stand for: ggml's `kvalues_iq4nl`."""
+"""The 16 values of IQ4_NL's codes: ggml's `kvalues_iq4nl`."""
 
 
 def to_lossless(rows: NDArray[np.uint8], tensor_type: str) -> NDArray[np.uint8]:
-    """`[rows, bytes per row]` of a type of LOSSLESS -> the same in the type that it names."""
+    """Convert `[rows, bytes per row]` of a type in LOSSLESS to the type that it maps to."""
     block_bytes, convert = _CONVERTERS[tensor_type]
     return convert(rows.reshape(-1, block_bytes)).reshape(rows.shape[0], -1)
 
 
 def _low_then_high(packed: Blocks) -> Blocks:
-    """16 bytes of nibbles -> 32 codes: all low ones, then all high ones."""
+    """Unpack 16 bytes of nibbles to 32 codes: all low ones, then all high ones."""
     codes: Blocks = np.concatenate([packed & 15, packed >> 4], axis=1)
     return codes
 
@@ -54,7 +54,7 @@ def _from_iq4_nl(blocks: Blocks) -> Blocks:
 
 
 def _from_q3_k(blocks: Blocks) -> Blocks:
-    """Codes 0..7 less 4 become codes 28..35 less 32; scales 0..63 less 32 fit int8."""
+    """Codes 0..7 minus 4 become codes 28..35 minus 32; scales 0..63 minus 32 fit int8."""
     codes = _q3_k_codes(blocks) + np.uint8(28)
     result = np.empty((len(blocks), FORMATS["Q6_K"].block_bytes), dtype=np.uint8)
     halves = codes.reshape(-1, 2, 4, 32)
@@ -67,7 +67,7 @@ def _from_q3_k(blocks: Blocks) -> Blocks:
 
 
 def _q3_k_codes(blocks: Blocks) -> Blocks:
-    """`[n, 256]` codes 0..7: two bits of qs@32, the third of hmask@0 (one bit plane per 32 weights)."""
+    """Return `[n, 256]` codes 0..7: two bits from qs@32, the third from hmask@0 (one bit plane per 32 weights)."""
     shifts = np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
     low = (blocks[:, 32:96].reshape(-1, 2, 1, 32) >> shifts) & 3
     planes = np.arange(8, dtype=np.uint8)[:, None]
@@ -77,7 +77,7 @@ def _q3_k_codes(blocks: Blocks) -> Blocks:
 
 
 def _q3_k_scales(blocks: Blocks) -> Blocks:
-    """`[n, 16]` int8 as bytes: four low bits of each in scales@96, two high bits in the last four of its 12 bytes."""
+    """Return `[n, 16]` int8 as bytes: four low bits of each in scales@96, two high bits in the last four bytes."""
     packed = blocks[:, 96:108]
     low = _low_then_high(packed[:, :8])
     shifts = np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]

@@ -1,7 +1,7 @@
-"""Activations that a norm has quantised in its own launch, handed to the layer that multiplies them next.
+"""Activations that a norm has quantised in its own launch, passed to the layer that multiplies them next.
 
-Between a norm and its layer SGLang passes one tensor, the same object. The activations travel as an attribute of it and
-are taken once; where it is lost (a copy, a view), the layer quantises as it always can.
+Between a norm and its layer SGLang passes one tensor, the same object. The activations travel as an attribute of this
+tensor and can be taken once. If the attribute is lost (a copy, a view), the layer quantises by itself.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _ATTRIBUTE: Final = "pascal_activations"
 
 
 def hand_over(x: torch.Tensor, activations: Activations) -> None:
-    """x: the floats of the same rows."""
+    """Attach the activations to x. x: the same rows as floats."""
     setattr(x, _ATTRIBUTE, activations)
 
 
 def take(x: torch.Tensor) -> Activations | None:
-    """What was handed over with x, if anything; only the first taker gets it."""
+    """Return the activations attached to x, or None; only the first caller gets them."""
     activations: Activations | None = vars(x).pop(_ATTRIBUTE, None)
     return activations

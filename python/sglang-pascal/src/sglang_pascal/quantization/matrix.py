@@ -1,7 +1,7 @@
-"""One weight matrix in memory: load rows, multiply, look rows up.
+"""One weight matrix in memory: loads rows, multiplies, looks up rows.
 
-The operations do the work; on the CPU they are given a few groups of rows at a time, so that what is dequantised at any
-moment is bounded by `CPU_CHUNK_WEIGHTS`, whatever the size of the matrix.
+`ops` does the work. On the CPU it gets only a few groups of rows at a time, so that `CPU_CHUNK_WEIGHTS` bounds the
+dequantised weights, whatever the size of the matrix.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CPU_CHUNK_WEIGHTS: Final = 4 * 1024 * 1024
-"""Weights that are dequantised at once on the CPU: 48 MB of float32 and float64."""
+"""Weights that are dequantised together on the CPU: 48 MB of float32 and float64."""
 
 
 class Input:
-    """What one or several matrices multiply; quantised once, when the first of them needs it."""
+    """The input of one or several matrices; quantised once, when the first of them needs it."""
 
     def __init__(self, x: torch.Tensor | None, quantized: Activations | None = None, *, wide: bool) -> None:
-        """x: `[n, columns]`. quantized: the same, if what made it has quantised it already. One of both is enough where
-        all matrices are packed. wide: with 16 bits.
+        """x: `[n, columns]`. quantized: the same rows, if they are already quantised. One of the two is enough if all
+        matrices are packed. wide: quantise with 16 bits.
         """
         self._x = x
         self.wide = wide
@@ -39,31 +39,31 @@ class Input:
 
     @property
     def n(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return len(self.x) if self._x is not None else len(self.quantized.q) // (1 + self.wide)
 
     @property
     def x(self) -> torch.Tensor:
-        """As floats."""
+        """The rows as floats."""
         assert self._x is not None, "a float matrix needs activations that are not quantised"
         return self._x
 
     @functools.cached_property
     def quantized(self) -> Activations:
-        """As int8. The kernels read float16 and float32; anything else (bfloat16 on the CPU) is widened."""
+        """The rows as int8. The kernels read float16 and float32; other types (bfloat16 on the CPU) are widened."""
         x = self.x if self.x.dtype == torch.float16 else self.x.float()
         return quantize(x.contiguous(), wide=self.wide)
 
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """Quantised, in the layout of the kernels."""
+    """A quantised matrix in the layout of the kernels."""
 
     weight: PackedWeight
 
     @property
     def rows(self) -> int:
-        """Of the tensor, without padding."""
+        """Rows of the tensor, without padding."""
         return self.weight.rows
 
     @property
@@ -80,7 +80,7 @@ class PackedMatrix:
         pack_into(self.weight.row_range(first, raw.shape[0]), raw)
 
     def multiply(self, x: Input, out: torch.Tensor) -> None:
-        """out `[n, rows]` = x `[n, columns]` x this. Rows of out may be apart."""
+        """Compute out `[n, rows]` = x `[n, columns]` x this. Rows of out may be apart."""
         if out.is_cuda:
             matmul(x.quantized, self.weight, wide=x.wide, out=out)
             return
@@ -90,7 +90,7 @@ class PackedMatrix:
             out[:, first : first + part.rows] = matmul(x.quantized, part, wide=x.wide, dtype=torch.float32)
 
     def lookup(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Rows `[n]` -> `[n, columns]`, dequantised."""
+        """Return the rows `[n]` as `[n, columns]`, dequantised."""
         if ids.is_cuda:
             return dequantize(self.weight, dtype, ids)
         groups = self.data.view(-1, self.data.numel() // len(self.weight.tickets)).index_select(0, ids // GROUP_ROWS)
@@ -103,14 +103,14 @@ class PackedMatrix:
 
 @dataclass(frozen=True)
 class DenseMatrix:
-    """float16, row after row."""
+    """A float16 matrix, row after row."""
 
     values: torch.Tensor
     """float16 `[rows, columns]`."""
 
     @property
     def rows(self) -> int:
-        """Of the tensor."""
+        """Rows of the tensor."""
         return self.values.shape[0]
 
     @property
@@ -123,14 +123,14 @@ class DenseMatrix:
         self.values[first : first + values.shape[0]].copy_(values)
 
     def multiply(self, x: Input, out: torch.Tensor) -> None:
-        """out `[n, rows]` = x `[n, columns]` x this: by our kernel from float16, else in x's type, which is wider."""
+        """Compute out `[n, rows]` = x `[n, columns]` x this: float16 by our kernel, other types in x's wider type."""
         if x.x.dtype == torch.float16:
             matmul_half(x.x.contiguous(), self.values, out=out)
         else:
             out.copy_(F.linear(x.x, self.values.to(x.x.dtype)))
 
     def lookup(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Rows `[n]` -> `[n, columns]`."""
+        """Return the rows `[n]` as `[n, columns]`."""
         return self.values.index_select(0, ids).to(dtype)
 
 
@@ -138,7 +138,7 @@ Matrix = PackedMatrix | DenseMatrix
 
 
 def join_adjacent(matrices: Sequence[Matrix]) -> list[Matrix]:
-    """As few matrices as possible with the same rows in the same order: one product for q, k and v of one type."""
+    """Return as few matrices as possible with the same rows in order: one product for q, k and v of one type."""
     joined: list[Matrix] = []
     for matrix in matrices:
         together = _join(joined[-1], matrix) if joined else None
@@ -147,7 +147,7 @@ def join_adjacent(matrices: Sequence[Matrix]) -> list[Matrix]:
 
 
 def _join(first: Matrix, second: Matrix) -> Matrix | None:
-    """One matrix of both, where the second lies right behind the first; None where it does not."""
+    """Return one matrix of both, if the second lies right behind the first; otherwise None."""
     if first.data.data_ptr() + first.data.numel() != second.data.data_ptr():
         return None
     data = first.data.as_strided((first.data.numel() + second.data.numel(),), (1,))

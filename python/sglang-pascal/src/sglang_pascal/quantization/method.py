@@ -1,7 +1,7 @@
-"""SGLang's linear and embedding methods over matrices that stay quantised.
+"""SGLang's linear and embedding methods for matrices that stay quantised.
 
-A layer has one parameter `weight`: the bytes of all of its matrices, one after the other. SGLang's models load it by
-name as they load any weight; its loader takes the raw rows of the file and repacks them into place.
+A layer has one parameter `weight`: the bytes of all its matrices, one after the other. SGLang's models load it by name
+like any weight; its loader takes the file's raw rows and repacks them into place.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ if TYPE_CHECKING:
 class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang publishes no types
     """One layer's matrices. Each layer has its own method object, which holds them.
 
-    SGLang makes it with the layer, whose name not every model tells then; `bind` gives it the file's matrices later.
+    SGLang makes it with the layer, whose name some models do not report at that time; `bind` later gives it the file's
+    matrices.
     """
 
     def __init__(self) -> None:
         self.parts: list[MatrixInfo] = []
-        """In row order; none before `bind`."""
+        """In row order; empty before `bind`."""
         self._columns = 0
         self._rows: list[int] = []
         self._dtype = torch.float16
@@ -58,7 +59,7 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
         params_dtype: torch.dtype,
         **_: Any,
     ) -> None:
-        """SGLang's hook: remember the shape, and the device that torch has as its default here."""
+        """SGLang's hook: keep the shape, and torch's current default device."""
         del layer, output_size
         if input_size_per_partition != input_size:
             raise NotImplementedError("quantised GGUF models are served on one device: use --tp-size 1")
@@ -67,19 +68,19 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
 
     @property
     def device(self) -> torch.device:
-        """Where the matrices are held."""
+        """The device that holds the matrices."""
         return self._device
 
     def bind(self, layer: torch.nn.Module, parts: list[MatrixInfo], stager: Stager) -> None:
-        """Allocate for these matrices of the file, in row order, and give the layer its parameter.
+        """Allocate memory for these matrices of the file, in row order, and give the layer its parameter.
 
-        stager: brings the rows to `device`, for all layers of a model: its buffers are pinned host memory.
+        stager: copies the rows to `device`. All layers of a model share it, because its buffers are pinned host memory.
         """
         self._check_shapes(parts)
         self.parts, self._missing = parts, {part.shard_id for part in parts}
         sizes = [aligned(part.storage.n_bytes(part.rows, part.columns)) for part in parts]
         weight = torch.nn.Parameter(self._allocate(sum(sizes)), requires_grad=False)
-        weight.weight_loader = self._load  # type: ignore[attr-defined]  # where SGLang's models look for it
+        weight.weight_loader = self._load  # type: ignore[attr-defined]  # SGLang's models look for it here
         layer.register_parameter("weight", weight)
         for part, data in zip(parts, torch.split(weight.data, sizes), strict=True):
             self._matrices[part.shard_id] = _matrix(part, data)
@@ -87,7 +88,7 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
         self._stager = stager
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """SGLang's hook: every matrix must have come."""
+        """SGLang's hook: check that every matrix was loaded."""
         del layer
         if not self.parts:
             raise PluginError("--quantization gguf needs --load-format pascal_gguf and a prepared model folder")
@@ -97,19 +98,19 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
         self._stager = None
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """`[..., columns]` -> `[..., rows]` in x's type."""
+        """Multiply `[..., columns]` to `[..., rows]` in x's type."""
         del layer
         return self._multiply(x, x.dtype, bias)
 
     @property
     def is_packed(self) -> bool:
-        """Whether every matrix multiplies int8 activations: none is held as float16."""
+        """Whether every matrix multiplies int8 activations; false if one is held as float16."""
         return all(isinstance(matrix, PackedMatrix) for matrix in self._products)
 
     def apply_quantized(
         self, activations: Activations, dtype: torch.dtype, bias: torch.Tensor | None = None, *, wide: bool
     ) -> torch.Tensor:
-        """As `apply`, from wide or narrow activations of n rows that are quantised already; only where `is_packed`."""
+        """Do `apply` with n rows of activations, wide or narrow, that are already quantised; only if `is_packed`."""
         return self._products_of(Input(None, activations, wide=wide), dtype, bias)
 
     def _multiply(self, x: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:
@@ -129,7 +130,7 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
 
     @contextlib.contextmanager
     def _named(self, action: str) -> Iterator[None]:
-        """What a kernel that fails was doing: it knows shapes, not whose they are."""
+        """Add to a kernel's error what it was doing: a kernel knows shapes, not tensor names."""
         try:
             yield
         except KernelError as exc:
@@ -151,12 +152,12 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
                 )
 
     def _wanted_rows(self, part: MatrixInfo, rows: int) -> int:
-        """Rows that a matrix must have where SGLang's layer has `rows`."""
+        """Return the rows that a matrix must have if SGLang's layer has `rows`."""
         del part
         return rows
 
     def _load(self, _parameter: torch.nn.Parameter, loaded: torch.Tensor, shard_id: str | int | None = None) -> None:
-        """SGLang's models call it with the file's raw rows, uint8 `[rows, bytes per row]`."""
+        """SGLang's models call this with the file's raw rows, uint8 `[rows, bytes per row]`."""
         (part,) = (part for part in self.parts if part.shard_id == shard_id)
         assert self._stager is not None
         self._stager.load(self._matrices[shard_id], part, loaded.numpy())
@@ -164,27 +165,27 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
 
 
 class QuantizedEmbeddingMethod(QuantizedLinearMethod):
-    """The token embedding and the output head; for a tied model both are this one object."""
+    """The token embedding and the output head; a tied model uses one such object for both."""
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits in float32: float16 would round close ones to the same number."""
+        """Return logits in float32: float16 would round close ones to the same number."""
         del layer
         return self._multiply(x, torch.float32, bias)
 
     def embedding(self, layer: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        """`[n]` token ids -> `[n, columns]` in the model's type."""
+        """Look up `[n]` token ids: `[n, columns]` in the model's type."""
         del layer
         (matrix,) = self._matrices.values()
         with self._named("looking up rows of"):
             return matrix.lookup(ids, self._dtype)
 
     def _wanted_rows(self, part: MatrixInfo, rows: int) -> int:
-        """The vocabulary is padded in SGLang's models; the padding has no rows here."""
+        """Return the vocabulary's rows: SGLang's models pad it, but the padding has no rows here."""
         return min(part.rows, rows)
 
 
 def _matrix(part: MatrixInfo, data: torch.Tensor) -> Matrix:
-    """part: as it is held, in the first of `data`'s bytes."""
+    """Return a matrix in the first bytes of `data`, as `part` says that it is held."""
     data = data[: part.storage.n_bytes(part.rows, part.columns)]
     if part.storage.is_dense:
         return DenseMatrix(data.view(torch.float16).view(part.rows, part.columns))

@@ -1,9 +1,9 @@
-"""SGLang's quantisation `bitsandbytes` (NF4, double quantisation) as Pascal can run it.
+"""SGLang's quantisation `bitsandbytes` (NF4, double quantisation), changed so that Pascal can run it.
 
-SGLang 0.5.23 has faults here. It refuses the method below compute capability 7.0, though bitsandbytes has code for
-6.0, which 6.1 runs. It multiplies in bfloat16, which Pascal emulates; bitsandbytes multiplies in the type of its
-input, so activations stay as they are. And its loader names what it quantises itself `qweight`, while its layers hold
-`weight`, as checkpoints that were quantised before do: "Parameter ... qweight not found in the model".
+SGLang 0.5.23 has three faults here. It refuses the method below compute capability 7.0, though bitsandbytes has code
+for 6.0, which 6.1 can run. It multiplies in bfloat16, which Pascal emulates; bitsandbytes multiplies in the type of its
+input, so activations can stay as they are. And its loader names weights that it quantises itself `qweight`, while its
+layers use `weight`, as quantised checkpoints do: "Parameter ... qweight not found in the model".
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class PascalNf4Config(BitsAndBytesConfig):  # type: ignore[misc]  # SGLang publi
     """Gives linear layers a method that multiplies in the activations' type."""
 
     is_quantized_before = False
-    """Whether the checkpoint holds NF4; else the loader makes it of 16-bit weights."""
+    """Whether the checkpoint already holds NF4; otherwise the loader makes it from 16-bit weights."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PascalNf4Config:
@@ -35,11 +35,11 @@ class PascalNf4Config(BitsAndBytesConfig):  # type: ignore[misc]  # SGLang publi
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """6.0, the oldest that bitsandbytes' CUDA 12.6 library holds code for."""
+        """6.0, the oldest for which bitsandbytes' CUDA 12.6 library has code."""
         return 60
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """The method of a linear layer; None for any other."""
+        """Return the method of a linear layer; None for any other layer."""
         if not isinstance(layer, LinearBase):
             return None
         if is_layer_skipped_bnb(prefix, self.llm_int8_skip_modules):
@@ -60,8 +60,8 @@ class PascalNf4LinearMethod(BitsAndBytesLinearMethod):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **attributes: Any,
     ) -> None:
-        """Register the parameter under the name that the loader fills, two weights a byte."""
-        del params_dtype  # SGLang takes the weights of a byte from its width, which is right for 16 bits only
+        """Register the parameter under the name that the loader fills; a byte holds two weights."""
+        del params_dtype  # SGLang computes the weights per byte from its width, which is right only for 16 bits
         sizes = (input_size_per_partition, output_partition_sizes, input_size, output_size, torch.float16)
         super().create_weights(layer, *sizes, **attributes)
         if not self.quant_config.is_quantized_before:
@@ -76,7 +76,7 @@ class PascalNf4LinearMethod(BitsAndBytesLinearMethod):  # type: ignore[misc]
 
         weight: Any = layer.weight if self.quant_config.is_quantized_before else layer.qweight
         rows, ends = x.reshape(-1, x.size(-1)), weight.bnb_shard_offsets.tolist()
-        # Not by SGLang's operator around this, which is registered for its own CUDA platform alone.
+        # SGLang's operator around this is registered only for its own CUDA platform.
         parts = [
             matmul_4bit(rows, weight[ends[n] : ends[n + 1]].t(), state)
             for n, state in sorted(weight.bnb_quant_state.items())

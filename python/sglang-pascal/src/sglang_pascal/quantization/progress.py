@@ -1,4 +1,4 @@
-"""How far loading is: a line that is overwritten on a terminal, a line per tenth in a log."""
+"""Shows how far loading is: one line that is overwritten on a terminal, a line per tenth in a log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 BAR_WIDTH: Final = 32
 LOG_STEPS: Final = 10
-"""Lines in a log from nothing to all."""
+"""Number of lines in a log from start to end."""
 REDRAW_SECONDS: Final = 0.1
 
 
@@ -19,7 +19,7 @@ class LoadingProgress:
     """Counts bytes of the file; a context manager that ends the line on a terminal."""
 
     def __init__(self, total_bytes: int, stream: TextIO | None = None) -> None:
-        """stream: where a terminal may be; standard error when None."""
+        """stream: may be a terminal; None = standard error."""
         self._total = max(1, total_bytes)
         self._stream = sys.stderr if stream is None else stream
         self._is_terminal = self._stream.isatty()
@@ -37,7 +37,7 @@ class LoadingProgress:
             self._stream.flush()
 
     def add(self, n_bytes: int) -> None:
-        """So many more bytes are in place."""
+        """Count n_bytes more as loaded."""
         self._done += n_bytes
         if self._is_terminal:
             self._draw()
@@ -46,7 +46,7 @@ class LoadingProgress:
             logger.info("%s", self.text())
 
     def text(self) -> str:
-        """Such as `loading weights: 40 % of 4.92 GB, 1.31 GB/s`."""
+        """Return a text such as `loading weights: 40 % of 4.92 GB, 1.31 GB/s`."""
         seconds = max(time.monotonic() - self._start, 1e-9)
         share = min(100, 100 * self._done // self._total)
         return f"loading weights: {share:3d} % of {self._total / 1e9:.2f} GB, {self._done / seconds / 1e9:.2f} GB/s"

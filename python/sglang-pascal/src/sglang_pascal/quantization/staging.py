@@ -1,7 +1,7 @@
-"""Host rows -> device, in bounded chunks, repacked on arrival.
+"""Copies host rows to the device in bounded chunks and repacks them there.
 
-A chunk goes through one of two pinned buffers: while the device copies and repacks the one, the host fills the other.
-Nothing but the matrices themselves and two chunks is ever held on the device, and nothing but two chunks on the host.
+A chunk goes through one of two pinned buffers: while the device copies and repacks one, the host fills the other. The
+device holds only the matrices and two chunks; the host holds only two chunks.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from sglang_pascal.quantization.table import MatrixInfo
 
 CHUNK_BYTES: Final = 64 * 1024 * 1024
-"""Of one chunk. A quarter of it already hides the launches; more only costs memory."""
+"""Size of one chunk. A quarter of it already hides the launches; more only costs memory."""
 _N_BUFFERS: Final = 2
 
 
 class Stager:
-    """Loads matrices of one device."""
+    """Loads the matrices of one device."""
 
     def __init__(self, device: torch.device, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._device = device
@@ -54,7 +54,7 @@ class Stager:
             raise KernelError(f"repacking {info}: {exc}") from exc
 
     def _rows_per_chunk(self, row_bytes: int, info: MatrixInfo) -> int:
-        """A multiple of 32 rows, of at most the chunk's bytes in the file and as they leave the host."""
+        """Return a multiple of 32 rows whose size is at most a chunk, in the file and as sent from the host."""
         most = max(row_bytes, info.storage.n_bytes(GROUP_ROWS, info.columns) // GROUP_ROWS)
         return max(1, self._chunk_bytes // (most * GROUP_ROWS)) * GROUP_ROWS
 
@@ -83,17 +83,17 @@ def _converted(rows: NDArray[np.uint8], storage: Storage) -> NDArray[np.uint8] |
         return to_lossless(rows, storage.tensor_type)
     if storage.tensor_type == "F16":
         return rows.view(np.float16)
-    with np.errstate(over="ignore"):  # a weight beyond float16's range becomes infinite, and is seen as such
+    with np.errstate(over="ignore"):  # a weight beyond float16's range becomes infinite, which shows later
         return np.asarray(decode_blocks(rows, GGMLQuantizationType[storage.tensor_type])).astype(np.float16)
 
 
 def out_of_memory(what: str, device: torch.device) -> DeviceMemoryError:
-    """The error for an allocation that failed.
+    """Return the error for a failed allocation.
 
-    what: what was being done, as `repacking …`.
+    what: the action in progress, such as `repacking …`.
     """
     free, total = torch.cuda.mem_get_info(device)
     return DeviceMemoryError(
         f"{device} ran out of memory while {what}: {free / 2**30:.2f} of {total / 2**30:.2f} GiB are free; "
-        "stop what else uses the card, or take a smaller quantisation"
+        "stop other programs that use the card, or choose a smaller quantisation"
     )

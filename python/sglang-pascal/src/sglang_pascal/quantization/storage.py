@@ -1,7 +1,7 @@
-"""Which type a GGUF tensor is held in on the device.
+"""The type in which a GGUF tensor is held on the device.
 
-Types with kernels keep their own. Of the others, some are exactly representable in a type that has kernels; the rest
-become float16, which costs memory but no accuracy beyond float16's own: a GGUF block scale is a float16 as well.
+A type with kernels stays as it is. Some other types can be represented exactly in a type with kernels. The rest
+become float16, which costs memory but no accuracy beyond float16's own: the scales of GGUF blocks are float16 too.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 DENSE: Final = "F16"
 """Held as float16."""
 LOSSLESS: Final = {"Q5_0": "Q8_0", "IQ4_NL": "Q8_0", "Q3_K": "Q6_K"}
-"""Type -> the type with kernels that holds the same values exactly.
+"""Type -> a type with kernels that holds the same values exactly.
 
 Q5_0, IQ4_NL: a scale and integers of at most 8 bits per 32 weights. Q3_K: a scale and 6-bit scales per 16 weights of 3
 bits, where Q6_K has 8-bit scales and 6 bits.
 """
 ALIGNMENT: Final = 64
-"""Bytes that each matrix starts at a multiple of. Every type's tiles are multiples of it: quantised matrices of a layer
-leave no gap between them."""
+"""Each matrix starts at a multiple of this number of bytes. Every type's tiles are multiples of it, so the quantised
+matrices of a layer leave no gap between them."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Storage:
     """How one tensor is held."""
 
     tensor_type: str
-    """In the file."""
+    """Type in the file."""
     held: str
-    """In memory: a key of FORMATS, or DENSE."""
+    """Type in memory: a key of FORMATS, or DENSE."""
 
     @property
     def how(self) -> str:
@@ -51,12 +51,12 @@ class Storage:
         return self.held == DENSE
 
     def n_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of a matrix in memory, without the alignment of what follows."""
+        """Return the bytes of a matrix in memory, without padding to the alignment."""
         return 2 * rows * columns if self.is_dense else FORMATS[self.held].packed_bytes(rows, columns)
 
 
 def storage_of(tensor_type: GGMLQuantizationType, name: str, shape: tuple[int, ...]) -> Storage:
-    """How a tensor is held; an error for what is no weight matrix.
+    """Return how a tensor is held. Raises an error for a tensor that cannot be a weight matrix.
 
     name, shape: for the error only.
     """
@@ -75,5 +75,5 @@ def storage_of(tensor_type: GGMLQuantizationType, name: str, shape: tuple[int, .
 
 
 def aligned(n_bytes: int) -> int:
-    """Rounded up to ALIGNMENT."""
+    """Return the number rounded up to ALIGNMENT."""
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT

@@ -1,4 +1,4 @@
-"""What a GGUF file holds, under the names that SGLang's models use."""
+"""The content of a GGUF file, under the names that SGLang's models use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MERGED: Final[dict[str, tuple[tuple[str, str | int], ...]]] = {
     "qkv_proj": (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v")),
     "gate_up_proj": (("gate_proj", 0), ("up_proj", 1)),
 }
-"""Layers in which SGLang's models join several of the checkpoint's matrices: (name there, shard id), in row order."""
+"""Layers in which SGLang's models join several matrices of the checkpoint: (their names, shard ids), in row order."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class MatrixInfo:
     """One weight matrix of the file."""
 
     name: str
-    """SGLang's, without `.weight`."""
+    """SGLang's name, without `.weight`."""
     shard_id: str | int | None
-    """What SGLang's `load_weights` passes for it; None where the layer is this matrix alone."""
+    """The shard id that SGLang's `load_weights` passes; None if the layer has only this matrix."""
     storage: Storage
     rows: int
     columns: int
@@ -39,7 +39,7 @@ class MatrixInfo:
 
 
 class WeightTable:
-    """The matrices of a file. Vectors (norms, biases) are not in it: they are always loaded as floats."""
+    """The matrices of a file. It has no vectors (norms, biases): they are always loaded as floats."""
 
     def __init__(self, file: GgufFile) -> None:
         arch = architecture_of(file.metadata.get("general.architecture"))
@@ -57,7 +57,7 @@ class WeightTable:
         return name in self._matrices
 
     def parts_of(self, layer: str) -> list[MatrixInfo]:
-        """The matrices of one of SGLang's layers, in row order.
+        """Return the matrices of one of SGLang's layers, in row order.
 
         layer: its prefix, such as `model.layers.0.self_attn.qkv_proj`.
         """
@@ -76,7 +76,10 @@ class WeightTable:
 
 
 def summary(matrices: Iterable[MatrixInfo]) -> str:
-    """How many matrices are held how, for the log: `Q4_K 168, Q6_K 30, Q5_0 as Q8_0 12 (lossless), BF16 as F16 1`."""
+    """Return each way of holding and its number of matrices, for the log.
+
+    Such as `Q4_K 168, Q6_K 30, Q5_0 as Q8_0 without loss 12, BF16 as F16 1`.
+    """
     counts = Counter(matrix.storage for matrix in matrices)
     return ", ".join(f"{_held(storage)} {count}" for storage, count in counts.most_common())
 

@@ -37,7 +37,7 @@ class TestDecide:
 
     def test_the_refusal_says_how_to_ask_for_it(self):
         assert decide([TURING], {}).reason == (
-            "Tesla T4 (compute capability 7.5): SGLang's own kernels serve what is newer than Pascal; "
+            "Tesla T4 (compute capability 7.5): SGLang's own kernels serve cards newer than Pascal; "
             "name it with SGLANG_PLATFORM=pascal, or show Pascal cards only with CUDA_VISIBLE_DEVICES"
         )
 

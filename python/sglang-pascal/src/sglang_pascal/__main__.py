@@ -1,4 +1,4 @@
-"""The `sglang-pascal` command: prepares models, tests the kernels, tells what the plugin does on this machine."""
+"""The `sglang-pascal` command: prepares models, tests the kernels, shows what the plugin does on this machine."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ EXIT_CODES = """exit codes:
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("gguf", metavar="FILE.gguf", type=Path, help="the model; of a split one any part")
+    parser.add_argument("gguf", metavar="FILE.gguf", type=Path, help="the model; of a split model, any part")
     parser.add_argument("folder", metavar="OUT_DIR", type=Path, help="folder to make; no weights are copied into it")
     checksum = parser.add_mutually_exclusive_group()
     checksum.add_argument(
         "--sha256", metavar="HEX[,HEX…]", help="refuse a file with another checksum; of a split model one for each part"
     )
-    checksum.add_argument("--known-sha256", metavar="HEX", help="its checksum, computed already: not computed again")
+    checksum.add_argument("--known-sha256", metavar="HEX", help="its known checksum, which is not computed again")
     parser.add_argument("--json", action="store_true", help="print the folder's pascal.json")
 
 
@@ -54,7 +54,7 @@ def _say(line: str) -> None:
 
 
 def _progress_printer() -> Callable[[int, int], None] | None:
-    """Prints the share of the file that was hashed, on one line of a terminal; None where there is no terminal."""
+    """Return a printer of the hashed share of the file, on one line of a terminal; None without a terminal."""
     if not sys.stderr.isatty():
         return None
 
@@ -94,7 +94,7 @@ def _run_kernels(args: argparse.Namespace) -> int:
 
 def _add_selftest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable output")
-    parser.add_argument("names", metavar="NAME", nargs="*", help="only cases whose name starts so; default: all")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="only cases whose names start so; default: all")
 
 
 def _run_selftest(args: argparse.Namespace) -> int:
@@ -107,13 +107,13 @@ COMMANDS = {
     "prepare": ("make a folder that SGLang can serve from a GGUF file", _add_prepare, _run_prepare),
     "kernels": ("show what the compiler made of each kernel for Pascal, without a GPU", _add_kernels, _run_kernels),
     "selftest": ("compare every operation with its reference on the GPU at hand", _add_selftest, _run_selftest),
-    "info": ("tell what the plugin does on this machine, and why", _add_info, _run_info),
+    "info": ("show what the plugin does on this machine, and why", _add_info, _run_info),
 }
 """Name -> (help, adds the arguments, runs it and returns the exit code)."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with every command of the table."""
+    """Return the parser with every command of the table."""
     parser = argparse.ArgumentParser(
         prog="sglang-pascal",
         description=__doc__,
@@ -129,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; errors that a user can cause are one line on standard error."""
+    """Run a command; an error that a user can cause is one line on standard error."""
     args = build_parser().parse_args(argv)
     try:
         code: int = args.run(args)

@@ -1,8 +1,8 @@
 """Everything that this plugin changes in SGLang and torch, as one table.
 
-A shim is applied in `activate` (before SGLang's modules are imported: what they read at import), in `register` (after:
-functions and classes) or in `worker` (only in processes that run a model, whose modules others need not import). SGLang
-only logs a hook that fails, so each shim can tell whether it is in place; tests and `sglang-pascal info` ask.
+A shim is applied in `activate` (before SGLang's modules are imported: for what they read at import), in `register`
+(after that: functions and classes) or in `worker` (only in processes that run a model). SGLang only logs a hook that
+fails, so each shim can report whether it is in place; tests and `sglang-pascal info` check this.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ SUPPORTED_SGLANG: Final = ("0.5.23",)
 
 @dataclass(frozen=True)
 class Shim:
-    """One change: what, why, for which SGLang, and how to know that it can go."""
+    """One change: what, why, for which SGLang, and how to know that it is no longer needed."""
 
     name: str
     what: str
     why: str
     sglang: str
-    """Version that was read."""
+    """SGLang version whose code was read."""
     devices: tuple[str, ...]
     """Platforms that need it: cpu, cuda."""
     stage: Literal["activate", "register", "worker"]
     is_needed: Callable[[], bool]
-    """False = the installed SGLang or torch does without: remove the shim."""
+    """False = the installed SGLang or torch works without it: remove the shim."""
     apply: Callable[[], None]
     is_applied: Callable[[], bool]
     """Whether the change is in place in this process."""
 
 
 def check_sglang_version(found: str | None = None) -> str:
-    """The installed SGLang's version; an error when the shims were not made for it."""
+    """Return the installed SGLang's version; an error if the shims were not made for it."""
     if found is None:
         try:
             found = importlib.metadata.version("sglang")
@@ -62,18 +62,18 @@ def check_sglang_version(found: str | None = None) -> str:
 
 
 def shims_for(device: str, stage: str | None = None) -> list[Shim]:
-    """The table's rows for a device, in order; of one stage, or of both."""
+    """Return the table's rows for a device, in order; for one stage, or for all."""
     return [shim for shim in SHIMS if device in shim.devices and stage in (None, shim.stage)]
 
 
 def apply_shims(device: str, stage: str) -> None:
-    """Apply what is needed and not yet in place."""
+    """Apply the needed shims that are not yet in place."""
     for shim in shims_for(device, stage):
         if shim.is_needed() and not shim.is_applied():
             shim.apply()
 
 
-# --- variables that are read at an import ---------------------------------------------------------------------------
+# --- variables that are read at import ------------------------------------------------------------------------------
 
 _ROPE_FP32: Final = "SGLANG_ROPE_CACHE_FP32"
 _NO_DLPACK_BUILD: Final = "TVM_FFI_DISABLE_TORCH_C_DLPACK"
@@ -85,7 +85,7 @@ are what one pass of the decode product takes."""
 
 
 def _builds_dlpack_exchange() -> bool:
-    """Newer releases of torch bring what tvm_ffi would compile."""
+    """Whether tvm_ffi would compile it; newer releases of torch contain it."""
     import torch
 
     return not hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
@@ -110,7 +110,7 @@ def _lacks_guards() -> bool:
 
 
 def _add_guards() -> None:
-    """Without symbolic shapes (there is no torch.compile here) the guards are the truth of a number."""
+    """Add guards. Without symbolic shapes (there is no torch.compile here), a guard is the truth of a number."""
     module = _symbolic_shapes()
     for name in _GUARDS:
         if not hasattr(module, name):
@@ -125,30 +125,30 @@ def _has_guards() -> bool:
 
 
 class HostTritonDriver:
-    """Stands for a Triton driver where there is no GPU: modules with Triton kernels import, none is ever launched."""
+    """A Triton driver for hosts without a GPU: modules with Triton kernels can be imported; none is ever launched."""
 
     def is_active(self) -> bool:
-        """It is, for the asking."""
+        """Always report itself as active."""
         return True
 
     def get_current_target(self) -> Any:
-        """A target that no kernel is compiled for."""
+        """Return a target for which no kernel is compiled."""
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cpu", 0, 32)
 
     def get_current_device(self) -> int:
-        """The only one."""
+        """Return the only device."""
         return 0
 
     def get_active_torch_device(self) -> Any:
-        """Where tensors live."""
+        """Return the device that holds tensors."""
         import torch
 
         return torch.device("cpu")
 
     def get_benchmarker(self) -> Callable[..., float]:
-        """Nothing is timed."""
+        """Return a benchmarker that times nothing."""
         return lambda *_args, **_kwargs: 0.0
 
 
@@ -167,7 +167,7 @@ def _triton_has_no_driver() -> bool:
 
 def _is_host_triton_driver() -> bool:
     driver = _triton_driver()
-    # Newer Tritons make the driver when `active` is first read, and raise where no GPU is visible.
+    # Newer Tritons make the driver when `active` is first read, and raise if no GPU is visible.
     return isinstance(driver._active if hasattr(driver, "_active") else driver.active, HostTritonDriver)
 
 
@@ -177,7 +177,7 @@ _COMMON: Final = "sglang.srt.utils.common"
 
 
 def is_not_cuda() -> bool:
-    """Stands for SGLang's `is_cuda`, which is asked where "has sgl-kernel and flashinfer" is meant."""
+    """Replace SGLang's `is_cuda`, which is called to ask for sgl-kernel and flashinfer."""
     return False
 
 
@@ -185,13 +185,13 @@ is_not_cuda.cache_clear = lambda: None  # type: ignore[attr-defined]  # the orig
 
 
 class _IsCudaFinder(importlib.abc.MetaPathFinder):
-    """Waits in sys.meta_path until `common` is complete, replaces its `is_cuda`, and goes.
+    """Waits in sys.meta_path until `common` is complete, replaces its `is_cuda`, and removes itself.
 
-    `activate` runs in the middle of `common`'s own import; the modules that ask at their import come right after.
+    `activate` runs in the middle of `common`'s own import; the modules that call it at import come right after.
     """
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> None:
-        """Never finds a module; each import is a chance to look."""
+        """Never find a module; each import is a chance to look."""
         del fullname, path, target
         common = sys.modules.get(_COMMON)
         if common is None or not hasattr(common, "is_cuda") or getattr(common.__spec__, "_initializing", False):
@@ -201,7 +201,7 @@ class _IsCudaFinder(importlib.abc.MetaPathFinder):
 
 
 def replace_everywhere(original: object, replacement: object) -> int:
-    """Put the replacement wherever a loaded module holds the original by name; how many places that were."""
+    """Put the replacement into every loaded module that holds the original by name; return the number of places."""
     count = 0
     for module in list(sys.modules.values()):
         for name, value in list(getattr(module, "__dict__", {}).items()):
@@ -236,7 +236,7 @@ _VERIFY_LOAD_FORMAT: Final = "sglang.srt.configs.load_config.LoadConfig._verify_
 
 
 def use_float16(*, model_config: Any) -> None:
-    """Stands for SGLang's guard: float16 below compute capability 8.0, as there, but no refusal below 7.5."""
+    """Replace SGLang's guard: float16 below compute capability 8.0, as there, but no refusal below 7.5."""
     import torch
     from sglang.srt.runtime_context import get_context
 
@@ -246,7 +246,7 @@ def use_float16(*, model_config: Any) -> None:
 
 
 def verify_load_format(original: Callable[[Any], None], config: Any) -> None:
-    """Around `LoadConfig._verify_load_format`: the format becomes our loader class, which SGLang's factory calls."""
+    """Wrap `LoadConfig._verify_load_format`: the format becomes our loader class, which SGLang's factory calls."""
     from sglang_pascal.checkpoint.loader import LOAD_FORMAT, PascalGgufLoader
 
     if config.load_format == LOAD_FORMAT:
@@ -256,14 +256,14 @@ def verify_load_format(original: Callable[[Any], None], config: Any) -> None:
 
 
 def softcap_logits(logits: Any, cap: float | None, output: Any = None) -> Any:
-    """Stands for SGLang's Triton kernel: cap x tanh(logits / cap), in place or into a float32 output."""
+    """Replace SGLang's Triton kernel: cap x tanh(logits / cap), in place or into a float32 output."""
     if output is not None:
         logits = output.copy_(logits)
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def temporary_load_path(original: Callable[[str], str], ipc_name: str) -> str:
-    """Around SGLang's `shm_path_for`: the same file name in the folder of temporary files, the same for all workers."""
+    """Wrap SGLang's `shm_path_for`: the same file name in the folder of temporary files, the same for all workers."""
     return str(Path(tempfile.gettempdir(), Path(original(ipc_name)).name))
 
 
@@ -274,7 +274,7 @@ def _hook(target: str, function: Callable[..., Any], kind: str) -> None:
 
 
 def _hook_at_once(*hooks: tuple[str, Callable[..., Any], str]) -> None:
-    """As `_hook`, in the stage `worker`: SGLang has applied those of the stage before already."""
+    """Hook in the stage `worker`, when SGLang has already applied the hooks of the stage before."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     for hook in hooks:
@@ -283,12 +283,12 @@ def _hook_at_once(*hooks: tuple[str, Callable[..., Any], str]) -> None:
 
 
 def _is_hooked(*targets: str) -> bool:
-    """Whether SGLang's registry has wrapped each function; asking imports nothing."""
+    """Whether SGLang's registry has wrapped each function; this imports nothing."""
     return all(hasattr(_loaded(target), "__wrapped__") for target in targets)
 
 
 def _loaded(target: str) -> Any:
-    """What `_hook` means by a target, in the longest module of its name that is imported; None where nothing is."""
+    """Return the object of a `_hook` target, in the longest imported module of its name; None if none is imported."""
     names = target.split(".")
     for n in range(len(names) - 1, 0, -1):
         value: Any = sys.modules.get(".".join(names[:n]))
@@ -300,7 +300,7 @@ def _loaded(target: str) -> Any:
 
 
 _ATTENTION_BACKENDS: Final = ("pascal", "pascal_kernels", "pascal_torch")
-"""Ours by device; our kernels, on a CPU by their reference; plain torch, on any device."""
+"""One that chooses by device; our kernels, on a CPU by their reference; plain torch, on any device."""
 
 
 def _register_attention() -> None:
@@ -349,10 +349,10 @@ _HANDLE_REQUEST: Final = "sglang.srt.entrypoints.openai.serving_base.OpenAIServi
 
 @functools.cache
 def _wrap_server() -> None:
-    """Once, for all rows of the table that need it."""
+    """Wrap the server once, for all rows of the table that need it."""
     from sglang_pascal import draining, openai_api, streams
 
-    # One hook for all: SGLang warns of several around one function.
+    # One hook for all: SGLang warns about several hooks around one function.
     inner = functools.partial(streams.add_to_server, draining.add_to_server)
     _hook(_RUN_SERVER, functools.partial(openai_api.add_to_server, inner), "AROUND")
 
@@ -410,7 +410,7 @@ _FORMS: Final = {
     ),
     "sglang.kernels.ops.memory.common.get_last_loc_triton": ("sglang.srt.mem_cache.allocation", "get_last_loc_torch"),
 }
-"""Launcher -> module and name of SGLang's own other form of it."""
+"""Launcher -> module and name of SGLang's own other form."""
 _SAMPLE: Final = "sglang.srt.layers.sampler.top_k_top_p_min_p_sampling_from_probs_torch"
 _DYNAMO: Final = "TORCHDYNAMO_DISABLE"
 
@@ -460,7 +460,7 @@ def _variable(
     value: str = "1",
     is_needed: Callable[[], bool] = _always,
 ) -> Shim:
-    """A variable that SGLang or a library reads: this value, unless the user chose."""
+    """Return the shim for a variable that SGLang or a library reads: this value, unless the user set it."""
     return Shim(
         name=name,
         what=f"{variable}={value}, unless it is set",
@@ -520,7 +520,7 @@ SHIMS: Final = (
     Shim(
         name="is_cuda",
         what="sglang.srt.utils.common.is_cuda, and every copy of it, returns False",
-        why="where it is True, SGLang imports sgl_kernel and flashinfer, which have no code for Pascal",
+        why="if it is True, SGLang imports sgl_kernel and flashinfer, which have no code for Pascal",
         sglang="0.5.23",
         devices=("cuda",),
         stage="activate",
@@ -575,7 +575,7 @@ SHIMS: Final = (
     Shim(
         name="no file left in /dev/shm",
         what=f"{_LOAD_PATH} names a file in the folder of temporary files (TMPDIR)",
-        why="SGLang ends its workers with SIGKILL, and nobody removes the file in which they tell their load",
+        why="SGLang ends its workers with SIGKILL, and nothing removes the file in which they report their load",
         sglang="0.5.23",
         devices=("cpu", "cuda"),
         stage="register",
@@ -586,7 +586,7 @@ SHIMS: Final = (
     Shim(
         name="refusal while draining",
         what=f"{_RUN_SERVER} wraps its application: 503 for new work once SIGTERM came",
-        why="SGLang goes on accepting requests while it waits for the last one to end: under load it never ends",
+        why="SGLang continues to accept requests while it waits for the last one to end: under load it never ends",
         sglang="0.5.23",
         devices=("cpu", "cuda"),
         stage="register",
@@ -596,7 +596,7 @@ SHIMS: Final = (
     ),
     Shim(
         name="OpenAI's errors",
-        what=f"the same wrapper gives errors OpenAI's shape; {_HANDLE_REQUEST} looks at model and top_p first",
+        what=f"the same wrapper gives errors OpenAI's shape; {_HANDLE_REQUEST} checks model and top_p first",
         why="clients of OpenAI read `error.message`; SGLang has other shapes, and answers for any name of a model",
         sglang="0.5.23",
         devices=("cpu", "cuda"),
@@ -607,8 +607,8 @@ SHIMS: Final = (
     ),
     Shim(
         name="status of refused streams",
-        what="the same wrapper gives a stream whose first event is an error the error's status",
-        why="SGLang tells a streamed request that its queue is full by status 200, which no router tries elsewhere",
+        what="if a stream's first event is an error, the same wrapper answers with the error's status",
+        why="SGLang reports a full queue to a streamed request with status 200, so no router tries another server",
         sglang="0.5.23",
         devices=("cpu", "cuda"),
         stage="register",

@@ -1,6 +1,6 @@
-"""Which NVIDIA devices this process may use, and whether the plugin is to serve them.
+"""Which NVIDIA devices this process may use, and whether the plugin serves them.
 
-Asked of the CUDA driver by ctypes: it applies CUDA_VISIBLE_DEVICES and the device order itself, makes no context,
+The CUDA driver is asked by ctypes: it applies CUDA_VISIBLE_DEVICES and the device order itself, makes no context,
 takes no VRAM, and needs no torch.
 """
 
@@ -35,7 +35,7 @@ class Device:
     """One visible NVIDIA device."""
 
     index: int
-    """As this process sees it."""
+    """Index in this process."""
     name: str
     compute_capability: tuple[int, int]
 
@@ -54,15 +54,15 @@ class Decision:
     """Whether the plugin serves, on what, and why."""
 
     device: Literal["cpu", "cuda"] | None
-    """None = the plugin stays out of the way."""
+    """None = the plugin does nothing."""
     reason: str
 
 
 def decide(devices: list[Device], environment: Mapping[str, str], torch_hip: str | None = None) -> Decision:
-    """What to do with these devices.
+    """Decide what to do with these devices.
 
     environment: SGLANG_PLATFORM=pascal asks for the plugin on any device; SGLANG_USE_CPU_ENGINE=1 asks for SGLang's own
-    CPU engine. torch_hip: `torch.version.hip`, set where torch was built for AMD.
+    CPU engine. torch_hip: `torch.version.hip`, set if torch was built for AMD.
     """
     is_named = environment.get("SGLANG_PLATFORM") == PLUGIN_NAME
     seen = ", ".join(str(device) for device in devices)
@@ -73,7 +73,7 @@ def decide(devices: list[Device], environment: Mapping[str, str], torch_hip: str
     if devices:
         return Decision(
             None,
-            f"{seen}: SGLang's own kernels serve what is newer than Pascal; "
+            f"{seen}: SGLang's own kernels serve cards newer than Pascal; "
             "name it with SGLANG_PLATFORM=pascal, or show Pascal cards only with CUDA_VISIBLE_DEVICES",
         )
     if is_named:
@@ -86,7 +86,7 @@ def decide(devices: list[Device], environment: Mapping[str, str], torch_hip: str
 
 
 def visible_devices() -> list[Device]:
-    """The devices that the CUDA driver shows this process; none without a driver, or with no visible device."""
+    """Return the devices that the CUDA driver shows this process; none without a driver or visible device."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return []
     try:
@@ -113,7 +113,7 @@ def _device(driver: ctypes.CDLL, index: int) -> Device:
 
 
 def _check(code: int, action: str) -> None:
-    """A driver that is there but fails is an error: to go on without the GPU would hide it."""
+    """Raise if the driver is there but fails: to continue without the GPU would hide the fault."""
     if code:
         raise PluginError(
             f"failed to {action} the CUDA driver: error {code}; "

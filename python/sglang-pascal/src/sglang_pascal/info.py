@@ -15,7 +15,7 @@ from sglang_pascal.errors import PluginError
 
 
 def collect() -> dict[str, Any]:
-    """Everything that `info` prints, as plain values."""
+    """Return everything that `info` prints, as plain values."""
     import torch
 
     devices = visible_devices()
@@ -36,9 +36,9 @@ def collect() -> dict[str, Any]:
 
 
 def describe_kernels(devices: list[Device]) -> str:
-    """Which machine code the first of these devices would run, and whether it is there.
+    """Return which machine code the first of these devices would run, and whether it exists.
 
-    devices: those that are served; none on a CPU.
+    devices: the devices to serve on; none on a CPU.
     """
     from sglang_pascal.kernels.build import MODULES, check_toolchain, missing
     from sglang_pascal.kernels.driver import target_of
@@ -59,7 +59,7 @@ def describe_kernels(devices: list[Device]) -> str:
 
 
 def print_info(*, as_json: bool) -> int:
-    """Print it; exit code 0 when SGLang's version is one that is supported."""
+    """Print it; return exit code 0 if SGLang's version is supported."""
     facts = collect()
     sys.stdout.write(json.dumps(facts, indent=2) + "\n" if as_json else _as_text(facts))
     return 0 if facts["sglang"] in SUPPORTED_SGLANG else 8

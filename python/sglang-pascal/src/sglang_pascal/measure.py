@@ -1,8 +1,8 @@
-"""What the kernels reach on the GPU at hand: bandwidth, instruction rates, products and attention, as plain values.
+"""What the kernels reach on this machine's GPU: bandwidth, instruction rates, products and attention, as plain values.
 
-Each time is the median of several replays of a CUDA graph of many launches, so that the host's launches do not count.
-Weights are rotated through copies that together exceed the L2 cache several times ("cold", as in a model), unless
-`copies` is 1 ("hot", as other projects' tests do it).
+Each time is the median of several replays of a CUDA graph with many launches, so launches by the host do not count.
+Weights rotate through copies that together exceed the L2 cache several times ("cold", as in a model), unless `copies`
+is 1 ("hot", as in other projects' tests).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 REPLAYS: Final = 7
 MOST_US: Final = 1e6
-"""Of the replays of one measurement together, if one round is not longer: what is slow needs no repetition."""
+"""Most time for all replays of one measurement, unless one round takes longer: slow work needs no repetition."""
 _COLD_FACTOR: Final = 4
-"""Cold copies of a weight are this many times the L2 cache together."""
+"""Cold copies of a weight together have this many times the size of the L2 cache."""
 _PROBE_THREADS: Final = 1024
 _PROBE_INSTRUCTIONS: Final = 256 * 16
-"""Of a thread: ITERATIONS x UNROLL of probe.cu."""
+"""Instructions of a thread: ITERATIONS x UNROLL in probe.cu."""
 PROBES: Final = ("ffma", "dp4a", "integer_to_float", "half_to_float", "shuffle", "shared_broadcast")
 SHAPES: Final = {
     "Qwen3-4B qkv": ("Q4_K", 6144, 2560),
@@ -71,9 +71,9 @@ class Product:
     hot_us: float
     """Quantising x and the product, the same weights each time."""
     torch_us: float
-    """Torch: the weights dequantised to float16 before, the product alone; cold."""
+    """torch with weights dequantised to float16 beforehand, the product alone; cold."""
     torch_dequantize_us: float
-    """Dequantising the weights, which torch needs before each product if they stay quantised."""
+    """Dequantising the weights, which torch must do before each product if they stay quantised."""
     weight_bytes: int
 
     @property
@@ -83,9 +83,9 @@ class Product:
 
 
 def median_us(functions: list[Callable[[], object]], rounds: int = 1) -> float:
-    """Median time of one call, in microseconds; the functions take turns in a CUDA graph.
+    """Return the median time of one call, in microseconds; the functions take turns in a CUDA graph.
 
-    rounds: turns of all functions in one graph; fewer where they would take longer than MOST_US.
+    rounds: turns of all functions in one graph; fewer if they would take longer than MOST_US.
     """
 
     def take_turns() -> None:
@@ -104,7 +104,7 @@ def median_us(functions: list[Callable[[], object]], rounds: int = 1) -> float:
 
 
 def _elapsed_us(work: Callable[[], object]) -> float:
-    """Time on the device of what `work` starts."""
+    """Return the device time of the work that `work` starts."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()  # type: ignore[no-untyped-call]
     work()
@@ -119,7 +119,7 @@ def _copies(n_bytes: int, device: torch.device) -> int:
 
 
 def _random_weight(tensor_type: str, rows: int, columns: int, device: torch.device) -> PackedWeight:
-    """Any bytes: the time of a product does not depend on them (a NaN is as fast as a number)."""
+    """Return random bytes: a product's time does not depend on them (a NaN is as fast as a number)."""
     weight = allocate_packed(tensor_type, rows, columns, device)
     weight.data.random_(0, 100)
     return weight
@@ -165,9 +165,9 @@ class Attention:
     length: int
     ours_us: float
     torch_us: float
-    """scaled_dot_product_attention over keys and values that lie ready in float16: without paging and widening."""
+    """scaled_dot_product_attention over ready float16 keys and values: without paging and widening."""
     kv_bytes: int
-    """What a decode step must read."""
+    """Bytes that a decode step must read."""
 
 
 def attention(phase: str, kv_type: str, n: int, length: int, device: torch.device) -> Attention:
@@ -202,7 +202,7 @@ def attention(phase: str, kv_type: str, n: int, length: int, device: torch.devic
 
 
 def stream_bandwidth(device: torch.device, n_bytes: int = 1 << 30) -> float:
-    """Bytes per second of reading memory once."""
+    """Return the bytes per second of reading memory once."""
     data = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
     sink = torch.zeros(1, dtype=torch.int32, device=device)
     kernel = driver.kernel("probe", "probe_stream", 256, "PPQ", device.index or 0)
@@ -212,7 +212,7 @@ def stream_bandwidth(device: torch.device, n_bytes: int = 1 << 30) -> float:
 
 
 def instructions_per_clock(probe: str, device: torch.device) -> float:
-    """Lanes per clock and multiprocessor of one of PROBES."""
+    """Return lane instructions per clock and multiprocessor of one of PROBES."""
     count = driver.multiprocessors(device.index or 0)
     clocks, sink = (torch.zeros(count, dtype=torch.int32, device=device) for _ in range(2))
     kernel = driver.kernel("probe", f"probe_{probe}", _PROBE_THREADS, "PP", device.index or 0)

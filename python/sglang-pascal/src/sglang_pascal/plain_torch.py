@@ -1,7 +1,7 @@
-"""What SGLang launches as Triton kernels on any CUDA tensor, whatever the platform says of Triton, in plain torch.
+"""Plain torch in place of Triton kernels that SGLang launches on any CUDA tensor, though the platform has no Triton.
 
-Triton's compiler is made for compute capability 7.0 and newer, and builds its launchers with a C compiler that a server
-need not have. Each function has the arguments and the result of SGLang's own; `compat` puts it in its place.
+Triton's compiler needs compute capability 7.0 or newer, and builds its launchers with a C compiler that servers may
+not have. Each function has the arguments and the result of SGLang's own; `compat` puts it in its place.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _BITS: Final = 32
 
 
 def try_small_copy(dsts: list[torch.Tensor], srcs: list[torch.Tensor]) -> bool:
-    """Never in one launch: SGLang then copies the inputs of a recorded step by `torch._foreach_copy_`."""
+    """Never copy in one launch: SGLang then copies the inputs of a recorded step by `torch._foreach_copy_`."""
     del dsts, srcs
     return False
 
 
 def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, indices: Any = None) -> None:
-    """Logits `[n, vocabulary]` of tokens that a grammar forbids become -inf, in place.
+    """Set logits `[n, vocabulary]` of tokens that a grammar forbids to -inf, in place.
 
-    bitmask: int32 `[n, words]`, one bit a token, 1 = allowed; logits beyond its end stay. indices: the rows to change;
+    bitmask: int32 `[n, words]`, one bit per token, 1 = allowed; logits beyond its end stay. indices: rows to change;
     None = all.
     """
     logits, bitmask = logits.view(-1, logits.shape[-1]), bitmask.view(-1, bitmask.shape[-1])
@@ -41,13 +41,13 @@ def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, indices: An
 
 
 def free_swa_pages(self: Any, full_page_representatives: torch.Tensor) -> torch.Tensor:
-    """`SWATokenToKVPoolAllocator`: as SGLang does it on any other device."""
+    """`SWATokenToKVPoolAllocator`'s method, as SGLang does it on any other device."""
     pages: torch.Tensor = self._free_swa_pages_none_cuda(full_page_representatives)
     return pages
 
 
 def row_logsumexp(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per row of x `[n, columns]`, float32: the largest value, and logsumexp less it."""
+    """Return per row of x `[n, columns]`, float32: the largest value, and logsumexp minus it."""
     if not x.shape[1]:
         return x.new_full((len(x),), -torch.inf, dtype=torch.float32), x.new_zeros(len(x), dtype=torch.float32)
     values = x.float()
@@ -57,7 +57,7 @@ def row_logsumexp(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def row_logsumexp_topk(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `row_logsumexp`, and the k largest values as float32 and their columns, largest first."""
+    """Return `row_logsumexp`, and the k largest values as float32 and their columns, largest first."""
     values, columns = x.float().topk(k, dim=-1)
     return *row_logsumexp(x), values, columns
 

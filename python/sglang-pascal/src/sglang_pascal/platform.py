@@ -1,7 +1,7 @@
-"""The platform classes that SGLang works with: the same plugin on a CPU and on a CUDA device.
+"""The platform classes that SGLang uses: the same plugin on a CPU and on a CUDA device.
 
-Both run every fused operation by its plain torch form unless a kernel was registered for it, allocate with torch code
-instead of Triton, and know no speculation, no MLA and no Mamba: dense text models.
+Both run a fused operation as plain torch unless a kernel is registered for it, allocate memory with torch code instead
+of Triton, and support no speculation, no MLA and no Mamba: dense text models only.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Architecture:
     name: str
     model_type: str
     model_class: str
-    """Value of `architectures` in config.json: what SGLang looks up."""
+    """Value of `architectures` in config.json, which SGLang looks up."""
     layer_tensors: dict[str, str] = field(repr=False)
     """GGUF name inside `blk.N.` -> Hugging Face name inside `model.layers.N.`"""
     permuted: frozenset[str] = frozenset()
@@ -54,7 +54,7 @@ class Architecture:
     """What the converter added to every norm weight."""
 
     def hf_name(self, gguf_name: str) -> str | None:
-        """Hugging Face name of a tensor; None for one that is configuration, not a weight."""
+        """Return a tensor's Hugging Face name; None for a tensor that is configuration, not a weight."""
         if gguf_name == ROPE_FACTORS:
             return None
         if match := _LAYER_TENSOR.fullmatch(gguf_name):
@@ -88,11 +88,11 @@ ARCHITECTURES: Final = {
         Architecture("gemma3", "gemma3_text", "Gemma3ForCausalLM", _SANDWICH_NORM | _QK_NORM, norm_offset=1.0),
     )
 }
-"""By `general.architecture`. Mistral files call themselves `llama`."""
+"""By `general.architecture`. Mistral files name their architecture `llama`."""
 
 
 def architecture_of(name: object) -> Architecture:
-    """The architecture of that name; an error that lists the supported ones for any other."""
+    """Return the architecture of that name. For any other name, the error lists the supported ones."""
     if isinstance(name, str) and name in ARCHITECTURES:
         return ARCHITECTURES[name]
     supported = ", ".join(ARCHITECTURES)

@@ -1,7 +1,7 @@
-"""The chat templates of a GGUF file as the engine reads them, each rendered once before anything is served with it.
+"""The chat templates of a GGUF file as the engine reads them. Each is rendered once before it is used.
 
-A template is a program out of the file: one that never ends would take the engine's process with the first request.
-It is tried in a child with a limit of time and memory, which is `python -m sglang_pascal.checkpoint.chat_template`.
+A template is a program in the file: one that never ends would block the engine with the first request. It is tried in
+a child with limits of time and memory: `python -m sglang_pascal.checkpoint.chat_template`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CPU_SECONDS: Final = 10
-"""Processor time for the trial; importing the renderer takes 1 to 3 s of it, a template some milliseconds."""
+"""Processor time for the trial; importing the renderer takes 1 to 3 s of it, a template a few milliseconds."""
 WALL_SECONDS: Final = 120.0
-"""The same by the clock, for a machine that is busy."""
+"""The limit in wall-clock time, for a busy machine."""
 MEMORY_BYTES: Final = 4 * 2**30
 """Address space of the trial."""
 FURTHER_FOLDER: Final = "additional_chat_templates"
-"""Where transformers looks for named templates beside chat_template.jinja."""
+"""Folder in which transformers looks for named templates, beside chat_template.jinja."""
 TOOL_USE: Final = "tool_use"
 NO_TEMPLATE: Final = (
     "this model has no chat template: send a prompt to the endpoint v1/completions, "
@@ -37,7 +37,7 @@ NO_PLAIN_TEMPLATE: Final = (
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _UNCOMPILED: Final = 4
 _TOO_LARGE: Final = 5
-"""Exit codes of the child: for a template that is no program, and for one that wants more memory."""
+"""Exit codes of the child: for a template that is not a program, and for one that needs more memory."""
 
 
 def has_template(metadata: dict[str, Any]) -> bool:
@@ -46,10 +46,10 @@ def has_template(metadata: dict[str, Any]) -> bool:
 
 
 def chat_templates(metadata: dict[str, Any]) -> dict[str, str]:
-    """Path inside the prepared folder -> template.
+    """Return path inside the prepared folder -> template.
 
-    SGLang takes one template of several, whatever a request holds: `tool_use` is joined with the default into one that
-    looks for tools itself. A model without a template gets one that says what to do instead.
+    SGLang takes one template of several, whatever a request contains, so `tool_use` is joined with the default into one
+    that looks for tools itself. A model without a template gets one that says what to do instead.
     """
     named = _named(metadata)
     default, tool_use = named.pop("default", None), named.pop(TOOL_USE, None)
@@ -61,7 +61,7 @@ def chat_templates(metadata: dict[str, Any]) -> dict[str, str]:
 
 
 def write_chat_templates(metadata: dict[str, Any], folder: Path) -> None:
-    """Write the templates into a folder; CheckpointError for one that is no program or does not end."""
+    """Write the templates to a folder. Raises CheckpointError for one that is not a program or does not end."""
     templates = chat_templates(metadata)
     if has_template(metadata):
         try_templates(templates)
@@ -71,7 +71,7 @@ def write_chat_templates(metadata: dict[str, Any], folder: Path) -> None:
 
 
 def try_templates(templates: dict[str, str]) -> None:
-    """Render each once, with and without tools, in a child that is killed where it takes too long."""
+    """Render each once, with and without tools, in a child that is killed if it takes too long."""
     command = [sys.executable, "-m", "sglang_pascal.checkpoint.chat_template"]
     try:
         trial = subprocess.run(
@@ -96,7 +96,7 @@ def _endless() -> CheckpointError:
 
 
 def _named(metadata: dict[str, Any]) -> dict[str, str]:
-    """Name -> template; the one without a name is `default`."""
+    """Return name -> template; the one without a name is `default`."""
     named = {}
     for key, template in metadata.items():
         name = "default" if key == "tokenizer.chat_template" else key.removeprefix(TEMPLATE_PREFIX)
@@ -109,7 +109,7 @@ def _named(metadata: dict[str, Any]) -> dict[str, str]:
 
 
 def _body(template: str) -> str:
-    """Jinja leaves out the newline at a template's end; inside of another it would not."""
+    """Return the template without a newline at its end: Jinja drops it there, but not inside another template."""
     return template.removesuffix("\n")
 
 
@@ -118,7 +118,7 @@ def _raising(message: str) -> str:
 
 
 def _trial(templates: dict[str, str]) -> int:
-    """What the child does: exit code 0 for templates that end, whether they like the message or not."""
+    """Run in the child: return 0 if the templates end, even if they reject the message."""
     import resource
 
     import jinja2
@@ -140,7 +140,7 @@ def _trial(templates: dict[str, str]) -> int:
                 return _UNCOMPILED
             except MemoryError:
                 return _TOO_LARGE
-            except Exception:  # noqa: S112 - it may want other messages: the engine says so to who sends them
+            except Exception:  # noqa: S112 - it may need other messages: the engine reports that to the client
                 continue
     return 0
 

@@ -1,7 +1,7 @@
-"""Watches a model while it is loaded: every parameter must get weights, and of a fused layer every shard.
+"""Watches a model while it is loaded: every parameter must get weights, and a fused layer every shard.
 
-SGLang fills what a checkpoint names and leaves the rest as the memory was: a model that lacks a tensor would be
-healthy and talk nonsense.
+SGLang fills what a checkpoint names and leaves the rest of the memory as it was: a model that lacks a tensor would look
+healthy and generate nonsense.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     import torch
 
 _ALL: Final = "all"
-"""Stands for a parameter that is filled at once."""
+"""Shard id of a parameter that is filled at once."""
 _LOADER: Final = "weight_loader"
-"""Attribute of a parameter by which SGLang's models fill it."""
+"""Attribute of a parameter with which SGLang's models fill it."""
 
 
 class Completeness:
-    """Notes what is loaded into a model's parameters from its construction on."""
+    """Records what is loaded into a model's parameters after its construction."""
 
     def __init__(self, model: torch.nn.Module, default_loader: Callable[..., Any]) -> None:
-        """default_loader: what the model fills a parameter with that has no loader of its own."""
+        """default_loader: fills a parameter that has no loader of its own."""
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._missing: dict[str, set[str | int]] = {name: _shards(name) for name in self._names.values()}
         for parameter in model.parameters():
             setattr(parameter, _LOADER, self._noting(getattr(parameter, _LOADER, default_loader)))
 
     def require(self) -> None:
-        """Raise CheckpointError for parameters that nothing was loaded into."""
+        """Raise CheckpointError for parameters into which nothing was loaded."""
         missing = [_described(name, shards) for name, shards in self._missing.items() if shards]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -54,7 +54,7 @@ class Completeness:
 
 
 def _shards(parameter: str) -> set[str | int]:
-    """What must be loaded into a parameter of this name."""
+    """Return the shards that must be loaded into a parameter of this name."""
     layer = parameter.rpartition(".")[0].rpartition(".")[2]
     return {shard for _, shard in MERGED[layer]} if layer in MERGED else {_ALL}
 

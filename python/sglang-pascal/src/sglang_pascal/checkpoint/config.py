@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from sglang_pascal.checkpoint.gguf_file import GgufFile
 
 END_OF_TURN_TOKENS: Final = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eom_id|>")
-"""Tokens that end a chat turn by their text; llama.cpp treats the same ones as end of generation."""
+"""Texts of tokens that end a chat turn; llama.cpp treats the same ones as end of generation."""
 LLAMA3_LOW_FREQ_FACTOR: Final = 1.0
 LLAMA3_HIGH_FREQ_FACTOR: Final = 4.0
 LLAMA3_ORIGINAL_CONTEXT: Final = 8192
 """The same in every Llama 3.1, 3.2 and 3.3 (Meta's config.json); only `factor` differs, 8 or 32."""
 _ROPE_FACTOR_TOLERANCE: Final = 1e-3
 GEMMA_27B_LAYERS: Final = {"gemma2": 46, "gemma3": 62}
-"""The 27B models scale queries by hidden_size / heads, all others by head_dim; known by their layer count."""
+"""The 27B models scale queries by hidden_size / heads, all others by head_dim; recognised by their layer count."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class _Metadata:
         return value
 
     def require_one(self, key: str) -> int:
-        """A number that may be given once for each layer."""
+        """Return a number that may be given once for each layer."""
         number = one_for_all(self.require(key))
         if number is None:
             raise CheckpointError(
@@ -61,12 +61,12 @@ class _Metadata:
 
 
 def shortest_float(value: float) -> float:
-    """The decimal that a 32-bit float was made from: 9.999999747378752e-06 was 1e-05."""
+    """Return the decimal from which a 32-bit float was made: 9.999999747378752e-06 was 1e-05."""
     return float(str(np.float32(value)))
 
 
 def model_config(file: GgufFile) -> dict[str, Any]:
-    """Contents of config.json."""
+    """Return the contents of config.json."""
     arch = architecture_of(file.metadata.get("general.architecture"))
     meta = _Metadata(file.metadata, arch.name)
     config = _common_config(file, arch, meta)
@@ -78,7 +78,7 @@ def model_config(file: GgufFile) -> dict[str, Any]:
 
 
 def generation_config(file: GgufFile) -> dict[str, Any]:
-    """Contents of generation_config.json: the ids that start and end a text or a turn."""
+    """Return the contents of generation_config.json: the ids that start and end a text or a turn."""
     metadata = file.metadata
     config: dict[str, Any] = {"eos_token_id": end_token_ids(metadata)}
     for name, key in (("bos_token_id", "bos"), ("pad_token_id", "padding")):
@@ -88,7 +88,7 @@ def generation_config(file: GgufFile) -> dict[str, Any]:
 
 
 def end_token_ids(metadata: dict[str, Any]) -> list[int]:
-    """Ids that end a generation: those of the keys, and the known end-of-turn texts; lowest first."""
+    """Return the ids that end a generation, lowest first: those in the keys, and those of known end-of-turn texts."""
     tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
     by_text = {token: index for index, token in enumerate(tokens)}
     return sorted(set(end_ids(metadata)) | {by_text[text] for text in END_OF_TURN_TOKENS if text in by_text})
@@ -169,7 +169,7 @@ def _gemma3_config(meta: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope_parameters(file: GgufFile, meta: _Metadata) -> dict[str, Any]:
-    """Base and scaling of the rotary embedding, in transformers' terms."""
+    """Return base and scaling of the rotary embedding, in transformers' terms."""
     theta = shortest_float(meta.get("rope.freq_base", DEFAULT_BASE))
     if ROPE_FACTORS in file.tensors:
         factors = file.rows(ROPE_FACTORS).view(np.float32).reshape(-1)
@@ -181,7 +181,7 @@ def _rope_parameters(file: GgufFile, meta: _Metadata) -> dict[str, Any]:
 
 
 def llama3_factors(head_dim: int, theta: float, factor: float) -> NDArray[np.float32]:
-    """The `rope_freqs` tensor of a Llama 3.x model, by the rule of transformers' `rope_type` "llama3"."""
+    """Return the `rope_freqs` tensor of a Llama 3.x model, by the rule of transformers' `rope_type` "llama3"."""
     frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     wavelengths = 2 * np.pi / frequencies
     low = LLAMA3_ORIGINAL_CONTEXT / LLAMA3_LOW_FREQ_FACTOR
@@ -194,7 +194,7 @@ def llama3_factors(head_dim: int, theta: float, factor: float) -> NDArray[np.flo
 
 
 def _llama3_scaling(factors: NDArray[np.float32], theta: float) -> dict[str, Any]:
-    """Settings that give these frequency factors; refuses factors that follow another rule."""
+    """Return the settings that give these frequency factors; refuse factors that follow another rule."""
     factor = float(round(float(factors.max()), 3))
     expected = llama3_factors(2 * len(factors), theta, factor)
     if not np.allclose(factors, expected, rtol=_ROPE_FACTOR_TOLERANCE):

@@ -1,7 +1,7 @@
-"""Raw rows -> torch tensor. The one place that decides to dequantise at load.
+"""Raw rows -> torch tensor. This is the only place that decides to dequantise at load.
 
-Rows are decoded by gguf-py's vectorised numpy code in chunks, several at a time, straight into the result: the float32
-in between never exceeds `CHUNK_BYTES` per thread, whatever the size of the tensor.
+gguf-py's vectorised numpy code decodes rows in chunks, several at a time, straight into the result. The float32 in
+between never exceeds `CHUNK_BYTES` per thread, whatever the size of the tensor.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from sglang_pascal.checkpoint.weights import RawTensor
 
 CHUNK_BYTES: Final = 4 * 1024 * 1024
-"""Bytes of decoded float32 in one chunk: fits the second-level caches, and numpy's overhead is small against it."""
+"""Bytes of decoded float32 in one chunk: fits the second-level caches, and makes numpy's overhead small."""
 MAX_THREADS: Final = 8
-"""More gain nothing: the copies into the result are bound by memory bandwidth."""
+"""More threads gain nothing: memory bandwidth bounds the copies into the result."""
 
 
 def dequantized(
@@ -35,9 +35,9 @@ def dequantized(
     keep: Container[str] = (),
     on_bytes: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, tensor on the CPU) for each raw tensor, as SGLang's `load_weights` takes them.
+    """Yield (Hugging Face name, tensor on the CPU) for each raw tensor, as SGLang's `load_weights` takes them.
 
-    keep: matrices, without `.weight`, that are given as they are in the file: uint8 `[rows, bytes per row]`.
+    keep: matrices, without `.weight`, that stay as they are in the file: uint8 `[rows, bytes per row]`.
     on_bytes: called with the bytes of each tensor in the file when the caller is done with it.
     """
     threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
@@ -50,20 +50,20 @@ def dequantized(
 
 
 def as_tensor(array: NDArray[Any]) -> torch.Tensor:
-    """Without a copy; torch warns about the read-only memory of the file, which nobody writes to here."""
+    """Wrap without a copy. torch warns that the file's memory is read-only, but nothing here writes to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def dequantize_tensor(raw: RawTensor, dtype: torch.dtype, pool: ThreadPoolExecutor) -> torch.Tensor:
-    """One tensor in `dtype`."""
+    """Return one tensor in `dtype`."""
     result = torch.empty(raw.rows.shape[0], raw.shape[-1], dtype=dtype)
     step = max(1, CHUNK_BYTES // (4 * raw.shape[-1]))
 
     def decode(start: int) -> None:
         rows: NDArray[np.uint8] = raw.rows[start : start + step]
-        # Float rows come back as a read-only view of the file, which torch warns about: those are copied first.
+        # Float rows come back as a read-only view of the file, about which torch warns: copy them first.
         decoded = np.require(decode_blocks(rows, raw.tensor_type), requirements="W")
         result[start : start + step] = torch.from_numpy(decoded)
 

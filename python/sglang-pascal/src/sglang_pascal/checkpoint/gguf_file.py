@@ -1,6 +1,6 @@
-"""Reads a GGUF model, of one file or of several parts: metadata by struct, tensors as views of memory-mapped files.
+"""Reads a GGUF model of one or several files: metadata by struct, tensors as views of memory-mapped files.
 
-gguf-py's own reader keeps an array object per string, which takes seconds on a vocabulary; this one takes tenths.
+gguf-py's own reader keeps an array object per string, which takes seconds for a vocabulary; this one takes tenths.
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -28,7 +28,7 @@ MAGIC: Final = b"GGUF"
 SUPPORTED_VERSIONS: Final = (2, 3)
 DEFAULT_ALIGNMENT: Final = 32
 SPLIT_NAME: Final = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf", re.ASCII)
-"""Name of a part of a split model, as llama-gguf-split and llama.cpp have it."""
+"""Name of a part of a split model, as llama-gguf-split and llama.cpp write it."""
 SPLIT_TENSORS: Final = "split.tensors.count"
 _PARTS_OWN_KEYS: Final = frozenset({"split.no", "general.alignment"})
 """Keys that differ between the parts of one model."""
@@ -60,10 +60,10 @@ class TensorInfo:
     shape: tuple[int, ...]
     """Outermost dimension first, as in torch: (rows, columns) for a matrix. The file stores the reverse."""
     data_offset: int
-    """Bytes from the start of the file that holds it."""
+    """Bytes from the start of its file."""
     n_bytes: int
     part: int = 0
-    """Which of the model's files holds it."""
+    """Index of the model's file that holds it."""
 
     @property
     def n_rows(self) -> int:
@@ -77,7 +77,7 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         """path: the file, or any part of a split model; the other parts are found beside it."""
         self.parts = open_parts(path)
-        """The model's files, in order; one where it is not split."""
+        """The model's files, in order; only one if it is not split."""
         first = self.parts[0]
         self.path = first.path
         """The file, or the first part."""
@@ -92,7 +92,7 @@ class GgufFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing to close: views may be alive; the mapping goes with the last of them."""
+        """Close nothing: views may still be in use; the mapping goes with the last of them."""
 
     @property
     def size(self) -> int:
@@ -107,7 +107,7 @@ class GgufFile:
         return digest.hexdigest()
 
     def rows(self, name: str) -> NDArray[np.uint8]:
-        """Raw bytes of a tensor, `[n_rows, bytes per row]`, without a copy."""
+        """Return the raw bytes of a tensor, `[n_rows, bytes per row]`, without a copy."""
         info = self.tensors[name]
         data = self.parts[info.part].data
         flat = np.frombuffer(data, dtype=np.uint8, count=info.n_bytes, offset=info.data_offset)
@@ -126,7 +126,7 @@ class GgufPart:
 
 
 def open_parts(path: Path) -> tuple[GgufPart, ...]:
-    """Open the file, and where it is a part of a split model all others; an error where they do not make one model."""
+    """Open the file and, if it is part of a split model, all others; an error if they are not parts of one model."""
     asked = _open_part(path, 0)
     count = _split_number(asked, "split.count", default=0)
     if count <= 1:
@@ -156,7 +156,7 @@ def _open_part(path: Path, index: int) -> GgufPart:
 
 
 def _check_whole(part: GgufPart) -> None:
-    """Refuse a part that says nothing of the others, where its name does."""
+    """Refuse a part whose header does not mention the other parts although its name does."""
     match = SPLIT_NAME.fullmatch(part.path.name)
     if match and int(match["parts"]) > 1:
         raise CheckpointError(
@@ -177,8 +177,8 @@ def _part_names(part: GgufPart, count: int) -> list[str]:
 
 
 def _check_part(part: GgufPart, index: int, first: GgufPart, count: int) -> None:
-    """Refuse a file that is not the part which its name says, or is one of another model."""
-    # The number of tensors is read from the first part alone by llama.cpp too: the others may leave it out.
+    """Refuse a file that is not the part that its name says, or that belongs to another model."""
+    # llama.cpp too reads the number of tensors only from the first part: the others may leave it out.
     for key, value in {"split.no": index, "split.count": count}.items():
         if (found := _split_number(part, key)) != value:
             raise CheckpointError(
@@ -194,7 +194,7 @@ def _check_part(part: GgufPart, index: int, first: GgufPart, count: int) -> None
 
 
 def _check_tensors(parts: tuple[GgufPart, ...]) -> None:
-    """Refuse a tensor that two parts hold, and another number of tensors than the model has."""
+    """Refuse a tensor that is in two parts, and a wrong total number of tensors."""
     holder: dict[str, GgufPart] = {}
     for part in parts:
         for name in part.tensors:
@@ -233,7 +233,7 @@ def _map_file(path: Path) -> mmap.mmap:
 
 
 class _HeaderReader:
-    """A cursor over the header; any read past the end means a truncated file."""
+    """A cursor over the header; a read past the end means that the file is cut off."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self._data = data
@@ -242,7 +242,7 @@ class _HeaderReader:
         self.end = 0
 
     def read(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-        """Metadata and tensors."""
+        """Return metadata and tensors."""
         try:
             return self._read()
         except (struct.error, UnicodeDecodeError, MemoryError, OverflowError) as exc:

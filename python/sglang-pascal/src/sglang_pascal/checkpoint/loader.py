@@ -1,7 +1,7 @@
-"""SGLang's model loader for `--load-format pascal_gguf`: a prepared folder's tensors, one after the other.
+"""SGLang's model loader for `--load-format pascal_gguf`: streams a prepared folder's tensors, one after the other.
 
-With `--quantization gguf` matrices stay as they are in the file and are repacked by the layers that hold them; without
-it every tensor is dequantised as it is read.
+With `--quantization gguf`, matrices stay as they are in the file, and the layers that hold them repack them; without
+it, every tensor is dequantised when it is read.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class PascalGgufLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang publ
     """Builds the model as the default loader does, but takes its weights from the prepared folder's GGUF file."""
 
     def __init__(self, load_config: Any) -> None:
-        # The default loader refuses what it does not know in its extra configuration; here there is none to know.
+        # The default loader refuses unknown extra configuration; here there is none.
         self.load_config = load_config
 
     def download_model(self, model_config: Any) -> None:
-        """Nothing is downloaded: the folder names a local file. Checks that it is there and unchanged."""
+        """Download nothing: the folder names a local file. Check that it exists and is unchanged."""
         open_prepared(Path(model_config.model_path))
 
     def _get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """What `load_model` of the base class hands to the model's `load_weights`.
+        """Return the stream that `load_model` of the base class passes to the model's `load_weights`.
 
         Layers are bound here, not in the stream: `load_weights` lists the parameters before it asks for a tensor.
         """
@@ -57,7 +57,7 @@ class PascalGgufLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang publ
         return _streamed(file, {matrix.name for matrix in held}, model_config.dtype)
 
     def load_weights_and_postprocess(self, model: torch.nn.Module, weights: Any, target_device: torch.device) -> None:
-        """As in the base class, and every parameter of the model must have got weights."""
+        """Load as the base class does, and check that every parameter of the model got weights."""
         completeness = Completeness(model, default_weight_loader)
         self.load_weights_only(model, weights, target_device)
         completeness.require()
@@ -65,6 +65,6 @@ class PascalGgufLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang publ
 
 
 def _streamed(file: GgufFile, keep: set[str], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """The file's tensors, one after the other, with a progress bar. keep: those that are given as raw rows."""
+    """Yield the file's tensors, one after the other, with a progress bar. keep: those to yield as raw rows."""
     with LoadingProgress(sum(info.n_bytes for info in file.tensors.values())) as progress:
         yield from dequantized(raw_tensors(file), dtype, keep=keep, on_bytes=progress.add)

@@ -1,8 +1,8 @@
-"""Makes the folder that SGLang starts from: configuration and tokenizer out of a GGUF file, and where its weights are.
+"""Makes the folder from which SGLang starts: configuration and tokenizer from a GGUF file, and the file's path.
 
 The folder appears by one rename, complete or not at all. Weights are not copied: `pascal.json` names the file, its size
-and checksums, and the loader refuses a file that has changed since. A split model is all its parts, found beside the
-one that is named.
+and checksums, and the loader refuses a file that has changed since. Of a split model, one part is named and the others
+are found beside it.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Manifest:
     gguf: str
     """Absolute path of the GGUF file, or of the first part of a split model."""
     sha256: str
-    """Of the whole file, in hexadecimal; of a split model what `combined_sha256` makes of its parts'."""
+    """Checksum of the whole file, in hexadecimal; of a split model, `combined_sha256` of its parts' checksums."""
     size: int
     """Bytes of all files."""
     header_sha256: str
-    """Of everything before the tensor data of each file: cheap enough to compare at each start."""
+    """Checksum of everything before the tensor data of each file: cheap enough to compare at each start."""
     architecture: str
     format: int = FORMAT
 
@@ -60,13 +60,13 @@ def prepare(
     known_sha256: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
-    """Make the folder; an existing one that was made from the same file is kept.
+    """Make the folder; keep an existing one that was made from the same file.
 
     gguf: the file, or any part of a split model.
-    sha256: what the file must have, in hexadecimal; of a split model that of each part, in order, separated by commas;
-    None = compute it only.
-    known_sha256: what the caller has computed of it already (Manifest.sha256); the file is not read for it again.
-    on_progress: called with (bytes hashed, bytes in all).
+    sha256: the checksum that the file must have, in hexadecimal; for a split model one per part, in order, separated by
+    commas; None = only compute it.
+    known_sha256: its checksum if the caller has computed it (Manifest.sha256); the file is then not read for it again.
+    on_progress: called with (bytes hashed, total bytes).
     """
     gguf, folder = gguf.absolute(), folder.absolute()
     file = GgufFile(gguf)
@@ -79,7 +79,7 @@ def prepare(
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared folder, checked for its format."""
+    """Return the manifest of a prepared folder; check its format."""
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -95,7 +95,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def open_prepared(folder: Path) -> GgufFile:
-    """The GGUF file of a prepared folder; an error when it is gone or not the one that was prepared."""
+    """Open the GGUF file of a prepared folder; an error if it is missing or not the one that was prepared."""
     manifest = read_manifest(folder)
     file = GgufFile(Path(manifest.gguf))
     if file.size != manifest.size:
@@ -120,7 +120,7 @@ def write_folder(file: GgufFile, manifest: Manifest, folder: Path) -> None:
 
 
 def require_accepted(file: GgufFile) -> None:
-    """Raise CheckpointError where the file cannot be served as it says: here, not when SGLang has half started."""
+    """Raise CheckpointError if the file cannot be served as it describes itself: now, not while SGLang starts."""
     tensors = {name: Tensor(info.tensor_type.name, info.shape) for name, info in file.tensors.items()}
     verdict = accept(Header(file.metadata, tensors))
     if verdict.refusals:
@@ -133,7 +133,7 @@ def _manifest(file: GgufFile, sha256: str) -> Manifest:
 
 
 def combined_sha256(digests: Sequence[str]) -> str:
-    """One checksum for a model of several files: of one file its own, else the sha256 of theirs, a line each."""
+    """Return one checksum for a model: the file's own, or for several files the sha256 of theirs, one per line."""
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
@@ -177,7 +177,7 @@ def _is_replaceable(folder: Path) -> bool:
 
 @contextmanager
 def _atomic_folder(folder: Path) -> Iterator[Path]:
-    """A sibling folder to write into, which takes the place of `folder` at the end, or is removed on any error."""
+    """Give a sibling folder to write into. At the end it replaces `folder`; after an error it is removed."""
     staging: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +194,7 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def _replace_folder(staging: Path, folder: Path) -> None:
-    """Rename; a folder that is there steps aside first, since a rename does not replace a full one."""
+    """Rename. An existing folder is moved aside first, because a rename does not replace a folder with content."""
     for path in [*staging.rglob("*"), staging]:
         _flush(path)
     old = staging.with_name(f"{staging.name}.old")
@@ -205,7 +205,7 @@ def _replace_folder(staging: Path, folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Force to disk, so that a power cut after the rename finds whole files."""
+    """Force to disk, so that complete files are there if the power fails after the rename."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -21,7 +21,7 @@ _CONTROL: Final = 3
 _USER_DEFINED: Final = 4
 """Values of `tokenizer.ggml.token_type`: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
 _SPACE: Final = "\u2581"
-"""SentencePiece's stand-in for a space."""
+"""SentencePiece's character for a space."""
 
 _CONTRACTIONS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS_AND_SPACES: Final = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -40,14 +40,14 @@ class _PreTokenizer:
     """How a byte-level tokenizer splits text before merging."""
 
     pattern: str | None = None
-    """Split by this; None = GPT-2's own pattern."""
+    """Split by this pattern; None = GPT-2's own pattern."""
     single_digits: bool = False
     nfc: bool = False
     """Normalise to NFC first."""
     whole_words: bool = False
     """A piece that is in the vocabulary is taken whole, without merging."""
     adds_bos: bool = False
-    """Whether a text starts with the bos token when the file does not say."""
+    """Whether a text starts with the bos token if the file does not say."""
 
 
 _LLAMA3: Final = _PreTokenizer(_LLAMA3_PATTERN, whole_words=True, adds_bos=True)
@@ -67,7 +67,7 @@ PRE_TOKENIZERS: Final = {
 
 
 def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that the metadata describes."""
+    """Return the tokenizer that the metadata describe."""
     family = metadata.get("tokenizer.ggml.model")
     if family == "gpt2":
         tokenizer = _byte_level(metadata)
@@ -81,7 +81,7 @@ def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
 
 
 def tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Contents of tokenizer_config.json, without the chat template."""
+    """Return the contents of tokenizer_config.json, without the chat template."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -102,7 +102,7 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
 
 
 def _adds_bos(metadata: dict[str, Any]) -> bool:
-    """What holds when `tokenizer.ggml.add_bos_token` is absent."""
+    """Return the value for a file without `tokenizer.ggml.add_bos_token`."""
     if metadata.get("tokenizer.ggml.model") == "llama":
         return True
     pre = metadata.get("tokenizer.ggml.pre", "default")
@@ -176,7 +176,7 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
 
 
 def _merges_by_score(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, best score first; ties by the halves' own order.
+    """Return every way to make a token of two others, best score first; ties by the order of the halves.
 
     SentencePiece keeps no list of merges: it joins the pair whose result has the highest score.
     """
@@ -201,7 +201,7 @@ def _add_marked_tokens(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
 
 
 def _add_template(tokenizer: Tokenizer, metadata: dict[str, Any], *, default_bos: bool) -> None:
-    """bos before and eos after a text, where the metadata asks for it."""
+    """Add bos before and eos after a text, if the metadata ask for it."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     template, special = "$A", []
     bos, eos = special_id(metadata, "bos"), special_id(metadata, "eos")

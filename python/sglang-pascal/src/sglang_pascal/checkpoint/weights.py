@@ -1,6 +1,6 @@
-"""Streams a model's tensors under Hugging Face names, in the file's own types, with the converter's changes undone.
+"""Streams a model's tensors under Hugging Face names, in the file's own types, and undoes the converter's changes.
 
-Rows of every quantised type can be reordered without being decoded, since a row is a whole number of blocks.
+Rows of every quantised type can be reordered without decoding, because a row is a whole number of blocks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RawTensor:
     hf_name: str
     tensor_type: GGMLQuantizationType
     shape: tuple[int, ...]
-    """Of the decoded tensor, outermost first."""
+    """Shape of the decoded tensor, outermost dimension first."""
     rows: NDArray[np.uint8]
     """`[rows, bytes per row]`; may be a read-only view of the file."""
 
@@ -39,7 +39,7 @@ _F32: Final = GGMLQuantizationType.F32
 
 
 def raw_tensors(file: GgufFile) -> Iterator[RawTensor]:
-    """Every weight of the file, in the file's order (which is the order on disk)."""
+    """Yield every weight of the file, in the file's order (which is the order on disk)."""
     arch = architecture_of(file.metadata.get("general.architecture"))
     for name, info in file.tensors.items():
         if (hf_name := arch.hf_name(name)) is not None:
@@ -60,7 +60,7 @@ def _raw_tensor(file: GgufFile, arch: Architecture, info: TensorInfo, hf_name: s
 
 
 def _whole(rows: NDArray[np.uint8], info: TensorInfo) -> NDArray[np.uint8]:
-    """One entry per output feature: the rows of a matrix, the elements of a bias."""
+    """Return one entry per output feature: the rows of a matrix, the elements of a bias."""
     return rows if len(info.shape) > 1 else rows.reshape(info.shape[0], -1)
 
 
@@ -69,12 +69,12 @@ def _heads(file: GgufFile, arch: Architecture, name: str) -> int:
     metadata = file.metadata
     value = metadata.get(f"{arch.name}.attention.{key}", metadata[f"{arch.name}.attention.head_count"])
     heads = one_for_all(value)
-    assert heads is not None  # accepted before
+    assert heads is not None  # the acceptance has checked it
     return heads
 
 
 def _unpermuted_order(n_rows: int, n_heads: int) -> NDArray[np.intp]:
-    """Indices that take rows from adjacent-pair order to Hugging Face's half-and-half order.
+    """Return the indices that take rows from adjacent-pair order to Hugging Face's half-and-half order.
 
     The converter turned a head of (half, pair) into (pair, half); this reads it back.
     """

@@ -141,7 +141,7 @@ class TestPlan:
         done = self.plan(hub.path, f"--token-file={tmp_path / 'token'}")
         assert (done.returncode, done.stderr) == (
             2,
-            f"pascaline plan: --token-file: is for an address, and {hub.path} is none; leave it out\n",
+            f"pascaline plan: --token-file: {hub.path} is not an http(s) address and needs none; leave it out\n",
         )
 
     def test_checksums_that_do_not_cover_the_model(self, hub: Hub) -> None:

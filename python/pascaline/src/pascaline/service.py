@@ -117,7 +117,7 @@ class Unit:
     gpus: str
     """CUDA_VISIBLE_DEVICES: indices in bus order or UUIDs, separated by commas; empty for the CPU."""
     api_key_file: Path | None = None
-    """File with the API key. Root alone may own it: systemd passes its content to the unit."""
+    """File with the API key. It may be readable by root alone: systemd passes its content to the unit."""
     served_model_name: str | None = None
     """Name of the model in the API according to the settings file; None: the instance's name."""
     drain_seconds: float = 60.0

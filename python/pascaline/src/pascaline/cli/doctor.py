@@ -89,7 +89,7 @@ def doctor_page() -> str:
 
     lines = [_PAGE_HEAD]
     for group, checks in groupby(ALL_CHECKS, key=lambda check: check.group):
-        lines += [f"## {group}", "", *_table("check", "what should hold", "how it is looked at", "remedy")]
+        lines += [f"## {group}", "", *_table("check", "what should hold", "how it is checked", "remedy")]
         lines += [*map(_row, checks), ""]
     lines += [f"## {GROUP}", "", _CASES_HEAD, "", *_table("case", "the guide's heading", "causes")]
     for case, (title, names) in CASES.items():

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify = actions.add_parser("verify", help="read files again and compare their checksums")
     verify.add_argument("names", nargs="*", metavar="NAME", help="models (default: all)")
     verify.add_argument(
-        "--sha256", metavar="HEX[,HEX…]", help="checksum that each file must have; it is stored if it matches"
+        "--sha256", metavar="HEX[,HEX…]", help="expected checksum of each file, in order; stored if it matches"
     )
     remove = actions.add_parser("remove", help="delete a model")
     remove.add_argument("name", metavar="NAME", help="name of the model")

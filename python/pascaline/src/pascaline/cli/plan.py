@@ -123,7 +123,9 @@ def read_spec(configuration: Configuration, headers: Mapping[str, str] | None = 
     if settings.model.startswith(("http://", "https://")):
         spec = read_model(settings.model, headers)
     elif headers:
-        raise ConfigurationError(f"--token-file: is for an address, and {settings.model} is none; leave it out")
+        raise ConfigurationError(
+            f"--token-file: {settings.model} is not an http(s) address and needs none; leave it out"
+        )
     else:
         spec = read_model(store.locate(settings)[0])
     if problem := store.checksum_problem(settings, spec):

@@ -1,11 +1,11 @@
-"""The load generator of `pascaline bench` beside SGLang's bench_serving, on the same server, in turns.
+"""Compares the load generator of `pascaline bench` with SGLang's bench_serving, on the same server, in turns.
 
     python benchmarks/bench_load.py [--server fake|sglang|URL] [--rounds 5] [--concurrency 4] [--output FILE.md]
 
-fake: the tests' fake engine, whose tokens come at fixed intervals, so that a difference is the generators' and not the
-server's. sglang: the built-in model on this machine. Each round runs one generator and then the other, every second
-round in the other order, with as many requests of the same lengths. The second table is the CPU time of the generator
-at the rate of a Tesla P4 (some 200 tokens/s with 8 requests at once), beside httpx with the same requests.
+fake: the tests' fake engine, whose tokens come at fixed intervals, so any difference comes from the generators, not the
+server. sglang: the built-in model on this machine. Each round runs both generators, and every second round swaps their
+order; both send the same number of requests of the same lengths. The second table is the CPU time of the generator at
+the rate of a Tesla P4 (about 200 tokens/s with 8 concurrent requests), beside httpx with the same requests.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FAKE_ENGINE = ROOT / "tests/fake_engine/fake_engine.py"
 PROMPT_TOKENS, OUTPUT_TOKENS = 64, 64
 START_SECONDS = 300.0
 P4_TOKENS_PER_SECOND, P4_BATCH = 200, 8
-"""Published figures of the P40 scaled to the P4 (8B Q4, 16 at once), and rounded up."""
+"""Published figures of the P40 scaled to the P4 (8B Q4, 16 concurrent requests), rounded up."""
 FIGURES = {
     "TTFT": ("mean_ttft_ms", "median_ttft_ms"),
     "TPOT": ("mean_tpot_ms", "median_tpot_ms"),
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def compare(endpoint: Endpoint, tokenizer: Path, arguments: argparse.Namespace) -> list[str]:
-    """Lines of the table of latencies."""
+    """Return the lines of the table of latencies."""
     ours: list[dict[str, float]] = []
     theirs: list[dict[str, float]] = []
     generators = [
@@ -101,7 +101,7 @@ def compare(endpoint: Endpoint, tokenizer: Path, arguments: argparse.Namespace) 
 
 
 def measure_ours(endpoint: Endpoint, arguments: argparse.Namespace, seed: int) -> dict[str, float]:
-    """One run of our generator, with bench_serving's names of the figures."""
+    """Run our generator once; name the figures as bench_serving does."""
     described = describe(endpoint)
     lengths = [parse_lengths("", str(count)) for count in (PROMPT_TOKENS, OUTPUT_TOKENS)]
     requests = make_requests(
@@ -119,7 +119,7 @@ def measure_ours(endpoint: Endpoint, arguments: argparse.Namespace, seed: int) -
 
 
 def measure_theirs(endpoint: Endpoint, tokenizer: Path, arguments: argparse.Namespace, seed: int) -> dict[str, float]:
-    """One run of SGLang's bench_serving."""
+    """Run SGLang's bench_serving once."""
     host, port = endpoint.address
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as output, stand_in_for_datasets() as modules:
         command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang-oai", "--host", host]
@@ -146,7 +146,7 @@ def measure_theirs(endpoint: Endpoint, tokenizer: Path, arguments: argparse.Name
 
 @contextlib.contextmanager
 def stand_in_for_datasets() -> Iterator[Path]:
-    """A folder with a module `datasets`: bench_serving imports it, and uses it only for data from the network."""
+    """Give a folder with a module `datasets`: bench_serving imports it, but uses it only for data from the network."""
     with tempfile.TemporaryDirectory() as folder:
         if importlib.util.find_spec("datasets") is None:
             (Path(folder) / "datasets.py").write_text("load_dataset = None\n")
@@ -157,7 +157,7 @@ def stand_in_for_datasets() -> Iterator[Path]:
 
 
 def cpu_table(endpoint: Endpoint) -> list[str]:
-    """Lines of the table of what generating load costs."""
+    """Return the lines of the table of what it costs to generate load."""
     lengths = parse_lengths("", "64")
     requests = make_requests(Prompts(range(1000, 3000)), lengths, lengths, 4 * P4_BATCH, random.Random(1))
     load = asyncio.run(run_load(endpoint, describe(endpoint).model, requests, concurrency=P4_BATCH, timeout=600))
@@ -174,7 +174,7 @@ def cpu_table(endpoint: Endpoint) -> list[str]:
 
 
 async def httpx_cpu_ratio(endpoint: Endpoint, requests: list[Any]) -> float:
-    """CPU time over time of a generator on httpx that records the same."""
+    """Return the share of CPU time of a generator on httpx that records the same."""
     import httpx
 
     model = describe(endpoint).model
@@ -203,7 +203,7 @@ async def httpx_cpu_ratio(endpoint: Endpoint, requests: list[Any]) -> float:
 
 @contextlib.contextmanager
 def server(name: str) -> Iterator[str]:
-    """URL of the server that was asked for."""
+    """Give the URL of the requested server."""
     if name == "fake":
         with fake(25.0) as url:
             yield url
@@ -218,7 +218,7 @@ def server(name: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def fake(tokens_per_second: float) -> Iterator[str]:
-    """The fake engine at a speed, of each request."""
+    """Run the fake engine; tokens_per_second: for each request."""
     port = free_port()
     faults = f"decode_tokens_per_second={tokens_per_second}"
     command = [sys.executable, str(FAKE_ENGINE), "-m", "sglang.launch_server", "--model-path", "fake"]
@@ -252,14 +252,14 @@ def ready(url: str) -> bool:
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
+    """Return a port on which nothing listens now."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
 
 @contextlib.contextmanager
 def prepared_tokenizer() -> Iterator[Path]:
-    """The built-in model's tokenizer as a folder, which bench_serving wants to make prompts with."""
+    """Give the built-in model's tokenizer as a folder, with which bench_serving makes prompts."""
     from pascaline.models.store import builtin_model
 
     with tempfile.TemporaryDirectory() as folder:

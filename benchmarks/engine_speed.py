@@ -1,12 +1,12 @@
-"""What a model costs and how fast it is in SGLang on this device: loading, memory, prefill, decode by batch size.
+"""Measures a model in SGLang on this device: loading, memory, prefill, and decode by batch size.
 
     python benchmarks/engine_speed.py MODEL.gguf [--device cuda] [--memory-gib 7.5] [--torch-only] [--json FILE] [FLAGS]
 
-One request per row of a batch, no HTTP: what the scheduler adds is not in it. `--memory-gib` lets torch allocate no
-more, as on a smaller card. `--torch-only` serves the same file without our kernels: weights dequantised to float16,
-attention in plain torch. FLAGS are SGLang's. Times are medians; a decode step includes the choice of the next token.
-On a GPU the Triton kernels that were launched are counted by name: a Pascal card has none. Exit code 1 where reading
-the weights took more than 1.5 GiB of the host's memory above the mapped file.
+One request per row of a batch, without HTTP and without the scheduler. `--memory-gib` limits torch's allocations, as on
+a smaller card. `--torch-only` serves the same file without our kernels: weights dequantised to float16, attention in
+plain torch. FLAGS are SGLang's. Times are medians; a decode step includes the choice of the next token.
+On a GPU, launched Triton kernels are counted by name: on a Pascal card there are none. Exit code 1 if reading the
+weights took more than 1.5 GiB of the host's memory above the mapped file.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ BATCHES = (1, 2, 4, 8, 16)
 DECODE_STEPS = 64
 PREFILL_TOKENS = (128, 512, 2048)
 HOST_LIMIT_BYTES = 3 * 2**29
-"""Of host memory that reading weights to a GPU may take above the mapped file."""
+"""Most host memory above the mapped file that reading weights to a GPU may take."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _count_triton_launches() -> Counter[str]:
-    """Name of a Triton kernel -> how often it was launched from now on."""
+    """Return a counter: name of a Triton kernel -> number of launches from now on."""
     from triton.runtime.jit import JITFunction
 
     counts: Counter[str] = Counter()
@@ -126,7 +126,7 @@ def _measure(engine: InProcessEngine, args: argparse.Namespace, results: dict[st
 
 
 def _host_waits(engine: InProcessEngine, context: int) -> dict[str, int]:
-    """Where the host waits for the device in one decode step: line of the source -> how often."""
+    """Return where the host waits for the device in one decode step: source line -> number of waits."""
     import torch
 
     logits, batch = engine.prefill([_prompt(engine, context, 0)])
@@ -145,7 +145,7 @@ def _host_waits(engine: InProcessEngine, context: int) -> dict[str, int]:
 
 
 def _prefill(engine: InProcessEngine, n_tokens: int, wait: Callable[[], None]) -> float:
-    """Tokens per second, of one request."""
+    """Return the tokens per second of one request."""
     seconds = []
     for repeat in range(4):
         wait()
@@ -158,7 +158,7 @@ def _prefill(engine: InProcessEngine, n_tokens: int, wait: Callable[[], None]) -
 
 
 def _decode(engine: InProcessEngine, batch_size: int, context: int, wait: Callable[[], None]) -> float:
-    """Seconds per step."""
+    """Return the seconds per step."""
     logits, batch = engine.prefill([_prompt(engine, context, seed) for seed in range(batch_size)])
     seconds = []
     for _ in range(DECODE_STEPS):

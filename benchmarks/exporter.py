@@ -1,9 +1,9 @@
-"""Measures `pascaline exporter` beside nvidia_gpu_exporter and nvitop-exporter on the same simulated NVML with 8 GPUs.
+"""Compares `pascaline exporter` with nvidia_gpu_exporter and nvitop-exporter on the same simulated NVML with 8 GPUs.
 
     python benchmarks/exporter.py [--scrapes 300] [--seconds 15] [--output docs/results/exporter.md]
 
-Latency: scrapes 50 ms apart over a connection that is kept, as Prometheus does. Memory and CPU: at one scrape a second,
-of the exporter and all its child processes. Peers are taken from PATH and left out where they are missing.
+Latency: scrapes 50 ms apart over a kept connection, as Prometheus makes them. Memory and CPU: at one scrape a second,
+of the exporter and all its child processes. Peers are taken from PATH and left out if they are missing.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Exporter:
-    """How one exporter is started; PORT stands for its port."""
+    """How one exporter is started; PORT is replaced by its port."""
 
     name: str
     command: tuple[str, ...]
     series: str
-    """Name of a series that is on its page once it has read the GPUs."""
+    """Name of a metric that is on its page once it has read the GPUs."""
     mode: str
 
 
@@ -73,7 +73,7 @@ EXPORTERS = (
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one exporter."""
+    """The measurements of one exporter."""
 
     p50_ms: float
     p99_ms: float
@@ -84,7 +84,7 @@ class Result:
 
 
 def scenario() -> str:
-    """The demo's card eight times."""
+    """Return a scenario with the demo's card eight times."""
     head = DEMO_SCENARIO.read_text().partition("[gpu 0]")[0]
     cards = (
         f"[gpu {n}]\nnvmlDeviceGetUUID = GPU-00000000-0000-4000-8000-{n:012}\n"
@@ -96,13 +96,13 @@ def scenario() -> str:
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
+    """Return a port on which nothing listens now."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
 
 
 def family(pid: int) -> list[int]:
-    """A process and its descendants."""
+    """Return a process and its descendants."""
     try:
         threads = list(Path(f"/proc/{pid}/task").iterdir())
         children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
@@ -112,13 +112,13 @@ def family(pid: int) -> list[int]:
 
 
 def resident_mib(pid: int) -> float:
-    """Resident memory of a family; pages that two of them share count twice."""
+    """Return the resident memory of a family; pages that two of them share count twice."""
     pages = sum(int(Path(f"/proc/{member}/statm").read_text().split()[1]) for member in family(pid))
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a family so far."""
+    """Return the CPU time of a family so far."""
     total = 0
     for member in family(pid):
         fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
@@ -127,7 +127,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def scrape(connection: http.client.HTTPConnection) -> tuple[float, str]:
-    """One scrape: its time in seconds, and the page."""
+    """Scrape once; return its time in seconds, and the page."""
     began = time.perf_counter()
     connection.request("GET", "/metrics")
     answer = connection.getresponse()
@@ -139,7 +139,7 @@ def scrape(connection: http.client.HTTPConnection) -> tuple[float, str]:
 
 
 def wait_until_read(port: int, series: str) -> str:
-    """The first page that has a GPU on it for each of them."""
+    """Return the first page that has the metric for each GPU."""
     deadline = time.monotonic() + START_SECONDS
     page = ""
     while time.monotonic() < deadline:
@@ -154,7 +154,7 @@ def wait_until_read(port: int, series: str) -> str:
 
 
 def measure(exporter: Exporter, environment: dict[str, str], scrapes: int, seconds: int) -> Result:
-    """Start one exporter, measure it and end it."""
+    """Start one exporter, measure it and stop it."""
     port = free_port()
     command = [part.replace("PORT", str(port)) for part in exporter.command]
     with subprocess.Popen(
@@ -176,7 +176,7 @@ def measure(exporter: Exporter, environment: dict[str, str], scrapes: int, secon
 
 
 def steady_state(pid: int, connection: http.client.HTTPConnection, seconds: int) -> tuple[float, float]:
-    """Largest resident memory in MiB and mean CPU in percent of a core at one scrape a second."""
+    """Return the largest resident memory in MiB and the mean CPU in percent of a core, at one scrape a second."""
     before, began, largest = cpu_seconds(pid), time.monotonic(), 0.0
     for _ in range(seconds):
         scrape(connection)
@@ -186,7 +186,7 @@ def steady_state(pid: int, connection: http.client.HTTPConnection, seconds: int)
 
 
 def report(scrapes: int, seconds: int) -> str:
-    """Measure all in rounds, so that a busy minute of the machine spoils none of them, and return the Markdown page."""
+    """Measure all in rounds, so that a busy minute of the machine does not spoil one exporter; return the page."""
     results: list[list[Result | str]] = [[] for _ in EXPORTERS]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "eight.nvml"
@@ -213,7 +213,7 @@ def report(scrapes: int, seconds: int) -> str:
 
 
 def attempt(exporter: Exporter, environment: dict[str, str], scrapes: int, seconds: int) -> Result | str:
-    """Figures of one exporter, or why there are none."""
+    """Return the figures of one exporter, or why there are none."""
     if not shutil.which(exporter.command[0]):
         return f"no {exporter.command[0]} on PATH"
     try:
@@ -223,7 +223,7 @@ def attempt(exporter: Exporter, environment: dict[str, str], scrapes: int, secon
 
 
 def row(exporter: Exporter, found: list[Result | str]) -> str:
-    """The table's line of one exporter: the median of each figure, or why there are none."""
+    """Return the table's row for one exporter: the median of each figure, or why there is none."""
     start = f"| {exporter.name} | {exporter.mode} |"
     results = [result for result in found if isinstance(result, Result)]
     if not results:

@@ -1,11 +1,11 @@
-"""What the owner of a Tesla P4, P40, P100 or GTX 10xx runs to send us real numbers. Any other NVIDIA GPU works too.
+"""For owners of a Tesla P4, P40, P100 or GTX 10xx who want to send us real numbers. Any other NVIDIA GPU works too.
 
     python benchmarks/first_hour_on_pascal.py [FILE.json]
 
-Under ten minutes, no root, nothing is sent: attach the one file that it writes to an issue. It holds the card's name,
-driver, clocks, temperatures and times; no host name, no serial number. Needs torch and sglang-pascal (with its
-built kernels, or the extra `kernels`), and 4 GB of free device memory. In order, so that a stop leaves the most
-important part:
+It takes under ten minutes, needs no root and sends nothing: attach the file that it writes to an issue. The file holds
+the card's name, driver, clocks, temperatures and times, but no host name or serial number. It needs torch,
+sglang-pascal (with built kernels, or the extra `kernels`) and 4 GB of free device memory. The order puts the most
+important parts first, in case it is stopped:
 
   1. bandwidth of a plain read
   2. instructions per clock: above all what a 16-byte shared load of one address costs, 1 clock or 4
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def fail(code: int, message: str) -> NoReturn:
-    """One line on standard error, and the exit code."""
+    """Print one line on standard error and end with the exit code."""
     sys.stderr.write(f"first_hour_on_pascal: error: {message}\n")
     sys.exit(code)
 
@@ -48,13 +48,13 @@ NAMES = [name for name in measure.SHAPES if name.startswith("Llama-3.1-8B")]
 ROWS = (1, 4, 8, 16, 512)
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,pstate"
 LIMIT_SECONDS = 9 * 60
-"""After which no further measurement is begun."""
+"""After this time no further measurement starts."""
 NEEDED_BYTES = 4 * 10**9
 DEADLINE = time.monotonic() + LIMIT_SECONDS
 
 
 def card_state() -> dict[str, str]:
-    """What nvidia-smi says of the first visible card now; empty without it."""
+    """Return what nvidia-smi reports about the first visible card now; empty without nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader", "--id=0"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
@@ -64,11 +64,11 @@ def card_state() -> dict[str, str]:
 
 
 def rates(device: torch.device) -> dict:
-    """Bandwidth and instructions."""
+    """Measure bandwidth and instructions."""
     return {
         "read_bytes_per_second": measure.stream_bandwidth(device),
         "lanes_per_clock_and_multiprocessor": {
-            # sm_60 has no dp4a, and no kernel for it.
+            # sm_60 has no dp4a, so there is no kernel for it.
             name: measure.instructions_per_clock(name, device)
             for name in measure.PROBES
             if name != "dp4a" or torch.cuda.get_device_capability(device) != (6, 0)
@@ -77,26 +77,26 @@ def rates(device: torch.device) -> dict:
 
 
 def correctness(device: torch.device) -> list[dict]:
-    """All cases of the selftest."""
+    """Run all cases of the selftest."""
     return [asdict(outcome) | {"passed": outcome.passed} for outcome in selftest.run(device)]
 
 
 def products(device: torch.device) -> list[dict]:
-    """Each layer at each number of rows, while there is time; the few rows of decoding first."""
+    """Measure each layer at each number of rows while there is time, the few rows of decoding first."""
     return [
         asdict(measure.product(name, n, device, with_torch=False)) for n in ROWS for name in NAMES if is_time_left()
     ]
 
 
 def attention(device: torch.device) -> list[dict]:
-    """Decode of one and four sequences in each KV type, and one prefill."""
+    """Measure decode of one and four sequences in each KV type, and one prefill."""
     cases = [("decode", kind, n, 1024) for kind in ("F16", "E5M2", "INT8") for n in (1, 4)]
     cases.append(("prefill", "F16", 1, 1024))
     return [asdict(measure.attention(*case, device)) for case in cases if is_time_left()]
 
 
 def is_time_left() -> bool:
-    """Whether a measurement may begin."""
+    """Whether another measurement may start."""
     return time.monotonic() < DEADLINE
 
 
@@ -109,7 +109,7 @@ PARTS: dict[str, Callable[[torch.device], object]] = {
 
 
 def check(path: Path) -> torch.device:
-    """The device; ends the program where nothing can be measured, or written."""
+    """Return the device; end the program if nothing can be measured or written."""
     if not torch.cuda.is_available():
         fail(6, "no NVIDIA GPU is visible; run it where nvidia-smi lists one")
     device = torch.device("cuda", 0)
@@ -127,7 +127,7 @@ def check(path: Path) -> torch.device:
 
 
 def main() -> int:
-    """Run the parts, writing the file after each."""
+    """Run the parts; write the file after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", metavar="FILE.json", nargs="?", type=Path, default=Path("pascal-report.json"))
     path: Path = parser.parse_args().file

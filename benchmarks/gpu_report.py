@@ -1,4 +1,4 @@
-"""One report of quantised execution on the GPU at hand; one JSON and one HTML file.
+"""Makes one report of quantised execution on this machine's GPU: one JSON file and one HTML file.
 
     python benchmarks/gpu_report.py OUT_DIR [--parts NAME ...] [--model FILE.gguf] [--ggml FILE] [--quick]
 
@@ -65,7 +65,7 @@ SANITIZER_GROUPS = [
         for size in HEAD_DIMS
     ),
 ]
-"""Cases that together start every kernel, a process each; the CUDA graph's kernels are the same."""
+"""Cases that together start every kernel, one process each; the CUDA graph's kernels are the same."""
 SANITIZER_PROCESSES = 10
 """At once: a checked kernel waits for the host most of the time."""
 SELFTEST_SECONDS = 240

@@ -1,10 +1,10 @@
-"""Writes the figures of docs/guide.md: what the guide claims beside theory, the plan and measurements.
+"""Writes the figures of docs/guide.md: the guide's claims beside theory, the plan and measurements.
 
     python benchmarks/guide.py            rewrites the marked parts of docs/guide.md, and docs/guide/*.svg
-    python benchmarks/guide.py --check    exit code 1 if anything of it would change
-    python benchmarks/guide.py --adopt FOLDER    first takes the results of `pascaline bench quant` in a folder
+    python benchmarks/guide.py --check    exit code 1 if any of them would change
+    python benchmarks/guide.py --adopt FOLDER    first copies the results of `pascaline bench quant` in a folder
 
-Models are the published shapes of Llama 2 7B and Llama 3.1 8B with their true header and no weights; measurements are
+Models are the published shapes of Llama 2 7B and Llama 3.1 8B with their true header and no weights. Measurements are
 the results files in docs/results.
 """
 
@@ -42,12 +42,12 @@ QUANT_RESULTS = ROOT / "docs/results/quant-smollm2-135m-cpu.json"
 GPU_QUANT_RESULTS = ROOT / "docs/results/quant-smollm2-135m-gpu.json"
 CARD = load_card("tesla-p4")
 SEVEN_BILLION, GROUPED = "llama-2-7b", "llama-3.1-8b"
-"""A model with as many KV heads as heads, as the guide's; and one with a quarter of them."""
+"""A model with as many KV heads as heads, like the guide's, and one with a quarter of them."""
 BATCHES, CONTEXTS = (1, 2, 4, 8), (2048, 4096, 8192)
 TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M")
 PROMPT, OUTPUT = 128, 128
 GUIDE_POOL_BYTES = 64 * 2**20
-# Row 7: gigabytes as the guide lists them.
+# Row 7: gigabytes as in the guide's list.
 GUIDE_MEMORY = {"weights": 4.0, "KV cache": 0.06, "activations": 2.0, "runtime": 0.5, "context": 0.5, "headroom": 0.94}
 OURS = {
     "weights": ("weights",),
@@ -80,7 +80,7 @@ def main() -> int:
 
 
 def adopt(document: dict[str, Any]) -> None:
-    """Keep what the guide shows of measured results: no single requests, no paths of the machine."""
+    """Keep the measured results that the guide shows, without single requests and paths of the machine."""
     place = GPU_QUANT_RESULTS if document["machine"].get("gpus") else QUANT_RESULTS
     document["instance"]["server"].pop("model_path", None)
     document["instance"].pop("settings", None)
@@ -90,7 +90,7 @@ def adopt(document: dict[str, Any]) -> None:
 
 
 def generate() -> dict[Path, str]:
-    """Every file with its text."""
+    """Return every file with its text."""
     models = {(name, kind): spec(name, kind) for name in (SEVEN_BILLION, GROUPED) for kind in TYPES}
     seven = models[SEVEN_BILLION, "Q4_K_M"]
     pictures = {
@@ -107,7 +107,7 @@ def generate() -> dict[Path, str]:
         "types": types_table(models),
     }
     document = load(QUANT_RESULTS).document
-    # The speeds of a shared machine, the last chart, say nothing.
+    # The last chart shows speeds of a shared machine, which mean nothing here.
     titles = ("size", "kl", "perplexity")
     pictures |= {f"quant-{title}": picture for title, picture in zip(titles, charts(document), strict=False)}
     blocks["quant"] = quant_table(document)
@@ -117,13 +117,13 @@ def generate() -> dict[Path, str]:
 
 
 def spec(name: str, kind: str) -> ModelSpec:
-    """Header of a published shape in a type."""
+    """Return the header of a published shape in a type."""
     with tempfile.TemporaryDirectory() as folder:
         return read_gguf(write_gguf(Path(folder) / "model.gguf", SHAPES[name], kind, sparse=True))
 
 
 def plan_for(model: ModelSpec, *, context: int = 4096, batch: int = 4, kv_dtype: str = "fp16") -> Plan:
-    """The plan on the Tesla P4."""
+    """Return the plan on the Tesla P4."""
     request = PlanRequest(
         card_bytes=CARD.memory_bytes, context_length=context, max_running_requests=batch, kv_dtype=kv_dtype
     )
@@ -136,7 +136,7 @@ SETTING = Setting(engine="sglang", dtype="float16", kv_dtype="fp16", chunked_pre
 
 
 def batch_rows(model: ModelSpec) -> list[tuple[int, float, float, float]]:
-    """(batch, guide's claim, plan's estimate, roofline), output tokens per second."""
+    """Return (batch, guide's claim, plan's estimate, roofline), output tokens per second."""
     claims = claims_for("batch", "output_throughput")
     return [
         (
@@ -150,7 +150,7 @@ def batch_rows(model: ModelSpec) -> list[tuple[int, float, float, float]]:
 
 
 def batch_picture(model: ModelSpec) -> str:
-    """The guide's batch sweep beside theory."""
+    """Return the chart of the guide's batch sweep beside theory."""
     rows = batch_rows(model)
     series = [
         Series(name, [Mark(n, row[column]) for n, row in enumerate(rows)], dashed=True)
@@ -163,7 +163,7 @@ def batch_picture(model: ModelSpec) -> str:
 
 
 def batch_table(model: ModelSpec) -> str:
-    """The same as rows."""
+    """Return the same as a table."""
     rows = [["concurrent requests", "guide", "plan's estimate", "roofline"]]
     rows += [
         [str(row[0]), f"{row[1]:g} tok/s", *(f"{value:.0f} tok/s" for value in row[2:])] for row in batch_rows(model)
@@ -175,7 +175,7 @@ def batch_table(model: ModelSpec) -> str:
 
 
 def pool_sentence(model: ModelSpec) -> str:
-    """What 64 MiB hold."""
+    """Return a sentence about the tokens that 64 MiB hold."""
     per_token = plan_for(model).kv_bytes_per_token
     stored = f"Llama 2 7B stores {format_bytes(per_token)} of keys and values per token in fp16"
     held = f"{format_bytes(GUIDE_POOL_BYTES)} hold {GUIDE_POOL_BYTES // per_token} tokens"
@@ -183,7 +183,7 @@ def pool_sentence(model: ModelSpec) -> str:
 
 
 def memory_rows(model: ModelSpec) -> list[tuple[str, float, float]]:
-    """(line, guide, plan), GiB. The plan gives to the KV cache what everything else leaves."""
+    """Return (line, guide, plan), GiB. The plan gives the KV cache everything that is left."""
     plan = plan_for(model)
     known = {key for keys in OURS.values() for key in keys}
     unknown = {part.key for part in plan.parts} - known
@@ -194,7 +194,7 @@ def memory_rows(model: ModelSpec) -> list[tuple[str, float, float]]:
 
 
 def memory_picture(model: ModelSpec) -> str:
-    """Both tables as bars."""
+    """Return both tables as bars."""
     rows = memory_rows(model)
     series = [
         Series(name, [Mark(n, row[column], label=f"{row[column]:.2f}") for n, row in enumerate(rows)], dashed=dashed)
@@ -205,7 +205,7 @@ def memory_picture(model: ModelSpec) -> str:
 
 
 def memory_table(model: ModelSpec) -> str:
-    """The same as rows."""
+    """Return the same as a table."""
     rows = [["", "guide", "`pascaline plan`"]]
     found = memory_rows(model)
     rows += [[line, f"{guide:.2f} GB", f"{ours:.2f} GiB"] for line, guide, ours in found]
@@ -217,7 +217,7 @@ def memory_table(model: ModelSpec) -> str:
 
 
 def context_rows(seven: ModelSpec, grouped: ModelSpec) -> list[list[str]]:
-    """What each context takes for one request, and how many of them fit."""
+    """Return what each context takes for one request, and how many such requests fit."""
     rows = [["context", "7B, 32 KV heads, fp16", "7B, int8 KV", "8B, 8 KV heads, fp16", "8B, int8 KV"]]
     for context in CONTEXTS:
         cells = [str(context)]
@@ -232,12 +232,12 @@ def context_rows(seven: ModelSpec, grouped: ModelSpec) -> list[list[str]]:
 
 
 def context_table(seven: ModelSpec, grouped: ModelSpec) -> str:
-    """As Markdown."""
+    """Return the rows as Markdown."""
     return markdown(context_rows(seven, grouped))
 
 
 def context_picture(seven: ModelSpec, grouped: ModelSpec) -> str:
-    """KV cache of one request against the context."""
+    """Return the chart of one request's KV cache by context."""
     series = []
     for name, model in (("7B", seven), ("8B, grouped heads", grouped)):
         for kind in ("fp16", "int8"):
@@ -254,7 +254,7 @@ def context_picture(seven: ModelSpec, grouped: ModelSpec) -> str:
 
 
 def types_rows(models: dict[tuple[str, str], ModelSpec]) -> list[tuple[str, float | None, float, float, bool]]:
-    """(type, guide's tok/s, plan's tok/s, weights in GiB, whether it fits) of one request."""
+    """Return (type, guide's tok/s, plan's tok/s, weights in GiB, whether it fits) for one request."""
     claims = claims_for("quant", "output_throughput")
     rows = []
     for kind in TYPES:
@@ -266,7 +266,7 @@ def types_rows(models: dict[tuple[str, str], ModelSpec]) -> list[tuple[str, floa
 
 
 def types_picture(models: dict[tuple[str, str], ModelSpec]) -> str:
-    """Speed by type: the guide's order and the true one."""
+    """Return the chart of speed by type: the guide's order and the true one."""
     rows = types_rows(models)
     series = [
         Series("guide's claim", [Mark(n, row[1]) for n, row in enumerate(rows) if row[1] is not None], dashed=True),
@@ -277,7 +277,7 @@ def types_picture(models: dict[tuple[str, str], ModelSpec]) -> str:
 
 
 def types_table(models: dict[tuple[str, str], ModelSpec]) -> str:
-    """The same as rows."""
+    """Return the same as a table."""
     rows = [["type", "guide", "plan's estimate", "weights on the card", "context 4096 fits"]]
     for kind, claim, speed, weights, fits in types_rows(models):
         said = f"{claim:g} tok/s" if claim is not None else "-"
@@ -286,7 +286,7 @@ def types_table(models: dict[tuple[str, str], ModelSpec]) -> str:
 
 
 def quant_table(document: dict[str, Any]) -> str:
-    """Measured size and quality."""
+    """Return the table of measured size and quality."""
     heading, *rows = quality_rows(document)
     shown = [n for n, name in enumerate(heading) if "memory" not in name]
     measured = [[row[n] for n in shown] for row in (heading, *rows) if len(row) == len(heading)]
@@ -296,7 +296,7 @@ def quant_table(document: dict[str, Any]) -> str:
 
 
 def served_table(document: dict[str, Any]) -> str:
-    """Quality and speed as SGLang serves each type on a GPU, beside what llama.cpp says of the same file."""
+    """Return quality and speed of each type as SGLang serves it on a GPU, beside llama.cpp's for the same file."""
     heads = ["bits a weight", "perplexity, llama.cpp", "perplexity, served", "KL, served, at least"]
     rows = [["", *heads, "tok/s, 1 request", "tok/s, 4 requests"]]
     speeds = {entry["name"]: entry["summary"].get("output_throughput") for entry in document["points"]}
@@ -318,7 +318,7 @@ def served_table(document: dict[str, Any]) -> str:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """A Markdown table; the first row is its head."""
+    """Return a Markdown table; the first row is its head."""
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

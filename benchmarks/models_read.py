@@ -1,10 +1,10 @@
-"""Time and memory of reading a 7B model's header: our reader beside the gguf package's, each in a process of its own.
+"""Time and memory of reading a 7B model's header: our reader and the gguf package's, each in its own process.
 
     python benchmarks/models_read.py [--runs 5]
 
 The file is sparse: 32 layers, a vocabulary of 152,064 tokens with 151,387 merges, a Q4_K_M mixture, 4.3 GB.
-Time is the median over the runs of one read in a fresh process, imports left out; memory is what the process holds at
-its peak beyond what it held before the read (VmHWM), and what Python allocated (tracemalloc, in a run of its own).
+Time is the median over the runs of one read in a new process, without imports. Memory is the process's peak minus what
+it held before the read (VmHWM), and what Python allocated (tracemalloc, in a separate run).
 """
 
 from __future__ import annotations

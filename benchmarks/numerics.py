@@ -1,10 +1,10 @@
-"""How far quantised execution in SGLang is from the same weights in float32, and whether a batch changes a sequence.
+"""Measures how far quantised execution in SGLang is from float32, and whether a batch changes a sequence.
 
     python benchmarks/numerics.py MODEL.gguf [--device cuda] [--kv-cache-dtype int8] [--json FILE]
 
-The model is loaded by SGLang as it is served. The reference is transformers' model with every tensor dequantised to
-float32. Compared are the logits after every token of a text (prefill), those of decode steps that are fed the same
-text, and tokens at temperature 0 of sequences alone and together. Exit code 1 when a limit is exceeded.
+SGLang loads the model as it is served. The reference is transformers' model with every tensor dequantised to float32.
+Compared are the logits after every token of a text (prefill), those of decode steps that are fed the same text, and the
+tokens at temperature 0 of sequences alone and together. Exit code 1 if a limit is exceeded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MAX_PERPLEXITY_CHANGE = 0.005
 
 @dataclass
 class Agreement:
-    """Of two series of logits for the same text."""
+    """Agreement of two series of logits for the same text."""
 
     tokens: int = 0
     top1: float = 0.0
@@ -48,12 +48,12 @@ class Agreement:
 
     @property
     def perplexity_change(self) -> float:
-        """Relative to the reference."""
+        """Change relative to the reference."""
         return self.perplexity / self.reference_perplexity - 1
 
     @property
     def is_within_limits(self) -> bool:
-        """Of the issue that asked for quantised execution."""
+        """Whether all limits of quantised execution are kept."""
         return self.top1 >= MIN_TOP1 and self.kl <= MAX_KL and abs(self.perplexity_change) <= MAX_PERPLEXITY_CHANGE
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ def agreement(pairs: Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]) -> 
 
 
 def load_reference(folder: Path, device: str) -> Callable[[list[int]], torch.Tensor]:
-    """ids -> float32 logits `[len(ids), vocabulary]`."""
+    """Return a function: ids -> float32 logits `[len(ids), vocabulary]`."""
     import torch
     import transformers
     from sglang_pascal.checkpoint.dequantize import dequantized
@@ -103,7 +103,7 @@ def load_reference(folder: Path, device: str) -> Callable[[list[int]], torch.Ten
 
 
 def prefill_pairs(engine: InProcessEngine, reference: Any, ids: list[int]) -> Iterator[Any]:
-    """After every token of the text, in windows."""
+    """Yield logits after every token of the text, in windows."""
     for start in range(0, len(ids) - 1, WINDOW):
         part = ids[start : start + WINDOW + 1]
         if len(part) > 1:
@@ -111,7 +111,7 @@ def prefill_pairs(engine: InProcessEngine, reference: Any, ids: list[int]) -> It
 
 
 def decode_pairs(engine: InProcessEngine, reference: Any, ids: list[int], batch: int, steps: int) -> Iterator[Any]:
-    """After each of `steps` decoded tokens of `batch` sequences, whose first tokens are a prompt of 32."""
+    """Yield logits after each of `steps` decoded tokens of `batch` sequences, whose first tokens are a prompt of 32."""
     import torch
 
     length = 32 + steps
@@ -128,21 +128,21 @@ def decode_pairs(engine: InProcessEngine, reference: Any, ids: list[int], batch:
 
 
 def alone_and_together(engine: InProcessEngine, ids: list[int], batch: int, n_tokens: int) -> int:
-    """How many of the sequences get the same tokens in both ways."""
+    """Return how many of the sequences get the same tokens in both ways."""
     prompts = [ids[i * 50 : i * 50 + 20 + 7 * i] for i in range(batch)]
     together = engine.greedy(prompts, n_tokens)
     return sum(engine.greedy([prompt], n_tokens) == [tokens] for prompt, tokens in zip(prompts, together, strict=True))
 
 
 def text_of(path: Path | None) -> str:
-    """The text to predict: a file, or this repository's own documentation."""
+    """Return the text to predict: a file, or this repository's own documentation."""
     if path is not None:
         return path.read_text(encoding="utf-8")
     return "\n\n".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").glob("*.md")))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -150,7 +150,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--prefill-bits", choices=("8", "16"), default="16", help="of activations (default: 16)")
     parser.add_argument("--decode-bits", choices=("8", "16"), default="16", help="likewise, of decode steps")
-    parser.add_argument("--tokens", type=int, default=2048, help="of the text, for prefill (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=2048, help="tokens of the text, for prefill (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=125, help="decode steps of each sequence (default: %(default)s)")
     parser.add_argument(
         "--batch", type=int, default=8, help="sequences that are decoded together (default: %(default)s)"
@@ -161,7 +163,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Measure and print; 1 when a limit is exceeded."""
+    """Measure and print; return 1 if a limit is exceeded."""
     args = parse(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
@@ -170,7 +172,7 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> int:
-    """As `main`, of a prepared folder."""
+    """Do `main` with a prepared folder."""
     import transformers
 
     os.environ |= {"SGLANG_PASCAL_PREFILL_BITS": args.prefill_bits, "SGLANG_PASCAL_DECODE_BITS": args.decode_bits}
@@ -202,7 +204,7 @@ def measure(args: argparse.Namespace, folder: Path) -> int:
 
 
 def device_name(device: str) -> str:
-    """For the record."""
+    """Return the device's name for the record."""
     import platform
 
     import torch

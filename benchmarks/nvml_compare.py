@@ -1,10 +1,10 @@
-"""Compares what the exporter reads with what nvidia-smi prints at the same moment, idle and under load.
+"""Compares the exporter's values with what nvidia-smi prints at the same moment, idle and under load.
 
     python benchmarks/nvml_compare.py --output docs/results/ [--capture tests/gpu/captures/]
 
-Each sample is nvidia-smi, a reading, nvidia-smi again: a value agrees if it lies between the two, give or take the
-tolerance of its row. Texts are compared once; UUID and serial number are not printed. Needs only Python 3.11, the
-package pascaline.gpu and pynvml on PYTHONPATH; torch, if there, makes the load. Nothing about the card is changed.
+Each sample is nvidia-smi, a reading, nvidia-smi again. A value agrees if it lies between the two, within the tolerance
+of its row. Texts are compared once; UUID and serial number are not printed. Needs only Python 3.11, the package
+pascaline.gpu and pynvml on PYTHONPATH; torch, if installed, makes the load. Nothing about the card is changed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Row:
     series: str
     labels: dict[str, str] = field(default_factory=dict)
     factor: float = 1.0
-    """Our value times this is nvidia-smi's unit."""
+    """Our value times this is in nvidia-smi's unit."""
     tolerance: float = 0.0
     """Allowed distance from the range of the two neighbours, in nvidia-smi's unit: its rounding, or drift."""
     why: str = ""
@@ -127,7 +127,7 @@ NOT_QUERIED = {
     "throttle_reason": "display_clock_setting",
     "ecc_errors_total": "texture_shared_memory",
 }
-"""Series for which `nvidia-smi --query-gpu` has no field: all of one, or (not empty) those with this label's value."""
+"""Metrics without a field in `nvidia-smi --query-gpu`: all of one, or (if not empty) those with this label's value."""
 TEXTS = {
     "name": "name",
     "serial": "serial",
@@ -147,7 +147,7 @@ def query(gpu: int, fields: list[str]) -> dict[str, str]:
 
 
 def known_fields(gpu: int) -> list[str]:
-    """The fields of ROWS that this nvidia-smi knows: one unknown name fails its whole query."""
+    """Return the fields of ROWS that this nvidia-smi knows: one unknown name makes the whole query fail."""
     known = []
     for row in ROWS:
         with contextlib.suppress(subprocess.CalledProcessError):
@@ -157,7 +157,7 @@ def known_fields(gpu: int) -> list[str]:
 
 
 def number(text: str) -> float | None:
-    """nvidia-smi's text as a number; None where it has none."""
+    """Return nvidia-smi's text as a number; None if it is not one."""
     if text in ABSENT:
         return None
     for words in (ACTIVE, ENABLED):
@@ -168,7 +168,7 @@ def number(text: str) -> float | None:
 
 
 def ours(reading: Reading, gpu: int, row: Row) -> float | None:
-    """Our value in nvidia-smi's unit; None where the exporter emits nothing."""
+    """Return our value in nvidia-smi's unit; None if the exporter emits none."""
     series = to_json(reading)["gpus"][gpu]["series"].get(row.series)
     if isinstance(series, list):
         series = next((s["value"] for s in series if all(s[k] == v for k, v in row.labels.items())), None)
@@ -176,7 +176,7 @@ def ours(reading: Reading, gpu: int, row: Row) -> float | None:
 
 
 def our_texts(reading: Reading, gpu: int) -> dict[str, str]:
-    """Our texts by nvidia-smi's field."""
+    """Return our texts by nvidia-smi's field."""
     described = to_json(reading)
     device = described["gpus"][gpu]
     texts = {smi: device["info"][label] for smi, label in TEXTS.items()}
@@ -184,7 +184,7 @@ def our_texts(reading: Reading, gpu: int) -> dict[str, str]:
 
 
 def differing_texts(reading: Reading, gpu: int) -> list[str]:
-    """Fields whose texts differ; an empty text of ours is one that nvidia-smi has not."""
+    """Return the fields whose texts differ; our text is empty if nvidia-smi has none."""
     mine = our_texts(reading, gpu)
     theirs = query(gpu, list(mine))
     return [smi for smi, text in mine.items() if text != ("" if theirs[smi] in ABSENT else theirs[smi])]
@@ -192,7 +192,7 @@ def differing_texts(reading: Reading, gpu: int) -> list[str]:
 
 @dataclass
 class Outcome:
-    """How a row fared over all samples of one load."""
+    """The result of a row over all samples of one load."""
 
     agreed: int = 0
     compared: int = 0
@@ -238,7 +238,7 @@ def compare(reader: Reader, gpu: int, fields: list[str]) -> dict[str, Outcome]:
 
 @contextlib.contextmanager
 def load(seconds: float) -> Iterator[bool]:
-    """Multiply matrices in another process, from `seconds` before the body to its end; False where torch cannot."""
+    """Multiply matrices in another process, from `seconds` before the body to its end; False if torch cannot."""
     program = (
         "import sys, time, torch\n"
         f"a = torch.randn({MATRIX_SIZE}, {MATRIX_SIZE}, device='cuda', dtype=torch.float16)\n"
@@ -259,7 +259,7 @@ def load(seconds: float) -> Iterator[bool]:
 
 
 def table(outcomes: dict[str, dict[str, Outcome]]) -> list[str]:
-    """Return the Markdown lines: one row a field, one pair of columns a load."""
+    """Return the Markdown lines: one row per field, two columns per load."""
     lines = [
         "| nvidia-smi | ours | "
         + " | ".join(f"{name}: agreed | {name}: nvidia-smi before, after / ours" for name in outcomes)

@@ -1,11 +1,11 @@
-"""The planner beside gguf-parser and beside what llama.cpp itself allocates, on the same model files.
+"""Compares the planner with gguf-parser and with what llama.cpp itself allocates, on the same model files.
 
     python benchmarks/plan_compare.py [--models llama-2-7b,qwen3-4b] [--contexts 2048,4096,8192] [--json]
 
-The truth is llama.cpp's own log: it loads each file on the CPU and says what it allocates for weights, KV cache and
-computation. The files are sparse (weights of zeros), of the published sizes. Programs are found on PATH: `gguf-parser`
+The truth is llama.cpp's own log: it loads each file on the CPU and reports what it allocates for weights, KV cache and
+computation. The files are sparse (weights of zeros), with the published sizes. On PATH are looked up `gguf-parser`
 (github.com/gpustack/gguf-parser-go, its folder cmd/gguf-parser) and `llama-completion` (llama.cpp); a column whose
-program is absent stays empty, and the last lines say so. One request, fp16 KV cache, flash attention, batches of 512.
+missing stays empty, and the last lines say so. One request, fp16 KV cache, flash attention, batches of 512.
 
 KV: bytes of the cache. CPU: all memory with no layer on a GPU, weights included. GPU: memory with all layers there.
 """
@@ -36,7 +36,7 @@ _ALLOCATED = re.compile(r"(model|KV|compute|output|RS) buffer size = +([0-9.]+) 
 
 @dataclass
 class Row:
-    """One file at one context; bytes, None where nothing says it."""
+    """One file at one context; bytes, None if no program reports it."""
 
     model: str
     mixture: str
@@ -53,7 +53,7 @@ class Row:
 
 
 def allocated_by_llama_cpp(path: Path, context: int) -> dict[str, int]:
-    """Bytes that llama.cpp says it allocated, by what for; empty where the program is absent."""
+    """Return the bytes that llama.cpp reports as allocated, by purpose; empty if the program is missing."""
     program = shutil.which("llama-completion")
     if program is None:
         return {}
@@ -63,7 +63,7 @@ def allocated_by_llama_cpp(path: Path, context: int) -> dict[str, int]:
         [program, "-m", str(path), *sizes, *how], stdin=subprocess.DEVNULL, capture_output=True, text=True,
         errors="replace", timeout=TIMEOUT_SECONDS, check=True,
     )  # fmt: skip
-    # A first pass without memory looks whether the model fits; what is allocated follows the last opening of the file.
+    # A first pass without memory checks whether the model fits; allocations follow the last opening of the file.
     log = (answer.stdout + answer.stderr).rpartition("loaded meta data")[2]
     found: dict[str, int] = {}
     for what, mebibytes in _ALLOCATED.findall(log):
@@ -72,13 +72,13 @@ def allocated_by_llama_cpp(path: Path, context: int) -> dict[str, int]:
 
 
 def estimated_by_gguf_parser(path: Path, context: int) -> tuple[int, int, int] | None:
-    """(KV cache, everything on the CPU, everything on the GPU) as gguf-parser estimates them."""
+    """Return gguf-parser's estimates: (KV cache, everything on the CPU, everything on the GPU)."""
     program = shutil.which("gguf-parser")
     if program is None:
         return None
     gpu = _gguf_parser(program, path, context, "-1")["vrams"][0]
     cpu = _gguf_parser(program, path, context, "0")["ram"]
-    # It prints sums only: the cache is what the estimate with unified memory grows by, per token, times the context.
+    # It prints only sums. The cache is the growth per token of the estimate with unified memory, times the context.
     # A second context 2,048 further gives the slope; sliding-window layers have none, and are missing from it.
     more = _gguf_parser(program, path, context + 2048, "-1")["vrams"][0]
     slope = (more["uma"] - gpu["uma"]) / 2048
@@ -103,7 +103,7 @@ def _gguf_parser(program: str, path: Path, context: int, layers: str) -> dict:
 
 
 def planned_by_pascaline(path: Path, context: int, card: str) -> dict:
-    """The plan of `pascaline plan --json` for llama.cpp on a card; empty where it cannot be made."""
+    """Return the plan of `pascaline plan --json` for llama.cpp on a card; empty if it cannot be made."""
     command = [sys.executable, "-m", "pascaline", "plan", str(path), "--engine", "llama.cpp", "--card", card]
     options = ["--context", str(context), "--requests", "1", "--json"]
     answer = subprocess.run([*command, *options], capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
@@ -114,7 +114,7 @@ def planned_by_pascaline(path: Path, context: int, card: str) -> dict:
 
 
 def compare(path: Path, model: str, mixture: str, context: int) -> Row:
-    """All answers for one file at one context."""
+    """Return all answers for one file at one context."""
     from pascaline.models.gguf import read_gguf
 
     row = Row(model, mixture, context, read_gguf(path).weights_bytes)
@@ -124,7 +124,7 @@ def compare(path: Path, model: str, mixture: str, context: int) -> Row:
         row.kv_gguf_parser, row.cpu_gguf_parser, row.gpu_gguf_parser = estimated
     plan = planned_by_pascaline(path, context, CARD)
     row.kv_pascaline, row.gpu_pascaline = plan.get("kv_bytes"), plan.get("total_bytes")
-    # What llama.cpp logs are its buffers, not what the process takes besides.
+    # llama.cpp logs only its buffers, not what else the process takes.
     parts = planned_by_pascaline(path, context, "cpu").get("parts", [])
     if parts:
         row.cpu_pascaline = sum(part["bytes"] for part in parts if part["key"] in BUFFERS)
@@ -132,7 +132,7 @@ def compare(path: Path, model: str, mixture: str, context: int) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text, sizes in MiB."""
+    """Return the rows as text, sizes in MiB."""
     numbers = (
         "kv_true",
         "kv_gguf_parser",

@@ -1,17 +1,17 @@
-"""The plan beside what SGLang really allocates: weights, KV cache and tables to the byte, on a GPU the whole as well.
+"""Compares the plan with SGLang's allocations: weights, KV cache and tables to the byte; on a GPU also the total.
 
     python benchmarks/plan_error.py [--device cpu|cuda] [--models llama,qwen3] [--contexts 512,1024,2048] [--json]
-    python benchmarks/plan_error.py --device cuda                     # seven models with float16 weights, some minutes
+    python benchmarks/plan_error.py --device cuda                     # seven models with float16 weights, a few minutes
     python benchmarks/plan_error.py --device cuda --gguf Q4_K_M       # six whose weights stay quantised
 
-Each model has random weights and is loaded by SGLang itself, in a process of its own, with the flags of the plan
-(tests/support/sglang_allocations.py). Nearly all of the time is imports: --ahead processes do theirs together before
-the first of them measures, one after the other. On a GPU, models of a gigabyte are made, and the driver's count of used
-memory, after a prefill and some decode steps, is compared with the plan's total; nothing else may use the GPU
-meanwhile. --card names the profile whose constants are used; without it that of this GPU, and if it has none those of a
-GPU without a profile, with the size of its CUDA context, which no plan can know, taken as measured.
+Each model has random weights. SGLang itself loads it in a separate process, with the flags of the plan
+(tests/support/sglang_allocations.py). Nearly all of the time is imports: --ahead processes import together before the
+first of them measures; then they measure one after the other. On a GPU, models of a gigabyte are made, and the driver's
+count of used memory, after a prefill and some decode steps, is compared with the plan's total; nothing else may use the
+GPU meanwhile. --card names the profile whose constants are used; without it, this GPU's profile. For a GPU without a
+profile, the measured size of its CUDA context is used, which no plan can know.
 
-Exit code 0: everything is as close as it has to be; 1: something is not, or failed; 6: there is no GPU.
+Exit code 0: everything is within its limits; 1: something is not, or failed; 6: there is no GPU.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ TIMEOUT_SECONDS = 600
 ALLOWED_SHARE, ALLOWED_BYTES = 0.03, 150 * MIB
 """A total may miss by the larger of the two."""
 BUSY_BYTES = 1 << 30
-"""Memory of a GPU that somebody else must be using."""
+"""With this much memory in use on a GPU, another program must be using it."""
 IMPORT_BYTES = 3 << 30
-"""Memory that a process with SGLang's modules may take, for the number of those that import together."""
+"""Memory that a process with SGLang's modules may take; limits how many processes import together."""
 FRACTION = {"cpu": "0.5", "cuda": "0.85"}
 """--mem-fraction-static, of this machine's memory whatever the plan's card has; the pool is bounded by its tokens."""
 NO_GRAPHS = ["--cuda-graph-backend-decode", "disabled"]
-"""For experts: SGLang's torch form asks the GPU how many tokens each one has, which no recorded step can."""
+"""For experts: SGLang's torch code asks the GPU for the number of tokens of each, which no recorded step can do."""
 CHILD = ROOT / "tests/support/sglang_allocations.py"
 
 LARGE = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 16, "head_dim": 128, "vocab_size": 32064}
-"""About a gigabyte in float16: small enough to be written in seconds, large enough for 3 % to mean something."""
+"""About a gigabyte in float16: small enough to be written in seconds, large enough for 3 % to be meaningful."""
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Row:
     """On a GPU: the most that tensors took at once."""
     plan_parts: dict[str, int] | None = None
     failure: str | None = None
-    """Why the model could be loaded, but not be worked with."""
+    """Why the model failed at work although it was loaded."""
 
     @property
     def is_exact(self) -> bool:
@@ -129,7 +129,7 @@ def find_gpu() -> Gpu | None:
 
 
 def shapes(*, large: bool) -> dict[str, Shape]:
-    """The models: with and without grouped queries, four families, sliding windows, a vocabulary that is padded."""
+    """Return the models: with and without grouped queries, four families, sliding windows, a padded vocabulary."""
     sizes = {"num_heads": 16, "num_kv_heads": 4, **LARGE} if large else {}
     heads = 16 if large else 8
     return {
@@ -144,7 +144,7 @@ def shapes(*, large: bool) -> dict[str, Shape]:
 
 
 def write_model(folder: Path, name: str, shape: Shape, *, gguf: str | None) -> Path:
-    """Write the model that a name stands for; gguf: the mixture of a GGUF file instead of a folder."""
+    """Write the model of that name; gguf: the mixture of a GGUF file instead of a folder."""
     if gguf is not None:
         caps = {"gemma2.attn_logit_softcapping": 50.0, "gemma2.final_logit_softcapping": 30.0}
         metadata = caps if shape.architecture == "gemma2" else None
@@ -158,8 +158,8 @@ def write_model(folder: Path, name: str, shape: Shape, *, gguf: str | None) -> P
 class Measurer:
     """Processes that import SGLang together, while nothing is measured, and then measure one model each.
 
-    All of a group have ended their imports before the first one starts: what an import may take of a GPU is then
-    part of what was used before.
+    All of a group finish their imports before the first one starts, so the GPU memory that an import takes is part of
+    what was used before.
     """
 
     def __init__(self, device: str, *, python: str = sys.executable, jobs: int = 1, ahead: int = 1) -> None:
@@ -200,7 +200,7 @@ class _Child:
         }
         if device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        # A file, not a pipe: nobody reads while the process waits.
+        # A file, not a pipe: nothing reads it while the process waits.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process
         self.process = subprocess.Popen(
             [python, str(CHILD), "--wait"],
@@ -299,7 +299,7 @@ def compare(
 
 
 def prepared(place: Path, python: str) -> Path:
-    """The folder that SGLang starts from: a GGUF file's is made by the plugin."""
+    """Return the folder from which SGLang starts; for a GGUF file the plugin makes it."""
     if place.suffix != ".gguf":
         return place
     folder = place.with_suffix("")
@@ -313,7 +313,7 @@ def prepared(place: Path, python: str) -> Path:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text: planned sizes in MiB, and by how many bytes they miss."""
+    """Return the rows as text: planned sizes in MiB, and by how many bytes they are wrong."""
     lines = [
         f"{'':<22}{'weights':^26}{'KV cache':^26}{'tables':^26}{'total':^38}{'context':>10}",
         f"{'model':<14}{'context':>8}" + f"{'plan, MiB':>14}{'off by, B':>12}" * 3 + f"{'plan, MiB':>14}{'off by':>18}",
@@ -332,7 +332,7 @@ def table(rows: list[Row]) -> str:
 
 
 def split_table(rows: list[Row]) -> str:
-    """Where a GPU's memory goes, planned and counted, MiB: what to correct where a total is off."""
+    """Return where a GPU's memory goes, planned and counted, MiB: shows what to correct if a total is off."""
     titles = ("context", "idle", "in the end", "reserved", "peak", "outside torch")
     lines = [f"{'':<22}{'counted':^84}  planned", f"{'model':<14}{'context':>8}" + "".join(f"{t:>14}" for t in titles)]
     for row in rows:
@@ -347,7 +347,7 @@ def split_table(rows: list[Row]) -> str:
 
 
 def verdict(rows: list[Row], failures: list[str]) -> str:
-    """One line that says whether the plan is good enough; further ones with what is not."""
+    """Return one line that says whether the plan is good enough, and further lines with what is not."""
     bad = [row for row in rows if not row.is_good]
     lines = [f"failed: {failure}" for failure in failures]
     for row in bad:
@@ -370,7 +370,7 @@ def verdict(rows: list[Row], failures: list[str]) -> str:
 
 
 def machine(gpu: Gpu | None) -> str:
-    """What was measured on, and when."""
+    """Return what was measured on, and when."""
     from importlib.metadata import PackageNotFoundError, version
 
     def installed(package: str) -> str:
@@ -387,13 +387,13 @@ def machine(gpu: Gpu | None) -> str:
 
 
 def ahead() -> int:
-    """How many processes this machine lets import together: one a core, as far as the memory goes."""
+    """Return how many processes may import together on this machine: one per core, as far as the memory suffices."""
     pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return max(1, min(os.cpu_count() or 1, pages * size // IMPORT_BYTES))
 
 
 def run(arguments: argparse.Namespace, card: str | None) -> tuple[list[Row], list[str]]:
-    """Make each model and measure it at each context; returns the rows, and what failed."""
+    """Make each model and measure it at each context; return the rows, and what failed."""
     contexts = [int(context) for context in arguments.contexts.split(",")]
     available = shapes(large=arguments.device == "cuda")
     names = arguments.models.split(",") if arguments.models else [
@@ -417,7 +417,7 @@ def run(arguments: argparse.Namespace, card: str | None) -> tuple[list[Row], lis
                         failures.append(f"{name} at {context:,}: {error}")
                         print(failures[-1], file=sys.stderr, flush=True)
                     else:
-                        # Told at once: a run that is stopped has not been for nothing.
+                        # Reported at once, so that a run that is stopped still has results.
                         print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     finally:
         measure.close()
@@ -425,7 +425,7 @@ def run(arguments: argparse.Namespace, card: str | None) -> tuple[list[Row], lis
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--models", help="names, separated by commas (default: all)")

@@ -1,4 +1,4 @@
-"""The speed estimate beside every measured point that it is fitted to, or that was left out, with the error by kind.
+"""Compares the speed estimate with every measured point, whether it is fitted to it or not; prints the error by kind.
 
     python benchmarks/plan_speed.py
 
@@ -12,7 +12,7 @@ from pascaline.planning.speed import Calibration, calibration, kind_of, predicte
 
 
 def row(point: SpeedPoint, shares: Calibration) -> str:
-    """One point as a line."""
+    """Return one point as a row."""
     kind = kind_of(point.batch)
     compute = float("inf") if kind == "bandwidth" else getattr(shares, kind)
     estimate = predicted(point, shares.bandwidth, compute)

@@ -1,8 +1,8 @@
-"""How long a plan takes: reading the header of a 7B GGUF file, planning it, searching for the best settings, refusing.
+"""Measures how long a plan takes: reading the header of a 7B GGUF file, planning, optimising, refusing.
 
     python benchmarks/plan_time.py [--runs 20] [--json]
 
-The file is sparse, of the published size. Library: median of calls in this process, after one to warm up. Command:
+The file is sparse, with the published size. Library: median of calls in this process, after one warm-up call. Command:
 median of whole processes, `pascaline plan FILE --card tesla-p4` with start-up and imports.
 """
 
@@ -29,7 +29,7 @@ MAX_LOSS = 0.2
 
 
 def median_ms(call: Callable[[], object], runs: int) -> float:
-    """Median duration, milliseconds, after one call that is not counted."""
+    """Return the median duration in milliseconds, after one call that is not counted."""
     call()
     times = []
     for _ in range(runs):
@@ -40,7 +40,7 @@ def median_ms(call: Callable[[], object], runs: int) -> float:
 
 
 def measure(path: Path, runs: int) -> dict[str, float]:
-    """Milliseconds by what was done."""
+    """Return milliseconds by what was done."""
     from pascaline.cards import load_card
     from pascaline.models.reader import read_model
     from pascaline.planning import PlanRequest, make_plan, nearest_fits

@@ -1,10 +1,10 @@
-"""A copy of a GGUF model whose matrices have other types, in turn: what a measure of numerics runs on.
+"""Copies a GGUF model with other types for its matrices, in turn, as input for measurements of numerics.
 
     python benchmarks/requantize.py MODEL.gguf OUT.gguf TYPE [TYPE ...]
 
-Types are those that the gguf package can make: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, F16, BF16, F32. Several of them make a
-file in which every layer mixes types. From a quantised model this says nothing of the types' own quality: the weights
-are rounded twice.
+Types are those that the gguf package can make: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, F16, BF16, F32. Several types make a file
+in which every layer mixes types. From a quantised model, the copy shows nothing about the quality of the types: its
+weights are rounded twice.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32")
 _OWN = ("GGUF.", "general.architecture")
-"""Beginnings of the keys that the writer adds itself."""
+"""Prefixes of the keys that the writer adds itself."""
 
 
 def requantize(source: Path, target: Path, types: Sequence[str]) -> None:
-    """types: names of TYPES; the first matrix gets the first of them, and so on, again and again."""
+    """types: names in TYPES; the matrices get them in turn, again and again."""
     reader = GGUFReader(source)
     writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
     for field in reader.fields.values():

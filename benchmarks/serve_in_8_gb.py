@@ -1,11 +1,11 @@
-"""Whether `pascaline serve` keeps its plan in the memory of an 8 GB card: memory, and requests of the whole context.
+"""Checks whether `pascaline serve` keeps its plan on an 8 GB card: memory, and requests of the whole context.
 
     python benchmarks/serve_in_8_gb.py MODEL.gguf [--device cuda] [--requests 4] [--tokens 4096] [--json FILE]
 
-The server is started as a user starts it, with an int8 KV cache for the requests. On a larger card torch may allocate
-no more than a Tesla P4 has, and the CUDA context, which is larger there and which no plan can know, is counted as large
-as the plan has it. Exit code 1 where the server did not become ready, a request was not answered in full, or the device
-holds more than the plan says.
+The server is started as a user starts it, with an int8 KV cache for the requests. On a larger card, torch may allocate
+only what a Tesla P4 has. The CUDA context is larger there, and no plan can know its size, so it counts with the plan's
+size. Exit code 1 if the server did not become ready, a request was not answered completely, or the device holds more
+than the plan says.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.instance import Instance, running
 
 CARD_BYTES = 7.6 * 2**30
-"""A Tesla P4's, as its driver shows them."""
+"""Memory of a Tesla P4, as its driver reports it."""
 CONTEXT_BYTES = 0.2 * 2**30
-"""Of a CUDA context, which torch does not count."""
+"""Size of a CUDA context, which torch does not count."""
 SPARE_TOKENS = 64
-"""Of the context length beyond a request."""
+"""Tokens of the context length beyond a request."""
 ANSWER_TOKENS = 96
 START_SECONDS = 300
 REQUEST_SECONDS = 240
@@ -40,8 +40,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
-    parser.add_argument("--requests", type=int, default=4, help="at once (default: 4)")
-    parser.add_argument("--tokens", type=int, default=4096, help="of each, answer included (default: 4096)")
+    parser.add_argument("--requests", type=int, default=4, help="concurrent requests (default: 4)")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of each, answer included (default: 4096)")
     parser.add_argument("--json", type=Path, help="also write the results there")
     args = parser.parse_args()
     if not args.model.is_file():
@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is in the results."""
+    """Return the results."""
     on_cuda = args.device == "cuda"
     before = device_bytes() if on_cuda else 0
     context = context_bytes() if on_cuda else 0
@@ -103,7 +103,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def environment(*, on_cuda: bool) -> dict[str, str]:
-    """Variables of the server: which device it sees, and how much of it."""
+    """Return the server's variables: the device that it sees, and how much of it."""
     if not on_cuda:
         return {"CUDA_VISIBLE_DEVICES": ""}
     import torch
@@ -114,13 +114,13 @@ def environment(*, on_cuda: bool) -> dict[str, str]:
 
 
 def device_bytes() -> int:
-    """What the first card's driver says is in use."""
+    """Return the bytes in use on the first card, by its driver."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 2**20
 
 
 def context_bytes() -> int:
-    """What a process that only uses torch holds on the first card."""
+    """Return the bytes that a process which only uses torch holds on the first card."""
     code = "import sys, torch; torch.zeros(1, device='cuda'); print('ready', flush=True); sys.stdin.read()"
     before = device_bytes()
     command = [sys.executable, "-c", code]
@@ -133,7 +133,7 @@ def context_bytes() -> int:
 
 
 def ask_all(server: Instance, n: int, tokens: int) -> tuple[list[list[int]], float]:
-    """All requests at once: status, tokens of the prompt and of the answer of each; seconds together."""
+    """Send all requests together; return status, prompt tokens and answer tokens of each, and the seconds for all."""
     start = time.monotonic()
     with ThreadPoolExecutor(n) as pool:
         answers = list(pool.map(lambda number: ask(server, number, tokens), range(n)))
@@ -141,7 +141,7 @@ def ask_all(server: Instance, n: int, tokens: int) -> tuple[list[list[int]], flo
 
 
 def ask(server: Instance, number: int, tokens: int) -> list[int]:
-    """One request, whose prompt is its own from the first token on."""
+    """Send one request, whose prompt differs from all others from the first token on."""
     prompt = [(7 * number + 13 * i) % 250 + 3 for i in range(tokens - ANSWER_TOKENS)]
     body = {"model": "default", "prompt": prompt, "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True}
     answer = server.api("/v1/completions", body, timeout=REQUEST_SECONDS)

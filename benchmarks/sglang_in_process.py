@@ -1,7 +1,7 @@
 """SGLang's model runner in this process: logits of whole prompts and of single decode steps, without a server.
 
 The model, the weights, the KV pools, the attention backend and the recorded graphs are those that serve; only the
-scheduler and HTTP are missing. One per process: SGLang keeps its configuration in globals.
+scheduler and HTTP are missing. Only one per process: SGLang keeps its configuration in globals.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class InProcessEngine:
-    """A prepared model folder, loaded."""
+    """A loaded model from a prepared folder."""
 
     def __init__(self, folder: Path, *flags: str, quantized: bool = True) -> None:
         """flags: as on SGLang's command line. quantized: False = dequantise the weights, also on a GPU."""
@@ -43,12 +43,12 @@ class InProcessEngine:
         publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
         one_batch._init_process_global_configs()
         self.import_seconds = time.monotonic() - start
-        """Until the model began to be loaded."""
+        """Seconds until the model began to load."""
         self._bench = one_batch
         self.weights_seconds = 0.0
-        """Of building the model and reading its weights to the device; within the time that the rest took."""
+        """Seconds to build the model and read its weights to the device; part of the time for the rest."""
         self.weights_host_bytes = 0
-        """Most that the process held in the host's memory meanwhile, the file's pages too, less what it held before."""
+        """Most host memory during this, with the file's pages, minus what the process held before."""
         self._measure_loading()
         self.runner: Any = one_batch.load_model(arguments, PortArgs.init_new(arguments), 0, 0)[0].torch_runner
 
@@ -70,17 +70,17 @@ class InProcessEngine:
         PascalGgufLoader.load_model = timed
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Any]:
-        """Logits `[n, vocabulary]` after each prompt, and the batch to decode with."""
+        """Return logits `[n, vocabulary]` after each prompt, and the batch to decode with."""
         _, logits, batch = self._bench.extend(self._requests(prompts), self.runner)
         return logits.float().clone(), batch
 
     def decode(self, tokens: torch.Tensor, batch: Any) -> torch.Tensor:
-        """Logits `[n, vocabulary]` after one more token `[n]` of each."""
+        """Return logits `[n, vocabulary]` after one more token `[n]` of each."""
         _, logits = self._bench.decode(tokens, batch, self.runner)
         return logits.float().clone()  # a recorded step writes the next ones to the same memory
 
     def all_logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Logits `[len(ids), vocabulary]` after each token of one prompt, from one prefill."""
+        """Return logits `[len(ids), vocabulary]` after each token of one prompt, from one prefill."""
         import torch
 
         model, hidden = self.runner.model, []
@@ -99,7 +99,7 @@ class InProcessEngine:
         return result if cap is None else cap * torch.tanh(result / cap)
 
     def greedy(self, prompts: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
-        """Tokens at temperature 0 after each prompt, all decoded as one batch."""
+        """Return the tokens at temperature 0 after each prompt, all decoded as one batch."""
         logits, batch = self.prefill(prompts)
         columns = [logits.argmax(-1)]
         for _ in range(n_tokens - 1):
@@ -132,19 +132,19 @@ class InProcessEngine:
 
 
 def _restart_peak_of_host_bytes() -> int:
-    """Forget the process's peak (proc_pid_clear_refs(5)); what it holds now."""
+    """Reset the process's peak (proc_pid_clear_refs(5)); return what it holds now."""
     Path("/proc/self/clear_refs").write_text("5")
     return _host_bytes("VmRSS")
 
 
 def _host_bytes(key: str) -> int:
-    """A size of this process, which the kernel tells in units of 1024 bytes."""
+    """Return a size of this process, which the kernel reports in units of 1024 bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def _dequantize_by_default() -> None:
-    """Take back what the plugin chooses on a GPU for weights of a GGUF file."""
+    """Undo the plugin's choice on a GPU for weights of a GGUF file."""
     from sglang_pascal.platform import PascalCudaPlatform
 
     choose = PascalCudaPlatform.apply_server_args_defaults

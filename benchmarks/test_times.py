@@ -1,10 +1,10 @@
-"""Where the time of a test run goes: a table by area, and the seconds by file that order the next run.
+"""Shows where the time of a test run goes: a table by area, and the seconds per file that order the next run.
 
     ./dev test --all --junitxml times.xml
     ./dev exec python benchmarks/test_times.py times.xml [fast.xml]
 
 Writes docs/results/tests.json, which tests/support/selection.py reads to start the longest files first, and
-docs/results/tests.md. The second file is of `./dev test`. Exit codes: 0 written, 2 a file is no JUnit report.
+docs/results/tests.md. The second file is from `./dev test`. Exit codes: 0 written, 2 a file is not a JUnit report.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"
 FOLDERS = (ROOT, ROOT / "python", ROOT / "tests")
-"""What pytest names a file relative to, by how it was called."""
+"""Folders to which pytest's file names are relative, depending on how it was called."""
 
 
 @dataclass
@@ -32,9 +32,9 @@ class Run:
 
     wall_seconds: float
     seconds: Counter[str]
-    """By file, as a path in the repository: set-up and end included, all workers together."""
+    """Seconds by file, as a path in the repository: set-up and tear-down included, all workers together."""
     tests: Counter[str]
-    """Passed, skipped, failed."""
+    """Number of passed, skipped and failed tests."""
 
 
 def read(path: Path) -> Run:
@@ -63,7 +63,7 @@ def file_of(classname: str) -> str:
 
 
 def area(file: str) -> str:
-    """Return the folder that a person would name: tests/serve, python/pascaline/tests, …/tests/engine."""
+    """Return the folder as a person names it: tests/serve, python/pascaline/tests, …/tests/engine."""
     return str(Path(file).parent)
 
 

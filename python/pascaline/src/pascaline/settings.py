@@ -39,7 +39,7 @@ class KvCacheSettings(BaseModel):
 
 
 def _number(value: Any) -> Any:
-    """Take the 8 or 16 of a flag or a variable, which are texts."""
+    """Convert the texts 8 and 16 of a flag or a variable into numbers; anything else is returned unchanged."""
     return int(value) if value in ("8", "16") else value
 
 
@@ -47,16 +47,18 @@ ActivationBits = Annotated[Literal["auto", 8, 16], BeforeValidator(_number)]
 
 
 class ActivationBitsSettings(BaseModel):
-    """With how many bits activations are multiplied with the weights of a GGUF file."""
+    """Number of bits of activations when they are multiplied with the weights of a GGUF file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prefill: ActivationBits = Field(
-        "auto", description="Of prompts; auto: 8 for models of 2048 and more values per token, else 16"
+        "auto",
+        description="Bits in prefill; auto: 8 on a GPU if the model's hidden size is at least 2048, otherwise 16",
     )
     decode: ActivationBits = Field(
         "auto",
-        description="Of decode steps; auto: 16 up to 12 max_running_requests, for which it is free, else as prompts",
+        description="Bits in decode steps; auto: 16 if max_running_requests is at most 12 (then it costs no time), "
+        "otherwise as auto in prefill",
     )
 
 
@@ -141,7 +143,7 @@ class Settings(BaseModel):
     kv_cache: KvCacheSettings = Field(KvCacheSettings(), description="The KV pool")
     radix_cache: bool = Field(True, description="Whether prompts with the same beginning share its KV cache")
     activation_bits: ActivationBitsSettings = Field(
-        ActivationBitsSettings(), description="Precision of the products: 8 bits are faster, 16 nearer to float32"
+        ActivationBitsSettings(), description="Precision of matrix products: 8 bits are faster, 16 more exact"
     )
     attention_backend: str | None = Field(None, min_length=1, description="SGLang's attention backend; default: pascal")
     quantization: str | None = Field(
@@ -268,7 +270,7 @@ ACTIVATION_BITS_VARIABLES = {
     "prefill": "SGLANG_PASCAL_PREFILL_BITS",
     "decode": "SGLANG_PASCAL_DECODE_BITS",
 }
-"""Phase -> the variable by which sglang-pascal is told (sglang_pascal/quantization/precision.py)."""
+"""Phase -> the variable that passes its bits to sglang-pascal (sglang_pascal/quantization/precision.py)."""
 
 
 def _environment_problems(settings: Settings) -> list[tuple[str, str]]:

@@ -43,7 +43,7 @@ class Task:
     mem_fraction_static: float | None
     prefill_bits: int
     decode_bits: int
-    """Of activations, 8 or 16: never auto."""
+    """Bits of the activations in decode steps, and `prefill_bits` those in prefill: 8 or 16, never auto."""
     runtime_dir: Path
     """Folder that only this user can read, for the file with the API key."""
     api_key: str | None = field(default=None, repr=False)

@@ -3,9 +3,9 @@
     python benchmarks/plan_compare.py [--models llama-2-7b,qwen3-4b] [--contexts 2048,4096,8192] [--json]
 
 The truth is llama.cpp's own log: it loads each file on the CPU and reports what it allocates for weights, KV cache and
-computation. The files are sparse (weights of zeros), with the published sizes. On PATH are looked up `gguf-parser`
-(github.com/gpustack/gguf-parser-go, its folder cmd/gguf-parser) and `llama-completion` (llama.cpp); a column whose
-missing stays empty, and the last lines say so. One request, fp16 KV cache, flash attention, batches of 512.
+computation. The files are sparse (weights of zeros), with the published sizes. It looks on PATH for `gguf-parser`
+(github.com/gpustack/gguf-parser-go, its folder cmd/gguf-parser) and `llama-completion` (llama.cpp); if one is missing,
+its columns stay empty, and the last lines say so. One request, fp16 KV cache, flash attention, batches of 512.
 
 KV: bytes of the cache. CPU: all memory with no layer on a GPU, weights included. GPU: memory with all layers there.
 """

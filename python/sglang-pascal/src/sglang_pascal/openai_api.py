@@ -1,8 +1,8 @@
-"""OpenAI's API as its clients expect it, where SGLang answers otherwise.
+"""Makes SGLang answer as clients of OpenAI's API expect, in the cases in which it does not.
 
-- An error is `{"error": {"message", "type", "param", "code"}}`, for a missing key and for a body that is no JSON too,
-  and holds no path of the server.
-- A model that is not served is refused with 404, as `GET /v1/models/NAME` does; $SGLANG_PASCAL_ANY_MODEL=1 takes any.
+- An error is `{"error": {"message", "type", "param", "code"}}`, also for a missing key and for a body that is not JSON.
+  It contains no path of the server.
+- A model that is not served is refused with 404, as `GET /v1/models/NAME` does; $SGLANG_PASCAL_ANY_MODEL=1 accepts any.
 - `top_p` 0 is greedy, as at OpenAI, and not an error.
 - Tools are refused if nothing would read the calls: SGLang takes them, and returns a call as text.
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 ANY_MODEL: Final = "SGLANG_PASCAL_ANY_MODEL"
-"""Variable: 1 takes every name of a model for the one that is served."""
+"""Variable: with 1, a request may name any model."""
 NO_NAME: Final = "default"
-"""What SGLang's protocol fills in where a request names no model."""
+"""The name that SGLang's protocol fills in if a request names no model."""
 OTHER_SHAPES: Final = ("/v1/messages", "/v1/systemone")
-"""Paths under /v1 whose errors have a shape of their own: Anthropic's, and System One's."""
+"""Paths under /v1 whose errors have their own shape: Anthropic's, and System One's."""
 MAX_ERROR_BYTES: Final = 2**20
 """A longer body of an error is passed on as it is."""
 TYPES: Final = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -77,7 +77,7 @@ def _is_json_error(start: Message) -> bool:
 
 
 async def _send_error(held: list[Message], message: Message, send: Send) -> None:
-    """Collect the body behind the start in `held`; send both once it is whole."""
+    """Collect the body behind the start in `held`; send both once it is complete."""
     held.append(message)
     start, *bodies = held
     content = b"".join(part.get("body", b"") for part in bodies)
@@ -111,7 +111,7 @@ def openai_error(status: int, content: bytes) -> dict[str, Any]:
             "message": without_paths(message if isinstance(message, str) else json.dumps(message)),
             "type": TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
             "param": error.get("param"),
-            # SGLang repeats the status here; OpenAI has a word or nothing.
+            # SGLang repeats the status here; OpenAI has a word or null.
             "code": code if isinstance(code, str) else None,
         }
     }
@@ -123,7 +123,7 @@ def without_paths(text: str) -> str:
 
 
 def validation_message(errors: Any) -> str:
-    """Put FastAPI's list of what is wrong with a request into one sentence: where, and what."""
+    """Put FastAPI's list of a request's faults into one sentence: the place and the fault."""
     sentences = []
     for error in errors:
         place = ".".join(str(part) for part in error.get("loc", ()) if part != "body")
@@ -136,7 +136,7 @@ def validation_message(errors: Any) -> str:
 
 
 def explain_validation(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Around SGLang's handler of invalid requests: a sentence for /v1, and what SGLang says elsewhere."""
+    """Wrap SGLang's handler of invalid requests: one sentence for /v1, SGLang's own answer elsewhere."""
 
     async def handler(request: Any, error: Any) -> Any:
         if not _is_openai(request.url.path):
@@ -149,7 +149,7 @@ def explain_validation(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 async def check_request(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any) -> Any:
-    """Around `OpenAIServingBase.handle_request`: refuse another model and unseen tools, and make top_p 0 greedy."""
+    """Wrap `OpenAIServingBase.handle_request`: refuse another model and unseen tools, and make top_p 0 greedy."""
     from starlette.responses import JSONResponse
 
     served = serving.tokenizer_manager.served_model_name
@@ -182,7 +182,7 @@ def is_served(name: str | None, served: str) -> bool:
 
 
 def add_to_server(inner: Callable[..., Any], original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Around SGLang's `_setup_and_run_http_server`: put the middleware outside of all others, that of the key too.
+    """Wrap SGLang's `_setup_and_run_http_server`: put the middleware outside all others, also that of the API key.
 
     inner: the next wrapper, called as this one.
     """

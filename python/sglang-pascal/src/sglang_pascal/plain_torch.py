@@ -75,11 +75,11 @@ def sample_from_probs(
     return_filtered_probs: bool = False,
     max_top_k: int | None = None,
 ) -> Any:
-    """Around `top_k_top_p_min_p_sampling_from_probs_torch`: min-p may stand beside a seed, and where SGLang would sort
-    the vocabulary on a GPU, our kernel finds the smallest value that stays.
+    """Wrap `top_k_top_p_min_p_sampling_from_probs_torch`: allow min-p together with a seed, and if SGLang would sort
+    the vocabulary on a GPU, let our kernel find the smallest value that stays.
 
-    Not where the order is asked for (a seed, the filtered values), and not where every request has a small top k: then
-    SGLang only looks for the k largest.
+    SGLang's own code runs if the order is needed (a seed, the filtered values), or if every request has a small top k:
+    then it only looks for the k largest.
     """
     if sampling_seed is not None and need_min_p_sampling:
         probs, need_min_p_sampling = without_min_p(probs, min_ps), False

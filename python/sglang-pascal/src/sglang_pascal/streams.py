@@ -1,8 +1,8 @@
 """Gives a stream that is refused before its first token the status of the refusal.
 
-A full queue is told to a request that is not streamed by status 503, and to one that is by status 200 and an error as
-its first event: neither a router nor a client's library tries again then. The status is known once the first event is,
-so the start of an answer is held back until then; SGLang's own handlers wait for their first token as well.
+If the queue is full, SGLang answers a request without a stream with status 503, but a stream with status 200 and an
+error as its first event: then neither a router nor a client's library tries again. The first event shows the status, so
+the start of an answer is held back until then; SGLang's own handlers wait for their first token too.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _is_stream(start: Message) -> bool:
 
 
 def refusal_of(body: bytes) -> dict[str, Any] | None:
-    """Return the error that the first event of a stream is, as SGLang tells it without a stream; None: it is none.
+    """Return the error in the first event of a stream, as SGLang reports it without a stream; None if it is no error.
 
     OpenAI's routes send {"error": {…, "code": 503}}, SGLang's own an answer whose finish_reason is an abort with a
     status_code.
@@ -115,7 +115,7 @@ def _refusal(error: dict[str, Any], code: Any, kind: Any) -> dict[str, Any] | No
 
 
 def add_to_server(inner: Callable[..., Any], original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Around SGLang's `_setup_and_run_http_server`: wrap its application before it listens.
+    """Wrap SGLang's `_setup_and_run_http_server`: wrap its application before it listens.
 
     inner: the next wrapper, called as this one.
     """

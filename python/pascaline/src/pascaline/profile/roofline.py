@@ -1,7 +1,7 @@
 """Sums up a timeline: the kernels that take most time, the kinds of work, and how near each is to the memory's speed.
 
 Each decode step reads every matrix once, and the KV cache of every running request. The bandwidth that all matrix
-products achieve together is therefore (bytes of the matrices) x steps / (their time), without a record of bytes.
+products achieve together is therefore (bytes of the matrices) x steps / (their time), whatever single kernels report.
 
 A replayed CUDA graph does not link kernels to operators. But the names of our kernels show what they read, so those of
 one weight type moved (bytes of the type) x steps. If several names read one type, as when the number of requests

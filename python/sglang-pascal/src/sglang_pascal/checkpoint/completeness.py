@@ -1,7 +1,7 @@
 """Watches a model while it is loaded: every parameter must get weights, and a fused layer every shard.
 
-SGLang fills what a checkpoint names and leaves the rest of the memory as it was: a model that lacks a tensor would look
-healthy and generate nonsense.
+SGLang fills the parameters that a checkpoint names and leaves the others uninitialised: a model that lacks a tensor
+would look healthy and generate nonsense.
 """
 
 from __future__ import annotations

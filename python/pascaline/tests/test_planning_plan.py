@@ -323,7 +323,7 @@ class TestActivationBits:
         with pytest.raises(ConfigurationError) as caught:
             self.bits(folder, **{"activation_bits.decode": 16})
         assert str(caught.value) == (
-            "activation_bits.decode: 16 is of a GGUF file's weights, the model's are safetensors; leave it out"
+            "activation_bits.decode: 16 applies to a GGUF file's weights, but the model's are safetensors; leave it out"
         )
 
     def test_prompts_in_8_bits_are_expected_to_be_faster(self) -> None:
@@ -360,8 +360,12 @@ class TestRequestFromSettings:
     @pytest.mark.parametrize(
         ("method", "model", "message"),
         [
-            ("bitsandbytes", "gguf", "'bitsandbytes' is of a Hugging Face folder's weights, the model's are gguf"),
-            ("gguf", "safetensors", "'gguf' is of a GGUF file's weights, the model's are safetensors"),
+            (
+                "bitsandbytes",
+                "gguf",
+                "'bitsandbytes' applies to a Hugging Face folder's weights, but the model's are gguf",
+            ),
+            ("gguf", "safetensors", "'gguf' applies to a GGUF file's weights, but the model's are safetensors"),
         ],
     )
     def test_a_quantisation_of_another_format(self, method: str, model: str, message: str) -> None:

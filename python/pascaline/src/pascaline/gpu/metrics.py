@@ -220,7 +220,7 @@ FAMILIES = (
     ),
     _gauge(
         "memory_temperature_celsius",
-        "Temperature of the memory, where it has a sensor.",
+        "Temperature of the memory, if it has a sensor.",
         _read(Call("nvmlDeviceGetFieldValues", (_NVML_FI_DEV_MEMORY_TEMP,))),
     ),
     _gauge(

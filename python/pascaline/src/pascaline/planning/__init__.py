@@ -8,7 +8,7 @@ request     what is to be planned           weights, kv_cache, memory    bytes o
 plan        the parts together, a verdict   speed                        tokens per second, from measured points
 mixtures    the model in another quant      nearest                      what would fit if a plan does not
 search      sweeps, the best settings
-report      all of it as text               picture                      the bar as SVG
+report      the plan as text                picture                      the bar as SVG
 """
 
 from pascaline.planning.memory import Part

@@ -241,7 +241,7 @@ def together(request: PlanRequest, context: int) -> PlanRequest:
 
 
 def _shrinkage(before: float, after: float) -> float:
-    """0 for the same, 1 for half of it, 3 for a quarter."""
+    """0 for the same value, 1 for half, 3 for a quarter."""
     return before / after - 1
 
 

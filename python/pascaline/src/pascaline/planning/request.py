@@ -49,7 +49,7 @@ class PlanRequest:
     """Upper bound on the share of the device's memory for weights and KV pool."""
     prefill_bits: int | None = None
     decode_bits: int | None = None
-    """Of activations, 8 or 16, as SGLang multiplies them with a GGUF file's matrices; None where there is no choice."""
+    """Bits of activations, 8 or 16, in products with a GGUF file's matrices; None if there is no choice."""
     quantization: str | None = None
     """SGLang's quantisation method; bitsandbytes, and gguf on a CPU, change the memory of the weights."""
     tensor_parallel: int = 1
@@ -76,9 +76,9 @@ MOST_REQUESTS_IN_16_BITS = 12
 
 
 def activation_bits(settings: Settings, spec: ModelSpec, *, device: str) -> tuple[int | None, int | None]:
-    """Return the bits of activations in prompts and decode steps, with auto decided; None where there is no choice.
+    """Return the bits of activations in prompts and decode steps, with auto decided; None if there is no choice.
 
-    Raises ConfigurationError where bits are asked for of weights that are not multiplied as int8.
+    Raises ConfigurationError if bits are set for weights that are not multiplied as int8.
     """
     chosen = settings.activation_bits
     if settings.engine != "sglang":
@@ -87,8 +87,8 @@ def activation_bits(settings: Settings, spec: ModelSpec, *, device: str) -> tupl
         for phase, bits in (("prefill", chosen.prefill), ("decode", chosen.decode)):
             if bits != "auto":
                 raise ConfigurationError(
-                    f"activation_bits.{phase}: {bits} is of a GGUF file's weights, the model's are {spec.format}; "
-                    "leave it out"
+                    f"activation_bits.{phase}: {bits} applies to a GGUF file's weights, "
+                    f"but the model's are {spec.format}; leave it out"
                 )
         return None, None
     small = 8 if device == "cuda" and spec.hidden_size >= WIDE_ENOUGH_FOR_8_BITS else 16
@@ -157,5 +157,6 @@ def _check_quantization(settings: Settings, spec: ModelSpec) -> None:
     method = settings.quantization if settings.engine == "sglang" else None
     if method in formats and spec.format != formats[method][0]:
         raise ConfigurationError(
-            f"quantization: {method!r} is of {formats[method][1]} weights, the model's are {spec.format}; leave it out"
+            f"quantization: {method!r} applies to {formats[method][1]} weights, but the model's are {spec.format}; "
+            "leave it out"
         )

@@ -58,7 +58,7 @@ def cases(draw: st.DrawFn) -> Case:
         chunked_prefill_tokens=draw(st.integers(16, 8192)),
         mem_fraction_static=draw(st.one_of(st.none(), st.floats(0.1, 0.99))),
         max_total_tokens=draw(st.one_of(st.none(), st.integers(1, 1 << 18))),
-        used_bytes=draw(st.integers(0, 4 << 30)),
+        used_bytes=draw(st.integers(0, min(4 << 30, card.memory_bytes))),
     )
     return Case(file, name, wanted)
 

@@ -1,4 +1,4 @@
-"""What an NVML call is, how its answer is flattened, and the error codes that mean more than a missing field."""
+"""NVML calls, how their answers are flattened, and the error codes that mean more than a missing field."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ class Quiet:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        """How many are open."""
+        """Number of open connections."""
         return len(self._deadlines)
 
     def heard(self, connection: socket.socket, patience: float = 0.0) -> None:

@@ -123,7 +123,7 @@ VIRTUALIZATION = Call("nvmlDeviceGetVirtualizationMode")
 VIRTUALIZATION_VGPU = 2  # NVML_GPU_VIRTUALIZATION_MODE_VGPU: the answer inside a virtual machine
 MIG_MODE = Call("nvmlDeviceGetMigMode")
 BUS_WIDTH = Call("nvmlDeviceGetMemoryBusWidth")
-"""Of the memory, bits."""
+"""Width of the memory bus, bits."""
 COMPUTE_PROCESSES = Call("nvmlDeviceGetComputeRunningProcesses", fields=("pid", "usedGpuMemory"))
 GRAPHICS_PROCESSES = Call("nvmlDeviceGetGraphicsRunningProcesses", fields=("pid", "usedGpuMemory"))
 INFO_CALLS = (NAME, PCI_INFO, SERIAL, VBIOS, COMPUTE_CAPABILITY, VIRTUALIZATION)

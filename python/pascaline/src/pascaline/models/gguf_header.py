@@ -1,4 +1,4 @@
-"""The header of one GGUF file (versions 2 and 3): metadata, read lazily, and where each tensor lies.
+"""The header of one GGUF file (versions 2 and 3): metadata, read lazily, and the position of each tensor.
 
 Tensor data is never read. Arrays of the metadata (a vocabulary of 150,000 strings) are skipped without creating
 Python objects for their elements. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md

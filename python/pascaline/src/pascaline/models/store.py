@@ -58,7 +58,7 @@ class ResolvedModel:
     spec: ModelSpec
     served_name: str
     sha256: tuple[str, ...] = ()
-    """Of each file of a GGUF model, in order; empty for a folder."""
+    """Checksum of each file of a GGUF model, in order; empty for a folder."""
     prepared_dir: Path | None = None
     """Folder with the configuration and tokenizer of a GGUF file; None if the engine reads the file itself."""
     has_chat_template: bool = True

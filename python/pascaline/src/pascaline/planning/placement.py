@@ -65,7 +65,7 @@ class Placement:
     variables: Mapping[str, str] = field(default_factory=dict)
     """Variables that select the engine's devices."""
     notes: tuple[str, ...] = ()
-    """What a reader of the plan should know about the choice."""
+    """Remarks about the choice for the reader of the plan."""
 
     def to_json(self) -> dict[str, object]:
         """Return it for `/plan` and `pascaline plan --json`."""

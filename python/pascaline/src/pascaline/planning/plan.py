@@ -56,7 +56,7 @@ class Plan:
     reasons: tuple[str, ...]
     """Why it does not fit, one sentence each; empty if it fits."""
     notes: tuple[str, ...]
-    """What is worth knowing although it fits."""
+    """Remarks about a plan that fits."""
     host_bytes: int
     """Weights that stay in the host's memory."""
     weights_read_bytes: int

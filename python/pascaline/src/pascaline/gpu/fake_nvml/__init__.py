@@ -1,6 +1,6 @@
 """A shared library with NVML's interface that answers from a scenario file, for tests and demos without a GPU.
 
-It is C source, compiled when it is first asked for and kept in the cache folder; README.md here describes scenarios.
+It is C source, compiled at the first use and kept in the cache folder; README.md here describes scenarios.
 The compiler is the machine's, or the one in the package ziglang, which brings its own headers and linker.
 """
 
@@ -33,7 +33,7 @@ _FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O2", "-shared", "-fPIC", "-pthread", f"
 
 
 def build_fake_nvml(folder: Path | None = None, *, without: Iterable[str] = ()) -> Path:
-    """Compile the library unless it is there already, and return the folder that holds it as libnvidia-ml.so.1.
+    """Compile the library unless it exists already, and return the folder that holds it as libnvidia-ml.so.1.
 
     `folder` None means the cache folder. `without` names NVML symbols that the library lacks, as an old driver does.
     """
@@ -104,5 +104,5 @@ def _compiler() -> list[str]:
 
 
 def _zig_caches(scratch: str) -> dict[str, str]:
-    """Zig keeps what it compiles of the C library: by default in the home folder, which may not be writable."""
+    """Zig caches its build of the C library, by default in the home folder, which may not be writable."""
     return {"ZIG_GLOBAL_CACHE_DIR": scratch, "ZIG_LOCAL_CACHE_DIR": scratch}

@@ -3,13 +3,13 @@
     python benchmarks/activation_bits.py [--device cuda] [--tokens 256] [--json FILE] [SHAPE ...]
 
 Every product of a stack is computed in float32 from activations that are rounded in one of three ways, and the logits
-at its end are held against those of activations that are not rounded:
+at its end are compared with those of activations that are not rounded:
   16 bits      sglang-pascal's two int8 (`reference.quantize_ref`, wide)
   8 bits       its one int8 with a float32 scale for 32 values
   llama.cpp    its one int8 with a float16 scale for 32 values, whose minimum term takes the sum before the rounding
 
-Weights are Gaussian, rounded to 4 bits with a scale and a minimum for 32 (Q4_K's shape). Activations have tails as real
-ones have: the norms' weights are log-normal (sigma 0.5) and every 500th channel is 20 times as large, which gives a
+Weights are Gaussian, rounded to 4 bits with a scale and a minimum for 32 (Q4_K's shape). Activations have tails like
+real ones: the norms' weights are log-normal (sigma 0.5) and every 500th channel is 20 times as large, which gives a
 kurtosis beyond 100; the MLP's product of gate and up has more by itself. Logits have a standard deviation of 3. A
 random model has no redundancy and flatter distributions than a trained one: it shows how the error depends on the
 model's size, not how large it is in a trained one.
@@ -56,7 +56,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Loss:
-    """Of one way of rounding, against activations that are not rounded."""
+    """Loss of one way of rounding, against activations that are not rounded."""
 
     kl: float
     """Mean over the tokens, in nats."""
@@ -67,7 +67,7 @@ class Loss:
 
 
 def random_matrix(rows: int, columns: int, generator: torch.Generator) -> Matrix:
-    """Gaussian weights of variance 1 / columns, 4 bits each."""
+    """Return Gaussian weights of variance 1 / columns, 4 bits each."""
     blocks = torch.randn(rows, columns // BLOCK, BLOCK, generator=generator, device=generator.device) / columns**0.5
     low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
     scale = (high - low) / 15
@@ -76,17 +76,17 @@ def random_matrix(rows: int, columns: int, generator: torch.Generator) -> Matrix
 
 
 def exact(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-    """No rounding."""
+    """Multiply without rounding."""
     return x @ matrix.value.T
 
 
 def rounded(x: torch.Tensor, matrix: Matrix, *, wide: bool) -> torch.Tensor:
-    """As sglang-pascal multiplies."""
+    """Multiply as sglang-pascal does."""
     return _dequantized(x, wide=wide) @ matrix.value.T
 
 
 def rounded_as_llama_cpp(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-    """As ggml's block_q8_1 with the sum that its quantize_mmq_q8_1 stores."""
+    """Round as ggml's block_q8_1 does, with the sum that its quantize_mmq_q8_1 stores."""
     blocks = x.view(len(x), -1, BLOCK)
     d = blocks.abs().amax(-1, keepdim=True) / 127
     q = torch.where(d > 0, blocks / d, 0.0).round()
@@ -110,25 +110,25 @@ WAYS = {
 
 
 def norm_weight(size: int, generator: torch.Generator) -> torch.Tensor:
-    """With outlier channels."""
+    """Return a norm's weight with outlier channels."""
     weight = (torch.randn(size, generator=generator, device=generator.device) * TAIL).exp()
     weight[::OUTLIER_STEP] *= OUTLIER_FACTOR
     return weight[torch.randperm(size, generator=generator, device=generator.device)]
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """RMSNorm, scaled so that its result has variance 1."""
+    """Apply RMSNorm, scaled so that its result has variance 1."""
     return x * x.square().mean(-1, keepdim=True).rsqrt() * weight / weight.square().mean().sqrt()
 
 
 def attend(qkv: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Causal attention of one sequence, heads of their own keys and values."""
+    """Apply causal attention to one sequence; each head has its own keys and values."""
     heads = qkv.view(len(qkv), 3, -1, head_dim).permute(1, 2, 0, 3)
     return torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True).transpose(0, 1).flatten(1)
 
 
 def losses(shape: str, tokens: int, device: torch.device) -> tuple[dict[str, Loss], float]:
-    """By way of rounding, and the kurtosis of the normed activations (3 = Gaussian)."""
+    """Return the loss by way of rounding, and the kurtosis of the normed activations (3 = Gaussian)."""
     hidden, inner, layers, head_dim = SHAPES[shape]
     generator = torch.Generator(device).manual_seed(1)
     start = torch.randn(tokens, hidden, generator=generator, device=device)
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", choices=[*SHAPES, []], metavar="SHAPE", help=", ".join(SHAPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tokens", type=int, default=256, help="of one sequence (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of one sequence (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write the results there")
     args = parser.parse_args(arguments)
     torch.backends.cuda.matmul.allow_tf32 = False

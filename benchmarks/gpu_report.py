@@ -2,23 +2,23 @@
 
     python benchmarks/gpu_report.py OUT_DIR [--parts NAME ...] [--model FILE.gguf] [--ggml FILE] [--quick]
 
-Parts, each with its date, and each of which says so if it could not run:
+Parts, each with its date; a part that could not run says so:
   rates       instructions per clock and multiprocessor, bandwidth of a plain read
   selftest    every operation against its reference, with the code for sm_61 and with that for sm_60
-  sanitizer   compute-sanitizer memcheck and racecheck on every kernel, where the program is installed
+  sanitizer   compute-sanitizer memcheck and racecheck on every kernel, if the program is installed
   products    decode and prefill products of three models' layers: microseconds, bandwidth, torch, and ggml
   attention   decode and prefill, against torch's scaled_dot_product_attention
   numerics    SGLang against the same weights in float32: the model of --model, and random ones of other types
   engine      SGLang with random weights in the shapes of Llama 3.1 8B and Qwen 2.5 7B, Q4_K_M, in 8 GB: speed, Triton
-              kernels that were launched; and the first in all of the card's memory, with our kernels and without
+              kernels that were launched; and the first in the card's whole memory, with our kernels and without
   serve       `pascaline serve` with both files and --model in 8 GB, four requests of 4096 tokens, held to its plan
-  servers     tokens/s over HTTP at 1, 2, 4 and 8 requests of SGLang and of llama-server, where it is on PATH
+  servers     tokens/s over HTTP at 1, 2, 4 and 8 requests of SGLang and of llama-server, if it is on PATH
   tests       the tests that need a GPU
 
-A file of an earlier run on the same card, driver and torch is kept, but for the parts that are run: the whole can be
-done in pieces, and each program is ended after a time. --ggml: what `test-backend-ops perf` of ggml printed for MUL_MAT
-and FLASH_ATTN_EXT on the same card (build it there from its source, with the shapes of `sglang_pascal.measure.SHAPES`
-as test cases). No figure of this report is one of a Pascal card unless the card's name says so.
+A file from an earlier run on the same card, driver and torch is kept, except for the parts that run now, so the report
+can be made in pieces; each program is ended after a time limit. --ggml: output of ggml's `test-backend-ops perf` for
+MUL_MAT and FLASH_ATTN_EXT on the same card (build it there from source, with the shapes of
+`sglang_pascal.measure.SHAPES` as test cases). Unless the card's name is a Pascal card's, no figure is one of Pascal.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 
 AIMS = {"Q4_K": {1: 0.45, 2: 0.38, 4: 0.30, 8: 0.22}, "other": {1: 0.5, 2: 0.45, 4: 0.35, 8: 0.3}}
-"""Share of ggml's time that is aimed at, by number of rows of x."""
+"""Target share of ggml's time, by number of rows of x."""
 SANITIZER_GROUPS = [
     ["quantize", "silu", "rms_norm", "NaN", "argmax", "rope_and_store", "matmul epilogue", "matmul float16"],
     ["top_k"],
@@ -67,21 +67,21 @@ SANITIZER_GROUPS = [
 ]
 """Cases that together start every kernel, one process each; the CUDA graph's kernels are the same."""
 SANITIZER_PROCESSES = 10
-"""At once: a checked kernel waits for the host most of the time."""
+"""Number that run at once: a checked kernel waits for the host most of the time."""
 SELFTEST_SECONDS = 240
 SANITIZER_SECONDS = 400
-"""Of one group."""
+"""Time limit of one group of cases."""
 ENGINE_SECONDS = 420
-"""Of one program that loads a model."""
+"""Time limit of one program that loads a model."""
 TESTS_SECONDS = 570
 BENCH_FLAGS = ("--sizes", "1,2,4,8", "--max-running-requests", "8", "--context-length", "4096", "--repeats", "3")
-"""Of `pascaline bench batch`, with each engine: prompts and answers of 128 tokens."""
+"""Flags of `pascaline bench batch`, for each engine: prompts and answers of 128 tokens."""
 BENCH_FIGURES = ("output_throughput", "tpot_p50", "ttft_p50")
-"""Of its results: tokens/s of all answers together, seconds for each token and until the first."""
+"""Figures of its results: tokens/s of all answers together, seconds per token and until the first."""
 MEMORY_GIB = 7.4
-"""What a Tesla P4 has for a process of torch: 7.6 less the CUDA context."""
+"""Memory of a Tesla P4 for a process with torch: 7.6 minus the CUDA context."""
 SHAPES = {"llama-3.1-8b": "Q4_K_M", "qwen2.5-7b": "Q4_K_M"}
-"""Models made on the spot: shape of `tests/support/models.py` -> mixture."""
+"""Models made for the run: shape in `tests/support/models.py` -> mixture."""
 REQUANTIZED = {"Q8_0": ["Q8_0"], "mixed": ["Q8_0", "Q4_0", "Q5_0", "F16", "Q4_1", "BF16"]}
 """Copies of --model whose numerics are measured too: name -> types of its matrices, in turn."""
 RANDOM_TYPES = ("Q4_K_M", "Q8_0", "Q4_0")
@@ -97,7 +97,7 @@ LOSSY = {
 
 
 def environment() -> dict:
-    """The card, the driver and what else decides the figures."""
+    """Return the card, the driver and what else decides the figures."""
     properties = torch.cuda.get_device_properties(0)
     query = [
         "nvidia-smi",
@@ -120,14 +120,14 @@ def environment() -> dict:
 
 
 def now() -> str:
-    """UTC."""
+    """Return the time in UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def run_selftest(
     architecture: str, prefix: list[str] | None = None, names: list[str] | None = None, seconds: int = SELFTEST_SECONDS
 ) -> dict:
-    """The selftest in a process of its own: its outcomes, and what a sanitizer said."""
+    """Run the selftest in its own process; return its outcomes, and a sanitizer's report."""
     command = [*(prefix or []), sys.executable, "-m", "sglang_pascal", "selftest", "--json", *(names or [])]
     start = time.monotonic()
     try:
@@ -154,13 +154,13 @@ def run_selftest(
 
 
 def find_sanitizer() -> str | None:
-    """compute-sanitizer, which a CUDA toolkit does not always put on PATH."""
+    """Return compute-sanitizer, which a CUDA toolkit does not always put on PATH."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
 
 
 def run_sanitizer() -> dict:
-    """memcheck and racecheck of all kernels: what each group of cases gave."""
+    """Run memcheck and racecheck on all kernels; return the result of each group of cases."""
     program = find_sanitizer()
     if program is None:
         return {"state": "compute-sanitizer is not installed"}
@@ -181,7 +181,7 @@ def run_sanitizer() -> dict:
 
 
 def run_products(*, quick: bool) -> list[dict]:
-    """Times of every shape at every width, and of two prefill sizes."""
+    """Return the times of every shape at every width, and of two prefill sizes."""
     device = torch.device("cuda", 0)
     rows = []
     for name in measure.SHAPES:
@@ -194,7 +194,7 @@ def run_products(*, quick: bool) -> list[dict]:
 
 
 def run_attention() -> list[dict]:
-    """Decode at several batch sizes and lengths; prefill."""
+    """Measure decode at several batch sizes and lengths, and prefill."""
     device = torch.device("cuda", 0)
     cases = [
         ("decode", kv, n, length) for kv in ("F16", "E5M2", "INT8") for n, length in ((1, 4096), (4, 4096), (8, 1024))
@@ -204,7 +204,7 @@ def run_attention() -> list[dict]:
 
 
 def run_rates() -> dict:
-    """What the card does per clock, and how fast it reads."""
+    """Measure what the card does per clock, and how fast it reads."""
     device = torch.device("cuda", 0)
     return {
         "stream_bandwidth": measure.stream_bandwidth(device),
@@ -213,7 +213,7 @@ def run_rates() -> dict:
 
 
 def run_program(name: str, *arguments: str | Path, seconds: int = ENGINE_SECONDS) -> dict:
-    """One of the programs beside this one, which writes a JSON file: what is in it, and how the program ended."""
+    """Run a program beside this one, which writes a JSON file; return its content, and how the program ended."""
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
         command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments), "--json", str(result)]
@@ -230,15 +230,15 @@ def run_program(name: str, *arguments: str | Path, seconds: int = ENGINE_SECONDS
 
 
 class Files:
-    """The models of a run, made when they are first asked for."""
+    """The models of a run, each made at its first use."""
 
     def __init__(self, folder: Path, model: Path | None) -> None:
         self._folder = folder
         self.model = model
-        """A real one, if there is one."""
+        """A real model, if there is one."""
 
     def requantized(self, model: Path, name: str) -> Path:
-        """A copy of a model in the types of REQUANTIZED."""
+        """Return a copy of a model in the types of REQUANTIZED."""
         from requantize import requantize
 
         path = self._folder / f"{model.stem}.{name}.gguf"
@@ -247,7 +247,7 @@ class Files:
         return path
 
     def shaped(self, shape: str, mixture: str) -> Path:
-        """Random weights in the shape of a known model, or in a small one's (`tiny-` and its architecture)."""
+        """Return random weights in the shape of a known model, or of a small one (`tiny-` and its architecture)."""
         sys.path.insert(0, str(ROOT / "tests"))
         from support import models
 
@@ -260,7 +260,7 @@ class Files:
 
 
 def run_numerics(files: Files) -> dict:
-    """Each model against float32; the real one also with what is lossy by choice."""
+    """Compare each model with float32, and the real one also with settings that are lossy by choice."""
     found = {}
     if files.model is not None:
         found[files.model.name] = run_program("numerics.py", files.model, "--device", "cuda")
@@ -278,7 +278,7 @@ def run_numerics(files: Files) -> dict:
 
 
 def run_engine(files: Files) -> dict:
-    """Speed and memory in SGLang, in 8 GB; the first model also without our kernels, in all of the card's memory."""
+    """Measure speed and memory in SGLang, in 8 GB; the first model also without our kernels, in the whole memory."""
     plain = ["--context-length", "4400", "--mem-fraction-static", "0.3"]
     small = ["--memory-gib", str(MEMORY_GIB), "--max-total-tokens", "17000", "--kv-cache-dtype", "int8"]
     found = {}
@@ -293,13 +293,13 @@ def run_engine(files: Files) -> dict:
 
 
 def run_serve(files: Files) -> dict:
-    """`pascaline serve` in 8 GB."""
+    """Run `pascaline serve` in 8 GB."""
     paths = [*([files.model] if files.model else []), *(files.shaped(*item) for item in SHAPES.items())]
     return {path.name: run_program("serve_in_8_gb.py", path) for path in paths}
 
 
 def run_servers(files: Files) -> dict:
-    """Throughput of both engines on one file, each started and loaded by `pascaline bench batch`."""
+    """Measure both engines on one file; `pascaline bench batch` starts and loads each."""
     path = files.shaped(*next(iter(SHAPES.items())))
     engines = {"sglang": sys.executable, "llama.cpp": shutil.which("llama-server")}
     return {
@@ -309,7 +309,7 @@ def run_servers(files: Files) -> dict:
 
 
 def bench_batch(path: Path, engine: str) -> dict:
-    """What `pascaline bench batch` measures of a file in an engine, with 95 % intervals."""
+    """Return what `pascaline bench batch` measures of a file in an engine, with 95 % intervals."""
     command = [sys.executable, "-m", "pascaline", "bench", "batch", "--json", "--engine", engine, "--model", str(path)]
     with tempfile.TemporaryDirectory() as scratch:
         command += ["--output", scratch, *BENCH_FLAGS]
@@ -328,7 +328,7 @@ def bench_batch(path: Path, engine: str) -> dict:
 
 
 def run_tests() -> dict:
-    """What pytest says of the tests that are marked gpu."""
+    """Return pytest's result for the tests that are marked gpu."""
     command = [sys.executable, "-m", "pytest", "-c", "pyproject.toml", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     try:
         done = subprocess.run(
@@ -346,17 +346,17 @@ def run_tests() -> dict:
 
 
 def read_ggml(path: Path) -> dict[tuple[str, int, int, int], float]:
-    """(type, rows, columns, n) -> microseconds, from ggml's own performance test."""
+    """Return (type, rows, columns, n) -> microseconds, from ggml's own performance test."""
     pattern = r"MUL_MAT\(type_a=(\w+),type_b=f32,m=(\d+),n=(\d+),k=(\d+),.*?([0-9.]+) us/run"
     text = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text())
     return {(t.upper(), int(m), int(k), int(n)): float(us) for t, m, n, k, us in re.findall(pattern, text)}
 
 
 def add_ggml(products: list[dict], times: dict[tuple[str, int, int, int], float], bandwidth: float) -> None:
-    """Each product's time in ggml, and our share of it: both with the quantising of x, both hot.
+    """Add each product's time in ggml, and our share of it: both include quantising x, both are hot.
 
-    bandwidth: bytes per second of a plain read. Beside our share stands that of reading the weights once, which no
-    program can beat whose weights do not stay in the L2 cache.
+    bandwidth: bytes per second of a plain read. Beside our share is that of reading the weights once, which no program
+    can beat unless its weights stay in the L2 cache.
     """
     for row in products:
         us = times.get((row["tensor_type"], row["rows"], row["columns"], row["n"]))
@@ -369,7 +369,7 @@ def add_ggml(products: list[dict], times: dict[tuple[str, int, int, int], float]
 
 
 def read_ggml_attention(path: Path) -> dict[tuple[int, int, int], float]:
-    """(sequences, positions, new tokens of each) -> microseconds, of float16 KV with Llama-3.1-8B's heads."""
+    """Return (sequences, positions, new tokens of each) -> microseconds, for float16 KV with Llama-3.1-8B's heads."""
     pattern = r"FLASH_ATTN_EXT\(hsk=128,hsv=128,nh=8,nr23=\[4,(\d+)\],kv=(\d+),nb=(\d+),.*?([0-9.]+) us/run"
     text = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text())
     lines = [line for line in text.splitlines() if re.search(r"type_K\w*=f16", line) and "logit_softcap=0.0" in line]
@@ -378,7 +378,7 @@ def read_ggml_attention(path: Path) -> dict[tuple[int, int, int], float]:
 
 
 def add_ggml_attention(rows: list[dict], times: dict[tuple[int, int, int], float]) -> None:
-    """Each attention's time in ggml, where its test has the case."""
+    """Add each attention's time in ggml, if its test has the case."""
     for row in rows:
         new = 1 if row["phase"] == "decode" else row["length"]
         us = times.get((row["sequences"], row["length"], new))
@@ -387,7 +387,7 @@ def add_ggml_attention(rows: list[dict], times: dict[tuple[int, int, int], float
 
 
 def as_html(report: dict) -> str:
-    """One page without scripts or outside parts."""
+    """Return one page that loads nothing: no scripts, nothing from outside."""
     place = report["environment"]
     parts = [
         f"<h1>Kernels on {html.escape(place['card'])}</h1>",
@@ -419,7 +419,7 @@ def _cell(value: object) -> str:
 
 
 def steps(args: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Callable[[], object]]]:
-    """Part -> name in the report -> what computes it."""
+    """Return part -> name in the report -> function that computes it."""
     files = Files(scratch, args.model)
     return {
         "rates": {"rates": run_rates},
@@ -436,7 +436,7 @@ def steps(args: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Callab
 
 
 def unclean(report: dict) -> list[str]:
-    """Names of the checks in a report that are there and not clean."""
+    """Return the names of the checks in a report that are present but not clean."""
     states = {}
     for name, part in report.items():
         if isinstance(part, dict) and "state" in part:
@@ -451,7 +451,7 @@ def _has_state(value: object) -> bool:
 
 
 def earlier(path: Path, place: dict) -> dict:
-    """The report that is there, if it is of this card and driver."""
+    """Return the existing report if it is for this card and driver."""
     if not path.is_file():
         return {}
     report: dict = json.loads(path.read_text())
@@ -460,7 +460,7 @@ def earlier(path: Path, place: dict) -> dict:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="OUT_DIR", type=Path)
     parser.add_argument("--parts", metavar="NAME", nargs="+", help="only these; default: all")
@@ -479,7 +479,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the parts and write the files after each; exit code 1 if a check is not clean."""
+    """Run the parts and write the files after each; return 1 if a check is not clean."""
     args = parse()
     if not torch.cuda.is_available():
         sys.stderr.write("gpu_report: error: no NVIDIA GPU is visible; run it where nvidia-smi lists one\n")

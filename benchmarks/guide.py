@@ -187,7 +187,7 @@ def memory_rows(model: ModelSpec) -> list[tuple[str, float, float]]:
     plan = plan_for(model)
     known = {key for keys in OURS.values() for key in keys}
     unknown = {part.key for part in plan.parts} - known
-    assert not unknown, f"the plan has parts that no line here stands for: {unknown}"
+    assert not unknown, f"the plan has parts without a line here: {unknown}"
     ours = {line: sum(plan.part(key) for key in keys) / 2**30 for line, keys in OURS.items()}
     ours["headroom"] = plan.headroom_bytes / 2**30
     return [(line, GUIDE_MEMORY[line], ours[line]) for line in GUIDE_MEMORY]

@@ -92,7 +92,7 @@ class Row:
 
     @property
     def total_is_close(self) -> bool:
-        """Whether the total is within what is allowed; True where there is none."""
+        """Whether the total is within its limits; True without a total."""
         if self.total_plan is None or self.total_true is None:
             return True
         return abs(self.total_plan - self.total_true) <= max(ALLOWED_SHARE * self.total_true, ALLOWED_BYTES)

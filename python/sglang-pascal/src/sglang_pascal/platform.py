@@ -18,10 +18,10 @@ from sglang_pascal.kernels.formats import RECORDED_BATCH_SIZES
 
 
 class _PascalPlatform(SRTPlatform):  # type: ignore[misc]  # SGLang publishes no types
-    """What both devices share."""
+    """The parts that both devices share."""
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Defaults of arguments that the user did not give."""
+        """Set defaults of arguments that the user did not give."""
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
         # A constrained model may repeat white space without end; the flag has no off switch, so nobody is overruled.
@@ -32,7 +32,7 @@ class _PascalPlatform(SRTPlatform):  # type: ignore[misc]  # SGLang publishes no
         return "pascal"
 
     def init_backend(self) -> None:
-        """Once per process that runs a model, when SGLang's layers are there."""
+        """Called once per process that runs a model, when SGLang's layers are loaded."""
         from sglang_pascal.compat import apply_shims
         from sglang_pascal.fused_layers import register_norm
 
@@ -46,11 +46,11 @@ class _PascalPlatform(SRTPlatform):  # type: ignore[misc]  # SGLang publishes no
         fuse(model)
 
     def get_dispatch_key_name(self) -> str:
-        """Fused operations run as plain torch, or as what was registered under this key."""
+        """Return the key under which fused operations are registered; others run as plain torch."""
         return "native"
 
     def get_quantization_config(self, name: str) -> type | None:
-        """Our own for GGUF and bitsandbytes; SGLang's for any other."""
+        """Return ours for GGUF and bitsandbytes, SGLang's for any other."""
         if name == "bitsandbytes":
             from sglang_pascal.quantization.nf4 import PascalNf4Config
 
@@ -62,7 +62,7 @@ class _PascalPlatform(SRTPlatform):  # type: ignore[misc]  # SGLang publishes no
         return PascalGgufConfig
 
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
-        """Ours for dense attention: it knows int8."""
+        """Return ours for dense attention, because it supports int8."""
         if kind != "mha":
             return None
         from sglang_pascal.attention.kv_pool import PascalKVPool
@@ -70,16 +70,16 @@ class _PascalPlatform(SRTPlatform):  # type: ignore[misc]  # SGLang publishes no
         return PascalKVPool
 
     def get_compile_backend(self, mode: str | None = None) -> str:
-        """No inductor: it would generate Triton."""
+        """Return a backend other than inductor, which would generate Triton."""
         del mode
         return "eager"
 
     def get_torch_profiler_activity_str(self) -> str:
-        """What SGLang's profiler calls the device; without an answer `/start_profile` kills the scheduler."""
+        """Return the device's name for SGLang's profiler; without it `/start_profile` kills the scheduler."""
         return "CPU" if self.device_type == "cpu" else "CUDA"
 
     def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
-        """The same for torch."""
+        """Return the same for torch's profiler."""
         activities = torch.profiler.ProfilerActivity
         return activities.CPU if self.device_type == "cpu" else activities.CUDA
 
@@ -104,7 +104,7 @@ class PascalCpuPlatform(CpuDeviceMixin, _PascalPlatform):  # type: ignore[misc]
         pack_products(model)
 
     def is_pin_memory_available(self, device: Any = None) -> bool:
-        """There is no device to pin for."""
+        """Return False: there is no device to pin memory for."""
         del device
         return False
 
@@ -116,7 +116,7 @@ class PascalCudaPlatform(CudaDeviceMixin, _PascalPlatform):  # type: ignore[misc
     capabilities = PlatformCapabilities(supports_triton=False, graph_capture=True)
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """No prefill graph, few decode graphs; float16, which the kernels read; GGUF weights as in the file."""
+        """Choose no prefill graph, few decode graphs, float16 (which the kernels read), GGUF weights as in the file."""
         super().apply_server_args_defaults(server_args)
         if server_args.dtype == "auto":
             server_args.dtype = "float16"
@@ -127,19 +127,19 @@ class PascalCudaPlatform(CudaDeviceMixin, _PascalPlatform):  # type: ignore[misc
         )
 
     def get_graph_runner_cls(self) -> type:
-        """SGLang's own runner of recorded decode steps."""
+        """Return SGLang's own runner of recorded decode steps."""
         from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 
         runner: type = DecodeCudaGraphRunner
         return runner
 
     def get_group_coordinator_device(self, local_rank: int) -> torch.device:
-        """The rank's GPU (the interface's default is the CPU)."""
+        """Return the rank's GPU (the interface's default is the CPU)."""
         return torch.device("cuda", local_rank)
 
 
 def graph_config(config: Any, locked: set[tuple[str, str]]) -> Any:
-    """SGLang's graph configuration with our defaults where the user said nothing (`locked` holds what was said)."""
+    """Return SGLang's graph configuration with our defaults for what the user did not set. locked: what was set."""
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
     if (Phase.PREFILL, "backend") not in locked:

@@ -80,7 +80,7 @@ class Difference:
     """How two sets of runs differ in one figure."""
 
     ratio: float | None
-    """Mean of the second over mean of the first; None where the first is 0."""
+    """Mean of the second over mean of the first; None if the first is 0."""
     p_value: float | None
     """Chance of a difference at least this large if there were none; None with fewer than two runs on a side."""
 

@@ -324,7 +324,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sglang_pascal.kernels.build", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("--output", metavar="FOLDER", type=Path, required=True, help="where the PTX and cubin files go")
+    parser.add_argument(
+        "--output", metavar="FOLDER", type=Path, required=True, help="folder for the PTX and cubin files"
+    )
     folder: Path = parser.parse_args(argv).output
     try:
         count = prebuild(folder, on_file=lambda path: _log(path.name))

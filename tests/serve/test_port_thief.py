@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import threading
 import time
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pascaline.errors import ExitCode
 from support.instance import wait_until
+from support.ports import this_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     Serve = Callable[..., Instance]
 
 KEY = "sk-test-0123456789abcdef"
-ME = f"{Path('/proc/self/comm').read_text().strip()} (pid {os.getpid()})"
 MODELS = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
 
@@ -64,10 +63,10 @@ def test_between_a_crash_and_the_restart(serve: Serve, tmp_path: Path) -> None:
     instance.wait_for_state("ready")
     instance.fault(crash_now=1)
     with thief(instance.settings["port"]) as heard:
-        line = instance.wait_for_line(f"is in use by {ME}")
+        line = instance.wait_for_line(f"is in use by {this_process()}")
         assert "port: port " in line
         assert instance.agent("/readyz").status == 503
-        wait_until("it is told as the reason", lambda: ME in instance.health()["reason"])
+        wait_until("it is told as the reason", lambda: this_process() in instance.health()["reason"])
         time.sleep(2)
     assert [each for each in heard if each] == []
     instance.wait_for_state("ready")
@@ -85,6 +84,6 @@ def test_while_the_engine_loads(serve: Serve, tmp_path: Path) -> None:
     assert [each for each in heard if each] == []
     port, pid = instance.settings["port"], instance.text.partition("engine (pid ")[2].partition(")")[0]
     assert instance.error == (
-        f"the engine ended with exit code 1: its port is in use; port {port} is listened on by {ME}, which is no "
+        f"the engine ended with exit code 1: its port is in use; port {port} is listened on by {this_process()}, which is no "
         f"process of the engine (pid {pid}); stop that process, or set port to a free port"
     )

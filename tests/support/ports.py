@@ -11,6 +11,7 @@ import itertools
 import os
 import random
 import socket
+from pathlib import Path
 
 LOWEST, HIGHEST = 10_240, 29_999
 """Away from the default ports 30000 and 30001."""
@@ -26,3 +27,8 @@ def free_port() -> int:
             listener.bind(("127.0.0.1", port))
             return port
     raise OSError(f"no port from {LOWEST} to {HIGHEST} is free")
+
+
+def this_process() -> str:
+    """Return how an error names this process: the name now, which a worker of pytest-xdist changes with each test."""
+    return f"{Path('/proc/self/comm').read_text().strip()} (pid {os.getpid()})"

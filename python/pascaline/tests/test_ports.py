@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -11,8 +10,8 @@ from pathlib import Path
 import pytest
 from pascaline.errors import ConfigurationError, PortInUseError
 from pascaline.serving.ports import bind, check_free, port_holder
+from support.ports import this_process
 
-ME = f"{Path('/proc/self/comm').read_text().strip()} (pid {os.getpid()})"
 IPV6 = Path("/proc/net/if_inet6").exists() and "lo" in Path("/proc/net/if_inet6").read_text()
 
 
@@ -37,7 +36,7 @@ def test_a_taken_port_names_its_holder(listening_on: str) -> None:
         with pytest.raises(PortInUseError) as raised:
             check_free("127.0.0.1", port, "engine", "port")
     assert str(raised.value) == (
-        f"port: port {port} for the engine is in use by {ME}; stop that process, or set port to a free port"
+        f"port: port {port} for the engine is in use by {this_process()}; stop that process, or set port to a free port"
     )
 
 

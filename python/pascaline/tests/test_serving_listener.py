@@ -16,13 +16,13 @@ import pytest
 from pascaline.engines.client import request
 from pascaline.serving import listener as listener_module
 from pascaline.serving.listener import EngineListener, ForeignListenerError, Listener, reached
+from support.ports import this_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 IPV6 = Path("/proc/net/if_inet6").exists() and "lo" in Path("/proc/net/if_inet6").read_text()
 NEEDS_IPV6 = pytest.mark.skipif(not IPV6, reason="no IPv6 loopback")
-ME = f"{Path('/proc/self/comm').read_text().strip()} (pid {os.getpid()})"
 KEY = "sk-test-0123456789"
 # Listens in itself, in a child, or in a grandchild that left the session; says where, then waits to be told to end.
 PROGRAM = """
@@ -125,7 +125,10 @@ def test_one_that_takes_the_port_later(start: Callable[..., tuple[int, int]]) ->
     os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT)
     with pytest.raises(ConnectionRefusedError):
         listener()
-    with socket.create_server(("127.0.0.1", port)), pytest.raises(ForeignListenerError, match=re.escape(ME)):
+    with (
+        socket.create_server(("127.0.0.1", port)),
+        pytest.raises(ForeignListenerError, match=re.escape(this_process())),
+    ):
         listener()
 
 

@@ -338,7 +338,7 @@ def test_bad_usage_is_told_before_anything_starts(flags: list[str], message: str
 def test_numbers_out_of_range_are_refused(flag: str, message: str) -> None:
     done = run_exporter(flag)
     assert done.returncode == ExitCode.CONFIGURATION
-    assert done.stderr == f"pascaline exporter: error: {message}\npascaline exporter --help says what there is\n"
+    assert done.stderr == f"pascaline exporter: error: {message}\npascaline exporter --help lists all options\n"
 
 
 def test_once_prints_one_page_or_json() -> None:

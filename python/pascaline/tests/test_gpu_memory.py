@@ -96,6 +96,26 @@ class TestBandwidth:
         assert memory_bandwidth("Tesla P40", fake_nvml_environment(scenario)) == 347.04e9
 
 
+class TestRates:
+    LINES = f"{WIDTH} = 256\nnvmlDeviceGetNumGpuCores = 2560\n"
+
+    def test_what_bounds_the_speed_of_a_p4(self, tmp_path: Path) -> None:
+        memory = gpu_memory(environment=with_lines(tmp_path, "tesla-p4", self.LINES))
+        assert memory.rates is not None
+        assert memory.rates.bandwidth_bytes_per_second == 192.192e9
+        assert (memory.rates.cores, memory.rates.compute_capability) == (2560, "6.1")
+        assert 1e9 < memory.rates.clock_hertz < 2e9
+
+    @pytest.mark.parametrize("missing", ["nvmlDeviceGetNumGpuCores", WIDTH])
+    @pytest.mark.parametrize("answer", ["0", "error NOT_SUPPORTED"])
+    def test_one_answer_that_is_missing_leaves_the_speed_unknown(
+        self, missing: str, answer: str, tmp_path: Path
+    ) -> None:
+        memory = gpu_memory(environment=with_lines(tmp_path, "tesla-p4", f"{self.LINES}{missing} = {answer}\n"))
+        assert memory.rates is None
+        assert memory.total_bytes > 0
+
+
 class TestHost:
     def test_what_is_available(self, tmp_path: Path) -> None:
         meminfo = tmp_path / "meminfo"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from pascaline.cards import load_card
 from pascaline.errors import ConfigurationError, MissingError
 from pascaline.gpu.devices import GpuIdentity, visible_gpus
-from pascaline.gpu.memory import DeviceMemory, numa_node
+from pascaline.gpu.memory import DeviceMemory, GpuRates, numa_node
 from pascaline.planning.placement import HostFacts, Placement, cpu_flags, place, place_on_card
 from pascaline.settings import Settings
 
@@ -170,3 +171,20 @@ def test_the_numa_node_of_an_address(tmp_path: Path) -> None:
     assert numa_node("0000:3b:00", tmp_path) == 1
     assert numa_node("0000:5e:00", tmp_path) is None
     assert numa_node("0000:00:00", tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("rates", "words"),
+    [
+        (
+            GpuRates(320e9, 2560, 1.6e9, "7.5"),
+            "no profile knows Tesla T4: its speed is estimated from the clocks, bus width and cores that NVML reports",
+        ),
+        (None, "no profile knows Tesla T4: its speed is unknown, and its memory is all that is planned with"),
+    ],
+)
+def test_a_gpu_without_a_profile_is_planned_by_what_nvml_says_of_it(rates: GpuRates | None, words: str) -> None:
+    memory = DeviceMemory("Tesla T4", 16 << 30, 0, (replace(P4, name="Tesla T4"),), rates)
+    found = place(Settings(device="cuda"), None, replace(host((P4,)), gpu_memory=lambda _: memory))
+    assert (found.card.name, found.notes) == ("Tesla T4", (words,))
+    assert ("cores" in found.card.facts) == (rates is not None)

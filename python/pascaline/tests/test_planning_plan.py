@@ -14,6 +14,7 @@ from pascaline.cards import Card, card_names, load_card, unknown_card
 from pascaline.configuration import load
 from pascaline.engines import ENGINES, Task
 from pascaline.errors import ConfigurationError
+from pascaline.gpu.memory import GpuRates
 from pascaline.models.spec import ModelSpec, TensorSpec
 from pascaline.models.store import ResolvedModel
 from pascaline.planning import PlanRequest, make_plan, nearest_fits, other_engine_fits, request_from_settings
@@ -277,11 +278,23 @@ class TestCards:
         assert plan.speed is not None
 
     def test_a_card_without_a_profile_has_a_plan_but_no_speed(self) -> None:
-        card = unknown_card("Quadro P2000", 5 << 30)
+        card = unknown_card("Quadro P3000", 6 << 30)
         plan = make_plan(QWEN_3_4B, card, request(card))
         assert plan.fits
-        assert plan.card == "Quadro P2000"
+        assert plan.card == "Quadro P3000"
         assert plan.speed is None
+
+    def test_a_card_without_a_profile_has_the_speed_of_its_own_rates_as_an_estimate(self) -> None:
+        """A P4 under another name: the profile's own figures, without a measured basis."""
+        rates = GpuRates(P4.number("bandwidth_bytes_per_second"), 2560, P4.number("boost_clock_hertz"), "6.1")
+        card = unknown_card("Tesla P4X", P4.memory_bytes, rates)
+        for engine in ("sglang", "llama.cpp"):
+            ours = make_plan(QWEN_3_4B, card, request(engine=engine)).speed
+            profile = make_plan(QWEN_3_4B, P4, request(engine=engine)).speed
+            assert ours is not None
+            assert profile is not None
+            assert ours.single.tokens_per_second == profile.single.tokens_per_second
+            assert ours.basis == "estimated"
 
     def test_on_the_cpu_weights_are_in_the_type_of_the_computation(self) -> None:
         card = load_card("cpu")

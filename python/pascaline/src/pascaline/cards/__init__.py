@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pascaline.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pascaline.gpu.memory import GpuRates
 
 Origin = Literal["measured", "documented", "estimated"]
 
@@ -63,8 +66,11 @@ class Card:
 
     @property
     def has_dp4a(self) -> bool:
-        """Whether the card multiplies four int8 pairs in one instruction (compute capability 6.1, not 6.0)."""
-        return self.compute_capability == "6.1"
+        """Whether the card multiplies four int8 pairs in one instruction: compute capability 6.1 and newer but 6.2."""
+        if self.compute_capability is None:
+            return False
+        major, minor = map(int, self.compute_capability.split("."))
+        return (major, minor) >= (6, 1) and (major, minor) != (6, 2)
 
 
 def card_names() -> tuple[str, ...]:
@@ -88,10 +94,18 @@ def load_card(name: str) -> Card:
     )
 
 
-def unknown_card(nvml_name: str, memory_bytes: int) -> Card:
-    """Return a card for a GPU without a profile: its memory is known, its speed is not."""
-    memory = Fact(memory_bytes, "measured", "NVML")
-    return Card(nvml_name, (nvml_name,), None, {"memory_bytes": memory}, {}, _facts(_planning_data()["cuda"]))
+def unknown_card(nvml_name: str, memory_bytes: int, rates: GpuRates | None = None) -> Card:
+    """Return a card for a GPU without a profile; its speed is known only if NVML reports what bounds it."""
+    numbers: dict[str, float] = {"memory_bytes": memory_bytes}
+    if rates is not None:
+        numbers |= {
+            "bandwidth_bytes_per_second": rates.bandwidth_bytes_per_second,
+            "cores": rates.cores,
+            "boost_clock_hertz": rates.clock_hertz,
+        }
+    facts = {name: Fact(value, "measured", "NVML") for name, value in numbers.items()}
+    capability = rates.compute_capability if rates else None
+    return Card(nvml_name, (nvml_name,), capability, facts, {}, _facts(_planning_data()["cuda"]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,9 +237,7 @@ def _draw_png(plan: Plan, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingError(
-            "--picture: PNG needs matplotlib; run: pip install 'pascaline[plots]', or write .svg"
-        ) from error
+        raise MissingError("--picture: PNG needs matplotlib; run: pip install matplotlib, or write .svg") from error
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     axes = figure.subplots()
     left = 0.0

@@ -5,12 +5,20 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pascaline.control_groups import CGROUP, CGROUP_ROOT, group_folders
 from pascaline.errors import MissingError
 from pascaline.gpu.devices import identity_of, visible_gpus
-from pascaline.gpu.metrics import BUS_WIDTH, GPU_MEMORY_CALLS, MAX_MEMORY_CLOCK, NAME
+from pascaline.gpu.metrics import (
+    BUS_WIDTH,
+    COMPUTE_CAPABILITY,
+    CORES,
+    GPU_MEMORY_CALLS,
+    MAX_MEMORY_CLOCK,
+    MAX_SM_CLOCK,
+    NAME,
+)
 from pascaline.gpu.reader import Reader
 
 if TYPE_CHECKING:
@@ -28,6 +36,19 @@ BITS_PER_BYTE = 8
 
 
 @dataclass(frozen=True, slots=True)
+class GpuRates:
+    """What bounds a GPU's speed, as NVML reports it."""
+
+    bandwidth_bytes_per_second: float
+    """Peak of the memory."""
+    cores: int
+    clock_hertz: float
+    """Highest clock of the multiprocessors."""
+    compute_capability: str
+    """As in "6.1"."""
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceMemory:
     """Memory of one device, bytes."""
 
@@ -39,6 +60,8 @@ class DeviceMemory:
     """Memory that other processes and the driver use."""
     gpus: tuple[GpuIdentity, ...] = ()
     """The GPUs that a process would see, this one first; empty for the host."""
+    rates: GpuRates | None = None
+    """What NVML says of a GPU's speed; None for the host, and if NVML does not say it."""
 
 
 def gpu_memory(visible: str | None = None, environment: Mapping[str, str] | None = None) -> DeviceMemory:
@@ -66,23 +89,38 @@ def memory_of_visible(reading: Reading, visible: str | None = None) -> DeviceMem
         if isinstance(values, list):
             total, free = values[total_at], values[free_at]
             if isinstance(total, int) and isinstance(free, int):
-                return DeviceMemory(name, total, total - free, gpus)
+                return DeviceMemory(name, total, total - free, gpus, rates_of(device.values))
     raise MissingError(f"NVML does not report the memory of {name}; name a card (--card) to plan without it")
 
 
-def memory_bandwidth(name: str, environment: Mapping[str, str] | None = None) -> float | None:
-    """Return the peak bandwidth of the memory of this host's GPU of that name: transfers x clock x width, bytes/s.
+def rates_of(values: Mapping[str, Any]) -> GpuRates | None:
+    """Return what NVML's answers about a GPU say of its speed; None if one is missing, or 0, which is no answer."""
+    cores, clock = values.get(CORES.key), values.get(MAX_SM_CLOCK.key)
+    capability, bandwidth = values.get(COMPUTE_CAPABILITY.key), _bandwidth(values)
+    if not (isinstance(cores, int) and isinstance(clock, int) and isinstance(capability, list)):
+        return None
+    if not (cores and clock and bandwidth and len(capability) == len(("major", "minor"))):
+        return None
+    return GpuRates(bandwidth, cores, clock * MEGA, f"{capability[0]}.{capability[1]}")
 
-    None if there is no such GPU, or if NVML is absent or does not report it. environment: as in gpu_memory.
+
+def _bandwidth(values: Mapping[str, Any]) -> float | None:
+    """Return the peak of the memory: transfers x clock x width, bytes/s."""
+    clock, width = values.get(MAX_MEMORY_CLOCK.key), values.get(BUS_WIDTH.key)
+    if isinstance(clock, int) and isinstance(width, int):
+        return TRANSFERS_PER_CYCLE * clock * MEGA * width / BITS_PER_BYTE or None
+    return None
+
+
+def memory_bandwidth(name: str, environment: Mapping[str, str] | None = None) -> float | None:
+    """Return the peak bandwidth of the memory of this host's GPU of that name, bytes/s.
+
+    None if there is no such GPU, or NVML is absent or does not report it. environment: as in gpu_memory.
     """
     with Reader(environment=environment) as reader:
         devices = reader.read().devices
-    for values in (device.values for device in devices if device.values.get(NAME.key) == name):
-        clock, width = values.get(MAX_MEMORY_CLOCK.key), values.get(BUS_WIDTH.key)
-        if isinstance(clock, int) and isinstance(width, int):
-            # 0 means that the value is unknown.
-            return TRANSFERS_PER_CYCLE * clock * MEGA * width / BITS_PER_BYTE or None
-    return None
+    named = (device.values for device in devices if device.values.get(NAME.key) == name)
+    return next((rate for values in named if (rate := _bandwidth(values)) is not None), None)
 
 
 def host_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP, cgroup_root: Path = CGROUP_ROOT) -> DeviceMemory:

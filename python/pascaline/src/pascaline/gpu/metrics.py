@@ -124,6 +124,8 @@ VIRTUALIZATION_VGPU = 2  # NVML_GPU_VIRTUALIZATION_MODE_VGPU: the answer inside 
 MIG_MODE = Call("nvmlDeviceGetMigMode")
 BUS_WIDTH = Call("nvmlDeviceGetMemoryBusWidth")
 """Width of the memory bus, bits."""
+CORES = Call("nvmlDeviceGetNumGpuCores")
+"""CUDA cores; NVML has it since driver 455."""
 COMPUTE_PROCESSES = Call("nvmlDeviceGetComputeRunningProcesses", fields=("pid", "usedGpuMemory"))
 GRAPHICS_PROCESSES = Call("nvmlDeviceGetGraphicsRunningProcesses", fields=("pid", "usedGpuMemory"))
 INFO_CALLS = (NAME, PCI_INFO, SERIAL, VBIOS, COMPUTE_CAPABILITY, VIRTUALIZATION)
@@ -154,6 +156,8 @@ _PERCENT = 1e-2
 _KILOBYTE = 1000  # of nvmlDeviceGetPcieThroughput
 _NVML_FI_DEV_MEMORY_TEMP = 82
 _CLOCKS = {"graphics": 0, "sm": 1, "memory": 2, "video": 3}
+MAX_SM_CLOCK = Call("nvmlDeviceGetMaxClockInfo", (_CLOCKS["sm"],))
+"""MHz."""
 MAX_MEMORY_CLOCK = Call("nvmlDeviceGetMaxClockInfo", (_CLOCKS["memory"],))
 """MHz."""
 _THRESHOLDS = {"shutdown": 0, "slowdown": 1, "memory_max": 2, "gpu_max": 3}
@@ -331,7 +335,7 @@ FAMILIES = (
 
 def _device_calls() -> tuple[Call, ...]:
     calls = [*INFO_CALLS, *(call for family in FAMILIES for sample in family.samples for call in sample.calls)]
-    return tuple(dict.fromkeys([*calls, BUS_WIDTH, COMPUTE_PROCESSES, GRAPHICS_PROCESSES]))
+    return tuple(dict.fromkeys([*calls, BUS_WIDTH, CORES, COMPUTE_PROCESSES, GRAPHICS_PROCESSES]))
 
 
 DEVICE_CALLS = _device_calls()

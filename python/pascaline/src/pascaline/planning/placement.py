@@ -184,7 +184,15 @@ def _gpu(settings: Settings, host: HostFacts, visible: str | None) -> tuple[Card
             raise
         stand_in = DeviceMemory(card.name, card.memory_bytes, gpus=_visible(host.driver_gpus(), visible))
         return card, stand_in, f"planned as if nothing else used the card: {error}"
-    return card_for_device(memory.name) or unknown_card(memory.name, memory.total_bytes), memory, None
+    known = card_for_device(memory.name)
+    if known is not None:
+        return known, memory, None
+    doubt = f"no profile knows {memory.name}: " + (
+        "its speed is estimated from the clocks, bus width and cores that NVML reports"
+        if memory.rates
+        else "its speed is unknown, and its memory is all that is planned with"
+    )
+    return unknown_card(memory.name, memory.total_bytes, memory.rates), memory, doubt
 
 
 def _visible(gpus: Sequence[GpuIdentity], visible: str | None) -> tuple[GpuIdentity, ...]:

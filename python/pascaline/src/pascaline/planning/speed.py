@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from pascaline.cards import efficiencies, load_card, speed_points
+from pascaline.cards import card_names, efficiencies, load_card, speed_points
 from pascaline.planning.kv_cache import kv_bytes_per_token
 
 if TYPE_CHECKING:
@@ -209,10 +209,13 @@ def calibration(engine: str, *, mixture: bool = False) -> Calibration:
 
 
 def calibration_for(card: Card, engine: str, *, mixture: bool) -> Calibration:
-    """Return the shares for a card. Measurements on the other kind of cards (with or without dp4a) are estimates."""
+    """Return the shares for a card.
+
+    For a card without a profile, and from measurements on cards that differ in dp4a, they are estimates.
+    """
     shares = calibration(engine, mixture=mixture)
     measured = {point.card for point in speed_points() if point.engine == engine and point.confirmed}
-    if any(load_card(name).has_dp4a == card.has_dp4a for name in measured):
+    if card.name in card_names() and any(load_card(name).has_dp4a == card.has_dp4a for name in measured):
         return shares
     error = efficiencies(engine)["error"].value
     return replace(shares, errors={kind: max(error, own) for kind, own in shares.errors.items()}, basis="estimated")

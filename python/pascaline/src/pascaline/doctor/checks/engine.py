@@ -33,7 +33,7 @@ def _absent(host: Host, package: str) -> str | None:
     "engine",
     "The engine is installed",
     "install the engine, or name the Python that has it",
-    command="pip install 'pascaline[engine]'; pascaline config show --engine-executable PYTHON",
+    command="./dev sync (in a checkout); pascaline config show --engine-executable PYTHON",
     option="services.pascaline.enginePackage = pkgs.pascaline-engine;",
 )
 def _engine(host: Host) -> Result:
@@ -70,7 +70,7 @@ def _sglang_version(host: Host) -> Result:
     "plugin",
     "The plugin is registered with SGLang",
     "install sglang-pascal into the same environment as SGLang",
-    command="pip install --force-reinstall --no-deps sglang-pascal",
+    command="pip install --force-reinstall --no-deps ./python/sglang-pascal (in a checkout)",
     option="services.pascaline.enginePackage = pkgs.pascaline-engine;",
 )
 def _plugin(host: Host) -> Result:

@@ -45,7 +45,7 @@ static const struct { const char *name; int code; } ERRORS[] = {
     X(nvmlDeviceGetPcieReplayCounter) X(nvmlDeviceGetRetiredPagesPendingStatus) X(nvmlDeviceGetPersistenceMode) \
     X(nvmlDeviceGetComputeMode) X(nvmlDeviceGetVirtualizationMode) X(nvmlDeviceGetDisplayMode) X(nvmlDeviceGetDisplayActive) \
     X(nvmlDeviceGetBoardId) X(nvmlDeviceGetMultiGpuBoard) X(nvmlDeviceGetArchitecture) X(nvmlDeviceGetBrand) \
-    X(nvmlDeviceGetMemoryBusWidth)
+    X(nvmlDeviceGetMemoryBusWidth) X(nvmlDeviceGetNumGpuCores)
 #define ULLONGS(X) X(nvmlDeviceGetTotalEnergyConsumption) X(nvmlDeviceGetCurrentClocksThrottleReasons) \
     X(nvmlDeviceGetSupportedClocksThrottleReasons) X(nvmlDeviceGetSupportedEventTypes)
 #define SPLIT_PAIRS(X) X(nvmlDeviceGetCudaComputeCapability) X(nvmlDeviceGetPowerManagementLimitConstraints) \

@@ -22,8 +22,10 @@ TINY = {
 
 
 def test_the_answer_makes_sense(quantized_engine):
-    answer = quantized_engine.chat("What is the capital of France?", max_tokens=12)["choices"][0]
-    assert answer["message"]["content"] == "The capital of France is Paris."
+    """A completion whose next word is far ahead of all others: int8 keys and values move probabilities by some percent."""
+    body = {"model": "default", "prompt": "The capital of France is", "max_tokens": 1, "temperature": 0}
+    answer = quantized_engine.client.post("/v1/completions", json=body)
+    assert answer.json()["choices"][0]["text"] == " Paris"
 
 
 def test_weights_and_keys_are_held_in_their_few_bytes(quantized_engine):

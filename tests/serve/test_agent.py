@@ -311,4 +311,6 @@ class TestServiceManager:
 
 def _with_version(instance: Instance) -> dict[str, Any] | None:
     report = instance.health()
-    return report if "sglang" in report.get("versions", {}) else None
+    # Both come with the first page of metrics after the engine is ready.
+    whole = "sglang" in report.get("versions", {}) and report["running_requests"] is not None
+    return report if whole else None

@@ -146,7 +146,9 @@ class TestModel:
         path = tmp_path / "letter.gguf"
         path.write_text("Dear Sir or Madam, this is not a model.")
         assert refusal(serve, ExitCode.MODEL, model=path) == (
-            f"failed to read {path}: it is not a GGUF file: it starts with b'Dear', must start with b'GGUF'"
+            f"failed to read {path}: it is not a GGUF file: it starts with b'Dear', must start with b'GGUF'; it is the text "
+            "'Dear Sir or Madam, this is not a model.', which a server may have sent in place of the file: download it "
+            "again; if the server asks for a login, with a token (pascaline models add --token-file FILE)"
         )
 
     def test_truncated(self, serve: Serve, tmp_path: Path, model: Path) -> None:

@@ -21,7 +21,7 @@ FOLDERS = {"/data/models/": "", "/etc/pascaline/": ""}
 
 CANNOT: dict[str, str] = {
     r"(sudo|systemctl|journalctl|nvidia-smi) .*": "changes or reads the services and the driver of a real host",
-    r"(ssh|scp|nixos-rebuild|mkdir fleet) .*|\$EDITOR .*|\(umask .*": "needs a NixOS host and its owner",
+    r"(ssh|scp|nixos-rebuild|nixos-generate-config) .*|mkdir \w+ && cd \w+ && nix .*|\$EDITOR .*|\(umask .*": "needs a NixOS host and its owner",
     r"git clone .*": "fetches from the network",
     r"(PASCALINE_ENV=\S+ )?\S*dev (sync|hooks|test|serve)\b.*": "tests/bare runs it on a machine of its own",
     r"export PATH=.*": "a setting of the reader's shell",

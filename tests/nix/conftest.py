@@ -53,6 +53,8 @@ def input_overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that git knows of, without the environments and caches beside them, which Nix would copy into its store."""
     folder = tmp_path_factory.mktemp("source")
+    if shutil.which("git") is None:
+        pytest.skip("git is not on PATH (Debian: apt install git)")
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     for name in filter(lambda name: (REPOSITORY / name).is_file(), listing.stdout.splitlines()):

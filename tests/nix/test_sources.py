@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ pytestmark = pytest.mark.nix
 
 
 def nix_files(repository: Path) -> list[str]:
+    if shutil.which("git") is None:
+        pytest.skip("git is not on PATH (Debian: apt install git)")
     listing = subprocess.run(["git", "ls-files", "*.nix"], cwd=repository, capture_output=True, text=True, check=True)
     return listing.stdout.split()
 

@@ -178,11 +178,12 @@ def test_an_api_key_keeps_drain_and_probes_working(tmp_path: Path) -> None:
 
 
 def test_a_model_that_it_does_not_know(tmp_path: Path) -> None:
-    from support.raw_models import LLAMA, gguf_file, value
+    from support.raw_models import LLAMA, gguf_file, tensor, value
 
     path = tmp_path / "m.gguf"
     metadata = {key.replace("llama.", "pascaline."): content for key, content in LLAMA.items()}
-    path.write_bytes(gguf_file(metadata | {"general.architecture": value("string", "pascaline")}))
+    metadata["general.architecture"] = value("string", "pascaline")
+    path.write_bytes(gguf_file(metadata, [tensor("token_embd.weight", [8], 0, 0)], data_bytes=32))
     with running(tmp_path, **_settings(model=path, context_length=64)) as instance:
         assert instance.wait() == ExitCode.ENGINE_FAILED
         assert instance.error == "the engine ended with exit code 1: llama.cpp does not know the model's architecture"

@@ -111,6 +111,12 @@ let
       name = "${lib.replaceStrings [ "-" ] [ "_" ] name}-${version}-py3-none-any.whl";
       path = "${wheel.dist}/${lib.replaceStrings [ "-" ] [ "_" ] name}-${version}-py3-none-any.whl";
     };
+  ownWheels =
+    name:
+    map ownWheel [
+      "gguf-acceptance"
+      name
+    ];
 
   environment =
     {
@@ -158,12 +164,12 @@ let
 
   light = environment {
     name = "pascaline-environment";
-    wheels = wheelsOf "pascaline" ++ [ (ownWheel "pascaline") ];
+    wheels = wheelsOf "pascaline" ++ ownWheels "pascaline";
   };
 
   builtin = environment {
     name = "pascaline-builtin-environment";
-    wheels = wheelsOf "builtin" ++ [ (ownWheel "pascaline") ];
+    wheels = wheelsOf "builtin" ++ ownWheels "pascaline";
   };
 
   only =
@@ -201,7 +207,7 @@ let
 
   engine = environment {
     name = "pascaline-engine";
-    wheels = wheelsOf "engine" ++ [ (ownWheel "sglang-pascal") ];
+    wheels = wheelsOf "engine" ++ ownWheels "sglang-pascal";
     libraries = lib.optionals cu118 cu118Libraries;
     postInstall = ''
       ln -s ${sglang-pascal-kernels} $out/lib/python3.12/site-packages/sglang_pascal/kernels/prebuilt

@@ -1,6 +1,6 @@
 """Resolve the workspace and write the three files that are committed of it.
 
-`requirements.lock` (both packages) and `requirements-dev.lock` (the tools on top) are pip's own format with hashes and
+`requirements.lock` (all packages) and `requirements-dev.lock` (the tools on top) are pip's own format with hashes and
 no addresses. `wheels.json` names, for Nix (CPython 3.12, x86_64 manylinux), the one wheel of every package and which
 environment needs it. All three come from one resolution, a uv.lock in a temporary folder, which is not committed
 because it records registry addresses.

@@ -102,7 +102,7 @@ def test_control_plane_needs_its_own_wheels_alone(tmp_path: Path) -> None:
     """From the few wheels of its environment, without torch, every command loads."""
     wheels, out = tmp_path / "wheels", tmp_path / "environment"
     download(wheels, *members("pascaline"))
-    build_own(wheels, "pascaline")
+    build_own(wheels, "gguf-acceptance", "pascaline")
     result = install(out, wheels)
     assert result.returncode == 0, result.stderr
     commands = json.loads(python_says(out, "import json, pascaline.cli as c; print(json.dumps(list(c.COMMANDS)))"))
@@ -121,7 +121,7 @@ def test_environment_does_not_name_its_wheels(tmp_path: Path) -> None:
     """What names a path of Nix' store keeps it: the wheels would be copied to every host, twice the environment's size."""
     wheels, out = tmp_path / "wheels", tmp_path / "environment"
     download(wheels, "idna")
-    build_own(wheels, "pascaline")
+    build_own(wheels, "gguf-acceptance", "pascaline")
     assert install(out, wheels).returncode == 0
     naming = [file for file in out.rglob("*") if file.is_file() and str(wheels).encode() in file.read_bytes()]
     assert naming == []
@@ -146,7 +146,7 @@ def test_environment_from_wheels_alone_imports_the_engine(tmp_path: Path) -> Non
     wheels, out = tmp_path / "wheels", tmp_path / "environment"
     try:
         download(wheels)
-        build_own(wheels, "pascaline", "sglang-pascal")
+        build_own(wheels, "gguf-acceptance", "pascaline", "sglang-pascal")
         result = install(out, wheels)
         assert result.returncode == 0, result.stderr
         assert python_says(out, "import torch; print(torch.__version__)").startswith("2.7.1")

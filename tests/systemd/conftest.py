@@ -62,6 +62,7 @@ def environment() -> dict[str, Path]:
         f"/opt/python/bin/{VERSION}": Path(sys.executable).resolve(),
         f"/opt/python/lib/{VERSION}": Path(sysconfig.get_path("stdlib")),
         f"/opt/environment/lib/{VERSION}/site-packages": Path(sysconfig.get_path("purelib")),
+        "/opt/source/gguf_acceptance": REPOSITORY / "python/gguf-acceptance/src/gguf_acceptance",
         "/opt/source/pascaline": REPOSITORY / "python/pascaline/src/pascaline",
         "/opt/source/sglang_pascal": REPOSITORY / "python/sglang-pascal/src/sglang_pascal",
         **{

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pascaline.digests import combined_sha256
 from pascaline.errors import ConfigurationError, MissingError, ModelError, PascalineError, StorageError
 from pascaline.models import store
 from pascaline.settings import Settings
@@ -257,13 +256,6 @@ class TestChecksum:
         monkeypatch.setattr(store, "SETTLED_SECONDS", 3600.0)
         assert _hashed(model, tmp_path)
         assert _hashed(model, tmp_path)
-
-    @pytest.mark.parametrize("parts", [1, 2])
-    def test_the_plugin_combines_checksums_alike(self, model: Path, tmp_path: Path, parts: int) -> None:
-        """The key of a prepared folder, which the manifest holds too, depends on every part."""
-        prepare = pytest.importorskip("sglang_pascal.checkpoint.prepare")
-        digests = tuple(f"{part:064x}" for part in range(parts))
-        assert combined_sha256(digests) == prepare.combined_sha256(digests)
 
     def test_a_folder_has_none(self, tmp_path: Path) -> None:
         assert store.verify(settings(cache_dir=tmp_path / "cache"), [folder(tmp_path / "m")]) == ()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
-from sglang_pascal.checkpoint.acceptance import ARCHITECTURES, Header, Tensor, Unread, accept
-from sglang_pascal.checkpoint.acceptance.dimensions import NO_WEIGHTS, read_dimensions, wanted_tensors
-from sglang_pascal.checkpoint.acceptance.header import Verdict
-from sglang_pascal.checkpoint.acceptance.keys import ARCHITECTURE_KEYS, OTHER_KEYS
-from sglang_pascal.checkpoint.acceptance.rope import RopeError, rope_scaling
-from sglang_pascal.checkpoint.acceptance.vocabulary import PRE_TOKENIZERS, end_ids, special_id
+from gguf_acceptance import ARCHITECTURES, Header, Tensor, Unread, accept
+from gguf_acceptance.dimensions import NO_WEIGHTS, read_dimensions, wanted_tensors
+from gguf_acceptance.header import Verdict
+from gguf_acceptance.keys import ARCHITECTURE_KEYS, OTHER_KEYS
+from gguf_acceptance.rope import RopeError, rope_scaling
+from gguf_acceptance.vocabulary import PRE_TOKENIZERS, end_ids, special_id
 from sglang_pascal.checkpoint.tokenizer import PRE_TOKENIZERS as RULES
 
 SIZES = {

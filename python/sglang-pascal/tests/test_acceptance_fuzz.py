@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sglang_pascal.checkpoint.acceptance import Header, Tensor, Unread, Verdict, accept
-from sglang_pascal.checkpoint.acceptance.dimensions import NO_WEIGHTS, ROPE_FREQS, TIED, read_dimensions, wanted_tensors
+from gguf_acceptance import Header, Tensor, Unread, Verdict, accept
+from gguf_acceptance.dimensions import NO_WEIGHTS, ROPE_FREQS, TIED, read_dimensions, wanted_tensors
 from sglang_pascal.checkpoint.chat_template import chat_templates, has_template
 from sglang_pascal.checkpoint.config import generation_config, llama3_factors, model_config
 from sglang_pascal.checkpoint.gguf_file import GgufFile

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -35,16 +34,6 @@ def parse_sha256s(value: Any) -> tuple[str, ...] | None:
         if not isinstance(text, str) or not _SHA256.fullmatch(text):
             raise ValueError(f"invalid value {text!r}, must be {SHA256_WORDS}")
     return tuple(text.lower() for text in texts)
-
-
-def combined_sha256(digests: Sequence[str]) -> str:
-    """Return one checksum for the whole model: a single file's own, otherwise the sha256 of all digests, one a line.
-
-    Must return the same as sglang_pascal.checkpoint.prepare.combined_sha256.
-    """
-    if len(digests) == 1:
-        return digests[0]
-    return hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
 
 
 def shown_sha256s(digests: Sequence[str]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pascaline.models.acceptance import Header, Tensor, Verdict, accept
+from gguf_acceptance import Header, Tensor, Verdict, accept
+
 from pascaline.models.architectures import SGLANG_GGUF, SGLANG_HUGGING_FACE
 from pascaline.models.folder_tensors import missing_tensors
 from pascaline.models.gguf_header import shown

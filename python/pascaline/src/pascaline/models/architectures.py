@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pascaline.models.acceptance import ARCHITECTURES
+from gguf_acceptance import ARCHITECTURES
 
 SGLANG_GGUF = tuple(sorted(ARCHITECTURES))
 """`general.architecture` of GGUF files that the plugin loads; Mistral files call themselves llama."""

@@ -10,8 +10,9 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from gguf_acceptance import Unread
+
 from pascaline.errors import ModelError
-from pascaline.models.acceptance import Unread
 from pascaline.models.ggml_types import REMOVED_TENSOR_TYPES, TENSOR_TYPES
 from pascaline.models.impostors import head_of, impostor
 from pascaline.models.spec import TensorSpec

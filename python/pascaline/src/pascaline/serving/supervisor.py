@@ -17,8 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gguf_acceptance import combined_sha256
+
 from pascaline import __version__
-from pascaline.digests import combined_sha256, shown_sha256s
+from pascaline.digests import shown_sha256s
 from pascaline.engines import ENGINES, Task
 from pascaline.errors import EngineError, ExitCode, GaveUpError, PascalineError
 from pascaline.gpu import loss

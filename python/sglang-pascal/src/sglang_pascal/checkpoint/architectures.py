@@ -12,7 +12,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Final
 
-from sglang_pascal.checkpoint.acceptance.dimensions import ROPE_FREQS
+from gguf_acceptance.dimensions import ROPE_FREQS
+
 from sglang_pascal.errors import CheckpointError
 
 _COMMON_LAYER: Final = {

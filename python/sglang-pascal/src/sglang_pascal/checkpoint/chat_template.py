@@ -12,7 +12,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
-from sglang_pascal.checkpoint.acceptance.keys import TEMPLATE_PREFIX
+from gguf_acceptance.keys import TEMPLATE_PREFIX
+
 from sglang_pascal.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from gguf_acceptance.dimensions import one_for_all
+from gguf_acceptance.keys import DEFAULTS
+from gguf_acceptance.rope import DEFAULT_BASE, RopeError, rope_scaling
+from gguf_acceptance.vocabulary import end_ids, special_id
 
-from sglang_pascal.checkpoint.acceptance.dimensions import one_for_all
-from sglang_pascal.checkpoint.acceptance.keys import DEFAULTS
-from sglang_pascal.checkpoint.acceptance.rope import DEFAULT_BASE, RopeError, rope_scaling
-from sglang_pascal.checkpoint.acceptance.vocabulary import end_ids, special_id
 from sglang_pascal.checkpoint.architectures import ROPE_FACTORS, Architecture, architecture_of
 from sglang_pascal.errors import CheckpointError
 

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sglang_pascal.checkpoint.acceptance import Header, Tensor, accept
+from gguf_acceptance import Header, Tensor, accept, combined_sha256
+
 from sglang_pascal.checkpoint.chat_template import write_chat_templates
 from sglang_pascal.checkpoint.config import generation_config, model_config
 from sglang_pascal.checkpoint.gguf_file import GgufFile
@@ -26,7 +27,7 @@ from sglang_pascal.checkpoint.tokenizer import tokenizer_config, write_tokenizer
 from sglang_pascal.errors import CheckpointError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
 FORMAT: Final = 2
 """Version of the folder's layout; a folder of another version is refused."""
@@ -130,13 +131,6 @@ def require_accepted(file: GgufFile) -> None:
 def _manifest(file: GgufFile, sha256: str) -> Manifest:
     architecture = str(file.metadata.get("general.architecture"))
     return Manifest(str(file.path), sha256, file.size, file.header_sha256(), architecture)
-
-
-def combined_sha256(digests: Sequence[str]) -> str:
-    """Return one checksum for a model: the file's own, or for several files the sha256 of theirs, one per line."""
-    if len(digests) == 1:
-        return digests[0]
-    return hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
 
 
 def _checked_sha256(file: GgufFile, expected: str | None, on_progress: Callable[[int, int], None] | None) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from gguf_acceptance.vocabulary import special_id
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from sglang_pascal.checkpoint.acceptance.vocabulary import special_id
 from sglang_pascal.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
+from gguf_acceptance.dimensions import one_for_all
 
-from sglang_pascal.checkpoint.acceptance.dimensions import one_for_all
 from sglang_pascal.checkpoint.architectures import Architecture, architecture_of
 from sglang_pascal.errors import CheckpointError
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from sglang_pascal.checkpoint.acceptance.dimensions import NO_WEIGHTS
+from gguf_acceptance.dimensions import NO_WEIGHTS
+
 from sglang_pascal.errors import CheckpointError
 from sglang_pascal.kernels.formats import FORMATS
 

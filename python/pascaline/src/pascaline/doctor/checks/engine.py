@@ -70,7 +70,7 @@ def _sglang_version(host: Host) -> Result:
     "plugin",
     "The plugin is registered with SGLang",
     "install sglang-pascal into the same environment as SGLang",
-    command="pip install --force-reinstall --no-deps ./python/sglang-pascal (in a checkout)",
+    command="pip install --force-reinstall --no-deps ./python/gguf-acceptance ./python/sglang-pascal (in a checkout)",
     option="services.pascaline.enginePackage = pkgs.pascaline-engine;",
 )
 def _plugin(host: Host) -> Result:

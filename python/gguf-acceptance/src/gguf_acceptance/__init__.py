@@ -5,19 +5,19 @@ keys        every metadata key: used, known to be harmless, or a reason to refus
 dimensions  sizes of the model, and the tensors that they imply
 rope        the scaling of positions, in every spelling
 vocabulary  what each kind of tokenizer needs
-
-pascaline and sglang-pascal are installed separately and each has this folder, byte for byte; a test compares them.
+checksum    one checksum for a model of several files
 """
 
 from __future__ import annotations
 
+from .checksum import combined_sha256
 from .dimensions import check_tensors, read_dimensions
 from .header import Header, Tensor, Unread, Verdict
 from .keys import ARCHITECTURES, check_keys
 from .rope import check_rope
 from .vocabulary import check_vocabulary
 
-__all__ = ["ARCHITECTURES", "Header", "Tensor", "Unread", "Verdict", "accept"]
+__all__ = ["ARCHITECTURES", "Header", "Tensor", "Unread", "Verdict", "accept", "combined_sha256"]
 
 
 def accept(header: Header) -> Verdict:

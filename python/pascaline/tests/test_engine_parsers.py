@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from pascaline.engines.parsers import REASONING, TOOL_CALLS, parser_arguments
+from pascaline.plugin import PLUGIN
 from pascaline.settings import Settings
 
 TEMPLATES = {
@@ -41,15 +42,5 @@ def test_a_setting_comes_before_the_template() -> None:
 
 
 def test_every_name_is_one_of_sglangs() -> None:
-    """By its source: importing the parsers imports half of SGLang."""
-    import importlib.util
-    from pathlib import Path
-
-    found = importlib.util.find_spec("sglang")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("SGLang is not installed (./dev sync)")
-    folder = Path(next(iter(found.submodule_search_locations))) / "srt"
-    tools = (folder / "function_call/function_call_parser.py").read_text()
-    thoughts = (folder / "parser/reasoning_parser.py").read_text()
-    assert [name for _, name in TOOL_CALLS if f'"{name}":' not in tools] == []
-    assert [name for _, name in REASONING if f'"{name}":' not in thoughts] == []
+    assert {name for _, name in TOOL_CALLS} <= set(PLUGIN.tool_call_parsers)
+    assert {name for _, name in REASONING} <= set(PLUGIN.reasoning_parsers)

@@ -149,7 +149,7 @@ def test_a_name_is_that_of_the_served_model(name, served):
 
 
 def test_any_name_may_be_allowed(monkeypatch):
-    monkeypatch.setenv(openai_api.ANY_MODEL, "1")
+    monkeypatch.setenv("SGLANG_PASCAL_ANY_MODEL", "1")
     assert is_served("gpt-4", "emily")
 
 

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang_pascal.names import DECODE_BITS_VARIABLE, PREFILL_BITS_VARIABLE
 from sglang_pascal.quantization import precision
-from sglang_pascal.quantization.precision import DECODE_BITS_VARIABLE, PREFILL_BITS_VARIABLE, is_wide
+from sglang_pascal.quantization.precision import is_wide
 from sglang_pascal.quantization.progress import LoadingProgress
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, With
 
 from pascaline.addresses import is_loopback
 from pascaline.digests import SHA256_SCHEMA, parse_sha256s
+from pascaline.plugin import PLUGIN
 from pascaline.units import BYTES_SCHEMA, SECONDS_SCHEMA, parse_bytes, parse_seconds
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -267,10 +268,10 @@ def _engine_problems(settings: Settings) -> list[tuple[str, str]]:
 
 
 ACTIVATION_BITS_VARIABLES = {
-    "prefill": "SGLANG_PASCAL_PREFILL_BITS",
-    "decode": "SGLANG_PASCAL_DECODE_BITS",
+    "prefill": PLUGIN.variables["prefill_bits"],
+    "decode": PLUGIN.variables["decode_bits"],
 }
-"""Phase -> the variable that passes its bits to sglang-pascal (sglang_pascal/quantization/precision.py)."""
+"""Phase -> the variable that passes its bits to sglang-pascal."""
 
 
 def _environment_problems(settings: Settings) -> list[tuple[str, str]]:

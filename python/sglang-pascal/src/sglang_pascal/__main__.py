@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sglang_pascal.errors import PluginError
+from sglang_pascal.names import LOAD_FORMAT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,7 +46,7 @@ def _run_prepare(args: argparse.Namespace) -> int:
         _say(json.dumps(asdict(manifest), indent=2))
     else:
         _say(f"{args.folder}: {manifest.architecture}, {manifest.size} bytes, sha256 {manifest.sha256}")
-        _say(f"serve it: python -m sglang.launch_server --model-path {args.folder} --load-format pascal_gguf")
+        _say(f"serve it: python -m sglang.launch_server --model-path {args.folder} --load-format {LOAD_FORMAT}")
     return 0
 
 
@@ -74,6 +75,17 @@ def _run_info(args: argparse.Namespace) -> int:
     from sglang_pascal.info import print_info
 
     return print_info(as_json=args.json)
+
+
+def _add_facts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="JSON, which is the only form and need not be asked for")
+
+
+def _run_facts(args: argparse.Namespace) -> int:
+    del args
+    from sglang_pascal.facts import print_facts
+
+    return print_facts()
 
 
 def _add_kernels(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +119,7 @@ COMMANDS = {
     "prepare": ("make a folder that SGLang can serve from a GGUF file", _add_prepare, _run_prepare),
     "kernels": ("show what the compiler made of each kernel for Pascal, without a GPU", _add_kernels, _run_kernels),
     "selftest": ("compare every operation with its reference on the GPU at hand", _add_selftest, _run_selftest),
+    "facts": ("print as JSON what the plugin can do, on any machine", _add_facts, _run_facts),
     "info": ("show what the plugin does on this machine, and why", _add_info, _run_info),
 }
 """Name -> (help, adds the arguments, runs it and returns the exit code)."""

@@ -19,23 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from sglang_pascal.errors import UnsupportedVersionError
+from sglang_pascal.names import ATTENTION_BACKENDS, LOAD_FORMAT
+from sglang_pascal.versions import SUPPORTED_SGLANG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-SUPPORTED_SGLANG: Final = ("0.5.23",)
-"""SGLang versions that the shims were checked against, newest last."""
-
 
 @dataclass(frozen=True)
 class Shim:
-    """One change: what, why, for which SGLang, and how to know that it is no longer needed."""
+    """One change: what, why, and how to know that it is no longer needed. Made for SUPPORTED_SGLANG."""
 
     name: str
     what: str
     why: str
-    sglang: str
-    """SGLang version whose code was read."""
     devices: tuple[str, ...]
     """Platforms that need it: cpu, cuda."""
     stage: Literal["activate", "register", "worker"]
@@ -247,7 +244,7 @@ def use_float16(*, model_config: Any) -> None:
 
 def verify_load_format(original: Callable[[Any], None], config: Any) -> None:
     """Wrap `LoadConfig._verify_load_format`: the format becomes our loader class, which SGLang's factory calls."""
-    from sglang_pascal.checkpoint.loader import LOAD_FORMAT, PascalGgufLoader
+    from sglang_pascal.checkpoint.loader import PascalGgufLoader
 
     if config.load_format == LOAD_FORMAT:
         config.load_format = PascalGgufLoader
@@ -299,36 +296,32 @@ def _loaded(target: str) -> Any:
     return None
 
 
-_ATTENTION_BACKENDS: Final = ("pascal", "pascal_kernels", "pascal_torch")
-"""One that chooses by device; our kernels, on a CPU by their reference; plain torch, on any device."""
-
-
 def _register_attention() -> None:
     from sglang.srt.arg_groups.choices import add_attention_backend_choices
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-    add_attention_backend_choices(list(_ATTENTION_BACKENDS))
-    for name in _ATTENTION_BACKENDS:
+    add_attention_backend_choices(list(ATTENTION_BACKENDS))
+    for name in ATTENTION_BACKENDS:
         register_attention_backend(name)(functools.partial(_create_attention_backend, name))
 
 
 def _create_attention_backend(name: str, runner: Any) -> Any:
     from sglang_pascal.attention import backend, kernels_backend
 
-    if name == "pascal":
-        name = "pascal_torch" if str(runner.device).startswith("cpu") else "pascal_kernels"
-    return (kernels_backend if name == "pascal_kernels" else backend).create_backend(runner)
+    if name == ATTENTION_BACKENDS[0]:
+        name = backend.NAME if str(runner.device).startswith("cpu") else kernels_backend.NAME
+    return (kernels_backend if name == kernels_backend.NAME else backend).create_backend(runner)
 
 
 def _attention_is_registered() -> bool:
     registry = sys.modules.get("sglang.srt.layers.attention.attention_registry")
-    return registry is not None and set(_ATTENTION_BACKENDS) <= set(registry.ATTENTION_BACKENDS)
+    return registry is not None and set(ATTENTION_BACKENDS) <= set(registry.ATTENTION_BACKENDS)
 
 
 def _register_load_format() -> None:
     from sglang.srt.arg_groups.choices import add_load_format_choices
 
-    add_load_format_choices(["pascal_gguf"])
+    add_load_format_choices([LOAD_FORMAT])
     _hook(_VERIFY_LOAD_FORMAT, verify_load_format, "AROUND")
 
 
@@ -465,7 +458,6 @@ def _variable(
         name=name,
         what=f"{variable}={value}, unless it is set",
         why=why,
-        sglang="0.5.23",
         devices=devices,
         stage="activate",
         is_needed=is_needed,
@@ -499,7 +491,6 @@ SHIMS: Final = (
         name="symbolic-shape guards",
         what="torch.fx.experimental.symbolic_shapes.guard_or_false and guard_or_true become bool",
         why="SGLang imports both names; torch 2.7.1, the last with sm_60 code on the package index, lacks them",
-        sglang="0.5.23",
         devices=("cpu", "cuda"),
         stage="activate",
         is_needed=_lacks_guards,
@@ -510,7 +501,6 @@ SHIMS: Final = (
         name="Triton driver",
         what="a driver object that is never asked to launch becomes Triton's active one",
         why='modules with Triton kernels ask for the target at import and fail with "0 active drivers" without a GPU',
-        sglang="0.5.23",
         devices=("cpu",),
         stage="activate",
         is_needed=_triton_has_no_driver,
@@ -521,7 +511,6 @@ SHIMS: Final = (
         name="is_cuda",
         what="sglang.srt.utils.common.is_cuda, and every copy of it, returns False",
         why="if it is True, SGLang imports sgl_kernel and flashinfer, which have no code for Pascal",
-        sglang="0.5.23",
         devices=("cuda",),
         stage="activate",
         is_needed=_lacks_sgl_kernel,
@@ -532,7 +521,6 @@ SHIMS: Final = (
         name="sm75 guard",
         what=f"{_GUARD_MODULE}.{_GUARD} chooses float16 and refuses nothing",
         why='it raises "SGLang only supports sm75 and above" on Pascal, which its kernels need and ours do not',
-        sglang="0.5.23",
         devices=("cuda",),
         stage="register",
         is_needed=lambda: hasattr(importlib.import_module(_GUARD_MODULE), _GUARD),
@@ -543,7 +531,6 @@ SHIMS: Final = (
         name="logit soft cap",
         what=f"{_SOFTCAP}._softcap_logits in plain torch",
         why="it is a Triton kernel without another form (Gemma 2 needs it); Triton needs compute capability 7.0",
-        sglang="0.5.23",
         devices=("cpu", "cuda"),
         stage="register",
         is_needed=lambda: hasattr(importlib.import_module(_SOFTCAP), "_softcap_logits"),
@@ -554,7 +541,6 @@ SHIMS: Final = (
         name="attention backend",
         what="--attention-backend pascal, pascal_kernels, pascal_torch",
         why="SGLang's torch_native pads each prefill chunk to the whole context and turns CUDA graphs off",
-        sglang="0.5.23",
         devices=("cpu", "cuda"),
         stage="register",
         is_needed=_always,
@@ -565,7 +551,6 @@ SHIMS: Final = (
         name="load format",
         what="--load-format pascal_gguf, by a hook around LoadConfig._verify_load_format",
         why="SGLang accepts a loader class as load format, but has no way to name one on the command line",
-        sglang="0.5.23",
         devices=("cpu", "cuda"),
         stage="register",
         is_needed=_always,
@@ -576,7 +561,6 @@ SHIMS: Final = (
         name="no file left in /dev/shm",
         what=f"{_LOAD_PATH} names a file in the folder of temporary files (TMPDIR)",
         why="SGLang ends its workers with SIGKILL, and nothing removes the file in which they report their load",
-        sglang="0.5.23",
         devices=("cpu", "cuda"),
         stage="register",
         is_needed=_always,
@@ -587,7 +571,6 @@ SHIMS: Final = (
         name="refusal while draining",
         what=f"{_RUN_SERVER} wraps its application: 503 for new work once SIGTERM came",
         why="SGLang continues to accept requests while it waits for the last one to end: under load it never ends",
-        sglang="0.5.23",
         devices=("cpu", "cuda"),
         stage="register",
         is_needed=_is_server,
@@ -598,7 +581,6 @@ SHIMS: Final = (
         name="OpenAI's errors",
         what=f"the same wrapper gives errors OpenAI's shape; {_HANDLE_REQUEST} checks model and top_p first",
         why="clients of OpenAI read `error.message`; SGLang has other shapes, and answers for any name of a model",
-        sglang="0.5.23",
         devices=("cpu", "cuda"),
         stage="register",
         is_needed=_is_server,
@@ -609,7 +591,6 @@ SHIMS: Final = (
         name="status of refused streams",
         what="if a stream's first event is an error, the same wrapper answers with the error's status",
         why="SGLang reports a full queue to a streamed request with status 200, so no router tries another server",
-        sglang="0.5.23",
         devices=("cpu", "cuda"),
         stage="register",
         is_needed=_is_server,
@@ -620,7 +601,6 @@ SHIMS: Final = (
         name="int8 KV cache, choice",
         what="--kv-cache-dtype int8",
         why="SGLang has no int8 KV cache: half of float16's bytes, and more exact than fp8_e5m2",
-        sglang="0.5.23",
         devices=("cpu", "cuda"),
         stage="register",
         is_needed=_always,
@@ -631,7 +611,6 @@ SHIMS: Final = (
         name="int8 KV cache, pool",
         what="the type of the pool and its bytes per token for int8; fp8_e5m2 on the CPU",
         why="SGLang sizes its pools from the element size alone, and refuses fp8_e5m2 where its own kernels lack it",
-        sglang="0.5.23",
         devices=("cpu", "cuda"),
         stage="worker",
         is_needed=_always,
@@ -648,7 +627,6 @@ SHIMS: Final = (
         name="Triton kernels",
         what=f"plain torch in place of {', '.join(map(_last_name, (*_TRITON_LAUNCHES, *_FORMS)))}",
         why="SGLang launches them for any CUDA tensor, though the platform says that it has no Triton",
-        sglang="0.5.23",
         devices=("cuda",),
         stage="worker",
         is_needed=_always,
@@ -659,7 +637,6 @@ SHIMS: Final = (
         name="seeds",
         what=f"{_BATCH_INFO} of a batch with a seed has the seeds of its requests; {_DRAW} in plain torch",
         why="SGLang reads `seed` only under --enable-deterministic-inference, and draws by a kernel of sgl_kernel",
-        sglang="0.5.23",
         devices=("cpu", "cuda"),
         stage="worker",
         is_needed=_always,
@@ -670,7 +647,6 @@ SHIMS: Final = (
         name="sampler",
         what=f"{_SAMPLE} takes min-p beside a seed; on a GPU our kernel filters where it would sort the vocabulary",
         why="it fails an assertion on min-p beside a seed, and sorting 150,000 probabilities for each token takes long",
-        sglang="0.5.23",
         devices=("cpu", "cuda"),
         stage="worker",
         is_needed=_always,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from sglang_pascal.device import PLUGIN_NAME
+
 CPU_INFO: Final = Path("/proc/cpuinfo")
 
 
@@ -42,7 +44,7 @@ def recommended_cpu_settings(flags: frozenset[str] | None = None, cpus: int | No
 def engine_environment(threads: int) -> dict[str, str]:
     """Return variables that make SGLang start fast and stay within its threads."""
     return {
-        "SGLANG_PLATFORM": "pascal",
+        "SGLANG_PLATFORM": PLUGIN_NAME,
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(threads),
         # OpenMP's threads spin for milliseconds after every product, on cores that other programs could use.

@@ -8,10 +8,11 @@ import os
 import sys
 from typing import Any
 
-from sglang_pascal.compat import SUPPORTED_SGLANG, shims_for
+from sglang_pascal.compat import shims_for
 from sglang_pascal.cpu import recommended_cpu_settings
 from sglang_pascal.device import Device, decide, visible_devices
 from sglang_pascal.errors import PluginError
+from sglang_pascal.versions import SUPPORTED_SGLANG
 
 
 def collect() -> dict[str, Any]:

@@ -16,6 +16,8 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, Final
 
+from sglang_pascal.names import ANY_MODEL_VARIABLE
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
 
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     Send = Callable[[Message], Awaitable[None]]
     App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-ANY_MODEL: Final = "SGLANG_PASCAL_ANY_MODEL"
-"""Variable: with 1, a request may name any model."""
 NO_NAME: Final = "default"
 """The name that SGLang's protocol fills in if a request names no model."""
 OTHER_SHAPES: Final = ("/v1/messages", "/v1/systemone")
@@ -176,7 +176,7 @@ def _wants_unseen_tools(serving: Any, request: Any) -> bool:
 
 def is_served(name: str | None, served: str) -> bool:
     """Whether a request for a model of this name is for the one that is served; an adapter's name follows a colon."""
-    if name is None or name == NO_NAME or os.environ.get(ANY_MODEL) == "1":
+    if name is None or name == NO_NAME or os.environ.get(ANY_MODEL_VARIABLE) == "1":
         return True
     return name == served or name.startswith(f"{served}:")
 

@@ -15,6 +15,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 from sglang_pascal.kernels.formats import RECORDED_BATCH_SIZES
+from sglang_pascal.names import ATTENTION_BACKENDS, LOAD_FORMAT, QUANTIZATION
 
 
 class _PascalPlatform(SRTPlatform):  # type: ignore[misc]  # SGLang publishes no types
@@ -29,7 +30,7 @@ class _PascalPlatform(SRTPlatform):  # type: ignore[misc]  # SGLang publishes no
 
     def get_default_attention_backend(self) -> str:
         """Our own."""
-        return "pascal"
+        return ATTENTION_BACKENDS[0]
 
     def init_backend(self) -> None:
         """Called once per process that runs a model, when SGLang's layers are loaded."""
@@ -55,7 +56,7 @@ class _PascalPlatform(SRTPlatform):  # type: ignore[misc]  # SGLang publishes no
             from sglang_pascal.quantization.nf4 import PascalNf4Config
 
             return PascalNf4Config
-        if name != "gguf":
+        if name != QUANTIZATION:
             return None
         from sglang_pascal.quantization.config import PascalGgufConfig
 
@@ -120,8 +121,8 @@ class PascalCudaPlatform(CudaDeviceMixin, _PascalPlatform):  # type: ignore[misc
         super().apply_server_args_defaults(server_args)
         if server_args.dtype == "auto":
             server_args.dtype = "float16"
-        if server_args.load_format == "pascal_gguf" and server_args.quantization is None:
-            server_args.quantization = "gguf"
+        if server_args.load_format == LOAD_FORMAT and server_args.quantization is None:
+            server_args.quantization = QUANTIZATION
         server_args.cuda_graph_config = graph_config(
             server_args.cuda_graph_config, server_args._cuda_graph_config_locked
         )

@@ -30,6 +30,7 @@ from pascaline.bench.workload import SHIPPED_TEXT
 from pascaline.errors import ConfigurationError, EngineError
 from pascaline.models import store
 from pascaline.models.reader import read_model
+from pascaline.plugin import PLUGIN
 from pascaline.quantize import Options, Tools, quantize
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ if TYPE_CHECKING:
 DEFAULT_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q3_K_S")
 NF4 = "NF4"
 """bitsandbytes' 4-bit type. Only SGLang serves it."""
-BITSANDBYTES = "bitsandbytes==0.49.2"
-"""Not a locked package: 180 MB for one method. With CUDA 12.6 it has code for sm_60; SGLang asks for 0.46.1."""
+BITSANDBYTES = f"bitsandbytes=={PLUGIN.bitsandbytes}"
+"""Not a locked package: 180 MB for one method. With CUDA 12.6 it has code for sm_60; SGLang asks for
+PLUGIN.oldest_bitsandbytes."""
 REFERENCE_TYPE = "F16"
 _PRECISE = {"F32", "F16", "BF16"}
 PRECISE_BYTES = 2

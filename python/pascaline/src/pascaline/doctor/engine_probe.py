@@ -56,7 +56,7 @@ def _torch() -> dict[str, Any]:
 
 
 def _plugin() -> dict[str, Any]:
-    from sglang_pascal.compat import SUPPORTED_SGLANG
+    from sglang_pascal.versions import SUPPORTED_SGLANG
 
     return {"supported_sglang": list(SUPPORTED_SGLANG)}
 

@@ -16,7 +16,7 @@ TOOL_CALLS = (
     (("<|tool_call_start|>",), "lfm2"),
     (("<|tool_calls_section_begin|>",), "kimi_k2"),
 )
-"""Marks that a template must all contain -> parser of SGLang 0.5.23 (function_call/*_detector.py); the first match
+"""Marks that a template must all contain -> parser of SGLang (function_call/*_detector.py); the first match
 wins."""
 REASONING = ((("<think>", "enable_thinking"), "qwen3"), (("<think>",), "deepseek-r1"))
 """The same for reasoning (parser/reasoning_parser.py). With `enable_thinking` an answer may have none."""

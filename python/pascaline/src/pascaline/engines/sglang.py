@@ -14,6 +14,7 @@ from pascaline.engines.client import json_object
 from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.engines.parsers import parser_arguments
 from pascaline.errors import MissingError
+from pascaline.plugin import PLUGIN
 from pascaline.settings import ACTIVATION_BITS_VARIABLES
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def _model_arguments(task: Task) -> list[str]:
     model = task.model
     arguments = ["--model-path", str(model.prepared_dir or model.path), "--served-model-name", model.served_name]
     if model.prepared_dir is not None:
-        arguments += ["--load-format", "pascal_gguf"]
+        arguments += ["--load-format", PLUGIN.load_format]
     if task.settings.quantization is not None:
         arguments += ["--quantization", task.settings.quantization]
         if task.settings.quantization == BITSANDBYTES and model.prepared_dir is None:
@@ -287,7 +288,7 @@ def _empty_folder(path: Path) -> Path:
 
 def _environment(task: Task) -> dict[str, str]:
     environment = {
-        "SGLANG_PLATFORM": "pascal",
+        "SGLANG_PLATFORM": PLUGIN.platform,
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "OMP_NUM_THREADS": str(task.threads),
@@ -311,5 +312,5 @@ def _environment(task: Task) -> dict[str, str]:
     if task.settings.debug:
         environment["CUDA_LAUNCH_BLOCKING"] = "1"
     if task.settings.any_model_name:
-        environment["SGLANG_PASCAL_ANY_MODEL"] = "1"
+        environment[PLUGIN.variables["any_model"]] = "1"
     return environment | task.variables

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gguf_acceptance import ARCHITECTURES
+from pascaline.plugin import PLUGIN
 
-SGLANG_GGUF = tuple(sorted(ARCHITECTURES))
+SGLANG_GGUF = tuple(sorted(PLUGIN.architectures))
 """`general.architecture` of GGUF files that the plugin loads; Mistral files call themselves llama."""
-SGLANG_HUGGING_FACE = ("gemma2", "gemma3", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+SGLANG_HUGGING_FACE = tuple(sorted(PLUGIN.model_types))
 """`model_type` of config.json."""

@@ -1,31 +1,20 @@
 """Which tensors a folder of safetensors must hold: SGLang leaves a parameter without a tensor uninitialised.
 
-The names are those of transformers' modelling code (modeling_llama.py and so on), which SGLang's loaders expect.
+The names are those of transformers' modelling code (modeling_llama.py and so on), which SGLang's loaders expect; the
+plugin knows them, because it translates the names in GGUF files into them.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pascaline.plugin import PLUGIN
+
 if TYPE_CHECKING:
     from pascaline.models.spec import ModelSpec
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-_MLP = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
-_ATTENTION = tuple(f"self_attn.{name}_proj.weight" for name in "qkvo")
-_COMMON = ("input_layernorm.weight", *_ATTENTION, "post_attention_layernorm.weight", *_MLP)
-_BIASES = tuple(f"self_attn.{name}_proj.bias" for name in "qkv")
-_HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
-_GEMMA_NORMS = ("pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight")
-LAYER_TENSORS = {
-    "llama": _COMMON,
-    "mistral": _COMMON,
-    "qwen2": (*_COMMON, *_BIASES),
-    "qwen3": (*_COMMON, *_HEAD_NORMS),
-    "gemma2": (*_COMMON, *_GEMMA_NORMS),
-    "gemma3": (*_COMMON, *_HEAD_NORMS, *_GEMMA_NORMS),
-    "gemma3_text": (*_COMMON, *_HEAD_NORMS, *_GEMMA_NORMS),
-}
+LAYER_TENSORS = {name: architecture.layer_tensors for name, architecture in PLUGIN.model_types.items()}
 """`model_type` -> tensors of each layer."""
 
 

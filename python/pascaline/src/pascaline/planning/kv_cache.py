@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pascaline.plugin import PLUGIN
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pascaline.models.spec import ModelSpec
     from pascaline.planning.request import PlanRequest
 
-ELEMENT_BYTES = {"fp16": 2.0, "bf16": 2.0, "fp32": 4.0, "fp8_e5m2": 1.0, "int8": 1.0}
-SCALE_BYTES = 2
+_KV_TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp8_e5m2": "fp8_e5m2", "int8": "int8"}
+ELEMENT_BYTES = {name: float(PLUGIN.kv_types[kind].element_bytes) for name, kind in _KV_TYPES.items()}
+SCALE_BYTES = PLUGIN.kv_types["int8"].scale_bytes
 """SGLang's int8 pool of sglang-pascal keeps one fp16 scale per token and KV head, for keys and for values."""
 Q8_0_BYTES = 34 / 32
 """llama.cpp's int8: blocks of 32 values with one fp16 scale (ggml-common.h, block_q8_0)."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pascaline.planning.kv_cache import llama_batch
 from pascaline.planning.weights import DTYPE_BYTES, stays_quantized
+from pascaline.plugin import PLUGIN
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
@@ -25,15 +26,15 @@ ROPE_STEP = 128
 """Positions that SGLang's RoPE table has beyond the context, and the multiple that it is rounded up to (environ.py)."""
 LOGIT_BYTES = 26
 """Per logit while SGLang's PyTorch sampler runs: fp16 and fp32 logits, probabilities, sorted copy, int64 order, sum."""
-ATTENTION_SPLIT, ATTENTION_SPLITS = 256, 16
+ATTENTION_SPLIT, ATTENTION_SPLITS = PLUGIN.most_split, PLUGIN.most_splits
 """Most tokens of one part of a sequence in decode attention, and most parts of a shorter one; each part stores an fp32
 result for the second kernel."""
 BUFFERS_PER_TOKEN = 3
 """Hidden vectors alive at once in a layer: residual, normalised input, output (SGLang's models/llama.py)."""
-WIDE_BYTES = 2 * (1 + 8 / 32)
-"""An activation as sglang-pascal multiplies it: two int8, and two fp32 numbers for 32 of each (ops/activations.py)."""
-GRAPH_SIZES = (*range(1, 13), 14, 16, 18, 20, 24, 28, 32)
-"""Batch sizes of decode graphs (sglang_pascal/kernels/formats.py); a test compares the two."""
+WIDE_BYTES = 2 * (1 + 8 / PLUGIN.activation_block)
+"""An activation as sglang-pascal multiplies it: two int8, and two fp32 numbers for a block of each."""
+GRAPH_SIZES = PLUGIN.graph_batch_sizes
+"""Batch sizes of decode graphs."""
 TILE_SUMS_BYTES = 60 * 2 * 64 * 1024
 """Sums that the tiles of a product keep: 64 KiB of each of two on up to 60 multiprocessors (kernels/tile_matmul.cu)."""
 

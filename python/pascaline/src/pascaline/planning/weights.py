@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from pascaline.models.ggml_types import TENSOR_TYPES
+from pascaline.plugin import PLUGIN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,22 +19,14 @@ if TYPE_CHECKING:
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 DTYPE_TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 """Type of the computation -> the name that model files have for it."""
-HELD_AS = {kind: kind for kind in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")} | {
-    "Q5_0": "Q8_0",
-    "IQ4_NL": "Q8_0",
-    "Q3_K": "Q6_K",
-}
-"""Type of a matrix in a GGUF file -> the type in which sglang-pascal holds it on a GPU; all others become float16.
-
-From sglang_pascal/quantization/storage.py; a test compares the tables.
-"""
-PACKED_ROWS = 32
-PACKED_COLUMNS = 64
-"""Its device layout pads a matrix to groups of 32 rows and steps of 64 columns (kernels/formats.py)."""
+HELD_AS = PLUGIN.held_as
+"""Type of a matrix in a GGUF file -> the type in which sglang-pascal holds it on a GPU; all others become DENSE."""
+PACKED_ROWS, PACKED_COLUMNS = PLUGIN.row_multiple, PLUGIN.column_multiple
+"""Its device layout pads a matrix to multiples of these."""
 VOCABULARY_MULTIPLE = 64
 """SGLang pads embedding and output to it (layers/vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE)."""
-DENSE = "F16"
-"""Type in which a matrix without kernels is held (same file)."""
+DENSE = PLUGIN.dense
+"""Type in which a matrix without kernels is held."""
 NF4 = "NF4"
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """bitsandbytes NF4 with double quantisation: 4 bits, one 8-bit scale per 64 weights, one fp32 per 256 scales."""
@@ -120,7 +113,10 @@ def stays_quantized(spec: ModelSpec, request: PlanRequest) -> bool:
 
     sglang_pascal/platform.py makes it the GPU's default; on a CPU all tensors are dequantised, which is faster there.
     """
-    return spec.format == "gguf" and (request.quantization or {"cuda": "gguf"}.get(request.device)) == "gguf"
+    return (
+        spec.format == "gguf"
+        and (request.quantization or {"cuda": PLUGIN.quantization}.get(request.device)) == PLUGIN.quantization
+    )
 
 
 class _Sums:

@@ -16,11 +16,12 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sglang_pascal.attention import paged
 from sglang_pascal.attention.kv_pool import kv_of_layer
+from sglang_pascal.names import ATTENTION_BACKENDS
 
 if TYPE_CHECKING:
     from sglang_pascal.attention.paged import Rectangle
 
-NAME: Final = "pascal_torch"
+NAME: Final = ATTENTION_BACKENDS[2]
 """Value of `--attention-backend`."""
 _View = tuple[int | None, bool]
 """Sliding window in positions (None = none), and whether the layer's pool is the sliding-window one."""

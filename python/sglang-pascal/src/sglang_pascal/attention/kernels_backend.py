@@ -15,6 +15,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sglang_pascal.attention.kv_pool import kv_of_layer
+from sglang_pascal.names import ATTENTION_BACKENDS
 from sglang_pascal.ops.attention import Sequences, attention_decode, attention_prefill
 from sglang_pascal.ops.kv_cache import rope_and_store
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from sglang_pascal.ops.activations import Activations
     from sglang_pascal.ops.kv_cache import KvPool
 
-NAME: Final = "pascal_kernels"
+NAME: Final = ATTENTION_BACKENDS[1]
 """Value of `--attention-backend`."""
 
 

@@ -5,6 +5,7 @@ Each function stands around the one of SGLang that its name and docstring say; `
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -16,6 +17,25 @@ INT8: Final = "int8"
 """Value of `--kv-cache-dtype`."""
 SCALE_BYTES: Final = 2
 """Of one key's or value's scale, a float16."""
+
+
+@dataclass(frozen=True)
+class KvType:
+    """How a pool stores one key or value."""
+
+    element_bytes: int
+    scale_bytes: int = 0
+    """Of each key and each value of a token and head."""
+
+
+KV_TYPES: Final = {
+    "float16": KvType(2),
+    "bfloat16": KvType(2),
+    "float32": KvType(4),
+    "fp8_e5m2": KvType(1),
+    INT8: KvType(1, SCALE_BYTES),
+}
+"""Type of a pool -> its layout. The first three are the type of the computation (`--kv-cache-dtype auto`)."""
 
 
 def kv_cache_choices() -> list[str]:

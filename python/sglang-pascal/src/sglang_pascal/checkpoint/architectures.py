@@ -53,6 +53,8 @@ class Architecture:
     """Layer tensors whose rows are in adjacent-pair rotary order."""
     norm_offset: float = 0.0
     """What the converter added to every norm weight."""
+    other_model_types: tuple[str, ...] = ()
+    """Further values of `model_type` in Hugging Face folders that have the same layers."""
 
     def hf_name(self, gguf_name: str) -> str | None:
         """Return a tensor's Hugging Face name; None for a tensor that is configuration, not a weight."""
@@ -82,11 +84,25 @@ class Architecture:
 ARCHITECTURES: Final = {
     arch.name: arch
     for arch in (
-        Architecture("llama", "llama", "LlamaForCausalLM", _PRE_NORM, permuted=frozenset({"attn_q", "attn_k"})),
+        Architecture(
+            "llama",
+            "llama",
+            "LlamaForCausalLM",
+            _PRE_NORM,
+            frozenset({"attn_q", "attn_k"}),
+            other_model_types=("mistral",),
+        ),
         Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", _PRE_NORM),
         Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", _PRE_NORM | _QK_NORM),
         Architecture("gemma2", "gemma2", "Gemma2ForCausalLM", _SANDWICH_NORM, norm_offset=1.0),
-        Architecture("gemma3", "gemma3_text", "Gemma3ForCausalLM", _SANDWICH_NORM | _QK_NORM, norm_offset=1.0),
+        Architecture(
+            "gemma3",
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            _SANDWICH_NORM | _QK_NORM,
+            norm_offset=1.0,
+            other_model_types=("gemma3",),
+        ),
     )
 }
 """By `general.architecture`. Mistral files name their architecture `llama`."""

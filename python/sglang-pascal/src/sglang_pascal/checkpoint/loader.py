@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.model_loader.loader import DefaultModelLoader
 from sglang.srt.model_loader.weight_utils import default_weight_loader
@@ -17,8 +17,8 @@ from sglang_pascal.checkpoint.completeness import Completeness
 from sglang_pascal.checkpoint.dequantize import dequantized
 from sglang_pascal.checkpoint.prepare import open_prepared
 from sglang_pascal.checkpoint.weights import raw_tensors
+from sglang_pascal.names import QUANTIZATION
 from sglang_pascal.quantization.binding import bind
-from sglang_pascal.quantization.config import NAME as QUANTIZATION
 from sglang_pascal.quantization.progress import LoadingProgress
 from sglang_pascal.quantization.table import WeightTable, summary
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from sglang_pascal.checkpoint.gguf_file import GgufFile
 
-LOAD_FORMAT: Final = "pascal_gguf"
 """Value of `--load-format`."""
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SPLITS: Final = {512: 32, 1024: 64, 2048: 128}
 """Longest sequence -> positions that one CTA of a decode reads (`split_of` of kv.cuh)."""
-_MOST_SPLIT: Final = 256
+MOST_SPLIT: Final = 256
 """Of longer sequences."""
 _GROUPS: Final = (1, 2, 4, 8)
 """Query heads per KV head for which the decode kernels are compiled; other numbers are padded."""
@@ -105,7 +105,7 @@ def attention_decode(
 def most_splits(max_length: int) -> int:
     """Of a sequence of any length up to max_length."""
     counts = [-(-min(max_length, longest) // split) for longest, split in SPLITS.items()]
-    return max(1, *counts, -(-max_length // _MOST_SPLIT))
+    return max(1, *counts, -(-max_length // MOST_SPLIT))
 
 
 def _combine(

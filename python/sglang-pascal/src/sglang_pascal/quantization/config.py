@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+from sglang_pascal.names import QUANTIZATION
 from sglang_pascal.quantization.method import QuantizedEmbeddingMethod, QuantizedLinearMethod
 
-NAME: Final = "gguf"
 """Value of `--quantization`."""
 
 
@@ -26,7 +26,7 @@ class PascalGgufConfig(QuantizationConfig):  # type: ignore[misc]  # SGLang publ
 
     def get_name(self) -> str:
         """Return the name on the command line."""
-        return NAME
+        return QUANTIZATION
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """bfloat16 on the CPU only: the kernels read float16 and float32."""

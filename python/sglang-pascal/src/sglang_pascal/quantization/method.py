@@ -15,6 +15,7 @@ from sglang.srt.layers.quantization.base_config import LinearMethodBase
 from sglang_pascal.errors import CheckpointError, PluginError
 from sglang_pascal.kernels.driver import KernelError
 from sglang_pascal.kernels.formats import GROUP_ROWS
+from sglang_pascal.names import LOAD_FORMAT, QUANTIZATION
 from sglang_pascal.ops.weights import PackedWeight
 from sglang_pascal.quantization.handover import take
 from sglang_pascal.quantization.matrix import DenseMatrix, Input, Matrix, PackedMatrix, join_adjacent
@@ -91,7 +92,9 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
         """SGLang's hook: check that every matrix was loaded."""
         del layer
         if not self.parts:
-            raise PluginError("--quantization gguf needs --load-format pascal_gguf and a prepared model folder")
+            raise PluginError(
+                f"--quantization {QUANTIZATION} needs --load-format {LOAD_FORMAT} and a prepared model folder"
+            )
         for part in self.parts:
             if part.shard_id in self._missing:
                 raise CheckpointError(f"{part} was never loaded: the model file ended before it; copy it again")

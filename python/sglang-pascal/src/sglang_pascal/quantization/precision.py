@@ -16,9 +16,8 @@ from sglang.srt.model_executor import forward_context
 
 from sglang_pascal.errors import PluginError
 from sglang_pascal.kernels.formats import ACTIVATION_BITS
+from sglang_pascal.names import DECODE_BITS_VARIABLE, PREFILL_BITS_VARIABLE
 
-PREFILL_BITS_VARIABLE: Final = "SGLANG_PASCAL_PREFILL_BITS"
-DECODE_BITS_VARIABLE: Final = "SGLANG_PASCAL_DECODE_BITS"
 _DEFAULT: Final = "16"
 
 

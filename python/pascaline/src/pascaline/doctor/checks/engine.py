@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pascaline.doctor.verdicts import Checks, Result, failure, info, ok, skipped, warning
+from pascaline.plugin import PLUGIN
 
 if TYPE_CHECKING:
     from pascaline.doctor.host import Host
@@ -12,12 +13,8 @@ if TYPE_CHECKING:
 CHECKS = Checks("Engine")
 check = CHECKS.check
 
-PLATFORM = "pascal"
-"""The plugin's entry point."""
 LEAST_GLIBC = (2, 34)
 """SGLang's wheels are manylinux_2_34."""
-LEAST_BITSANDBYTES = (0, 46, 1)
-"""SGLang 0.5.23, `require_bitsandbytes`."""
 
 
 def _absent(host: Host, package: str) -> str | None:
@@ -52,7 +49,7 @@ def _engine(host: Host) -> Result:
     "sglang-version",
     "SGLang has a version that the plugin was made for",
     "install the SGLang that the plugin names: its internals change with every release",
-    command="pip install sglang==0.5.23",
+    command=f"pip install sglang=={PLUGIN.sglang[-1]}",
     option="services.pascaline.enginePackage = pkgs.pascaline-engine;",
 )
 def _sglang_version(host: Host) -> Result:
@@ -78,7 +75,7 @@ def _plugin(host: Host) -> Result:
     if reason := _absent(host, "sglang"):
         return skipped(reason)
     points = host.engine.entry_points
-    if PLATFORM not in points:
+    if PLUGIN.platform not in points:
         return failure(f"platforms registered: {', '.join(points) or 'none'}")
     return ok(f"sglang-pascal {host.engine.versions.get('sglang-pascal', '(unknown version)')}")
 
@@ -87,10 +84,10 @@ def _plugin(host: Host) -> Result:
     "bitsandbytes",
     "The package for bitsandbytes quantisation is installed",
     "install bitsandbytes into the engine's Python (it is not a locked package), or serve a GGUF file",
-    command="pip install --no-deps bitsandbytes==0.49.2",
+    command=f"pip install --no-deps bitsandbytes=={PLUGIN.bitsandbytes}",
 )
 def _bitsandbytes(host: Host) -> Result:
-    """If the setting `quantization` is bitsandbytes, looks for version 0.46.1 or newer: SGLang fails without it."""
+    """If the setting `quantization` is bitsandbytes, looks for a version that SGLang accepts: it fails without it."""
     if host.settings is None or host.settings.quantization != "bitsandbytes":
         return ok("the settings do not use it")
     if reason := _absent(host, "sglang"):
@@ -98,8 +95,13 @@ def _bitsandbytes(host: Host) -> Result:
     found = host.engine.versions.get("bitsandbytes")
     if found is None:
         return failure("it is not installed")
-    numbers = tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
-    return ok(found) if numbers >= LEAST_BITSANDBYTES else failure(f"{found} is installed, SGLang needs 0.46.1")
+    if _numbers(found) >= _numbers(PLUGIN.oldest_bitsandbytes):
+        return ok(found)
+    return failure(f"{found} is installed, SGLang needs {PLUGIN.oldest_bitsandbytes}")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
 
 
 @check(

@@ -28,6 +28,7 @@ TOOLS = ("llama-quantize", "llama-perplexity", "llama-server")
 MISSING = [tool for tool in TOOLS if shutil.which(tool) is None]
 
 
+@pytest.mark.slow("makes, scores and serves files of several types")
 @pytest.mark.skipif(bool(MISSING), reason=f"not on PATH: {', '.join(MISSING)} (llama.cpp)")
 def test_types_are_made_scored_and_served(bench: Start, tmp_path: Path) -> None:
     folder = tmp_path / "out"
@@ -69,6 +70,7 @@ def test_types_are_made_scored_and_served(bench: Start, tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "results.json", "serve.log"]
 
 
+@pytest.mark.slow("makes, scores and serves files of several types")
 @pytest.mark.skipif(bool(MISSING), reason=f"not on PATH: {', '.join(MISSING)} (llama.cpp)")
 def test_the_users_own_file_is_measured_where_it_is_and_stays(bench: Start, tmp_path: Path) -> None:
     """A Q4_1 file asked for as Q4_1 is not made again, and what is done is not done again by a second call."""

@@ -82,7 +82,9 @@ def test_contexts_that_do_not_fit_are_skipped_with_the_reason(bench: Start, serv
     assert "context 1024  skipped: needs a context of 1024 tokens, the server has 512" in run.output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow("repeats what SIGINT shows"))]
+)
 def test_an_interrupted_benchmark_keeps_what_it_has_and_goes_on(
     bench: Start, instance_flags: list[Any], tmp_path: Path, number: signal.Signals
 ) -> None:

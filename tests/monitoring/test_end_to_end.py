@@ -39,6 +39,7 @@ def test_a_lost_gpu_reaches_the_webhook_and_resolves_when_it_is_back(stack: Any)
     assert fired["annotations"]["runbook_url"] == "docs/operations.md#gpulost"
 
 
+@pytest.mark.slow("waits for an alert's time")
 def test_a_driver_that_hangs_reaches_the_webhook_and_resolves_when_it_answers(stack: Any) -> None:
     stack.fault("[library]\nall = hang\n")
     labels = {"alertname": "ExporterStale", "host": "live", "severity": "warning"}

@@ -489,6 +489,7 @@ class TestGpuLost:
         instance.wait_for_state("ready")
         assert "gpu-lost" not in instance.states
 
+    @pytest.mark.slow("waits a minute for a process that does not end")
     def test_a_process_that_cannot_be_killed(self, serve: Serve) -> None:
         """As one in a driver call that does not return: nothing is started beside it, and the instance says so."""
         instance = serve()

@@ -94,6 +94,7 @@ def test_health_and_metrics_of_both(instance: Instance) -> None:
     assert "llamacpp:tokens_predicted_total" in instance.api("/metrics").text
 
 
+@pytest.mark.slow("keeps a real engine busy for long")
 def test_it_is_busy_while_it_computes(instance: Instance) -> None:
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(instance.api, "/v1/completions", STORY, timeout=300)
@@ -120,6 +121,7 @@ def test_sigterm_lets_a_request_in_flight_complete(own: Callable[..., Instance])
     assert instance.states[-2:] == ["draining", "stopped"]
 
 
+@pytest.mark.slow("keeps a real engine busy for long")
 def test_an_engine_that_is_too_busy_to_answer_is_waited_for(own: Callable[..., Instance]) -> None:
     """llama-server tells of its requests between two batches only, and a batch may take longer than any patience."""
     instance = own()

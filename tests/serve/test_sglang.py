@@ -140,6 +140,7 @@ class TestEnds:
         assert "Traceback" not in instance.text
 
 
+@pytest.mark.slow("starts a real engine of its own")
 def test_a_hugging_face_folder_and_an_api_key(tmp_path: Path, cache: Path) -> None:
     """The same model as configuration, tokenizer and safetensors, which SGLang's own loader reads."""
     folder, key = hugging_face_folder(tmp_path / "emily"), tmp_path / "key"
@@ -173,6 +174,7 @@ def hugging_face_folder(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow("starts a real engine of its own")
 def test_nothing_is_left_when_the_supervisor_is_killed_while_it_loads(tmp_path: Path, cache: Path) -> None:
     with running(tmp_path, **settings(cache)) as instance:
         wait_until("SGLang's processes", lambda: len(instance.descendants()) >= 3, seconds=START_SECONDS)
@@ -181,6 +183,7 @@ def test_nothing_is_left_when_the_supervisor_is_killed_while_it_loads(tmp_path: 
         wait_until("no process is left", lambda: instance.command_lines() == [])
 
 
+@pytest.mark.slow("starts a real engine of its own")
 def test_a_second_signal_ends_at_once_while_it_loads(tmp_path: Path, cache: Path) -> None:
     with running(tmp_path, **settings(cache)) as instance:
         wait_until("SGLang's processes", lambda: len(instance.descendants()) >= 3, seconds=START_SECONDS)

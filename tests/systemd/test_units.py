@@ -174,6 +174,7 @@ class TestTrouble:
         wait_until(lambda: main.run("bash", "-c", f"test -e /proc/{engine} || echo gone", check=False) == "gone", 10)
         wait_until(changed(main, pid), explain=lambda: main.journal(MAIN)[-2000:])
 
+    @pytest.mark.slow("waits for systemd's watchdog")
     def test_watchdog_replaces_a_supervisor_that_stands_still(self, main: Container) -> None:
         """Stopped, it sends no sign of life: systemd ends it and its engine and starts the unit anew."""
         pid = main_pid(main)

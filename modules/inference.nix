@@ -375,7 +375,7 @@ in
                 (instance.settings.host or "127.0.0.1")
                 (instance.settings.agent_host or "127.0.0.1")
               ];
-            message = "services.pascaline.instances.${name}: without an API key others could use the API or read the agent; set services.pascaline.instances.${name}.apiKeyFile, or settings.allow_unauthenticated = true where the network itself keeps others away";
+            message = "services.pascaline.instances.${name}: without an API key others could use the API or read the agent; set services.pascaline.instances.${name}.apiKeyFile, or settings.allow_unauthenticated = true if the network itself admits nobody else";
           }
           {
             assertion = !(instance.settings ? api_key);

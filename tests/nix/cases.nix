@@ -447,7 +447,7 @@ rec {
       module = on (
         instance "emily" (lib.recursiveUpdate builtinModel { settings.agent_host = "10.0.0.1"; })
       );
-      message = "services.pascaline.instances.emily: without an API key others could use the API or read the agent; set services.pascaline.instances.emily.apiKeyFile, or settings.allow_unauthenticated = true where the network itself keeps others away";
+      message = "services.pascaline.instances.emily: without an API key others could use the API or read the agent; set services.pascaline.instances.emily.apiKeyFile, or settings.allow_unauthenticated = true if the network itself admits nobody else";
     };
     openOnLoopback = {
       module = on (

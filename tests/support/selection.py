@@ -16,7 +16,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,8 +31,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make room for what is left out, and let no property test fail for its time on a busy machine."""
+    """Make room for what is left out."""
     config.stash[_left_out] = Counter()
+
+
+def pytest_pycollect_makemodule(module_path: Path) -> None:
+    """Let no property test fail for its time on a busy machine; hypothesis is imported only where it is used."""
+    if "hypothesis" in module_path.read_text():
+        _set_no_deadline()
+
+
+@functools.cache
+def _set_no_deadline() -> None:
+    import hypothesis
+
     hypothesis.settings.register_profile("tests", deadline=None)
     hypothesis.settings.load_profile("tests")
 

@@ -1,11 +1,7 @@
 # From the inventory to systems: `moduleOf` derives one host's configuration from the whole fleet, the rest wraps it.
 { lib }:
 let
-  agentPort = 30001;
-  enginePort = 30000;
-  exporterPort = 9836;
-  routerPort = 30080;
-  grafanaPort = 3000;
+  inherit (import ../modules/defaults.nix) ports;
 
   hostDefaults = {
     address = null;
@@ -160,10 +156,9 @@ let
   withRole = role: hosts: lib.filterAttrs (_: host: lib.elem role host.roles) hosts;
   serving = lib.filterAttrs (_: host: host.instances != [ ]);
 
-  # The n-th instance of a host listens two ports further than the one before it.
   portsOf = index: {
-    port = enginePort + 10 * index;
-    agentPort = agentPort + 10 * index;
+    port = ports.engine + ports.between_instances * index;
+    agentPort = ports.agent + ports.between_instances * index;
   };
   instancesOf = host: lib.imap0 (index: name: { inherit name; } // portsOf index) host.instances;
 
@@ -186,7 +181,7 @@ let
     engines = perInstance "port" hosts;
     exporters = lib.mapAttrsToList (name: host: {
       instance = name;
-      address = "${host.address}:${toString exporterPort}";
+      address = "${host.address}:${toString ports.exporter}";
     }) (lib.filterAttrs (_: host: host.gpu != null) hosts);
     workers = map (engine: "http://${engine.address}") engines;
   };
@@ -216,12 +211,12 @@ let
           i.port
           i.agentPort
         ]) instances
-        ++ lib.optional (host.gpu != null) exporterPort;
+        ++ lib.optional (host.gpu != null) ports.exporter;
     in
     accept (addressesOf "monitoring") metricPorts
     + accept (addressesOf "router") (map (i: i.port) instances)
-    + acceptClients "router" clients routerPort
-    + acceptClients "monitoring" grafanaClients grafanaPort;
+    + acceptClients "router" clients ports.router
+    + acceptClients "monitoring" grafanaClients ports.grafana;
 
   # How a service listens that these clients may use.
   listensFor = clients: {
@@ -291,14 +286,14 @@ let
           inherit (all) agents engines exporters;
           alertmanager.webhookUrl = whole.alertWebhook;
           grafana = listensFor whole.grafanaClients // {
-            port = grafanaPort;
+            port = ports.grafana;
           };
         };
         router = lib.mkIf (lib.elem "router" host.roles) (
           listensFor whole.clients
           // {
             enable = true;
-            port = routerPort;
+            port = ports.router;
             inherit (all) workers;
             inherit (whole) apiKeyFile;
           }

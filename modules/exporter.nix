@@ -7,6 +7,7 @@
 let
   inherit (lib) mkOption types;
   cfg = config.services.pascaline.exporter;
+  defaults = import ./defaults.nix;
   exec = import ./exec.nix { inherit lib; };
   hardening = import ./hardening.nix;
   inherit (import ./listen.nix { inherit lib; }) openedIsReachable;
@@ -26,7 +27,7 @@ in
 
     port = mkOption {
       type = types.port;
-      default = 9836;
+      default = defaults.ports.exporter;
       example = 9837;
       description = "Port of the metrics page.";
     };

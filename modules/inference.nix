@@ -11,10 +11,13 @@ let
   instances = lib.filterAttrs (_: instance: instance.enable) cfg.instances;
   toml = pkgs.formats.toml { };
 
-  # The defaults of the Python settings that assertions here need.
-  portOf = instance: instance.settings.port or 30000;
-  agentPortOf = instance: instance.settings.agent_port or 30001;
-  fractionOf = instance: instance.settings.mem_fraction_static or 0.9;
+  defaults = import ./defaults.nix;
+  cards = lib.importTOML ../python/pascaline/src/pascaline/cards/cards.toml;
+  portOf = instance: instance.settings.port or defaults.ports.engine;
+  agentPortOf = instance: instance.settings.agent_port or defaults.ports.agent;
+  fractionOf =
+    instance: instance.settings.mem_fraction_static or cards.gpu.settings.mem_fraction_static;
+  drainOf = instance: instance.settings.drain_timeout or defaults.settings.drain_timeout;
 
   unitName = name: "pascaline-${name}";
   modelUnits =
@@ -30,7 +33,7 @@ let
     {
       served_model_name = name;
       engine_executable =
-        if instance.settings.engine or "sglang" == "sglang" then
+        if instance.settings.engine or defaults.settings.engine == "sglang" then
           "${cfg.enginePackage}/bin/python"
         else
           lib.getExe' instance.llamaCppPackage "llama-server";
@@ -362,7 +365,7 @@ in
             option = "services.pascaline.instances.${name}.openFirewall";
             opened = instance.openFirewall;
             what = "the API";
-            host = instance.settings.host or "127.0.0.1";
+            host = instance.settings.host or defaults.settings.host;
             hostOption = "services.pascaline.instances.${name}.settings.host";
           })
           {
@@ -372,8 +375,8 @@ in
               || instance.settings ? api_key_file
               || instance.settings.allow_unauthenticated or false
               || lib.all isLoopback [
-                (instance.settings.host or "127.0.0.1")
-                (instance.settings.agent_host or "127.0.0.1")
+                (instance.settings.host or defaults.settings.host)
+                (instance.settings.agent_host or defaults.settings.agent_host)
               ];
             message = "services.pascaline.instances.${name}: without an API key others could use the API or read the agent; set services.pascaline.instances.${name}.apiKeyFile, or settings.allow_unauthenticated = true if the network itself admits nobody else";
           }
@@ -388,10 +391,8 @@ in
             }; set hardware.pascaline.driver.enable = true, or gpus = [ ] for the CPU";
           }
           {
-            assertion = instance.stopTimeoutSec > (instance.settings.drain_timeout or 60);
-            message = "services.pascaline.instances.${name}.stopTimeoutSec: ${toString instance.stopTimeoutSec} s end before the drain does, must be greater than settings.drain_timeout (${
-              toString (instance.settings.drain_timeout or 60)
-            })";
+            assertion = instance.stopTimeoutSec > drainOf instance;
+            message = "services.pascaline.instances.${name}.stopTimeoutSec: ${toString instance.stopTimeoutSec} s end before the drain does, must be greater than settings.drain_timeout (${toString (drainOf instance)})";
           }
         ]) instances
       );

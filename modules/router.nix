@@ -8,6 +8,7 @@
 let
   inherit (lib) mkOption types;
   cfg = config.services.pascaline.router;
+  defaults = import ./defaults.nix;
   exec = import ./exec.nix { inherit lib; };
   hardening = import ./hardening.nix;
   inherit (import ./listen.nix { inherit lib; }) openedIsReachable;
@@ -32,14 +33,14 @@ in
 
     port = mkOption {
       type = types.port;
-      default = 30080;
+      default = defaults.ports.router;
       example = 8000;
       description = "Port of the router's API.";
     };
 
     metricsPort = mkOption {
       type = types.port;
-      default = 30081;
+      default = defaults.ports.router_metrics;
       example = 29000;
       description = "Port of the router's own Prometheus metrics, on `host`.";
     };
@@ -47,7 +48,7 @@ in
     workers = mkOption {
       type = types.listOf (types.strMatching "https?://[^ ]+");
       default = [ ];
-      example = [ "http://gpu-1.example.org:30000" ];
+      example = [ "http://gpu-1.example.org:${toString defaults.ports.engine}" ];
       description = "URLs of the instances' APIs that requests are sent to. In a fleet the inventory sets them.";
     };
 
@@ -89,7 +90,7 @@ in
       })
       {
         assertion = cfg.workers != [ ];
-        message = "services.pascaline.router.workers: empty, must name at least one API, for example [ \"http://127.0.0.1:30000\" ]";
+        message = "services.pascaline.router.workers: empty, must name at least one API, for example [ \"http://127.0.0.1:${toString defaults.ports.engine}\" ]";
       }
       {
         assertion = cfg.openFirewall -> cfg.apiKeyFile != null;

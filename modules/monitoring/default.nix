@@ -8,6 +8,7 @@
 }:
 let
   inherit (lib) mkOption types;
+  inherit (import ../defaults.nix) ports;
   cfg = config.services.pascaline.monitoring;
   inherit (config.services) prometheus grafana;
   inherit (prometheus) alertmanager;
@@ -42,7 +43,7 @@ let
       };
       address = mkOption {
         type = types.str;
-        example = "gpu-1.example.org:9836";
+        example = "gpu-1.example.org:${toString ports.exporter}";
         description = "Address and port to scrape.";
       };
       labels = mkOption {
@@ -86,10 +87,10 @@ in
   options.services.pascaline.monitoring = {
     enable = lib.mkEnableOption "Prometheus, its rules, Alertmanager and Grafana for pascaline hosts";
 
-    exporters = targetsOption "GPU exporters to scrape, one a host (`services.pascaline.exporter`)." 9836;
-    agents = targetsOption "Agents to scrape, one an instance: the supervisor's own metrics, at `settings.agent_port`." 30001;
-    engines = targetsOption "Engines to scrape, one an instance: what SGLang or llama.cpp say of themselves, at `settings.port`." 30000;
-    nodes = targetsOption "node_exporters to scrape, for a host's processors, memory and disks (`services.prometheus.exporters.node`)." 9100;
+    exporters = targetsOption "GPU exporters to scrape, one a host (`services.pascaline.exporter`)." ports.exporter;
+    agents = targetsOption "Agents to scrape, one an instance: the supervisor's own metrics, at `settings.agent_port`." ports.agent;
+    engines = targetsOption "Engines to scrape, one an instance: what SGLang or llama.cpp say of themselves, at `settings.port`." ports.engine;
+    nodes = targetsOption "node_exporters to scrape, for a host's processors, memory and disks (`services.prometheus.exporters.node`)." ports.node_exporter;
 
     scrapeInterval = mkOption {
       type = types.str;
@@ -142,7 +143,7 @@ in
       };
       port = mkOption {
         type = types.port;
-        default = 3000;
+        default = ports.grafana;
         example = 3001;
         description = "Port that Grafana listens on; `services.grafana.settings.server.http_port` wins where it is set.";
       };

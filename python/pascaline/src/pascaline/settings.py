@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
 from pascaline.addresses import is_loopback
+from pascaline.defaults import PORTS, SETTINGS
 from pascaline.digests import SHA256_SCHEMA, parse_sha256s
 from pascaline.plugin import PLUGIN
 from pascaline.units import BYTES_SCHEMA, SECONDS_SCHEMA, parse_bytes, parse_seconds
@@ -92,15 +93,15 @@ class Settings(BaseModel):
     card: str | None = Field(
         None, description="Card profile to start from; default: that of this host's GPU, or cpu if there is none"
     )
-    engine: Literal["sglang", "llama.cpp"] = Field("sglang", description="Engine that runs the model")
+    engine: Literal["sglang", "llama.cpp"] = Field(SETTINGS["engine"], description="Engine that runs the model")
     engine_executable: Path | None = Field(
         None,
         description="sglang: Python that can import it (default: this one); llama.cpp: llama-server (default: on PATH)",
     )
-    host: str = Field("127.0.0.1", min_length=1, description="Address on which the engine's API listens")
-    port: Port = Field(30000, description="Port of the engine's API")
-    agent_host: str = Field("127.0.0.1", min_length=1, description="Address on which the agent listens")
-    agent_port: Port = Field(30001, description="Port of the agent: health, metrics, plan, drain")
+    host: str = Field(SETTINGS["host"], min_length=1, description="Address on which the engine's API listens")
+    port: Port = Field(PORTS.engine, description="Port of the engine's API")
+    agent_host: str = Field(SETTINGS["agent_host"], min_length=1, description="Address on which the agent listens")
+    agent_port: Port = Field(PORTS.agent, description="Port of the agent: health, metrics, plan, drain")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where the model runs; auto: cuda if a GPU is present, otherwise cpu"
     )
@@ -176,7 +177,9 @@ class Settings(BaseModel):
         description="Folder for prepared models and checksums; default: $CACHE_DIRECTORY, else the user's cache folder",
     )
     start_timeout: Seconds = Field(1800.0, gt=0, le=86400, description="Longest time from start to ready")
-    drain_timeout: Seconds = Field(60.0, ge=0, le=86400, description="Longest wait for running requests when stopping")
+    drain_timeout: Seconds = Field(
+        float(SETTINGS["drain_timeout"]), ge=0, le=86400, description="Longest wait for running requests when stopping"
+    )
     stall_timeout: Seconds = Field(
         45.0, gt=0, le=3600, description="Time without progress after which an engine with work to do is restarted"
     )

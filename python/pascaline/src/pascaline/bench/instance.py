@@ -17,6 +17,7 @@ from pascaline.bench.sampling import ExporterGpu, LocalGpu
 from pascaline.bench.server import ask, describe
 from pascaline.bench.stream import Endpoint
 from pascaline.child import with_parent
+from pascaline.defaults import PORTS
 from pascaline.errors import EngineError, ExitCode, MissingError
 from pascaline.redaction import read_secret
 
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.25
 STOP_SECONDS = 60.0
 """From SIGTERM to SIGKILL of the instance. Its drain_timeout is 0, but an engine needs time to end."""
-AGENT_OFFSET = 1
-"""By default an agent listens one port above its engine."""
-EXPORTER_PORT = 9836
+AGENT_OFFSET = PORTS.agent - PORTS.engine
+"""From an engine's port to its agent's."""
+EXPORTER_PORT = PORTS.exporter
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import time
 import tty
 from typing import TYPE_CHECKING
 
+from pascaline.defaults import PORTS
 from pascaline.errors import ConfigurationError, ExitCode
 
 if TYPE_CHECKING:
@@ -26,12 +27,13 @@ if TYPE_CHECKING:
     from pascaline.top.pages import Target
     from pascaline.top.readings import HostReading
 
-DESCRIPTION = """Show live data of GPUs and instances: load, planned and used memory, requests, tokens/s, heat, power.
+_SECOND_AGENT = PORTS.agent + PORTS.between_instances
+DESCRIPTION = f"""Show live data of GPUs and instances: load, planned and used memory, requests, tokens/s, heat, power.
 
-Reads the metrics pages of the exporter (9836), the agents (30001, 30011, …) and the engines (at the port that their
-agent reports). Columns: RUN/WAIT requests running and queued; PLAN/USED GPU memory planned for the instance and used
-by it. A terminal of 100 columns or more also shows TTFT and ITL (mean time to first token and between tokens since the
-previous reading), and what slows a GPU's clocks. q or Ctrl-C ends it.
+Reads the metrics pages of the exporter ({PORTS.exporter}), the agents ({PORTS.agent}, {_SECOND_AGENT}, …) and the
+engines (at the port that their agent reports). Columns: RUN/WAIT requests running and queued; PLAN/USED GPU memory
+planned for the instance and used by it. A terminal of 100 columns or more also shows TTFT and ITL (mean time to first
+token and between tokens since the previous reading), and what slows a GPU's clocks. q or Ctrl-C ends it.
 
   pascaline top                                   this host
   pascaline top --host gpu-1 --host gpu-2:30011   all instances of gpu-1, and one of gpu-2
@@ -48,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST[:AGENT_PORT]",
         help="host to read, may be given several times (default: 127.0.0.1); with a port, only that agent's instance",
     )
-    parser.add_argument("--exporter-port", type=int, default=9836, help="port of the exporters (default: %(default)s)")
+    parser.add_argument(
+        "--exporter-port", type=int, default=PORTS.exporter, help="port of the exporters (default: %(default)s)"
+    )
     parser.add_argument("--interval", type=float, default=2.0, help="seconds between readings (default: %(default)s)")
     parser.add_argument(
         "--timeout", type=float, default=2.0, help="seconds to wait for each page (default: %(default)s)"

@@ -17,6 +17,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
+from pascaline.defaults import PORTS
 from pascaline.descriptors import MOST_CONNECTIONS, QUIET_SECONDS, connection_limit, raise_descriptor_limit
 from pascaline.errors import ConfigurationError, PortInUseError
 from pascaline.gpu.reading import DeviceStatus, DriverStatus, Reading
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from pascaline.gpu.reader import Reader
 
-DEFAULT_PORT = 9836
+DEFAULT_PORT = PORTS.exporter
 DEFAULT_INTERVAL = 1.0
 """Seconds from one reading to the next."""
 DEFAULT_MAX_AGE = 5.0

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from pascaline.defaults import PORTS
 from pascaline.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-EXPORTER_PORT = 9836
-AGENT_PORT = 30001
+EXPORTER_PORT, AGENT_PORT = PORTS.exporter, PORTS.agent
 # The n-th instance of a host listens this many ports above the one before it (hosts/default.nix).
-AGENT_PORT_STEP = 10
+AGENT_PORT_STEP = PORTS.between_instances
 MAX_INSTANCES = 8
-# If no agent reports the engine's port, it is one below the agent's (30000 and 30001).
-ENGINE_PORT_OFFSET = -1
+# From an agent's port to its engine's, if no agent reports it.
+ENGINE_PORT_OFFSET = PORTS.engine - PORTS.agent
 
 
 class Sample(NamedTuple):

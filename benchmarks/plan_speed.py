@@ -2,13 +2,17 @@
 
     python benchmarks/plan_speed.py
 
-A Markdown table; the points and their sources are in pascaline/cards/planning.toml.
+A Markdown table; the points and their sources are in the engine.toml of each engine.
 """
 
 from __future__ import annotations
 
-from pascaline.cards import SpeedPoint, speed_points
-from pascaline.planning.speed import Calibration, calibration, kind_of, predicted
+from typing import TYPE_CHECKING
+
+from pascaline.planning.speed import Calibration, calibration, kind_of, predicted, speed_points
+
+if TYPE_CHECKING:
+    from pascaline.engines.data import SpeedPoint
 
 
 def row(point: SpeedPoint, shares: Calibration) -> str:

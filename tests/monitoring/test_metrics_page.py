@@ -130,7 +130,7 @@ def test_every_series_of_sglang_that_is_used_is_on_the_page_as_sglang_emits_it()
 
 def test_every_series_of_llama_cpp_that_is_used_is_on_the_page() -> None:
     # The engine's reader puts its prefix before each name.
-    engine = (SOURCES / "engines/llama_cpp.py").read_text()
+    engine = (SOURCES / "engines/llama_cpp/engine.py").read_text()
     read = {f"llamacpp:{name}" for name in re.findall(r'"(\w+_total)"', engine)}
     assert set(named("llamacpp:")) == series_used("llamacpp") | read
 

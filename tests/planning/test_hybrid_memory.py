@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 from pascaline.cards import load_card
+from pascaline.engines.llama_cpp import LlamaCppEngine
 from pascaline.models.gguf import read_gguf
-from pascaline.planning.kv_cache import llama_pool
 from support.instance import free_port
 from support.planning import request
 
@@ -285,4 +285,4 @@ def test_the_plan_is_what_llama_server_allocates(make: Callable[[Path], None], r
         max_running_requests=REQUESTS,
         kv_dtype="fp16",
     )
-    assert abs(llama_pool(spec, asked).n_bytes - allocated(path)) <= rounding
+    assert abs(LlamaCppEngine.memory.pool_of(spec, asked).n_bytes - allocated(path)) <= rounding

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from pascaline.engines.parsers import REASONING, TOOL_CALLS, parser_arguments
+from pascaline.engines.sglang.parsers import REASONING, TOOL_CALLS, parser_arguments
 from pascaline.plugin import PLUGIN
 from pascaline.settings import Settings
 

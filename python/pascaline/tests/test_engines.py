@@ -23,7 +23,7 @@ from pascaline.gpu.devices import GpuIdentity, device_variables
 from pascaline.models.spec import ModelSpec
 from pascaline.models.store import ResolvedModel
 from pascaline.serving.console import try_command
-from pascaline.settings import Settings, contradictions
+from pascaline.settings import Settings
 from support.instance import FAKE_ENGINE
 
 if TYPE_CHECKING:
@@ -190,8 +190,8 @@ class TestLlamaCppCommand:
         launch = LLAMA_CPP.launch(llama_task(task))
         assert launch.command[0] == str(FAKE_ENGINE)
         assert " ".join(launch.command[1:]) == (
-            "--model /m/emily.gguf --alias emily --host 127.0.0.1 --port 30000 --ctx-size 8192 --parallel 4 "
-            "--threads 2 --batch-size 512 --n-gpu-layers 0 --metrics --cache-type-k f16 --cache-type-v f16"
+            "--model /m/emily.gguf --alias emily --host 127.0.0.1 --port 30000 --threads 2 --ctx-size 8192 --parallel 4 "
+            "--batch-size 512 --n-gpu-layers 0 --cache-type-k f16 --cache-type-v f16 --metrics"
         )
         assert launch.environment == {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -322,7 +322,7 @@ class TestNoSettingIsLost:
         model = GGUF if engine == "sglang" else ResolvedModel("gguf", GGUF.path, SPEC, "emily")
         if any(
             key.partition(".")[0] == name
-            for key, _ in contradictions(Settings.model_validate({"engine": engine, name: value}))
+            for key, _ in ENGINES[engine].problems(Settings.model_validate({"engine": engine, name: value}))
         ):
             return
         defaults = {"engine_executable": str(FAKE_ENGINE)}

@@ -7,19 +7,36 @@ from pathlib import Path
 
 import pytest
 from pascaline.cards import card_names, load_card
+from pascaline.engines import ENGINES
+from pascaline.engines.kv_layers import layer_groups
+from pascaline.engines.llama_cpp import LlamaCppEngine
+from pascaline.engines.llama_cpp.states import recurrent_bytes
+from pascaline.engines.memory_model import HeldTensor
+from pascaline.engines.sglang import SglangEngine
+from pascaline.engines.sglang.buffers import recorded_sizes
+from pascaline.engines.sglang.weights import HELD_AS
 from pascaline.models.reader import read_model
 from pascaline.models.spec import ModelSpec, TensorSpec
-from pascaline.planning import make_plan
-from pascaline.planning.kv_cache import kv_bytes_per_token, layer_groups, llama_pool, recurrent_bytes, sglang_pool
-from pascaline.planning.memory import recorded_sizes
+from pascaline.planning import PlanRequest, make_plan
 from pascaline.planning.mixtures import MIXTURES, requantized
-from pascaline.planning.weights import HELD_AS, residence, weights_on_device
+from pascaline.planning.weights import weights_on_device
 from support.models import PUBLISHED_BYTES, SHAPES, tensor_types, tiny, write_gguf
 from support.planning import LLAMA_2_7B, LLAMA_3_8B, P4, QWEN_3_4B, request, spec_of
 
 GEMMA = spec_of(SHAPES["gemma-2-9b"], sliding_window=4096, sliding_layer_ids=tuple(range(0, 42, 2)), sliding_layers=21)
+SGLANG, LLAMA_CPP = SglangEngine.memory, LlamaCppEngine.memory
 HEADER_BYTES = 12 << 20
 """More than any header of a published file: its tokenizer."""
+
+
+def held_by(tensor: TensorSpec, spec: ModelSpec, wanted: PlanRequest) -> HeldTensor:
+    held = ENGINES[wanted.engine].memory.held(tensor, spec, wanted, tied=False)
+    assert held is not None
+    return held
+
+
+def kv_bytes_per_token(spec: ModelSpec, wanted: PlanRequest) -> int:
+    return ENGINES[wanted.engine].memory.kv_bytes_per_token(spec, wanted)
 
 
 class TestWeights:
@@ -32,14 +49,14 @@ class TestWeights:
         storage = pytest.importorskip("sglang_pascal.quantization.storage", reason="sglang-pascal is not installed")
         held = storage.Storage(kind, HELD_AS[kind])
         tensor = TensorSpec("blk.0.attn_q.weight", shape, kind, 0)
-        assert residence(tensor, LLAMA_2_7B, request()).n_bytes == held.n_bytes(*shape)
+        assert held_by(tensor, LLAMA_2_7B, request()).n_bytes == held.n_bytes(*shape)
 
     @pytest.mark.parametrize(
         ("kind", "n_bytes"), [("F32", 2), ("F16", 2), ("BF16", 2), ("Q5_1", 2), ("IQ2_XXS", 2), ("Q2_K", 2)]
     )
     def test_types_without_kernels_become_float16(self, kind: str, n_bytes: int) -> None:
         tensor = TensorSpec("blk.0.attn_q.weight", (64, 512), kind, 0)
-        assert residence(tensor, LLAMA_2_7B, request()).n_bytes == 64 * 512 * n_bytes
+        assert held_by(tensor, LLAMA_2_7B, request()).n_bytes == 64 * 512 * n_bytes
 
     @pytest.mark.parametrize(
         ("device", "quantization", "stays"),
@@ -48,30 +65,28 @@ class TestWeights:
     def test_a_cpu_dequantises_unless_told_otherwise(self, device: str, quantization: str, stays: bool) -> None:
         wanted = request(device=device, quantization=quantization)
         expected = 64 * 512 * 144 // 256 if stays else 64 * 512 * 2
-        assert (
-            residence(TensorSpec("blk.0.attn_q.weight", (64, 512), "Q4_K", 0), LLAMA_2_7B, wanted).n_bytes == expected
-        )
+        assert held_by(TensorSpec("blk.0.attn_q.weight", (64, 512), "Q4_K", 0), LLAMA_2_7B, wanted).n_bytes == expected
 
     def test_a_vector_is_in_the_type_of_the_computation(self) -> None:
         tensor = TensorSpec("blk.0.attn_norm.weight", (4096,), "F32", 4 * 4096)
-        assert residence(tensor, LLAMA_2_7B, request()).n_bytes == 2 * 4096
-        assert residence(tensor, LLAMA_2_7B, request(engine="llama.cpp")).n_bytes == 4 * 4096
+        assert held_by(tensor, LLAMA_2_7B, request()).n_bytes == 2 * 4096
+        assert held_by(tensor, LLAMA_2_7B, request(engine="llama.cpp")).n_bytes == 4 * 4096
 
     def test_a_vocabulary_is_padded(self) -> None:
         tensor = TensorSpec("model.embed_tokens.weight", (32007, 64), "F16", 0)
         spec = replace(LLAMA_2_7B, format="safetensors")
-        assert residence(tensor, spec, request()).n_bytes == 32064 * 64 * 2
+        assert held_by(tensor, spec, request()).n_bytes == 32064 * 64 * 2
 
     def test_quantised_safetensors_stay_as_they_are(self) -> None:
         tensor = TensorSpec("model.layers.0.mlp.up_proj.qweight", (512, 512), "I32", 512 * 512 * 4)
-        assert residence(tensor, replace(LLAMA_2_7B, format="safetensors"), request()).n_bytes == 512 * 512 * 4
+        assert held_by(tensor, replace(LLAMA_2_7B, format="safetensors"), request()).n_bytes == 512 * 512 * 4
 
     def test_bitsandbytes_takes_half_a_byte_and_its_scales(self) -> None:
         spec, wanted = replace(LLAMA_2_7B, format="safetensors"), request(quantization="bitsandbytes")
         matrix = TensorSpec("model.layers.0.mlp.up_proj.weight", (4096, 4096), "F16", 0)
-        assert residence(matrix, spec, wanted).n_bytes == 4096 * 4096 // 2 + 4096 * 4096 // 64 + 4096 * 4096 // 4096
+        assert held_by(matrix, spec, wanted).n_bytes == 4096 * 4096 // 2 + 4096 * 4096 // 64 + 4096 * 4096 // 4096
         head = TensorSpec("lm_head.weight", (4096, 4096), "F16", 0)
-        assert residence(head, spec, wanted).n_bytes == 2 * 4096 * 4096
+        assert held_by(head, spec, wanted).n_bytes == 2 * 4096 * 4096
 
     def test_a_tied_matrix_counts_once_in_sglang_and_on_both_sides_in_llama_cpp(self) -> None:
         embedding = next(tensor for tensor in QWEN_3_4B.tensors if tensor.name == "token_embd.weight")
@@ -187,18 +202,20 @@ class TestKvCache:
         )
 
     def test_sglang_pads_by_one_token(self) -> None:
-        assert sglang_pool(LLAMA_3_8B, request(), 1000).n_bytes == 1001 * 128 * 1024
+        assert SGLANG.pool_of(LLAMA_3_8B, request(), 1000).n_bytes == 1001 * 128 * 1024
 
     def test_sglang_gives_sliding_layers_the_whole_pool(self) -> None:
         assert kv_bytes_per_token(GEMMA, request()) == 42 * 8 * 2 * 256 * 2
 
     def test_llama_cpp_gives_sliding_layers_the_window_and_a_batch(self) -> None:
-        pool = llama_pool(GEMMA, request(engine="llama.cpp", context_length=8192, max_running_requests=1))
+        pool = LLAMA_CPP.pool_of(GEMMA, request(engine="llama.cpp", context_length=8192, max_running_requests=1))
         assert pool.n_bytes == 21 * 8 * 2 * 256 * 2 * (8192 + 4096 + 512)
 
     @pytest.mark.parametrize(("context", "cells"), [(1, 256), (256, 256), (257, 512), (4096, 4096)])
     def test_llama_cpp_rounds_cells_up(self, context: int, cells: int) -> None:
-        pool = llama_pool(LLAMA_3_8B, request(engine="llama.cpp", context_length=context, max_running_requests=3))
+        pool = LLAMA_CPP.pool_of(
+            LLAMA_3_8B, request(engine="llama.cpp", context_length=context, max_running_requests=3)
+        )
         assert pool.n_bytes == 3 * cells * 128 * 1024
 
     def test_layers_without_attention_store_nothing(self) -> None:
@@ -217,16 +234,17 @@ class TestKvCache:
             ssm_inner_size=2048, ssm_conv_kernel=4, ssm_num_groups=1,
         )  # fmt: skip
         assert recurrent_bytes(spec) == 4 * 4 * (3 * (2048 + 2 * 128) + 128 * 2048)
-        assert llama_pool(spec, request(engine="llama.cpp")).n_bytes == 4 * recurrent_bytes(spec)
+        assert LLAMA_CPP.pool_of(spec, request(engine="llama.cpp")).n_bytes == 4 * recurrent_bytes(spec)
 
 
 class TestParts:
     @pytest.mark.parametrize("name", card_names())
     def test_constants_have_an_origin_and_a_source(self, name: str) -> None:
-        for fact in load_card(name).planning.values():
-            assert fact.origin in ("measured", "documented", "estimated")
-            assert fact.source
-            assert fact.value > 0
+        for engine in ENGINES.values():
+            for fact in engine.data.constants(load_card(name)).values():
+                assert fact.origin in ("measured", "documented", "estimated")
+                assert fact.source
+                assert fact.value > 0
 
     def test_every_part_shows_its_formula(self) -> None:
         for part in make_plan(LLAMA_2_7B, P4, request()).parts:

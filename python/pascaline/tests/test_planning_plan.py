@@ -22,10 +22,10 @@ from pascaline.planning.mixtures import MIXTURES, requantized
 from pascaline.planning.nearest import longest_context
 from pascaline.planning.plan import SHORTEST_CONTEXT
 from pascaline.planning.report import table
-from pascaline.planning.request import KV_DTYPES, activation_bits
 from pascaline.settings import Settings
 from support.planning import LLAMA_2_7B, LLAMA_3_8B, P4, QWEN_3_4B, request
 
+SGLANG = ENGINES["sglang"].memory
 GPUS = [name for name in card_names() if name != "cpu"]
 SPECS = {"llama-2-7b": LLAMA_2_7B, "llama-3.1-8b": LLAMA_3_8B, "qwen3-4b": QWEN_3_4B}
 FILES = {(name, mixture): requantized(spec, mixture) for name, spec in SPECS.items() for mixture in MIXTURES}
@@ -55,7 +55,7 @@ def cases(draw: st.DrawFn) -> Case:
         engine=engine,
         context_length=draw(st.integers(16, 1 << 17)),
         max_running_requests=draw(st.integers(1, 64)),
-        kv_dtype=draw(st.sampled_from([kind for kind in KV_DTYPES[engine] if kind != "fp32"])),
+        kv_dtype=draw(st.sampled_from([kind for kind in ENGINES[engine].memory.kv_types if kind != "fp32"])),
         chunked_prefill_tokens=draw(st.integers(16, 8192)),
         mem_fraction_static=draw(st.one_of(st.none(), st.floats(0.1, 0.99))),
         max_total_tokens=draw(st.one_of(st.none(), st.integers(1, 1 << 18))),
@@ -226,14 +226,14 @@ class TestMemoryFraction:
 
 
 class TestEngines:
-    @pytest.mark.parametrize("kv_dtype", KV_DTYPES["sglang"])
+    @pytest.mark.parametrize("kv_dtype", SGLANG.kv_types)
     def test_the_flags_are_those_that_sglang_is_started_with(self, kv_dtype: str, tmp_path: Path) -> None:
         wanted = {"fp32": "auto", "bf16": "bf16"}.get(kv_dtype, kv_dtype)
         dtype = {"fp32": "float32"}.get(kv_dtype, "float16")
         command, flags = _commands(tmp_path, "sglang", wanted, dtype)
         assert _pairs(flags) <= _pairs(command)
 
-    @pytest.mark.parametrize("kv_dtype", KV_DTYPES["llama.cpp"])
+    @pytest.mark.parametrize("kv_dtype", ENGINES["llama.cpp"].memory.kv_types)
     def test_the_flags_are_those_that_llama_cpp_is_started_with(self, kv_dtype: str, tmp_path: Path) -> None:
         command, flags = _commands(tmp_path, "llama.cpp", kv_dtype, "float16")
         assert _pairs(flags) <= _pairs(command)
@@ -315,8 +315,8 @@ class TestActivationBits:
 
     @staticmethod
     def bits(spec: ModelSpec, device: str = "cuda", **flags: Any) -> tuple[int | None, int | None]:
-        configuration = load(flags, environment={}, check_host=False)
-        return activation_bits(configuration.settings, spec, device=device)
+        settings = load(flags, environment={}, check_host=False).settings
+        return ENGINES[settings.engine].memory.activation_bits(settings, spec, device=device)
 
     def test_a_large_model_has_8_bits_in_prompts_and_16_while_they_are_free(self) -> None:
         assert self.bits(QWEN_3_4B) == (8, 16)

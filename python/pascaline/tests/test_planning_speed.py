@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from pascaline.cards import SpeedPoint, load_card, speed_points
+from pascaline.cards import load_card
+from pascaline.engines.data import SpeedPoint
 from pascaline.planning import make_plan
-from pascaline.planning.speed import calibration, calibration_for, kind_of, peak_macs, predicted
+from pascaline.planning.speed import calibration, calibration_for, kind_of, peak_macs, predicted, speed_points
 from support.planning import LLAMA_2_7B, LLAMA_3_8B, P4, request
 
 CONFIRMED = [point for point in speed_points() if point.confirmed and not point.mixture]

@@ -6,7 +6,6 @@ means that the user chose nothing: the model, the plan or the engine decides.
 
 from __future__ import annotations
 
-from operator import attrgetter
 from pathlib import Path  # noqa: TC003 - pydantic needs it at run time
 from typing import Annotated, Any, Literal
 
@@ -15,7 +14,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, With
 from pascaline.addresses import is_loopback
 from pascaline.defaults import PORTS, SETTINGS
 from pascaline.digests import SHA256_SCHEMA, parse_sha256s
-from pascaline.plugin import PLUGIN
 from pascaline.units import BYTES_SCHEMA, SECONDS_SCHEMA, parse_bytes, parse_seconds
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -198,7 +196,6 @@ def contradictions(settings: Settings) -> list[tuple[str, str]]:
             _kv_cache_problems,
             _address_problems,
             _patience_problems,
-            _engine_problems,
             _environment_problems,
         )
         for key, sentence in check(settings)
@@ -243,47 +240,8 @@ def _patience_problems(settings: Settings) -> list[tuple[str, str]]:
     return []
 
 
-# Settings without a counterpart in llama-server, each with its neutral value.
-_SGLANG_ONLY: dict[str, Any] = {
-    "activation_bits.decode": "auto",
-    "activation_bits.prefill": "auto",
-    "any_model_name": False,
-    "attention_backend": None,
-    "max_queued_requests": None,
-    "pipeline_parallel": 1,
-    "quantization": None,
-    "radix_cache": True,
-    "reasoning_parser": "auto",
-    "schedule_policy": "fcfs",
-    "tensor_parallel": 1,
-    "tool_call_parser": "auto",
-}
-
-
-def _engine_problems(settings: Settings) -> list[tuple[str, str]]:
-    if settings.engine != "llama.cpp":
-        return []
-    return [
-        (key, f"{value!r} has no counterpart in llama.cpp, must be left out or engine be sglang")
-        for key, neutral in _SGLANG_ONLY.items()
-        if (value := attrgetter(key)(settings)) != neutral
-    ]
-
-
-ACTIVATION_BITS_VARIABLES = {
-    "prefill": PLUGIN.variables["prefill_bits"],
-    "decode": PLUGIN.variables["decode_bits"],
-}
-"""Phase -> the variable that passes its bits to sglang-pascal."""
-
-
 def _environment_problems(settings: Settings) -> list[tuple[str, str]]:
-    told = [
-        (f"environment.{variable}", f"is set by activation_bits.{phase}, must be left out; set activation_bits.{phase}")
-        for phase, variable in ACTIVATION_BITS_VARIABLES.items()
-        if variable in settings.environment
-    ]
-    return told + [
+    return [
         (f"environment.{name}", f"{name!r} is not a variable's name, must be without '=' and not empty")
         for name in settings.environment
         if not name or "=" in name

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from pascaline.bench.claims import ANCHORS, GUIDE_CLAIMS
 from pascaline.bench.workload import parse_lengths
 from pascaline.cards import card_for_device, card_names, load_card
-from pascaline.planning.kv_cache import kv_bytes_per_token
+from pascaline.engines import ENGINES, engine_named
 from pascaline.planning.plan import make_plan
 from pascaline.planning.request import PlanRequest
 from pascaline.planning.speed import peak_macs
 from pascaline.planning.weights import weights_on_device
+from pascaline.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,7 +59,7 @@ def setting_of(plan: Mapping[str, Any] | None, engine: str) -> Setting:
     """Return how an instance computes, by its plan; without a plan, by the profiles of the cards."""
     known = plan or {}
     return Setting(
-        engine="llama.cpp" if engine == "llama.cpp" else "sglang",
+        engine=engine if engine in ENGINES else Settings().engine,
         dtype=known.get("dtype", "float16"),
         kv_dtype=known.get("kv_dtype", "fp16"),
         chunked_prefill_tokens=known.get("chunked_prefill_tokens", 512),
@@ -94,7 +95,8 @@ def roofline(card: Card, spec: ModelSpec, setting: Setting, batch: int, prompt: 
     request = _request(card, setting, batch, prompt + output)
     weights = weights_on_device(spec, request)
     bandwidth, peak = card.number("bandwidth_bytes_per_second"), peak_macs(card)
-    cached = batch * (prompt + output / 2) * kv_bytes_per_token(spec, request)
+    token_bytes = engine_named(setting.engine).memory.kv_bytes_per_token(spec, request)
+    cached = batch * (prompt + output / 2) * token_bytes
     step = max((weights.read_bytes(batch) + cached) / bandwidth, batch * weights.macs / peak)
     prefill = batch * prompt * (weights.macs - weights.output_macs) / peak
     return batch * output / (prefill + output * step)
@@ -118,7 +120,7 @@ def planned(card: Card, spec: ModelSpec, setting: Setting, batch: int, prompt: i
 def _request(card: Card, setting: Setting, batch: int, context: int) -> PlanRequest:
     return PlanRequest(
         card_bytes=card.memory_bytes,
-        engine="llama.cpp" if setting.engine == "llama.cpp" else "sglang",
+        engine=setting.engine,
         dtype=setting.dtype,
         context_length=context,
         max_running_requests=batch,

@@ -52,8 +52,6 @@ class Card:
     facts: dict[str, Fact]
     settings: dict[str, Any]
     """Values of Settings that differ from the general defaults."""
-    planning: dict[str, Fact]
-    """Constants of the memory plan and the speed estimate."""
 
     def number(self, fact: str) -> float:
         """Return a fact's value. Raises KeyError if the card has no such fact."""
@@ -90,7 +88,6 @@ def load_card(name: str) -> Card:
         compute_capability=entry.get("compute_capability"),
         facts=_facts(entry.get("facts", {})),
         settings=({} if name == "cpu" else _read("cards.toml")["gpu"]["settings"]) | entry.get("settings", {}),
-        planning=_facts(_planning_data()["cpu" if name == "cpu" else "cuda"] | entry.get("planning", {})),
     )
 
 
@@ -105,41 +102,7 @@ def unknown_card(nvml_name: str, memory_bytes: int, rates: GpuRates | None = Non
         }
     facts = {name: Fact(value, "measured", "NVML") for name, value in numbers.items()}
     capability = rates.compute_capability if rates else None
-    return Card(nvml_name, (nvml_name,), capability, facts, {}, _facts(_planning_data()["cuda"]))
-
-
-@dataclass(frozen=True, slots=True)
-class SpeedPoint:
-    """One measured speed."""
-
-    engine: str
-    card: str
-    model: str
-    phase: Literal["decode", "prefill"]
-    batch: int
-    """Sequences of a decode step, tokens of a prefill batch."""
-    tokens_per_second: float
-    read_bytes: int
-    """Weights that a step reads."""
-    macs: int
-    """Multiply-accumulates of one token."""
-    source: str
-    confirmed: bool = True
-    """False: a single claim, kept for reference; nothing is fitted to it."""
-    mixture: bool = False
-    """Whether the model is a mixture of experts: its kernels gather rows and reach other shares than dense ones."""
-
-
-@cache
-def speed_points() -> tuple[SpeedPoint, ...]:
-    """All measured speeds that calibrate the estimates."""
-    return tuple(SpeedPoint(**point) for point in _planning_data()["points"])
-
-
-@cache
-def efficiencies(engine: str) -> dict[str, Fact]:
-    """The shares of the roofline for an engine that do not come from points."""
-    return _facts(_planning_data()["efficiency"][engine])
+    return Card(nvml_name, (nvml_name,), capability, facts, {})
 
 
 def card_for_device(nvml_name: str) -> Card | None:
@@ -191,11 +154,6 @@ def _facts(entries: dict[str, Any]) -> dict[str, Fact]:
 def _data() -> dict[str, Any]:
     """Every card by its name; `gpu` is not a card, but the table from which all of them start."""
     return {name: entry for name, entry in _read("cards.toml").items() if name != "gpu"}
-
-
-@cache
-def _planning_data() -> dict[str, Any]:
-    return _read("planning.toml")
 
 
 @cache

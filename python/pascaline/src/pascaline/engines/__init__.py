@@ -1,11 +1,16 @@
-"""Engines behind one interface: command line, environment, progress counters, the meaning of their output."""
+"""Engines behind one interface. A folder holds all that differs by engine; `engine_named` finds it.
+
+base          how it is started, whether it makes progress, what its output means
+memory_model  what it allocates for a model; plan_request, kv_layers, tensors: what the models share
+data          engine.toml: constants and measured speeds
+registry      finds the folders
+"""
 
 from pascaline.engines.base import Engine, Launch, Progress, Task, WorkLimits
 from pascaline.engines.causes import Cause, Diagnosis
-from pascaline.engines.llama_cpp import LlamaCppEngine
-from pascaline.engines.sglang import SglangEngine
+from pascaline.engines.registry import engine_named, engines
 
-ENGINES: dict[str, Engine] = {engine.name: engine for engine in (SglangEngine(), LlamaCppEngine())}
+ENGINES = engines()
 """Every engine by its name in the setting `engine`."""
 
-__all__ = ["ENGINES", "Cause", "Diagnosis", "Engine", "Launch", "Progress", "Task", "WorkLimits"]
+__all__ = ["ENGINES", "Cause", "Diagnosis", "Engine", "Launch", "Progress", "Task", "WorkLimits", "engine_named"]

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from pascaline.engines.data import EngineData
+    from pascaline.engines.memory_model import MemoryModel
     from pascaline.models.store import ResolvedModel
     from pascaline.settings import Settings
 
@@ -117,13 +119,21 @@ class WorkLimits:
 class Engine(ABC):
     """One kind of engine. Instances hold no state."""
 
-    name: ClassVar[str]
+    data: ClassVar[EngineData]
+    """Its name, constants and measured speeds."""
+    memory: ClassVar[MemoryModel]
+    """What it allocates for a model."""
     drains_on_sigterm: ClassVar[bool]
     """Whether the engine finishes running requests after SIGTERM; if not, the supervisor first waits for them."""
     setting_flags: ClassVar[Mapping[str, str]]
     """The engine's own flag -> the setting that controls it."""
     failures: ClassVar[Sequence[Explanation]]
     """Patterns of output that explain a failure, the most specific first."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the setting `engine`."""
+        return self.data.name
 
     @abstractmethod
     def launch(self, task: Task) -> Launch:

@@ -4,14 +4,14 @@
     plan = make_plan(spec, card, request)
     print(table(plan) if plan.fits else refusal(plan, nearest_fits(spec, card, request)))
 
-request     what is to be planned           weights, kv_cache, memory    bytes of each part, with formulas
+request     what is to be planned           weights                      bytes of the weights, and what a step reads
 plan        the parts together, a verdict   speed                        tokens per second, from measured points
 mixtures    the model in another quant      nearest                      what would fit if a plan does not
 search      sweeps, the best settings
 report      the plan as text                picture                      the bar as SVG
 """
 
-from pascaline.planning.memory import Part
+from pascaline.engines.memory_model import Part
 from pascaline.planning.nearest import Change, nearest_fits, other_engine_fits
 from pascaline.planning.plan import Plan, make_plan
 from pascaline.planning.report import refusal, table

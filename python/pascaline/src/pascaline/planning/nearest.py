@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
+from pascaline.engines import ENGINES, engine_named
 from pascaline.errors import ConfigurationError
-from pascaline.planning.kv_cache import PADDING_TOKENS
 from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
 from pascaline.planning.plan import Plan, make_plan
-from pascaline.planning.request import KV_DTYPES, EngineName, request_from_settings
+from pascaline.planning.request import request_from_settings
 from pascaline.planning.weights import weights_on_device
 from pascaline.units import format_bytes
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pascaline.cards import Card
+    from pascaline.engines.memory_model import Weights
+    from pascaline.engines.plan_request import PlanRequest
     from pascaline.models.spec import ModelSpec
-    from pascaline.planning.request import PlanRequest
-    from pascaline.planning.weights import Weights
     from pascaline.settings import Settings
 
 CONTEXT_STEP = 256
@@ -88,7 +88,7 @@ def nearest_fits(spec: ModelSpec, card: Card, request: PlanRequest, count: int =
 def other_engine_fits(settings: Settings, spec: ModelSpec, card: Card, request: PlanRequest) -> list[Change]:
     """Return the other engines that serve the model on this card under the same settings, as changes of `engine`."""
     found = []
-    for engine in get_args(EngineName):
+    for engine in ENGINES:
         if engine == request.engine:
             continue
         other = settings.model_copy(update={"engine": engine})
@@ -153,15 +153,15 @@ def _files(spec: ModelSpec, request: PlanRequest) -> list[tuple[str | None, floa
 
 
 def _kv_types(request: PlanRequest) -> list[tuple[str, float]]:
-    found = [(request.kv_dtype, 0.0)]
+    found, types = [(request.kv_dtype, 0.0)], engine_named(request.engine).memory.kv_types
     if request.kv_dtype in ("fp16", "bf16", "fp32"):
-        found += [(kind, cost) for kind, cost in KV_DISTANCES.items() if kind in KV_DTYPES[request.engine]]
+        found += [(kind, cost) for kind, cost in KV_DISTANCES.items() if kind in types]
     return found
 
 
 def _fractions(request: PlanRequest) -> list[tuple[float | None, float]]:
     found: list[tuple[float | None, float]] = [(request.mem_fraction_static, 0.0)]
-    if request.mem_fraction_static is not None and request.engine == "sglang":
+    if request.mem_fraction_static is not None and engine_named(request.engine).memory.has_memory_fraction:
         found.append((None, FRACTION_DISTANCE))
     return found
 
@@ -176,7 +176,7 @@ def _variants(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weight
     chunk = request.chunked_prefill_tokens
     smaller = sorted((other for other in CHUNKS if other < chunk), reverse=True)
     yield from _first_that_fits(spec, card, request, weights, "chunked_prefill_tokens", smaller, CHUNK_WEIGHT)
-    if request.engine == "llama.cpp":
+    if not engine_named(request.engine).memory.shares_pool:
         fewer = list(range(request.max_running_requests - 1, 0, -1))
         yield from _first_that_fits(spec, card, request, weights, "max_running_requests", fewer, REQUESTS_WEIGHT)
 
@@ -189,7 +189,7 @@ def _other_pools(spec: ModelSpec, card: Card, request: PlanRequest, weights: Wei
     plan = make_plan(spec, card, free, weights)
     yield {"kv_cache.max_tokens": plan.kv_tokens}, replace(free, max_total_tokens=plan.kv_tokens), POOL_DISTANCE
     if request.max_kv_bytes is not None:
-        n_bytes = (request.context_length + PADDING_TOKENS) * plan.kv_bytes_per_token
+        n_bytes = engine_named(request.engine).memory.kv_bytes(spec, request, request.context_length)
         n_bytes = -(-n_bytes // 2**20) * 2**20
         yield {"kv_cache.max_bytes": n_bytes}, replace(free, max_kv_bytes=n_bytes), ONE_REQUEST_DISTANCE
 
@@ -234,7 +234,7 @@ def longest_context(
 
 def together(request: PlanRequest, context: int) -> PlanRequest:
     """Return the request with room for all of its requests at once, each of a whole context."""
-    if request.engine == "llama.cpp":
+    if not engine_named(request.engine).memory.shares_pool:
         return replace(request, context_length=context, max_total_tokens=None, max_kv_bytes=None)
     tokens = request.max_running_requests * context
     return replace(request, context_length=context, max_total_tokens=tokens, max_kv_bytes=None)

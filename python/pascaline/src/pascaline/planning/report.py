@@ -9,7 +9,7 @@ from pascaline.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pascaline.planning.memory import Part
+    from pascaline.engines.memory_model import Part
     from pascaline.planning.nearest import Change
     from pascaline.planning.plan import Plan
     from pascaline.planning.search import Choice
@@ -127,7 +127,7 @@ def explanation(plan: Plan) -> str:
     if plan.speed is not None:
         rates = {"one request": plan.speed.single, "all requests": plan.speed.decode, "prompt": plan.speed.prefill}
         lines += [f"{name}: {rate.tokens_per_second:,.1f} tok/s\n    = {rate.formula}" for name, rate in rates.items()]
-        lines.append("    source: pascaline/cards/planning.toml, docs/planning.md")
+        lines.append("    source: pascaline/engines/*/engine.toml, docs/planning.md")
     return "\n".join(lines)
 
 

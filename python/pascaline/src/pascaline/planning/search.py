@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from pascaline.engines import engine_named
 from pascaline.errors import ConfigurationError
 from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
 from pascaline.planning.nearest import CHUNKS, longest_context, together
 from pascaline.planning.plan import Plan, make_plan
-from pascaline.planning.request import KV_DTYPES
 from pascaline.planning.speed import is_speed_known
 from pascaline.planning.weights import weights_on_device
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pascaline.cards import Card
+    from pascaline.engines.memory_model import Weights
+    from pascaline.engines.plan_request import PlanRequest
     from pascaline.models.spec import ModelSpec
-    from pascaline.planning.request import PlanRequest
-    from pascaline.planning.weights import Weights
 
 Goal = Literal["throughput", "latency", "context"]
 
@@ -101,7 +101,9 @@ def _choices(spec: ModelSpec, card: Card, request: PlanRequest, goal: Goal, max_
 
 
 def _searched_kv_types(request: PlanRequest) -> list[str]:
-    return [kind for kind in KV_DTYPES[request.engine] if kind in (request.kv_dtype, "int8", "fp8_e5m2")]
+    return [
+        kind for kind in engine_named(request.engine).memory.kv_types if kind in (request.kv_dtype, "int8", "fp8_e5m2")
+    ]
 
 
 def _plans(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights, goal: Goal) -> Iterator[Plan]:

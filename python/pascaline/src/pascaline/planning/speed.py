@@ -1,7 +1,8 @@
 """Estimate of speed: the time to move the bytes and to do the arithmetic, at measured shares of the peaks.
 
 A step over n tokens takes bytes / (bandwidth x share) + n x multiply-accumulates / (peak x share). The shares are
-fitted to measured points (cards/planning.toml), one for each way in which kernels work: one, few, many tokens at once.
+fitted to measured points (engine.toml of an engine), one for each way in which kernels work: one, few, many tokens at
+once.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from pascaline.cards import card_names, efficiencies, load_card, speed_points
-from pascaline.planning.kv_cache import kv_bytes_per_token
+from pascaline.cards import card_names, load_card
+from pascaline.engines import ENGINES, engine_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from pascaline.cards import Card, Fact, SpeedPoint
+    from pascaline.cards import Card, Fact
+    from pascaline.engines.data import SpeedPoint
+    from pascaline.engines.memory_model import Weights
+    from pascaline.engines.plan_request import PlanRequest
     from pascaline.models.spec import ModelSpec
-    from pascaline.planning.request import PlanRequest
-    from pascaline.planning.weights import Weights
 
 SMALL_BATCH = 8
 """Most columns of a decode kernel (llama.cpp, mmvq.cu, MMVQ_MAX_BATCH_SIZE); tiles begin beyond."""
@@ -118,10 +120,11 @@ class _Model:
     ) -> None:
         self.calibration = shares
         self._spec, self._request, self._weights = spec, request, weights
+        self._engine = engine_named(request.engine).memory
         self._bandwidth = card.number("bandwidth_bytes_per_second") * shares.bandwidth
         self._peak = peak_macs(card)
         self._fp32 = card.number("cores") * card.number("boost_clock_hertz")
-        self._kv = kv_bytes_per_token(spec, request)
+        self._kv = self._engine.kv_bytes_per_token(spec, request)
         self._overhead = shares.step_seconds_per_layer * spec.num_hidden_layers
 
     def decode(self, batch: int, context: int) -> Rate:
@@ -146,8 +149,7 @@ class _Model:
         return self._rate(total, times, kind, chunk, total)
 
     def _compute(self, macs: float, kind: Kind, bits: int | None) -> float:
-        """An activation of 16 bits is two int8; llama.cpp has 8 bits always."""
-        columns = 1 if self._request.engine == "llama.cpp" else (bits or 16) // 8
+        columns = self._engine.activation_columns(bits)
         return 0.0 if kind == "bandwidth" else macs * columns / (self._peak * getattr(self.calibration, kind))
 
     def _rate(self, tokens: int, times: tuple[float, float, float], kind: Kind, batch: int, context: int) -> Rate:
@@ -185,9 +187,8 @@ def calibration(engine: str, *, mixture: bool = False) -> Calibration:
     The two are fitted apart. Where a kind has fewer than LEAST_POINTS points the shares are an estimate, with an error
     at least as large as the one known for such models.
     """
-    known = efficiencies(engine)
-    every = [point for point in speed_points() if point.engine == engine and point.confirmed]
-    points = [point for point in every if point.mixture == mixture]
+    known = engine_named(engine).data.efficiency
+    points = [point for point in _confirmed(engine) if point.mixture == mixture]
     overhead = known["step_seconds_per_layer"].value
     if not points:
         return _estimated(known, overhead, known["mixture_error" if mixture else "error"].value)
@@ -214,11 +215,20 @@ def calibration_for(card: Card, engine: str, *, mixture: bool) -> Calibration:
     For a card without a profile, and from measurements on cards that differ in dp4a, they are estimates.
     """
     shares = calibration(engine, mixture=mixture)
-    measured = {point.card for point in speed_points() if point.engine == engine and point.confirmed}
+    measured = {point.card for point in _confirmed(engine)}
     if card.name in card_names() and any(load_card(name).has_dp4a == card.has_dp4a for name in measured):
         return shares
-    error = efficiencies(engine)["error"].value
+    error = engine_named(engine).data.efficiency["error"].value
     return replace(shares, errors={kind: max(error, own) for kind, own in shares.errors.items()}, basis="estimated")
+
+
+def speed_points() -> tuple[SpeedPoint, ...]:
+    """Return the measured speeds of every engine."""
+    return tuple(point for engine in ENGINES.values() for point in engine.data.points)
+
+
+def _confirmed(engine: str) -> list[SpeedPoint]:
+    return [point for point in engine_named(engine).data.points if point.confirmed]
 
 
 def _estimated(known: Mapping[str, Fact], overhead: float, error: float) -> Calibration:

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from pascaline.engines.base import Engine, Launch, Progress, Task, WorkLimits, sum_of_series, text_of
+from pascaline.engines.base import Engine, Progress, WorkLimits, sum_of_series, text_of
 from pascaline.engines.causes import Cause, Diagnosis, Explanation, cuda_fault
 from pascaline.engines.client import json_object
+from pascaline.engines.data import read_data
 from pascaline.engines.exposition import MalformedPageError, Samples
-from pascaline.engines.parsers import parser_arguments
-from pascaline.errors import MissingError
-from pascaline.plugin import PLUGIN
-from pascaline.settings import ACTIVATION_BITS_VARIABLES
+from pascaline.engines.sglang import activations
+from pascaline.engines.sglang.launch import HELD_BACK_TOKENS, launch
+from pascaline.engines.sglang.memory import SglangMemory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
-    from pascaline.engines.base import Ask
+    from pascaline.engines.base import Ask, Launch, Task
+    from pascaline.settings import Settings
 
-# Our names of KV cache types -> SGLang's.
-KV_DTYPES = {"auto": "auto", "fp16": "auto", "bf16": "bf16", "fp8_e5m2": "fp8_e5m2", "int8": "int8"}
+DATA = read_data(Path(__file__).parent)
 
-BITSANDBYTES = "bitsandbytes"
-"""The method by which SGLang itself quantises a folder while it loads it."""
-
-HELD_BACK_TOKENS = 10
-"""Tokens after which SGLang's scheduler passes on an answer that is not streamed, so that it is counted (default: 50).
-"""
 # Counted in the tokenizer's process, after the detokenizer: first tokens, further tokens, tokens of finished answers.
 _ANSWERS = (
     "sglang:time_to_first_token_seconds_count",
@@ -65,7 +56,8 @@ _ALLOCATED = {
 class SglangEngine(Engine):
     """`python -m sglang.launch_server` under the platform `pascal`."""
 
-    name = "sglang"
+    data = DATA
+    memory = SglangMemory(DATA)
     drains_on_sigterm = True
     setting_flags: ClassVar[Mapping[str, str]] = {
         "--model-path": "model",
@@ -142,16 +134,12 @@ class SglangEngine(Engine):
 
     def launch(self, task: Task) -> Launch:
         """Return the command line and the variables. A file holds the API key, since every user can see arguments."""
-        settings = task.settings
-        self.check_extra_args(settings.extra_args)
-        python = str(settings.engine_executable or sys.executable)
-        if shutil.which(python) is None:
-            raise MissingError(f"engine_executable: {python} is not a program, must be a Python that can import sglang")
-        arguments = [*_model_arguments(task), *_limit_arguments(task), *_feature_arguments(task)]
-        if task.api_key is not None:
-            arguments += ["--config", _write_key_file(task)]
-        command = (python, "-m", "sglang.launch_server", *arguments, *settings.extra_args)
-        return Launch(command, _environment(task))
+        self.check_extra_args(task.settings.extra_args)
+        return launch(task)
+
+    def problems(self, settings: Settings) -> list[tuple[str, str]]:
+        """Return the problems of the extra arguments, and of variables that a setting controls."""
+        return [*super().problems(settings), *activations.problems(settings)]
 
     def diagnose(self, lines: Sequence[str]) -> Diagnosis | None:
         """Return the plugin's own error message if there is one, except when the output reports a lost GPU."""
@@ -221,96 +209,3 @@ class SglangEngine(Engine):
             return ("ERROR" if line.startswith("Traceback") else "INFO"), line
         level, text = match.groups()
         return level or "INFO", text
-
-
-def _model_arguments(task: Task) -> list[str]:
-    model = task.model
-    arguments = ["--model-path", str(model.prepared_dir or model.path), "--served-model-name", model.served_name]
-    if model.prepared_dir is not None:
-        arguments += ["--load-format", PLUGIN.load_format]
-    if task.settings.quantization is not None:
-        arguments += ["--quantization", task.settings.quantization]
-        if task.settings.quantization == BITSANDBYTES and model.prepared_dir is None:
-            # Only this loader quantises, and SGLang does not choose it from the method.
-            arguments += ["--load-format", BITSANDBYTES]
-    return [*arguments, "--device", task.device, "--dtype", task.dtype]
-
-
-def _limit_arguments(task: Task) -> list[str]:
-    settings = task.settings
-    arguments = [
-        *("--host", settings.host, "--port", str(settings.port)),
-        *("--context-length", str(task.context_length)),
-        *("--max-running-requests", str(settings.max_running_requests)),
-        *("--max-total-tokens", str(task.max_total_tokens)),
-        *("--chunked-prefill-size", str(settings.chunked_prefill_tokens)),
-        *("--schedule-policy", settings.schedule_policy),
-        *("--tp-size", str(settings.tensor_parallel), "--pp-size", str(settings.pipeline_parallel)),
-    ]
-    if task.mem_fraction_static is not None:
-        arguments += ["--mem-fraction-static", f"{task.mem_fraction_static:g}"]
-    if settings.max_queued_requests is not None:
-        arguments += ["--max-queued-requests", str(settings.max_queued_requests)]
-    return arguments
-
-
-def _feature_arguments(task: Task) -> list[str]:
-    settings = task.settings
-    # Without --sleep-on-idle its scheduler keeps one core busy all the time while it waits for requests.
-    arguments = ["--enable-metrics", "--sleep-on-idle", "--kv-cache-dtype", KV_DTYPES[settings.kv_cache.dtype]]
-    if not settings.radix_cache:
-        arguments.append("--disable-radix-cache")
-    if settings.attention_backend is not None:
-        arguments += ["--attention-backend", settings.attention_backend]
-    arguments += parser_arguments(settings, task.model.chat_templates)
-    if settings.debug:
-        arguments += ["--log-level", "debug"]
-    elif "--log-level-http" not in settings.extra_args:
-        # SGLang's own lines about requests are enough; our scrapes alone would add a line a second to an access log.
-        arguments += ["--log-level-http", "warning"]
-    return arguments
-
-
-def _write_key_file(task: Task) -> str:
-    """Write SGLang's configuration file with the key, readable by this user alone. JSON is YAML too."""
-    path = task.runtime_dir / "sglang.yaml"
-    path.touch(mode=0o600)
-    path.write_text(json.dumps({"api-key": task.api_key}))
-    return str(path)
-
-
-def _empty_folder(path: Path) -> Path:
-    """Replace the engine's folder for temporary files: SGLang ends its workers with SIGKILL, so they leave sockets."""
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(mode=0o700)
-    return path
-
-
-def _environment(task: Task) -> dict[str, str]:
-    environment = {
-        "SGLANG_PLATFORM": PLUGIN.platform,
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(task.threads),
-        # By default OpenMP's threads spin for milliseconds after every product, on cores that other programs could use.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        # Otherwise each of SGLang's processes forks compiler workers of more than a gigabyte that nothing uses.
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        # After a crash, do not wait a minute for a GPU core dump.
-        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0",
-        # Lets the counters show that answers leave while they are computed, even if they are not streamed.
-        "SGLANG_FORCE_STREAM_INTERVAL": str(HELD_BACK_TOKENS),
-        # A tool call obeys the tool's schema even if the tool does not set `strict`.
-        "SGLANG_TOOL_STRICT_LEVEL": "2",
-        "PYTHONUNBUFFERED": "1",
-        # Otherwise every start prints dozens of warnings about packages that are absent on purpose.
-        "PYTHONWARNINGS": "default" if task.settings.debug else "ignore",
-    }
-    environment["TMPDIR"] = str(_empty_folder(task.runtime_dir / "tmp"))
-    bits = {"prefill": task.prefill_bits, "decode": task.decode_bits}
-    environment |= {variable: str(bits[phase]) for phase, variable in ACTIVATION_BITS_VARIABLES.items()}
-    if task.settings.debug:
-        environment["CUDA_LAUNCH_BLOCKING"] = "1"
-    if task.settings.any_model_name:
-        environment[PLUGIN.variables["any_model"]] = "1"
-    return environment | task.variables

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
-from typing import TYPE_CHECKING, ClassVar
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pascaline.engines.base import Engine, Launch, Progress, Task, text_of
 from pascaline.engines.causes import Cause, Explanation
 from pascaline.engines.client import json_object
+from pascaline.engines.data import read_data
 from pascaline.engines.exposition import MalformedPageError, Samples
+from pascaline.engines.llama_cpp.memory import ENGINE_KV_TYPES, LlamaCppMemory, memory_arguments
 from pascaline.errors import ConfigurationError, MissingError
 
 if TYPE_CHECKING:
@@ -18,9 +22,22 @@ if TYPE_CHECKING:
     from pascaline.engines.base import Ask
     from pascaline.settings import Settings
 
-# Our names of KV cache types -> llama.cpp's.
-KV_TYPES = {"auto": "f16", "fp16": "f16", "bf16": "bf16", "int8": "q8_0"}
-ALL_LAYERS = 999
+DATA = read_data(Path(__file__).parent)
+WITHOUT_COUNTERPART: dict[str, Any] = {
+    "activation_bits.decode": "auto",
+    "activation_bits.prefill": "auto",
+    "any_model_name": False,
+    "attention_backend": None,
+    "max_queued_requests": None,
+    "pipeline_parallel": 1,
+    "quantization": None,
+    "radix_cache": True,
+    "reasoning_parser": "auto",
+    "schedule_policy": "fcfs",
+    "tensor_parallel": 1,
+    "tool_call_parser": "auto",
+}
+"""Settings without a counterpart in llama-server, each with its neutral value."""
 # The same thread computes and sends answers, so its steps also count as answers.
 _STEPS = ("llamacpp:n_decode_total", "llamacpp:prompt_tokens_total", "llamacpp:tokens_predicted_total")
 _PROGRESS_SERIES = frozenset({*_STEPS, "llamacpp:requests_processing", "llamacpp:requests_deferred"})
@@ -35,7 +52,8 @@ _LEVELS = {"D": "DEBUG", "I": "INFO", "W": "WARNING", "E": "ERROR"}
 class LlamaCppEngine(Engine):
     """`llama-server` with a GGUF file."""
 
-    name = "llama.cpp"
+    data = DATA
+    memory = LlamaCppMemory(DATA)
     drains_on_sigterm = False
     setting_flags: ClassVar[Mapping[str, str]] = {
         "-m": "model",
@@ -99,14 +117,9 @@ class LlamaCppEngine(Engine):
         arguments = [
             *("--model", str(task.model.path), "--alias", task.model.served_name),
             *("--host", settings.host, "--port", str(settings.port)),
-            # llama-server divides its context among the parallel requests.
-            *("--ctx-size", str(task.context_length * settings.max_running_requests)),
-            *("--parallel", str(settings.max_running_requests)),
             *("--threads", str(task.threads)),
-            *("--batch-size", str(max(settings.chunked_prefill_tokens, 32))),
-            *("--n-gpu-layers", str(ALL_LAYERS if task.device == "cuda" else 0)),
+            *_memory_arguments(task),
             "--metrics",
-            *_kv_arguments(settings.kv_cache.dtype),
         ]
         if settings.api_key_file is not None:
             arguments += ["--api-key-file", str(settings.api_key_file)]
@@ -115,9 +128,14 @@ class LlamaCppEngine(Engine):
         return Launch((_program(task), *arguments, *settings.extra_args), task.variables)
 
     def problems(self, settings: Settings) -> list[tuple[str, str]]:
-        """Return the problems of the extra arguments, and that of a KV cache type that llama.cpp does not have."""
+        """Return the problems of the extra arguments, of settings without a counterpart, and of the KV type."""
+        unknown = [
+            (key, f"{value!r} has no counterpart in llama.cpp, must be left out or engine be sglang")
+            for key, neutral in WITHOUT_COUNTERPART.items()
+            if (value := attrgetter(key)(settings)) != neutral
+        ]
         sentence = _kv_problem(settings.kv_cache.dtype)
-        return [*super().problems(settings), *([("kv_cache.dtype", sentence)] if sentence else [])]
+        return [*unknown, *super().problems(settings), *([("kv_cache.dtype", sentence)] if sentence else [])]
 
     def progress(self, metrics: str) -> Progress | None:
         """Read the progress; the counter of decode calls grows with every batch of prompt or answer tokens."""
@@ -155,10 +173,18 @@ def _program(task: Task) -> str:
 
 
 def _kv_problem(dtype: str) -> str | None:
-    return None if dtype in KV_TYPES else f"llama.cpp has no {dtype!r}, must be one of: {', '.join(KV_TYPES)}"
+    if dtype in ENGINE_KV_TYPES:
+        return None
+    return f"llama.cpp has no {dtype!r}, must be one of: {', '.join(ENGINE_KV_TYPES)}"
 
 
-def _kv_arguments(dtype: str) -> list[str]:
-    if sentence := _kv_problem(dtype):
+def _memory_arguments(task: Task) -> tuple[str, ...]:
+    if sentence := _kv_problem(task.settings.kv_cache.dtype):
         raise ConfigurationError(f"kv_cache.dtype: {sentence}")
-    return ["--cache-type-k", KV_TYPES[dtype], "--cache-type-v", KV_TYPES[dtype]]
+    return memory_arguments(
+        context_length=task.context_length,
+        max_running_requests=task.settings.max_running_requests,
+        chunked_prefill_tokens=task.settings.chunked_prefill_tokens,
+        device=task.device,
+        kv_dtype=task.settings.kv_cache.dtype,
+    )

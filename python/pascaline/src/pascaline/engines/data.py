@@ -1,0 +1,77 @@
+"""What is known about an engine as data: its name, constants of its memory, and its speed, from its engine.toml."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pascaline.cards import Fact
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from pascaline.cards import Card
+
+FILE_NAME = "engine.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedPoint:
+    """One measured speed."""
+
+    engine: str
+    card: str
+    model: str
+    phase: Literal["decode", "prefill"]
+    batch: int
+    """Sequences of a decode step, tokens of a prefill batch."""
+    tokens_per_second: float
+    read_bytes: int
+    """Weights that a step reads."""
+    macs: int
+    """Multiply-accumulates of one token."""
+    source: str
+    confirmed: bool = True
+    """False: a single claim, kept for reference; nothing is fitted to it."""
+    mixture: bool = False
+    """Whether the model is a mixture of experts: its kernels gather rows and reach other shares than dense ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineData:
+    """The data of one engine."""
+
+    name: str
+    """Its name in the setting `engine`."""
+    efficiency: Mapping[str, Fact]
+    """Shares of the roofline that do not come from points, with the error of an estimate (planning/speed.py)."""
+    points: tuple[SpeedPoint, ...]
+    """Measured speeds that calibrate the estimates."""
+    cuda: Mapping[str, Fact]
+    cpu: Mapping[str, Fact]
+    """Constants of the memory plan on a GPU and on a CPU: name of the part with `_bytes` -> bytes."""
+    cards: Mapping[str, Mapping[str, Fact]]
+    """The same for one card, by its name; they override those of its kind."""
+
+    def constants(self, card: Card) -> dict[str, Fact]:
+        """Return the constants of the memory plan on a card."""
+        return {**(self.cpu if card.name == "cpu" else self.cuda), **self.cards.get(card.name, {})}
+
+
+def read_data(folder: Path) -> EngineData:
+    """Read the data of the engine whose package is this folder."""
+    entry = tomllib.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    return EngineData(
+        name=entry["name"],
+        efficiency=_facts(entry["efficiency"]),
+        points=tuple(SpeedPoint(engine=entry["name"], **point) for point in entry.get("points", ())),
+        cuda=_facts(entry["cuda"]),
+        cpu=_facts(entry["cpu"]),
+        cards={name: _facts(facts) for name, facts in entry.get("cards", {}).items()},
+    )
+
+
+def _facts(entries: dict[str, Any]) -> dict[str, Fact]:
+    return {key: Fact(**fact) for key, fact in entries.items()}

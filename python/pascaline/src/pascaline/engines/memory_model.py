@@ -1,0 +1,228 @@
+"""The memory model of an engine: what it allocates for a model under given settings. Pure functions, no I/O.
+
+`pascaline.planning` puts these answers together and knows no engine by its name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pascaline.engines.kv_layers import layer_groups
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pascaline.cards import Card
+    from pascaline.engines.data import EngineData
+    from pascaline.engines.kv_layers import KvType
+    from pascaline.engines.plan_request import PlanRequest
+    from pascaline.models.spec import ModelSpec, TensorSpec
+    from pascaline.settings import Settings
+
+Origin = Literal["exact", "measured", "documented", "estimated"]
+
+CONSTANT_NAMES = {
+    "graphs_bytes": "CUDA graphs",
+    "context_bytes": "CUDA context",
+    "library_bytes": "libraries",
+    "process_bytes": "processes",
+    "fragmentation_bytes": "fragmentation",
+}
+"""Key of a constant in an engine's data -> what the table calls it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One line of the memory table."""
+
+    key: str
+    name: str
+    n_bytes: int
+    formula: str
+    """The calculation with its numbers."""
+    origin: Origin
+    source: str = ""
+    """Where the constants come from; empty if everything is in the model's header."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "key": self.key,
+            "name": self.name,
+            "bytes": self.n_bytes,
+            "formula": self.formula,
+            "origin": self.origin,
+            "source": self.source,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """A KV cache."""
+
+    tokens: int
+    """Tokens that all requests together can use."""
+    n_bytes: int
+    formula: str
+
+
+@dataclass(frozen=True, slots=True)
+class HeldTensor:
+    """How and where an engine holds a tensor."""
+
+    tensor_type: str
+    """Name of the type in model files, or NF4."""
+    n_bytes: int
+    on_device: bool = True
+    on_host: bool = False
+    """Whether the host's memory holds it, beside or instead of a GPU's; False on the CPU, which is the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A model's weights on one device. Bytes; operations per token."""
+
+    n_bytes: int
+    """Bytes on the device."""
+    host_bytes: int
+    """Kept in the host's memory (llama.cpp: the input embedding)."""
+    rounding_bytes: int
+    """Bytes that the allocator takes in addition."""
+    dense_read_bytes: int
+    """Bytes that every step reads: all except the input embedding and the experts."""
+    expert_read_bytes: int
+    """Bytes of the experts that one token uses."""
+    expert_bytes: int
+    """Bytes of all experts."""
+    matrix_read_bytes: Mapping[str, int]
+    """Matrices that a decode step of one request multiplies with, by the type in which the engine holds them: what
+    read_bytes(1) counts without the vectors (norms, biases)."""
+    macs: int
+    """Multiply-accumulates that one token costs, output layer included."""
+    output_macs: int
+    """The part in the output layer, which prefill computes for the last token only."""
+    largest_matrix_bytes: int
+    """Largest matrix outside of the vocabulary, in the type of the computation."""
+    formula: str
+
+    def read_bytes(self, batch: int) -> float:
+        """Bytes that one decode step of `batch` requests reads; different requests use different experts."""
+        return self.dense_read_bytes + min(self.expert_bytes, batch * self.expert_read_bytes)
+
+
+class MemoryModel(ABC):
+    """What planning asks about an engine's memory. Instances hold no state but the engine's data."""
+
+    kv_types: ClassVar[Mapping[str, KvType]]
+    """Types of a stored key or value that the engine has, by our names, the preferred ones first."""
+    weights_source: ClassVar[str]
+    """Where the way it holds weights comes from; empty if as in the file."""
+    pool_source: ClassVar[str]
+    """Where the size of its KV cache comes from."""
+    has_memory_fraction: ClassVar[bool]
+    """Whether mem_fraction_static limits weights and KV pool."""
+    shares_pool: ClassVar[bool]
+    """Whether requests share a pool of any size; if not, each has room for a whole context."""
+
+    def __init__(self, data: EngineData) -> None:
+        """Answer with the constants in these data."""
+        self.data = data
+
+    @abstractmethod
+    def kv_dtype(self, chosen: str, dtype: str) -> str:
+        """Return the KV type for the setting kv_cache.dtype and the type of the computation."""
+
+    def activation_bits(self, settings: Settings, spec: ModelSpec, *, device: str) -> tuple[int | None, int | None]:
+        """Return the bits of activations in prompts and decode steps, with auto decided; None if there is no choice.
+
+        Raises ConfigurationError if bits are set that the model's weights do not allow.
+        """
+        del settings, spec, device
+        return None, None
+
+    def check(self, settings: Settings, spec: ModelSpec) -> None:
+        """Raise ConfigurationError for settings that the engine would reject only while it loads this model."""
+        del settings, spec
+
+    @abstractmethod
+    def activation_columns(self, bits: int | None) -> int:
+        """Return how many int8 columns an activation of so many bits is in a matrix product."""
+
+    @abstractmethod
+    def held(self, tensor: TensorSpec, spec: ModelSpec, request: PlanRequest, *, tied: bool) -> HeldTensor | None:
+        """Return how it holds a tensor; None if it does not load it. tied: the input embedding is the output too."""
+
+    def rounding_bytes(self, n_bytes: int) -> int:
+        """Return what the allocator takes beyond a tensor's bytes."""
+        del n_bytes
+        return 0
+
+    @abstractmethod
+    def pool(self, spec: ModelSpec, request: PlanRequest, weights: Weights, dynamic: Sequence[Part]) -> Pool:
+        """Return its KV cache. dynamic: what the requests and the runtime need besides."""
+
+    def kv_bytes_per_token(self, spec: ModelSpec, request: PlanRequest) -> int:
+        """Return the bytes that one token takes, all layers together: keys and values of every KV head."""
+        groups = layer_groups(
+            spec, tensor_parallel=request.tensor_parallel, pipeline_parallel=request.pipeline_parallel
+        )
+        return round(sum(group.token_bytes(self.kv_types[request.kv_dtype]) for group in groups))
+
+    def kv_bytes(self, spec: ModelSpec, request: PlanRequest, tokens: int) -> int:
+        """Return the bytes of the smallest pool that holds these tokens."""
+        return tokens * self.kv_bytes_per_token(spec, request)
+
+    def static_parts(self, spec: ModelSpec, request: PlanRequest, weights: Weights, pool: Pool) -> list[Part]:
+        """Return what is allocated once, before the first request."""
+        del spec, request
+        return [
+            Part("weights", "weights", weights.n_bytes, weights.formula, "exact", self.weights_source),
+            Part("kv_pool", "KV cache", pool.n_bytes, pool.formula, "exact", self.pool_source),
+        ]
+
+    def dynamic_parts(self, spec: ModelSpec, request: PlanRequest, weights: Weights, card: Card) -> list[Part]:
+        """Return what is allocated while requests run, and what the runtime itself needs."""
+        return [*self.buffers(spec, request, weights), *self._constants(request, card)]
+
+    @abstractmethod
+    def buffers(self, spec: ModelSpec, request: PlanRequest, weights: Weights) -> list[Part]:
+        """Return what is allocated while requests run."""
+
+    def _constants(self, request: PlanRequest, card: Card) -> list[Part]:
+        """Constants of engine and card, which do not depend on the model."""
+        facts = self.data.constants(card)
+        parts = []
+        for key, name in CONSTANT_NAMES.items():
+            if (fact := facts.get(key)) is not None:
+                n_bytes, text = self.constant(key, int(fact.value), request) or (
+                    int(fact.value),
+                    f"constant of {card.name}",
+                )
+                parts.append(Part(key.removesuffix("_bytes"), name, n_bytes, text, fact.origin, fact.source))
+        return parts
+
+    def constant(self, key: str, n_bytes: int, request: PlanRequest) -> tuple[int, str] | None:
+        """Return bytes and calculation of a constant that the engine needs several times; None if it is one."""
+        del key, n_bytes, request
+        return None
+
+    def fraction(self, request: PlanRequest, parts: Sequence[Part]) -> float | None:
+        """Return the share of the memory that is passed to the engine; None if it has no such setting."""
+        del request, parts
+        return None
+
+    def reasons(self, request: PlanRequest, parts: Sequence[Part]) -> list[str]:
+        """Return why a plan that the card has room for does not fit this engine, one sentence each."""
+        del request, parts
+        return []
+
+    def notes(self, spec: ModelSpec, request: PlanRequest) -> list[str]:
+        """Return remarks about how it holds the model."""
+        del spec, request
+        return []
+
+    @abstractmethod
+    def arguments(self, request: PlanRequest, kv_tokens: int, fraction: float | None) -> tuple[str, ...]:
+        """Return the flags that determine memory, as the engine is started with; a test compares the two."""

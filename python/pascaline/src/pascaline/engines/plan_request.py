@@ -1,0 +1,57 @@
+"""What a memory model is asked: an engine's settings and the memory of the device on which it will run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pascaline.engines.registry import engine_named
+from pascaline.errors import ConfigurationError
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """Settings that determine memory, and the memory of the device. Bytes, tokens; None: the plan decides."""
+
+    card_bytes: int
+    """Memory of the device: for a GPU as the driver reports it, for a CPU the free memory of the host."""
+    used_bytes: int = 0
+    """Bytes that other processes use."""
+    engine: str = "sglang"
+    """Name of the engine."""
+    device: Device = "cuda"
+    dtype: str = "float16"
+    """Type of the computation: float16, bfloat16 or float32."""
+    context_length: int
+    max_running_requests: int = 4
+    kv_dtype: str = "fp16"
+    """One of the engine's types of a stored key or value."""
+    max_total_tokens: int | None = None
+    """Tokens of the KV pool, all requests together."""
+    max_kv_bytes: int | None = None
+    """Bytes of the KV pool; at most one of this and max_total_tokens is set."""
+    chunked_prefill_tokens: int = 512
+    mem_fraction_static: float | None = None
+    """Upper bound on the share of the device's memory for weights and KV pool."""
+    prefill_bits: int | None = None
+    decode_bits: int | None = None
+    """Bits of activations, 8 or 16, in products with a GGUF file's matrices; None if there is no choice."""
+    quantization: str | None = None
+    """SGLang's quantisation method; bitsandbytes, and gguf on a CPU, change the memory of the weights."""
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse a KV type that the engine does not have."""
+        allowed = engine_named(self.engine).memory.kv_types
+        if self.kv_dtype not in allowed:
+            raise ConfigurationError(
+                f"kv_cache.dtype: {self.engine} has no {self.kv_dtype!r}, must be one of: {', '.join(allowed)}"
+            )
+
+    @property
+    def available_bytes(self) -> int:
+        """Bytes that other processes leave free."""
+        return max(0, self.card_bytes - self.used_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from sglang_pascal.kernels import driver
+from sglang_pascal.kernels.arguments import ArgMax
 from sglang_pascal.kernels.build import MODULES
 from sglang_pascal.kernels.driver import KernelError, target_of
 
@@ -70,15 +71,15 @@ class TestOnAGpu:
 
     def test_a_missing_kernel_is_named(self):
         with pytest.raises(KernelError) as caught:
-            driver.kernel("sampling", "no_such_kernel", 32, "P", 0)
+            driver.kernel("sampling", "no_such_kernel", 32, 0)
         assert str(caught.value) == (
             "module sampling has no kernel no_such_kernel: CUDA error 500 (CUDA_ERROR_NOT_FOUND); reinstall sglang-pascal"
         )
 
     def test_a_launch_that_the_driver_refuses_is_reported_with_its_shapes(self):
-        kernel = driver.kernel("sampling", "argmax", 1024, "PPii", 0)
+        kernel = driver.kernel("sampling", "argmax", 1024, 0)
         with pytest.raises(KernelError) as caught:
-            kernel.launch((0, 1, 1), [0, 0, 0, 0], "logits [0, 4]")
+            kernel.launch((0, 1, 1), ArgMax(logits=0, out=0, logits_are_half=0, vocabulary=0), "logits [0, 4]")
         assert str(caught.value) == (
             "kernel argmax failed to start: CUDA error 1 (CUDA_ERROR_INVALID_VALUE); grid (0, 1, 1), 1024 threads, "
             "logits [0, 4]; an earlier kernel may be the cause: run again with CUDA_LAUNCH_BLOCKING=1"

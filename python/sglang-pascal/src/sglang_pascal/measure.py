@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from sglang_pascal.kernels import driver
+from sglang_pascal.kernels.arguments import Probe, ProbeStream
 from sglang_pascal.ops.activations import Activations, quantize
 from sglang_pascal.ops.attention import Sequences, attention_decode, attention_prefill
 from sglang_pascal.ops.kv_cache import KvPool
@@ -205,9 +206,10 @@ def stream_bandwidth(device: torch.device, n_bytes: int = 1 << 30) -> float:
     """Return the bytes per second of reading memory once."""
     data = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
     sink = torch.zeros(1, dtype=torch.int32, device=device)
-    kernel = driver.kernel("probe", "probe_stream", 256, "PPQ", device.index or 0)
+    kernel = driver.kernel("probe", "probe_stream", 256, device.index or 0)
     grid = (driver.multiprocessors(device.index or 0) * 8, 1, 1)
-    us = median_us([lambda: kernel.launch(grid, [data.data_ptr(), sink.data_ptr(), n_bytes // 16])])
+    arguments = ProbeStream(data=data.data_ptr(), sink=sink.data_ptr(), count=n_bytes // 16)
+    us = median_us([lambda: kernel.launch(grid, arguments)])
     return n_bytes / us * 1e6
 
 
@@ -215,9 +217,9 @@ def instructions_per_clock(probe: str, device: torch.device) -> float:
     """Return lane instructions per clock and multiprocessor of one of PROBES."""
     count = driver.multiprocessors(device.index or 0)
     clocks, sink = (torch.zeros(count, dtype=torch.int32, device=device) for _ in range(2))
-    kernel = driver.kernel("probe", f"probe_{probe}", _PROBE_THREADS, "PP", device.index or 0)
+    kernel = driver.kernel("probe", f"probe_{probe}", _PROBE_THREADS, device.index or 0)
     best = []
     for _ in range(3):
-        kernel.launch((count, 1, 1), [clocks.data_ptr(), sink.data_ptr()])
+        kernel.launch((count, 1, 1), Probe(clocks=clocks.data_ptr(), sink=sink.data_ptr()))
         best.append(float(clocks.double().median()))
     return _PROBE_THREADS * _PROBE_INSTRUCTIONS / min(best)

@@ -1,7 +1,7 @@
 """Loads and launches kernels through the CUDA driver API by ctypes. Needs no CUDA library except the driver.
 
 A module is loaded once per device, into torch's context: on Pascal the sm_6x cubin, on anything newer the PTX, which
-the driver compiles. A launch packs its arguments into one buffer (about 5 us of Python) and goes to torch's current
+the driver compiles. A launch hands over its block of arguments (about 5 us of Python) and goes to torch's current
 stream, so it is ordered with torch's own work and can be captured in a CUDA graph. Load modules before capturing: with
 `preload`, or by one call of each operation.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +21,8 @@ from sglang_pascal.kernels.build import ARCHITECTURES, MODULES, artifact
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from sglang_pascal.kernels.arguments import Block
 
 ARCHITECTURE_VARIABLE: Final = "SGLANG_PASCAL_ARCHITECTURE"
 """60 or 61: which PTX a newer card compiles; 61 if unset. For testing the P100's path on other cards."""
@@ -44,24 +45,22 @@ class KernelError(PluginError):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A loaded function, its threads per CTA, and the layout of its arguments."""
+    """A loaded function, and its threads per CTA."""
 
     name: str
     handle: ctypes.c_void_p
     threads: int
-    layout: struct.Struct
     device: int
 
-    def launch(self, grid: tuple[int, int, int], arguments: Iterable[int | float], shapes: str = "") -> None:
+    def launch(self, grid: tuple[int, int, int], arguments: Block, shapes: str = "") -> None:
         """Start it on torch's current stream of its device.
 
-        arguments: numbers and addresses in the order of `layout`. shapes: for the text of an error.
+        arguments: the block of this kernel (`block_of`). shapes: for the text of an error.
         """
-        packed = self.layout.pack(*arguments)
-        size = ctypes.c_size_t(len(packed))
+        size = ctypes.c_size_t(arguments.n_bytes)
         extra = (ctypes.c_void_p * 5)(
             _ARGUMENTS_POINTER,
-            ctypes.cast(ctypes.c_char_p(packed), ctypes.c_void_p),
+            ctypes.addressof(arguments),
             _ARGUMENTS_SIZE,
             ctypes.addressof(size),
             0,
@@ -75,23 +74,15 @@ class Kernel:
             )
 
 
-def kernel(module: str, function: str, threads: int, layout: str, device: int) -> Kernel:
-    """Return a kernel; load it on first use.
-
-    layout: one letter of `struct` per argument (`P` address, `i` int, `q` long long, `Q` unsigned, `f` float), aligned
-    as C aligns them; end it with `0P` if the kernel takes one struct that holds addresses.
-    """
-    return _kernel(module, function, threads, layout, device)
-
-
 @functools.cache
-def _kernel(module: str, function: str, threads: int, layout: str, device: int) -> Kernel:
+def kernel(module: str, function: str, threads: int, device: int) -> Kernel:
+    """Return a kernel; load it on first use."""
     handle = ctypes.c_void_p()
     loaded = _module(module, device)
     code = _cuda().cuModuleGetFunction(ctypes.byref(handle), loaded, function.encode())
     if code:
         raise KernelError(f"module {module} has no kernel {function}: {describe(code)}; reinstall sglang-pascal")
-    return Kernel(function, handle, threads, struct.Struct(f"@{layout}"), device)
+    return Kernel(function, handle, threads, device)
 
 
 def preload(modules: Iterable[str], device: int) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from sglang_pascal.errors import PluginError
 from sglang_pascal.kernels.driver import kernel
+
+if TYPE_CHECKING:
+    from sglang_pascal.kernels.arguments import Block
 
 FLOATS: Final = (torch.float16, torch.float32)
 INDICES: Final = (torch.int32, torch.int64)
@@ -21,14 +24,13 @@ def launch(
     module: str,
     function: str,
     threads: int,
-    layout: str,
     grid: tuple[int, int, int],
-    arguments: list[int | float],
+    arguments: Block,
     like: torch.Tensor,
     what: str = "",
 ) -> None:
     """Start a kernel on the current stream of the device of `like`. what: shapes, for the text of an error."""
-    kernel(module, function, threads, layout, like.device.index).launch(grid, arguments, what)
+    kernel(module, function, threads, like.device.index).launch(grid, arguments, what)
 
 
 def address(tensor: torch.Tensor | None) -> int:

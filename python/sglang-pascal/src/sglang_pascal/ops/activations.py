@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from sglang_pascal.kernels.arguments import Quantize, RmsNormQuantize
 from sglang_pascal.kernels.formats import BLOCK, TILE_COLUMNS, tiles
 from sglang_pascal.ops._call import FLOATS, address, is_half, launch, require
 from sglang_pascal.reference import quantize_ref, rms_norm_ref, silu_mul_ref
@@ -63,12 +64,16 @@ def _quantize(function: str, x: torch.Tensor, columns: int, wide: bool) -> Activ
             "quantize",
             function,
             _THREADS,
-            "PPPiiii",
             (padded // _THREADS, x.shape[0], 1),
-            [
-                *(x.data_ptr(), result.q.data_ptr(), result.scales.data_ptr()),
-                *(is_half(x), columns, padded, x.shape[0] if wide else 0),
-            ],
+            Quantize(
+                x=x.data_ptr(),
+                q=result.q.data_ptr(),
+                scales=result.scales.data_ptr(),
+                x_is_half=is_half(x),
+                columns=columns,
+                K=padded,
+                low=x.shape[0] if wide else 0,
+            ),
             x,
             f"x {list(x.shape)}",
         )
@@ -122,14 +127,21 @@ def _rms_norm(
             "quantize",
             "rms_norm_quantize",
             min(padded, _MOST_NORM_THREADS),
-            "PPPPPPfiiiii",
             (n, 1, 1),
-            [
-                *(x.data_ptr(), address(residual), weight.data_ptr(), address(output)),
-                *(address(result and result.q), address(result and result.scales)),
-                *(eps, is_half(x), is_half(weight), columns, padded),
-                n if result is not None and len(result.q) > n else 0,
-            ],
+            RmsNormQuantize(
+                x=x.data_ptr(),
+                residual=address(residual),
+                weight=weight.data_ptr(),
+                y=address(output),
+                q=address(result and result.q),
+                scales=address(result and result.scales),
+                eps=eps,
+                x_is_half=is_half(x),
+                weight_is_half=is_half(weight),
+                columns=columns,
+                K=padded,
+                low=n if result is not None and len(result.q) > n else 0,
+            ),
             x,
             f"x {list(x.shape)}",
         )

@@ -7,6 +7,7 @@ from typing import Final
 
 import torch
 
+from sglang_pascal.kernels.arguments import RopeAndStore
 from sglang_pascal.kernels.build import HEAD_DIMS
 from sglang_pascal.ops._call import FLOATS, INDICES, OperationError, address, is_half, is_long, launch, require
 from sglang_pascal.reference import quantize_kv_ref, rms_norm_ref, rope_ref
@@ -107,15 +108,32 @@ def rope_and_store(
             "kv_cache",
             "rope_and_store",
             _THREADS,
-            "PPPPPPPPPPPiiiiiiiiiiif0P",
             (-(-n * (heads + 2 * kv_heads) // _WARPS), 1, 1),
-            [
-                *(qkv.data_ptr(), positions.data_ptr(), slots.data_ptr(), cos_sin.data_ptr()),
-                *(address(q_norm), address(k_norm), queries.data_ptr()),
-                *(pool.keys.data_ptr(), pool.values.data_ptr(), address(pool.key_scales), address(pool.value_scales)),
-                *(n, heads, kv_heads, head_dim, cos_sin.shape[1], int(is_neox), _POOL_TYPES[pool.kind]),
-                *(is_half(qkv), norm_is_half, is_long(positions), is_long(slots), eps),
-            ],
+            RopeAndStore(
+                qkv=qkv.data_ptr(),
+                positions=positions.data_ptr(),
+                slots=slots.data_ptr(),
+                cos_sin=cos_sin.data_ptr(),
+                q_norm=address(q_norm),
+                k_norm=address(k_norm),
+                q_out=queries.data_ptr(),
+                keys=pool.keys.data_ptr(),
+                values=pool.values.data_ptr(),
+                key_scales=address(pool.key_scales),
+                value_scales=address(pool.value_scales),
+                n=n,
+                heads=heads,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                rotary_dim=cos_sin.shape[1],
+                is_neox=int(is_neox),
+                pool_type=_POOL_TYPES[pool.kind],
+                is_half=is_half(qkv),
+                norm_is_half=norm_is_half,
+                positions_are_64_bit=is_long(positions),
+                slots_are_64_bit=is_long(slots),
+                eps=eps,
+            ),
             qkv,
             f"qkv {list(qkv.shape)}, {kv_heads} KV heads of {head_dim}",
         )

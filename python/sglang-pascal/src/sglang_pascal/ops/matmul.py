@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
+from sglang_pascal.kernels.arguments import HalfProduct, QuantizedProduct
 from sglang_pascal.kernels.driver import has_dp4a, multiprocessors
 from sglang_pascal.kernels.formats import GROUP_ROWS
 from sglang_pascal.ops._call import FLOATS, address, is_half, launch, require
@@ -163,7 +164,6 @@ def _partials(count: int, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(count, dtype=torch.float32, device=like.device)
 
 
-_LAYOUT: Final = "PPPPPPPPqqiiiiiii0P"
 KINDS: Final = {False: "decode_matmul", True: "tile_matmul"}
 
 
@@ -176,15 +176,26 @@ def _launch(product: _Product, part: Part, threads: int, grid: tuple[int, int, i
         f"{kind}.{weight.tensor_type}.{bits}",
         f"{kind}_{weight.tensor_type}_{bits}bit_n{part.width}",
         threads,
-        _LAYOUT,
         grid,
-        [
-            *(weight.data.data_ptr(), q[part.first :].data_ptr(), scales[part.first :].data_ptr(), out.data_ptr()),
-            *(address(product.bias), address(residual), partials.data_ptr(), weight.tickets.data_ptr()),
-            *(out.stride(0), 0 if residual is None else residual.stride(0)),
-            *(weight.rows, weight.n_tiles, weight.n_steps, part.n, is_half(out)),
-            *(splits_of(weight), product.n if product.wide else 0),
-        ],
+        QuantizedProduct(
+            weights=weight.data.data_ptr(),
+            x=q[part.first :].data_ptr(),
+            x_scales=scales[part.first :].data_ptr(),
+            y=out.data_ptr(),
+            bias=address(product.bias),
+            residual=address(residual),
+            partials=partials.data_ptr(),
+            tickets=weight.tickets.data_ptr(),
+            y_stride=out.stride(0),
+            residual_stride=0 if residual is None else residual.stride(0),
+            rows=weight.rows,
+            n_tiles=weight.n_tiles,
+            n_steps=weight.n_steps,
+            n=part.n,
+            y_is_half=is_half(out),
+            splits=splits_of(weight),
+            low=product.n if product.wide else 0,
+        ),
         out,
         f"{weight.tensor_type} [{weight.rows}, {weight.columns}], {part.n} rows of x with {bits} bits",
     )
@@ -240,12 +251,18 @@ def matmul_half(
             "half_matmul",
             f"half_matmul_n{width}",
             _DECODE_THREADS,
-            "PPPPqiiii0P",
             (-(-weight.shape[0] // _HALF_ROWS), 1, 1),
-            [
-                *(weight.data_ptr(), x.data_ptr(), out.data_ptr(), address(bias), out.stride(0)),
-                *(weight.shape[0], columns, n, is_half(out)),
-            ],
+            HalfProduct(
+                weights=weight.data_ptr(),
+                x=x.data_ptr(),
+                y=out.data_ptr(),
+                bias=address(bias),
+                y_stride=out.stride(0),
+                rows=weight.shape[0],
+                columns=columns,
+                n=n,
+                y_is_half=is_half(out),
+            ),
             x,
             f"float16 {list(weight.shape)}, {n} rows of x",
         )

@@ -6,6 +6,7 @@ from typing import Final
 
 import torch
 
+from sglang_pascal.kernels.arguments import ArgMax, TopKTopPFilter
 from sglang_pascal.ops._call import FLOATS, address, is_half, launch, require
 from sglang_pascal.reference import argmax_ref, top_k_top_p_filter_ref
 
@@ -19,9 +20,14 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
         return argmax_ref(logits)
     out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if logits.shape[0]:
-        arguments: list[int | float] = [logits.data_ptr(), out.data_ptr(), is_half(logits), logits.shape[1]]
+        arguments = ArgMax(
+            logits=logits.data_ptr(),
+            out=out.data_ptr(),
+            logits_are_half=is_half(logits),
+            vocabulary=logits.shape[1],
+        )
         grid = (logits.shape[0], 1, 1)
-        launch("sampling", "argmax", _THREADS, "PPii", grid, arguments, logits, f"logits {list(logits.shape)}")
+        launch("sampling", "argmax", _THREADS, grid, arguments, logits, f"logits {list(logits.shape)}")
     return out
 
 
@@ -45,8 +51,13 @@ def top_k_top_p_filter_(
     if not probabilities.is_cuda:
         return probabilities.copy_(top_k_top_p_filter_ref(probabilities, top_k, top_p, min_p))
     if n:
-        addresses = [address(tensor) for tensor in (probabilities, top_k, top_p, min_p)]
+        arguments = TopKTopPFilter(
+            probabilities=probabilities.data_ptr(),
+            top_k=address(top_k),
+            top_p=address(top_p),
+            min_p=address(min_p),
+            vocabulary=vocabulary,
+        )
         what = f"probabilities {list(probabilities.shape)}"
-        grid = (n, 1, 1)
-        launch("sampling", "top_k_top_p_filter", _THREADS, "PPPPi", grid, [*addresses, vocabulary], probabilities, what)
+        launch("sampling", "top_k_top_p_filter", _THREADS, (n, 1, 1), arguments, probabilities, what)
     return probabilities

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang_pascal.errors import PluginError
+from sglang_pascal.kernels.arguments import Dequantize, Repack
 from sglang_pascal.kernels.formats import FORMATS, GROUP_ROWS, Format, steps, tiles
 from sglang_pascal.ops._call import FLOATS, INDICES, OperationError, address, is_half, is_long, launch, require
 from sglang_pascal.reference import dequantize_ref, repack_ref, unrepack_ref
@@ -128,9 +129,15 @@ def _move(function: str, weight: PackedWeight, source: int, target: int) -> None
         f"repack.{weight.tensor_type}",
         f"{function}_{weight.tensor_type}",
         _THREADS,
-        "PPiiiQ",
         (-(-units // _THREADS), 1, 1),
-        [source, target, weight.rows, row_bytes, weight.format.records(weight.columns), units],
+        Repack(
+            in_=source,
+            out=target,
+            rows=weight.rows,
+            row_bytes=row_bytes,
+            n_records=weight.format.records(weight.columns),
+            n_units=units,
+        ),
         weight.data,
         f"{weight.tensor_type} [{weight.rows}, {weight.columns}]",
     )
@@ -154,12 +161,17 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, ids: torch.Tensor | Non
             f"repack.{weight.tensor_type}",
             f"dequantize_{weight.tensor_type}",
             _THREADS,
-            "PPPiiiii",
             (n, -(-weight.n_tiles // _TILES_PER_CTA), 1),
-            [
-                *(weight.data.data_ptr(), address(ids), out.data_ptr(), is_long(ids), is_half(out)),
-                *(weight.rows, weight.n_steps, weight.columns),
-            ],
+            Dequantize(
+                weights=weight.data.data_ptr(),
+                ids=address(ids),
+                out=out.data_ptr(),
+                ids_are_64_bit=is_long(ids),
+                out_is_half=is_half(out),
+                rows=weight.rows,
+                n_steps=weight.n_steps,
+                columns=weight.columns,
+            ),
             weight.data,
             f"{weight.tensor_type} [{weight.rows}, {weight.columns}]",
         )

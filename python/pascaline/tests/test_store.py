@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pascaline.engines.sglang.prepare import PREPARED_FORMAT, prepare
 from pascaline.errors import ConfigurationError, MissingError, ModelError, PascalineError, StorageError
 from pascaline.models import store
+from pascaline.models.cache import cache_folder
 from pascaline.settings import Settings
 from support.instance import FAKE_ENGINE
 from support.models import split_gguf, tiny, write_gguf
@@ -309,29 +311,29 @@ class TestChecksum:
 class TestPrepare:
     def test_the_folder_is_made_once(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         given = settings(cache_dir=tmp_path / "cache")
-        prepared = store.prepare(given, model, sha256(model))
+        prepared = prepare(given, model, sha256(model))
         manifest = json.loads((prepared / "pascal.json").read_text())
         assert (manifest["gguf"], manifest["sha256"]) == (str(model), sha256(model))
         monkeypatch.setenv("FAKE_ENGINE_FAULTS", "prepare_error=3")
-        assert store.prepare(given, model, sha256(model)) == prepared
+        assert prepare(given, model, sha256(model)) == prepared
 
     def test_a_file_that_moved_is_prepared_again(self, model: Path, tmp_path: Path) -> None:
         given = settings(cache_dir=tmp_path / "cache")
-        prepared = store.prepare(given, model, sha256(model))
+        prepared = prepare(given, model, sha256(model))
         moved = model.rename(tmp_path / "moved.gguf")
-        assert store.prepare(given, moved, sha256(moved)) == prepared
+        assert prepare(given, moved, sha256(moved)) == prepared
         assert json.loads((prepared / "pascal.json").read_text())["gguf"] == str(moved)
 
     @pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"gguf": "x", "format": 2}'])
     def test_a_damaged_folder_is_made_again(self, model: Path, tmp_path: Path, content: str | None) -> None:
         given = settings(cache_dir=tmp_path / "cache")
-        manifest = store.prepare(given, model, sha256(model)) / "pascal.json"
+        manifest = prepare(given, model, sha256(model)) / "pascal.json"
         whole = manifest.read_text()
         if content is None:
             manifest.unlink()
         else:
             manifest.write_text(content)
-        store.prepare(given, model, sha256(model))
+        prepare(given, model, sha256(model))
         assert manifest.read_text() == whole
 
     def test_two_at_once_make_it_once(self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +341,7 @@ class TestPrepare:
         given = settings(cache_dir=tmp_path / "cache")
 
         def inode(_: int) -> int:
-            return store.prepare(given, model, sha256(model)).stat().st_ino
+            return prepare(given, model, sha256(model)).stat().st_ino
 
         with ThreadPoolExecutor(4) as pool:
             # A folder that is made again is another one.
@@ -349,10 +351,10 @@ class TestPrepare:
         """A process that is killed while it prepares takes its child along, and the next attempt succeeds."""
         cache = tmp_path / "cache"
         code = (
-            "import sys; from pathlib import Path; from pascaline.models import store\n"
+            "import sys; from pathlib import Path; from pascaline.engines.sglang.prepare import prepare\n"
             "from pascaline.settings import Settings\n"
             f"given = Settings(engine_executable={str(FAKE_ENGINE)!r}, cache_dir={str(cache)!r})\n"
-            f"store.prepare(given, Path({str(model)!r}), {sha256(model)!r})"
+            f"prepare(given, Path({str(model)!r}), {sha256(model)!r})"
         )
         environment = {**os.environ, "FAKE_ENGINE_FAULTS": "prepare_seconds=600"}
         with subprocess.Popen([sys.executable, "-c", code], env=environment) as first:
@@ -360,9 +362,9 @@ class TestPrepare:
             children = _children_of(first.pid)
             first.kill()
         _wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in children))
-        left = cache / "prepared" / f".{sha256(model)}-v{store.PREPARED_FORMAT}.half"
+        left = cache / "prepared" / f".{sha256(model)}-v{PREPARED_FORMAT}.half"
         left.mkdir()
-        prepared = store.prepare(settings(cache_dir=cache), model, sha256(model))
+        prepared = prepare(settings(cache_dir=cache), model, sha256(model))
         assert sorted(path.name for path in prepared.parent.iterdir()) == [prepared.name, f"{prepared.name}.lock"]
 
     @pytest.mark.parametrize(("code", "kind"), [(3, ModelError), (1, ModelError), (8, MissingError), (9, StorageError)])
@@ -371,12 +373,12 @@ class TestPrepare:
     ) -> None:
         monkeypatch.setenv("FAKE_ENGINE_FAULTS", f"prepare_error={code}")
         given = settings(cache_dir=tmp_path / "cache")
-        assert refusal(kind, store.prepare, given, model, sha256(model)) == "the fake engine was told to fail"
+        assert refusal(kind, prepare, given, model, sha256(model)) == "the fake engine was told to fail"
         assert [path.suffix for path in (tmp_path / "cache/prepared").iterdir()] == [".lock"]
 
     def test_an_interpreter_that_is_not_there(self, model: Path, tmp_path: Path) -> None:
         given = settings(cache_dir=tmp_path / "cache", engine_executable="/none/python")
-        assert refusal(MissingError, store.prepare, given, model, "0") == (
+        assert refusal(MissingError, prepare, given, model, "0") == (
             "engine_executable: /none/python is not a program, must be a Python that can import sglang"
         )
 
@@ -385,7 +387,7 @@ class TestPrepare:
         python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
         python.chmod(0o755)
         given = settings(cache_dir=tmp_path / "cache", engine_executable=str(python))
-        assert refusal(MissingError, store.prepare, given, model, "0") == (
+        assert refusal(MissingError, prepare, given, model, "0") == (
             f"{python} cannot import the engine ({sys.executable}: No module named sglang_pascal); "
             "install sglang-pascal, or set engine_executable"
         )
@@ -398,12 +400,12 @@ class TestCacheFolder:
         monkeypatch.setenv("HOME", "/home/u")
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         monkeypatch.delenv("CACHE_DIRECTORY", raising=False)
-        assert store.cache_folder(settings()) == Path("/home/u/.cache/pascaline")
+        assert cache_folder(settings()) == Path("/home/u/.cache/pascaline")
         monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-        assert store.cache_folder(settings()) == Path("/xdg/pascaline")
+        assert cache_folder(settings()) == Path("/xdg/pascaline")
         monkeypatch.setenv("CACHE_DIRECTORY", "/var/cache/pascaline-main")
-        assert store.cache_folder(settings()) == Path("/var/cache/pascaline-main")
-        assert store.cache_folder(settings(cache_dir="/c")) == Path("/c")
+        assert cache_folder(settings()) == Path("/var/cache/pascaline-main")
+        assert cache_folder(settings(cache_dir="/c")) == Path("/c")
 
     def test_one_that_is_a_file(self, model: Path, tmp_path: Path) -> None:
         path = tmp_path / "file"

@@ -150,8 +150,8 @@ def _remove(arguments: argparse.Namespace, store: Path) -> int:
 
 
 def _gc(arguments: argparse.Namespace, store: Path) -> int:
+    from pascaline.models.cache import cache_folder
     from pascaline.models.library import delete, garbage
-    from pascaline.models.store import cache_folder
     from pascaline.settings import Settings
 
     keep = frozenset(arguments.keep) if arguments.keep else None

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from pascaline.cards import load_card
 from pascaline.cli.options import add_settings_arguments, add_token_argument, load_from_arguments, token_headers
+from pascaline.engines import engine_named
 from pascaline.errors import ConfigurationError, ExitCode, MissingError, ModelError, StorageError
 from pascaline.models import store
-from pascaline.models.accept import judge
 from pascaline.models.reader import read_model
 from pascaline.planning import make_plan, nearest_fits, other_engine_fits, refusal, table
 from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
@@ -152,7 +152,7 @@ def target(configuration: Configuration, spec: ModelSpec) -> tuple[Card, PlanReq
 def _plan(
     arguments: argparse.Namespace, configuration: Configuration, spec: ModelSpec, card: Card, request: PlanRequest
 ) -> int:
-    verdict = judge(spec, request.engine)
+    verdict = engine_named(request.engine).judge(spec)
     plan = make_plan(spec, card, request)
     changes = []
     if not plan.fits:
@@ -206,7 +206,7 @@ def _optimize(arguments: argparse.Namespace, spec: ModelSpec, card: Card, reques
 
 def _require_served(spec: ModelSpec, request: PlanRequest) -> None:
     """Raise ModelError if the engine refuses the model whatever the settings are."""
-    if refusals := judge(spec, request.engine).sentence:
+    if refusals := engine_named(request.engine).judge(spec).sentence:
         raise ModelError(f"{spec.name or spec.architecture}: {refusals}")
 
 

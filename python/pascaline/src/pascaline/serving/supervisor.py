@@ -239,8 +239,8 @@ class Supervisor:
         with self._console.stage("verify") as stage:
             digests = await self._in_thread(store.verify, settings, files, stage.progress)
             prepared = None
-            if digests and settings.engine == "sglang":
-                prepared = await self._in_thread(store.prepare, settings, path, combined_sha256(digests))
+            if digests:
+                prepared = await self._in_thread(self._engine.prepare, settings, path, combined_sha256(digests))
             stage.note = f": sha256 {shown_sha256s(digests)}" if digests else ""
         self._record_stage("verify", stage.seconds)
         templates = chat_templates(spec, path)

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 from pascaline.cards import installed_models
 from pascaline.control_groups import usable_cpus
-from pascaline.engines import Task
+from pascaline.engines import Task, engine_named
 from pascaline.errors import DoesNotFitError
 from pascaline.gpu.devices import driver_gpus
 from pascaline.gpu.memory import gpu_memory, host_memory, numa_node
-from pascaline.models.accept import judge
 from pascaline.planning import Plan, make_plan, nearest_fits, other_engine_fits, refusal
 from pascaline.planning import placement as placement_rules
 from pascaline.planning.placement import CPU_INFO, HostFacts, Placement, place
@@ -59,7 +58,7 @@ def plan_instance(configuration: Configuration, spec: ModelSpec, placement: Plac
         changes = nearest_fits(spec, placement.card, request)
         changes += other_engine_fits(settings, spec, placement.card, request)
         raise DoesNotFitError(f"the plan does not fit: {plan.reasons[0]}\n\n{refusal(plan, changes)}")
-    defaults = judge(spec, settings.engine).notes
+    defaults = engine_named(settings.engine).judge(spec).notes
     return replace(plan, notes=(*plan.notes, *defaults, *placement.notes))
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pascaline.digests import shown_sha256s
 from pascaline.doctor.verdicts import Checks, Remedy, Result, failure, info, ok, skipped, warning
-from pascaline.models.accept import judge
+from pascaline.engines import engine_named
 from pascaline.models.store import checksum_problem
 from pascaline.units import format_bytes
 
@@ -52,9 +52,10 @@ def _model_architecture(host: Host) -> Result:
     spec, settings = host.model.spec, host.settings
     if spec is None or settings is None:
         return skipped(_CANNOT)
-    if refusals := judge(spec, settings.engine).sentence:
+    engine = engine_named(settings.engine)
+    if refusals := engine.judge(spec).sentence:
         return failure(refusals)
-    return ok(f"{spec.architecture}; llama.cpp decides" if settings.engine == "llama.cpp" else spec.architecture)
+    return ok(f"{spec.architecture}; {engine.name} decides" if engine.decides_itself else spec.architecture)
 
 
 @check(

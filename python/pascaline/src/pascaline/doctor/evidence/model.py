@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pascaline.doctor.host import ModelFacts
 from pascaline.errors import PascalineError
 from pascaline.models import store
+from pascaline.models.cache import cache_folder
 from pascaline.models.chat_template import has_chat_template
 from pascaline.models.gguf import open_gguf
 from pascaline.models.reader import read_model
@@ -29,7 +30,7 @@ def collect_model(machine: Machine, settings: Settings | None) -> ModelFacts:
         tokenizer, template = _has_tokenizer(files[0]), has_chat_template(spec, files[0])
     except PascalineError as error:
         return ModelFacts(path=settings.model, error=str(error))
-    checksum, checksum_error = _checksum(settings, files, machine.path(store.cache_folder(settings)))
+    checksum, checksum_error = _checksum(settings, files, machine.path(cache_folder(settings)))
     file = Path(str(spec.files[0]))
     return ModelFacts(
         path=str(path),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pascaline.doctor.host import Instance, Mount, System
-from pascaline.models import store
+from pascaline.models.cache import cache_folder
 from pascaline.planning.placement import CPU_INFO, cpu_flags
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def collect_system(machine: Machine, instance: Instance) -> System:
         listening=_listening(machine),
         clock_synchronised=_clock_synchronised(machine),
         unix_time=machine.now,
-        cache=_mount(machine, store.cache_folder(instance.settings)) if instance.settings else None,
+        cache=_mount(machine, cache_folder(instance.settings)) if instance.settings else None,
         cuda_cache=_mount(machine, Path(folder)) if folder else None,
         cuda_cache_folder=folder,
         cuda_cache_writable=bool(folder) and _is_writable(machine.path(folder)),

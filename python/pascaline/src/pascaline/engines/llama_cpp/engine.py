@@ -8,6 +8,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from gguf_acceptance import Verdict
+
 from pascaline.engines.base import Engine, Launch, Progress, Task, text_of
 from pascaline.engines.causes import Cause, Explanation
 from pascaline.engines.client import json_object
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pascaline.engines.base import Ask
+    from pascaline.models.spec import ModelSpec
     from pascaline.settings import Settings
 
 DATA = read_data(Path(__file__).parent)
@@ -55,6 +58,7 @@ class LlamaCppEngine(Engine):
     data = DATA
     memory = LlamaCppMemory(DATA)
     drains_on_sigterm = False
+    decides_itself = True
     setting_flags: ClassVar[Mapping[str, str]] = {
         "-m": "model",
         "--model": "model",
@@ -136,6 +140,14 @@ class LlamaCppEngine(Engine):
         ]
         sentence = _kv_problem(settings.kv_cache.dtype)
         return [*unknown, *super().problems(settings), *([("kv_cache.dtype", sentence)] if sentence else [])]
+
+    def judge(self, spec: ModelSpec) -> Verdict:
+        """Refuse what it cannot read at all; it refuses itself what it cannot load."""
+        if spec.format != "gguf":
+            return Verdict(["llama.cpp serves GGUF files only; set engine to sglang, or convert the model"])
+        if not spec.tensors:
+            return Verdict(["it has no tensors: it holds a vocabulary or other settings, and no weights"])
+        return Verdict()
 
     def progress(self, metrics: str) -> Progress | None:
         """Read the progress; the counter of decode calls grows with every batch of prompt or answer tokens."""

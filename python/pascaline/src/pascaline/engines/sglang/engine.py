@@ -11,14 +11,18 @@ from pascaline.engines.causes import Cause, Diagnosis, Explanation, cuda_fault
 from pascaline.engines.client import json_object
 from pascaline.engines.data import read_data
 from pascaline.engines.exposition import MalformedPageError, Samples
-from pascaline.engines.sglang import activations
+from pascaline.engines.sglang import acceptance, activations
 from pascaline.engines.sglang.launch import HELD_BACK_TOKENS, launch
 from pascaline.engines.sglang.memory import SglangMemory
+from pascaline.engines.sglang.prepare import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from gguf_acceptance import Verdict
+
     from pascaline.engines.base import Ask, Launch, Task
+    from pascaline.models.spec import ModelSpec
     from pascaline.settings import Settings
 
 DATA = read_data(Path(__file__).parent)
@@ -140,6 +144,18 @@ class SglangEngine(Engine):
     def problems(self, settings: Settings) -> list[tuple[str, str]]:
         """Return the problems of the extra arguments, and of variables that a setting controls."""
         return [*super().problems(settings), *activations.problems(settings)]
+
+    def judge(self, spec: ModelSpec) -> Verdict:
+        """Check that SGLang will find every parameter, and that nothing in the file is ignored."""
+        return acceptance.judge(spec)
+
+    def knows(self, spec: ModelSpec) -> bool:
+        """Whether the plugin loads models of this architecture."""
+        return acceptance.knows(spec)
+
+    def prepare(self, settings: Settings, path: Path, digest: str) -> Path:
+        """Return the folder that SGLang starts from; if it is missing, the plugin makes it."""
+        return prepare(settings, path, digest)
 
     def diagnose(self, lines: Sequence[str]) -> Diagnosis | None:
         """Return the plugin's own error message if there is one, except when the output reports a lost GPU."""

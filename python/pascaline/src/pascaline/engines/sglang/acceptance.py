@@ -1,4 +1,4 @@
-"""Whether an engine serves a model, judged by its header alone; plan, serve, verify and doctor all ask this."""
+"""Whether SGLang with the plugin serves a model, judged by its header alone."""
 
 from __future__ import annotations
 
@@ -6,31 +6,30 @@ from typing import TYPE_CHECKING
 
 from gguf_acceptance import Header, Tensor, Verdict, accept
 
-from pascaline.models.architectures import SGLANG_GGUF, SGLANG_HUGGING_FACE
-from pascaline.models.folder_tensors import missing_tensors
+from pascaline.engines.sglang.folder_tensors import missing_tensors
+from pascaline.engines.sglang.weights import BITSANDBYTES
 from pascaline.models.gguf_header import shown
 from pascaline.models.safetensors import NAMED_TENSORS
+from pascaline.plugin import PLUGIN
 
 if TYPE_CHECKING:
     from pascaline.models.spec import ModelSpec, TensorSpec
 
+GGUF_ARCHITECTURES = tuple(sorted(PLUGIN.architectures))
+"""`general.architecture` of GGUF files that the plugin loads; Mistral files call themselves llama."""
+MODEL_TYPES = tuple(sorted(PLUGIN.model_types))
+"""`model_type` of config.json."""
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-SERVED_METHOD = "bitsandbytes"
+SERVED_METHOD = BITSANDBYTES
 """The only quantisation of a folder that the plugin supports."""
 
 
-def judge(spec: ModelSpec, engine: str) -> Verdict:
-    """Return why an engine refuses a model, and which defaults it assumes. Pure; never raises.
-
-    llama.cpp itself refuses what it cannot load, so this function refuses nothing for llama.cpp that it would serve.
-    """
-    if engine == "llama.cpp":
-        return _for_llama_cpp(spec)
-    supported = SGLANG_GGUF if spec.format == "gguf" else SGLANG_HUGGING_FACE
-    if spec.architecture not in supported:
+def judge(spec: ModelSpec) -> Verdict:
+    """Return why the model is refused, and which defaults are assumed. Pure; never raises."""
+    if not knows(spec):
         return Verdict(
             [
-                f"unsupported architecture {spec.architecture!r}, must be one of: {', '.join(supported)}; "
+                f"unsupported architecture {spec.architecture!r}, must be one of: {', '.join(_architectures(spec))}; "
                 "engine llama.cpp may know it"
             ]
         )
@@ -41,12 +40,13 @@ def judge(spec: ModelSpec, engine: str) -> Verdict:
     return _folder(spec)
 
 
-def _for_llama_cpp(spec: ModelSpec) -> Verdict:
-    if spec.format != "gguf":
-        return Verdict(["llama.cpp serves GGUF files only; set engine to sglang, or convert the model"])
-    if not spec.tensors:
-        return Verdict(["it has no tensors: it holds a vocabulary or other settings, and no weights"])
-    return Verdict()
+def knows(spec: ModelSpec) -> bool:
+    """Whether the plugin loads models of this architecture."""
+    return spec.architecture in _architectures(spec)
+
+
+def _architectures(spec: ModelSpec) -> tuple[str, ...]:
+    return GGUF_ARCHITECTURES if spec.format == "gguf" else MODEL_TYPES
 
 
 def _folder(spec: ModelSpec) -> Verdict:

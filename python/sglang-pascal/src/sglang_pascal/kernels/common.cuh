@@ -1,6 +1,6 @@
 // What every kernel file shares: fixed-width names, fp16 conversions, the four-way byte dot product, warp reductions.
 //
-// No CUDA header is included, so NVRTC needs none. Arithmetic whose bits are promised (README of the ops) is written with
+// No CUDA header is included, so NVRTC needs none. Arithmetic whose bits are promised (ops/matmul.py) is written with
 // the _rn intrinsics: ptxas may otherwise contract a multiply and an add on one target and not on another.
 // fp16 is a storage format only: Pascal's sm_61 adds and multiplies halves at 1/64 of the fp32 rate.
 #pragma once

@@ -1,0 +1,96 @@
+"""What pages and comments point at is there: links and their anchors, and the files that they name."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("benchmarks", "docs", "hosts", "modules", "python", "templates", "tests", ".github")
+LEFT_OUT = re.compile(r"(^|/)(\.venv|__pycache__|\.\w+_cache|prebuilt)(/|$)|^tests/doctor/hosts/")
+FILES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*ROOT.glob("*"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))]
+    if path.is_file() and not LEFT_OUT.search(path.relative_to(ROOT).as_posix())
+)
+TAILS = {name.split("/", n)[n] for name in FILES for n in range(name.count("/") + 1)}
+"""Every path, and what is left of it without its first folders."""
+PAGES = [name for name in FILES if name.endswith(".md") and not name.startswith("docs/results/")]
+SOURCES = [name for name in FILES if name.endswith((".py", ".cu", ".cuh", ".nix", ".sh"))]
+NAMED = re.compile(r"(?<![\w/.:-])(?:\.\.?/)*((?:[\w.-]+/)*[\w-]+\.(?:py|cuh?|nix|md|sh|toml))(?![\w/-])")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+ELSEWHERE: dict[str, str] = {
+    r"(mem_cache|models|configs|layers|parser|function_call|managers|entrypoints)/\w+\.py|environ\.py|_detector\.py": "SGLang",
+    r"modeling_llama\.py": "transformers",
+    r"(llama\.cpp/)?convert_hf_to_gguf\.py|mmvq\.cu|docs/gguf\.md|tools/server/README\.md": "llama.cpp and ggml",
+    r"constants\.py": "gguf-py",
+    r"docs/models\.md": "the repository that the sentence names",
+    r"FILE\.md": "a placeholder",
+}
+"""Files of others that comments and pages cite -> whose they are."""
+
+
+def slug(heading: str) -> str:
+    """A heading's anchor, as GitHub makes it."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading.strip().lower())
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+def anchors(page: str) -> set[str]:
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    own = set(re.findall(r'<a (?:id|name)="([^"]+)"', text))
+    return own | {slug(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+def test_links_of_pages_lead_somewhere() -> None:
+    wrong = []
+    for page in PAGES:
+        for target in LINK.findall((ROOT / page).read_text()):
+            path, _, anchor = target.partition("#")
+            place = (ROOT / page).parent / path if path else ROOT / page
+            if re.match(r"[a-z]+:", target):
+                continue
+            if not place.exists() or (
+                anchor and place.suffix == ".md" and anchor not in anchors(str(place.resolve().relative_to(ROOT)))
+            ):
+                wrong.append(f"{page} links to {target}")
+    assert wrong == []
+
+
+def comments(name: str) -> str:
+    """Comments and docstrings of a source file; a page is text as a whole."""
+    text = (ROOT / name).read_text()
+    if name.endswith(".py"):
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        found = [token.string for token in tokens if token.type == tokenize.COMMENT]
+        texts = (node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr))
+        found += [each.value for each in texts if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+        return "\n".join(found)
+    if name.endswith(".md"):
+        return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return "\n".join(re.findall(r"(?:#|//) .*", text))
+
+
+@pytest.fixture(scope="module")
+def lost() -> list[tuple[str, str]]:
+    """(file, what it names) for what is neither a path of the repository, nor the end of one, nor beside the file."""
+    return [
+        (name, named)
+        for name in (*PAGES, *SOURCES)
+        for named in NAMED.findall(comments(name))
+        if named not in TAILS and not ((ROOT / name).parent / named).exists()
+    ]
+
+
+def test_files_that_are_named_exist(lost: list[tuple[str, str]]) -> None:
+    assert [each for each in lost if not any(re.fullmatch(pattern, each[1]) for pattern in ELSEWHERE)] == []
+
+
+def test_every_exception_is_needed(lost: list[tuple[str, str]]) -> None:
+    assert [pattern for pattern in ELSEWHERE if not any(re.fullmatch(pattern, named) for _, named in lost)] == []

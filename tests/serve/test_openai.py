@@ -35,6 +35,18 @@ WEATHER = {
         },
     },
 }
+OTHER_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_time",
+        "parameters": {
+            "type": "object",
+            "properties": {"zone": {"type": "string", "maxLength": 6}},
+            "required": ["zone"],
+            "additionalProperties": False,
+        },
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +135,50 @@ class TestWorks:
         assert client.models.retrieve(MODEL).id == MODEL
 
 
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+CALLS = pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+
+
+class TestToolCalls:
+    """The built-in model's template has no tools: a call that is demanded obeys the tool's schema all the same."""
+
+    @CALLS
+    def test_a_call(self, client: openai.OpenAI, choice: Any) -> None:
+        answer = chat(client, tools=[WEATHER, OTHER_TOOL], tool_choice=choice, max_tokens=60).choices[0]
+        [call] = answer.message.tool_calls
+        assert (answer.finish_reason, answer.message.content or "") == ("tool_calls", "")
+        assert call.type == "function"
+        assert call.id
+        arguments = json.loads(call.function.arguments)
+        if choice is NAMED:
+            assert call.function.name == "get_weather"
+        assert set(arguments) == {"city" if call.function.name == "get_weather" else "zone"}
+
+    @CALLS
+    def test_a_streamed_call(self, client: openai.OpenAI, choice: Any) -> None:
+        whole = chat(client, tools=[WEATHER], tool_choice=choice, max_tokens=60).choices[0].message.tool_calls[0]
+        chunks = list(chat(client, tools=[WEATHER], tool_choice=choice, max_tokens=60, stream=True))
+        deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+        pieces = [call for delta in deltas for call in delta.tool_calls or ()]
+        assert [piece.function.name for piece in pieces if piece.function.name] == ["get_weather"]
+        assert {piece.index for piece in pieces} == {0}
+        assert "".join(delta.content or "" for delta in deltas) == ""
+        arguments = "".join(piece.function.arguments or "" for piece in pieces)
+        assert json.loads(arguments) == json.loads(whole.function.arguments)
+        assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "tool_calls"
+
+    def test_no_call_if_none_is_wanted(self, client: openai.OpenAI) -> None:
+        answer = chat(client, tools=[WEATHER], tool_choice="none").choices[0]
+        assert (answer.message.content, answer.message.tool_calls) == (ANSWER, None)
+
+    def test_the_agent_says_that_there_is_no_parser(self, instance: Instance) -> None:
+        nothing = {"tool_call_parser": None, "reasoning_parser": None}
+        headers = {"Authorization": f"Bearer {KEY}"}
+        assert instance.agent("/health", headers=headers).json["parsers"] == nothing
+        assert instance.agent("/plan", headers=headers).json["parsers"] == nothing
+        assert "plan: no parser of tool calls, no parser of reasoning" in instance.text
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         "ask",
@@ -168,7 +224,7 @@ class TestErrors:
             ({"messages": [{"role": "user", "content": "word " * 3000}]}, "1024"),
             ({"max_tokens": "many"}, "max_tokens"),
             ({"tools": [WEATHER]}, "set tool_call_parser"),
-            ({"tools": [WEATHER], "tool_choice": "required"}, "set tool_call_parser"),
+            ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "'f' not found"),
         ],
     )
     def test_a_bad_request_names_what_is_wrong(self, client: openai.OpenAI, options: dict[str, Any], part: str) -> None:

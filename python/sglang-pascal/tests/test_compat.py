@@ -47,6 +47,7 @@ def test_rows_of_a_device_and_a_stage():
         "no file left in /dev/shm",
         "refusal while draining",
         "OpenAI's errors",
+        "pieces of tool calls",
         "status of refused streams",
         "int8 KV cache, choice",
     ]

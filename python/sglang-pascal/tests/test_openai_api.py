@@ -186,7 +186,9 @@ def test_another_model_is_refused_with_404():
     ("tools", "choice", "parser", "refused"),
     [
         ([{}], "auto", None, True),
-        ([{}], "required", None, True),
+        ([{}], None, None, True),
+        ([{}], "required", None, False),
+        ([{}], object(), None, False),
         ([{}], "none", None, False),
         ([], "auto", None, False),
         (None, "auto", None, False),
@@ -200,6 +202,31 @@ def test_tools_that_nothing_reads_calls_of_are_refused(tools, choice, parser, re
     answer = check(request, serving)
     assert (getattr(answer, "status_code", None) == 400) == refused
     assert not refused or "set tool_call_parser" in json.loads(answer.body)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "parser", "reads"),
+    [
+        ([{}], "required", None, True),
+        ([{}], object(), None, True),
+        ([{}], "auto", None, False),
+        ([{}], "none", None, False),
+        (None, "required", None, False),
+        ([{}], "required", "qwen25", False),
+    ],
+)
+def test_a_demanded_call_is_read_without_a_parser(tools, choice, parser, reads):
+    """With one, SGLang's own answer counts."""
+    serving = Serving()
+    serving.tool_call_parser = parser
+    request = Request(model="emily", tools=tools, tool_choice=choice)
+    assert openai_api.reads_tool_calls(lambda *_: False, serving, request) is reads
+    assert openai_api.reads_tool_calls(lambda *_: True, serving, request) is True
+
+
+def test_a_demanded_call_without_a_parser_is_one_call():
+    request = check(Request(model="emily", tools=[{}], tool_choice="required", parallel_tool_calls=True))
+    assert request.parallel_tool_calls is False
 
 
 def test_top_p_of_zero_takes_the_likeliest_token():

@@ -126,13 +126,13 @@ class Settings(BaseModel):
         "auto",
         min_length=1,
         description="How SGLang reads tool calls from an answer: one of its --tool-call-parser names; auto: chosen by "
-        "the model's chat template; none: calls stay text",
+        "the model's family and chat template; none: calls stay text, except those that a request demands",
     )
     reasoning_parser: str = Field(
         "auto",
         min_length=1,
         description="How SGLang separates reasoning from an answer: one of its --reasoning-parser names; auto: chosen "
-        "by the model's chat template; none: reasoning stays in the answer",
+        "by the model's family and chat template; none: reasoning stays in the answer",
     )
     chunked_prefill_tokens: int = Field(
         512,

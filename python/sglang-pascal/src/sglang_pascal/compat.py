@@ -338,6 +338,7 @@ _RUN_SERVER: Final = "sglang.srt.entrypoints.http_server._setup_and_run_http_ser
 
 
 _HANDLE_REQUEST: Final = "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.handle_request"
+_READS_TOOL_CALLS: Final = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._tool_call_parsing_active"
 
 
 @functools.cache
@@ -351,9 +352,21 @@ def _wrap_server() -> None:
 
 
 def _check_requests() -> None:
-    from sglang_pascal.openai_api import check_request
+    from sglang_pascal.openai_api import check_request, reads_tool_calls
 
     _hook(_HANDLE_REQUEST, check_request, "AROUND")
+    _hook(_READS_TOOL_CALLS, reads_tool_calls, "AROUND")
+
+
+_TOOL_STREAM: Final = "sglang.srt.function_call.function_call_parser.FunctionCallParser.parse_stream_chunk"
+_TOOL_STREAM_END: Final = "sglang.srt.function_call.function_call_parser.FunctionCallParser.parse_stream_end"
+
+
+def _divide_tool_streams() -> None:
+    from sglang_pascal.tool_streams import parse_end, parse_piece
+
+    _hook(_TOOL_STREAM, parse_piece, "AROUND")
+    _hook(_TOOL_STREAM_END, parse_end, "AROUND")
 
 
 def _is_server() -> bool:
@@ -579,13 +592,25 @@ SHIMS: Final = (
     ),
     Shim(
         name="OpenAI's errors",
-        what=f"the same wrapper gives errors OpenAI's shape; {_HANDLE_REQUEST} checks model and top_p first",
-        why="clients of OpenAI read `error.message`; SGLang has other shapes, and answers for any name of a model",
+        what=f"the same wrapper gives errors OpenAI's shape; {_HANDLE_REQUEST} checks model, top_p and tools first; "
+        f"{_READS_TOOL_CALLS} reads demanded calls without a parser",
+        why="clients of OpenAI read `error.message`; SGLang has other shapes, answers for any name of a model, and "
+        "returns a call as text if no parser is set",
         devices=("cpu", "cuda"),
         stage="register",
         is_needed=_is_server,
         apply=_check_requests,
-        is_applied=lambda: _is_hooked(_RUN_SERVER, _HANDLE_REQUEST),
+        is_applied=lambda: _is_hooked(_RUN_SERVER, _HANDLE_REQUEST, _READS_TOOL_CALLS),
+    ),
+    Shim(
+        name="pieces of tool calls",
+        what=f"{_TOOL_STREAM} gets pieces that its parsers read completely",
+        why="a busy server sends several tokens in one piece, of which most parsers lose a part of a call",
+        devices=("cpu", "cuda"),
+        stage="register",
+        is_needed=_is_server,
+        apply=_divide_tool_streams,
+        is_applied=lambda: _is_hooked(_TOOL_STREAM, _TOOL_STREAM_END),
     ),
     Shim(
         name="status of refused streams",

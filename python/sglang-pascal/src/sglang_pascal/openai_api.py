@@ -4,7 +4,8 @@
   It contains no path of the server.
 - A model that is not served is refused with 404, as `GET /v1/models/NAME` does; $SGLANG_PASCAL_ANY_MODEL=1 accepts any.
 - `top_p` 0 is greedy, as at OpenAI, and not an error.
-- Tools are refused if nothing would read the calls: SGLang takes them, and returns a call as text.
+- Without a parser of tool calls, SGLang returns a call as text. Here a call that the request demands (`tool_choice`
+  `required` or a named tool) is generated under a schema and returned as a call; other tools are refused.
 
 docs/api.md lists each feature; its tests drive a server with the `openai` package.
 """
@@ -37,7 +38,8 @@ TYPES: Final = {401: "authentication_error", 403: "permission_error", 404: "not_
 """OpenAI's types of errors by status; other 4xx are invalid_request_error, 5xx server_error."""
 NO_TOOLS: Final = (
     "tools: no parser of tool calls is set, and the model's chat template has no form of them that is known; "
-    "set tool_call_parser (SGLang's --tool-call-parser), or leave the tools out"
+    "set tool_choice to \"required\" or to a tool's name, set tool_call_parser (SGLang's --tool-call-parser), or leave "
+    "the tools out"
 )
 _PATH: Final = re.compile(r"(?<![\w/:.])/(?:[\w.@+-]+/)+[\w.@+-]+")
 
@@ -160,18 +162,32 @@ async def check_request(original: Callable[..., Any], serving: Any, request: Any
             "code": "model_not_found",
         }
         return JSONResponse({"error": error}, status_code=404)
-    if _wants_unseen_tools(serving, request):
-        return JSONResponse({"error": {"message": NO_TOOLS, "param": "tools"}}, status_code=400)
+    if _lacks_parser(serving, request):
+        if not _demands_call(request):
+            return JSONResponse({"error": {"message": NO_TOOLS, "param": "tools"}}, status_code=400)
+        # Nothing but the schema stops a model that was not trained for calls.
+        request.parallel_tool_calls = False
     if getattr(request, "top_p", None) == 0:
         request.top_p, request.top_k = 1.0, 1
     return await original(serving, request, raw_request)
 
 
-def _wants_unseen_tools(serving: Any, request: Any) -> bool:
+def _lacks_parser(serving: Any, request: Any) -> bool:
     """Whether a chat has tools that nothing would read calls of: they would arrive as text, and look like an answer."""
     if not getattr(request, "tools", None) or getattr(request, "tool_choice", None) == "none":
         return False
     return getattr(serving, "tool_call_parser", None) is None
+
+
+def _demands_call(request: Any) -> bool:
+    """Whether the answer must be a call, so that SGLang constrains it to a JSON array of calls."""
+    choice = getattr(request, "tool_choice", None)
+    return choice == "required" or not isinstance(choice, str | None)
+
+
+def reads_tool_calls(original: Callable[..., bool], serving: Any, request: Any) -> bool:
+    """Wrap `OpenAIServingChat._tool_call_parsing_active`: a call that is demanded is read without a parser too."""
+    return original(serving, request) or (_lacks_parser(serving, request) and _demands_call(request))
 
 
 def is_served(name: str | None, served: str) -> bool:

@@ -13,6 +13,7 @@ from pascaline.cli.options import add_settings_arguments, add_token_argument, lo
 from pascaline.engines import engine_named
 from pascaline.errors import ConfigurationError, ExitCode, MissingError, ModelError, StorageError
 from pascaline.models import store
+from pascaline.models.chat_template import chat_templates
 from pascaline.models.reader import read_model
 from pascaline.planning import make_plan, nearest_fits, other_engine_fits, refusal, table
 from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 
     from pascaline.cards import Card
     from pascaline.configuration import Configuration
+    from pascaline.engines.base import Parsers
     from pascaline.models.spec import ModelSpec
     from pascaline.planning import Plan, PlanRequest
+    from pascaline.settings import Settings
 
 DESCRIPTION = f"""Plan a model's memory on a card: each part, a verdict, the engine's flags and the speed to expect.
 
@@ -158,12 +161,14 @@ def _plan(
     if not plan.fits:
         changes = nearest_fits(spec, card, request)
         changes += other_engine_fits(configuration.settings, spec, card, request)
-    plan = replace(plan, refusals=tuple(verdict.refusals), notes=(*plan.notes, *verdict.notes))
+    parsers = _parsers(configuration.settings, spec)
+    notes = (*plan.notes, *verdict.notes, *([parsers.sentence] if parsers else []))
+    plan = replace(plan, refusals=tuple(verdict.refusals), notes=notes)
     for picture in arguments.picture:
         draw(plan, picture)
     if arguments.json:
         nearest = {} if not plan.reasons else {"nearest": [change.to_json() for change in changes]}
-        print(json.dumps(plan.to_json() | nearest, indent=2))
+        print(json.dumps(plan.to_json() | nearest | {"parsers": parsers._asdict() if parsers else None}, indent=2))
         return _code([plan])
     print(refusal(plan, changes) if plan.reasons else table(plan))
     if plan.fits:
@@ -171,6 +176,14 @@ def _plan(
     if arguments.explain:
         print(f"\n{explanation(plan)}")
     return _code([plan])
+
+
+def _parsers(settings: Settings, spec: ModelSpec) -> Parsers | None:
+    """Return the parsers that `serve` would choose; None for an address, whose chat template is not read."""
+    path = spec.files[0] if spec.files else None
+    if not isinstance(path, Path):
+        return None
+    return engine_named(settings.engine).parsers(settings, chat_templates(spec, path), spec.architecture)
 
 
 def _sweep(arguments: argparse.Namespace, spec: ModelSpec, card: Card, request: PlanRequest) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pascaline.engines.causes import Cause, Diagnosis, Explanation, cuda_fault
 from pascaline.engines.exposition import MalformedPageError, Samples
@@ -119,6 +119,20 @@ class WorkLimits:
     """Generated tokens that are not sent yet."""
 
 
+class Parsers(NamedTuple):
+    """What reads tool calls and reasoning in answers; None: calls stay text, or reasoning stays in the answer."""
+
+    tool_call_parser: str | None
+    reasoning_parser: str | None
+
+    @property
+    def sentence(self) -> str:
+        """What is chosen, for the log and the plan."""
+        calls = f"tool calls are read by {self.tool_call_parser}" if self.tool_call_parser else "no parser of tool calls"
+        thoughts = f"reasoning by {self.reasoning_parser}" if self.reasoning_parser else "no parser of reasoning"
+        return f"{calls}, {thoughts}"
+
+
 class Engine(ABC):
     """One kind of engine. Instances hold no state."""
 
@@ -163,6 +177,14 @@ class Engine(ABC):
         seconds, and raises ModelError, MissingError and StorageError.
         """
         del settings, path, digest
+        return None
+
+    def parsers(self, settings: Settings, templates: str, architecture: str) -> Parsers | None:
+        """Return its parsers for a model; None if it has its own way to read answers.
+
+        templates: the text of the model's chat templates, empty if it has none. architecture: as in ModelSpec.
+        """
+        del settings, templates, architecture
         return None
 
     @abstractmethod

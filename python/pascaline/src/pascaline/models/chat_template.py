@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from pascaline.models.gguf import open_gguf
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -20,10 +22,13 @@ def has_chat_template(spec: ModelSpec, path: Path) -> bool:
 
 
 def chat_templates(spec: ModelSpec, path: Path) -> str:
-    """Return the text of all templates of a model, one after the other; empty if it has none."""
+    """Return the text of all templates of a model, one after the other; empty if it has none.
+
+    path: the file (the first part of a split model), or the folder. Raises ModelError if a file cannot be read any more.
+    """
     if spec.format == "gguf":
-        found = [value for key, value in spec.metadata.items() if key == KEY or key.startswith(f"{KEY}.")]
-        return "\n".join(str(value) for value in found if value)
+        keys = [key for key in spec.metadata if key == KEY or key.startswith(f"{KEY}.")]
+        return "\n".join(filter(None, _gguf_texts(path, keys))) if keys else ""
     folder = path if path.is_dir() else path.parent
     texts = [_text(folder / name) for name in _FILES]
     try:
@@ -33,6 +38,12 @@ def chat_templates(spec: ModelSpec, path: Path) -> str:
     if isinstance(config, dict):
         texts += _texts(config.get("chat_template"))
     return "\n".join(filter(None, texts))
+
+
+def _gguf_texts(path: Path, keys: list[str]) -> list[str]:
+    """Read from the file: the spec keeps only short texts, and the template of a model with tools is a long one."""
+    with open_gguf(path) as header:
+        return [value for key in keys if isinstance(value := header.metadata.value(key), str)]
 
 
 def _text(path: Path) -> str:

@@ -35,6 +35,13 @@ class ModelReport(BaseModel):
     sha256: str | list[str] | None = Field(description="Checksum of a GGUF file; a list with one per part if split")
 
 
+class ParsersReport(BaseModel):
+    """SGLang's parsers of this instance."""
+
+    tool_call_parser: str | None = Field(description="Null: calls stay text")
+    reasoning_parser: str | None = Field(description="Null: reasoning stays in the answer")
+
+
 class ProbeReport(BaseModel):
     """The last test generation."""
 
@@ -56,6 +63,7 @@ class HealthReport(BaseModel):
     queued_requests: int | None = Field(description="Requests that wait in the engine; null if it reports none")
     restarts: int = Field(description="Restarts of the engine since the instance was started")
     model: ModelReport | None = Field(description="Null until the model is resolved")
+    parsers: ParsersReport | None = Field(description="Null until the model is resolved, and with llama.cpp")
     versions: dict[str, str] = Field(description="Version of pascaline, and of the engine once it is ready")
     last_probe: ProbeReport | None
 
@@ -151,6 +159,7 @@ def report(supervisor: Supervisor) -> HealthReport:
         )
         if model
         else None,
+        parsers=ParsersReport(**supervisor.parsers._asdict()) if supervisor.parsers else None,
         versions=supervisor.versions,
         last_probe=ProbeReport(at=probe.at, ok=probe.ok, seconds=probe.seconds, reason=probe.reason) if probe else None,
     )

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from pascaline.configuration import Configuration
     from pascaline.engines import Progress
+    from pascaline.engines.base import Parsers
     from pascaline.models.spec import ModelSpec
     from pascaline.models.store import ResolvedModel
     from pascaline.planning import Plan
@@ -133,6 +134,8 @@ class Supervisor:
         self.restarts = 0
         self.requests: Progress | None = None
         """The engine's last report on its requests; None if its last answer had none."""
+        self.parsers: Parsers | None = None
+        """The parsers of tool calls and reasoning; None until the model is resolved, and with llama.cpp."""
         self.versions = {"pascaline": __version__}
         """Version of pascaline, and of the engine once it is ready."""
         self._configuration = configuration
@@ -246,6 +249,7 @@ class Supervisor:
         templates = chat_templates(spec, path)
         if not templates:
             self._console.line("WARNING", "pascaline", NO_CHAT_TEMPLATE)
+        self._choose_parsers(templates, spec)
         self.model = store.ResolvedModel(
             "gguf" if digests else "huggingface", path, spec, name, digests, prepared, bool(templates), templates
         )
@@ -268,6 +272,12 @@ class Supervisor:
         self.plan = plan.to_json() | {"placement": self._placement.to_json(), "allocated": None}
         self.metrics.set_plan(plan)
         return plan
+
+    def _choose_parsers(self, templates: str, spec: ModelSpec) -> None:
+        self.parsers = self._engine.parsers(self.settings, templates, spec.architecture)
+        if self.parsers is not None and self.plan is not None:
+            self._console.line("INFO", "pascaline", f"plan: {self.parsers.sentence}")
+            self.plan["parsers"] = self.parsers._asdict()
 
     def _record_stage(self, name: str, seconds: float) -> None:
         self.metrics.stage_seconds.labels(name).set(seconds)

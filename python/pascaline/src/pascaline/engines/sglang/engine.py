@@ -14,6 +14,7 @@ from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.engines.sglang import acceptance, activations
 from pascaline.engines.sglang.launch import HELD_BACK_TOKENS, launch
 from pascaline.engines.sglang.memory import SglangMemory
+from pascaline.engines.sglang.parsers import choose_parsers, parser_problems
 from pascaline.engines.sglang.prepare import prepare
 
 if TYPE_CHECKING:
@@ -142,8 +143,8 @@ class SglangEngine(Engine):
         return launch(task)
 
     def problems(self, settings: Settings) -> list[tuple[str, str]]:
-        """Return the problems of the extra arguments, and of variables that a setting controls."""
-        return [*super().problems(settings), *activations.problems(settings)]
+        """Return the problems of the extra arguments, of variables that a setting controls, and of unknown parsers."""
+        return [*super().problems(settings), *activations.problems(settings), *parser_problems(settings)]
 
     def judge(self, spec: ModelSpec) -> Verdict:
         """Check that SGLang will find every parameter, and that nothing in the file is ignored."""
@@ -152,6 +153,10 @@ class SglangEngine(Engine):
     def knows(self, spec: ModelSpec) -> bool:
         """Whether the plugin loads models of this architecture."""
         return acceptance.knows(spec)
+
+    def parsers(self, settings: Settings, templates: str, architecture: str) -> Parsers:
+        """Return the configured parsers, or those that fit the model's family and template."""
+        return choose_parsers(settings, templates, architecture)
 
     def prepare(self, settings: Settings, path: Path, digest: str) -> Path:
         """Return the folder that SGLang starts from; if it is missing, the plugin makes it."""

@@ -77,7 +77,7 @@ def _feature_arguments(task: Task) -> list[str]:
         arguments.append("--disable-radix-cache")
     if settings.attention_backend is not None:
         arguments += ["--attention-backend", settings.attention_backend]
-    arguments += parser_arguments(settings, task.model.chat_templates)
+    arguments += parser_arguments(settings, task.model.chat_templates, task.model.spec.architecture)
     if settings.debug:
         arguments += ["--log-level", "debug"]
     elif "--log-level-http" not in settings.extra_args:

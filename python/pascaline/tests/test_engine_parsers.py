@@ -1,23 +1,19 @@
 """Which parser of SGLang fits a model: by recorded pieces of templates and its family; every name is SGLang's."""
 
+# ruff: noqa: RUF001 - tokens of models
 from __future__ import annotations
-
-import ast
-import importlib.util
-from pathlib import Path
 
 import pytest
 from pascaline.engines import ENGINES
 from pascaline.engines.sglang.parsers import (
     REASONING,
     REASONING_BY_HAND,
-    REASONING_PARSERS,
-    TOOL_CALL_PARSERS,
     TOOL_CALLS,
     TOOL_CALLS_BY_HAND,
     choose_parsers,
     parser_arguments,
 )
+from pascaline.plugin import PLUGIN
 from pascaline.settings import Settings
 
 HERMES = '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
@@ -103,8 +99,10 @@ def test_family_and_template_choose_the_parsers(name: str) -> None:
 
 
 def test_every_parser_is_chosen_for_some_model_or_says_why_not() -> None:
-    assert {tools for _, _, tools, _ in MODELS.values()} - {None} | TOOL_CALLS_BY_HAND.keys() == set(TOOL_CALL_PARSERS)
-    assert {each for *_, each in MODELS.values()} - {None} | REASONING_BY_HAND.keys() == set(REASONING_PARSERS)
+    assert {tools for _, _, tools, _ in MODELS.values()} - {None} | TOOL_CALLS_BY_HAND.keys() == set(
+        PLUGIN.tool_call_parsers
+    )
+    assert {each for *_, each in MODELS.values()} - {None} | REASONING_BY_HAND.keys() == set(PLUGIN.reasoning_parsers)
     assert {rule.parser for rule in TOOL_CALLS}.isdisjoint(TOOL_CALLS_BY_HAND)
     assert {rule.parser for rule in REASONING}.isdisjoint(REASONING_BY_HAND)
 
@@ -131,21 +129,5 @@ def test_the_choice_is_said_in_a_sentence() -> None:
 def test_an_unknown_parser_is_refused_with_the_list(key: str) -> None:
     [(where, sentence)] = ENGINES["sglang"].problems(Settings.model_validate({key: "qwen9"}))
     assert where == key
-    assert sentence.startswith("unknown parser 'qwen9', must be one of: auto, none, apertus2509, ")
-    assert sentence.endswith("trinity" if key == "tool_call_parser" else "step3p5")
-
-
-def test_the_lists_are_sglangs() -> None:
-    """By its source: importing the parsers imports half of SGLang."""
-    found = importlib.util.find_spec("sglang")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("SGLang is not installed (./dev sync)")
-    folder = Path(next(iter(found.submodule_search_locations))) / "srt"
-
-    def names(file: str) -> list[str]:
-        assignment = ast.parse((folder / file).read_text()).body[-1]
-        assert isinstance(assignment, ast.Assign)
-        return sorted(ast.literal_eval(assignment.value))
-
-    assert names("function_call/parser_names.py") == sorted(TOOL_CALL_PARSERS)
-    assert names("parser/reasoning_parser_names.py") == sorted(REASONING_PARSERS)
+    names = PLUGIN.tool_call_parsers if key == "tool_call_parser" else PLUGIN.reasoning_parsers
+    assert sentence == f"unknown parser 'qwen9', must be one of: auto, none, {', '.join(names)}"

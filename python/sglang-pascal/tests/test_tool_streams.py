@@ -1,5 +1,6 @@
 """Recorded answers with tool calls and reasoning, read by SGLang's parsers through the plugin, cut at every position."""
 
+# ruff: noqa: RUF001 - tokens of models
 from __future__ import annotations
 
 import functools
@@ -17,7 +18,9 @@ from sglang_pascal import tool_streams
 pytestmark = pytest.mark.slow("imports SGLang's server")
 
 TOOLS = [
-    Tool.model_validate({"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}})
+    Tool.model_validate(
+        {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+    )
     for name, properties in (
         ("get_weather", {"city": {"type": "string"}, "days": {"type": "integer"}}),
         ("get_time", {"zone": {"type": "string"}}),
@@ -28,7 +31,9 @@ TWO_CALLS = [*CALLS, ("get_time", {"zone": "CET"})]
 JSON_CALL = '{"name": "get_weather", "arguments": {"city": "Rome", "days": 3}}'
 JSON_CALL_2 = '{"name": "get_time", "arguments": {"zone": "CET"}}'
 XML = "<parameter={}>\n{}\n</parameter>\n"
-CODER = f"<tool_call>\n<function=get_weather>\n{XML.format('city', 'Rome')}{XML.format('days', 3)}</function>\n</tool_call>"
+CODER = (
+    f"<tool_call>\n<function=get_weather>\n{XML.format('city', 'Rome')}{XML.format('days', 3)}</function>\n</tool_call>"
+)
 ARGS = "<arg_key>city</arg_key>{0}<arg_value>Rome</arg_value>{0}<arg_key>days</arg_key>{0}<arg_value>3</arg_value>{0}"
 INVOKE = '<invoke name="get_weather">\n<parameter name="city">Rome</parameter>\n<parameter name="days">3</parameter>\n</invoke>\n'
 
@@ -36,7 +41,7 @@ INVOKE = '<invoke name="get_weather">\n<parameter name="city">Rome</parameter>\n
 def marked(mark: str, space: str, kind: str) -> str:
     """A call in the form that DeepSeek's and GigaChat's models share."""
     name = f"{mark}{space}"
-    string = f' string="{{}}"'
+    string = ' string="{}"'
     return (
         f'<{mark}{kind}>\n<{name}invoke name="get_weather">\n'
         f'<{name}parameter name="city"{string.format("true")}>Rome</{name}parameter>\n'
@@ -45,8 +50,8 @@ def marked(mark: str, space: str, kind: str) -> str:
     )
 
 
-DEEPSEEK = "Let me look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"  # noqa: RUF001
-DSML, GCML = "｜DSML｜", "｜GCML｜"  # noqa: RUF001
+DEEPSEEK = "Let me look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+DSML, GCML = "｜DSML｜", "｜GCML｜"
 MINIMAX = "]<]minimax[>["
 RECORDED = {
     "hermes": f"Let me look.\n<tool_call>\n{JSON_CALL}\n</tool_call>",
@@ -72,21 +77,31 @@ RECORDED = {
     "kimi_k3": '<|open|>tools<|sep|><|open|>call tool="get_weather" index="1"<|sep|><|open|>argument key="city" '
     'type="string"<|sep|>Rome<|close|>argument<|sep|><|open|>argument key="days" type="number"<|sep|>3<|close|>argument'
     "<|sep|><|close|>call<|sep|><|close|>tools<|sep|>",
-    "deepseekv3": DEEPSEEK.format('function<｜tool▁sep｜>get_weather\n```json\n{"city": "Rome", "days": 3}\n```'),  # noqa: RUF001
-    "deepseekv31": DEEPSEEK.format('get_weather<｜tool▁sep｜>{"city": "Rome", "days": 3}'),  # noqa: RUF001
+    "deepseekv3": DEEPSEEK.format('function<｜tool▁sep｜>get_weather\n```json\n{"city": "Rome", "days": 3}\n```'),
+    "deepseekv31": DEEPSEEK.format('get_weather<｜tool▁sep｜>{"city": "Rome", "days": 3}'),
     "deepseekv32": f"Let me look.\n\n{marked(DSML, '', 'function_calls')}",
     "deepseekv4": f"Let me look.\n\n{marked(DSML, '', 'tool_calls')}",
     "deepseekv41": f"Let me look.\n\n{marked(DSML, ' ', ' calls')}",
     "gigachat35": f"Let me look.{marked(GCML, '', 'tool_calls')}",
     "minimax-m2": f"Let me look.\n<minimax:tool_call>\n{INVOKE}</minimax:tool_call>",
-    "minimax-m3": MINIMAX + MINIMAX.join(
-        ("<tool_call>", '<invoke name="get_weather">', "<city>Rome", "</city>", "<days>3", "</days>", "</invoke>", "</tool_call>")
+    "minimax-m3": MINIMAX
+    + MINIMAX.join(
+        (
+            "<tool_call>",
+            '<invoke name="get_weather">',
+            "<city>Rome",
+            "</city>",
+            "<days>3",
+            "</days>",
+            "</invoke>",
+            "</tool_call>",
+        )
     ),
     "dots": f"Let me look.\n<dots_function_call>\n{INVOKE}</dots_function_call>",
     "minicpm5": 'Let me look.<function name="get_weather"><param name="city">Rome</param><param name="days">3</param></function>',
-    "step3": "<｜tool_calls_begin｜><｜tool_call_begin｜>function<｜tool_sep｜>"  # noqa: RUF001
+    "step3": "<｜tool_calls_begin｜><｜tool_call_begin｜>function<｜tool_sep｜>"
     + INVOKE.replace("<", "<steptml:").replace("<steptml:/", "</steptml:").replace("\n", "")
-    + "<｜tool_call_end｜><｜tool_calls_end｜>",  # noqa: RUF001
+    + "<｜tool_call_end｜><｜tool_calls_end｜>",
     "cohere_command4": '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "get_weather", "parameters": '
     '{"city": "Rome", "days": 3}}]<|END_ACTION|>',
     "interns1": 'Let me look.<|action_start|> <|plugin|>\n{"name": "get_weather", "parameters": '
@@ -103,6 +118,10 @@ RECORDED = {
 NOT_RECORDED = {
     "beam": "its calls are whole messages in a form of its own, and no model of the family runs on Pascal",
     "gigachat3": "SGLang leaves its mark in the text of every stream, and no model of the family runs on Pascal",
+    "glm": "another name of glm45",
+    "nanbeige": "another name of qwen3_coder",
+    "qwen": "another name of qwen25",
+    "response_template": "reads what a folder's response_template describes",
     "gpt-oss": "its marks are single tokens, which a piece never divides, and no mark of the parser is complete without one",
 }
 WITH_TEXT = "Let me look."
@@ -144,9 +163,7 @@ def expected(name):
 
 
 def test_every_parser_is_recorded_or_says_why_not():
-    from pascaline.engines.sglang.parsers import TOOL_CALL_PARSERS, TOOL_CALLS_BY_HAND
-
-    assert RECORDED.keys() | NOT_RECORDED | TOOL_CALLS_BY_HAND.keys() == set(TOOL_CALL_PARSERS)
+    assert RECORDED.keys() | NOT_RECORDED.keys() == set(FunctionCallParser.ToolCallParserEnum)
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -233,9 +250,13 @@ THOUGHTS = {
     "step3p5": "I think.</think>Paris.",
     "beam": "<|channel|>analysis<|message|>I think.<|end|><|start|>assistant<|channel|>final<|message|>Paris.<|end|>",
 }
-MARKS_ARE_TOKENS = {
+THOUGHTS_NOT_RECORDED = {
     "gpt-oss": "its parser expects each mark in one piece, and each is one token",
     "cohere_command4": "the same",
+    "minimax-append-think": "it leaves the reasoning in the answer",
+    "nanbeige": "another name of qwen3",
+    "qwen3-thinking": "qwen3 for a model that always thinks",
+    "response_template": "reads what a folder's response_template describes",
 }
 
 
@@ -246,9 +267,7 @@ def thoughts(name, pieces):
 
 
 def test_every_parser_of_reasoning_is_recorded_or_says_why_not():
-    from pascaline.engines.sglang.parsers import REASONING_BY_HAND, REASONING_PARSERS
-
-    assert THOUGHTS.keys() | MARKS_ARE_TOKENS | REASONING_BY_HAND.keys() == set(REASONING_PARSERS)
+    assert THOUGHTS.keys() | THOUGHTS_NOT_RECORDED.keys() == set(ReasoningParser.DetectorMap)
 
 
 @pytest.mark.parametrize("name", THOUGHTS)

@@ -6,6 +6,7 @@ opens a call at a piece's end. So here each piece is divided at the parser's mar
 next piece, and the parser is asked for more steps until it has nothing left to say.
 """
 
+# ruff: noqa: RUF001 - tokens of models
 from __future__ import annotations
 
 import functools
@@ -24,10 +25,10 @@ MAX_STEPS: Final = 10_000
 """Most steps after one piece: more than any parser takes."""
 MIN_MARK: Final = 3
 """Characters of the shortest text that counts as a mark."""
-# SGLang 0.5.23's classes that have marks inside regular expressions only.
+# SGLang's classes that have marks inside regular expressions only.
 _FURTHER_MARKS: Final[dict[str, tuple[str, ...]]] = {
-    "DeepSeekV3Detector": ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"),  # noqa: RUF001
-    "DeepSeekV31Detector": ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"),  # noqa: RUF001
+    "DeepSeekV3Detector": ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"),
+    "DeepSeekV31Detector": ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"),
 }
 
 
@@ -78,7 +79,7 @@ def _plain_beginning(parser: Any, text: str) -> tuple[str, str]:
     if opening.bare and not getattr(parser, _BEGUN, False) and text.lstrip().startswith("{"):
         at = text.index("{")
     setattr(parser, _OPENED, at >= 0)
-    setattr(parser, _BEGUN, getattr(parser, _BEGUN, False) or not text.isspace() and bool(text))
+    setattr(parser, _BEGUN, getattr(parser, _BEGUN, False) or (not text.isspace() and bool(text)))
     return (text, "") if at < 0 else (text[:at], text[at:])
 
 

@@ -24,7 +24,7 @@ def has_chat_template(spec: ModelSpec, path: Path) -> bool:
 def chat_templates(spec: ModelSpec, path: Path) -> str:
     """Return the text of all templates of a model, one after the other; empty if it has none.
 
-    path: the file (the first part of a split model), or the folder. Raises ModelError if a file cannot be read any more.
+    path: the file (the first part of a split model), or the folder. Raises ModelError if it cannot be read any more.
     """
     if spec.format == "gguf":
         keys = [key for key in spec.metadata if key == KEY or key.startswith(f"{KEY}.")]

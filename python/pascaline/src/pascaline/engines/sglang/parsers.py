@@ -1,31 +1,17 @@
 """Chooses SGLang's parsers for a model's tool calls and reasoning, by its family and the marks in its chat template."""
 
+# ruff: noqa: RUF001 - tokens of models
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from pascaline.plugin import PLUGIN
+
 if TYPE_CHECKING:
     from pascaline.settings import Settings
 
 AUTO, NONE = "auto", "none"
-
-TOOL_CALL_PARSERS = (
-    *("apertus2509", "beam", "cohere_command4", "deepseekv3", "deepseekv31", "deepseekv32", "deepseekv4"),
-    *("deepseekv41", "dots", "gemma4", "gigachat3", "gigachat35", "glm", "glm45", "glm47", "gpt-oss", "hermes"),
-    *("hunyuan", "inkling", "interns1", "iquest_q1", "k2_horizon", "kimi_k2", "kimi_k3", "lfm2", "ling3", "llama3"),
-    *("mimo", "minicpm5", "minimax-m2", "minimax-m3", "mistral", "muse", "nanbeige", "poolside_v1", "pythonic"),
-    *("qwen", "qwen25", "qwen3_coder", "response_template", "spark25", "step3", "step3p5", "trinity"),
-)
-"""SGLang 0.5.23's --tool-call-parser (function_call/parser_names.py); a test compares the two."""
-REASONING_PARSERS = (
-    *("apertus2509", "beam", "cohere_command4", "deepseek-r1", "deepseek-v3", "deepseek-v4", "deepseek-v41", "dots"),
-    *("gemma4", "gigachat35", "glm45", "gpt-oss", "granite_thinking_parser", "hunyuan", "inkling", "interns1"),
-    *("iquest_q1", "k2_horizon", "kimi", "kimi_k2", "kimi_k3", "ling3", "mimo", "minimax", "minimax-append-think"),
-    *("minimax-m3", "mistral", "muse", "nanbeige", "nemotron_3", "poolside_v1", "qwen3", "qwen3-thinking"),
-    *("response_template", "step3", "step3p5"),
-)
-"""SGLang 0.5.23's --reasoning-parser (parser/reasoning_parser_names.py)."""
 
 
 class Rule(NamedTuple):
@@ -52,7 +38,7 @@ class Rule(NamedTuple):
         return self.in_prompt is None or self.in_prompt.search(templates.rpartition(GENERATION_PROMPT)[2]) is not None
 
 
-_LEVELS = ("<｜tool▁calls▁begin｜>",)  # noqa: RUF001 - DeepSeek's own tokens
+_LEVELS = ("<｜tool▁calls▁begin｜>",)
 _GLM_ONE_LINE = re.compile(r"""<tool_call>['"]\s*[+~]\s*tc\.name""")
 # Laguna's two templates.
 _LAGUNA = re.compile(r"unescaped XML-like object|All available function signatures are listed below")
@@ -61,7 +47,7 @@ _OPENS_THOUGHTS = re.compile(r"<think>(?!(?:\\n|\s)*</think>)")
 
 TOOL_CALLS = (
     Rule("iquest_q1", ("<iquest_tool_call>",)),
-    Rule("gigachat35", ("<｜GCML｜tool_calls>",)),  # noqa: RUF001
+    Rule("gigachat35", ("<｜GCML｜tool_calls>",)),
     Rule("gigachat3", ("function call<|role_sep|>",)),
     Rule("gigachat3", ("<|function_call|>",)),
     Rule("k2_horizon", ("<ifm|tool_call>",)),
@@ -77,14 +63,14 @@ TOOL_CALLS = (
     Rule("minimax-m2", ("<minimax:tool_call>",)),
     Rule("interns1", ("<|action_start|>", "<|plugin|>")),
     Rule("mistral", ("[TOOL_CALLS]",)),
-    Rule("deepseekv41", ("<｜DSML｜ calls>",)),  # noqa: RUF001
-    Rule("deepseekv4", ("<｜DSML｜tool_calls>",)),  # noqa: RUF001
-    Rule("deepseekv32", ("<｜DSML｜function_calls>",)),  # noqa: RUF001
+    Rule("deepseekv41", ("<｜DSML｜ calls>",)),
+    Rule("deepseekv4", ("<｜DSML｜tool_calls>",)),
+    Rule("deepseekv32", ("<｜DSML｜function_calls>",)),
     Rule("deepseekv3", (*_LEVELS, "```json")),
     Rule("deepseekv31", _LEVELS),
     Rule("lfm2", ("<|tool_call_start|>",)),
     Rule("cohere_command4", ("<|START_ACTION|>",)),
-    Rule("step3", ("<｜tool_calls_begin｜>",)),  # noqa: RUF001
+    Rule("step3", ("<｜tool_calls_begin｜>",)),
     Rule("step3", ("<steptml:invoke",)),
     Rule("dots", ("<dots_function_call>",)),
     Rule("hunyuan", ("<tool_calls>", "<tool_sep>")),
@@ -105,7 +91,7 @@ TOOL_CALLS = (
     Rule("llama3", ("<|python_tag|>",)),
     Rule("llama3", ('{"name": function name, "parameters":',)),
 )
-"""The first rule that fits wins. Marks: the detectors in SGLang 0.5.23's function_call/."""
+"""The first rule that fits wins. Marks: the detectors in SGLang's function_call/."""
 TOOL_CALLS_BY_HAND = {
     "glm": "another name of glm45",
     "nanbeige": "another name of qwen3_coder",
@@ -133,23 +119,23 @@ REASONING = (
     Rule("cohere_command4", ("<|START_THINKING|>",)),
     Rule("minimax-m3", ("<mm:think>",)),
     Rule("minimax", ("<minimax:tool_call>", "<think>")),
-    Rule("gigachat35", ("<｜GCML｜tool_calls>", "<think>")),  # noqa: RUF001
+    Rule("gigachat35", ("<｜GCML｜tool_calls>", "<think>")),
     Rule("ling3", ("<role>SYSTEM</role>", "<think>", "<arg_key>")),
     Rule("hunyuan", ("<tool_calls>", "<tool_sep>", "<think>")),
     Rule("poolside_v1", ("<think>", "<arg_key>"), pattern=_LAGUNA),
     Rule("glm45", ("<think>", "[gMASK]<sop>")),
     Rule("glm45", ("<think>", "<arg_key>")),
     Rule("step3p5", ("<think>",), ("step3", "step35")),
-    Rule("step3", ("<think>", "<｜tool_calls_begin｜>")),  # noqa: RUF001
+    Rule("step3", ("<think>", "<｜tool_calls_begin｜>")),
     Rule("mimo", ("<think>",), ("mimo",)),
     Rule("dots", ("<think>",), ("dots",)),
-    Rule("deepseek-v41", ("<think>", "<｜DSML｜ calls>")),  # noqa: RUF001
-    Rule("deepseek-v4", ("<think>", "<｜DSML｜tool_calls>")),  # noqa: RUF001
+    Rule("deepseek-v41", ("<think>", "<｜DSML｜ calls>")),
+    Rule("deepseek-v4", ("<think>", "<｜DSML｜tool_calls>")),
     Rule("deepseek-v3", ("<think>",), pattern=re.compile(r"set thinking = false")),
     Rule("qwen3", ("<think>", "enable_thinking")),
     Rule("deepseek-r1", ("<think>", GENERATION_PROMPT), in_prompt=_OPENS_THOUGHTS),
     # DeepSeek's first distilled models open the thoughts themselves; their template only removes old ones.
-    Rule("deepseek-r1", ("</think>", "<｜Assistant｜>")),  # noqa: RUF001
+    Rule("deepseek-r1", ("</think>", "<｜Assistant｜>")),
 )
 """The same for reasoning (parser/reasoning_parser.py).
 
@@ -188,7 +174,7 @@ def parser_arguments(settings: Settings, templates: str, architecture: str = "")
 
 def parser_problems(settings: Settings) -> list[tuple[str, str]]:
     """Return (key, sentence) for every parser that SGLang does not have."""
-    known = {"tool_call_parser": TOOL_CALL_PARSERS, "reasoning_parser": REASONING_PARSERS}
+    known = {"tool_call_parser": PLUGIN.tool_call_parsers, "reasoning_parser": PLUGIN.reasoning_parsers}
     return [
         (key, f"unknown parser {given!r}, must be one of: {', '.join((AUTO, NONE, *names))}")
         for key, names in known.items()

@@ -128,7 +128,9 @@ class Parsers(NamedTuple):
     @property
     def sentence(self) -> str:
         """What is chosen, for the log and the plan."""
-        calls = f"tool calls are read by {self.tool_call_parser}" if self.tool_call_parser else "no parser of tool calls"
+        calls = (
+            f"tool calls are read by {self.tool_call_parser}" if self.tool_call_parser else "no parser of tool calls"
+        )
         thoughts = f"reasoning by {self.reasoning_parser}" if self.reasoning_parser else "no parser of reasoning"
         return f"{calls}, {thoughts}"
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from gguf_acceptance import Verdict
 
-    from pascaline.engines.base import Ask, Launch, Task
+    from pascaline.engines.base import Ask, Launch, Parsers, Task
     from pascaline.models.spec import ModelSpec
     from pascaline.settings import Settings
 

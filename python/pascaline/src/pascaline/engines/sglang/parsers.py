@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from pascaline.engines.base import Parsers
 from pascaline.plugin import PLUGIN
 
 if TYPE_CHECKING:

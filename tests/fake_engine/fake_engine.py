@@ -28,6 +28,9 @@ changes those of the running process; `GET /fake/faults` shows them.
     prefill_tokens_per_second=N  speed for prompts
     decode_tokens_per_second=N   speed for answers, for each request
     error_status=N               HTTP status that requests for a generation get
+    answer=TEXT                  the words of every answer, instead of its own; only by POST can it hold blanks
+    weights_gib=0.25             memory of the weights that it reports
+    kv_bytes_per_token=23040     the same for the KV cache
     empty_answers=1              an answer that is not streamed has status 200 and no token
     cut_stream_after=N           a streamed answer is cut off after N tokens, without its end
     flood_lines_per_second=N     lines of output
@@ -154,6 +157,9 @@ class Faults:
     prefill_tokens_per_second: float = 20_000.0
     decode_tokens_per_second: float = 500.0
     error_status: int = 0
+    answer: str = ""
+    weights_gib: float = 0.25
+    kv_bytes_per_token: int = 23040
     empty_answers: int = 0
     cut_stream_after: int = 0
     flood_lines_per_second: int = 0
@@ -358,7 +364,8 @@ class Engine:
                 with self._counting:
                     self.metrics.token(streaming, position, now - last)
                 last = now
-                yield ANSWER[position % len(ANSWER)]
+                words = self.faults.answer.split(" ") if self.faults.answer else ANSWER
+                yield words[position % len(words)]
             if not self.faults.lose_answers:
                 with self._counting:
                     self.metrics.request(streaming, prompt_tokens, max_tokens, last - start)
@@ -420,8 +427,8 @@ class Engine:
             "num_queue_reqs": self.queued,
             "num_retracted_reqs": 0,
             "max_total_num_tokens": pool,
-            "weight_memory_usage_gb": 0.25,
-            "kv_cache_memory_usage_gb": (pool + 1) * 23040 / 2**30,
+            "weight_memory_usage_gb": self.faults.weights_gib,
+            "kv_cache_memory_usage_gb": (pool + 1) * self.faults.kv_bytes_per_token / 2**30,
             "context_len": self.arguments.context_length,
             "num_used_tokens": self.used_tokens,
             "kv_used_tokens": self.used_tokens,
@@ -598,11 +605,13 @@ class Handler(BaseHTTPRequestHandler):
             send = self._stream if streaming == "true" else self._whole
             try:
                 with engine.answering():
-                    send(words, kind, choice, prompt_tokens)
+                    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": max_tokens}
+                    wanted = (body.get("stream_options") or {}).get("include_usage")
+                    send(words, kind, choice, prompt_tokens, usage if wanted else None)
             except QueueFullError:
                 self._error(503, "The request queue is full.")
 
-    def _whole(self, words: Iterator[str], kind: str, choice: Any, prompt_tokens: int) -> None:
+    def _whole(self, words: Iterator[str], kind: str, choice: Any, prompt_tokens: int, _: object = None) -> None:
         said = [] if self.engine.faults.empty_answers else list(words)
         text = " ".join(said)
         if kind == "generate":
@@ -615,7 +624,7 @@ class Handler(BaseHTTPRequestHandler):
         }
         self._send(200, self._object(kind, choice(text), "length") | {"usage": usage})
 
-    def _stream(self, words: Iterator[str], kind: str, choice: Any, _: int) -> None:
+    def _stream(self, words: Iterator[str], kind: str, choice: Any, _: int, usage: dict[str, int] | None) -> None:
         # The first word decides whether there is an answer at all.
         first = next(words)
         self.send_response(200)
@@ -629,6 +638,8 @@ class Handler(BaseHTTPRequestHandler):
                 return
             self._event(json.dumps(self._object(kind, choice(f" {word}"), None)))
         self._event(json.dumps(self._object(kind, choice(""), "length")))
+        if usage is not None:
+            self._event(json.dumps(self._object(kind, choice(""), None) | {"choices": [], "usage": usage}))
         self._event("[DONE]")
         self.wfile.write(b"0\r\n\r\n")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pascaline.engines.base import Engine, Launch, Progress, Task, WorkLimits
+from pascaline.engines.base import Engine, Launch, Progress, Task, Vitals, WorkLimits
 from pascaline.engines.causes import Cause, Diagnosis
 from pascaline.engines.registry import engine_named, engines
 
@@ -35,6 +35,7 @@ __all__ = [
     "Launch",
     "Progress",
     "Task",
+    "Vitals",
     "WorkLimits",
     "engine_for",
     "engine_named",

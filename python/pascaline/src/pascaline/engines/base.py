@@ -135,6 +135,20 @@ class Parsers(NamedTuple):
         return f"{calls}, {thoughts}"
 
 
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """What people look at while an engine serves; None: the engine does not report it. Counters run since its start."""
+
+    generated: float | None = None
+    """Tokens."""
+    ttft_seconds: float | None = None
+    """Sum of the times to first token."""
+    ttft_count: float | None = None
+    """Number of those."""
+    kv_ratio: float | None = None
+    """Share of the KV cache in use."""
+
+
 class Engine(ABC):
     """One kind of engine. Instances hold no state."""
 
@@ -146,6 +160,8 @@ class Engine(ABC):
     """Whether the engine finishes running requests after SIGTERM; if not, the supervisor first waits for them."""
     decides_itself: ClassVar[bool] = False
     """Whether it may load architectures that `judge` cannot know, and refuses others itself."""
+    vital_series: ClassVar[Mapping[str, tuple[str, str]]]
+    """Field of Vitals -> (series of its /metrics, label that the series must have or "")."""
     setting_flags: ClassVar[Mapping[str, str]]
     """The engine's own flag -> the setting that controls it."""
     failures: ClassVar[Sequence[Explanation]]
@@ -192,6 +208,14 @@ class Engine(ABC):
     @abstractmethod
     def progress(self, metrics: str) -> Progress | None:
         """Read the progress from its /metrics; None if the series are missing or the page is malformed."""
+
+    def vitals(self, metrics: str) -> Vitals:
+        """Read what people look at from its /metrics; nothing from a malformed page."""
+        try:
+            samples = Samples(metrics, {series for series, _ in self.vital_series.values()})
+        except MalformedPageError:
+            return Vitals()
+        return Vitals(**{name: samples.sum(series, label) for name, (series, label) in self.vital_series.items()})
 
     @abstractmethod
     def version(self, ask: Ask) -> str:

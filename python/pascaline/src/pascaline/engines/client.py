@@ -6,6 +6,7 @@ all of it, and anything but a complete answer becomes an OSError.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import json
@@ -15,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
 
     from _typeshed import WriteableBuffer
 
@@ -26,6 +27,10 @@ MAX_ANSWER_BYTES = 4 * 2**20
 """Limit of an answer's body."""
 MAX_FRAME_BYTES = 256 * 2**10
 """Limit of everything else in an answer: status, headers, chunk sizes."""
+
+
+PIECE_BYTES = 16 * 2**10
+"""Most bytes of an answer that are passed on at once."""
 
 
 def request(
@@ -44,19 +49,82 @@ def request(
     Raises only OSError: no complete answer of at most MAX_ANSWER_BYTES came in time.
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    exchange = stream(address, path, body=body, headers=headers, timeout=timeout, listener=listener)
+    try:
+        return exchange.status, exchange.whole()
+    finally:
+        exchange.close()
+
+
+class Exchange:
+    """An answer that is read while it comes. Not for several threads, except `abort`."""
+
+    def __init__(self, connection: http.client.HTTPConnection, answer: http.client.HTTPResponse) -> None:
+        """Take over a connection whose answer has begun; use `stream`."""
+        self.status = answer.status
+        """HTTP status."""
+        self.content_type = answer.headers.get("content-type", "")
+        self._connection = connection
+        self._answer = answer
+        # The answer takes the socket over, if the connection ends with it.
+        self._socket = connection.sock
+
+    def piece(self) -> bytes:
+        """Return the next bytes as soon as there are some; empty at the end. Raises OSError."""
+        with _broken_as_os_error():
+            return self._answer.read1(PIECE_BYTES)
+
+    def whole(self) -> bytes:
+        """Return the rest of the body. Raises OSError unless it is complete and not longer than MAX_ANSWER_BYTES."""
+        with _broken_as_os_error():
+            return _whole(self._answer)
+
+    def abort(self) -> None:
+        """End it from another thread: a read that waits returns at once."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._answer.close()
+        self._connection.close()
+
+
+def stream(
+    address: tuple[str, int],
+    path: str,
+    *,
+    body: dict[str, Any] | None = None,
+    headers: Mapping[str, str],
+    timeout: float,
+    listener: Listener | None = None,
+) -> Exchange:
+    """Send a request as `request` does, with these headers; return once the answer's headers are there.
+
+    The caller closes the exchange. Raises OSError.
+    """
     found = listener() if listener is not None else None
     connection = _BoundedConnection(*(found[0] if found else reachable(address)), timeout=timeout)
     try:
-        connection.connect()
-        if listener is not None and listener() != found:
-            raise ConnectionError("another socket took the port while it was connected to")
-        if body is None:
-            connection.request("GET", path, headers=headers)
-        else:
-            headers["Content-Type"] = "application/json"
-            connection.request("POST", path, json.dumps(body), headers)
-        answer = connection.getresponse()
-        return answer.status, _whole(answer)
+        with _broken_as_os_error():
+            connection.connect()
+            if listener is not None and listener() != found:
+                raise ConnectionError("another socket took the port while it was connected to")
+            if body is None:
+                connection.request("GET", path, headers=dict(headers))
+            else:
+                connection.request("POST", path, json.dumps(body), {**headers, "Content-Type": "application/json"})
+            return Exchange(connection, connection.getresponse())
+    except BaseException:
+        connection.close()
+        raise
+
+
+@contextlib.contextmanager
+def _broken_as_os_error() -> Iterator[None]:
+    """Turn whatever a malformed answer raises into OSError."""
+    try:
+        yield
     except OSError:
         raise
     except MemoryError as error:
@@ -64,8 +132,6 @@ def request(
     except Exception as error:
         # http.client's own errors, and those that it and the parsers that it uses raise for malformed input.
         raise ConnectionError(f"broken answer: {error!r}") from error
-    finally:
-        connection.close()
 
 
 def json_object(content: bytes) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from pascaline import __version__
-from pascaline.descriptors import connection_limit, raise_descriptor_limit
+from pascaline.descriptors import MOST_CONNECTIONS, connection_limit, raise_descriptor_limit
 from pascaline.redaction import redact_all
 from pascaline.serving.connections import Connections, bounded_protocol
 from pascaline.serving.guard import Guard, names_of_this_host
 from pascaline.serving.health import ANSWERING, State
+from pascaline.serving.page import PATHS, add_page
 
 if TYPE_CHECKING:
     import socket
@@ -84,8 +85,8 @@ class RedactedResponse(JSONResponse):
         return super().render(redact_all(content))
 
 
-def create_app(supervisor: Supervisor) -> FastAPI:
-    """Return the HTTP application for one supervisor."""
+def create_app(supervisor: Supervisor, connections: int = MOST_CONNECTIONS) -> FastAPI:
+    """Return the HTTP application for one supervisor; its page is `state.page`. connections: most that are open."""
     app = FastAPI(
         title="pascaline agent",
         version=__version__,
@@ -134,7 +135,8 @@ def create_app(supervisor: Supervisor) -> FastAPI:
         supervisor.stop("POST /drain")
         return Verdict(ok=True, state=supervisor.health.state, reason="draining")
 
-    app.add_middleware(Guard, keys=supervisor.read_api_key, names=names_of_this_host())
+    app.state.page = add_page(app, supervisor, connections)
+    app.add_middleware(Guard, keys=supervisor.read_api_key, names=names_of_this_host(), page=PATHS)
     return app
 
 
@@ -173,12 +175,19 @@ class AgentServer(uvicorn.Server):
         """Install no handlers."""
         yield
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let go of the open pages first: their answers have no end of their own."""
+        app = self.config.app
+        if isinstance(app, FastAPI):
+            app.state.page.close()
+        await super().shutdown(sockets)
+
 
 def create_server(supervisor: Supervisor) -> AgentServer:
     """Return the agent's server. The caller binds its socket before it starts anything else."""
     connections = Connections(connection_limit(raise_descriptor_limit()))
     config = uvicorn.Config(
-        create_app(supervisor),
+        create_app(supervisor, connections.most),
         log_level="warning",
         access_log=False,
         lifespan="off",

@@ -16,6 +16,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pascaline.descriptors import QUIET_SECONDS
 
+HEARD = "heard"
+"""Name in a request's `state` of a function that an endless answer calls whenever its client has read a part."""
+
 
 @dataclass(slots=True)
 class Connections:
@@ -54,6 +57,12 @@ class BoundedProtocol(H11Protocol):
         """connections: shared by all protocols of one server."""
         super().__init__(*arguments, **options)
         self._bounded_by = connections
+        self.app_state = {**self.app_state, HEARD: self._still_read}
+
+    def _still_read(self) -> None:
+        """Allow more time for an answer that goes on, because its client has read what was sent so far."""
+        if not self.transport.is_closing():
+            self._bounded_by.heard(self.transport)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Count the connection."""
@@ -67,8 +76,7 @@ class BoundedProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         """Allow time for another request."""
-        if not self.transport.is_closing():
-            self._bounded_by.heard(self.transport)
+        self._still_read()
         super().on_response_complete()
 
 

@@ -90,6 +90,11 @@ class Console:
         self._show_stage()
         self._flush()
 
+    @property
+    def running_stage(self) -> tuple[str, float, str] | None:
+        """Name, seconds so far and progress of the stage that runs now; None: none does."""
+        return (self._stage, monotonic() - self._stage_start, self._detail) if self._stage else None
+
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
         """Show a stage while it runs, and its duration when it ends."""

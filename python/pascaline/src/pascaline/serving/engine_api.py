@@ -11,12 +11,14 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pascaline.engines.client import json_object, request
+from pascaline.engines import Vitals
+from pascaline.engines.client import json_object, request, stream
 from pascaline.redaction import redact
 from pascaline.serving.listener import EngineListener, ForeignListenerError
 
 if TYPE_CHECKING:
     from pascaline.engines import Engine, Progress, Task
+    from pascaline.engines.client import Exchange
 
 POLL_TIMEOUT_SECONDS = 5.0
 FIRST_GENERATION_SECONDS = 60.0
@@ -57,6 +59,8 @@ class EngineApi:
         """leader: process id of the engine, which is the leader of its session."""
         self.foreign: str | None = None
         """The other program that had the engine's port at the last request; None: the engine had it, or nobody."""
+        self.vitals = Vitals()
+        """What its last page of metrics says for people."""
         self._engine = engine
         self._task = task
         self._listener = EngineListener(*task.address, leader)
@@ -74,6 +78,13 @@ class EngineApi:
             self.foreign = str(error)
             raise
 
+    def stream(self, path: str, body: dict[str, Any], headers: dict[str, str], timeout: float) -> Exchange:
+        """Send a request with these headers, whose answer is read while it comes. timeout: seconds for all of it.
+
+        Raises OSError.
+        """
+        return stream(self._task.address, path, body=body, headers=headers, timeout=timeout, listener=self._listener)
+
     def is_loaded(self) -> bool:
         """Whether it has loaded its model."""
         try:
@@ -87,7 +98,9 @@ class EngineApi:
 
     def progress(self) -> Progress | None:
         """Return its counters; None if its page lacks them or is malformed. Raises OSError if it does not answer."""
-        return self._engine.progress(self.metrics_page())
+        page = self.metrics_page()
+        self.vitals = self._engine.vitals(page)
+        return self._engine.progress(page)
 
     def allocated(self) -> dict[str, int]:
         """Return the memory that it reports as allocated, as `Engine.allocated`. Raises OSError."""

@@ -40,14 +40,8 @@ def refusal(
     headers: names in lower case. client: its address. keys: returns the API key, None if none is set; may raise
     OSError or UnicodeDecodeError. names: the names of this host, in lower case.
     """
-    host = headers.get("host", "")
-    if not _is_ours(host, names):
-        return Refusal(403, f"the Host header {host!r} is no address and no name of this host")
-    origin = headers.get("origin")
-    if origin is not None and origin != f"http://{host}":
-        return Refusal(403, f"a web page of another origin ({origin!r}) may not do this")
-    if headers.get("sec-fetch-site", "none") not in {"none", "same-origin"}:
-        return Refusal(403, "a web page of another site may not do this")
+    if refused := foreign(headers, names):
+        return refused
     try:
         key = keys()
     except (OSError, UnicodeDecodeError) as error:
@@ -57,6 +51,22 @@ def refusal(
             return Refusal(403, "without an API key only this host may do this; set api_key_file, or do it there")
     elif not hmac.compare_digest(headers.get("authorization", "").encode(), f"Bearer {key}".encode()):
         return Refusal(401, "the API key is missing or wrong; send Authorization: Bearer KEY, or use the Unix socket")
+    return None
+
+
+def foreign(headers: Mapping[str, str], names: frozenset[str]) -> Refusal | None:
+    """Return why a request comes from elsewhere than this agent's own page or a program; None if it does not.
+
+    headers, names: as in `refusal`.
+    """
+    host = headers.get("host", "")
+    if not _is_ours(host, names):
+        return Refusal(403, f"the Host header {host!r} is no address and no name of this host")
+    origin = headers.get("origin")
+    if origin is not None and origin != f"http://{host}":
+        return Refusal(403, f"a web page of another origin ({origin!r}) may not do this")
+    if headers.get("sec-fetch-site", "none") not in {"none", "same-origin"}:
+        return Refusal(403, "a web page of another site may not do this")
     return None
 
 
@@ -77,17 +87,20 @@ def names_of_this_host() -> frozenset[str]:
 
 
 class Guard:
-    """ASGI middleware that applies `refusal`."""
+    """ASGI middleware that applies `refusal` to what changes something, and `foreign` to the page and its parts."""
 
-    def __init__(self, app: App, keys: Callable[[], str | None], names: frozenset[str]) -> None:
-        """keys, names: as in `refusal`."""
+    def __init__(
+        self, app: App, keys: Callable[[], str | None], names: frozenset[str], page: frozenset[str] = frozenset()
+    ) -> None:
+        """keys, names: as in `refusal`. page: paths of the agent's page."""
         self._app = app
         self._keys = keys
         self._names = names
+        self._page = page
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass a request on, or refuse it."""
-        refused = self._refusal(scope) if scope["type"] == "http" and scope["method"] not in _ASKING else None
+        refused = self._refusal(scope) if scope["type"] == "http" else None
         if refused is None:
             await self._app(scope, receive, send)
             return
@@ -99,6 +112,9 @@ class Guard:
         await send({"type": "http.response.body", "body": body})
 
     def _refusal(self, scope: Any) -> Refusal | None:
+        asks = scope["method"] in _ASKING
+        if asks and scope["path"] not in self._page:
+            return None
         server = scope.get("server")
         if server is not None and server[1] is None:
             return None  # a Unix socket has no port; the file system decides who may open it
@@ -106,5 +122,9 @@ class Guard:
         if any(counted.count(name) > 1 for name in (b"host", b"origin", b"authorization")):
             return Refusal(400, "a header is given twice")
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if asks:
+            if headers.get("sec-fetch-mode") == "navigate":
+                headers.pop("sec-fetch-site", None)  # a link on another page, such as a dashboard's, may lead here
+            return foreign(headers, self._names)
         client = scope.get("client")
         return refusal(headers, client[0] if client else None, keys=self._keys, names=self._names)

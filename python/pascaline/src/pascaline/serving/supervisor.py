@@ -12,6 +12,7 @@ import os
 import signal
 import time
 import traceback
+from collections import deque
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,8 @@ from pascaline.serving import ports
 from pascaline.serving.agent import create_server, serve
 from pascaline.serving.engine_api import FIRST_GENERATION_SECONDS, POLL_TIMEOUT_SECONDS, EngineApi, Probe
 from pascaline.serving.failure import Ending, Failure, FailureKind, judge
-from pascaline.serving.health import Health, Judge, State, backoff_seconds
+from pascaline.serving.health import ANSWERING, Health, Judge, State, backoff_seconds
+from pascaline.serving.history import History
 from pascaline.serving.metrics import Metrics
 from pascaline.serving.process import EngineProcess
 from pascaline.serving.runtime_folder import RuntimeFolder
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from pascaline.configuration import Configuration
     from pascaline.engines import Progress
     from pascaline.engines.base import Parsers
+    from pascaline.gpu.devices import GpuIdentity
     from pascaline.models.spec import ModelSpec
     from pascaline.models.store import ResolvedModel
     from pascaline.planning import Plan
@@ -80,6 +83,8 @@ STABLE_SECONDS = 600.0
 NO_CHAT_TEMPLATE = (
     "the model has no chat template: /v1/completions works, /v1/chat/completions needs a model file that has one"
 )
+KEPT_CHANGES = 30
+"""Changes of the state that the agent's page can show."""
 KILL_GRACE_SECONDS = 20.0
 """From SIGTERM after draining to SIGKILL; SGLang takes up to 5 s to notice SIGTERM and 3 s to end."""
 
@@ -138,6 +143,11 @@ class Supervisor:
         """The parsers of tool calls and reasoning; None until the model is resolved, and with llama.cpp."""
         self.versions = {"pascaline": __version__}
         """Version of pascaline, and of the engine once it is ready."""
+        self.stages: dict[str, float] = {}
+        """Seconds of each stage of the last start, in order."""
+        self.changes: deque[Health] = deque([self.health], maxlen=KEPT_CHANGES)
+        """The last changes of the state, oldest first, except between ready and busy."""
+        self.history = History()
         self._configuration = configuration
         self._console = console
         self._notifier = notifier
@@ -158,6 +168,21 @@ class Supervisor:
     def engine_pid(self) -> int | None:
         """Process id of the engine; None while it does not run."""
         return self._process.pid if self._process and self._process.exit_code is None else None
+
+    @property
+    def api(self) -> EngineApi | None:
+        """The API of the running engine; None while none runs."""
+        return self._api if self.engine_pid is not None else None
+
+    @property
+    def gpus(self) -> tuple[GpuIdentity, ...]:
+        """The GPUs that the engine uses; empty on the CPU, and before the placement is decided."""
+        return self._placement.gpus if self._placement is not None else ()
+
+    @property
+    def running_stage(self) -> tuple[str, float, str] | None:
+        """Name, seconds so far and progress of the stage of a start that runs now; None: none does."""
+        return self._console.running_stage
 
     def stop(self, reason: str) -> None:
         """Request an orderly end. Does nothing if that was already requested, or if the instance has ended."""
@@ -280,6 +305,7 @@ class Supervisor:
             self.plan["parsers"] = self.parsers._asdict()
 
     def _record_stage(self, name: str, seconds: float) -> None:
+        self.stages[name] = seconds
         self.metrics.stage_seconds.labels(name).set(seconds)
 
     # --- while the engine runs ----------------------------------------------------------------------------------------
@@ -328,6 +354,8 @@ class Supervisor:
     async def _run_once(self, task: Task) -> tuple[float, Failure]:
         """Run the engine once; return how many seconds it was ready, and why it ended."""
         self._change(State.STARTING, "the engine is loading")
+        for name in ("load", "warm-up"):
+            self.stages.pop(name, None)
         try:
             if (taken := self._port_taken()) is not None:
                 return 0.0, taken
@@ -345,6 +373,7 @@ class Supervisor:
             # Its last output says why it ended.
             await process.wait()
         self.metrics.engine_up.set(0)
+        self.history.forget_counters()
         served = time.monotonic() - ready_since if ready_since is not None else 0.0
         return served, await self._failure(process, started)
 
@@ -447,6 +476,7 @@ class Supervisor:
     async def _look(self, watch: Watch) -> None:
         judge, now = watch.judge, watch.look(in_vain=self._asked_in_vain())
         judge.observe(now, await self._progress(watch.api))
+        self.history.add(time.time(), watch.api.vitals)
         if watch.probe is not None and watch.probe.done():
             done, watch.probe = watch.probe, None
             probe = done.result()
@@ -646,6 +676,8 @@ class Supervisor:
         before = self.health.state
         self.health = self.health.to(state, time.time(), reason)
         if self.health.state is not before:
+            if not {before, self.health.state} <= ANSWERING:
+                self.changes.append(self.health)
             self.metrics.set_state(state)
             self._notifier.status(f"{state}: {reason}")
             self._console.line("INFO", "pascaline", f"{before} → {state}: {reason}")

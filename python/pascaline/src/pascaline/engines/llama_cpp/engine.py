@@ -59,6 +59,10 @@ class LlamaCppEngine(Engine):
     memory = LlamaCppMemory(DATA)
     drains_on_sigterm = False
     decides_itself = True
+    vital_series: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "generated": ("llamacpp:tokens_predicted_total", ""),
+        "kv_ratio": ("llamacpp:kv_cache_usage_ratio", ""),
+    }
     setting_flags: ClassVar[Mapping[str, str]] = {
         "-m": "model",
         "--model": "model",

@@ -64,6 +64,12 @@ class SglangEngine(Engine):
     data = DATA
     memory = SglangMemory(DATA)
     drains_on_sigterm = True
+    vital_series: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "generated": ("sglang:realtime_tokens_total", 'mode="decode"'),
+        "ttft_seconds": ("sglang:time_to_first_token_seconds_sum", ""),
+        "ttft_count": ("sglang:time_to_first_token_seconds_count", ""),
+        "kv_ratio": ("sglang:token_usage", ""),
+    }
     setting_flags: ClassVar[Mapping[str, str]] = {
         "--model-path": "model",
         "--model": "model",

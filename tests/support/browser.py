@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 MISSING = "no browser: install Debian's package chromium"
 _AT_3_AND_4 = """
-import os, sys
-commands, answers = (os.dup(int(each)) for each in sys.argv[1:3])
-commands, answers = os.dup2(commands, 3), os.dup2(answers, 4)
+import fcntl, os, sys
+commands, answers = (fcntl.fcntl(int(each), fcntl.F_DUPFD, 10) for each in sys.argv[1:3])
+os.dup2(commands, 3), os.dup2(answers, 4)
 os.execv(sys.argv[3], sys.argv[3:])
 """
 """Starts the browser with its two pipes where it expects them."""

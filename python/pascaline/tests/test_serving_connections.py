@@ -17,7 +17,7 @@ from pascaline.descriptors import (
     connection_limit,
     raise_descriptor_limit,
 )
-from pascaline.serving.connections import Connections, bounded_protocol
+from pascaline.serving.connections import HEARD, Connections, bounded_protocol
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -57,12 +57,24 @@ async def answer(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"ok"})
 
 
+async def endless(scope: Any, receive: Any, send: Any) -> None:
+    """Ten parts in a second; calls what says that the client has read them if the path is /read."""
+    del receive
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for _ in range(10):
+        await send({"type": "http.response.body", "body": b"part", "more_body": True})
+        if scope["path"] == "/read":
+            scope["state"][HEARD]()
+        await asyncio.sleep(0.1)
+    await send({"type": "http.response.body", "body": b"end"})
+
+
 @contextlib.asynccontextmanager
-async def served(connections: Connections) -> AsyncIterator[tuple[str, int]]:
+async def served(connections: Connections, app: Any = answer) -> AsyncIterator[tuple[str, int]]:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(
-        answer, log_level="warning", lifespan="off", http=bounded_protocol(connections), ws="none", backlog=64
+        app, log_level="warning", lifespan="off", http=bounded_protocol(connections), ws="none", backlog=64
     )
     server = uvicorn.Server(config)
     running = asyncio.create_task(server.serve(sockets=[listener]))
@@ -130,5 +142,20 @@ def test_a_new_one_displaces_the_longest_quiet() -> None:
             for reader, writer in held[:-8]:
                 await ended(reader)
                 writer.close()
+
+    asyncio.run(whole())
+
+
+@pytest.mark.parametrize(("path", "parts"), [("/read", 10), ("/quiet", None)])
+def test_an_answer_that_goes_on_stays_if_its_parts_are_read(path: str, parts: int | None) -> None:
+    async def whole() -> None:
+        async with served(Connections(8, 0.5), endless) as address:
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            body = b""
+            with contextlib.suppress(ConnectionError):
+                body = await asyncio.wait_for(reader.read(), PATIENCE)
+            assert (body.count(b"part") == 10 and b"end" in body) is (parts == 10)
+            writer.close()
 
     asyncio.run(whole())

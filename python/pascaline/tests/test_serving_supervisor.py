@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from pascaline.configuration import load
+from pascaline.engines import Vitals
 from pascaline.errors import ExitCode, PascalineError
 from pascaline.serving.console import Console
 from pascaline.serving.health import Judge, State
@@ -24,6 +25,7 @@ class Broken:
 
     def __init__(self, error: Exception | None) -> None:
         self.error = error
+        self.vitals = Vitals()
 
     def progress(self) -> None:
         if self.error is not None:

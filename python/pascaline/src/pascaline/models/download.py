@@ -17,9 +17,8 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
-
-import httpx
 
 from pascaline.errors import ModelError, StorageError
 from pascaline.models.server_words import shown_url, status_words
@@ -27,6 +26,8 @@ from pascaline.models.server_words import shown_url, status_words
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    import httpx
 
 TIMEOUT_SECONDS = 30.0
 """Longest silence of the server."""
@@ -99,6 +100,9 @@ class Download:
         Raises ModelError if the server does not have it or gave up, StorageError if the disk is full. The downloaded
         part stays for the next attempt.
         """
+        # Not at the top: an agent, which fetches nothing, would carry its 5 MiB for ever.
+        import httpx
+
         self._take_up()
         failures = 0
         timeout = httpx.Timeout(TIMEOUT_SECONDS)
@@ -146,6 +150,8 @@ class Download:
         self._version, self.resumed = version, True
 
     def _attempt(self, client: httpx.Client) -> None:
+        import httpx
+
         headers = self._headers | {"Accept-Encoding": "identity"}
         if self._done and self._version and self._version.validator and self._version.size is not None:
             headers |= {"Range": f"bytes={self._done}-", "If-Range": self._version.validator}
@@ -172,15 +178,15 @@ class Download:
         status = response.status_code
         if response.headers.get("content-encoding", "identity") != "identity":
             self._fail(f"the server answered with the encoding {response.headers['content-encoding'][:80]!r}")
-        if status == httpx.codes.PARTIAL_CONTENT and self._done:
+        if status == HTTPStatus.PARTIAL_CONTENT and self._done:
             if (problem := self._range_problem(response)) is not None:
                 self._begin_anew()
                 raise _RetryError(problem, pause=0.001)
-        elif status == httpx.codes.OK:
+        elif status == HTTPStatus.OK:
             # A new version, or a server without ranges: the data so far cannot be used.
             self._begin_anew()
             self._version = _version_of(self._url, response)
-        elif status == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and self._done:
+        elif status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and self._done:
             self._begin_anew()
             raise _RetryError("the server has no such range", pause=0.001)
         elif status in RETRIED_STATUS:
@@ -259,7 +265,7 @@ def storage_error(error: OSError, folder: Path, needed: int | None) -> StorageEr
 def _version_of(url: str, response: httpx.Response) -> Version:
     etag = response.headers.get("etag", "")
     length = response.headers.get("content-length", "")
-    whole = response.status_code == httpx.codes.OK
+    whole = response.status_code == HTTPStatus.OK
     return Version(
         url=url,
         etag="" if etag.startswith("W/") else etag,

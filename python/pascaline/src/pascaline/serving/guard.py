@@ -113,7 +113,7 @@ class Guard:
 
     def _refusal(self, scope: Any) -> Refusal | None:
         asks = scope["method"] in _ASKING
-        if asks and scope["path"] not in self._page:
+        if asks and scope.get("path") not in self._page:
             return None
         server = scope.get("server")
         if server is not None and server[1] is None:

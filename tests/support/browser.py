@@ -49,7 +49,14 @@ class Browser:
         """folder: for its profile."""
         read_end, self._commands = os.pipe()
         self._answers, write_end = os.pipe()
-        flags = ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run", "mute-audio")
+        flags = (
+            "headless=new",
+            "no-sandbox",
+            "disable-gpu",
+            "disable-dev-shm-usage",
+            "no-first-run",
+            "hide-scrollbars",
+        )
         arguments = [f"--{flag}" for flag in (*flags, "remote-debugging-pipe", f"user-data-dir={folder}")]
         self.process = subprocess.Popen(
             [

@@ -94,14 +94,13 @@ def _load(supervisor: Supervisor) -> dict[str, str]:
     rate = point.tokens_per_second if point else None
     ttfts = [each.ttft_seconds for each in supervisor.history.points if each.ttft_seconds is not None]
     kv_tokens = (supervisor.plan or {}).get("kv_tokens")
-    of_all = f" of {kv_tokens:,} tokens" if kv_tokens else ""
     return {
         "running": UNKNOWN if requests is None else str(requests.running),
         "queued": UNKNOWN if requests is None else str(requests.queued),
         "speed": UNKNOWN if rate is None else f"{rate:.1f}",
         "ttft": seconds(ttfts[-1]) if ttfts else UNKNOWN,
         "kv": UNKNOWN if vitals.kv_ratio is None else f"{100 * vitals.kv_ratio:.0f} %",
-        "kv-of": "in use" + of_all,
+        "kv-of": f"of {kv_tokens:,} tokens" if kv_tokens else "",
     }
 
 

@@ -11,14 +11,6 @@ let
   inherit (cfg) models;
   exec = import ./exec.nix { inherit lib; };
   hardening = import ./hardening.nix;
-  fetchModel = pkgs.writeShellApplication {
-    name = "pascaline-fetch-model";
-    runtimeInputs = [
-      pkgs.coreutils
-      pkgs.curl
-    ];
-    text = builtins.readFile ./fetch-model.sh;
-  };
   storeUnit = "pascaline-store.service";
   inStore = {
     requires = [ storeUnit ];
@@ -132,14 +124,17 @@ in
           serviceConfig = hardening // {
             Type = "oneshot";
             RemainAfterExit = true;
-            ExecStart = exec (
-              [
-                (lib.getExe fetchModel)
-                (if model.url != null then model.url else model.path)
-                model.file
-              ]
-              ++ digestsOf model
-            );
+            ExecStart = exec [
+              (lib.getExe cfg.package)
+              "models"
+              "add"
+              name
+              (if model.url != null then model.url else model.path)
+              "--sha256=${lib.concatMapStringsSep "," toString (digestsOf model)}"
+              "--target=${model.file}"
+              # Declared is what counts: another checksum than before asks for another file.
+              "--replace"
+            ];
             User = cfg.user;
             TimeoutStartSec = "infinity";
             Restart = "on-failure";
@@ -148,8 +143,8 @@ in
             RestartSec = 10;
             RestartSteps = 5;
             RestartMaxDelaySec = 600;
-            # A wrong checksum stays wrong.
-            RestartPreventExitStatus = "3";
+            # A wrong checksum stays wrong, and so does a file that is no model.
+            RestartPreventExitStatus = "2 3";
             ReadWritePaths = [ cfg.stateDir ];
             PrivateNetwork = model.url == null;
             # A model is often given by a path under /home.

@@ -133,7 +133,8 @@ def test_reference_page_is_that_of_the_modules(evaluated: Any) -> None:
 def test_a_split_model_has_a_checksum_for_each_part(evaluated: Any) -> None:
     """The unit that brings it and the instance that serves it are told the same."""
     unit = evaluated("units")["split"]["services"]["pascaline-model-emily"]["serviceConfig"]
-    _, url, file, *digests = unit["ExecStart"].split(" ")
+    *_, url, given, target, _ = unit["ExecStart"].split(" ")
+    digests, file = given.removeprefix("--sha256=").split(","), target.removeprefix("--target=")
     assert url == "https://models.example.org/emily-00001-of-00002.gguf"
     assert file == "/var/lib/pascaline/models/emily/emily-00001-of-00002.gguf"
     [settings] = evaluated("settings")["split"].values()
@@ -144,9 +145,9 @@ def test_a_split_model_has_a_checksum_for_each_part(evaluated: Any) -> None:
 def test_link_reaches_the_unit_whole(evaluated: Any) -> None:
     """systemd would read %20 as a specifier of its own; and a query is no part of the file's name."""
     unit = evaluated("units")["download"]["services"]["pascaline-model-emily"]["serviceConfig"]
-    _, url, target, _ = unit["ExecStart"].split()
+    *_, url, _, target, _ = unit["ExecStart"].split()
     assert url == '"https://models.example.org/my%%20emily.gguf?download=true"'
-    assert target == "/var/lib/pascaline/models/emily/my%%20emily.gguf"
+    assert target == "--target=/var/lib/pascaline/models/emily/my%%20emily.gguf"
 
 
 def test_toolkit_has_the_outputs_of_its_components(evaluated: Any) -> None:

@@ -35,7 +35,6 @@ PROGRAMS = {
     f"{STORE}-pascaline-engine/bin/python": 'exec /usr/bin/python3 /opt/fake_engine.py "$@"',
     f"{STORE}-pascaline-router/bin/python": 'exec env PYTHONPATH=/opt/source /opt/environment/bin/python "$@"',
     f"{STORE}-coreutils/bin/install": 'exec /usr/bin/install "$@"',
-    f"{STORE}-pascaline-fetch-model/bin/pascaline-fetch-model": (REPOSITORY / "modules/fetch-model.sh").read_text(),
 }
 # Debian's in place of NixOS': store path -> names under which it may be installed.
 MONITORING = {

@@ -122,6 +122,7 @@ class TestStart:
         assert 0 < fetched < int(main.show(MAIN, "ExecMainStartTimestampMonotonic"))
         listing = main.run("find", "/var/lib/pascaline/models/smollm2", "-type", "f", "-printf", "%f %u %m\n")
         assert sorted(listing.splitlines()) == [
+            ".lock pascaline 600",
             "smollm2.gguf pascaline 600",
             "smollm2.gguf.verified pascaline 600",
         ]
@@ -129,7 +130,7 @@ class TestStart:
     def test_link_reaches_the_fetch_as_it_was_declared(self, machine: Container) -> None:
         unit = "pascaline-model-linked.service"
         wait_until(lambda: machine.show(unit, "ActiveState") == "active", explain=lambda: machine.journal(unit))
-        assert "models/linked/smoll%6D2.gguf is in place and verified" in machine.journal(unit)
+        assert "models/linked/smoll%6D2.gguf: is in place, sha256" in machine.journal(unit)
 
     def test_instance_waits_for_a_model_that_comes_late(self, machine: Container) -> None:
         """A fetch that fails is tried again, and what waits for it neither fails nor needs a second start."""
@@ -148,7 +149,7 @@ class TestStart:
         assert "must be e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855; the file was deleted" in (
             machine.journal(unit)
         )
-        assert machine.run("find", "/var/lib/pascaline/models/wrong", "-type", "f") == ""
+        assert machine.run("find", "/var/lib/pascaline/models/wrong", "-name", "*.gguf*") == ""
 
     def test_bad_configuration_fails_once_with_its_reason(self, machine: Container) -> None:
         unit = "pascaline-refused.service"
@@ -377,7 +378,7 @@ class TestBoot:
         main.shut_down()
         main.boot()
         wait_until(lambda: is_ready(main), explain=lambda: main.journal(MAIN)[-2000:])
-        assert "smollm2.gguf is in place, verified before" in main.journal("pascaline-model-smollm2.service")
+        assert "smollm2.gguf: was there already" in main.journal("pascaline-model-smollm2.service")
         assert main.run("find", prepared, "-name", "*.lock", "-o", "-type", "f", "-printf", "%p %T@\n") == before
         main.run("test", "-e", "/var/lib/pascaline-main/kept")
         wait_until(lambda: "deleting model forgotten" in main.journal("pascaline-model-gc.service"))

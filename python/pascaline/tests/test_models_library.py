@@ -21,7 +21,6 @@ from pascaline.models import library
 from pascaline.models.library import add, entries, garbage, problems, remove, verify
 from support.models import split_gguf, tiny, write_gguf
 
-FETCH_SCRIPT = Path(__file__).parents[3] / "modules" / "fetch-model.sh"
 WRONG = "0" * 64
 
 
@@ -229,18 +228,45 @@ print(sorted(p.name for p in Path("{tmp_path}/small/emily").iterdir()))
             f"{path}: was there already, sha256 {digest}, verified\n",
         ]
 
-    def test_the_nixos_unit_accepts_it(self, store: Path, model: Path, digest: str) -> None:
-        """The stamp is the one of modules/fetch-model.sh, which then spares hashing the file at every boot."""
-        added = add(store, "emily", str(model), digest)
-        command = ["bash", str(FETCH_SCRIPT), "/gone/model.gguf", str(added.path), digest]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stdout) == (0, f"{added.path} is in place, verified before\n")
+    def test_a_target_of_ones_own(self, store: Path, url: str, model: Path, digest: str, tmp_path: Path) -> None:
+        """As the NixOS module names it: another folder, and a name that is not the source's."""
+        target = tmp_path / "elsewhere" / "my%20emily.gguf"
+        added = add(store, "emily", f"{url}/{model.name}", digest, target=target)
+        assert (added.path, target.read_bytes()) == (target, model.read_bytes())
+        assert add(store, "emily", "/gone/model.gguf", digest, target=target).was_there
+        assert not store.exists()
 
-    def test_it_accepts_the_nixos_units(self, store: Path, model: Path, digest: str) -> None:
-        """And the other way round."""
-        target = store / "emily" / model.name
-        subprocess.run(["bash", str(FETCH_SCRIPT), str(model), str(target), digest], check=True, capture_output=True)
-        assert [(entry.state, entry.sha256) for entry in entries(store)] == [("verified", digest)]
+    def test_a_url_of_a_file(self, store: Path, model: Path, digest: str) -> None:
+        source = f"file://{str(model).replace('m', '%6D')}"
+        assert add(store, "emily", source, digest).path == store / "emily" / model.name
+
+    def test_a_file_with_another_checksum_is_brought_again_if_it_may_be_replaced(
+        self, store: Path, model: Path, digest: str
+    ) -> None:
+        """Damaged, or of the checksum that was declared before."""
+        path = add(store, "emily", str(model), digest).path
+        path.write_bytes(b"damaged")
+        with pytest.raises(ModelError, match="is there already"):
+            add(store, "emily", str(model), digest)
+        added = add(store, "emily", str(model), digest, replace=True)
+        assert (added.was_there, added.verified, path.read_bytes()) == (False, True, model.read_bytes())
+
+    def test_what_is_there_stays_until_the_new_file_is_whole(self, store: Path, model: Path, digest: str) -> None:
+        path = add(store, "emily", str(model), digest).path
+        with pytest.raises(ModelError, match="must be"):
+            add(store, "emily", str(model), WRONG, replace=True)
+        assert path.read_bytes() == model.read_bytes()
+
+    def test_only_what_may_succeed_later_is_worth_another_try(self, store: Path, model: Path, tmp_path: Path) -> None:
+        """By the exit code: the NixOS unit starts again after 1, and not after 3."""
+        text = tmp_path / "page.gguf"
+        text.write_text("<html>please log in</html>")
+        command = [sys.executable, "-m", "pascaline", "models", "add", "emily", "--store", str(store)]
+        codes = [
+            subprocess.run([*command, *more], capture_output=True, check=False).returncode
+            for more in (["/gone/model.gguf"], [str(model), f"--sha256={WRONG}"], [str(text)])
+        ]
+        assert codes == [1, 3, 3]
 
 
 class TestSplitModels:

@@ -63,6 +63,12 @@ class ModelError(PascalineError):
     exit_code = ExitCode.MODEL
 
 
+class NotFetchedError(ModelError):
+    """A model's source does not answer, or not with the file: the same command may succeed later."""
+
+    exit_code = ExitCode.FAILED
+
+
 class PortInUseError(PascalineError):
     """Another process already listens on the address that this one needs."""
 

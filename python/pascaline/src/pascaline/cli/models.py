@@ -40,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add.add_argument("name", metavar="NAME", help="name of the model")
     add.add_argument("source", metavar="URL|FILE", help="where the file comes from")
     add.add_argument("--sha256", metavar="HEX[,HEX…]", help="checksum that it must have; one for each part")
+    add.add_argument("--target", type=Path, metavar="FILE", help="where the file goes (default: the model's folder)")
+    add.add_argument(
+        "--replace", action="store_true", help="bring a file again that is there with another checksum than --sha256"
+    )
     add_token_argument(add)
     listing = actions.add_parser("list", help="show what is in the library")
     verify = actions.add_parser("verify", help="read files again and compare their checksums")
@@ -75,6 +79,8 @@ def _add(arguments: argparse.Namespace, store: Path) -> int:
         arguments.source,
         arguments.sha256,
         headers=token_headers(arguments.token_file),
+        target=arguments.target,
+        replace=arguments.replace,
         on_part=lambda part, parts: ByteBar(arguments.name if parts == 1 else f"{arguments.name} {part + 1}/{parts}"),
     )
     if arguments.json:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from pascaline.errors import ModelError, StorageError
+from pascaline.errors import NotFetchedError, StorageError
 from pascaline.models.server_words import shown_url, status_words
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Download:
     def fetch(self) -> str:
         """Fetch the file into `partial` and return its sha256, computed from what was written.
 
-        Raises ModelError if the server does not have it or gave up, StorageError if the disk is full. The downloaded
+        Raises NotFetchedError if the server does not have it or gave up, StorageError if the disk is full. The fetched
         part stays for the next attempt.
         """
         # Not at the top: an agent, which fetches nothing, would carry its 5 MiB for ever.
@@ -114,7 +114,7 @@ class Download:
                 except _RetryError as error:
                     failures = 1 if self._done > before else failures + 1
                     if failures >= MAX_FAILURES:
-                        raise ModelError(
+                        raise NotFetchedError(
                             f"failed to download {shown_url(self._url)}: {error} ({failures} times); {self._prospect}"
                         ) from error
                     self._sleep(min(error.pause or 2.0 ** (failures - 1), MAX_PAUSE_SECONDS))
@@ -244,7 +244,7 @@ class Download:
             raise full_disk(self._partial.parent, free, needed)
 
     def _fail(self, cause: str) -> Any:
-        raise ModelError(f"failed to download {shown_url(self._url)}: {cause}")
+        raise NotFetchedError(f"failed to download {shown_url(self._url)}: {cause}")
 
 
 def full_disk(folder: Path, free: int, needed: int) -> StorageError:

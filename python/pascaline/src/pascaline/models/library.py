@@ -26,7 +26,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pascaline.digests import parse_sha256s
 from pascaline.engines import engine_for
-from pascaline.errors import ConfigurationError, ModelError, StorageError
+from pascaline.errors import ConfigurationError, ModelError, NotFetchedError, StorageError
 from pascaline.models.download import CHUNK_BYTES, Download, OnBytes, full_disk, storage_error
 from pascaline.models.gguf import open_gguf
 from pascaline.models.gguf_split import sibling_names
@@ -93,30 +93,39 @@ def add(
     headers: Mapping[str, str] | None = None,
     on_bytes: OnBytes = lambda _done, _total: None,
     on_part: OnPart | None = None,
+    target: Path | None = None,
+    replace: bool = False,
 ) -> Added:
     """Bring a model, with all parts of a split one, into the library from a URL or a path. Return where it is.
 
     source: the file, or any part of a split model; the other parts are taken from beside it.
+    target: where the file, or that part, goes instead of the model's folder. replace: bring a file again if the one
+    that is there has another checksum than it must have, which is an error otherwise.
     sha256: the checksum of each file, from a source other than the server. Without it they count as unverified.
     headers: of the requests, for a server that asks for a token. on_part: replaces on_bytes; one function per part.
     """
     digests = _check_arguments(name, sha256)
-    folder, file_name = store / name, _file_name(source)
-    names = sibling_names(file_name) or [file_name]
+    source = _without_file_scheme(source)
+    file_name = _file_name(source)
+    folder, target_name = (target.parent, target.name) if target else (store / name, file_name)
+    names, places = (sibling_names(each) or [each] for each in (file_name, target_name))
     _require_one_each(digests, names)
+    if len(names) != len(places):
+        raise ConfigurationError(f"--target: {target_name} must end as {file_name} does, whose parts it names")
     with _locked(folder, wait=True):
         added = [
             _add_file(
                 _beside(source, file_name, part),
-                folder / part,
+                folder / places[index],
                 digests[index] if digests else None,
+                replace=replace,
                 headers=headers,
                 on_bytes=on_part(index, len(names)) if on_part else on_bytes,
             )
             for index, part in enumerate(names)
         ]
         if len(names) > 1:
-            _require_one_model(folder / names[0])
+            _require_one_model(folder / places[0])
     return Added(
         added[0].path,
         ",".join(each.sha256 for each in added),
@@ -126,10 +135,16 @@ def add(
 
 
 def _add_file(
-    source: str, target: Path, sha256: str | None, *, headers: Mapping[str, str] | None, on_bytes: OnBytes
+    source: str,
+    target: Path,
+    sha256: str | None,
+    *,
+    replace: bool,
+    headers: Mapping[str, str] | None,
+    on_bytes: OnBytes,
 ) -> Added:
-    if target.exists():
-        return _in_place(target, sha256, on_bytes)
+    if target.exists() and (found := _in_place(target, sha256, on_bytes, replace=replace)) is not None:
+        return found
     partial = target.with_name(target.name + PARTIAL)
     digest = _bring(source, partial, target, sha256, headers, on_bytes)
     _require_digest(partial, shown_url(source) if _is_url(source) else source, digest, sha256)
@@ -195,6 +210,11 @@ def _require_one_model(first: Path) -> None:
         raise ModelError(f"{error}; to begin again: pascaline models remove {first.parent.name}") from error
 
 
+def _without_file_scheme(source: str) -> str:
+    """Return the path of a URL such as file:///data/emily.gguf; anything else as it is."""
+    return unquote(urlsplit(source).path) if source.startswith("file://") else source
+
+
 def _is_url(source: str) -> bool:
     return source.startswith(("http://", "https://"))
 
@@ -207,10 +227,13 @@ def _file_name(source: str) -> str:
     return name
 
 
-def _in_place(target: Path, sha256: str | None, on_bytes: OnBytes) -> Added:
+def _in_place(target: Path, sha256: str | None, on_bytes: OnBytes, *, replace: bool) -> Added | None:
+    """Return the file that is there; None if it is to be replaced."""
     known = _stamped(target)
     digest = known if known is not None else file_sha256(target, on_bytes)
     if sha256 not in (None, digest):
+        if replace:
+            return None
         raise ModelError(
             f"{target} is there already and has sha256 {digest}, must be {sha256}; "
             f"to replace it: pascaline models remove {target.parent.name}"
@@ -225,7 +248,7 @@ def _copy(source: Path, partial: Path, on_bytes: OnBytes) -> str:
         total = source.stat().st_size
         reader = source.open("rb")
     except OSError as error:
-        raise ModelError(f"failed to read {source}: {error.strerror}") from error
+        raise NotFetchedError(f"failed to read {source}: {error.strerror}") from error
     free = shutil.disk_usage(partial.parent).free
     if free < total:
         reader.close()
@@ -460,7 +483,7 @@ def _existing(store: Path, name: str) -> Path:
 
 
 def _stamp_text(file: Path, digest: str) -> str:
-    """The stamp as modules/fetch-model.sh writes it, so that each accepts the other's."""
+    """Digest, size, time of change and inode. The kernel sets that time at each write; no program can set it back."""
     status = file.stat()
     seconds, rest = divmod(status.st_ctime_ns, 10**9)
     return f"{digest} {status.st_size} {seconds}.{rest:09d} {status.st_ino}"

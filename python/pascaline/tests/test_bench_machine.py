@@ -15,10 +15,10 @@ from pascaline.bench.instance import Instance, to_flags
 from pascaline.bench.llama_tools import Scoring, check_space, reference_bytes, score, score_reference
 from pascaline.bench.reference import Setting, find_card, reference, roofline
 from pascaline.bench.sampling import ExporterGpu, LocalGpu, Sampler, family, host_memory_bytes
-from pascaline.bench.server import Server
 from pascaline.bench.stream import Endpoint
 from pascaline.cards import load_card
 from pascaline.cli.options import add_settings_arguments, load_from_arguments
+from pascaline.engines.server import Server
 from pascaline.errors import MissingError, PascalineError, StorageError
 from pascaline.gpu.fake_nvml import DEMO_SCENARIO, fake_nvml_environment
 from pascaline.models.gguf import read_gguf

@@ -18,7 +18,6 @@ from pascaline.bench.experiment import (
     serve_points,
     warmup_of,
 )
-from pascaline.bench.server import Server
 from pascaline.bench.workload import (
     NONCE_TOKENS,
     SHIPPED_TEXT,
@@ -28,6 +27,7 @@ from pascaline.bench.workload import (
     parse_lengths,
     shipped_text,
 )
+from pascaline.engines.server import Server
 from pascaline.errors import ConfigurationError
 
 TOKENS = list(range(1000, 3000))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from pascaline.engines.served import refusal_of_all
 from pascaline.errors import ConfigurationError, ModelError, StorageError
 from pascaline.models import library
 from pascaline.models.library import add, entries, garbage, problems, remove, verify
@@ -293,7 +294,7 @@ class TestSplitModels:
         assert (added.path, added.sha256, added.verified) == (store / "emily" / parts[0].name, ",".join(digests), True)
         assert told == [(0, 3), (1, 3), (2, 3)]
         assert [entry.state for entry in entries(store)] == ["verified"] * 3
-        assert problems(entries(store)) == []
+        assert problems(entries(store), refusal_of_all) == []
         assert add(store, "emily", source).was_there
 
     def test_one_checksum_is_not_enough(self, store: Path, parts: list[Path]) -> None:
@@ -325,12 +326,12 @@ class TestSplitModels:
         with pytest.raises(ModelError) as caught:
             add(store, "emily", str(parts[0]))
         assert str(caught.value).endswith("; to begin again: pascaline models remove emily")
-        [problem] = problems(entries(store))
+        [problem] = problems(entries(store), refusal_of_all)
         assert "its name says part 2 of 3 of the split model, its header part 1" in problem
 
     def test_a_part_that_was_removed(self, store: Path, parts: list[Path]) -> None:
         add(store, "emily", str(parts[0])).path.with_name(parts[2].name).unlink()
-        [problem] = problems(entries(store))
+        [problem] = problems(entries(store), refusal_of_all)
         assert problem.startswith("part 3 of 3 of the split model cannot be read: ")
 
 

@@ -274,14 +274,15 @@ class TestHistory:
 
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=lambda engine: engine.name)
 def test_vitals_of_every_engine(engine: Any) -> None:
-    lines = [
-        f"{series}{{{label}}} {number}" if label else f"{series} {number}"
-        for number, (series, label) in enumerate(engine.vital_series.values(), 1)
-    ]
-    vitals = engine.vitals("\n".join([*lines, ""]))
-    assert [getattr(vitals, name) for name in engine.vital_series] == [*range(1, len(lines) + 1)]
+    series, name = engine.series, engine.series.generated.name
+    label = "".join(f'{{{key}="{value}"}}' for key, value in series.generated.labels.items())
+    lines = [f"{name}{label} 1", f"{series.kv_usage.name} 0.25"]
+    if series.ttft:
+        lines += [f"{series.ttft}_sum 2", f"{series.ttft}_count 3"]
+    seconds, count = (2, 3) if series.ttft else (None, None)
+    assert engine.vitals("\n".join([*lines, ""])) == Vitals(1, seconds, count, 0.25)
     assert engine.vitals("") == Vitals()
-    assert engine.vitals(f"{next(iter(engine.vital_series.values()))[0]} broken") == Vitals()
+    assert engine.vitals(f"{name} broken") == Vitals()
 
 
 class TestFeed:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pascaline.engines.served import read_served
 from pascaline.engines.sglang.prepare import PREPARED_FORMAT, prepare
 from pascaline.errors import ConfigurationError, MissingError, ModelError, PascalineError, StorageError
 from pascaline.models import store
@@ -97,22 +98,22 @@ class TestRead:
     @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])
     def test_each_architecture_that_is_served(self, tmp_path: Path, architecture: str) -> None:
         path = write_gguf(tmp_path / "m.gguf", tiny(architecture), "Q8_0", sparse=True)
-        assert store.read(settings(), path).architecture == architecture
+        assert read_served(settings(), path).architecture == architecture
 
     @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
     def test_each_kind_of_folder_that_is_served(self, tmp_path: Path, model_type: str) -> None:
-        assert store.read(settings(), folder(tmp_path / "m", model_type=model_type)).architecture == model_type
+        assert read_served(settings(), folder(tmp_path / "m", model_type=model_type)).architecture == model_type
 
     def test_an_unknown_architecture(self, tmp_path: Path) -> None:
         path = tmp_path / "m.gguf"
         metadata = {key.replace("llama.", "falcon."): content for key, content in LLAMA.items()}
         metadata |= {"general.architecture": value("string", "falcon")}
         path.write_bytes(gguf_file(metadata, [tensor("token_embd.weight", (8,), 0, 0)], data_bytes=32))
-        assert refusal(ModelError, store.read, settings(), path) == (
+        assert refusal(ModelError, read_served, settings(), path) == (
             f"{path}: unsupported architecture 'falcon', must be one of: gemma2, gemma3, llama, qwen2, qwen3; "
             "engine llama.cpp may know it"
         )
-        assert store.read(settings(engine="llama.cpp"), path).architecture == "falcon"
+        assert read_served(settings(engine="llama.cpp"), path).architecture == "falcon"
 
     @pytest.mark.parametrize(
         ("model_type", "missing"),
@@ -127,7 +128,7 @@ class TestRead:
     def test_a_folder_without_a_tensor(self, tmp_path: Path, model_type: str, missing: str) -> None:
         """SGLang would serve what the memory held in its place."""
         path = folder(tmp_path / "m", model_type=model_type, missing=(missing,))
-        assert refusal(ModelError, store.read, settings(), path) == (
+        assert refusal(ModelError, read_served, settings(), path) == (
             f"{path}: no file of the folder holds 1 of the tensors that {model_type} needs: {missing!r}; download the "
             "folder again (git lfs pull, if it was cloned by git)"
         )
@@ -137,12 +138,12 @@ class TestRead:
         """A llama that does not say so has a head of its own; a gemma has none."""
         path = folder(tmp_path / "m", tie_word_embeddings=tied)
         assert "holds 1 of the tensors that llama needs: 'lm_head.weight'; " in refusal(
-            ModelError, store.read, settings(), path
+            ModelError, read_served, settings(), path
         )
 
     def test_an_unknown_kind_of_folder(self, tmp_path: Path) -> None:
         path = folder(tmp_path / "m", model_type="falcon")
-        assert refusal(ModelError, store.read, settings(), path) == (
+        assert refusal(ModelError, read_served, settings(), path) == (
             f"{path}: unsupported architecture 'falcon', must be one of: "
             "gemma2, gemma3, gemma3_text, llama, mistral, qwen2, qwen3; engine llama.cpp may know it"
         )
@@ -151,36 +152,36 @@ class TestRead:
     def test_a_file_that_is_no_model(self, tmp_path: Path, content: bytes, words: str) -> None:
         path = tmp_path / "m.gguf"
         path.write_bytes(content)
-        assert refusal(ModelError, store.read, settings(), path).startswith(f"failed to read {path}: {words}")
+        assert refusal(ModelError, read_served, settings(), path).startswith(f"failed to read {path}: {words}")
 
     def test_a_truncated_file(self, model: Path) -> None:
         os.truncate(model, model.stat().st_size - 1)
         assert f"failed to read {model}: it is truncated: 1 bytes are missing" in refusal(
-            ModelError, store.read, settings(), model
+            ModelError, read_served, settings(), model
         )
 
     def test_a_folder_without_config(self, tmp_path: Path) -> None:
-        assert refusal(ModelError, store.read, settings(), tmp_path) == (
+        assert refusal(ModelError, read_served, settings(), tmp_path) == (
             f"failed to read {tmp_path}: it has no config.json; "
             "name a GGUF file, or a folder as downloaded from Hugging Face"
         )
 
     def test_a_folder_for_llama_cpp(self, tmp_path: Path) -> None:
         path = folder(tmp_path / "m")
-        assert refusal(ModelError, store.read, settings(engine="llama.cpp"), path) == (
+        assert refusal(ModelError, read_served, settings(engine="llama.cpp"), path) == (
             f"{path}: llama.cpp serves GGUF files only; set engine to sglang, or convert the model"
         )
 
     def test_the_longest_context_and_one_more(self, model: Path) -> None:
-        longest = store.read(settings(), model).context_length
-        assert store.read(settings(context_length=longest), model).context_length == longest
-        assert refusal(ConfigurationError, store.read, settings(context_length=longest + 1), model) == (
+        longest = read_served(settings(), model).context_length
+        assert read_served(settings(context_length=longest), model).context_length == longest
+        assert refusal(ConfigurationError, read_served, settings(context_length=longest + 1), model) == (
             f"context_length: {longest + 1} is above the model's, must be at most {longest}"
         )
 
     def test_a_checksum_for_a_folder(self, tmp_path: Path) -> None:
         path = folder(tmp_path / "m")
-        assert refusal(ConfigurationError, store.read, settings(model_sha256="0" * 64), path) == (
+        assert refusal(ConfigurationError, read_served, settings(model_sha256="0" * 64), path) == (
             "model_sha256: a checksum needs a GGUF file, must be left out for a folder"
         )
 
@@ -195,11 +196,11 @@ class TestRead:
     def test_checksums_that_do_not_cover_the_model(self, model: Path, parts: int, given: int, words: str) -> None:
         path = split_gguf(model, parts)[0] if parts > 1 else model
         wanted = settings(model_sha256=["0" * 64] * given)
-        assert refusal(ConfigurationError, store.read, wanted, path).startswith(f"model_sha256: {words}")
+        assert refusal(ConfigurationError, read_served, wanted, path).startswith(f"model_sha256: {words}")
 
     def test_a_checksum_for_each_part(self, model: Path) -> None:
         files = split_gguf(model, 2)
-        spec = store.read(settings(model_sha256=["0" * 64] * 2), files[1])
+        spec = read_served(settings(model_sha256=["0" * 64] * 2), files[1])
         assert store.model_files(spec, files[1]) == tuple(files)
 
 

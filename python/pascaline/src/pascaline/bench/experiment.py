@@ -11,8 +11,8 @@ from pascaline.bench.workload import arrival_times, make_requests, parse_lengths
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pascaline.bench.server import Server
     from pascaline.bench.workload import Arrival, Prompts, Request
+    from pascaline.engines.server import Server
 
 ROUNDS = 4
 """Requests per concurrent slot if the user sets none: enough that the start and the end of a run weigh little."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pascaline.bench.sampling import GpuSource
-    from pascaline.bench.server import Server
+    from pascaline.engines.server import Server
 
 POLL_SECONDS = 0.25
 STOP_SECONDS = 60.0

@@ -27,6 +27,7 @@ from pascaline.bench.served_quality import compare_scores, load_scores, score_se
 from pascaline.bench.server import make_prompts
 from pascaline.bench.sweep import LOG_NAME, Target, check_same_target, describe_model
 from pascaline.bench.workload import SHIPPED_TEXT
+from pascaline.engines import engine_named
 from pascaline.errors import ConfigurationError, EngineError
 from pascaline.models import store
 from pascaline.models.reader import read_model
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 DEFAULT_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q3_K_S")
 NF4 = "NF4"
 """bitsandbytes' 4-bit type. Only SGLang serves it."""
+NF4_METHOD = "bitsandbytes"
+"""The value of `quantization` that makes it."""
 BITSANDBYTES = f"bitsandbytes=={PLUGIN.bitsandbytes}"
 """Not a locked package: 180 MB for one method. With CUDA 12.6 it has code for sm_60; SGLang asks for
 PLUGIN.oldest_bitsandbytes."""
@@ -203,7 +206,7 @@ class _Quant:
         if kind != NF4:
             return None
         settings = self._target.configuration.settings
-        if self._spec.format != "safetensors" or settings.engine != "sglang":
+        if self._spec.format != "safetensors" or NF4_METHOD not in engine_named(settings.engine).folder_methods:
             return "bitsandbytes quantises a Hugging Face folder in SGLang; --model and --engine name another"
         if not self._machine.get("gpus"):
             return "SGLang's bitsandbytes loader needs CUDA, and there is no GPU here"
@@ -304,8 +307,8 @@ class _Quant:
         self._note_memory(names, entry)
 
     def _served_quality(self, kind: str, entry: dict[str, Any], instance: Instance, prompts: Prompts) -> None:
-        """If the engine is SGLang, let it score the text itself; the F16 of this comparison is the reference."""
-        if instance.server.engine != "sglang" or prompts.tokens is None or "served_perplexity" in entry:
+        """Let the engine score the text itself, if it can; the F16 of this comparison is the reference."""
+        if prompts.tokens is None or "served_perplexity" in entry:
             return
         chunks, file = self._comparison.chunks, self._results.folder / SERVED_REFERENCE
         scores = score_server(
@@ -329,7 +332,7 @@ class _Quant:
         given: dict[str, Any] = self._target.given | {"model": str(model), "served_model_name": f"{self._name}-{kind}"}
         given.pop("model_sha256", None)
         if kind == NF4:
-            given |= {"quantization": "bitsandbytes"}
+            given |= {"quantization": NF4_METHOD}
         return replace(self._target, given=given)
 
     def _describe(self, kind: str, entry: dict[str, Any], instance: Instance) -> None:
@@ -361,9 +364,9 @@ class _Quant:
 
 
 def default_types(settings: Settings) -> tuple[str, ...]:
-    """Return the types if the user names none; with NF4 if SGLang can quantise the model while it loads."""
-    is_folder = settings.engine == "sglang" and Path(settings.model).expanduser().is_dir()
-    return (*DEFAULT_TYPES, NF4) if is_folder else DEFAULT_TYPES
+    """Return the types if the user names none; with NF4 if the engine can quantise the model while it loads."""
+    can = NF4_METHOD in engine_named(settings.engine).folder_methods
+    return (*DEFAULT_TYPES, NF4) if can and Path(settings.model).expanduser().is_dir() else DEFAULT_TYPES
 
 
 def check_types(types: tuple[str, ...]) -> None:

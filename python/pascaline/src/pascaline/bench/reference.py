@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 from pascaline.bench.claims import ANCHORS, GUIDE_CLAIMS
 from pascaline.bench.workload import parse_lengths
 from pascaline.cards import card_for_device, card_names, load_card
-from pascaline.engines import ENGINES, engine_named
+from pascaline.engines import DEFAULT_ENGINE, ENGINES, engine_named
 from pascaline.planning.plan import make_plan
 from pascaline.planning.request import PlanRequest
 from pascaline.planning.speed import peak_macs
 from pascaline.planning.weights import weights_on_device
-from pascaline.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,7 +58,7 @@ def setting_of(plan: Mapping[str, Any] | None, engine: str) -> Setting:
     """Return how an instance computes, by its plan; without a plan, by the profiles of the cards."""
     known = plan or {}
     return Setting(
-        engine=engine if engine in ENGINES else Settings().engine,
+        engine=engine if engine in ENGINES else DEFAULT_ENGINE,
         dtype=known.get("dtype", "float16"),
         kv_dtype=known.get("kv_dtype", "fp16"),
         chunked_prefill_tokens=known.get("chunked_prefill_tokens", 512),

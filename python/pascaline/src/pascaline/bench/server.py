@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pascaline.bench.workload import Prompts, shipped_text
+from pascaline.engines import ENGINES
+from pascaline.engines.server import Server
 from pascaline.errors import MissingError
 
 if TYPE_CHECKING:
@@ -16,43 +17,6 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS = 60.0
 PROBE_CHARACTERS = 2000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Server:
-    """What a server reports; None if it does not report it."""
-
-    model: str
-    """Model's name in the API."""
-    engine: str
-    """`sglang`, `llama.cpp` or `unknown`."""
-    engine_version: str | None = None
-    model_path: str | None = None
-    context_length: int | None = None
-    max_running_requests: int | None = None
-    max_total_tokens: int | None = None
-    """Capacity of the KV pool, tokens."""
-    settings: dict[str, Any] | None = None
-    """Engine settings that change its speed."""
-
-
-# Fields of SGLang's /server_info that change what is measured.
-_SGLANG_SETTINGS = (
-    "attention_backend",
-    "chunked_prefill_size",
-    "device",
-    "disable_cuda_graph",
-    "disable_overlap_schedule",
-    "disable_radix_cache",
-    "dtype",
-    "kv_cache_dtype",
-    "load_format",
-    "mem_fraction_static",
-    "quantization",
-    "sampling_backend",
-    "schedule_policy",
-    "tp_size",
-)
 
 
 def describe(endpoint: Endpoint) -> Server:
@@ -65,41 +29,11 @@ def describe(endpoint: Endpoint) -> Server:
             "is this an OpenAI API, and does it need --api-key-file?"
         )
     entry = entries[0]
-    for path, read in (("/server_info", _sglang), ("/props", _llama_cpp)):
-        status, facts = ask(endpoint, path)
-        if status == 200 and isinstance(facts, dict) and (found := read(entry, facts)):
+    for engine in ENGINES.values():
+        status, facts = ask(endpoint, engine.server_path)
+        if status == 200 and isinstance(facts, dict) and (found := engine.server(entry, facts)):
             return found
     return Server(model=str(entry["id"]), engine="unknown", context_length=entry.get("max_model_len"))
-
-
-def _sglang(entry: dict[str, Any], facts: dict[str, Any]) -> Server | None:
-    if "version" not in facts:
-        return None
-    return Server(
-        model=str(entry["id"]),
-        engine="sglang",
-        engine_version=str(facts["version"]),
-        model_path=facts.get("model_path"),
-        context_length=entry.get("max_model_len") or facts.get("context_length"),
-        max_running_requests=facts.get("max_running_requests"),
-        max_total_tokens=facts.get("max_total_num_tokens") or facts.get("max_total_tokens"),
-        settings={key: facts[key] for key in _SGLANG_SETTINGS if key in facts},
-    )
-
-
-def _llama_cpp(entry: dict[str, Any], facts: dict[str, Any]) -> Server | None:
-    if "total_slots" not in facts:
-        return None
-    context = facts.get("default_generation_settings", {}).get("n_ctx")
-    return Server(
-        model=str(entry["id"]),
-        engine="llama.cpp",
-        engine_version=facts.get("build_info"),
-        model_path=facts.get("model_path"),
-        context_length=context,
-        max_running_requests=facts["total_slots"],
-        max_total_tokens=context * facts["total_slots"] if context else None,
-    )
 
 
 def make_prompts(endpoint: Endpoint, server: Server) -> Prompts:

@@ -18,6 +18,7 @@ from pascaline.bench.runner import Runner
 from pascaline.bench.server import make_prompts
 from pascaline.bench.stream import parse_endpoint
 from pascaline.configuration import DEFAULT, setting_fields
+from pascaline.engines.served import read_served
 from pascaline.errors import ConfigurationError, PascalineError
 from pascaline.models import store
 from pascaline.models.reader import read_model
@@ -193,4 +194,4 @@ def spec_of(target: Target, instance: Instance) -> ModelSpec | None:
 def _named_spec(target: Target) -> ModelSpec:
     settings = target.configuration.settings
     path, _ = store.locate(settings)
-    return store.read(settings, path)
+    return read_served(settings, path)

@@ -107,6 +107,7 @@ def _list(arguments: argparse.Namespace, store: Path) -> int:
 
 def _verify(arguments: argparse.Namespace, store: Path) -> int:
     from pascaline.cli.progress import ByteBar
+    from pascaline.engines.served import refusal_of_all
     from pascaline.models.library import entries, problems, verify
 
     names = arguments.names or sorted({entry.name for entry in entries(store)})
@@ -114,7 +115,7 @@ def _verify(arguments: argparse.Namespace, store: Path) -> int:
         raise ConfigurationError("--sha256: belongs to one model, must be given with exactly one NAME")
     found = [entry for name in names for entry in verify(store, name, arguments.sha256, ByteBar(name))]
     _print(arguments, found, f"no models in {store}")
-    wrong = problems(found)
+    wrong = problems(found, refusal_of_all)
     for text in wrong:
         print(f"pascaline models: {text}", file=sys.stderr)
     changed = [entry for entry in found if entry.state == "changed"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pascaline.cli.options import add_settings_arguments, given_flags
 from pascaline.cli.signals import interrupt_on_sigterm
+from pascaline.engines import ENGINES, engine_named
 from pascaline.errors import ConfigurationError, EngineError, ExitCode, MissingError, StorageError
 from pascaline.redaction import read_secret
 
@@ -89,8 +90,10 @@ def _instance(arguments: argparse.Namespace) -> Instance:
     instance = collect_instance(Machine(), question)
     if instance.configuration_error:
         raise ConfigurationError(instance.configuration_error)
-    if instance.settings and instance.settings.engine != "sglang":
-        raise ConfigurationError("engine: llama.cpp has no profiler interface, must be sglang")
+    engine = instance.settings.engine if instance.settings else None
+    if engine and not engine_named(engine).has_profiler:
+        able = " or ".join(name for name, other in ENGINES.items() if other.has_profiler)
+        raise ConfigurationError(f"engine: {engine} has no profiler interface, must be {able}")
     if arguments.instance and instance.health is None:
         raise EngineError(f"--instance: no agent of {arguments.instance} answers; see pascaline doctor --instance")
     return instance

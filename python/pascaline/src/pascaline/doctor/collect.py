@@ -15,7 +15,8 @@ from pascaline.doctor.evidence.logs import collect_logs
 from pascaline.doctor.evidence.model import collect_model
 from pascaline.doctor.evidence.plan import make_host_plan
 from pascaline.doctor.evidence.system import collect_system
-from pascaline.doctor.host import Driver, EngineFacts, Host, Instance, Logs, ModelFacts, System
+from pascaline.doctor.host import Driver, Host, Instance, Logs, ModelFacts, System
+from pascaline.engines.installation import Installation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +37,7 @@ def collect(machine: Machine, question: Question, on_part: Callable[[str], None]
     reading = machine.reading() if driver.version or driver.pci or driver.nodes else None
     devices = reading.devices if reading else ()
     on_part("engine")
-    engine = _standing(machine, "engine", lambda: collect_engine(machine, instance), EngineFacts())
+    engine = _standing(machine, "engine", lambda: collect_engine(machine, instance), Installation())
     on_part("model")
     model = _standing(machine, "model", lambda: collect_model(machine, instance.settings), ModelFacts())
     on_part("system")

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pascaline.engines import DEFAULT_ENGINE, engine_named
+from pascaline.engines.installation import Installation
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pascaline.cards import Card
     from pascaline.configuration import Configuration
+    from pascaline.engines import Engine
     from pascaline.gpu.reading import DeviceReading, Reading
     from pascaline.models.spec import ModelSpec
     from pascaline.planning.plan import Plan
@@ -125,30 +129,6 @@ class GpuProcess:
     name: str
     unit: str
     """Its systemd unit; empty if it has none, or if this user may not see it."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineFacts:
-    """What the engine's Python reports; see engine_probe.py."""
-
-    error: str = ""
-    """Why the engine's Python gave no answer."""
-    versions: Mapping[str, str] = field(default_factory=dict)
-    """Installed packages among torch, sglang, sglang-pascal, transformers, bitsandbytes."""
-    torch_cuda: str = ""
-    """CUDA version that torch was built for; empty if built without CUDA."""
-    torch_architectures: tuple[str, ...] = ()
-    """Such as sm_60, compute_90."""
-    supported_sglang: tuple[str, ...] = ()
-    """Versions that the plugin was made for."""
-    kernel_architectures: tuple[str, ...] = ()
-    """Architectures of the plugin's prebuilt kernels, such as sm_61 and compute_61."""
-    kernel_formats: tuple[str, ...] = ()
-    """Tensor types that the plugin has kernels for."""
-    entry_points: tuple[str, ...] = ()
-    """Platforms registered with SGLang."""
-    unknown_variables: tuple[str, ...] = ()
-    """SGLANG_ variables that are set but that SGLang's source does not mention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +254,7 @@ class Host:
     nvcc: str = ""
     """Release of the CUDA toolkit on PATH or under CUDA_PATH, such as 11.8; empty without one."""
     system: System = System()
-    engine: EngineFacts = EngineFacts()
+    engine: Installation = field(default_factory=Installation)
     model: ModelFacts = ModelFacts()
     instance: Instance = Instance()
     logs: Logs = Logs()
@@ -289,6 +269,11 @@ class Host:
     def settings(self) -> Settings | None:
         """The instance's settings; None if they could not be read."""
         return self.instance.settings
+
+    @property
+    def engine_kind(self) -> Engine:
+        """The engine that the settings name."""
+        return engine_named(self.settings.engine if self.settings else DEFAULT_ENGINE)
 
     @property
     def wants_gpu(self) -> bool:

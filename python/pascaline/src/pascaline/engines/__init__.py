@@ -4,30 +4,22 @@ base          how it is started, whether it makes progress, what its output mean
 memory_model  what it allocates for a model; plan_request, kv_layers, tensors: what the models share
 data          engine.toml: constants and measured speeds
 registry      finds the folders
+served        whether an engine serves a model
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from pascaline.engines.base import Engine, Launch, Progress, Task, Vitals, WorkLimits
+from pascaline.defaults import SETTINGS
+from pascaline.engines.base import Engine, Launch, Progress, Task, WorkLimits
 from pascaline.engines.causes import Cause, Diagnosis
 from pascaline.engines.registry import engine_named, engines
-
-if TYPE_CHECKING:
-    from pascaline.models.spec import ModelSpec
+from pascaline.engines.series import Vitals
 
 ENGINES = engines()
 """Every engine by its name in the setting `engine`."""
-
-
-def engine_for(spec: ModelSpec) -> Engine:
-    """Return the engine to serve a model with: one that names its architecture, else one that decides itself."""
-    by_certainty = sorted(ENGINES.values(), key=lambda engine: engine.decides_itself)
-    return next((engine for engine in by_certainty if engine.knows(spec)), by_certainty[-1])
-
+DEFAULT_ENGINE = SETTINGS["engine"]
+"""Name of the engine if the settings are unknown."""
 
 __all__ = [
+    "DEFAULT_ENGINE",
     "ENGINES",
     "Cause",
     "Diagnosis",
@@ -37,6 +29,5 @@ __all__ = [
     "Task",
     "Vitals",
     "WorkLimits",
-    "engine_for",
     "engine_named",
 ]

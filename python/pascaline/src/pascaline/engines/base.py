@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from pascaline.engines.causes import Cause, Diagnosis, Explanation, cuda_fault
 from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.engines.last_words import cause_of_traceback, fatal_words, first_of_last_errors
+from pascaline.engines.series import Series, Vitals, vitals_of
 from pascaline.errors import ConfigurationError
 from pascaline.gpu.devices import device_variables
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from gguf_acceptance import Verdict
 
     from pascaline.engines.data import EngineData
+    from pascaline.engines.installation import Installation, Probe
     from pascaline.engines.memory_model import MemoryModel
+    from pascaline.engines.server import Server
     from pascaline.models.spec import ModelSpec
     from pascaline.models.store import ResolvedModel
     from pascaline.settings import Settings
@@ -135,20 +138,6 @@ class Parsers(NamedTuple):
         return f"{calls}, {thoughts}"
 
 
-@dataclass(frozen=True, slots=True)
-class Vitals:
-    """What people look at while an engine serves; None: the engine does not report it. Counters run since its start."""
-
-    generated: float | None = None
-    """Tokens."""
-    ttft_seconds: float | None = None
-    """Sum of the times to first token."""
-    ttft_count: float | None = None
-    """Number of those."""
-    kv_ratio: float | None = None
-    """Share of the KV cache in use."""
-
-
 class Engine(ABC):
     """One kind of engine. Instances hold no state."""
 
@@ -158,10 +147,24 @@ class Engine(ABC):
     """What it allocates for a model."""
     drains_on_sigterm: ClassVar[bool]
     """Whether the engine finishes running requests after SIGTERM; if not, the supervisor first waits for them."""
+    series: ClassVar[Series]
+    """Names of its series that mean the same for every engine."""
+    server_path: ClassVar[str]
+    """Path of its API that describes the server."""
+    required: ClassVar[tuple[str, ...]]
+    """Names in `Installation.versions` without which it cannot run."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Python packages that it consists of."""
+    processes: ClassVar[tuple[str, ...]]
+    """What the names of its processes begin with."""
+    variable_prefixes: ClassVar[tuple[str, ...]]
+    """What the names of its environment variables begin with."""
+    folder_methods: ClassVar[tuple[str, ...]] = ()
+    """Methods by which it quantises a folder of safetensors while it loads it."""
+    has_profiler: ClassVar[bool] = False
+    """Whether its API records a profile (/start_profile)."""
     decides_itself: ClassVar[bool] = False
     """Whether it may load architectures that `judge` cannot know, and refuses others itself."""
-    vital_series: ClassVar[Mapping[str, tuple[str, str]]]
-    """Field of Vitals -> (series of its /metrics, label that the series must have or "")."""
     setting_flags: ClassVar[Mapping[str, str]]
     """The engine's own flag -> the setting that controls it."""
     failures: ClassVar[Sequence[Explanation]]
@@ -211,15 +214,26 @@ class Engine(ABC):
 
     def vitals(self, metrics: str) -> Vitals:
         """Read what people look at from its /metrics; nothing from a malformed page."""
-        try:
-            samples = Samples(metrics, {series for series, _ in self.vital_series.values()})
-        except MalformedPageError:
-            return Vitals()
-        return Vitals(**{name: samples.sum(series, label) for name, (series, label) in self.vital_series.items()})
+        return vitals_of(metrics, self.series)
 
     @abstractmethod
     def version(self, ask: Ask) -> str:
         """Return the version that it reports. Raises OSError if it reports none."""
+
+    @abstractmethod
+    def server(self, entry: dict[str, Any], facts: dict[str, Any]) -> Server | None:
+        """Read what a server reports; None if it is another engine's.
+
+        entry: the model in /v1/models; facts: the answer from `server_path`.
+        """
+
+    @abstractmethod
+    def probe(self, settings: Settings | None, variables: Sequence[str]) -> Probe:
+        """Return a command that reports what is installed. variables: those of `variable_prefixes` that are set."""
+
+    @abstractmethod
+    def installation(self, probe: Probe, text: str, errors: str, code: int) -> Installation:
+        """Read the answer of `probe`. text, errors: what it wrote to stdout and stderr; code: its exit status."""
 
     @abstractmethod
     def parse_line(self, line: str) -> tuple[str, str]:

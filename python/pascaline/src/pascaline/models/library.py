@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Literal, cast
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pascaline.digests import parse_sha256s
-from pascaline.engines import engine_for
 from pascaline.errors import ConfigurationError, ModelError, NotFetchedError, StorageError
 from pascaline.models.download import CHUNK_BYTES, Download, OnBytes, full_disk, storage_error
 from pascaline.models.gguf import open_gguf
@@ -35,6 +34,8 @@ from pascaline.models.server_words import shown_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from pascaline.models.spec import ModelSpec
 
 SYSTEM_STORE = Path("/var/lib/pascaline/models")
 """Where the NixOS module keeps models (services.pascaline.stateDir)."""
@@ -80,6 +81,8 @@ def default_store() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "pascaline" / "models"
 
 
+Refusal = Callable[["ModelSpec"], str | None]
+"""Says why no engine serves a model; None if one does."""
 OnPart = Callable[[int, int], OnBytes]
 """Called with (index of the next part, number of parts); returns the function that is called with its bytes."""
 
@@ -341,7 +344,7 @@ def find(store: Path, name: str) -> Path | None:
     return store / name / first.pop() if first else None
 
 
-def problems(found: Sequence[Entry]) -> list[str]:
+def problems(found: Sequence[Entry], refusal: Refusal) -> list[str]:
     """Return why no engine here serves these files: damaged, a missing part, or a part of another model.
 
     Files with another checksum are not judged further. A split model is judged once.
@@ -351,17 +354,16 @@ def problems(found: Sequence[Entry]) -> list[str]:
         if entry.path.suffix == ".gguf" and entry.state != "changed":
             names = sibling_names(entry.path.name) or [entry.path.name]
             models.setdefault(entry.path.with_name(names[0]), entry.path)
-    return [problem for file in models.values() if (problem := _problem(file)) is not None]
+    return [problem for file in models.values() if (problem := _problem(file, refusal)) is not None]
 
 
-def _problem(file: Path) -> str | None:
+def _problem(file: Path, refusal: Refusal) -> str | None:
     try:
         spec = read_model(file)
     except ModelError as error:
         return str(error)
-    engine = engine_for(spec)
-    sentence = engine.judge(spec).sentence
-    return f"{file}: engine {engine.name} cannot serve it: {sentence}" if sentence else None
+    sentence = refusal(spec)
+    return f"{file}: {sentence}" if sentence else None
 
 
 def verify(

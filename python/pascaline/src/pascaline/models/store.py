@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pascaline.engines import engine_named
 from pascaline.errors import ConfigurationError, MissingError, ModelError
 from pascaline.models import library
 from pascaline.models.cache import cache_folder, writing
@@ -84,20 +83,28 @@ def builtin_model() -> Path:
 
 
 def read(settings: Settings, path: Path) -> ModelSpec:
-    """Read the model's header. ModelError: the engine cannot serve it; ConfigurationError: settings exceed it."""
+    """Read the model's header and compare the settings with it. `engines.read_served` asks the engine besides."""
+    spec = read_header(path)
+    check_settings(settings, spec)
+    return spec
+
+
+def read_header(path: Path) -> ModelSpec:
+    """Read the model's header. Raises ModelError, also for a GGUF file that cannot be mapped (a pipe)."""
     spec = read_model(path)
     if spec.format == "gguf" and not path.is_file():
         raise ModelError(f"failed to read {path}: not a regular file")
-    verdict = engine_named(settings.engine).judge(spec)
-    if verdict.refusals:
-        raise ModelError(f"{path}: {verdict.sentence}")
+    return spec
+
+
+def check_settings(settings: Settings, spec: ModelSpec) -> None:
+    """Raise ConfigurationError if the settings exceed the model."""
     if settings.context_length is not None and settings.context_length > spec.context_length:
         raise ConfigurationError(
             f"context_length: {settings.context_length} is above the model's, must be at most {spec.context_length}"
         )
     if problem := checksum_problem(settings, spec):
         raise ConfigurationError(problem)
-    return spec
 
 
 def checksum_problem(settings: Settings, spec: ModelSpec) -> str | None:

@@ -23,6 +23,7 @@ from gguf_acceptance import combined_sha256
 from pascaline import __version__
 from pascaline.digests import shown_sha256s
 from pascaline.engines import ENGINES, Task
+from pascaline.engines.served import read_served
 from pascaline.errors import EngineError, ExitCode, GaveUpError, PascalineError
 from pascaline.gpu import loss
 from pascaline.models import store
@@ -258,7 +259,7 @@ class Supervisor:
         settings = self.settings
         with self._console.stage("resolve") as stage:
             path, name = await self._in_thread(store.locate, settings)
-            spec = await self._in_thread(store.read, settings, path)
+            spec = await self._in_thread(read_served, settings, path)
             files = store.model_files(spec, path)
             path = files[0]
             stage.note = f": {path} ({spec.architecture}, {spec.n_parameters / 1e6:.0f} M parameters)"

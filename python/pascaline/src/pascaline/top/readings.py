@@ -6,22 +6,16 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pascaline.engines import ENGINES
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from pascaline.engines.series import Selector, Series
     from pascaline.top.pages import HostPages, Page
 
 _UNIT = re.compile(r"pascaline-(.+)\.service")
 """An instance's unit; the instance is named after it."""
-_Candidates = tuple[tuple[str, dict[str, str]], ...]
-# Metrics with the same meaning in both engines, SGLang's first.
-_GENERATED: _Candidates = (
-    ("sglang:realtime_tokens_total", {"mode": "decode"}),
-    ("llamacpp:tokens_predicted_total", {}),
-)
-_THROUGHPUT: _Candidates = (("sglang:gen_throughput", {}), ("llamacpp:predicted_tokens_seconds", {}))
-_RUNNING: _Candidates = (("sglang:num_running_reqs", {}), ("llamacpp:requests_processing", {}))
-_QUEUED: _Candidates = (("sglang:num_queue_reqs", {}), ("llamacpp:requests_deferred", {}))
 # Reasons for lower clocks that are no problem.
 _AS_WANTED = frozenset({"gpu_idle", "applications_clocks_setting", "display_clock_setting"})
 
@@ -139,10 +133,11 @@ def _instance(
     before: InstanceReading | None,
     elapsed: float,
 ) -> InstanceReading:
-    generated = _first(engine, _GENERATED)
+    series = _series_of(engine)
+    generated = _selected(engine, series.generated) if series else None
     rate = _rate(generated, before.generated_tokens if before else None, elapsed)
-    ttft = _observed(engine, "sglang:time_to_first_token_seconds")
-    itl = _observed(engine, "sglang:inter_token_latency_seconds")
+    ttft = _observed(engine, series.ttft) if series else None
+    itl = _observed(engine, series.itl) if series else None
     info = _labels(agent, "pascaline_settings_info")
     unit = _UNIT.fullmatch(info.get("unit", ""))
     name = unit[1] if unit else info.get("served_model_name") or f":{port}"
@@ -152,11 +147,11 @@ def _instance(
         model=info.get("model"),
         state=_state(agent),
         restarts=_total(agent, "pascaline_engine_restarts_total"),
-        running_requests=_first(engine, _RUNNING),
-        queued_requests=_first(engine, _QUEUED),
+        running_requests=_selected(engine, series.running) if series else None,
+        queued_requests=_selected(engine, series.queued) if series else None,
         generated_tokens=generated,
-        tokens_per_second=_first(engine, _THROUGHPUT) if rate is None else rate,
-        kv_cache_ratio=_total(engine, "sglang:token_usage"),
+        tokens_per_second=_selected(engine, series.throughput) if series and rate is None else rate,
+        kv_cache_ratio=_selected(engine, series.kv_usage) if series else None,
         planned_bytes=_total(agent, "pascaline_plan_total_bytes"),
         actual_bytes=_memory_of(pages, name),
         ttft=ttft,
@@ -185,12 +180,19 @@ def _memory_of(pages: HostPages, name: str) -> float | None:
     return pages.exporter.total(metric) if of_unit is None and alone else of_unit
 
 
-def _first(page: Page | None, candidates: _Candidates) -> float | None:
-    totals = (_total(page, name, **labels) for name, labels in candidates)
-    return next((total for total in totals if total is not None), None)
+def _series_of(page: Page | None) -> Series | None:
+    """Return the series of the engine whose page this is."""
+    every = (engine.series for engine in ENGINES.values()) if page else ()
+    return next((series for series in every if _selected(page, series.running) is not None), None)
 
 
-def _observed(page: Page | None, histogram: str) -> Observed | None:
+def _selected(page: Page | None, selector: Selector | None) -> float | None:
+    return _total(page, selector.name, **selector.labels) if selector else None
+
+
+def _observed(page: Page | None, histogram: str | None) -> Observed | None:
+    if histogram is None:
+        return None
     total, count = _total(page, f"{histogram}_sum"), _total(page, f"{histogram}_count")
     return None if total is None or count is None else Observed(total, count)
 

@@ -13,14 +13,17 @@ if TYPE_CHECKING:
 CHECKS = Checks("Engine")
 check = CHECKS.check
 
+SGLANG = "sglang"
+"""Name of the package."""
 LEAST_GLIBC = (2, 34)
 """SGLang's wheels are manylinux_2_34."""
 
 
 def _absent(host: Host, package: str) -> str | None:
     """Return why a package cannot be judged; None if it is installed."""
-    if host.settings and host.settings.engine != "sglang":
-        return f"the engine is {host.settings.engine}"
+    engine = host.engine_kind
+    if package not in engine.packages:
+        return f"the engine is {engine.name}"
     if package not in host.engine.versions:
         return f"{package} is not installed; see engine"
     return None
@@ -35,10 +38,7 @@ def _absent(host: Host, package: str) -> str | None:
 )
 def _engine(host: Host) -> Result:
     """Runs the Python of engine_executable and asks for torch, SGLang and the plugin; for llama.cpp, llama-server."""
-    if host.settings and host.settings.engine == "llama.cpp":
-        version = host.engine.versions.get("llama.cpp")
-        return ok(f"llama.cpp {version}") if version else failure(host.engine.error)
-    missing = [name for name in ("torch", "sglang", "sglang-pascal") if name not in host.engine.versions]
+    missing = [name for name in host.engine_kind.required if name not in host.engine.versions]
     if missing:
         return failure(host.engine.error or f"not installed: {', '.join(missing)}")
     words = ", ".join(f"{name} {version}" for name, version in host.engine.versions.items())
@@ -54,9 +54,9 @@ def _engine(host: Host) -> Result:
 )
 def _sglang_version(host: Host) -> Result:
     """Compares the installed SGLang with the versions that the plugin's shims were written and tested for."""
-    if reason := _absent(host, "sglang"):
+    if reason := _absent(host, SGLANG):
         return skipped(reason)
-    found, supported = host.engine.versions["sglang"], host.engine.supported_sglang
+    found, supported = host.engine.versions[SGLANG], host.engine.supported
     if not supported:
         return skipped("the plugin does not report which versions it supports; see engine")
     words = f"sglang {found}, the plugin supports {', '.join(supported)}"
@@ -72,7 +72,7 @@ def _sglang_version(host: Host) -> Result:
 )
 def _plugin(host: Host) -> Result:
     """Looks for the platform `pascal` among SGLang's entry points. Without it SGLang refuses every Pascal card."""
-    if reason := _absent(host, "sglang"):
+    if reason := _absent(host, SGLANG):
         return skipped(reason)
     points = host.engine.entry_points
     if PLUGIN.platform not in points:
@@ -90,7 +90,7 @@ def _bitsandbytes(host: Host) -> Result:
     """If the setting `quantization` is bitsandbytes, looks for a version that SGLang accepts: it fails without it."""
     if host.settings is None or host.settings.quantization != "bitsandbytes":
         return ok("the settings do not use it")
-    if reason := _absent(host, "sglang"):
+    if reason := _absent(host, SGLANG):
         return skipped(reason)
     found = host.engine.versions.get("bitsandbytes")
     if found is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pascaline.doctor.checks.engine import SGLANG
 from pascaline.doctor.verdicts import Checks, Remedy, Result, failure, info, ok, skipped, warning
 from pascaline.gpu.devices import BUS_ORDER, DEVICE_ORDER
 
@@ -110,10 +111,13 @@ def _tf32(host: Host) -> Result:
 def _unknown_sglang(host: Host) -> Result:
     """Searches the installed SGLang for each SGLANG_ variable that is set. The guide's SGLANG_DISABLE_FLASH_ATTENTION
     and SGLANG_DISABLE_NORM_TENSOR exist in no version."""
-    names = sorted(name for name in host.instance.environment if name.startswith(("SGLANG_", "SGL_")))
+    engine = host.engine_kind
+    if SGLANG not in engine.packages:
+        return skipped(f"the engine is {engine.name}")
+    names = sorted(name for name in host.instance.environment if name.startswith(engine.variable_prefixes))
     if not names:
         return ok("none is set")
-    if "sglang" not in host.engine.versions:
+    if SGLANG not in host.engine.versions:
         return skipped(f"SGLang could not be searched for {', '.join(names)}; see engine")
     unknown = host.engine.unknown_variables
     if unknown:

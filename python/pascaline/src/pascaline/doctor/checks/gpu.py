@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pascaline.doctor.kernel_log import CRITICAL_XIDS, xids
 from pascaline.doctor.verdicts import Checks, Remedy, Result, Verdict, failure, info, ok, skipped, warning
-from pascaline.engines.base import sum_of_series
+from pascaline.engines.series import load_of
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
@@ -354,22 +354,20 @@ def _display(host: Host) -> Result:
 def _gpu_utilization(host: Host) -> Result:
     """Compares utilisation with the engine's running and waiting requests. If requests wait while the GPU idles, then
     max_running_requests is too small, or something else slows the engine (CPU, throttling, debug variables)."""
-    metrics = host.instance.engine_metrics
-    running = sum_of_series(metrics, "sglang:num_running_reqs")
-    queued = sum_of_series(metrics, "sglang:num_queue_reqs") or 0.0
-    if running is None:
+    load = load_of(host.instance.engine_metrics)
+    if load is None:
         return skipped("no running engine reports its requests")
-    if not running + queued:
+    if not load.running + load.queued:
         return skipped("the engine is idle")
 
     def judge(gpu: Gpu) -> Result | None:
         utilization = gpu.number("nvmlDeviceGetUtilizationRates")
         if utilization is None:
             return None
-        words = f"{utilization} % with {running:.0f} running and {queued:.0f} waiting requests"
+        words = f"{utilization} % with {load.running:.0f} running and {load.queued:.0f} waiting requests"
         if utilization < IDLE_RATIO * 100:
             return warning(words)
-        return info(words) if queued else ok(words)
+        return info(words) if load.queued else ok(words)
 
     return _each(host, judge, "no GPU reports its utilisation")
 

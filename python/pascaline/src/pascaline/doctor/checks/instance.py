@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from pascaline.doctor.verdicts import Checks, Remedy, Result, failure, info, ok, skipped, warning
-from pascaline.engines.base import sum_of_series
+from pascaline.engines.series import load_of
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
@@ -173,13 +173,11 @@ def _gpu_oom_history(host: Host) -> Result:
 )
 def _queue(host: Host) -> Result:
     """Reads the number of waiting requests and the used share of the KV pool."""
-    running = sum_of_series(host.instance.engine_metrics, "sglang:num_running_reqs")
-    if running is None:
+    load = load_of(host.instance.engine_metrics)
+    if load is None:
         return skipped("no running engine reports its requests")
-    queued = sum_of_series(host.instance.engine_metrics, "sglang:num_queue_reqs") or 0.0
-    usage = sum_of_series(host.instance.engine_metrics, "sglang:token_usage") or 0.0
-    words = f"{running:.0f} running, {queued:.0f} waiting, KV pool {usage:.0%} used"
-    return warning(words) if queued > max(running, 1) else ok(words)
+    words = f"{load.running:.0f} running, {load.queued:.0f} waiting, KV pool {load.kv_usage:.0%} used"
+    return warning(words) if load.queued > max(load.running, 1) else ok(words)
 
 
 @check(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pascaline.doctor.kernel_log import killed_for_memory
 from pascaline.doctor.verdicts import Checks, Remedy, Result, failure, info, ok, skipped, warning
+from pascaline.engines import ENGINES
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
@@ -196,5 +197,6 @@ def _oom_history(host: Host) -> Result:
     if not killed:
         return ok("nothing since the boot")
     words = ", ".join(f"{name} ({pid})" for pid, name in killed.items())
-    engine = any(name.startswith(("sglang", "python", "pascaline", "llama", "pt_main")) for name in killed.values())
+    ours = ("pascaline", *(name for engine in ENGINES.values() for name in engine.processes))
+    engine = any(name.startswith(ours) for name in killed.values())
     return failure(words) if engine else warning(words)

@@ -15,7 +15,10 @@ from pascaline.engines.causes import Cause, Explanation
 from pascaline.engines.client import json_object
 from pascaline.engines.data import read_data
 from pascaline.engines.exposition import MalformedPageError, Samples
+from pascaline.engines.installation import Installation, Probe
 from pascaline.engines.llama_cpp.memory import ENGINE_KV_TYPES, LlamaCppMemory, memory_arguments
+from pascaline.engines.series import Selector, Series
+from pascaline.engines.server import Server
 from pascaline.errors import ConfigurationError, MissingError
 
 if TYPE_CHECKING:
@@ -41,14 +44,24 @@ WITHOUT_COUNTERPART: dict[str, Any] = {
     "tool_call_parser": "auto",
 }
 """Settings without a counterpart in llama-server, each with its neutral value."""
+PROGRAM = "llama-server"
+PROBE_SECONDS = 20.0
+SERIES = Series(
+    running=Selector("llamacpp:requests_processing"),
+    queued=Selector("llamacpp:requests_deferred"),
+    generated=Selector("llamacpp:tokens_predicted_total"),
+    throughput=Selector("llamacpp:predicted_tokens_seconds"),
+    kv_usage=Selector("llamacpp:kv_cache_usage_ratio"),
+)
 # The same thread computes and sends answers, so its steps also count as answers.
-_STEPS = ("llamacpp:n_decode_total", "llamacpp:prompt_tokens_total", "llamacpp:tokens_predicted_total")
-_PROGRESS_SERIES = frozenset({*_STEPS, "llamacpp:requests_processing", "llamacpp:requests_deferred"})
+_STEPS = ("llamacpp:n_decode_total", "llamacpp:prompt_tokens_total", SERIES.generated.name)
+_PROGRESS_SERIES = frozenset({*_STEPS, SERIES.running.name, SERIES.queued.name})
 
 _ERROR_WORDS = re.compile(r"\b(error|failed|fatal|abort)", re.IGNORECASE)
 _WARNING_WORDS = re.compile(r"\b(warn(ing)?|deprecated)\b", re.IGNORECASE)
 # "0.00.123.456 I text", newer versions' prefix with --log-prefix.
 _PREFIXED = re.compile(r"[\d.]+ ([DIWE]) (.*)")
+_VERSION = re.compile(r"^version: (.+)$", re.MULTILINE)
 _LEVELS = {"D": "DEBUG", "I": "INFO", "W": "WARNING", "E": "ERROR"}
 
 
@@ -58,11 +71,12 @@ class LlamaCppEngine(Engine):
     data = DATA
     memory = LlamaCppMemory(DATA)
     drains_on_sigterm = False
+    series = SERIES
+    server_path = "/props"
+    required = (DATA.name,)
+    processes = ("llama",)
+    variable_prefixes = ("LLAMA_", "GGML_")
     decides_itself = True
-    vital_series: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "generated": ("llamacpp:tokens_predicted_total", ""),
-        "kv_ratio": ("llamacpp:kv_cache_usage_ratio", ""),
-    }
     setting_flags: ClassVar[Mapping[str, str]] = {
         "-m": "model",
         "--model": "model",
@@ -159,10 +173,39 @@ class LlamaCppEngine(Engine):
             samples = Samples(metrics, _PROGRESS_SERIES)
         except MalformedPageError:
             return None
-        running = samples.sum("llamacpp:requests_processing")
+        running = samples.sum(SERIES.running.name)
         if running is None:
             return None
-        return Progress(samples.total(*_STEPS), int(running), int(samples.total("llamacpp:requests_deferred")))
+        return Progress(samples.total(*_STEPS), int(running), int(samples.total(SERIES.queued.name)))
+
+    def server(self, entry: dict[str, Any], facts: dict[str, Any]) -> Server | None:
+        """Read /props."""
+        if "total_slots" not in facts:
+            return None
+        context = facts.get("default_generation_settings", {}).get("n_ctx")
+        return Server(
+            model=str(entry["id"]),
+            engine=self.name,
+            engine_version=facts.get("build_info"),
+            model_path=facts.get("model_path"),
+            context_length=context,
+            max_running_requests=facts["total_slots"],
+            max_total_tokens=context * facts["total_slots"] if context else None,
+        )
+
+    def probe(self, settings: Settings | None, variables: Sequence[str]) -> Probe:
+        """Ask llama-server for its version."""
+        del variables
+        program = settings.engine_executable if settings else None
+        return Probe(PROGRAM, (str(program or PROGRAM), "--version"), PROBE_SECONDS)
+
+    def installation(self, probe: Probe, text: str, errors: str, code: int) -> Installation:
+        """Read the version."""
+        del code
+        match = _VERSION.search(errors + text)
+        if match is None:
+            return Installation(error=f"{probe.command[0]} names no version")
+        return Installation(versions={self.name: match[1]})
 
     def version(self, ask: Ask) -> str:
         """Ask the running engine."""
@@ -179,7 +222,7 @@ class LlamaCppEngine(Engine):
 
 def _program(task: Task) -> str:
     named = task.settings.engine_executable
-    found = shutil.which(str(named) if named else "llama-server")
+    found = shutil.which(str(named or PROGRAM))
     if found is None:
         where = f"{named} is not a program" if named else "llama-server is not on PATH"
         raise MissingError(

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pascaline.engines.base import Engine, Progress, WorkLimits, sum_of_series, text_of
 from pascaline.engines.causes import Cause, Diagnosis, Explanation, cuda_fault
 from pascaline.engines.client import json_object
 from pascaline.engines.data import read_data
 from pascaline.engines.exposition import MalformedPageError, Samples
-from pascaline.engines.sglang import acceptance, activations
+from pascaline.engines.series import Selector, Series
+from pascaline.engines.server import Server
+from pascaline.engines.sglang import acceptance, activations, installation
 from pascaline.engines.sglang.launch import HELD_BACK_TOKENS, launch
 from pascaline.engines.sglang.memory import SglangMemory
 from pascaline.engines.sglang.parsers import choose_parsers, parser_problems
 from pascaline.engines.sglang.prepare import prepare
+from pascaline.engines.sglang.weights import BITSANDBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,23 +26,33 @@ if TYPE_CHECKING:
     from gguf_acceptance import Verdict
 
     from pascaline.engines.base import Ask, Launch, Parsers, Task
+    from pascaline.engines.installation import Installation, Probe
     from pascaline.models.spec import ModelSpec
     from pascaline.settings import Settings
 
 DATA = read_data(Path(__file__).parent)
 
+SERIES = Series(
+    running=Selector("sglang:num_running_reqs"),
+    queued=Selector("sglang:num_queue_reqs"),
+    generated=Selector("sglang:realtime_tokens_total", {"mode": "decode"}),
+    throughput=Selector("sglang:gen_throughput"),
+    kv_usage=Selector("sglang:token_usage"),
+    ttft="sglang:time_to_first_token_seconds",
+    itl="sglang:inter_token_latency_seconds",
+)
 # Counted in the tokenizer's process, after the detokenizer: first tokens, further tokens, tokens of finished answers.
 _ANSWERS = (
-    "sglang:time_to_first_token_seconds_count",
-    "sglang:inter_token_latency_seconds_count",
+    f"{SERIES.ttft}_count",
+    f"{SERIES.itl}_count",
     "sglang:generation_tokens_total",
 )
 _PROGRESS_SERIES = frozenset(
     {
         *_ANSWERS,
-        "sglang:realtime_tokens_total",
-        "sglang:num_running_reqs",
-        "sglang:num_queue_reqs",
+        SERIES.generated.name,
+        SERIES.running.name,
+        SERIES.queued.name,
         "sglang:queue_time_seconds_count",
         "sglang:scheduler_idle_seconds_total",
     }
@@ -56,6 +69,23 @@ _ALLOCATED = {
     "kv_bytes": ("kv_cache_memory_usage_gb", 2**30),
     "kv_tokens": ("max_total_num_tokens", 1),
 }
+# Fields of /server_info that change what is measured.
+_SPEED_SETTINGS = (
+    "attention_backend",
+    "chunked_prefill_size",
+    "device",
+    "disable_cuda_graph",
+    "disable_overlap_schedule",
+    "disable_radix_cache",
+    "dtype",
+    "kv_cache_dtype",
+    "load_format",
+    "mem_fraction_static",
+    "quantization",
+    "sampling_backend",
+    "schedule_policy",
+    "tp_size",
+)
 
 
 class SglangEngine(Engine):
@@ -64,12 +94,14 @@ class SglangEngine(Engine):
     data = DATA
     memory = SglangMemory(DATA)
     drains_on_sigterm = True
-    vital_series: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "generated": ("sglang:realtime_tokens_total", 'mode="decode"'),
-        "ttft_seconds": ("sglang:time_to_first_token_seconds_sum", ""),
-        "ttft_count": ("sglang:time_to_first_token_seconds_count", ""),
-        "kv_ratio": ("sglang:token_usage", ""),
-    }
+    series = SERIES
+    server_path = "/server_info"
+    required = ("torch", "sglang", "sglang-pascal")
+    packages = (*required, "transformers", BITSANDBYTES)
+    processes = ("sglang", "python", "pt_main")
+    variable_prefixes = ("SGLANG_", "SGL_")
+    folder_methods = (BITSANDBYTES,)
+    has_profiler = True
     setting_flags: ClassVar[Mapping[str, str]] = {
         "--model-path": "model",
         "--model": "model",
@@ -190,16 +222,16 @@ class SglangEngine(Engine):
             samples = Samples(metrics, _PROGRESS_SERIES)
         except MalformedPageError:
             return None
-        running = samples.sum("sglang:num_running_reqs")
+        running = samples.sum(SERIES.running.name)
         if running is None:
             return None
         return Progress(
-            tokens=samples.total("sglang:realtime_tokens_total"),
+            tokens=samples.total(SERIES.generated.name),
             running=int(running),
-            queued=int(samples.total("sglang:num_queue_reqs")),
+            queued=int(samples.total(SERIES.queued.name)),
             answers=samples.total(*_ANSWERS),
-            prefill=samples.sum("sglang:realtime_tokens_total", 'mode="prefill_compute"') or 0.0,
-            decode=samples.sum("sglang:realtime_tokens_total", 'mode="decode"') or 0.0,
+            prefill=samples.sum(SERIES.generated.name, 'mode="prefill_compute"') or 0.0,
+            decode=samples.sum(SERIES.generated.name, 'mode="decode"') or 0.0,
             prompts=samples.sum("sglang:queue_time_seconds_count"),
             idle_seconds=samples.sum("sglang:scheduler_idle_seconds_total"),
         )
@@ -224,6 +256,29 @@ class SglangEngine(Engine):
         """Read its gauges. On the CPU, weights_bytes is rough: the drop of the host's free memory while loading."""
         found = {name: sum_of_series(metrics, f"sglang:{series}") for name, (series, _) in _ALLOCATED.items()}
         return {name: round(value * _ALLOCATED[name][1]) for name, value in found.items() if value is not None}
+
+    def server(self, entry: dict[str, Any], facts: dict[str, Any]) -> Server | None:
+        """Read /server_info."""
+        if "version" not in facts:
+            return None
+        return Server(
+            model=str(entry["id"]),
+            engine=self.name,
+            engine_version=str(facts["version"]),
+            model_path=facts.get("model_path"),
+            context_length=entry.get("max_model_len") or facts.get("context_length"),
+            max_running_requests=facts.get("max_running_requests"),
+            max_total_tokens=facts.get("max_total_num_tokens") or facts.get("max_total_tokens"),
+            settings={key: facts[key] for key in _SPEED_SETTINGS if key in facts},
+        )
+
+    def probe(self, settings: Settings | None, variables: Sequence[str]) -> Probe:
+        """Ask the Python that runs it."""
+        return installation.probe(settings, variables)
+
+    def installation(self, probe: Probe, text: str, errors: str, code: int) -> Installation:
+        """Read what the Python answered."""
+        return installation.read_probe(probe, text, errors, code)
 
     def version(self, ask: Ask) -> str:
         """Ask the running engine."""

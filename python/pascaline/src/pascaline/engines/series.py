@@ -1,0 +1,96 @@
+"""The series of an engine's /metrics that mean the same for every engine, by the names that it gives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pascaline.engines.exposition import MalformedPageError, Samples
+from pascaline.engines.registry import engines
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """A name, and a label that a series must have, if any."""
+
+    name: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """At most one."""
+
+    def sum(self, samples: Samples) -> float | None:
+        """Return the sum of the series; None if there are none."""
+        label = next((f'{key}="{value}"' for key, value in self.labels.items()), "")
+        return samples.sum(self.name, label)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """An engine's series; None: it has none of this meaning."""
+
+    running: Selector
+    """Requests that are being computed."""
+    queued: Selector
+    """Requests that wait."""
+    generated: Selector
+    """Tokens generated, a counter."""
+    throughput: Selector
+    """Tokens generated per second."""
+    kv_usage: Selector | None = None
+    """Used share of the KV pool."""
+    ttft: str | None = None
+    """Histogram of the time to first token, seconds."""
+    itl: str | None = None
+    """Histogram of the gap between two tokens, seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """What people look at while an engine serves; None: the engine does not report it. Counters run since its start."""
+
+    generated: float | None = None
+    """Tokens."""
+    ttft_seconds: float | None = None
+    """Sum of the times to first token."""
+    ttft_count: float | None = None
+    """Number of those."""
+    kv_ratio: float | None = None
+    """Share of the KV cache in use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What an engine is doing."""
+
+    running: float
+    queued: float
+    kv_usage: float
+    """Used share of the KV pool; 0 if the engine does not report it."""
+
+
+def vitals_of(page: str, series: Series) -> Vitals:
+    """Read what people look at from an engine's /metrics; nothing from a malformed page."""
+    total, count = (Selector(f"{series.ttft}_{end}") if series.ttft else None for end in ("sum", "count"))
+    wanted = (series.generated, total, count, series.kv_usage)
+    try:
+        samples = Samples(page, {selector.name for selector in wanted if selector})
+    except MalformedPageError:
+        return Vitals()
+    return Vitals(*(selector.sum(samples) if selector else None for selector in wanted))
+
+
+def load_of(page: str) -> Load | None:
+    """Read the load from the /metrics of any engine; None if the page is of none, or malformed."""
+    for engine in engines().values():
+        series = engine.series
+        names = [selector.name for selector in (series.running, series.queued, series.kv_usage) if selector]
+        try:
+            samples = Samples(page, names)
+        except MalformedPageError:
+            continue
+        if (running := samples.sum(series.running.name)) is not None:
+            usage = samples.total(series.kv_usage.name) if series.kv_usage else 0.0
+            return Load(running, samples.total(series.queued.name), usage)
+    return None

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from pascaline.planning import Plan, make_plan, nearest_fits, refusal, table
-from pascaline.planning.picture import pieces, svg
+from pascaline.planning.picture import WIDTH, Words, drawing, pieces, svg
 from pascaline.planning.report import BAR_WIDTH, bar, choices_table, explanation, sweep_table
 from pascaline.planning.search import optimize, sweep
 from support.planning import LLAMA_2_7B, LLAMA_3_8B, P4, request
@@ -83,12 +83,22 @@ class TestBar:
 
 
 class TestPicture:
+    @pytest.mark.parametrize("plan", [FITS, TOO_LARGE, SHARED, TINY_CARD])
+    def test_every_text_is_inside(self, plan: Plan) -> None:
+        for shape in drawing(plan).shapes:
+            if isinstance(shape, Words):
+                length = 8 * len(shape.text)
+                left = shape.x - length if shape.anchor == "end" else shape.x
+                assert left >= 0, shape
+                assert left + length <= WIDTH, shape
+
     @pytest.mark.parametrize("plan", [FITS, TOO_LARGE, SHARED])
     def test_it_is_well_formed_and_complete(self, plan: Plan) -> None:
         root = ElementTree.fromstring(svg(plan))
         texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
         for piece in pieces(plan):
-            assert f"{piece.name}: {piece.n_bytes / 2**20:,.1f} MiB" in texts
+            assert texts[texts.index(piece.name) + 1] == f"{piece.n_bytes / 2**20:,.1f} MiB"
+        assert any(text and text.startswith("the card has 7,611 MiB") for text in texts)
 
     def test_pieces_fill_the_card(self) -> None:
         assert sum(piece.n_bytes for piece in pieces(FITS)) == FITS.card_bytes

@@ -215,8 +215,8 @@ class TestPicture:
         assert max(map(cell_len, lines)) <= 80
         text = "\n".join(lines)
         for essential in (
-            *("cloud-gpu-01", "Tesla P4", "100%", "22.9/24.0 GB", "104°C", "250/250W"),
-            *("emily", "unresponsive", "4/1024", "1234.5", "100%", "23.5/22.9 GB", "21:15:00", "q quits"),
+            *("cloud-gpu-01", "Tesla P4", "100%", "21.3/22.4 GiB", "104°C", "250/250W"),
+            *("emily", "unresponsive", "4/1024", "1234.5", "100%", "21.9/21.3 GiB", "21:15:00"),
         ):
             assert essential in text, essential
 
@@ -409,6 +409,7 @@ class TestCommand:
         printed = capsys.readouterr().out
         assert "emily" in printed
         assert "\x1b" not in printed
+        assert "q quits" not in printed
 
     def test_no_host_that_answers_is_a_failure(self, capsys: pytest.CaptureFixture[str]) -> None:
         command = ["top", "--once", "--host", f"127.0.0.1:{closed_port()}", "--exporter-port", str(closed_port())]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pascaline.cards import load_card
 from pascaline.cli.options import add_settings_arguments, add_token_argument, load_from_arguments, token_headers
 from pascaline.engines import engine_named
-from pascaline.errors import ConfigurationError, ExitCode, MissingError, ModelError, StorageError
+from pascaline.errors import ConfigurationError, ExitCode, ModelError, StorageError
 from pascaline.models import store
 from pascaline.models.chat_template import chat_templates
 from pascaline.models.reader import read_model
@@ -231,44 +231,14 @@ def _code(plans: list[Plan]) -> ExitCode:
 
 def draw(plan: Plan, path: Path) -> None:
     """Write the picture of a plan, in the format of the file's suffix."""
-    from pascaline.planning.picture import svg
+    from pascaline.planning.picture import png, svg
 
     try:
         if path.suffix.lower() == ".svg":
             path.write_text(svg(plan), encoding="utf-8")
         elif path.suffix.lower() == ".png":
-            _draw_png(plan, path)
+            png(plan, path)
         else:
             raise ConfigurationError(f"--picture: {path} must end in .svg or .png")
     except OSError as error:
         raise StorageError(f"failed to write {path}: {error.strerror}") from error
-
-
-def _draw_png(plan: Plan, path: Path) -> None:
-    from pascaline.planning.picture import pieces, title
-
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingError("--picture: PNG needs matplotlib; run: pip install matplotlib, or write .svg") from error
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    axes = figure.subplots()
-    left = 0.0
-    for piece in pieces(plan):
-        size = piece.n_bytes / 2**20
-        axes.barh(
-            0,
-            size,
-            left=left,
-            color=piece.colour,
-            edgecolor="#666666",
-            linewidth=0.3,
-            label=f"{piece.name} {size:,.0f}",
-        )
-        left += size
-    axes.axvline(plan.card_bytes / 2**20, color="black" if plan.fits else "red")
-    axes.set_yticks([])
-    axes.set_xlabel("MiB")
-    axes.set_title(title(plan), fontsize=10)
-    axes.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.25))
-    figure.savefig(path, dpi=150)

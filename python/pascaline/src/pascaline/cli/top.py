@@ -119,7 +119,9 @@ async def _draw_until_stopped(targets: list[Target], deadline: float, interval: 
                     history.add(reading)
                     before[number] = reading
                 if readings:
-                    live.update(Group(*render(readings, history, _clock(), *_size(console))), refresh=True)
+                    live.update(
+                        Group(*render(readings, history, f"{_clock()}  q quits", *_size(console))), refresh=True
+                    )
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), interval)
 

@@ -1,11 +1,18 @@
-"""The card's memory as a picture: one bar with a legend, as SVG; the same pieces for other formats."""
+"""The card's memory as a picture: one bar with a legend.
+
+`drawing` is the design, as boxes, lines and words at pixels from the top left; `svg` and `png` write the same ones.
+"""
 
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from pascaline.errors import MissingError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pascaline.planning.plan import Plan
 
 COLOURS = {
@@ -26,8 +33,15 @@ COLOURS = {
     "missing": "#e45756",
 }
 """Colour of each part, distinct for colour-blind people too; the legend has the bar's order."""
-WIDTH, BAR_HEIGHT, ROW_HEIGHT, MARGIN = 760, 48, 20, 20
+WIDTH, BAR_HEIGHT, ROW_HEIGHT, MARGIN = 760, 44, 22, 24
 """Pixels."""
+LEGEND_COLUMNS, COLUMN_GAP = 2, 40
+INK, QUIET, PAPER = "#1c2321", "#5b6661", "#ffffff"
+FONT = "DejaVu Sans"
+"""What matplotlib brings with it; the SVG names others for readers without it."""
+_ALIGNED: dict[str, Literal["left", "center", "right"]] = {"start": "left", "middle": "center", "end": "right"}
+"""SVG's name for where a text is anchored -> matplotlib's."""
+_FONTS = f"{FONT}, Verdana, sans-serif"
 
 
 class Piece(NamedTuple):
@@ -48,42 +62,153 @@ def pieces(plan: Plan) -> list[Piece]:
     return found
 
 
+class Box(NamedTuple):
+    """A filled rectangle."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    colour: str
+
+
+class Line(NamedTuple):
+    """A vertical line."""
+
+    x: float
+    top: float
+    bottom: float
+    colour: str
+
+
+class Words(NamedTuple):
+    """A text on a baseline."""
+
+    x: float
+    y: float
+    text: str
+    colour: str = INK
+    bold: bool = False
+    anchor: Literal["start", "middle", "end"] = "start"
+
+
+Shape = Box | Line | Words
+
+
+class Drawing(NamedTuple):
+    """The whole picture."""
+
+    height: int
+    """Pixels; the width is WIDTH."""
+    shapes: tuple[Shape, ...]
+
+
 def title(plan: Plan) -> str:
     """Return the picture's title."""
     verdict = "fits" if plan.fits else "does not fit"
+    return f"{plan.model} on {plan.card}: {verdict}"
+
+
+def subtitle(plan: Plan) -> str:
+    """Return what was planned."""
     request = plan.request
-    return (
-        f"{plan.model} on {plan.card}: context {plan.context_length:,}, {request.max_running_requests} requests, "
-        f"KV {request.kv_dtype}: {verdict}"
-    )
+    kv = f"KV cache in {request.kv_dtype}"
+    return f"context {plan.context_length:,}, {request.max_running_requests} requests, {kv}, {request.engine}"
+
+
+def drawing(plan: Plan) -> Drawing:
+    """Return the picture of a plan."""
+    stretches = pieces(plan)
+    whole = max(plan.card_bytes, sum(piece.n_bytes for piece in stretches)) or 1
+    top = MARGIN + 4 * ROW_HEIGHT
+    rows = -(-len(stretches) // LEGEND_COLUMNS)
+    shapes: list[Shape] = [
+        Words(MARGIN, MARGIN + 12, title(plan), bold=True),
+        Words(MARGIN, MARGIN + 12 + ROW_HEIGHT, subtitle(plan), QUIET),
+        *_bar(stretches, whole, top),
+        *_limit(plan, whole, top),
+    ]
+    for number, piece in enumerate(stretches):
+        column, row = divmod(number, rows)
+        shapes += _legend(piece, column, top + BAR_HEIGHT + ROW_HEIGHT * (row + 1))
+    return Drawing(top + BAR_HEIGHT + ROW_HEIGHT * (rows + 1) + MARGIN, tuple(shapes))
+
+
+def _bar(stretches: list[Piece], whole: int, top: float) -> list[Shape]:
+    inner, x, shapes = WIDTH - 2 * MARGIN, float(MARGIN), list[Shape]()
+    for piece in stretches:
+        width = inner * piece.n_bytes / whole
+        shapes.append(Box(x, top, width, BAR_HEIGHT, piece.colour))
+        x += width
+    return shapes
+
+
+def _limit(plan: Plan, whole: int, top: float) -> list[Shape]:
+    """Return the card's limit and its label, which stays inside the picture."""
+    edge = MARGIN + (WIDTH - 2 * MARGIN) * plan.card_bytes / whole
+    colour = INK if plan.headroom_bytes >= 0 else COLOURS["missing"]
+    missing = "" if plan.headroom_bytes >= 0 else f", {-plan.headroom_bytes / 2**20:,.0f} MiB too few"
+    label = f"the card has {plan.card_bytes / 2**20:,.0f} MiB{missing}"
+    anchor: Literal["start", "end"] = "end" if edge > WIDTH / 2 else "start"
+    return [Line(edge, top - 6, top + BAR_HEIGHT + 6, colour), Words(edge, top - 12, label, colour, anchor=anchor)]
+
+
+def _legend(piece: Piece, column: int, y: float) -> list[Shape]:
+    width = (WIDTH - 2 * MARGIN - COLUMN_GAP) / LEGEND_COLUMNS
+    left = MARGIN + column * (width + COLUMN_GAP)
+    size = f"{piece.n_bytes / 2**20:,.1f} MiB"
+    return [
+        Box(left, y, 12, 12, piece.colour),
+        Words(left + 20, y + 11, piece.name),
+        Words(left + width, y + 11, size, anchor="end"),
+    ]
 
 
 def svg(plan: Plan) -> str:
     """Return a complete SVG document."""
-    stretches = pieces(plan)
-    whole = max(plan.card_bytes, sum(piece.n_bytes for piece in stretches)) or 1
-    inner = WIDTH - 2 * MARGIN
-    top = MARGIN + ROW_HEIGHT
-    height = top + BAR_HEIGHT + ROW_HEIGHT * (len(stretches) + 2)
+    height, shapes = drawing(plan)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
-        'font-family="sans-serif" font-size="13">',
-        f'<title>{escape(title(plan))}</title><rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{MARGIN}" y="{MARGIN + 5}" font-weight="bold">{escape(title(plan))}</text>',
+        f'font-family="{_FONTS}" font-size="13" role="img">',
+        f'<title>{escape(title(plan))}</title><rect width="100%" height="100%" fill="{PAPER}"/>',
+        *map(_element, shapes),
     ]
-    x = float(MARGIN)
-    for piece in stretches:
-        width = inner * piece.n_bytes / whole
-        lines.append(f'<rect x="{x:.2f}" y="{top}" width="{width:.2f}" height="{BAR_HEIGHT}" fill="{piece.colour}"/>')
-        x += width
-    edge = MARGIN + inner * plan.card_bytes / whole
-    lines += [
-        f'<line x1="{edge:.2f}" y1="{top - 4}" x2="{edge:.2f}" y2="{top + BAR_HEIGHT + 4}" '
-        f'stroke="{COLOURS["missing"] if plan.headroom_bytes < 0 else "black"}" stroke-width="2"/>'
-    ]
-    for row, piece in enumerate(stretches, 1):
-        y = top + BAR_HEIGHT + ROW_HEIGHT * row
-        text = f"{escape(piece.name)}: {piece.n_bytes / 2**20:,.1f} MiB"
-        lines.append(f'<rect x="{MARGIN}" y="{y}" width="12" height="12" fill="{piece.colour}" stroke="#999999"/>')
-        lines.append(f'<text x="{MARGIN + 20}" y="{y + 11}">{text}</text>')
     return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def _element(shape: Shape) -> str:
+    match shape:
+        case Box(x, y, width, height, colour):
+            return f'<rect x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height}" fill="{colour}"/>'
+        case Line(x, top, bottom, colour):
+            return f'<line x1="{x:.2f}" y1="{top}" x2="{x:.2f}" y2="{bottom}" stroke="{colour}" stroke-width="2"/>'
+        case Words(x, y, text, colour, bold, anchor):
+            weight = ' font-weight="bold"' if bold else ""
+            place = f'x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" fill="{colour}"{weight}'
+            return f"<text {place}>{escape(text)}</text>"
+
+
+def png(plan: Plan, path: Path) -> None:
+    """Write the picture as PNG, two pixels for each of the SVG's. Raises MissingError without matplotlib, OSError."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+        from matplotlib.patches import Rectangle
+    except ImportError as error:
+        raise MissingError("--picture: PNG needs matplotlib; run: pip install matplotlib, or write .svg") from error
+    height, shapes = drawing(plan)
+    figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=144, facecolor=PAPER)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0))
+    axes.axis("off")
+    for shape in shapes:
+        match shape:
+            case Box(x, y, wide, high, colour):
+                axes.add_artist(Rectangle((x, y), wide, high, facecolor=colour, linewidth=0))
+            case Line(x, top, bottom, colour):
+                axes.add_artist(Line2D((x, x), (top, bottom), color=colour, linewidth=2))
+            case Words(x, y, text, colour, bold, anchor):
+                drawn = axes.text(x, y, text, family=FONT, size=13, color=colour, ha=_ALIGNED[anchor], va="baseline")
+                drawn.set_fontweight("bold" if bold else "normal")
+                # A name may hold $, which would begin a formula.
+                drawn.set_parse_math(False)
+    figure.savefig(path, format="png")

@@ -63,12 +63,15 @@ _INSTANCE_COLUMNS = (
     Column("ITL", 6, right=True, wide=True),
     Column("", 0),
     Column("KV", 4, right=True),
-    Column("PLAN/USED", 12, right=True),
+    Column("PLAN/USED", 13, right=True),
 )
 
 
 def render(readings: Sequence[HostReading], history: History, clock: str, width: int, height: int | None) -> list[Text]:
-    """Return the lines of the screen; with a height, only as many as fit, and the number of hidden ones."""
+    """Return the lines of the screen; with a height, only as many as fit, and the number of hidden ones.
+
+    clock: the end of the first line, such as the time, and how to end a screen that stays.
+    """
     width = max(width, _MIN_WIDTH)
     lines = [_title(readings, clock, width), *_body(readings, history, width)]
     if height is None or len(lines) <= height:
@@ -84,8 +87,8 @@ def _title(readings: Sequence[HostReading], clock: str, width: int) -> Text:
     counts = (
         f"{_count(len(readings), 'host')}, {_count(gpus, 'GPU')}, {_count(instances, 'instance')}, {tokens:.1f} tok/s"
     )
-    left, right = f"pascaline top  {counts}", f"{clock}  q quits"
-    return Text(set_cell_size(left, width - cell_len(right)) + right, style="bold")
+    left = f"pascaline top  {counts}"
+    return Text(set_cell_size(left, width - cell_len(clock)) + clock, style="bold")
 
 
 def _body(readings: Sequence[HostReading], history: History, width: int) -> Iterator[Text]:
@@ -137,7 +140,7 @@ def _fit(text: str, width: int, right: bool) -> str:
 
 
 def _gpu_row(host: str, gpu: GpuReading, history: History) -> _Row:
-    memory = f"{_gigabytes(gpu.memory_used_bytes)}/{_gigabytes(gpu.memory_total_bytes)} GB"
+    memory = f"{_gibibytes(gpu.memory_used_bytes)}/{_gibibytes(gpu.memory_total_bytes)} GiB"
     power = f"{_number(gpu.power_watts)}/{_number(gpu.power_limit_watts)}W"
     utilization, temperature = _number(gpu.utilization_percent, "%"), _number(gpu.temperature_celsius, "°C")
     slowed_by = ",".join(gpu.throttle_reasons)
@@ -152,7 +155,7 @@ def _gpu_row(host: str, gpu: GpuReading, history: History) -> _Row:
 def _instance_row(host: str, instance: InstanceReading, history: History) -> _Row:
     requests = f"{_number(instance.running_requests)}/{_number(instance.queued_requests)}"
     kv_cache = None if instance.kv_cache_ratio is None else 100 * instance.kv_cache_ratio
-    memory = f"{_gigabytes(instance.planned_bytes)}/{_gigabytes(instance.actual_bytes)} GB"
+    memory = f"{_gibibytes(instance.planned_bytes)}/{_gibibytes(instance.actual_bytes)} GiB"
     speed = UNKNOWN if instance.tokens_per_second is None else f"{instance.tokens_per_second:.1f}"
     latencies = (_seconds(instance.ttft_seconds), _seconds(instance.itl_seconds))
     cells = (host, instance.name, instance.state, requests, speed, *latencies, "", _number(kv_cache, "%"), memory)
@@ -160,8 +163,9 @@ def _instance_row(host: str, instance: InstanceReading, history: History) -> _Ro
     return _Row(cells, history.of(host, "tokens", str(instance.agent_port)), None, style)
 
 
-def _gigabytes(n_bytes: float | None) -> str:
-    return UNKNOWN if n_bytes is None else f"{n_bytes / 1e9:.1f}"
+def _gibibytes(n_bytes: float | None) -> str:
+    """In the unit of the plan and of the instance's page."""
+    return UNKNOWN if n_bytes is None else f"{n_bytes / 2**30:.1f}"
 
 
 def _seconds(value: float | None) -> str:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pascaline.bench.charts import charts
-from pascaline.bench.claims import GUIDE_CLAIMS, claims_for
+from pascaline.bench.claims import GUIDE_CLAIMS, claims_for, guide_applies
 from pascaline.bench.compare import compare, comparison_table
 from pascaline.bench.experiment import Experiment, batch_points
 from pascaline.bench.figures import FIGURES, figures_of_run, summarize
@@ -105,7 +105,9 @@ def results_in(folder: Path, *values: tuple[str, float], experiment: dict[str, A
     """Results whose runs take so many seconds."""
     results = create_or_resume(folder, "batch", experiment or EXPERIMENT)
     results.document["machine"] = {"cpu": "Test CPU", "pascaline": "0", "driver": "580.1", "gpus": ["Tesla P4"]}
-    results.document["instance"] = {"server": {"model": "tiny", "engine": "sglang", "engine_version": "0.5.23"}}
+    model = {"name": "tiny", "parameters": 7_241_732_096}
+    server = {"model": "tiny", "engine": "sglang", "engine_version": "0.5.23"}
+    results.document["instance"] = {"server": server, "model": model}
     for name, seconds in values:
         results.add_run(name, run_of(record(), record(), seconds=seconds))
     return results
@@ -269,12 +271,59 @@ def test_table_shows_values_with_half_their_interval(tmp_path: Path) -> None:
     document = document_of(tmp_path, 10.0, 10.0)
     document["points"].append({"name": "batch 4", "runs": [], "summary": {}, "skipped": "too wide"})
     assert results_table(document).splitlines() == [
-        "         tok/s out  tok/s in  req/s  TTFT ms p50    p90    p99   ITL ms p50    p90    p99  "
-        "E2E ms p50     p90     p99  guide",
-        "batch 1  2.2 ± 0.0      20.0   0.20  500.0 ± 0.0  500.0  500.0  100.0 ± 0.0  100.0  100.0  "
-        "    1500.0  1500.0  1500.0    3.0",
+        "         tok/s out  tok/s in  req/s  TTFT ms p50  TTFT p90  TTFT p99",
+        "batch 1  2.2 ± 0.0      20.0   0.20  500.0 ± 0.0     500.0     500.0",
         "batch 4  skipped: too wide",
+        "",
+        "          ITL ms p50  ITL p90  ITL p99  E2E ms p50  E2E p90  E2E p99  guide",
+        "batch 1  100.0 ± 0.0    100.0    100.0      1500.0   1500.0   1500.0    3.0",
     ]
+    assert len(results_table(document, width=1000).splitlines()) == 3
+    assert max(map(len, results_table(document, width=40).splitlines())) <= 40
+
+
+def test_long_latencies_are_in_seconds_and_no_interval_goes_below_zero(tmp_path: Path) -> None:
+    document = document_of(tmp_path, 10.0, 10.0)
+    document["points"][0]["summary"]["e2e_p50"] = {"value": 12.3456, "low": -1.0, "high": 20.0, "runs": []}
+    page = render(document)
+    assert "<td>E2E p50, s</td><td>12.35<br><small>0.00 … 20.00</small></td>" in page
+    assert "<td>TTFT p50, ms</td>" in page
+    latency = next(chart for chart in charts(document) if "Latency of requests" in chart)
+    assert ">s</text>" in latency
+    assert "E2E p50: 12.3" in latency
+    assert "E2E p50, s" in next(chart for chart in charts(document) if "Throughput against latency" in chart)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "model", "expected"),
+    [
+        (["Tesla P4"], {"parameters": 7.2e9}, True),
+        (["NVIDIA Tesla P4"], {"parameters": 6.7e9}, True),
+        (["Tesla P4"], {"parameters": 1.1e9}, False),
+        (["Tesla P40"], {"parameters": 7.2e9}, False),
+        ([], {"parameters": 7.2e9}, False),
+        (["Tesla P4"], {}, False),
+    ],
+)
+def test_the_guide_speaks_of_a_7b_model_on_a_p4(
+    tmp_path: Path, gpus: list[str], model: dict[str, float], expected: bool
+) -> None:
+    document = document_of(tmp_path, 10.0, 10.0)
+    document["machine"]["gpus"], document["instance"]["model"] = gpus, model
+    assert guide_applies(document) is expected
+    assert any("guide" in chart for chart in charts(document)) is expected
+    assert ("guide" in results_table(document)) is expected
+    assert ("guide expects" in render(document)) is False
+
+
+@pytest.mark.parametrize("length", [1, 22, 40, 70])
+def test_the_names_of_a_legend_and_the_axis_stay_inside_the_picture(length: int) -> None:
+    series = [Series("n" * length, [Mark(x, 1.0) for x in (0.0, 123_456.0)]) for _ in range(4)]
+    for text in ET.fromstring(line_chart(Chart("t", "x", "y", series))).iter("{http://www.w3.org/2000/svg}text"):
+        wide = 7 * len(text.text or "")
+        left = float(text.attrib["x"]) - {"end": wide, "middle": wide / 2}.get(text.get("text-anchor", ""), 0)
+        assert left >= 0
+        assert left + wide <= WIDTH, text.text
 
 
 def test_report_is_one_whole_page_that_needs_nothing_else(tmp_path: Path) -> None:
@@ -332,7 +381,7 @@ def test_report_shows_what_the_guide_expects_of_four_requests(tmp_path: Path) ->
     assert "<tr><td>output throughput at batch 4, tok/s</td><td>4.4</td><td>8.0</td></tr>" in page
     assert "<tr><td>TTFT p50 at batch 4, ms</td><td>500.0</td><td>200.0</td></tr>" in page
     assert "from start to ready" not in page
-    results.document["instance"] = {"server": {"model": "tiny"}, "start_seconds": 12.5}
+    results.document["instance"] |= {"start_seconds": 12.5}
     page = render(results.document)
     assert "<tr><td>from start to ready, s</td><td>12.5</td><td>10.0</td></tr>" in page
     assert "The guide does not say which latency its 200 ms are." in page

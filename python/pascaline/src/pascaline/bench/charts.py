@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pascaline.bench.claims import claims_for
-from pascaline.bench.figures import FIGURES
+from pascaline.bench.claims import claims_beside
+from pascaline.bench.figures import FIGURES, readable
 from pascaline.bench.plot import Chart, Mark, Series, bar_chart, line_chart, pareto_front
 
 if TYPE_CHECKING:
@@ -49,22 +49,23 @@ def _ttft(document: dict[str, Any]) -> str:
 
 
 def _latency(document: dict[str, Any]) -> str:
-    return _several(document, ("ttft_p50", "ttft_p99", "e2e_p50", "e2e_p99"), "Latency of requests", "ms")
+    return _several(document, ("ttft_p50", "ttft_p99", "e2e_p50", "e2e_p99"), "Latency of requests")
 
 
 def _token_latency(document: dict[str, Any]) -> str:
-    return _several(document, ("itl_p50", "itl_p90", "itl_p99"), "Inter-token latency", "ms")
+    return _several(document, ("itl_p50", "itl_p90", "itl_p99"), "Inter-token latency")
 
 
 def _with_references(document: dict[str, Any], key: str, title: str) -> str:
     """Return a chart of one figure, with the guide's claim, the plan's estimate and the card's roofline beside it."""
-    figure, entries = FIGURES[key], _measured(document, key)
+    entries = _measured(document, key)
     if not entries:
         return ""
+    figure = readable(FIGURES[key], _values(document, key))
     axes = [_axis(document, entry["name"]) for entry in document["points"]]
-    claims = claims_for(document["kind"], key)
+    claims = claims_beside(document, key)
     expected = (document.get("reference") or {}).get("points", {})
-    series = [Series("measured", _marks(document, key))]
+    series = [Series("measured", _marks(document, key, figure.factor))]
     for name, values in (
         (GUIDE_NAME, [claims.get(axis) for axis in axes]),
         (PLAN_NAME, [_expected(expected, entry["name"], "plan", key) for entry in document["points"]]),
@@ -76,16 +77,18 @@ def _with_references(document: dict[str, Any], key: str, title: str) -> str:
     return line_chart(Chart(title, AXES[document["kind"]], f"{figure.title}, {figure.unit}", series, _names(document)))
 
 
-def _several(document: dict[str, Any], keys: Sequence[str], title: str, unit: str) -> str:
-    series = [Series(FIGURES[key].title, _marks(document, key)) for key in keys if _measured(document, key)]
-    if not series:
+def _several(document: dict[str, Any], keys: Sequence[str], title: str) -> str:
+    found = [key for key in keys if _measured(document, key)]
+    if not found:
         return ""
-    return line_chart(Chart(title, AXES[document["kind"]], unit, series, _names(document)))
+    shown = readable(FIGURES[found[0]], [value for key in found for value in _values(document, key)])
+    series = [Series(FIGURES[key].title, _marks(document, key, shown.factor)) for key in found]
+    return line_chart(Chart(title, AXES[document["kind"]], shown.unit, series, _names(document)))
 
 
 def _pareto(document: dict[str, Any]) -> str:
     """Return throughput against latency: further left and higher is better."""
-    speed, latency = FIGURES["output_throughput"], FIGURES["e2e_p50"]
+    speed, latency = FIGURES["output_throughput"], readable(FIGURES["e2e_p50"], _values(document, "e2e_p50"))
     marks = [
         Mark(
             entry["summary"]["e2e_p50"]["value"] * latency.factor,
@@ -99,7 +102,9 @@ def _pareto(document: dict[str, Any]) -> str:
     front = pareto_front(marks, lambda a, b: a.x <= b.x and a.y >= b.y and (a.x, a.y) != (b.x, b.y))
     front = [replace(mark, label="") for mark in front]
     series = [Series("measured", marks, joined=False), Series("Pareto front", front, dashed=True)]
-    return line_chart(Chart("Throughput against latency", "E2E p50, ms", "output tokens/s", series))
+    return line_chart(
+        Chart("Throughput against latency", f"{latency.title}, {latency.unit}", "output tokens/s", series)
+    )
 
 
 def _quant_charts(document: dict[str, Any]) -> list[str]:
@@ -137,7 +142,7 @@ def _quant_speed(document: dict[str, Any], names: list[str]) -> list[str]:
         series.append(Series(f"batch {size}", marks))
     if not series:
         return []
-    claims = claims_for("quant", "output_throughput")
+    claims = claims_beside(document, "output_throughput")
     points, least = (document.get("reference") or {}).get("points", {}), f"batch {sizes[0]}"
     for words, values in (
         (GUIDE_NAME, [claims.get(name) for name in names]),
@@ -161,12 +166,16 @@ def _measured(document: dict[str, Any], key: str) -> list[dict[str, Any]]:
     return [entry for entry in document["points"] if key in entry["summary"]]
 
 
-def _marks(document: dict[str, Any], key: str) -> list[Mark]:
-    factor = FIGURES[key].factor
+def _values(document: dict[str, Any], key: str) -> list[float]:
+    return [entry["summary"][key]["value"] for entry in _measured(document, key)]
+
+
+def _marks(document: dict[str, Any], key: str, factor: float) -> list[Mark]:
     marks = []
     for n, entry in enumerate(document["points"]):
         if found := entry["summary"].get(key):
-            low, high = (None if found[end] is None else found[end] * factor for end in ("low", "high"))
+            # No figure is negative, so no interval goes below zero.
+            low, high = (None if found[end] is None else max(0.0, found[end] * factor) for end in ("low", "high"))
             marks.append(Mark(n, found["value"] * factor, low, high))
     return marks
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 GUIDE = "GPU Optimization Strategies (the guide), 7B model on a Tesla P4"
 
@@ -70,6 +74,25 @@ ANCHORS = (
     Anchor("tesla-p40", "llama 7B Q4_K_S", 3.9e9, 53.7, "llama.cpp #4766"),
     Anchor("tesla-p40", "llama 7B Q4_0", 3.8e9, 56.3, "llama.cpp #4766"),
 )
+
+
+GUIDE_CARD = "Tesla P4"
+GUIDE_PARAMETERS = (6e9, 8e9)
+"""Least and most parameters of what is called a 7B model."""
+
+
+def guide_applies(document: Mapping[str, Any]) -> bool:
+    """Whether a result is of a model and a card that the guide speaks of; not if either is unknown."""
+    gpus = (document.get("machine") or {}).get("gpus") or []
+    parameters = ((document.get("instance") or {}).get("model") or {}).get("parameters")
+    least, most = GUIDE_PARAMETERS
+    fits = parameters is not None and least <= parameters <= most
+    return fits and bool(gpus) and gpus[0].removeprefix("NVIDIA ") == GUIDE_CARD
+
+
+def claims_beside(document: Mapping[str, Any], key: str) -> dict[float | str, float]:
+    """Return the guide's claims for one figure of a result; none if the guide speaks of something else."""
+    return claims_for(document["kind"], key) if guide_applies(document) else {}
 
 
 def claims_for(kind: str, key: str) -> dict[float | str, float]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from pascaline.bench.statistics import mean_estimate, percentile, percentile_estimates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from pascaline.bench.load import Record
     from pascaline.bench.run import Run
@@ -30,6 +30,17 @@ class Figure:
     factor: float = 1.0
     """Multiplies the stored base unit to get the shown unit."""
     digits: int = 1
+
+
+LONG_SECONDS = 10.0
+"""From here on a duration is shown in seconds: 12345.6 ms say less than 12.35 s."""
+
+
+def readable(figure: Figure, values: Iterable[float]) -> Figure:
+    """Return the figure in the unit in which values, in its base unit, are read best: seconds if one is long."""
+    if figure.unit == "ms" and max(values, default=0.0) >= LONG_SECONDS:
+        return replace(figure, unit="s", factor=1.0, digits=2)
+    return figure
 
 
 def _latencies(key: str, title: str) -> list[Figure]:

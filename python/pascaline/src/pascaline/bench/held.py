@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pascaline.bench.claims import EXPECTED, EXPECTED_BATCH, EXPECTED_LOAD_SECONDS, claims_for
-from pascaline.bench.figures import FIGURES
+from pascaline.bench.claims import EXPECTED, EXPECTED_BATCH, EXPECTED_LOAD_SECONDS, claims_beside, guide_applies
+from pascaline.bench.figures import FIGURES, readable
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,18 @@ class Expectation:
 
 
 def expectations(document: dict[str, Any]) -> list[Expectation]:
-    """Return row 13 of the guide (four concurrent requests, and loading) beside the result, if that was measured."""
+    """Return row 13 of the guide (four concurrent requests, and loading) beside the result, if that was measured.
+
+    Nothing if the guide speaks of another model or card.
+    """
+    if not guide_applies(document):
+        return []
     found = []
     name = f"batch {EXPECTED_BATCH}"
     summary: dict[str, Any] = next((point["summary"] for point in document["points"] if point["name"] == name), {})
     for key, claim in EXPECTED.items():
         if key in summary:
-            figure = FIGURES[key]
+            figure = readable(FIGURES[key], (summary[key]["value"],))
             words = f"{figure.title} at {name}, {figure.unit}"
             found.append(Expectation(words, summary[key]["value"] * figure.factor, claim * figure.factor))
     started = (document.get("instance") or {}).get("start_seconds")
@@ -61,7 +66,7 @@ def expectations(document: dict[str, Any]) -> list[Expectation]:
 
 def _claim(document: dict[str, Any], name: str) -> float | None:
     """Return the guide's claim for a point: by its place on the axis; in bench quant by type, for one request."""
-    claims = claims_for(document["kind"], "output_throughput")
+    claims = claims_beside(document, "output_throughput")
     if document["kind"] == "quant":
         kind, _, size = name.rpartition(" batch ")
         return claims.get(kind) if size == "1" else None

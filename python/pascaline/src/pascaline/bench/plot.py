@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 WIDTH, HEIGHT = 640, 360
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 40, 52
+LEFT, RIGHT, TOP, BOTTOM = 64, 28, 40, 52
 """Margins around the plot area, pixels."""
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2")
 """Most colour-blind people can tell these apart, on a light and on a dark background."""
 LEGEND_ROW = 16
-LEGEND_COLUMNS, LONG_NAME = 3, 22
-"""Names of the legend in a row; two if one has more characters than fit a third of the width."""
+LEGEND_COLUMNS, LEGEND_MARK = 3, 36
+"""Most names of the legend in a row, and the room beside a name, pixels."""
+CHARACTER = 7.0
+"""Width of a character at most, on average over a text, pixels."""
 LABEL_ROOM = 1.06
 """Least ratio of the highest tick to the highest value: leaves room for what is written above it."""
 MAX_TICKS = 6
@@ -106,8 +108,8 @@ class _Area:
         ends = [value for mark in marks for value in (mark.y, mark.high) if value is not None]
         self._y_ticks = ticks(0.0, LABEL_ROOM * (max(ends, default=1.0) or 1.0))
         self._x_ticks = [] if chart.categories else ticks(0.0, max((mark.x for mark in marks), default=1.0) or 1.0)
-        long = any(len(series.name) > LONG_NAME for series in chart.series)
-        self._columns = LEGEND_COLUMNS - long
+        longest = LEGEND_MARK + CHARACTER * max((len(series.name) for series in chart.series), default=0)
+        self._columns = max(1, min(LEGEND_COLUMNS, int((WIDTH - LEFT - RIGHT) // longest)))
         rows = math.ceil(len(chart.series) / self._columns) if len(chart.series) > 1 else 0
         self._top = TOP + LEGEND_ROW * rows
         self._height = self._top + HEIGHT - TOP

@@ -7,7 +7,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pascaline.bench.charts import charts
-from pascaline.bench.figures import FIGURES
+from pascaline.bench.claims import guide_applies
+from pascaline.bench.figures import FIGURES, readable
 from pascaline.bench.held import expectations, held_against
 from pascaline.bench.results import REPORT_NAME
 from pascaline.bench.table import ABSENT, quality_rows, shown
@@ -18,18 +19,31 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from pascaline.bench.figures import Figure
     from pascaline.bench.results import Results
 
 TITLES = {"batch": "Batch sweep", "context": "Context sweep", "serve": "Arrival rates", "quant": "Types of weights"}
 
 _STYLE = """
 :root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #8884; }
-th:first-child, td:first-child { text-align: left; } .scroll { overflow-x: auto; }
-.charts { display: flex; flex-wrap: wrap; gap: 1rem; } .charts svg { max-width: 100%; height: auto; }
-small { opacity: .7; } dt { font-weight: 600; } dd { margin: 0 0 .4rem 1rem; overflow-wrap: anywhere; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem;
+  background: light-dark(#f4f6f5, #101514); color: light-dark(#17211e, #e4eae7); font-variant-numeric: tabular-nums; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
+h1:not(:first-child) { margin-top: 4rem; }
+h2 { font-size: 1.05rem; margin: 2.25rem 0 .5rem; }
+table { border-collapse: collapse; font-size: 13px; }
+th, td { padding: .35rem .75rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: inherit; }
+.scroll { overflow-x: auto; margin: .75rem 0; } .scroll, .scroll table, .scroll tr { background: inherit; }
+.scroll, .charts svg, dl { border: 1px solid #8884; border-radius: 8px; }
+.scroll, dl { background: light-dark(#fff, #181f1d); } tr:last-child td { border-bottom: 0; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 32rem), 1fr)); gap: 1rem; }
+.charts svg { width: 100%; height: auto; }
+small { color: light-dark(#56645f, #9caba5); }
+dl { display: grid; grid-template-columns: minmax(8rem, max-content) minmax(0, 1fr); gap: .3rem 1.25rem; }
+dl { padding: 1rem; }
+dt { color: light-dark(#56645f, #9caba5); } dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 34rem) { dl { grid-template-columns: minmax(0, 1fr); gap: 0; } dd { margin-bottom: .5rem; } }
 """
 
 
@@ -106,19 +120,20 @@ def _figures(document: dict[str, Any]) -> str:
     rows = [["", *(entry["name"] for entry in entries)]]
     for key, figure in FIGURES.items():
         if any(key in entry["summary"] for entry in entries):
-            rows.append([f"{figure.title}, {figure.unit}", *(_cell(key, entry) for entry in entries)])
+            values = [entry["summary"][key]["value"] for entry in entries if key in entry["summary"]]
+            figure = readable(figure, values)
+            rows.append([f"{figure.title}, {figure.unit}", *(_cell(figure, entry) for entry in entries)])
     return _table(rows)
 
 
-def _cell(key: str, entry: dict[str, Any]) -> str:
-    found = entry["summary"].get(key)
+def _cell(figure: Figure, entry: dict[str, Any]) -> str:
+    key, found = figure.key, entry["summary"].get(figure.key)
     if found is None:
         return html.escape(f"skipped: {entry['skipped']}") if entry["skipped"] and key == "output_throughput" else "-"
-    figure = FIGURES[key]
     text = shown(figure, found["value"])
     if found["low"] is None:
         return text
-    return f"{text}<br><small>{shown(figure, found['low'])} … {shown(figure, found['high'])}</small>"
+    return f"{text}<br><small>{shown(figure, max(0.0, found['low']))} … {shown(figure, found['high'])}</small>"
 
 
 def _quality(document: dict[str, Any]) -> list[str]:
@@ -137,15 +152,20 @@ def _held_against(document: dict[str, Any]) -> list[str]:
         cells = [ABSENT if value is None else f"{value:.1f}" for value in (held.claim, held.plan, held.roofline)]
         share = f"{held.measured / held.roofline:.0%}" if held.roofline else ABSENT
         rows.append([html.escape(held.name), f"{held.measured:.1f}", *cells, share])
+    known = any(
+        value is not None for held in held_against(document) for value in (held.claim, held.plan, held.roofline)
+    )
     note = (document.get("reference") or {}).get("note")
-    notes = [f"{note}." if note else "", "The guide's figures are for a 7B model on a Tesla P4: floors, not goals."]
+    guide = "The guide's figures are for a 7B model on a Tesla P4: "
+    guide += "floors, not goals." if guide_applies(document) else "they are not shown beside another model or card."
+    notes = [f"{note}." if note else "", guide]
     expected = [["", "measured", "guide expects"]]
     expected += [[html.escape(row.name), f"{row.measured:.1f}", f"{row.claim:.1f}"] for row in expectations(document)]
     if len(expected) > 1:
         notes.append("The guide does not say which latency its 200 ms are.")
     return [
         "<h2>Held against</h2>",
-        _table(rows),
+        _table(rows) if known else "",
         _table(expected) if len(expected) > 1 else "",
         f"<p><small>{html.escape(' '.join(each for each in notes if each))}</small></p>",
     ]

@@ -15,19 +15,21 @@ if TYPE_CHECKING:
 
 ABSENT = "-"
 """Shown for an unknown value, which is not zero."""
+WIDTH, GAP = 80, 2
+"""Characters of a terminal, and between two columns."""
 COLUMNS = {
     "output_throughput": "tok/s out",
     "input_throughput": "tok/s in",
     "request_throughput": "req/s",
     "ttft_p50": "TTFT ms p50",
-    "ttft_p90": "p90",
-    "ttft_p99": "p99",
+    "ttft_p90": "TTFT p90",
+    "ttft_p99": "TTFT p99",
     "itl_p50": "ITL ms p50",
-    "itl_p90": "p90",
-    "itl_p99": "p99",
+    "itl_p90": "ITL p90",
+    "itl_p99": "ITL p99",
     "e2e_p50": "E2E ms p50",
-    "e2e_p90": "p90",
-    "e2e_p99": "p99",
+    "e2e_p90": "E2E p90",
+    "e2e_p99": "E2E p99",
     "error_ratio": "errors %",
     "gpu_memory_bytes": "GPU GiB",
     "host_memory_bytes": "host GiB",
@@ -66,10 +68,11 @@ QUALITY_HEADING = (
 )
 
 
-def results_table(document: dict[str, Any]) -> str:
-    """Return the points as rows. Figures that no point has are left out; latencies are in ms, ± 95 % interval.
+def results_table(document: dict[str, Any], width: int = WIDTH) -> str:
+    """Return the points as rows, in tables of at most `width` characters.
 
-    The last columns are the guide's claim, the plan's estimate and the card's roofline, in output tokens/s.
+    Figures that no point has are left out; latencies are in ms, ± 95 % interval. The last columns are the guide's
+    claim, the plan's estimate and the card's roofline, in output tokens/s.
     """
     measured = [entry for entry in document["points"] if entry["summary"]]
     keys = [key for key in COLUMNS if any(key in entry["summary"] for entry in measured)]
@@ -85,7 +88,32 @@ def results_table(document: dict[str, Any]) -> str:
             limits = [ABSENT if (value := held[entry["name"]][n]) is None else f"{value:.1f}" for n in known]
             rows.append([entry["name"], *(_cell(key, entry["summary"]) for key in keys), *limits])
     tables = [quality_rows(document), rows] if document["kind"] == "quant" else [rows]
-    return "\n\n".join("\n".join(aligned(table)) for table in tables)
+    parts = [part for table in tables for part in folded(table, width)]
+    return "\n\n".join("\n".join(aligned(part)) for part in parts)
+
+
+def folded(rows: list[list[str]], width: int) -> list[list[list[str]]]:
+    """Return the rows as tables of at most so many characters, each with the first column. Reasons stay in the first.
+
+    A single column that is wider is a table of its own.
+    """
+    columns = max(map(len, rows), default=0)
+    full = [row for row in rows if len(row) == columns]
+    widths = [max(len(row[n]) for row in full) for n in range(columns)]
+    groups, used = list[list[int]](), width
+    for n in range(1, columns):
+        if used + GAP + widths[n] > width:
+            groups.append([])
+            used = max(len(row[0]) for row in rows)
+        groups[-1].append(n)
+        used += GAP + widths[n]
+    if len(groups) < 2:
+        return [rows]
+    first, *others = groups
+    return [
+        [[row[0], *(row[n] for n in first)] if len(row) == columns else row for row in rows],
+        *([[row[0], *(row[n] for n in group)] for row in full] for group in others),
+    ]
 
 
 def quality_rows(document: dict[str, Any]) -> list[list[str]]:
@@ -133,7 +161,7 @@ def aligned(rows: list[list[str]]) -> Iterator[str]:
         cells += [
             cell.rjust(width) if len(row) == columns else cell for cell, width in zip(row[1:], widths[1:], strict=False)
         ]
-        yield "  ".join(cells).rstrip()
+        yield (" " * GAP).join(cells).rstrip()
 
 
 def _cell(key: str, summary: dict[str, Any]) -> str:

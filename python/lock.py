@@ -40,7 +40,15 @@ LOCKS["requirements-dev.lock"] = ["--only-group", "dev"]
 
 def main() -> int:
     """Write the locks with the uv that the first argument names."""
-    arguments = parse_arguments()
+    try:
+        write_locks(parse_arguments())
+    except ResolutionError as error:
+        raise SystemExit(f"lock.py: {error}") from error
+    return 0
+
+
+def write_locks(arguments: argparse.Namespace) -> None:
+    """Resolve once, and write the three files from it."""
     with tempfile.TemporaryDirectory() as name:
         workspace = Workspace(Path(name), arguments.uv)
         workspace.lock([] if arguments.upgrade_all else locked_versions(set(arguments.upgrade)))
@@ -54,7 +62,6 @@ def main() -> int:
     wheels = nix_wheels(resolution, set().union(*environments.values()))
     content = {"python": NIX_PYTHON, "environments": environments, "wheels": wheels}
     write("wheels.json", json.dumps(content, indent=1) + "\n")
-    return 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -82,19 +89,23 @@ def constraint(line: str) -> str:
     return requirement.strip() + (f" ; {' and '.join(versions)}" if versions else "")
 
 
+class ResolutionError(Exception):
+    """uv finds no versions that fit together; the text is what it says."""
+
+
 class Workspace:
     """A copy of the workspace's metadata in a folder of its own, where uv may write its lock."""
 
-    def __init__(self, folder: Path, uv: str) -> None:
+    def __init__(self, folder: Path, uv: str, source: Path = WORKSPACE) -> None:
         """Copy what uv reads to resolve."""
-        self.folder, self._uv = folder, uv
-        for file in WORKSPACE.glob("*/pyproject.toml"):
+        self.folder, self._uv, self._source = folder, uv, source
+        for file in source.glob("*/pyproject.toml"):
             (folder / file.parent.name).mkdir()
             shutil.copy(file, folder / file.parent.name)
 
     def lock(self, constraints: list[str]) -> None:
         """Resolve; each constraint is a requirement that holds for the package if it is needed at all."""
-        text = (WORKSPACE / "pyproject.toml").read_text()
+        text = (self._source / "pyproject.toml").read_text()
         table = "[tool.uv]\n"
         if table not in text:
             raise SystemExit("lock.py: python/pyproject.toml has no table [tool.uv]")
@@ -111,9 +122,10 @@ class Workspace:
     def _run(self, *arguments: str) -> str:
         environment = {**os.environ, "UV_PYTHON_DOWNLOADS": "never"}
         command = [self._uv, *arguments]
-        return subprocess.run(
-            command, cwd=self.folder, env=environment, check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ResolutionError(done.stderr)
+        return done.stdout
 
 
 def requirement_names(requirements: str) -> list[str]:

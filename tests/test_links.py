@@ -22,7 +22,8 @@ TAILS = {name.split("/", n)[n] for name in FILES for n in range(name.count("/") 
 """Every path, and what is left of it without its first folders."""
 PAGES = [name for name in FILES if name.endswith(".md") and not name.startswith("docs/results/")]
 SOURCES = [name for name in FILES if name.endswith((".py", ".cu", ".cuh", ".nix", ".sh"))]
-NAMED = re.compile(r"(?<![\w/.:-])(?:\.\.?/)*((?:[\w.-]+/)*[\w-]+\.(?:py|cuh?|nix|md|sh|toml))(?![\w/-])")
+NAMED = re.compile(r"(?<![\w/.:-])(?<!> )(?:\.\.?/)*((?:[\w.-]+/)*[\w-]+\.(?:py|cuh?|nix|md|sh|toml))(?![\w/-])")
+"""A path, other than what a command writes (`> FILE`)."""
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 ELSEWHERE: dict[str, str] = {

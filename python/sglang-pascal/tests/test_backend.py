@@ -37,7 +37,7 @@ def backend(device):
 
 layer = types.SimpleNamespace(layer_id=0, tp_q_head_num=HEADS, qk_head_dim=DIM, v_head_dim=DIM, scaling=0.3,
                               logit_cap=0.0, sliding_window_size=-1, is_cross_attention=False)
-mode = types.SimpleNamespace(is_decode=lambda: True)
+mode = types.SimpleNamespace(is_decode=lambda: True, is_target_verify=lambda: False)
 def batch(lengths, made):
     lengths = torch.tensor(lengths)
     requests = torch.arange(len(lengths))

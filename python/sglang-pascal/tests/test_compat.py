@@ -259,7 +259,7 @@ class TestPascal:
         assert on_pascal["platform"] == "PascalCudaPlatform"
         assert (on_pascal["graphs"], on_pascal["triton"]) == (True, False)
         assert (on_pascal["device"], on_pascal["backend"]) == ("cuda:1", "nccl")
-        assert on_pascal["runner"] == "DecodeCudaGraphRunner"
+        assert on_pascal["runner"] == "ChainGraphRunner"
 
     def test_is_cuda_is_false_everywhere_and_the_finder_is_gone(self, on_pascal):
         assert (on_pascal["is_cuda"], on_pascal["is_ours"]) == (False, True)

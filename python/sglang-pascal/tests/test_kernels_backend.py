@@ -22,7 +22,7 @@ from sglang_pascal.errors import PluginError
 from sglang_pascal.reference import rope_ref
 
 SLOTS, KV, HEADS, DIM, CONTEXT = 200, 2, 6, 64, 64
-mode = lambda is_decode: types.SimpleNamespace(is_decode=lambda: is_decode)
+mode = lambda is_decode: types.SimpleNamespace(is_decode=lambda: is_decode, is_target_verify=lambda: False)
 
 def pool_of(dtype):
     return PascalKVPool(SLOTS, page_size=1, dtype=dtype, head_num=KV, head_dim=DIM, layer_num=2, device="cpu",

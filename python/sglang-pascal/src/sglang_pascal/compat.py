@@ -429,6 +429,26 @@ def _replace_triton_launches() -> None:
     _hook_at_once(*((target, function, "REPLACE") for target, function in (ours | forms).items()))
 
 
+_WRITE_SLOTS: Final = "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func"
+
+
+def _replace_slot_writer() -> None:
+    from sglang_pascal.plain_torch import write_slots
+
+    _hook_at_once((_WRITE_SLOTS, write_slots, "REPLACE"))
+
+
+def _register_speculation() -> None:
+    from sglang_pascal.speculation.algorithm import register
+
+    register()
+
+
+def _speculation_is_registered() -> bool:
+    registry = sys.modules.get("sglang.srt.speculative.spec_registry")
+    return registry is not None and registry.get_spec("PASCAL_LOOKUP") is not None
+
+
 def _last_name(target: str) -> str:
     return target.rpartition(".")[2]
 
@@ -631,6 +651,28 @@ SHIMS: Final = (
         is_needed=_always,
         apply=_add_int8_choice,
         is_applied=_int8_is_a_choice,
+    ),
+    Shim(
+        name="prompt lookup",
+        what="--speculative-algorithm PASCAL_LOOKUP",
+        why="SGLang's own speculation verifies trees by kernels of sgl_kernel and Triton",
+        sglang="0.5.23",
+        devices=("cpu", "cuda"),
+        stage="register",
+        is_needed=_always,
+        apply=_register_speculation,
+        is_applied=_speculation_is_registered,
+    ),
+    Shim(
+        name="slots of a chain",
+        what=f"{_WRITE_SLOTS} in plain torch",
+        why="with speculation SGLang launches a Triton kernel for it, on every device",
+        sglang="0.5.23",
+        devices=("cpu", "cuda"),
+        stage="worker",
+        is_needed=_always,
+        apply=_replace_slot_writer,
+        is_applied=lambda: _is_hooked(_WRITE_SLOTS),
     ),
     Shim(
         name="int8 KV cache, pool",

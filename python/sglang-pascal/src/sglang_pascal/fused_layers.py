@@ -43,9 +43,9 @@ def attention_layer(
     qkv, _ = self.qkv_proj(hidden_states)
     rotation = Rotation(positions, rotary.cos_sin_cache, rotary.is_neox_style, *_norms(self))
     method = self.o_proj.quant_method
-    is_decode, wide = forward_batch.forward_mode.is_decode(), is_wide()
+    wide = is_wide()
     attended = backend.forward_fused(
-        qkv, rotation, self.attn, quantized=is_decode and takes_quantized(method), wide=wide
+        qkv, rotation, self.attn, quantized=backend.is_decode and takes_quantized(method), wide=wide
     )
     if isinstance(attended, Activations):
         projected: torch.Tensor = method.apply_quantized(attended, qkv.dtype, self.o_proj.bias, wide=wide)

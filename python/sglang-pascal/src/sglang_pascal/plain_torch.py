@@ -46,6 +46,28 @@ def free_swa_pages(self: Any, full_page_representatives: torch.Tensor) -> torch.
     return pages
 
 
+def write_slots(
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    start_offset: torch.Tensor,
+    end_offset: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    batch_size: int,
+) -> None:
+    """Write the slots of new positions, start to end of each request, into the table `[requests, positions]`.
+
+    out_cache_loc: the slots, one request after the other. req_pool_indices, start_offset, end_offset: `[batch_size]`.
+    """
+    del batch_size
+    lengths, total = (end_offset - start_offset).long(), len(out_cache_loc)
+    rows, first, start = (
+        torch.repeat_interleave(values.long(), lengths, output_size=total)
+        for values in (req_pool_indices, lengths.cumsum(0) - lengths, start_offset)
+    )
+    columns = torch.arange(total, device=out_cache_loc.device) - first + start
+    req_to_token[rows, columns] = out_cache_loc.to(req_to_token.dtype)
+
+
 def row_logsumexp(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return per row of x `[n, columns]`, float32: the largest value, and logsumexp minus it."""
     if not x.shape[1]:

@@ -1,7 +1,7 @@
 """The platform classes that SGLang uses: the same plugin on a CPU and on a CUDA device.
 
 Both run a fused operation as plain torch unless a kernel is registered for it, allocate memory with torch code instead
-of Triton, and support no speculation, no MLA and no Mamba: dense text models only.
+of Triton, and support no MLA and no Mamba: dense text models only.
 """
 
 from __future__ import annotations
@@ -128,11 +128,10 @@ class PascalCudaPlatform(CudaDeviceMixin, _PascalPlatform):  # type: ignore[misc
         )
 
     def get_graph_runner_cls(self) -> type:
-        """Return SGLang's own runner of recorded decode steps."""
-        from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+        """Return SGLang's own runner of recorded decode steps, of width 1 with speculation."""
+        from sglang_pascal.speculation.graphs import ChainGraphRunner
 
-        runner: type = DecodeCudaGraphRunner
-        return runner
+        return ChainGraphRunner
 
     def get_group_coordinator_device(self, local_rank: int) -> torch.device:
         """Return the rank's GPU (the interface's default is the CPU)."""

@@ -34,6 +34,10 @@ class _ForwardPlan:
     swa_write_slots: torch.Tensor | None = None
     decode_slots: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
     """`[n, L]` slots of each request, from position 0."""
+    decode_lengths: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """`[n * width]`, of each row with its own token."""
+    width: int = 1
+    """Rows of each request."""
     decode: dict[_View, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     prefill: dict[_View, list[Rectangle]] = field(default_factory=dict)
 
@@ -72,9 +76,11 @@ class PascalAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
         SGLang calls this in each warm-up of a graph, and again inside the recording: the graph must not read what a
         warm-up computed, and each replay must compute it again.
         """
-        self._plan, self.is_decode = _ForwardPlan(), forward_batch.forward_mode.is_decode()
+        self._plan, self.is_decode = _ForwardPlan(), paged.is_decode(forward_batch.forward_mode)
         if self.is_decode:
-            self._plan.decode_slots = self._slots(forward_batch, self._decode_columns(forward_batch.seq_lens))
+            plan = self._plan
+            plan.width, plan.decode_lengths = paged.verified(forward_batch)
+            plan.decode_slots = self._slots(forward_batch, self._decode_columns(plan.decode_lengths))
 
     def _decode_columns(self, seq_lens: torch.Tensor) -> int:
         """Positions that a decode step reads: the longest sequence's on the CPU, always all on a device."""
@@ -85,18 +91,20 @@ class PascalAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
     def forward_decode(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **_: Any
     ) -> torch.Tensor:
-        """One new token per request: q `[n, heads * D]` -> `[n, heads * Dv]`."""
+        """New tokens of answers, as many of each request: q `[n * width, heads * D]` -> `[n * width, heads * Dv]`."""
         self._refuse_unsupported(layer)
         if save_kv_cache and k is not None:
             self._store(layer, forward_batch, k, v)
-        slots, mask = self._decode_view(layer, forward_batch)
-        query = q.reshape(-1, 1, layer.tp_q_head_num, layer.qk_head_dim)
-        return self._attend(query, slots, mask, layer).view(query.shape[0], -1)
+        slots, mask = self._decode_view(layer)
+        query = q.reshape(-1, self._plan.width, layer.tp_q_head_num, layer.qk_head_dim)
+        return self._attend(query, slots, mask, layer).flatten(0, 1).flatten(1)
 
     def forward_extend(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **_: Any
     ) -> torch.Tensor:
         """New tokens after their cached prefixes: q `[tokens, heads * D]` -> `[tokens, heads * Dv]`."""
+        if self.is_decode:  # SGLang takes a verification for an extension
+            return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         self._refuse_unsupported(layer)
         if save_kv_cache and k is not None:
             self._store(layer, forward_batch, k, v)
@@ -116,10 +124,10 @@ class PascalAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
         values = paged.gather(kv.values, slots, query.dtype, kv.value_scales)
         return paged.attend(query, keys, values, mask, scaling=layer.scaling, soft_cap=layer.logit_cap)
 
-    def _decode_view(self, layer: Any, forward_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decode_view(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
         plan, view = self._plan, self._view(layer)
         if view not in plan.decode:
-            slots, mask = paged.plan_decode(plan.decode_slots, forward_batch.seq_lens, view[0])
+            slots, mask = paged.plan_decode(plan.decode_slots, plan.decode_lengths, view[0])
             plan.decode[view] = (self._translated(slots, view), mask)
         return plan.decode[view]
 

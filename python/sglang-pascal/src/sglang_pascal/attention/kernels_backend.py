@@ -15,6 +15,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sglang_pascal.attention.kv_pool import kv_of_layer
+from sglang_pascal.attention.paged import is_decode, verified
 from sglang_pascal.names import ATTENTION_BACKENDS
 from sglang_pascal.ops.attention import Sequences, attention_decode, attention_prefill
 from sglang_pascal.ops.kv_cache import rope_and_store
@@ -84,15 +85,20 @@ class KernelAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
         return False
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        """Plan a pass anew: SGLang calls it in each warm-up of a graph, and again inside the recording."""
+        """Plan a pass anew: SGLang calls it in each warm-up of a graph, and again inside the recording.
+
+        If several tokens of a request are verified, each is a sequence of its own, one position longer than the one
+        before: what it computes is bit for bit what a decode step of that token would.
+        """
         table, requests = self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices
-        plan = _ForwardPlan(Sequences(table, requests, forward_batch.seq_lens), forward_batch.out_cache_loc)
+        width, lengths = verified(forward_batch)
+        plan = _ForwardPlan(Sequences(table, _repeated(requests, width), lengths), forward_batch.out_cache_loc)
         if self._swa_pool is not None:
             slots = self._swa_pool.translate_loc_from_full_to_swa(table[requests, : self._context_length])
             rows = torch.arange(len(requests), device=slots.device)
-            plan.swa = Sequences(slots.clamp(min=0).int(), rows, forward_batch.seq_lens)
+            plan.swa = Sequences(slots.clamp(min=0).int(), _repeated(rows, width), lengths)
             plan.swa_write_slots = self._swa_pool.translate_loc_from_full_to_swa(forward_batch.out_cache_loc)
-        self.is_decode = forward_batch.forward_mode.is_decode()
+        self.is_decode = is_decode(forward_batch.forward_mode)
         if not self.is_decode:
             plan.query_starts = _starts(forward_batch.extend_seq_lens)
             plan.max_new = max(forward_batch.extend_seq_lens_cpu)
@@ -191,6 +197,11 @@ class KernelAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
         if layer_id not in self._pools:
             self._pools[layer_id] = kv_of_layer(self.token_to_kv_pool, layer_id)
         return self._pools[layer_id]
+
+
+def _repeated(values: torch.Tensor, width: int) -> torch.Tensor:
+    """`[n]` -> `[n * width]`, each value width times."""
+    return values[:, None].expand(-1, width).reshape(-1) if width > 1 else values
 
 
 def _starts(lengths: torch.Tensor) -> torch.Tensor:

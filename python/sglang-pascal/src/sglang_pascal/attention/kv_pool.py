@@ -28,6 +28,11 @@ class PascalKVPool(MHATokenToKVPool):  # type: ignore[misc]  # SGLang publishes 
                 for _ in range(2)
             )
 
+    def _init_kv_copy_and_warmup(self) -> None:
+        """With speculation, SGLang would launch a Triton copy here; a chain never moves its slots."""
+        self._kv_copy_config = None
+        self.use_native_move_kv_cache = True
+
     def scales_of(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
         """Scales `[slots, kv_heads]` of a layer's keys and values; None for a pool of floats."""
         if self.dtype != torch.int8:

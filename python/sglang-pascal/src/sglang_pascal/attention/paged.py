@@ -10,7 +10,7 @@ together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
@@ -60,6 +60,24 @@ class Rectangle:
     def area(self) -> int:
         """Scores computed per head."""
         return self.mask.numel()
+
+
+def is_decode(mode: Any) -> bool:
+    """Whether a pass of this mode computes tokens of answers: one for each request, or a chain that it verifies."""
+    return bool(mode.is_decode() or mode.is_target_verify())
+
+
+def verified(forward_batch: Any) -> tuple[int, torch.Tensor]:
+    """Return SGLang's number of rows per request, and each row's length with itself, `[n * rows]`.
+
+    In a verification, SGLang's lengths are those without the new tokens, and shapes alone tell how many there are.
+    """
+    lengths: torch.Tensor = forward_batch.seq_lens
+    if not forward_batch.forward_mode.is_target_verify():
+        return 1, lengths
+    width = forward_batch.input_ids.numel() // lengths.numel() if lengths.numel() else 1
+    rows = torch.arange(1, width + 1, dtype=lengths.dtype, device=lengths.device)
+    return width, (lengths[:, None] + rows).flatten()
 
 
 def spans_of(prefix_lens: Sequence[int], new_lens: Sequence[int], window: int | None) -> list[Span]:
@@ -136,15 +154,16 @@ def plan_prefill(
     return rectangles
 
 
-def plan_decode(slots: torch.Tensor, seq_lens: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def plan_decode(slots: torch.Tensor, lengths: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Slots and mask of a decode step over `[n, L]` slots: recordable in a CUDA graph, no wait, no shape from data.
 
-    seq_lens: `[n]` lengths with the new token. A length of 0 (padding of a graph) sees key 0.
+    lengths: `[n * E]`, of each row with its new token; E rows of a request follow one another. A length of 0 (padding
+    of a graph) sees key 0. The mask is `[n, 1, E, L]`.
     """
-    position = (seq_lens.clamp(min=1) - 1)[:, None]
-    keys = torch.arange(slots.shape[1], device=slots.device)[None]
-    mask = _visible(position, keys, window)
-    return torch.where(mask, slots, 0).long(), mask[:, None, None]
+    position = (lengths.clamp(min=1) - 1).view(len(slots), -1)
+    keys = torch.arange(slots.shape[1], device=slots.device)
+    mask = _visible(position[:, :, None], keys, window)
+    return torch.where(mask.any(1), slots, 0).long(), mask[:, None]
 
 
 def _visible(position: torch.Tensor, key_position: torch.Tensor, window: int | None) -> torch.Tensor:

@@ -1,0 +1,35 @@
+"""What a further row of a step costs on a device, and how many rows one step may have.
+
+Up to so many rows a product takes the time of reading the weights; beyond, each row takes its own. `pascaline` plans
+the number for a card and a model and passes it on.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from sglang_pascal.errors import PluginError
+from sglang_pascal.quantization.precision import DECODE_BITS_VARIABLE, activation_bits
+
+ROWS_VARIABLE: Final = "SGLANG_PASCAL_SPECULATIVE_ROWS"
+MOST_COLUMNS: Final = 16
+"""int8 columns of one pass over the weights of a GGUF file; activations of 16 bits take two each."""
+_CPU_ROWS: Final = 16
+_ROW_COST: Final = {"cpu": 0.2, "cuda": 0.04}
+"""Time of a further row as a share of a step's: benchmarks/speculation.py prints it."""
+
+
+def most_rows(device: str) -> int:
+    """Return the rows of one step, all requests together. Raises PluginError if the variable is no such number."""
+    value = os.environ.get(ROWS_VARIABLE)
+    if value is None:
+        return _CPU_ROWS if device == "cpu" else MOST_COLUMNS * 8 // activation_bits(DECODE_BITS_VARIABLE)
+    if not value.isdecimal() or not 0 < int(value) <= 4096:
+        raise PluginError(f"{ROWS_VARIABLE} is {value!r}, must be a number from 1 to 4096; unset it for the default")
+    return int(value)
+
+
+def row_cost(device: str) -> float:
+    """Return the time of a further row as a share of the time of a step without drafts."""
+    return _ROW_COST[device]

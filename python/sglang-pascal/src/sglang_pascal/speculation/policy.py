@@ -1,0 +1,104 @@
+"""How many drafted tokens are worth a check: from how often a request's drafts were right, and what a row costs.
+
+A step of more rows takes longer, and the tokens that it wins are only probable. The width of a step is the one with
+the most expected tokens in its time, among those for which the engine has recorded steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LONG_MATCH: Final = 8
+"""Tokens alike from which a match counts as long: its first token is right far more often than a short one's."""
+MARGIN: Final = 0.1
+"""Share of tokens that a wider step must win beyond its cost: estimates are noisy, and a step without is safe."""
+_PRIOR_PER_TOKEN: Final = 0.12
+_PRIOR_FIRST_MOST: Final = 0.9
+_PRIOR_NEXT: Final = 0.8
+_PRIOR_WEIGHT: Final = 2.0
+"""In drafts: after two wrong ones, a request's own record counts as much as what is known of others."""
+_KEPT_PER_DRAFT: Final = 0.9
+_KEPT_PER_STEP: Final = 0.995
+"""A record fades, so that a request that begins to quote is tried again."""
+
+
+class Draft(NamedTuple):
+    """What could be checked for one request."""
+
+    n_tokens: int
+    match_length: int
+    first: float
+    """Probability that the first token is right."""
+    next: float
+    """Probability that a further one is, if all before it are."""
+
+    def expected(self, n_rows: int) -> float:
+        """Return the drafted tokens that are right on average, if n_rows of them are checked."""
+        n = min(self.n_tokens, n_rows)
+        return self.first * sum(self.next**i for i in range(n))
+
+
+@dataclass
+class _Record:
+    right: float = 0.0
+    wrong: float = 0.0
+
+    def rate(self, prior: float) -> float:
+        return (self.right + _PRIOR_WEIGHT * prior) / (self.right + self.wrong + _PRIOR_WEIGHT)
+
+    def fade(self, kept: float) -> None:
+        self.right *= kept
+        self.wrong *= kept
+
+
+@dataclass
+class Acceptance:
+    """How often the drafts of one request were right. Runs are all or nothing, so the first token counts apart."""
+
+    _first: dict[bool, _Record] = field(default_factory=lambda: {False: _Record(), True: _Record()})
+    """By whether the match was long."""
+    _next: _Record = field(default_factory=_Record)
+
+    def draft(self, n_tokens: int, match_length: int) -> Draft:
+        """Return a draft of that many tokens after a match of that length."""
+        prior = min(_PRIOR_FIRST_MOST, _PRIOR_PER_TOKEN * match_length)
+        first = self._first[match_length >= LONG_MATCH].rate(prior)
+        return Draft(n_tokens, match_length, first, self._next.rate(_PRIOR_NEXT))
+
+    def note(self, n_drafted: int, match_length: int, n_right: int) -> None:
+        """Count a checked draft, of which the first n_right tokens were right."""
+        record = self._first[match_length >= LONG_MATCH]
+        record.fade(_KEPT_PER_DRAFT)
+        if not n_right:
+            record.wrong += 1
+            return
+        record.right += 1
+        self._next.fade(_KEPT_PER_DRAFT)
+        self._next.right += n_right - 1
+        self._next.wrong += n_right < n_drafted
+
+    def step(self) -> None:
+        """Count a step without a draft."""
+        for record in (*self._first.values(), self._next):
+            record.fade(_KEPT_PER_STEP)
+
+
+def choose_width(drafts: Sequence[Draft | None], widths: Sequence[int], most_rows: int, row_cost: float) -> int:
+    """Return the rows per request of the next step; 1 = check nothing.
+
+    drafts: one per request, None = it has none. widths: what may be chosen. most_rows: of all requests together.
+    row_cost: time of a further row, as a share of the time of a step with one row for each request.
+    """
+    n = len(drafts)
+
+    def tokens_per_time(width: int) -> float:
+        won = sum(draft.expected(width - 1) for draft in drafts if draft is not None)
+        return (n + won) / (1 + row_cost * n * (width - 1))
+
+    allowed = [width for width in widths if 1 < width and n * width <= most_rows]
+    best = max(allowed, key=tokens_per_time, default=1)
+    return best if best > 1 and tokens_per_time(best) > n * (1 + MARGIN) else 1

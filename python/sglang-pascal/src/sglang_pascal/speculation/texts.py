@@ -1,0 +1,144 @@
+"""What the host knows of each running request's text, though the device is a step ahead.
+
+With overlapping steps, SGLang launches a step before it has processed the result of the one before: the newest tokens
+are on the device only. After a step that checked nothing, exactly one token is missing, so a draft can be looked for
+without it, and the host waits for the device only if there is one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from sglang_pascal.speculation.lookup import MIN_MATCH, NgramIndex
+from sglang_pascal.speculation.policy import Acceptance, Draft
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+INDEXED_PER_STEP: Final = 1024
+"""Positions indexed in one step, of all requests together: about a millisecond of the host."""
+
+
+@dataclass
+class Text:
+    """One request."""
+
+    index: NgramIndex
+    total: int | None
+    """Tokens with those that only the device knows; None after a check whose outcome is unknown here."""
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    checked: Draft | None = None
+    """In the last step, until its outcome is noted."""
+    before_check: int = 0
+    """Tokens when it was checked."""
+
+    @property
+    def missing(self) -> int | None:
+        """Tokens that only the device knows; None = unknown."""
+        if self.total is None or not 0 <= self.total - len(self.index) <= 1:
+            return None
+        return self.total - len(self.index)
+
+    def learn(self, total: int, newest: Sequence[int]) -> None:
+        """Take the true number of tokens and the last ones from the device."""
+        missing = total - len(self.index)
+        if missing > 0:
+            self.index.extend(newest[len(newest) - missing :])
+        self.settle(total)
+
+    def settle(self, total: int) -> None:
+        """Take the true number of tokens; note what it says about the last check."""
+        self.total = total
+        if self.checked is not None:
+            n_right = total - self.before_check - 1
+            self.acceptance.note(self.checked.n_tokens, self.checked.match_length, max(0, n_right))
+            self.checked = None
+
+    def draft(self, most: int) -> tuple[Draft, list[int]] | None:
+        """Return up to `most` tokens that may follow; None if nothing like the end of the text occurred before.
+
+        If the newest token is missing, the tokens are those after it, should it be what followed before: good enough
+        to decide whether to wait for it.
+        """
+        if most < 1 or (match := self.index.match()) is None:
+            return None
+        behind = self.missing or 0
+        tokens = self.index.following(match, most + behind)[behind:]
+        return self.acceptance.draft(most, match.length + behind), tokens
+
+    def launched(self, width: int, checked: Draft | None) -> None:
+        """Note that a step of that width started. The number of tokens must be known."""
+        assert self.total is not None
+        if width == 1 or checked is None:
+            self.acceptance.step()
+            self.total += 1
+        else:
+            self.checked, self.before_check, self.total = checked, self.total, None
+
+
+class Texts:
+    """Of all running requests, by SGLang's request id."""
+
+    def __init__(self, context_length: int) -> None:
+        self._context_length = context_length
+        self._texts: dict[str, Text] = {}
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._texts.clear()
+
+    def prefilled(self, requests: Sequence[Any]) -> None:
+        """Note that a step computes these requests' prompts; each gets one token if its prompt ends there."""
+        for request in requests:
+            known = len(request.origin_input_ids_unpadded) + len(request.output_ids)
+            text = self._texts.get(request.rid)
+            if text is None or len(text.index) > known:  # new; or retracted, so that a step's tokens were dropped
+                text = self._texts[request.rid] = self._new(request)
+            text.checked, text.total = None, known + 1
+
+    def running(self, requests: Sequence[Any]) -> list[Text]:
+        """Return the texts of a batch with what SGLang has processed; requests that left are forgotten."""
+        self._texts = {request.rid: self._updated(request) for request in requests}
+        budget = INDEXED_PER_STEP
+        for text in self._texts.values():
+            budget -= text.index.index(budget)
+        return list(self._texts.values())
+
+    def _new(self, request: Any) -> Text:
+        answer = request.sampling_params.max_new_tokens or self._context_length
+        return Text(NgramIndex(min(self._context_length, len(request.origin_input_ids_unpadded) + answer)), None)
+
+    def _updated(self, request: Any) -> Text:
+        prompt, output = request.origin_input_ids_unpadded, request.output_ids
+        text = self._texts.get(request.rid)
+        if text is None:
+            text = self._new(request)
+        known = len(text.index)
+        if known < len(prompt):
+            text.index.extend(prompt[known:])
+        text.index.extend(output[max(0, known - len(prompt)) :])
+        processed = len(prompt) + len(output)
+        if text.total is None and text.checked is not None and processed > text.before_check:
+            text.settle(processed)
+        return text
+
+
+def most_drafts(request: Any, text: Text, width: int) -> int:
+    """Return how many tokens may be drafted for a request: none with penalties, which depend on each token before.
+
+    The step gives one token more than it accepts, so the last of an answer is never drafted.
+    """
+    parameters = request.sampling_params
+    has_penalties = (
+        parameters.frequency_penalty
+        or parameters.presence_penalty
+        or parameters.repetition_penalty != 1.0
+        or parameters.min_new_tokens
+    )
+    if has_penalties or len(text.index) <= MIN_MATCH:
+        return 0
+    if parameters.max_new_tokens is None:
+        return width - 1
+    answered = len(text.index) + (text.missing or 0) - len(request.origin_input_ids_unpadded)
+    return int(min(width - 1, parameters.max_new_tokens - answered - 1))

@@ -1,0 +1,79 @@
+"""From the logits of a checked chain to its accepted tokens, exactly as if each token had been decoded alone.
+
+Row j of a request sees its text and the first j drafts. A token is drawn from every row's own distribution, and a draft
+is accepted as long as the token drawn before it equals it: drafts of the host are certain, not drawn, so what is
+reported has the distribution of decoding without drafts, for any sampling parameters and any seed.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Final
+
+import torch
+from sglang.srt.layers.logprob_processor import compute_spec_logprobs
+from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
+
+_PER_REQUEST: Final = ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed")
+"""Tensors `[n, ...]` of SGLang's sampling parameters."""
+
+
+def draw(sampler: Any, batch: Any, output: Any, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return a token of every row, `[n, width]` int64, and fill in log-probabilities that were asked for.
+
+    sampler: SGLang's. output: its logits `[n * width, vocabulary]`, which are changed. tokens: `[n, width]`, what was
+    checked. positions: `[n * width]`, of these tokens.
+    """
+    n, width = tokens.shape
+    _constrain(batch, output.next_token_logits.view(n, width, -1), tokens)
+    logits = output.next_token_logits
+    keeps = batch.return_logprob and not batch.sampling_info.is_all_greedy  # the sampler overwrites its logits
+    kept = logits.clone() if keeps else logits
+    drawn: torch.Tensor = sampler(output, rows_of(batch.sampling_info, width), False, [], [], positions).long()
+    output.next_token_logits = kept
+    if batch.return_logprob:
+        compute_spec_logprobs(batch, output, drawn, chain_stride=width)
+    return drawn.view(n, width)
+
+
+def accepted(tokens: torch.Tensor, drawn: torch.Tensor, n_drafts: torch.Tensor) -> torch.Tensor:
+    """Return how many tokens each request gets, int32 `[n]`: its drafts that are right, and the one after them.
+
+    tokens, drawn: `[n, width]`. n_drafts: `[n]`; columns beyond are padding.
+    """
+    columns = torch.arange(tokens.shape[1] - 1, device=tokens.device)
+    right = (tokens[:, 1:] == drawn[:, :-1]) & (columns < n_drafts[:, None])
+    return (right.int().cumprod(1).sum(1) + 1).int()
+
+
+def rows_of(info: Any, width: int) -> Any:
+    """Return SGLang's sampling parameters with each request's repeated width times; logits are already constrained."""
+    rows = copy.copy(info)
+    for name in _PER_REQUEST:
+        value = getattr(info, name)
+        if value is not None:
+            setattr(rows, name, value.repeat_interleave(width, 0))
+    rows.grammar_mask = rows.logit_bias = rows.acc_additive_penalties = rows.acc_scaling_penalties = None
+    return rows
+
+
+def _constrain(batch: Any, logits: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Apply penalties, grammars and biases to logits `[n, width, vocabulary]`, in SGLang's order.
+
+    Penalties are those of the step's start. They hold for row 0: a request with penalties has no drafts.
+    """
+    info = batch.sampling_info
+    if info.acc_additive_penalties is not None:
+        logits.add_(info.acc_additive_penalties[:, None])
+    if info.acc_scaling_penalties is not None:
+        scale = info.acc_scaling_penalties[:, None]
+        logits.copy_(torch.where(logits < 0, logits * scale, logits / scale))
+    if batch.has_grammar:
+        tree = GrammarTree.from_linear_chain(tokens)
+        mask = build_grammar_vocab_mask(
+            reqs=batch.reqs, tree=tree, sampling_info=info, device=logits.device, barrier=None
+        )
+        if mask is not None:
+            mask.apply(logits.view(-1, logits.shape[-1]))
+    if info.logit_bias is not None:
+        logits.add_(info.logit_bias[:, None])

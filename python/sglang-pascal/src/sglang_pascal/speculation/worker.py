@@ -1,0 +1,193 @@
+"""The worker that SGLang's scheduler calls for each step: draft by lookup, verify a chain, accept what is right."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode
+from sglang.srt.runtime_context import get_spec
+from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+from sglang.srt.speculative.ngram_info import NgramVerifyInput
+
+from sglang_pascal.speculation.counters import Counters
+from sglang_pascal.speculation.graphs import RecordedWidths
+from sglang_pascal.speculation.load import most_rows, row_cost
+from sglang_pascal.speculation.policy import choose_width
+from sglang_pascal.speculation.texts import Text, Texts, most_drafts
+from sglang_pascal.speculation.verification import accepted, draw
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sglang_pascal.speculation.policy import Draft
+
+_WIDTHS: Final = (1, 2, 4, 8, 16)
+
+
+class LookupWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no types
+    """Prompt lookup. It has no draft model, so SGLang's pools and weights are the target's alone."""
+
+    draft_worker = None
+
+    def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any) -> None:
+        """SGLang calls it with these names, before any pool exists."""
+        del server_args, gpu_id, nccl_port
+        super().__init__()
+        self._target_worker = target_worker
+        self._runner = target_worker.model_runner
+        self.speculative_num_draft_tokens: int = get_spec().speculative_num_draft_tokens
+        self.speculative_num_steps = self.speculative_num_draft_tokens - 1
+        self._device = torch.device(self._runner.device)
+        self._context_length: int = self._runner.model_config.context_len
+        self._texts = Texts(self._context_length)
+        self._most_rows, self._row_cost = most_rows(self._device.type), row_cost(self._device.type)
+        widths = [width for width in _WIDTHS if width < self.speculative_num_draft_tokens]
+        self._graphs = RecordedWidths(self._runner, [*widths, self.speculative_num_draft_tokens], self._most_rows)
+        self._counters = Counters()
+
+    def init_cuda_graphs(self) -> None:
+        """Record the steps of each width, after SGLang has recorded those of width 1."""
+        self._graphs.record()
+
+    def clear_cache_pool(self) -> None:
+        """Forget the running requests."""
+        self._texts.clear()
+
+    def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
+        """Count what was right; SGLang calls it when a step's result is on the host."""
+        del batch_size
+        self._counters.right(sum(num_correct_drafts_per_req))
+
+    def forward_batch_generation(
+        self, batch: Any, on_publish: Callable[[torch.Tensor], None] | None = None, pp_proxy_tensors: Any = None
+    ) -> Any:
+        """Run one step. on_publish: takes each request's new length `[n]`, if SGLang overlaps steps."""
+        del pp_proxy_tensors
+        with torch.no_grad():
+            return (self._decode if batch.forward_mode.is_decode() else self._prefill)(batch, on_publish)
+
+    # --- prompts ----------------------------------------------------------------------------------------------------
+
+    def _prefill(self, batch: Any, on_publish: Callable[[torch.Tensor], None] | None) -> Any:
+        """Compute the target's own step; its token is a run of length 1."""
+        result = self.target_worker.forward_batch_generation(batch)
+        self._texts.prefilled(batch.reqs)
+        lengths = batch.seq_lens.clone()
+        if on_publish is not None:
+            on_publish(lengths)
+        result.accept_lens = torch.ones(len(batch.reqs), dtype=torch.int32, device=self._device)
+        result.new_seq_lens = lengths
+        result.next_draft_input = self._carried(result.next_token_ids.view(-1, 1), result.accept_lens, lengths)
+        result.speculative_num_draft_tokens = self.speculative_num_draft_tokens
+        return result
+
+    # --- tokens -----------------------------------------------------------------------------------------------------
+
+    def _decode(self, batch: Any, on_publish: Callable[[torch.Tensor], None] | None) -> Any:
+        width, n_drafts, drafts = self._plan(batch)
+        tokens = _newest(batch.spec_info)[:, None]
+        if width > 1:
+            tokens = torch.cat((tokens, self._on_device(drafts)), 1)
+        positions = batch.seq_lens[:, None] + torch.arange(width, device=self._device)
+        output, recorded = self._verify(batch, tokens, positions)
+        drawn = draw(self._runner.sampler, batch, output, tokens, positions.flatten())
+        lens = accepted(tokens, drawn, self._on_device(n_drafts)) if width > 1 else torch.ones_like(drawn[:, 0]).int()
+        lengths = batch.seq_lens + lens
+        if on_publish is not None:
+            on_publish(lengths)
+        return GenerationBatchResult(
+            logits_output=output,
+            next_token_ids=drawn.int().flatten(),
+            can_run_cuda_graph=recorded,
+            accept_lens=lens,
+            new_seq_lens=lengths,
+            next_draft_input=self._carried(drawn, lens, lengths),
+            speculative_num_draft_tokens=width,
+        )
+
+    def _verify(self, batch: Any, tokens: torch.Tensor, positions: torch.Tensor) -> tuple[Any, bool]:
+        """Run the model over tokens `[n, width]`; the batch's fields are restored by SGLang."""
+        width = tokens.shape[1]
+        slots = batch.req_to_token_pool.req_to_token[batch.req_pool_indices[:, None], positions]
+        batch.input_ids, batch.out_cache_loc = tokens.flatten(), slots.flatten().long()
+        batch.forward_mode = ForwardMode.TARGET_VERIFY
+        batch.spec_info = NgramVerifyInput(
+            draft_token=batch.input_ids,
+            positions=positions.flatten(),
+            draft_token_num=width,
+            new_seq_lens=batch.seq_lens,
+        )
+        batch.spec_info.capture_hidden_mode = CaptureHiddenMode.NULL
+        with self._graphs.of_width(width):
+            result = self.target_worker.forward_batch_generation(batch, is_verify=True)
+        batch.forward_mode = ForwardMode.DECODE
+        return result.logits_output, result.can_run_cuda_graph
+
+    def _carried(self, runs: torch.Tensor, lens: torch.Tensor, lengths: torch.Tensor) -> NgramVerifyInput:
+        """Return what the next step gets: runs `[n, width]`, padded to the one width that SGLang carries."""
+        padding = self.speculative_num_draft_tokens - runs.shape[1]
+        return NgramVerifyInput(
+            draft_token_num=self.speculative_num_draft_tokens,
+            new_seq_lens=lengths,
+            accept_tokens=torch.nn.functional.pad(runs.int(), (0, padding)).flatten(),
+            accept_lens=lens,
+        )
+
+    def _on_device(self, values: Sequence[Any]) -> torch.Tensor:
+        pinned = self._device.type == "cuda"
+        return torch.tensor(values, dtype=torch.int64, pin_memory=pinned).to(self._device, non_blocking=True)
+
+    # --- what to check ----------------------------------------------------------------------------------------------
+
+    def _plan(self, batch: Any) -> tuple[int, list[int], list[list[int]]]:
+        """Return the width, each request's number of drafts, and drafts `[n][width - 1]`, padded."""
+        texts = self._texts.running(batch.reqs)
+        if any(text.missing is None for text in texts):
+            self._wait(batch, texts)
+        found = self._drafts(batch, texts)
+        width = self._width([draft for draft, _ in found], texts)
+        if width > 1 and any(text.missing for text in texts):
+            self._wait(batch, texts)
+            found = self._drafts(batch, texts)
+            width = self._width([draft for draft, _ in found], texts)
+        return self._launched(texts, found, width)
+
+    def _launched(
+        self, texts: list[Text], found: list[tuple[Draft | None, list[int]]], width: int
+    ) -> tuple[int, list[int], list[list[int]]]:
+        checked = [draft and draft._replace(n_tokens=min(draft.n_tokens, width - 1)) for draft, _ in found]
+        for text, draft in zip(texts, checked, strict=True):
+            text.launched(width, draft)
+        n_drafts = [draft.n_tokens if draft else 0 for draft in checked]
+        self._counters.step(width, n_drafts)
+        return width, n_drafts, [(tokens + [0] * width)[: width - 1] for _, tokens in found]
+
+    def _drafts(self, batch: Any, texts: list[Text]) -> list[tuple[Draft | None, list[int]]]:
+        if 2 * len(texts) > self._most_rows:
+            return [(None, [])] * len(texts)
+        return [
+            text.draft(most_drafts(request, text, self.speculative_num_draft_tokens)) or (None, [])
+            for request, text in zip(batch.reqs, texts, strict=True)
+        ]
+
+    def _width(self, drafts: list[Draft | None], texts: list[Text]) -> int:
+        """No row may be beyond the context: the rotation has no angles there."""
+        longest = max(text.total or 0 for text in texts)
+        widths = [width for width in self._graphs.widths(len(texts)) if longest + width - 1 <= self._context_length]
+        return choose_width(drafts, widths, self._most_rows, self._row_cost)
+
+    def _wait(self, batch: Any, texts: list[Text]) -> None:
+        """Take lengths and the last step's tokens from the device."""
+        runs = batch.spec_info.accept_tokens.view(len(texts), -1)
+        facts = torch.cat((batch.seq_lens[:, None], batch.spec_info.accept_lens[:, None], runs), 1).tolist()
+        for text, (length, n_run, *run) in zip(texts, facts, strict=True):
+            text.learn(length + 1, run[:n_run])
+
+
+def _newest(carried: Any) -> torch.Tensor:
+    """Return the last token of each request's run, `[n]` int64."""
+    runs, lens = carried.accept_tokens, carried.accept_lens
+    last: torch.Tensor = runs.view(len(lens), -1).gather(1, lens[:, None].long() - 1)[:, 0].long()
+    return last

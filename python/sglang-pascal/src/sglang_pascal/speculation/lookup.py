@@ -57,7 +57,7 @@ class NgramIndex:
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Append tokens; `index` makes them findable."""
-        self.tokens.extend(tokens)
+        self.tokens.extend(iter(tokens))  # SGLang's are arrays of another type
 
     def index(self, budget: int) -> int:
         """Index the next positions that something follows, at most budget; return how many."""

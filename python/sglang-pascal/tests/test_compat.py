@@ -50,8 +50,10 @@ def test_rows_of_a_device_and_a_stage():
         "pieces of tool calls",
         "status of refused streams",
         "int8 KV cache, choice",
+        "prompt lookup",
     ]
     assert [shim.name for shim in shims_for("cpu", "worker")] == [
+        "slots of a chain",
         "int8 KV cache, pool",
         "seeds",
         "sampler",

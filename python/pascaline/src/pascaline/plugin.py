@@ -50,7 +50,7 @@ class Plugin:
     quantization: str
     """SGLang's quantisation method that keeps the weights as they are in a GGUF file."""
     variables: Mapping[str, str]
-    """prefill_bits, decode_bits, any_model -> the variable that sets it."""
+    """prefill_bits, decode_bits, speculative_rows, any_model -> the variable that sets it."""
     prepared_format: int
     """Layout of a prepared folder."""
     manifest: str
@@ -72,6 +72,12 @@ class Plugin:
     """Most tokens of one part of a sequence in decode attention."""
     most_splits: int
     """Most parts of a sequence that is shorter than most_splits * most_split tokens."""
+    lookup: str
+    """SGLang's speculative algorithm for prompt lookup."""
+    speculative_columns: int
+    """int8 columns of a product that a step may have which verifies drafts."""
+    speculative_widths: tuple[int, ...]
+    """Rows that a request may have in a step, from 1; CUDA graphs are recorded for each."""
     graph_batch_sizes: tuple[int, ...]
     """Batch sizes of decode steps that are recorded as CUDA graphs."""
     architectures: Mapping[str, Architecture]
@@ -108,6 +114,9 @@ def parse(facts: Mapping[str, Any]) -> Plugin:
         head_dims=tuple(attention["head_dims"]),
         most_split=attention["most_split"],
         most_splits=attention["most_splits"],
+        lookup=facts["speculation"]["lookup"],
+        speculative_columns=facts["speculation"]["columns"],
+        speculative_widths=tuple(facts["speculation"]["widths"]),
         graph_batch_sizes=tuple(facts["graph_batch_sizes"]),
         architectures={
             name: Architecture(tuple(each["model_types"]), tuple(each["layer_tensors"]))

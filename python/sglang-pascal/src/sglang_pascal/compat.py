@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from sglang_pascal.errors import UnsupportedVersionError
-from sglang_pascal.names import ATTENTION_BACKENDS, LOAD_FORMAT
+from sglang_pascal.names import ATTENTION_BACKENDS, LOAD_FORMAT, LOOKUP
 from sglang_pascal.versions import SUPPORTED_SGLANG
 
 if TYPE_CHECKING:
@@ -446,7 +446,7 @@ def _register_speculation() -> None:
 
 def _speculation_is_registered() -> bool:
     registry = sys.modules.get("sglang.srt.speculative.spec_registry")
-    return registry is not None and registry.get_spec("PASCAL_LOOKUP") is not None
+    return registry is not None and registry.get_spec(LOOKUP) is not None
 
 
 def _last_name(target: str) -> str:
@@ -654,9 +654,8 @@ SHIMS: Final = (
     ),
     Shim(
         name="prompt lookup",
-        what="--speculative-algorithm PASCAL_LOOKUP",
+        what=f"--speculative-algorithm {LOOKUP}",
         why="SGLang's own speculation verifies trees by kernels of sgl_kernel and Triton",
-        sglang="0.5.23",
         devices=("cpu", "cuda"),
         stage="register",
         is_needed=_always,
@@ -667,7 +666,6 @@ SHIMS: Final = (
         name="slots of a chain",
         what=f"{_WRITE_SLOTS} in plain torch",
         why="with speculation SGLang launches a Triton kernel for it, on every device",
-        sglang="0.5.23",
         devices=("cpu", "cuda"),
         stage="worker",
         is_needed=_always,

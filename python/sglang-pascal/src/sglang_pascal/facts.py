@@ -48,6 +48,7 @@ def collect() -> dict[str, Any]:
         "variables": {
             "prefill_bits": names.PREFILL_BITS_VARIABLE,
             "decode_bits": names.DECODE_BITS_VARIABLE,
+            "speculative_rows": names.ROWS_VARIABLE,
             "any_model": names.ANY_MODEL_VARIABLE,
         },
         "prepared": {"format": FORMAT, "manifest": MANIFEST},
@@ -66,6 +67,11 @@ def collect() -> dict[str, Any]:
             "head_dims": list(HEAD_DIMS),
             "most_split": MOST_SPLIT,
             "most_splits": max(longest // split for longest, split in SPLITS.items()),
+        },
+        "speculation": {
+            "lookup": names.LOOKUP,
+            "columns": formats.SPECULATIVE_COLUMNS,
+            "widths": list(formats.SPECULATIVE_WIDTHS),
         },
         "graph_batch_sizes": list(formats.RECORDED_BATCH_SIZES),
         "architectures": {name: _architecture(each) for name, each in ARCHITECTURES.items()},

@@ -108,6 +108,15 @@ def engine(builtin_gguf, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def lookup_engine(engine, tmp_path_factory):
+    """The same model with prompt lookup, beside `engine`."""
+    log = tmp_path_factory.mktemp("lookup") / "engine.log"
+    options = [*COMMON_OPTIONS, "--chunked-prefill-size", "128", "--enable-metrics", "--served-model-name", "smollm2"]
+    with running_engine(engine.folder, log, *options, "--speculative-algorithm", "PASCAL_LOOKUP") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
 def gemma_engine(tiny_model, tmp_path_factory):
     """A tiny random Gemma 2: sliding window of 8 tokens, soft caps, tied embeddings; chunks longer than the window."""
     root = tmp_path_factory.mktemp("gemma")

@@ -9,11 +9,11 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from sglang_pascal.errors import PluginError
+from sglang_pascal.kernels.formats import SPECULATIVE_WIDTHS
+from sglang_pascal.names import LOOKUP
 
-NAME: Final = "PASCAL_LOOKUP"
 DEFAULT_WIDTH: Final = 8
 """Rows of one request in the widest step: a decided token and seven drafts."""
-MAX_WIDTH: Final = 16
 _BARRIER: Final = "SGLANG_ENABLE_WAR_BARRIER"
 """The scheduler's slots for the next step must wait for this step's reads. SGLang does so where `is_cuda` is True,
 which the plugin replaces."""
@@ -74,10 +74,10 @@ def check_arguments(server_args: Any) -> None:
     for name, (only, flag) in _UNSUPPORTED.items():
         value = getattr(server_args, name, only)
         if value != only:
-            raise PluginError(f"--speculative-algorithm {NAME}: {flag} is {value!r}, must be {only!r}")
+            raise PluginError(f"--speculative-algorithm {LOOKUP}: {flag} is {value!r}, must be {only!r}")
     width = server_args.speculative_num_draft_tokens
-    if width is not None and not 2 <= width <= MAX_WIDTH:
-        raise PluginError(f"--speculative-num-draft-tokens must be between 2 and {MAX_WIDTH}, got {width}")
+    if width is not None and not 2 <= width <= SPECULATIVE_WIDTHS[-1]:
+        raise PluginError(f"--speculative-num-draft-tokens must be between 2 and {SPECULATIVE_WIDTHS[-1]}, got {width}")
 
 
 def _worker_class(server_args: Any) -> type:
@@ -90,13 +90,6 @@ def _worker_class(server_args: Any) -> type:
 def register() -> None:
     """Add the algorithm to SGLang's registry."""
     decorate = SpeculativeAlgorithm.register(
-        NAME, supports_overlap=True, validate_server_args=check_arguments, spec_class=LookupAlgorithm
+        LOOKUP, supports_overlap=True, validate_server_args=check_arguments, spec_class=LookupAlgorithm
     )
     decorate(_worker_class)
-
-
-def is_registered() -> bool:
-    """Whether SGLang's registry of this process has it."""
-    from sglang.srt.speculative.spec_registry import get_spec
-
-    return get_spec(NAME) is not None

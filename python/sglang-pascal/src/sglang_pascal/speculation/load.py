@@ -10,11 +10,10 @@ import os
 from typing import Final
 
 from sglang_pascal.errors import PluginError
-from sglang_pascal.quantization.precision import DECODE_BITS_VARIABLE, activation_bits
+from sglang_pascal.kernels.formats import SPECULATIVE_COLUMNS
+from sglang_pascal.names import DECODE_BITS_VARIABLE, ROWS_VARIABLE
+from sglang_pascal.quantization.precision import activation_bits
 
-ROWS_VARIABLE: Final = "SGLANG_PASCAL_SPECULATIVE_ROWS"
-MOST_COLUMNS: Final = 16
-"""int8 columns of one pass over the weights of a GGUF file; activations of 16 bits take two each."""
 _CPU_ROWS: Final = 16
 _ROW_COST: Final = {"cpu": 0.2, "cuda": 0.04}
 """Time of a further row as a share of a step's: benchmarks/speculation.py prints it."""
@@ -24,7 +23,7 @@ def most_rows(device: str) -> int:
     """Return the rows of one step, all requests together. Raises PluginError if the variable is no such number."""
     value = os.environ.get(ROWS_VARIABLE)
     if value is None:
-        return _CPU_ROWS if device == "cpu" else MOST_COLUMNS * 8 // activation_bits(DECODE_BITS_VARIABLE)
+        return _CPU_ROWS if device == "cpu" else SPECULATIVE_COLUMNS * 8 // activation_bits(DECODE_BITS_VARIABLE)
     if not value.isdecimal() or not 0 < int(value) <= 4096:
         raise PluginError(f"{ROWS_VARIABLE} is {value!r}, must be a number from 1 to 4096; unset it for the default")
     return int(value)

@@ -99,6 +99,6 @@ def choose_width(drafts: Sequence[Draft | None], widths: Sequence[int], most_row
         won = sum(draft.expected(width - 1) for draft in drafts if draft is not None)
         return (n + won) / (1 + row_cost * n * (width - 1))
 
-    allowed = [width for width in widths if 1 < width and n * width <= most_rows]
+    allowed = [width for width in widths if width > 1 and n * width <= most_rows]
     best = max(allowed, key=tokens_per_time, default=1)
     return best if best > 1 and tokens_per_time(best) > n * (1 + MARGIN) else 1

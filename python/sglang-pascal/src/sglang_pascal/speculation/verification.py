@@ -11,8 +11,6 @@ import copy
 from typing import Any, Final
 
 import torch
-from sglang.srt.layers.logprob_processor import compute_spec_logprobs
-from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 
 _PER_REQUEST: Final = ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed")
 """Tensors `[n, ...]` of SGLang's sampling parameters."""
@@ -24,6 +22,8 @@ def draw(sampler: Any, batch: Any, output: Any, tokens: torch.Tensor, positions:
     sampler: SGLang's. output: its logits `[n * width, vocabulary]`, which are changed. tokens: `[n, width]`, what was
     checked. positions: `[n * width]`, of these tokens.
     """
+    from sglang.srt.layers.logprob_processor import compute_spec_logprobs
+
     n, width = tokens.shape
     _constrain(batch, output.next_token_logits.view(n, width, -1), tokens)
     logits = output.next_token_logits
@@ -69,6 +69,8 @@ def _constrain(batch: Any, logits: torch.Tensor, tokens: torch.Tensor) -> None:
         scale = info.acc_scaling_penalties[:, None]
         logits.copy_(torch.where(logits < 0, logits * scale, logits / scale))
     if batch.has_grammar:
+        from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
+
         tree = GrammarTree.from_linear_chain(tokens)
         mask = build_grammar_vocab_mask(
             reqs=batch.reqs, tree=tree, sampling_info=info, device=logits.device, barrier=None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.managers.utils import GenerationBatchResult
@@ -11,19 +12,15 @@ from sglang.srt.runtime_context import get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.ngram_info import NgramVerifyInput
 
+from sglang_pascal.kernels.formats import SPECULATIVE_WIDTHS
 from sglang_pascal.speculation.counters import Counters
+from sglang_pascal.speculation.drafting import Drafter
 from sglang_pascal.speculation.graphs import RecordedWidths
 from sglang_pascal.speculation.load import most_rows, row_cost
-from sglang_pascal.speculation.policy import choose_width
-from sglang_pascal.speculation.texts import Text, Texts, most_drafts
 from sglang_pascal.speculation.verification import accepted, draw
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from sglang_pascal.speculation.policy import Draft
-
-_WIDTHS: Final = (1, 2, 4, 8, 16)
 
 
 class LookupWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no types
@@ -40,11 +37,15 @@ class LookupWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no
         self.speculative_num_draft_tokens: int = get_spec().speculative_num_draft_tokens
         self.speculative_num_steps = self.speculative_num_draft_tokens - 1
         self._device = torch.device(self._runner.device)
-        self._context_length: int = self._runner.model_config.context_len
-        self._texts = Texts(self._context_length)
-        self._most_rows, self._row_cost = most_rows(self._device.type), row_cost(self._device.type)
-        widths = [width for width in _WIDTHS if width < self.speculative_num_draft_tokens]
-        self._graphs = RecordedWidths(self._runner, [*widths, self.speculative_num_draft_tokens], self._most_rows)
+        widest, rows = self.speculative_num_draft_tokens, most_rows(self._device.type)
+        widths = [*(width for width in SPECULATIVE_WIDTHS if width < widest), widest]
+        self._graphs = RecordedWidths(self._runner, widths, rows)
+        self._drafter = Drafter(
+            widths=self._graphs.widths,
+            most_rows=rows,
+            row_cost=row_cost(self._device.type),
+            context_length=self._runner.model_config.context_len,
+        )
         self._counters = Counters()
 
     def init_cuda_graphs(self) -> None:
@@ -53,7 +54,7 @@ class LookupWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no
 
     def clear_cache_pool(self) -> None:
         """Forget the running requests."""
-        self._texts.clear()
+        self._drafter.clear()
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
         """Count what was right; SGLang calls it when a step's result is on the host."""
@@ -73,7 +74,7 @@ class LookupWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no
     def _prefill(self, batch: Any, on_publish: Callable[[torch.Tensor], None] | None) -> Any:
         """Compute the target's own step; its token is a run of length 1."""
         result = self.target_worker.forward_batch_generation(batch)
-        self._texts.prefilled(batch.reqs)
+        self._drafter.prefilled(batch.reqs)
         lengths = batch.seq_lens.clone()
         if on_publish is not None:
             on_publish(lengths)
@@ -86,14 +87,18 @@ class LookupWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no
     # --- tokens -----------------------------------------------------------------------------------------------------
 
     def _decode(self, batch: Any, on_publish: Callable[[torch.Tensor], None] | None) -> Any:
-        width, n_drafts, drafts = self._plan(batch)
+        step = self._drafter.plan(batch.reqs, functools.partial(self._newest_runs, batch))
+        width = step.width
+        self._counters.step(width, step.n_drafts)
         tokens = _newest(batch.spec_info)[:, None]
         if width > 1:
-            tokens = torch.cat((tokens, self._on_device(drafts)), 1)
+            tokens = torch.cat((tokens, self._on_device(step.drafts)), 1)
         positions = batch.seq_lens[:, None] + torch.arange(width, device=self._device)
         output, recorded = self._verify(batch, tokens, positions)
         drawn = draw(self._runner.sampler, batch, output, tokens, positions.flatten())
-        lens = accepted(tokens, drawn, self._on_device(n_drafts)) if width > 1 else torch.ones_like(drawn[:, 0]).int()
+        lens = (
+            accepted(tokens, drawn, self._on_device(step.n_drafts)) if width > 1 else torch.ones_like(drawn[:, 0]).int()
+        )
         lengths = batch.seq_lens + lens
         if on_publish is not None:
             on_publish(lengths)
@@ -139,51 +144,12 @@ class LookupWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no
         pinned = self._device.type == "cuda"
         return torch.tensor(values, dtype=torch.int64, pin_memory=pinned).to(self._device, non_blocking=True)
 
-    # --- what to check ----------------------------------------------------------------------------------------------
-
-    def _plan(self, batch: Any) -> tuple[int, list[int], list[list[int]]]:
-        """Return the width, each request's number of drafts, and drafts `[n][width - 1]`, padded."""
-        texts = self._texts.running(batch.reqs)
-        if any(text.missing is None for text in texts):
-            self._wait(batch, texts)
-        found = self._drafts(batch, texts)
-        width = self._width([draft for draft, _ in found], texts)
-        if width > 1 and any(text.missing for text in texts):
-            self._wait(batch, texts)
-            found = self._drafts(batch, texts)
-            width = self._width([draft for draft, _ in found], texts)
-        return self._launched(texts, found, width)
-
-    def _launched(
-        self, texts: list[Text], found: list[tuple[Draft | None, list[int]]], width: int
-    ) -> tuple[int, list[int], list[list[int]]]:
-        checked = [draft and draft._replace(n_tokens=min(draft.n_tokens, width - 1)) for draft, _ in found]
-        for text, draft in zip(texts, checked, strict=True):
-            text.launched(width, draft)
-        n_drafts = [draft.n_tokens if draft else 0 for draft in checked]
-        self._counters.step(width, n_drafts)
-        return width, n_drafts, [(tokens + [0] * width)[: width - 1] for _, tokens in found]
-
-    def _drafts(self, batch: Any, texts: list[Text]) -> list[tuple[Draft | None, list[int]]]:
-        if 2 * len(texts) > self._most_rows:
-            return [(None, [])] * len(texts)
-        return [
-            text.draft(most_drafts(request, text, self.speculative_num_draft_tokens)) or (None, [])
-            for request, text in zip(batch.reqs, texts, strict=True)
-        ]
-
-    def _width(self, drafts: list[Draft | None], texts: list[Text]) -> int:
-        """No row may be beyond the context: the rotation has no angles there."""
-        longest = max(text.total or 0 for text in texts)
-        widths = [width for width in self._graphs.widths(len(texts)) if longest + width - 1 <= self._context_length]
-        return choose_width(drafts, widths, self._most_rows, self._row_cost)
-
-    def _wait(self, batch: Any, texts: list[Text]) -> None:
-        """Take lengths and the last step's tokens from the device."""
-        runs = batch.spec_info.accept_tokens.view(len(texts), -1)
-        facts = torch.cat((batch.seq_lens[:, None], batch.spec_info.accept_lens[:, None], runs), 1).tolist()
-        for text, (length, n_run, *run) in zip(texts, facts, strict=True):
-            text.learn(length + 1, run[:n_run])
+    def _newest_runs(self, batch: Any) -> list[tuple[int, list[int]]]:
+        """Return each request's length and its tokens of the last step; this waits for the device."""
+        lens = batch.spec_info.accept_lens[:, None]
+        runs = batch.spec_info.accept_tokens.view(len(lens), -1)
+        facts = torch.cat((batch.seq_lens[:, None], lens, runs), 1).tolist()
+        return [(length + 1, run[:n]) for length, n, *run in facts]
 
 
 def _newest(carried: Any) -> torch.Tensor:

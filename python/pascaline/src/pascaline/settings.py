@@ -6,8 +6,9 @@ means that the user chose nothing: the model, the plan or the engine decides.
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003 - pydantic needs it at run time
-from typing import Annotated, Any, Literal
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
@@ -20,6 +21,24 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Bytes = Annotated[int, Strict(), BeforeValidator(parse_bytes), WithJsonSchema(BYTES_SCHEMA)]
 Seconds = Annotated[float, Strict(), BeforeValidator(parse_seconds), WithJsonSchema(SECONDS_SCHEMA)]
 Sha256s = Annotated[tuple[str, ...] | None, BeforeValidator(parse_sha256s), WithJsonSchema(SHA256_SCHEMA)]
+
+ENGINES_FOLDER = Path(__file__).parent / "engines"
+ENGINE_FILE = "engine.toml"
+"""In each folder of an engine: its name, constants and measured speeds."""
+
+
+def _engine_folders() -> dict[str, str]:
+    """Name of each engine -> its folder, the default first. Read from data, as settings import no engine."""
+    files = sorted(ENGINES_FOLDER.glob(f"*/{ENGINE_FILE}"))
+    found = {str(tomllib.loads(file.read_text(encoding="utf-8"))["name"]): file.parent.name for file in files}
+    return dict(sorted(found.items(), key=lambda item: item[0] != SETTINGS["engine"]))
+
+
+ENGINE_FOLDERS: Final = _engine_folders()
+if TYPE_CHECKING:
+    EngineName = str
+else:
+    EngineName = Literal[tuple(ENGINE_FOLDERS)]
 
 BUILTIN_MODEL = "builtin:smollm2-135m"
 
@@ -91,7 +110,7 @@ class Settings(BaseModel):
     card: str | None = Field(
         None, description="Card profile to start from; default: that of this host's GPU, or cpu if there is none"
     )
-    engine: Literal["sglang", "llama.cpp"] = Field(SETTINGS["engine"], description="Engine that runs the model")
+    engine: EngineName = Field(SETTINGS["engine"], description="Engine that runs the model")
     engine_executable: Path | None = Field(
         None,
         description="sglang: Python that can import it (default: this one); llama.cpp: llama-server (default: on PATH)",

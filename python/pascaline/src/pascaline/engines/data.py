@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pascaline.cards import Fact
+from pascaline.settings import ENGINE_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from pascaline.cards import Card
-
-FILE_NAME = "engine.toml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class EngineData:
 
 def read_data(folder: Path) -> EngineData:
     """Read the data of the engine whose package is this folder."""
-    entry = tomllib.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    entry = tomllib.loads((folder / ENGINE_FILE).read_text(encoding="utf-8"))
     return EngineData(
         name=entry["name"],
         efficiency=_facts(entry["efficiency"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pascaline.defaults import SETTINGS
 from pascaline.engines.registry import engine_named
 from pascaline.errors import ConfigurationError
 
@@ -19,7 +20,7 @@ class PlanRequest:
     """Memory of the device: for a GPU as the driver reports it, for a CPU the free memory of the host."""
     used_bytes: int = 0
     """Bytes that other processes use."""
-    engine: str = "sglang"
+    engine: str = SETTINGS["engine"]
     """Name of the engine."""
     device: Device = "cuda"
     dtype: str = "float16"

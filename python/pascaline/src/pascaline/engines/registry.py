@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from pascaline.engines.data import FILE_NAME
 from pascaline.errors import ConfigurationError
+from pascaline.settings import ENGINE_FOLDERS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,10 +20,10 @@ if TYPE_CHECKING:
 
 @cache
 def engines() -> Mapping[str, Engine]:
-    """Return every engine by its name in the setting `engine`."""
-    folders = sorted(path.parent.name for path in Path(__file__).parent.glob(f"*/{FILE_NAME}"))
-    found = [cast("Engine", import_module(f"{__package__}.{folder}").ENGINE) for folder in folders]
-    return {engine.name: engine for engine in found}
+    """Return every engine by its name in the setting `engine`, the default first."""
+    return {
+        name: cast("Engine", import_module(f"{__package__}.{folder}").ENGINE) for name, folder in ENGINE_FOLDERS.items()
+    }
 
 
 def engine_named(name: str) -> Engine:

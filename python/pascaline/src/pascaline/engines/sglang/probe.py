@@ -1,4 +1,4 @@
-"""Runs in the engine's Python. `engine_probe.py VARIABLE…` prints as JSON what is installed and what it was built for.
+"""Runs in the engine's Python. `probe.py VARIABLE…` prints as JSON what is installed and what it was built for.
 
 This file does not import this package, because that Python may not have it. Every answer is optional: what fails is
 left out, and `error` says what failed first.

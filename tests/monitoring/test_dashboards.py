@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "modules/monitoring/dashboards"
 DASHBOARDS = sorted(FOLDER.glob("*.json"))
+OPERATIONS = Path(__file__).resolve().parents[2] / "docs/operations.md"
 GRID_WIDTH = 24
 
 
@@ -46,11 +48,22 @@ class TestDashboard:
             assert panel["targets"], panel["title"]
             for place in (panel, *panel["targets"]):
                 assert place["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
-            if panel["type"] in ("timeseries", "stat"):
-                assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+            assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
             if panel["type"] == "heatmap":
                 assert panel["options"]["yAxis"]["unit"], panel["title"]
                 assert panel["options"]["tooltip"]["show"], panel["title"]
+
+    def test_every_panel_says_what_it_shows_and_links_to_the_runbook(self, path: Path) -> None:
+        anchors = {
+            re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-")
+            for heading in re.findall(r"^#+ (.+)$", OPERATIONS.read_text(), re.MULTILINE)
+        }
+        for panel in json.loads(path.read_text())["panels"]:
+            assert panel["description"].endswith("."), panel["title"]
+            [link] = panel["links"]
+            page, _, anchor = link["url"].partition("#")
+            assert page.endswith("/blob/main/docs/operations.md")
+            assert anchor in anchors, panel["title"]
 
     def test_its_address_is_stable(self, path: Path) -> None:
         document = json.loads(path.read_text())

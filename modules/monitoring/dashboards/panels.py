@@ -138,6 +138,7 @@ def heat(title: str, unit: str, histogram: str, *, span: int = HALF) -> PanelBui
     return (
         heatmap.Panel()
         .title(title)
+        .unit(unit)
         .datasource(DATA_SOURCE)
         .height(HEIGHT)
         .span(span)
@@ -154,6 +155,7 @@ def states(title: str, expression: str, legend: str, *, span: int = FULL) -> Pan
     return (
         statetimeline.Panel()
         .title(title)
+        .unit(NONE)
         .datasource(DATA_SOURCE)
         .height(HEIGHT)
         .span(span)
@@ -168,7 +170,7 @@ def states(title: str, expression: str, legend: str, *, span: int = FULL) -> Pan
 
 def listing(title: str, *expressions: str, span: int = FULL) -> PanelBuilder:
     """Return the series that match now, a row each, their labels as columns."""
-    panel = table.Panel().title(title).datasource(DATA_SOURCE).height(HEIGHT).span(span)
+    panel = table.Panel().title(title).unit(NONE).datasource(DATA_SOURCE).height(HEIGHT).span(span)
     for number_of_query, expression in enumerate(expressions):
         panel = panel.with_target(_query(expression, number_of_query).format(PromQueryFormat.TABLE).instant())
     return panel

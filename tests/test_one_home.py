@@ -39,6 +39,11 @@ def test_nix_repeats_no_port(path: Path) -> None:
     assert re.findall(rf"\b(?:{'|'.join(map(str, sorted(OWN_PORTS)))})\b", path.read_text()) == []
 
 
+def test_code_repeats_no_version_of_sglang() -> None:
+    """The plugin's own metadata says it, and its facts repeat that."""
+    assert [path for path in (*SOURCES, *MODULES) if PLUGIN.sglang[-1] in path.read_text()] == []
+
+
 def test_the_defaults_that_nix_reads_are_those_of_the_settings() -> None:
     settings = Settings()
     assert {name: getattr(settings, name) for name in SETTINGS} == SETTINGS

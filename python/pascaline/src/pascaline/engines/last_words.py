@@ -17,7 +17,7 @@ _CONSEQUENCE = re.compile(
     r"(?:\w+\.)*(?:EOFError|BrokenPipeError|ConnectionResetError|ConnectionRefusedError|CancelledError|KeyboardInterrupt"
     r"|SystemExit)\b|RuntimeError: (?:Initialization failed|Rank \d+ scheduler)"
 )
-"""What a process reports because another one died: SGLang 0.5.23's main process and asyncio."""
+"""What a process reports because another one died: SGLang's main process and asyncio."""
 ERRORS = frozenset({"ERROR", "CRITICAL"})
 RECENT_LINES = 60
 """If more lines than these follow an exception, it did not end the engine."""

@@ -1,6 +1,6 @@
 """SGLang's quantisation `bitsandbytes` (NF4, double quantisation), changed so that Pascal can run it.
 
-SGLang 0.5.23 has three faults here. It refuses the method below compute capability 7.0, though bitsandbytes has code
+SGLang has three faults here. It refuses the method below compute capability 7.0, though bitsandbytes has code
 for 6.0, which 6.1 can run. It multiplies in bfloat16, which Pascal emulates; bitsandbytes multiplies in the type of its
 input, so activations can stay as they are. And its loader names weights that it quantises itself `qweight`, while its
 layers use `weight`, as quantised checkpoints do: "Parameter ... qweight not found in the model".

@@ -17,7 +17,7 @@ CHECKS = Checks("System")
 check = CHECKS.check
 
 ENGINE_BYTES = 4 * 2**30
-"""Resident memory of SGLang's processes without weights: 0.95 + 1.7 + 0.9 GB measured on 0.5.23, plus a margin."""
+"""Resident memory of SGLang's processes without weights: 0.95 + 1.7 + 0.9 GB measured, plus a margin."""
 LEAST_OPEN_FILES = 4096
 LEAST_CACHE_BYTES = 2**30
 """Room for prepared models (32 MiB each), compiled kernels and traces."""

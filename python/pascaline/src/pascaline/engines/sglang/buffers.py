@@ -53,7 +53,7 @@ def tables(spec: ModelSpec, request: PlanRequest) -> Part:
     if others:
         text += f" + buffers of {spec.architecture} {others:,} B"
     n_bytes = rows * columns * 4 + ropes * positions * spec.head_dim * 4 + others
-    source = "SGLang 0.5.23: ReqToTokenPool, reserve_rope_cache_for_long_sequences, models/gemma*.py"
+    source = "SGLang: ReqToTokenPool, reserve_rope_cache_for_long_sequences, models/gemma*.py"
     return Part("tables", "tables", n_bytes, text, "exact", source)
 
 
@@ -105,7 +105,7 @@ def _activations(spec: ModelSpec, request: PlanRequest) -> Part:
         copies = round(tokens * max(inner, spec.hidden_size) * WIDE_BYTES)
         quantized = copies + TILE_SUMS_BYTES
         text += f" + two int8 copies {format_bytes(copies)} + sums of tiles {format_bytes(TILE_SUMS_BYTES)}"
-    source = "SGLang 0.5.23, models/llama.py; sglang-pascal: attention"
+    source = "SGLang, models/llama.py; sglang-pascal: attention"
     return Part("activations", "activations", layer + attention + quantized, text, "estimated", source)
 
 
@@ -119,7 +119,7 @@ def _cpu_attention(spec: ModelSpec, request: PlanRequest) -> int:
 def _logits(spec: ModelSpec, request: PlanRequest) -> Part:
     n = request.max_running_requests
     text = f"{n} requests x vocabulary of {spec.vocab_size:,} x {LOGIT_BYTES} B while sampling"
-    source = "SGLang 0.5.23, layers/sampler.py, sampling backend pytorch"
+    source = "SGLang, layers/sampler.py, sampling backend pytorch"
     return Part("logits", "logits", n * spec.vocab_size * LOGIT_BYTES, text, "estimated", source)
 
 

@@ -58,7 +58,7 @@ class SglangMemory(MemoryModel):
         for name, own in PLUGIN_KV_TYPES.items()
     }
     weights_source = weights.SOURCE
-    pool_source = "SGLang 0.5.23, mem_cache/memory_pool.py, MHATokenToKVPool"
+    pool_source = "SGLang, mem_cache/memory_pool.py, MHATokenToKVPool"
     has_memory_fraction = True
     shares_pool = True
 
@@ -109,7 +109,7 @@ class SglangMemory(MemoryModel):
     def pool_of(self, spec: ModelSpec, request: PlanRequest, tokens: int) -> Pool:
         """Return the pool of these tokens.
 
-        Layers with a sliding window take as much as the others: SGLang 0.5.23 has its second, smaller pool for other
+        Layers with a sliding window take as much as the others: SGLang has its second, smaller pool for other
         families than those that the plugin serves (configs/model_config.py, is_hybrid_swa_model).
         """
         groups = layer_groups(

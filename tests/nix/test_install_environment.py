@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pascaline.plugin import PLUGIN
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "python" / "install-environment"
@@ -150,7 +151,7 @@ def test_environment_from_wheels_alone_imports_the_engine(tmp_path: Path) -> Non
         result = install(out, wheels)
         assert result.returncode == 0, result.stderr
         assert python_says(out, "import torch; print(torch.__version__)").startswith("2.7.1")
-        assert python_says(out, "import sglang.version; print(sglang.version.__version__)") == "0.5.23"
+        assert python_says(out, "import sglang.version; print(sglang.version.__version__)") == PLUGIN.sglang[-1]
         entry = (
             "from importlib.metadata import entry_points as e; print(e(group='sglang.srt.platforms')['pascal'].value)"
         )

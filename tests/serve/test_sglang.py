@@ -13,6 +13,7 @@ import psutil
 import pytest
 from pascaline.errors import ExitCode
 from pascaline.models.store import builtin_model
+from pascaline.plugin import PLUGIN
 from support.instance import Answer, Instance, running, wait_until
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class TestServing:
 
     def test_health(self, instance: Instance) -> None:
         report = instance.wait_for_state("ready", seconds=REQUEST_SECONDS)
-        assert report["versions"]["sglang"] == "0.5.23"
+        assert report["versions"]["sglang"] == PLUGIN.sglang[-1]
         assert report["model"]["name"] == "SmolLM2-135M-Instruct"
         assert report["restarts"] == 0
         assert instance.agent("/readyz").status == 200

@@ -62,11 +62,16 @@ def test_rows_of_a_device_and_a_stage():
     assert "Triton driver" not in [shim.name for shim in shims_for("cuda")]
 
 
-@pytest.mark.parametrize("found", ["0.5.22", "0.5.23.post1", "0.6.0", "not installed"])
+SUPPORTED = SUPPORTED_SGLANG[-1]
+
+
+@pytest.mark.parametrize("found", ["0.5.1", f"{SUPPORTED}.post1", "0.6.0", "not installed"])
 def test_another_sglang_is_refused_with_the_command_that_helps(found):
     with pytest.raises(UnsupportedVersionError) as error:
         check_sglang_version(found)
-    assert str(error.value) == f"SGLang is {found}; sglang-pascal supports 0.5.23: pip install 'sglang==0.5.23'"
+    assert (
+        str(error.value) == f"SGLang is {found}; sglang-pascal supports {SUPPORTED}: pip install 'sglang=={SUPPORTED}'"
+    )
 
 
 def test_the_installed_sglang_is_supported():

@@ -10,7 +10,7 @@ from gguf_acceptance.dimensions import NO_WEIGHTS, read_dimensions, wanted_tenso
 from gguf_acceptance.header import Verdict
 from gguf_acceptance.keys import ARCHITECTURE_KEYS, OTHER_KEYS
 from gguf_acceptance.rope import RopeError, rope_scaling
-from gguf_acceptance.vocabulary import PRE_TOKENIZERS, end_ids, special_id
+from gguf_acceptance.vocabulary import PRE_TOKENIZERS, control_ids, end_ids, special_id
 from sglang_pascal.checkpoint.tokenizer import PRE_TOKENIZERS as RULES
 
 SIZES = {
@@ -182,6 +182,7 @@ class TestNumbersPerLayer:
         ("nextn_predict_layers", 1),
         ("pooling_type", 3),
         ("rope.scaling.yarn_log_multiplier", 0.1),
+        ("rope.scaling.yarn_attn_factor", 0.8),
         ("attention.head_count", 0),
         ("block_count", -1),
         ("attention.layer_norm_rms_epsilon", math.nan),
@@ -214,6 +215,34 @@ def test_gemma2s_caps_and_window_have_llama_cpps_defaults():
 def test_gemma3s_window_has_none():
     found = refusals(drop=("gemma3.attention.sliding_window",), architecture="gemma3")
     assert found == 'metadata key "gemma3.attention.sliding_window" is missing; convert the model again'
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
+def test_a_window_of_one_position_is_refused(architecture):
+    found = refusals({f"{architecture}.attention.sliding_window": 1}, architecture=architecture)
+    assert found == f'"{architecture}.attention.sliding_window" is 1, must be at least 2'
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3"])
+def test_gemma_has_no_output_matrix_of_its_own(architecture):
+    found = refusals(architecture=architecture, **{"output.weight": Tensor("Q8_0", (8, 64))})
+    assert found == (
+        f'tensor "output.weight" is not part of architecture {architecture}: this variant of it is not supported'
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_heads_that_do_not_divide_the_width(architecture):
+    """transformers accepts such a configuration for Qwen alone, so SGLang would end while it starts."""
+    metadata, _ = whole(architecture)
+    changes = {f"{architecture}.attention.head_count": 3, f"{architecture}.attention.head_count_kv": 3}
+    verdict = Verdict()
+    read_dimensions(Header(metadata | changes, {}), architecture, verdict)
+    expected = (
+        f'"{architecture}.embedding_length" is 64, must be a multiple of the 3 heads: transformers accepts no other '
+        f"configuration of {architecture}"
+    )
+    assert verdict.refusals == ([] if architecture.startswith("qwen") else [expected])
 
 
 class TestVocabulary:
@@ -261,6 +290,36 @@ class TestVocabulary:
     def test_all_end_tokens_end_a_generation(self):
         metadata = {f"tokenizer.ggml.{name}_token_id": number for name, number in (("eos", 7), ("eot", 3), ("eom", 5))}
         assert end_ids(metadata | {"tokenizer.ggml.eos_token_ids": [1, 7]}) == [1, 3, 5, 7]
+
+    @pytest.mark.parametrize(
+        ("texts", "expected"),
+        [
+            (["<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"], [0, 2, 3, 4]),
+            (["<|endoftext|>", "a", "</s>"], [0, 2, 4]),
+            (["<|fim_pad|>", "[PAD]", "<|file_sep|>"], [0, 2, 4]),
+            (["<|end|>", "<|return|>", "<|call|>"], [0, 3, 4]),
+            (["<|end|>", "<|calls|>", "<|flush|>"], [0, 3, 4]),
+            (["<|end|>", "<|call|>", "a"], [0, 2, 3]),
+            (["</s>", "<|tool_response>", "a"], [0, 3]),
+        ],
+    )
+    def test_texts_that_end_a_generation(self, texts, expected):
+        """The sets are what llama-server reports for such vocabularies."""
+        metadata = {"tokenizer.ggml.tokens": ["x", "y", *texts], "tokenizer.ggml.eos_token_id": 0}
+        assert end_ids(metadata) == expected
+
+    def test_a_key_names_the_token_between_files(self):
+        metadata = {"tokenizer.ggml.tokens": ["x", "<|fim_pad|>"], "tokenizer.ggml.fim_pad_token_id": 0}
+        assert end_ids(metadata) == [0]
+
+    def test_control_tokens_are_those_of_the_type_and_those_that_end_a_generation(self):
+        metadata = {"tokenizer.ggml.tokens": ["<unk>", "<s>", "a", "<|im_end|>", "b"]}
+        assert control_ids(metadata) == {3}
+        assert control_ids(metadata | {"tokenizer.ggml.token_type": [2, 3, 1, 1, 4]}) == {0, 1, 3}
+
+    def test_a_token_twice_is_named(self):
+        found = refusals({"tokenizer.ggml.tokens": [*TOKENS[:-1], "ab"]})
+        assert found == "tokenizer.ggml.tokens[7] is 'ab', which is token 4 too; convert the model again"
 
     def test_sentencepiece_has_ids_by_default(self):
         assert [special_id({"tokenizer.ggml.model": "llama"}, name) for name in ("unknown", "bos", "eos")] == [0, 1, 2]

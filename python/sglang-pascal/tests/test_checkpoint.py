@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from sglang_pascal.checkpoint.architectures import ARCHITECTURES
-from sglang_pascal.checkpoint.config import end_token_ids, llama3_factors, model_config, shortest_float
+from sglang_pascal.checkpoint.config import llama3_factors, model_config, shortest_float
 from sglang_pascal.checkpoint.dequantize import dequantized
 from sglang_pascal.checkpoint.gguf_file import GgufFile
 from sglang_pascal.checkpoint.prepare import prepare
@@ -118,14 +118,6 @@ class TestConfig:
             'tensor "rope_freqs.weight" does not follow the Llama 3 rule (largest factor 40.0); '
             "this way of scaling positions is not supported"
         )
-
-    def test_every_end_of_turn_token_ends_a_generation(self):
-        metadata = {
-            "tokenizer.ggml.tokens": ["a", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"],
-            "tokenizer.ggml.eos_token_id": 1,
-            "tokenizer.ggml.eot_token_id": 2,
-        }
-        assert end_token_ids(metadata) == [1, 2, 3]
 
     def test_another_architecture_is_refused_with_the_list_of_supported_ones(self, tmp_path):
         writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")

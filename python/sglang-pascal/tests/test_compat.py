@@ -44,6 +44,7 @@ def test_rows_of_a_device_and_a_stage():
         "logit soft cap",
         "attention backend",
         "load format",
+        "the file's own tokenizer",
         "no file left in /dev/shm",
         "refusal while draining",
         "OpenAI's errors",

@@ -7,6 +7,7 @@ import transformers
 from sglang_pascal.checkpoint.gguf_file import GgufFile
 from sglang_pascal.checkpoint.prepare import prepare
 from sglang_pascal.checkpoint.tokenizer import PRE_TOKENIZERS, build_tokenizer, tokenizer_config
+from sglang_pascal.compat import prepared_tokenizer
 from sglang_pascal.errors import CheckpointError
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -121,6 +122,7 @@ class TestByteLevel:
         ("pre", "expected"),
         [
             ("gpt-2", ["123", "4"]),
+            ("default", ["123", "4"]),
             ("smollm", ["1", "2", "3", "4"]),
             ("qwen2", ["1", "2", "3", "4"]),
             ("llama-bpe", ["<s>", "123", "4"]),
@@ -129,6 +131,23 @@ class TestByteLevel:
     )
     def test_digits(self, pre, expected):
         assert pieces(byte_level(pre), "1234") == expected
+
+    @pytest.mark.parametrize(
+        ("pre", "expected"), [("default", ["12", "'", "s", "'", "s"]), ("gpt-2", ["12", "'s", "'s"])]
+    )
+    def test_the_default_rule_is_llama_cpps(self, pre, expected):
+        """It takes punctuation off before it looks for contractions."""
+        tokens = byte_level(pre)["tokenizer.ggml.tokens"] + ["'s"]
+        changes = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": ["1 2", "' s"]}
+        assert pieces(byte_level(pre, **changes), "12's's") == expected
+
+    def test_an_end_of_turn_is_one_token_whatever_its_type(self):
+        tokens = [*byte_level("gpt-2")["tokenizer.ggml.tokens"], "<|im_end|>"]
+        assert pieces(byte_level("gpt-2", **{"tokenizer.ggml.tokens": tokens}), "1<|im_end|>") == ["1", "<|im_end|>"]
+
+    def test_the_unknown_token_is_one_token(self):
+        kinds = byte_level("gpt-2")["tokenizer.ggml.token_type"]
+        assert pieces(byte_level("gpt-2", **{"tokenizer.ggml.token_type": [2, *kinds[1:]]}), "<s>") == ["<s>"]
 
     def test_qwen2_composes_characters_first(self):
         assert pieces(byte_level("qwen2"), "e\u0301") == ["\u00c3\u00a9"]
@@ -158,6 +177,24 @@ class TestByteLevel:
         with pytest.raises(CheckpointError) as error:
             build_tokenizer(byte_level("gpt-2", **{"tokenizer.ggml.model": "bert"}))
         assert str(error.value) == 'tokenizer.ggml.model is "bert"; supported are gpt2 and llama'
+
+
+class TestServedTokenizer:
+    """SGLang's way to load a tokenizer, wrapped."""
+
+    def test_a_prepared_folder_of_qwen2_keeps_the_files_own_rule(self, tiny_model, tmp_path):
+        """Without the wrapper, transformers would split its digits, as Qwen's own tokenizer does."""
+        prepare(tiny_model("qwen2").path, tmp_path / "out")
+        found = prepared_tokenizer(lambda *_: pytest.fail("not asked"), str(tmp_path / "out"), trust_remote_code=False)
+        file = GgufFile(tiny_model("qwen2").path)
+        assert file.metadata["tokenizer.ggml.pre"] == "gpt-2"
+        for text in NASTY:
+            assert found(text)["input_ids"] == build_tokenizer(file.metadata).encode(text).ids
+        assert found.eos_token == "</s>"
+
+    def test_another_folder_is_loaded_as_before(self, tmp_path):
+        found = prepared_tokenizer(lambda *given, **named: (given, named), str(tmp_path), 1, revision="x")
+        assert found == ((str(tmp_path), 1), {"revision": "x"})
 
 
 def sentencepiece(**changes):

@@ -23,7 +23,9 @@ NO_WEIGHTS: Final = dict.fromkeys(("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8
 }
 """Types that are not weights or hold only intermediate results, and one that cannot be read, each with the reason."""
 TIED: Final = frozenset({"gemma2", "gemma3"})
-"""Architectures whose published models all compute the output with the embedding."""
+"""Architectures whose model in SGLang always computes the output with the embedding: it skips `lm_head.weight`."""
+WHOLE_HEADS: Final = frozenset({"llama", "gemma2", "gemma3"})
+"""Architectures whose configuration in transformers wants a width that is a multiple of the number of heads."""
 _FLOATS: Final = frozenset({"F32", "F16", "BF16"})
 _EXPERTS: Final = re.compile(r"_exps\.|ffn_gate_inp|_shexp\.")
 _VISION: Final = re.compile(r"^(v|mm|a)\.|vision|^multi_modal")
@@ -75,7 +77,7 @@ def read_dimensions(header: Header, architecture: str, verdict: Verdict) -> Dime
         if len(verdict.refusals) == before:
             verdict.refuse(f"the sizes of architecture {architecture} are incomplete; convert the model again")
         return None
-    reader.check_heads(heads, kv_heads, head_dim)
+    reader.check_heads(hidden, heads, kv_heads, head_dim)
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     vocabulary = len(tokens) if isinstance(tokens, list | Unread) else None
     return Dimensions(layers, hidden, feed_forward, heads, kv_heads, head_dim, vocabulary)
@@ -89,7 +91,7 @@ def wanted_tensors(architecture: str, sizes: Dimensions, *, biased: bool) -> Ite
     hidden, rows = sizes.hidden, {"q": sizes.heads, "k": sizes.kv_heads, "v": sizes.kv_heads}
     yield Wanted("token_embd.weight", (sizes.vocabulary, hidden))
     yield Wanted("output_norm.weight", (hidden,))
-    if architecture != "gemma2":
+    if architecture not in TIED:
         yield Wanted("output.weight", (sizes.vocabulary, hidden), required=False)
     if architecture == "llama":
         yield Wanted(ROPE_FREQS, (sizes.head_dim // 2,), required=False)
@@ -209,7 +211,12 @@ class _Reader:
             return None
         return self._in_range(key, number, 2**31 - 1)
 
-    def check_heads(self, heads: int, kv_heads: int, head_dim: int) -> None:
+    def check_heads(self, hidden: int, heads: int, kv_heads: int, head_dim: int) -> None:
+        if self._architecture in WHOLE_HEADS and hidden % heads:
+            self._verdict.refuse(
+                f'"{self.full("embedding_length")}" is {hidden}, must be a multiple of the {heads} heads: transformers '
+                f"accepts no other configuration of {self._architecture}"
+            )
         if heads % kv_heads:
             self._verdict.refuse(
                 f'"{self.full("attention.head_count")}" is {heads}, must be a multiple of the {kv_heads} KV heads'

@@ -71,7 +71,7 @@ _COMMON: Final = {
     "rope.scaling.factor": Key("float", "factor of the scaling"),
     "rope.scaling.original_context_length": Key("int", "context before YaRN; context_length if it is absent"),
     "rope.scaling.attn_factor": Key("float", "multiplies YaRN's magnitude"),
-    "rope.scaling.yarn_attn_factor": Key("float", "multiplies YaRN's magnitude"),
+    "rope.scaling.yarn_attn_factor": Key("float", "llama.cpp does not read it for these architectures", (1.0,)),
     "rope.scaling.yarn_beta_fast": Key("float", "YaRN's upper bound of the ramp; 32 if it is absent"),
     "rope.scaling.yarn_beta_slow": Key("float", "YaRN's lower bound of the ramp; 1 if it is absent"),
     "rope.scaling.yarn_ext_factor": Key("float", "YaRN's share, which must be whole"),
@@ -130,7 +130,7 @@ REQUIRED: Final[dict[str, tuple[str, ...]]] = {"gemma3": ("attention.sliding_win
 """Required keys of an architecture, in addition to the sizes that all need."""
 AT_LEAST: Final = {
     "attention.layer_norm_rms_epsilon": 0.0,
-    "attention.sliding_window": 1,
+    "attention.sliding_window": 2,  # SGLang takes a window of one position for none
     "attention.sliding_window_pattern": 1,
     "attn_logit_softcapping": 0.0,
     "final_logit_softcapping": 0.0,

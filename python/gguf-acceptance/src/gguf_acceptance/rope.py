@@ -122,9 +122,8 @@ def _yarn(keys: _Keys, factor: float | None) -> dict[str, Any]:
 
 def _magnitude(keys: _Keys, factor: float) -> dict[str, Any]:
     """The file's factor of YaRN's magnitude, as SGLang (attn_factor) and transformers (the whole) name it."""
-    found = [keys.number(f"rope.scaling.{key}") for key in ("attn_factor", "yarn_attn_factor")]
-    attention = math.prod(value for value in found if value is not None)
-    if attention == 1.0:
+    attention = keys.number("rope.scaling.attn_factor")
+    if attention is None or attention == 1.0:
         return {}
     _positive(keys, "rope.scaling.attn_factor", attention)
     whole = attention * (1.0 + 0.1 * math.log(factor) if factor > 1 else 1.0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from .header import Unread, is_int
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from .header import Header, Verdict
 
@@ -26,11 +26,45 @@ PRE_TOKENIZERS: Final = (
     "tekken",
 )
 """Values of `tokenizer.ggml.pre` whose rule is known."""
+_UNKNOWN: Final = 2
+_CONTROL: Final = 3
+"""Values of `tokenizer.ggml.token_type`: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
 UNSET_ID: Final = 0xFFFFFFFF
 """-1 as converters store it: the model has no such token."""
 SPECIAL: Final = ("bos", "eos", "eot", "eom", "unknown", "padding")
 SENTENCEPIECE_IDS: Final = {"bos": 1, "eos": 2, "unknown": 0}
 """llama.cpp's default ids for a SentencePiece vocabulary."""
+END_TEXTS: Final = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<eos>",
+    "<turn|>",
+    "<|tool_response>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "[e~[",
+)
+"""Texts of tokens that end a generation whatever the keys say, and are control tokens: llama.cpp's vocab.load."""
+_FILL_END: Final = {
+    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep": ("<|file_sep|>",),
+}
+"""Tokens between the files of a text to be filled in, which end a generation too: by key, or by one of these texts."""
 
 
 def special_id(metadata: Mapping[str, Any], name: str) -> int | None:
@@ -42,11 +76,45 @@ def special_id(metadata: Mapping[str, Any], name: str) -> int | None:
 
 
 def end_ids(metadata: Mapping[str, Any]) -> list[int]:
-    """Ids that end a generation, from the file's keys: eos, eot, eom, and a list of several."""
+    """Ids that end a generation, lowest first: from the file's keys (eos, eot, eom, a list), and by their texts."""
     found = [special_id(metadata, name) for name in ("eos", "eot", "eom")]
     listed = metadata.get(f"{PREFIX}eos_token_ids")
     found += [each for each in listed if is_int(each)] if isinstance(listed, list) else []
+    found += [*_end_texts(metadata), *_fill_ends(metadata)]
     return sorted({each for each in found if each is not None})
+
+
+def control_ids(metadata: Mapping[str, Any]) -> set[int]:
+    """Tokens that stand for themselves in a text and are not shown: by their type, or because they end a generation.
+
+    The unknown token is among them, as in llama.cpp.
+    """
+    kinds = metadata.get(f"{PREFIX}token_type")
+    found = {number for number, kind in enumerate(kinds) if kind in (_UNKNOWN, _CONTROL)} if isinstance(kinds, list) else set()
+    return found | {number for number in (*_end_texts(metadata), *_fill_ends(metadata)) if number is not None}
+
+
+def _end_texts(metadata: Mapping[str, Any]) -> Iterator[int]:
+    by_text = ids_by_text(metadata)
+    within = {"</s>"} if "<|tool_response>" in by_text else set()
+    if by_text.keys() & {"<|call|>", "<|calls|>"} and by_text.keys() & {"<|return|>", "<|flush|>"}:
+        within.add("<|end|>")  # it ends a channel there, not the turn
+    for text in END_TEXTS:
+        if text in by_text and text not in within:
+            yield by_text[text]
+
+
+def _fill_ends(metadata: Mapping[str, Any]) -> Iterator[int | None]:
+    by_text = ids_by_text(metadata)
+    for name, texts in _FILL_END.items():
+        found = special_id(metadata, name)
+        yield next((by_text[text] for text in texts if text in by_text), None) if found is None else found
+
+
+def ids_by_text(metadata: Mapping[str, Any]) -> dict[str, int]:
+    """Token -> id; empty if the tokens were not read."""
+    tokens = metadata.get(f"{PREFIX}tokens")
+    return {token: number for number, token in enumerate(tokens)} if isinstance(tokens, list) else {}
 
 
 def check_vocabulary(header: Header, verdict: Verdict) -> None:
@@ -65,6 +133,7 @@ def check_vocabulary(header: Header, verdict: Verdict) -> None:
         verdict.refuse(
             "tokenizer.ggml.scores is missing, which a SentencePiece vocabulary needs; convert the model again"
         )
+    _check_twice(tokens, verdict)
     _check_lengths(metadata, len(tokens), verdict)
     _check_ids(metadata, len(tokens), verdict)
     _note_defaults(metadata, family, verdict)
@@ -95,6 +164,18 @@ def _check_merges(metadata: Mapping[str, Any], merges: list[Any], verdict: Verdi
         if not left or not right or not {left, right, left + right} <= known:
             verdict.refuse(
                 f"tokenizer.ggml.merges[{place}] is {merge!a}, must be two tokens whose joining is a token; "
+                "convert the model again"
+            )
+            return
+
+
+def _check_twice(tokens: list[Any] | Unread, verdict: Verdict) -> None:
+    """Refuse two tokens of the same text, as llama.cpp does: no text could be cut into the first of them."""
+    first: dict[str, int] = {}
+    for number, token in enumerate(tokens if isinstance(tokens, list) else ()):
+        if isinstance(token, str) and first.setdefault(token, number) != number:
+            verdict.refuse(
+                f"tokenizer.ggml.tokens[{number}] is {token!a}, which is token {first[token]} too; "
                 "convert the model again"
             )
             return

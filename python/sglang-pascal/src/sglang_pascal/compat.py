@@ -252,6 +252,17 @@ def verify_load_format(original: Callable[[Any], None], config: Any) -> None:
         original(config)
 
 
+def prepared_tokenizer(original: Callable[..., Any], name: str | Path, *arguments: Any, **options: Any) -> Any:
+    """Wrap how SGLang loads a tokenizer: that of a folder that `prepare` made is its tokenizer.json, unchanged."""
+    from sglang_pascal.checkpoint.prepare import MANIFEST
+
+    if not Path(name, MANIFEST).is_file():
+        return original(name, *arguments, **options)
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(name, clean_up_tokenization_spaces=False)
+
+
 def softcap_logits(logits: Any, cap: float | None, output: Any = None) -> Any:
     """Replace SGLang's Triton kernel: cap x tanh(logits / cap), in place or into a float32 output."""
     if output is not None:
@@ -294,6 +305,18 @@ def _loaded(target: str) -> Any:
                 value = getattr(value, name, None)
             return value
     return None
+
+
+_TOKENIZER: Final = "sglang.srt.utils.hf_transformers.tokenizer"
+_TOKENIZER_TARGETS: Final = (
+    f"{_TOKENIZER}._auto_tokenizer_from_pretrained",
+    f"{_TOKENIZER}._resolve_tokenizers_backend",
+)
+
+
+def _register_tokenizer() -> None:
+    for target in _TOKENIZER_TARGETS:
+        _hook(target, prepared_tokenizer, "AROUND")
 
 
 def _register_attention() -> None:
@@ -589,6 +612,16 @@ SHIMS: Final = (
         is_needed=_always,
         apply=_register_load_format,
         is_applied=lambda: _is_hooked(_VERIFY_LOAD_FORMAT),
+    ),
+    Shim(
+        name="the file's own tokenizer",
+        what=f"{_TOKENIZER}.get_tokenizer takes tokenizer.json of a prepared folder as it is",
+        why="transformers rebuilds a Qwen 2 model's tokenizer by the rules of Qwen's own, whatever the file says",
+        devices=("cpu", "cuda"),
+        stage="register",
+        is_needed=_always,
+        apply=_register_tokenizer,
+        is_applied=lambda: _is_hooked(*_TOKENIZER_TARGETS),
     ),
     Shim(
         name="no file left in /dev/shm",

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from sglang_pascal.checkpoint.gguf_file import GgufFile
 
-END_OF_TURN_TOKENS: Final = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eom_id|>")
-"""Texts of tokens that end a chat turn; llama.cpp treats the same ones as end of generation."""
 LLAMA3_LOW_FREQ_FACTOR: Final = 1.0
 LLAMA3_HIGH_FREQ_FACTOR: Final = 4.0
 LLAMA3_ORIGINAL_CONTEXT: Final = 8192
@@ -80,18 +78,11 @@ def model_config(file: GgufFile) -> dict[str, Any]:
 def generation_config(file: GgufFile) -> dict[str, Any]:
     """Return the contents of generation_config.json: the ids that start and end a text or a turn."""
     metadata = file.metadata
-    config: dict[str, Any] = {"eos_token_id": end_token_ids(metadata)}
+    config: dict[str, Any] = {"eos_token_id": end_ids(metadata)}
     for name, key in (("bos_token_id", "bos"), ("pad_token_id", "padding")):
         if (token := special_id(metadata, key)) is not None:
             config[name] = token
     return config
-
-
-def end_token_ids(metadata: dict[str, Any]) -> list[int]:
-    """Return the ids that end a generation, lowest first: those in the keys, and those of known end-of-turn texts."""
-    tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
-    by_text = {token: index for index, token in enumerate(tokens)}
-    return sorted(set(end_ids(metadata)) | {by_text[text] for text in END_OF_TURN_TOKENS if text in by_text})
 
 
 def _common_config(file: GgufFile, arch: Architecture, meta: _Metadata) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from gguf_acceptance.vocabulary import special_id
+from gguf_acceptance.vocabulary import control_ids, special_id
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from sglang_pascal.errors import CheckpointError
@@ -17,9 +17,8 @@ from sglang_pascal.errors import CheckpointError
 if TYPE_CHECKING:
     from pathlib import Path
 
-_CONTROL: Final = 3
 _USER_DEFINED: Final = 4
-"""Values of `tokenizer.ggml.token_type`: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
+"""Value of `tokenizer.ggml.token_type`: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
 _SPACE: Final = "\u2581"
 """SentencePiece's character for a space."""
 
@@ -27,6 +26,9 @@ _CONTRACTIONS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS_AND_SPACES: Final = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3_PATTERN: Final = _CONTRACTIONS + "|" + _WORDS_AND_SPACES % r"\p{N}{1,3}"
 _QWEN2_PATTERN: Final = _CONTRACTIONS + "|" + _WORDS_AND_SPACES % r"\p{N}"
+_GPT2_PATTERN: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_DEFAULT_PATTERNS: Final = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2_PATTERN, r"\p{N}+", "[0-9][0-9][0-9]")
+"""llama.cpp's rule for a file that names none: punctuation, GPT-2's pieces, digits, and three digits at a time."""
 _LOWER: Final = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _UPPER: Final = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN_PATTERN: Final = (
@@ -39,8 +41,8 @@ _TEKKEN_PATTERN: Final = (
 class _PreTokenizer:
     """How a byte-level tokenizer splits text before merging."""
 
-    pattern: str | None = None
-    """Split by this pattern; None = GPT-2's own pattern."""
+    patterns: tuple[str, ...] = ()
+    """Split by these patterns, one after the other; empty = GPT-2's own pattern."""
     single_digits: bool = False
     nfc: bool = False
     """Normalise to NFC first."""
@@ -50,10 +52,10 @@ class _PreTokenizer:
     """Whether a text starts with the bos token if the file does not say."""
 
 
-_LLAMA3: Final = _PreTokenizer(_LLAMA3_PATTERN, whole_words=True, adds_bos=True)
-_QWEN2: Final = _PreTokenizer(_QWEN2_PATTERN, nfc=True)
+_LLAMA3: Final = _PreTokenizer((_LLAMA3_PATTERN,), whole_words=True, adds_bos=True)
+_QWEN2: Final = _PreTokenizer((_QWEN2_PATTERN,), nfc=True)
 PRE_TOKENIZERS: Final = {
-    "default": _PreTokenizer(),
+    "default": _PreTokenizer(_DEFAULT_PATTERNS),
     "gpt-2": _PreTokenizer(),
     "smollm": _PreTokenizer(single_digits=True),
     "llama-bpe": _LLAMA3,
@@ -61,9 +63,9 @@ PRE_TOKENIZERS: Final = {
     "llama-v3": _LLAMA3,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
-    "tekken": _PreTokenizer(_TEKKEN_PATTERN, whole_words=True, adds_bos=True),
+    "tekken": _PreTokenizer((_TEKKEN_PATTERN,), whole_words=True, adds_bos=True),
 }
-"""By `tokenizer.ggml.pre`; the rules are those of the models' own tokenizer.json files."""
+"""By `tokenizer.ggml.pre`. The rules are those of the models' own tokenizer.json files; `default` is llama.cpp's."""
 
 
 def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
@@ -147,9 +149,8 @@ def _splitters(rule: _PreTokenizer) -> list[Any]:
     splitters: list[Any] = []
     if rule.single_digits:
         splitters.append(pre_tokenizers.Digits(individual_digits=True))
-    if rule.pattern is not None:
-        splitters.append(pre_tokenizers.Split(Regex(rule.pattern), "isolated"))
-    splitters.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule.pattern is None))
+    splitters += [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.patterns]
+    splitters.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not rule.patterns))
     return splitters
 
 
@@ -194,8 +195,13 @@ def _add_marked_tokens(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
     """Control tokens are special; user-defined ones are matched in text but stay visible."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     kinds: list[int] = metadata.get("tokenizer.ggml.token_type", [])
-    control = [token for token, kind in zip(tokens, kinds, strict=False) if kind == _CONTROL]
-    user = [token for token, kind in zip(tokens, kinds, strict=False) if kind == _USER_DEFINED]
+    control_numbers = control_ids(metadata)
+    control = [token for number, token in enumerate(tokens) if number in control_numbers]
+    user = [
+        token
+        for number, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
+        if kind == _USER_DEFINED and number not in control_numbers
+    ]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in user])
 

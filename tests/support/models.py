@@ -283,7 +283,7 @@ def random_tensor(random: np.random.Generator, size: tuple[int, ...], kind: str)
     elements, n_bytes = _block(kind)
     blocks = random.integers(0, 256, (math.prod(size) // elements, n_bytes), dtype=np.uint8)
     # The half-precision scales of a block must be small numbers: random bytes would be infinite or not a number.
-    for at, value in _HALVES[kind].items():
+    for at, value in BLOCK_SCALES[kind].items():
         halves = np.full((len(blocks), 1), value, dtype=np.float16) * random.uniform(0.5, 1.5, (len(blocks), 1))
         blocks[:, at : at + 2] = halves.astype(np.float16).view(np.uint8)
     return blocks.reshape(*size[:-1], -1)
@@ -292,12 +292,16 @@ def random_tensor(random: np.random.Generator, size: tuple[int, ...], kind: str)
 _PLAIN = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
 _QUANTIZED_HERE = frozenset({"BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"})
 # Where a block's half-precision scales stand, and a size of theirs that makes weights of about 0.02.
-_HALVES = {
+BLOCK_SCALES = {
     "Q2_K": {80: 0.003, 82: 0.003},
     "Q3_K": {108: 0.0005},
     "Q4_K": {0: 0.0001, 2: 0.0005},
     "Q5_K": {0: 0.00005, 2: 0.0005},
     "Q6_K": {208: 0.00001},
+    "IQ4_NL": {0: 0.0003},
+    "IQ4_XS": {0: 0.00001},
+    "IQ3_S": {0: 0.0001},
+    "IQ2_S": {0: 0.0001},
 }
 # The type that takes the place of one whose blocks do not divide the row.
 _FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}

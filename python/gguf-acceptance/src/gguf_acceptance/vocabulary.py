@@ -90,7 +90,11 @@ def control_ids(metadata: Mapping[str, Any]) -> set[int]:
     The unknown token is among them, as in llama.cpp.
     """
     kinds = metadata.get(f"{PREFIX}token_type")
-    found = {number for number, kind in enumerate(kinds) if kind in (_UNKNOWN, _CONTROL)} if isinstance(kinds, list) else set()
+    found = (
+        {number for number, kind in enumerate(kinds) if kind in (_UNKNOWN, _CONTROL)}
+        if isinstance(kinds, list)
+        else set()
+    )
     return found | {number for number in (*_end_texts(metadata), *_fill_ends(metadata)) if number is not None}
 
 

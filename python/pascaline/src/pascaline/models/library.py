@@ -61,6 +61,10 @@ class Entry:
     """Checksum of the last comparison; None if there was none."""
 
 
+def unwatched(_done: int, _total: int | None) -> None:
+    """Report bytes to nobody."""
+
+
 @dataclass(frozen=True, slots=True)
 class Added:
     """Result of `add`."""
@@ -94,7 +98,7 @@ def add(
     sha256: str | Sequence[str] | None = None,
     *,
     headers: Mapping[str, str] | None = None,
-    on_bytes: OnBytes = lambda _done, _total: None,
+    on_bytes: OnBytes = unwatched,
     on_part: OnPart | None = None,
     target: Path | None = None,
     replace: bool = False,
@@ -465,7 +469,7 @@ def delete(waste: Garbage) -> None:
         raise StorageError(f"failed to delete {waste.path}: {error.strerror}") from error
 
 
-def file_sha256(path: Path, on_bytes: OnBytes = lambda _done, _total: None) -> str:
+def file_sha256(path: Path, on_bytes: Callable[[int, int], None] = unwatched) -> str:
     """Return the sha256 of a file, read now."""
     digest, done, total = hashlib.sha256(), 0, path.stat().st_size
     with path.open("rb") as file:

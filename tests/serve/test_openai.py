@@ -233,6 +233,10 @@ class TestErrors:
         assert part in caught.value.body["message"]  # type: ignore[index]
         assert not re.search(r"/(usr|home|work|opt|root|tmp)/", str(caught.value))
 
+    def test_embeddings(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.BadRequestError, match="this server generates text and embeds none"):
+            client.embeddings.create(model=MODEL, input="a")
+
     def test_a_path_that_is_not_there(self, instance: Instance) -> None:
         answer = http(f"{instance.api_url}/v1/nothing", headers={"Authorization": f"Bearer {KEY}"})
         assert (answer.status, answer.json["error"]["type"]) == (404, "not_found_error")

@@ -276,6 +276,7 @@ OTHER_VALUES: dict[str, Any] = {
     "max_queued_requests": 5,
     "mem_fraction_static": 0.5,
     "schedule_policy": "lpm",
+    "role": "embed",
     "any_model_name": True,
     "tool_call_parser": "mistral",
     "reasoning_parser": "qwen3",

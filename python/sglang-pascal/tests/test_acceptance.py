@@ -180,7 +180,7 @@ class TestNumbersPerLayer:
         ("attention.sliding_window", 128),
         ("expert_count", 8),
         ("nextn_predict_layers", 1),
-        ("pooling_type", 3),
+        ("pooling_type", 2),
         ("rope.scaling.yarn_log_multiplier", 0.1),
         ("rope.scaling.yarn_attn_factor", 0.8),
         ("attention.head_count", 0),

@@ -229,6 +229,30 @@ def test_a_demanded_call_without_a_parser_is_one_call():
     assert request.parallel_tool_calls is False
 
 
+@pytest.mark.parametrize("kind", ["ChatCompletionRequest", "CompletionRequest", "ResponsesRequest"])
+def test_a_server_for_embeddings_refuses_text(kind):
+    serving = Serving()
+    serving.tokenizer_manager = type("Manager", (), {"served_model_name": "emily", "is_generation": False})
+    answer = check(type(kind, (Request,), {})(model="emily"), serving)
+    assert answer.status_code == 400
+    assert json.loads(answer.body)["error"]["message"].startswith("this server embeds texts and generates none")
+    embeds = type("EmbeddingRequest", (Request,), {})(model="emily")
+    assert check(embeds, serving) is embeds
+
+
+def test_a_server_for_text_refuses_embeddings():
+    answer = check(type("EmbeddingRequest", (Request,), {})(model="emily"))
+    assert json.loads(answer.body)["error"]["message"] == (
+        "this server generates text and embeds none: a server for /v1/embeddings has the setting role = embed"
+    )
+
+
+def test_sglang_names_its_requests_so():
+    from sglang.srt.entrypoints.openai import protocol
+
+    assert all(hasattr(protocol, name) for name in (*openai_api.GENERATING, "EmbeddingRequest"))
+
+
 def test_top_p_of_zero_takes_the_likeliest_token():
     request = check(Request(model="emily", top_p=0, top_k=-1))
     assert (request.top_p, request.top_k) == (1.0, 1)

@@ -92,7 +92,7 @@ _COMMON: Final = {
     "expert_count": Key("int", "SGLang serves no mixture of experts from such a file", (0,)),
     "expert_used_count": Key("int", "SGLang serves no mixture of experts from such a file", (0,)),
     "nextn_predict_layers": Key("int", "layers that predict further tokens are not served", (0,)),
-    "pooling_type": Key("int", "an embedding or reranking model does not generate text", (0,)),
+    "pooling_type": Key("int", "SGLang takes the vector of the last token, or none", (0, 3)),
 }
 _UNUSED: Final = Key("any", "not a key of the architecture", (None,))
 _GEMMA: Final = {

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 else:
     EngineName = Literal[tuple(ENGINE_FOLDERS)]
 
+Role = Literal["generate", "embed", "rerank"]
+
 BUILTIN_MODEL = "builtin:smollm2-135m"
 
 
@@ -114,6 +116,11 @@ class Settings(BaseModel):
     engine_executable: Path | None = Field(
         None,
         description="sglang: Python that can import it (default: this one); llama.cpp: llama-server (default: on PATH)",
+    )
+    role: Role = Field(
+        "generate",
+        description="What the model is for. generate: text; embed: vectors, at /v1/embeddings; rerank: scores of "
+        "documents, at /v1/rerank (llama.cpp only). The model's file must say the same",
     )
     host: str = Field(SETTINGS["host"], min_length=1, description="Address on which the engine's API listens")
     port: Port = Field(PORTS.engine, description="Port of the engine's API")

@@ -3,6 +3,7 @@
 - An error is `{"error": {"message", "type", "param", "code"}}`, also for a missing key and for a body that is not JSON.
   It contains no path of the server.
 - A model that is not served is refused with 404, as `GET /v1/models/NAME` does; $SGLANG_PASCAL_ANY_MODEL=1 accepts any.
+- A request that the server's role excludes (text of a server for embeddings, and the reverse) is refused with 400.
 - `top_p` 0 is greedy, as at OpenAI, and not an error.
 - Without a parser of tool calls, SGLang returns a call as text. Here a call that the request demands (`tool_choice`
   `required` or a named tool) is generated under a schema and returned as a call; other tools are refused.
@@ -40,6 +41,11 @@ NO_TOOLS: Final = (
     "tools: no parser of tool calls is set, and the model's chat template has no form of them that is known; "
     "set tool_choice to \"required\" or to a tool's name, set tool_call_parser (SGLang's --tool-call-parser), or leave "
     "the tools out"
+)
+GENERATING: Final = ("ChatCompletionRequest", "CompletionRequest", "ResponsesRequest")
+"""SGLang's requests for text (entrypoints/openai/protocol.py)."""
+EMBEDS_NOT: Final = (
+    "this server generates text and embeds none: a server for /v1/embeddings has the setting role = embed"
 )
 _PATH: Final = re.compile(r"(?<![\w/:.])/(?:[\w.@+-]+/)+[\w.@+-]+")
 
@@ -162,6 +168,8 @@ async def check_request(original: Callable[..., Any], serving: Any, request: Any
             "code": "model_not_found",
         }
         return JSONResponse({"error": error}, status_code=404)
+    if (problem := _other_role(serving, request)) is not None:
+        return JSONResponse({"error": {"message": problem}}, status_code=400)
     if _lacks_parser(serving, request):
         if not _demands_call(request):
             return JSONResponse({"error": {"message": NO_TOOLS, "param": "tools"}}, status_code=400)
@@ -170,6 +178,15 @@ async def check_request(original: Callable[..., Any], serving: Any, request: Any
     if getattr(request, "top_p", None) == 0:
         request.top_p, request.top_k = 1.0, 1
     return await original(serving, request, raw_request)
+
+
+def _other_role(serving: Any, request: Any) -> str | None:
+    """Say what a request asks for that the server's role excludes; None for one that it may answer."""
+    generates = getattr(serving.tokenizer_manager, "is_generation", True)
+    generated = type(request).__name__ in GENERATING
+    if generates or not generated:
+        return EMBEDS_NOT if generates and type(request).__name__ == "EmbeddingRequest" else None
+    return "this server embeds texts and generates none: ask /v1/embeddings, or a server with role generate"
 
 
 def _lacks_parser(serving: Any, request: Any) -> bool:

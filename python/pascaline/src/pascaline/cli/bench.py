@@ -273,10 +273,15 @@ def _sweep(arguments: argparse.Namespace, kind: str, points: Any, wanted: dict[s
 def _target(arguments: argparse.Namespace, wanted: dict[str, Any]) -> Target:
     from pascaline.bench.sweep import Target
 
+    configuration = load_from_arguments(arguments)
+    if (role := configuration.settings.role) != "generate":
+        raise ConfigurationError(
+            f"role: a benchmark counts generated tokens, which role {role} has none of; leave it out"
+        )
     return Target(
         url=arguments.url,
         exporter=arguments.exporter,
-        configuration=load_from_arguments(arguments),
+        configuration=configuration,
         given=_given_settings(arguments),
         config_file=arguments.config,
         wanted=wanted,

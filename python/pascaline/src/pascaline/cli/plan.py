@@ -155,7 +155,7 @@ def target(configuration: Configuration, spec: ModelSpec) -> tuple[Card, PlanReq
 def _plan(
     arguments: argparse.Namespace, configuration: Configuration, spec: ModelSpec, card: Card, request: PlanRequest
 ) -> int:
-    verdict = engine_named(request.engine).judge(spec)
+    verdict = engine_named(request.engine).judge_as(spec, request.role)
     plan = make_plan(spec, card, request)
     changes = []
     if not plan.fits:
@@ -219,7 +219,7 @@ def _optimize(arguments: argparse.Namespace, spec: ModelSpec, card: Card, reques
 
 def _require_served(spec: ModelSpec, request: PlanRequest) -> None:
     """Raise ModelError if the engine refuses the model whatever the settings are."""
-    if refusals := engine_named(request.engine).judge(spec).sentence:
+    if refusals := engine_named(request.engine).judge_as(spec, request.role).sentence:
         raise ModelError(f"{spec.name or spec.architecture}: {refusals}")
 
 

@@ -6,18 +6,19 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from gguf_acceptance import Verdict
+
 from pascaline.engines.causes import Cause, Diagnosis, Explanation, cuda_fault
 from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.engines.last_words import cause_of_traceback, fatal_words, first_of_last_errors
 from pascaline.engines.series import Series, Vitals, vitals_of
 from pascaline.errors import ConfigurationError
 from pascaline.gpu.devices import device_variables
+from pascaline.models.roles import own_role, role_refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
-
-    from gguf_acceptance import Verdict
 
     from pascaline.engines.data import EngineData
     from pascaline.engines.installation import Installation, Probe
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from pascaline.engines.server import Server
     from pascaline.models.spec import ModelSpec
     from pascaline.models.store import ResolvedModel
-    from pascaline.settings import Settings
+    from pascaline.settings import Role, Settings
 
     Ask = Callable[[str], tuple[int, bytes]]
     """Sends GET for a path to a running engine; returns (HTTP status, body), or raises OSError."""
@@ -55,6 +56,8 @@ class Task:
     runtime_dir: Path
     """Folder that only this user can read, for the file with the API key."""
     api_key: str | None = field(default=None, repr=False)
+    whole_prompts: bool = False
+    """As in PlanRequest."""
     device_variables: Mapping[str, str] | None = None
     """Variables that let the engine see the planned GPUs only; None: all visible GPUs, in the order of the PCI bus."""
 
@@ -185,6 +188,17 @@ class Engine(ABC):
 
         plan, serve, verify and doctor all ask this.
         """
+
+    def judge_as(self, spec: ModelSpec, role: Role | None = None) -> Verdict:
+        """Return why it refuses a model in a role; None: the role that the file gives it."""
+        role = role or own_role(spec)
+        sentence = role_refusal(spec, role) or self.refuses_role(spec, role)
+        return Verdict([sentence]) if sentence else self.judge(spec)
+
+    def refuses_role(self, spec: ModelSpec, role: Role) -> str | None:
+        """Return why it does not serve a role, or this model in it; None if it does."""
+        del spec, role
+        return None
 
     def knows(self, spec: ModelSpec) -> bool:
         """Whether it names the model's architecture among those that it serves."""

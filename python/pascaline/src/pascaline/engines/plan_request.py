@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pascaline.defaults import SETTINGS
 from pascaline.engines.registry import engine_named
 from pascaline.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pascaline.settings import Role
 
 Device = Literal["cpu", "cuda"]
 
@@ -39,6 +42,9 @@ class PlanRequest:
     prefill_bits: int | None = None
     decode_bits: int | None = None
     """Bits of activations, 8 or 16, in products with a GGUF file's matrices; None if there is no choice."""
+    role: Role = "generate"
+    whole_prompts: bool = False
+    """Whether the model needs a prompt in one step: an encoder, or a pooling over all of its tokens."""
     quantization: str | None = None
     """SGLang's quantisation method; bitsandbytes, and gguf on a CPU, change the memory of the weights."""
     tensor_parallel: int = 1

@@ -12,6 +12,7 @@ from pascaline.models.ggml_types import FILE_TYPES, GUESSED_FILE_TYPE
 from pascaline.models.gguf_header import GgufHeader, Metadata, printable, read_header, shown
 from pascaline.models.gguf_split import check_hidden_size, check_parts, part_names
 from pascaline.models.layers import differing, has_keys, has_state, layer_parts, most_common_heads, sliding_layer_ids
+from pascaline.models.roles import ENCODERS, POOLINGS
 from pascaline.models.source import Source, file_mode, open_file
 from pascaline.models.spec import ModelSpec, TensorSpec
 
@@ -105,7 +106,8 @@ def _spec(headers: tuple[GgufHeader, ...], files: tuple[Path | str, ...]) -> Mod
     hidden = keys.count("embedding_length")
     heads = keys.per_layer("attention.head_count", layers, default=[0] * layers)
     parts = layer_parts((tensor.name for tensor in tensors), layers)
-    kv_heads = _kv_heads(keys, parts, heads)
+    causal = _is_causal(keys)
+    kv_heads = _kv_heads(keys, parts, heads) if causal else [0] * layers
     head_dim, v_head_dim = _head_dims(keys, hidden, max(heads))
     sliding = _sliding_layers(keys, layers)
     return ModelSpec(
@@ -143,6 +145,8 @@ def _spec(headers: tuple[GgufHeader, ...], files: tuple[Path | str, ...]) -> Mod
         token_shift_count=keys.optional("token_shift_count"),
         kda_head_dim=keys.optional("kda.head_dim"),
         tied_embeddings=all(tensor.name != "output.weight" for tensor in tensors),
+        pooling=_pooling(keys),
+        causal=causal,
         file_type=_file_type(metadata),
         file_bytes=sum(header.file_bytes for header in headers),
         tensors=tensors,
@@ -221,6 +225,23 @@ def _kv_heads(keys: _Keys, parts: list[frozenset[str]], heads: list[int]) -> lis
     # The last layers, which predict further tokens, have cells only while they are used (llama.cpp, n_layer_nextn).
     without = max(shared, min(keys.optional("nextn_predict_layers") or 0, layers))
     return found[: layers - without] + [0] * without
+
+
+def _is_causal(keys: _Keys) -> bool:
+    value = keys.metadata.value(keys.full("attention.causal"))
+    if value is not None and not isinstance(value, bool):
+        keys.metadata.fail(f"{shown(keys.full('attention.causal'))} is {value!r}, must be true or false")
+    return keys.architecture not in ENCODERS if value is None else value
+
+
+def _pooling(keys: _Keys) -> str | None:
+    """None if the file names none; llama.cpp lets its user choose then, and so does no setting here."""
+    number = keys.optional("pooling_type")
+    if number is None:
+        return None
+    if number >= len(POOLINGS):
+        keys.metadata.fail(f"{shown(keys.full('pooling_type'))} is {number}, must be below {len(POOLINGS)}")
+    return POOLINGS[number]
 
 
 def _head_dims(keys: _Keys, hidden: int, heads: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,11 +19,13 @@ from pascaline.models.hf_config import HfConfig
 from pascaline.models.impostors import POINTER, head_of, impostor
 from pascaline.models.json_file import MAX_JSON_BYTES, parse_object
 from pascaline.models.layers import differing, most_common_heads
+from pascaline.models.roles import ENCODERS, folder_pooling
 from pascaline.models.source import Source, file_mode, open_file
 from pascaline.models.spec import ModelSpec, TensorSpec
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+POOLING_NAME = "1_Pooling/config.json"
 MAX_TENSORS = 1 << 18
 MAX_SHARDS = 1024
 MAX_DIMENSIONS = 8
@@ -86,7 +89,19 @@ def read_safetensors(directory: Path | str) -> ModelSpec:
         )
     spec = read_safetensors_parts(str(directory), open_part, lambda name: directory / name, _file_names(directory))
     _check_other_files(directory)
-    return spec
+    return replace(spec, pooling=_pooling(directory))
+
+
+def _pooling(directory: Path) -> str | None:
+    """How the folder says that its vectors become one, as sentence-transformers writes it; None if it says nothing."""
+    file = directory / POOLING_NAME
+    if file_mode(file) is None:
+        return None
+    with open_file(file) as source:
+        pooling = folder_pooling(parse_object(source.name, source.read_at(0, min(source.size, MAX_JSON_BYTES))))
+    if pooling is None:
+        raise ModelError(f"failed to read {file}: it names no single pooling of mean, cls and last token")
+    return pooling
 
 
 def _check_other_files(directory: Path) -> None:
@@ -311,6 +326,7 @@ def _spec(
         ssm_inner_size=_ssm_inner_size(config, heads),
         ssm_num_heads=config.optional("ssm_heads"),
         ssm_num_groups=config.optional("ssm_groups"),
+        causal=config.architecture not in ENCODERS,
         tied_embeddings=_is_tied(config, tensors),
         ties_embeddings=config.flag("tie_word_embeddings", default=False),
         file_bytes=file_bytes,

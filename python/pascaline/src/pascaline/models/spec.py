@@ -92,6 +92,10 @@ class ModelSpec:
     tied_embeddings: bool = False
     ties_embeddings: bool | None = None
     """Whether config.json, or the family's default, says that the output head is tied; None for a GGUF file."""
+    pooling: str | None = None
+    """How the file says that its vectors become one: a name of roles.POOLINGS; None for a model that generates."""
+    causal: bool = True
+    """Whether a token attends to earlier ones only; an encoder's attend to all."""
     file_type: str | None = None
     """The mixture that a GGUF file names for itself (`Q4_K_M`); the type of a single tensor may differ."""
     file_bytes: int = 0

@@ -62,6 +62,11 @@ class Plan:
         return sum(part.n_bytes for part in self.parts if part.key == key)
 
     @property
+    def generates(self) -> bool:
+        """Whether the model generates text, so that decode steps count."""
+        return self.request.role == "generate"
+
+    @property
     def weights_bytes(self) -> int:
         """Bytes of the weights as the engine holds them."""
         return self.part("weights")
@@ -108,6 +113,7 @@ class Plan:
             "model": self.model,
             "card": self.card,
             "engine": request.engine,
+            "role": request.role,
             "device": request.device,
             "dtype": request.dtype,
             "kv_dtype": request.kv_dtype,
@@ -129,7 +135,7 @@ class Plan:
             "host_bytes": self.host_bytes,
             "parts": [part.to_json() for part in self.parts],
             "engine_args": list(self.engine_args),
-            "tokens_per_second": self.speed.decode.tokens_per_second if self.speed else None,
+            "tokens_per_second": self.speed.decode.tokens_per_second if self.speed and self.generates else None,
             "speed": self.speed.to_json() if self.speed else None,
         }
 
@@ -202,8 +208,13 @@ def _too_small_a_pool(request: PlanRequest, pool: Pool, per_token: int) -> str:
 
 def _notes(spec: ModelSpec, request: PlanRequest, pool: Pool, weights: Weights) -> list[str]:
     notes = []
+    if request.role != "generate" and pool.n_bytes:
+        notes.append(
+            f"role {request.role}: the KV cache holds the prompts that are computed at once, {pool.tokens:,} tokens; "
+            f"a step computes {request.chunked_prefill_tokens:,} of them, and no answer grows in it"
+        )
     n, wanted = request.max_running_requests, request.max_running_requests * request.context_length
-    if request.context_length <= pool.tokens < wanted:
+    if request.role == "generate" and request.context_length <= pool.tokens < wanted:
         notes.append(
             f"the KV cache holds {pool.tokens:,} tokens: {n} requests at once have {pool.tokens // n:,} each, "
             f"one alone has {request.context_length:,}; longer ones wait"

@@ -62,8 +62,9 @@ def table(plan: Plan) -> str:
 
 def _settings_words(plan: Plan) -> str:
     request = plan.request
+    role = "" if plan.generates else f" {request.role}"
     words = (
-        f"{request.engine}, context {plan.context_length:,}, {request.max_running_requests} requests, "
+        f"{request.engine}{role}, context {plan.context_length:,}, {request.max_running_requests} requests, "
         f"KV {request.kv_dtype}, chunk {request.chunked_prefill_tokens}"
     )
     if request.prefill_bits is None:
@@ -81,6 +82,8 @@ def _speed_lines(plan: Plan) -> list[str]:
         else "estimated: this engine was not measured with such a model on such a card, or at too few points"
     )
     decode = speed.decode
+    if not plan.generates:
+        return ["", f"expected speed ({basis}):", f"  prompt              {_rate(speed.prefill)}"]
     return [
         "",
         f"expected speed ({basis}):",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pascaline.engines import engine_named
 from pascaline.engines.plan_request import PlanRequest
 from pascaline.errors import ConfigurationError
+from pascaline.models.roles import LAST
 
 if TYPE_CHECKING:
     from pascaline.models.spec import ModelSpec
@@ -45,6 +46,8 @@ def request_from_settings(
         mem_fraction_static=settings.mem_fraction_static,
         prefill_bits=prefill_bits,
         decode_bits=decode_bits,
+        role=settings.role,
+        whole_prompts=settings.role != "generate" and (not spec.causal or spec.pooling not in (None, LAST)),
         quantization=settings.quantization,
         tensor_parallel=settings.tensor_parallel,
         pipeline_parallel=settings.pipeline_parallel,

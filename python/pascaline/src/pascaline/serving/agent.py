@@ -17,6 +17,7 @@ from pascaline.serving.connections import Connections, bounded_protocol
 from pascaline.serving.guard import Guard, names_of_this_host
 from pascaline.serving.health import ANSWERING, State
 from pascaline.serving.page import PATHS, add_page
+from pascaline.settings import Role  # noqa: TC001 - pydantic needs it at run time
 
 if TYPE_CHECKING:
     import socket
@@ -59,12 +60,15 @@ class HealthReport(BaseModel):
     since: float = Field(description="Unix time at which the state was entered")
     reason: str
     engine: str = Field(description="Kind of engine")
+    role: Role = Field(description="What the model is for: generate, embed or rerank")
     engine_pid: int | None = Field(description="Process id of the engine; null while it does not run")
     running_requests: int | None = Field(description="Requests that run in the engine; null if it reports none")
     queued_requests: int | None = Field(description="Requests that wait in the engine; null if it reports none")
     restarts: int = Field(description="Restarts of the engine since the instance was started")
     model: ModelReport | None = Field(description="Null until the model is resolved")
-    parsers: ParsersReport | None = Field(description="Null until the model is resolved, and with llama.cpp")
+    parsers: ParsersReport | None = Field(
+        description="Null until the model is resolved, with llama.cpp, and if it generates no text"
+    )
     versions: dict[str, str] = Field(description="Version of pascaline, and of the engine once it is ready")
     last_probe: ProbeReport | None
 
@@ -149,6 +153,7 @@ def report(supervisor: Supervisor) -> HealthReport:
         since=health.since,
         reason=health.reason,
         engine=supervisor.settings.engine,
+        role=supervisor.settings.role,
         engine_pid=supervisor.engine_pid,
         running_requests=requests.running if requests else None,
         queued_requests=requests.queued if requests else None,

@@ -6,10 +6,11 @@ or False, or raises OSError.
 
 from __future__ import annotations
 
+import math
 import re
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pascaline.engines import Vitals
 from pascaline.engines.client import json_object, request, stream
@@ -17,8 +18,11 @@ from pascaline.redaction import redact
 from pascaline.serving.listener import EngineListener, ForeignListenerError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pascaline.engines import Engine, Progress, Task
     from pascaline.engines.client import Exchange
+    from pascaline.settings import Role
 
 POLL_TIMEOUT_SECONDS = 5.0
 FIRST_GENERATION_SECONDS = 60.0
@@ -100,7 +104,11 @@ class EngineApi:
         """Return its counters; None if its page lacks them or is malformed. Raises OSError if it does not answer."""
         page = self.metrics_page()
         self.vitals = self._engine.vitals(page)
-        return self._engine.progress(page)
+        found = self._engine.progress(page)
+        if found is not None and self._task.settings.role != "generate":
+            # An engine that counts answers counts those of its tokens.
+            return replace(found, answers=None)
+        return found
 
     def allocated(self) -> dict[str, int]:
         """Return the memory that it reports as allocated, as `Engine.allocated`. Raises OSError."""
@@ -114,16 +122,20 @@ class EngineApi:
         return page.decode(errors="replace")
 
     def generate(self, timeout: float = FIRST_GENERATION_SECONDS) -> Probe:
-        """Let the model generate one token, through the same API as users' requests. timeout: seconds."""
-        body = {"model": self._task.model.served_name, "prompt": "1", "max_tokens": 1, "temperature": 0}
+        """Let the model do the least that it is for, through the same API as users' requests. timeout: seconds.
+
+        Generate one token, embed one word, or rank one document.
+        """
+        trial = TRIALS[self._task.settings.role]
+        body = {"model": self._task.model.served_name, **trial.body}
         start = time.monotonic()
         status, reason, cause = None, None, None
         try:
-            status, answer = self.ask("/v1/completions", body, timeout)
+            status, answer = self.ask(trial.path, body, timeout)
             if status != 200:
                 reason = f"status {status}: {_quoted(answer)}"
-            elif not has_token(answer):
-                reason = f"no token in the answer: {_quoted(answer)}"
+            elif not trial.succeeded(answer):
+                reason = f"no {trial.result} in the answer: {_quoted(answer)}"
         except OSError as error:
             cause, reason = error, str(error) or type(error).__name__
         return Probe(time.time(), reason is None, time.monotonic() - start, reason, status, cause)
@@ -137,6 +149,50 @@ def has_token(answer: bytes) -> bool:
         return False
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     return type(tokens) is int and tokens > 0
+
+
+def has_embedding(answer: bytes) -> bool:
+    """Whether an answer in OpenAI's format holds one vector of finite numbers that are not all zero."""
+    vectors = _field_of_each(answer, "data", "embedding")
+    numbers = vectors[0] if len(vectors) == 1 and isinstance(vectors[0], list) else []
+    return all(map(_is_finite, numbers)) and any(numbers)
+
+
+def has_score(answer: bytes) -> bool:
+    """Whether an answer of /v1/rerank holds a finite score of one document."""
+    scores = _field_of_each(answer, "results", "relevance_score")
+    return len(scores) == 1 and _is_finite(scores[0])
+
+
+def _field_of_each(answer: bytes, key: str, field: str) -> list[Any]:
+    """Return a field of each object in the list under a key; empty if the answer has another shape."""
+    try:
+        found = json_object(answer).get(key)
+    except ConnectionError:
+        return []
+    return [each.get(field) for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+class Trial(NamedTuple):
+    """The least that a model of a role does."""
+
+    path: str
+    body: dict[str, Any]
+    """Without the model's name."""
+    succeeded: Callable[[bytes], bool]
+    result: str
+    """What `succeeded` looks for."""
+
+
+TRIALS: dict[Role, Trial] = {
+    "generate": Trial("/v1/completions", {"prompt": "1", "max_tokens": 1, "temperature": 0}, has_token, "token"),
+    "embed": Trial("/v1/embeddings", {"input": "1"}, has_embedding, "embedding"),
+    "rerank": Trial("/v1/rerank", {"query": "1", "documents": ["1"]}, has_score, "score"),
+}
 
 
 def _quoted(answer: bytes) -> str:

@@ -88,7 +88,7 @@ class Metrics:
         self._settings = self._gauge(
             "pascaline_settings_info",
             "1; the settings of the instance",
-            ["model", "served_model_name", "engine", "port", "device", "dtype", "card", "unit"],
+            ["model", "served_model_name", "engine", "port", "device", "dtype", "card", "unit", "role"],
         )
         self._gauge("pascaline_build_info", "1; the version of pascaline", ["version"]).labels(__version__).set(1)
         self.set_state(State.PLANNED)
@@ -108,7 +108,7 @@ class Metrics:
         engine = (task.settings.engine, task.settings.port, task.device, task.dtype)
         # The unit links the instance to its processes on a GPU: the exporter reports their unit too.
         self._settings.clear()
-        self._settings.labels(*model, *engine, card or "", identify(os.getpid()).unit).set(1)
+        self._settings.labels(*model, *engine, card or "", identify(os.getpid()).unit, task.settings.role).set(1)
         limits = {
             "context_length": task.context_length,
             "max_running_requests": task.settings.max_running_requests,

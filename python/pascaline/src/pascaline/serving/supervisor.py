@@ -273,7 +273,7 @@ class Supervisor:
             stage.note = f": sha256 {shown_sha256s(digests)}" if digests else ""
         self._record_stage("verify", stage.seconds)
         templates = chat_templates(spec, path)
-        if not templates:
+        if not templates and settings.role == "generate":
             self._console.line("WARNING", "pascaline", NO_CHAT_TEMPLATE)
         self._choose_parsers(templates, spec)
         self.model = store.ResolvedModel(

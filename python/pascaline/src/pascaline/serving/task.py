@@ -58,7 +58,7 @@ def plan_instance(configuration: Configuration, spec: ModelSpec, placement: Plac
         changes = nearest_fits(spec, placement.card, request)
         changes += other_engine_fits(settings, spec, placement.card, request)
         raise DoesNotFitError(f"the plan does not fit: {plan.reasons[0]}\n\n{refusal(plan, changes)}")
-    defaults = engine_named(settings.engine).judge(spec).notes
+    defaults = engine_named(settings.engine).judge_as(spec, settings.role).notes
     return replace(plan, notes=(*plan.notes, *defaults, *placement.notes))
 
 
@@ -80,6 +80,7 @@ def make_task(
         context_length=plan.context_length,
         max_total_tokens=plan.kv_tokens,
         mem_fraction_static=plan.mem_fraction_static,
+        whole_prompts=request.whole_prompts,
         prefill_bits=request.prefill_bits or 16,
         decode_bits=request.decode_bits or 16,
         runtime_dir=runtime_dir,

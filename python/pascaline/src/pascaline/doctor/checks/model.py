@@ -53,7 +53,7 @@ def _model_architecture(host: Host) -> Result:
     if spec is None or settings is None:
         return skipped(_CANNOT)
     engine = engine_named(settings.engine)
-    if refusals := engine.judge(spec).sentence:
+    if refusals := engine.judge_as(spec, settings.role).sentence:
         return failure(refusals)
     return ok(f"{spec.architecture}; {engine.name} decides" if engine.decides_itself else spec.architecture)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from pascaline.engines.base import Ask
     from pascaline.models.spec import ModelSpec
-    from pascaline.settings import Settings
+    from pascaline.settings import Role, Settings
 
 DATA = read_data(Path(__file__).parent)
 WITHOUT_COUNTERPART: dict[str, Any] = {
@@ -65,6 +65,14 @@ _VERSION = re.compile(r"^version: (.+)$", re.MULTILINE)
 _LEVELS = {"D": "DEBUG", "I": "INFO", "W": "WARNING", "E": "ERROR"}
 
 
+ROLE_FLAGS: dict[Role, tuple[str, ...]] = {
+    "generate": (),
+    "embed": ("--embedding",),
+    # With the pooling of the model's head, which the file names too.
+    "rerank": ("--rerank", "--pooling", "rank"),
+}
+
+
 class LlamaCppEngine(Engine):
     """`llama-server` with a GGUF file."""
 
@@ -99,6 +107,13 @@ class LlamaCppEngine(Engine):
         "--parallel": "max_running_requests",
         "-t": "threads",
         "--threads": "threads",
+        "--embedding": "role",
+        "--embeddings": "role",
+        "--rerank": "role",
+        "--reranking": "role",
+        "--pooling": "role",
+        "-ub": "chunked_prefill_tokens",
+        "--ubatch-size": "chunked_prefill_tokens",
         "-b": "chunked_prefill_tokens",
         "--batch-size": "chunked_prefill_tokens",
         "-ctk": "kv_cache.dtype",
@@ -142,6 +157,7 @@ class LlamaCppEngine(Engine):
             *("--threads", str(task.threads)),
             *_memory_arguments(task),
             "--metrics",
+            *ROLE_FLAGS[settings.role],
         ]
         if settings.api_key_file is not None:
             arguments += ["--api-key-file", str(settings.api_key_file)]
@@ -246,4 +262,5 @@ def _memory_arguments(task: Task) -> tuple[str, ...]:
         chunked_prefill_tokens=task.settings.chunked_prefill_tokens,
         device=task.device,
         kv_dtype=task.settings.kv_cache.dtype,
+        whole_prompts=task.whole_prompts,
     )

@@ -81,7 +81,7 @@ class LlamaCppMemory(MemoryModel):
         states = recurrent_bytes(spec) * n
         if states:
             words.append(f"{recurrent_bytes(spec):,} B of recurrent state")
-        text = f"{n} requests x ({' + '.join(words)})"
+        text = f"{n} requests x ({' + '.join(words)})" if words else "an encoder keeps no keys and values"
         return Pool(n * cells, round(total) + states, text)
 
     def buffers(self, spec: ModelSpec, request: PlanRequest, weights: Weights) -> list[Part]:
@@ -109,22 +109,36 @@ class LlamaCppMemory(MemoryModel):
             chunked_prefill_tokens=request.chunked_prefill_tokens,
             device=request.device,
             kv_dtype=request.kv_dtype,
+            whole_prompts=request.whole_prompts,
         )
 
 
 def memory_arguments(
-    *, context_length: int, max_running_requests: int, chunked_prefill_tokens: int, device: str, kv_dtype: str
+    *,
+    context_length: int,
+    max_running_requests: int,
+    chunked_prefill_tokens: int,
+    device: str,
+    kv_dtype: str,
+    whole_prompts: bool = False,
 ) -> tuple[str, ...]:
-    """Return the flags that determine memory. llama-server divides its context among the parallel requests."""
+    """Return the flags that determine memory. llama-server divides its context among the parallel requests.
+
+    whole_prompts: as in PlanRequest; it refuses a prompt that is longer than its physical batch then.
+    """
+    physical = ("--ubatch-size", str(context_length)) if whole_prompts else ()
+    batch = context_length if whole_prompts else max(chunked_prefill_tokens, LEAST_BATCH)
     kind = ENGINE_KV_TYPES[kv_dtype]
     return (
         *("--ctx-size", str(context_length * max_running_requests), "--parallel", str(max_running_requests)),
-        *("--batch-size", str(max(chunked_prefill_tokens, LEAST_BATCH))),
+        *("--batch-size", str(batch), *physical),
         *("--n-gpu-layers", str(ALL_LAYERS if device == "cuda" else 0)),
         *("--cache-type-k", kind, "--cache-type-v", kind),
     )
 
 
 def physical_batch(request: PlanRequest) -> int:
-    """Return the tokens of one graph: chunked_prefill_tokens, at most the default of 512."""
+    """Return the tokens of one graph: chunked_prefill_tokens, at most the default of 512, or a whole prompt."""
+    if request.whole_prompts:
+        return request.context_length
     return min(MOST_BATCH, max(request.chunked_prefill_tokens, LEAST_BATCH))

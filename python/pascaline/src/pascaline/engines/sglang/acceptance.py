@@ -9,11 +9,13 @@ from gguf_acceptance import Header, Tensor, Verdict, accept
 from pascaline.engines.sglang.folder_tensors import missing_tensors
 from pascaline.engines.sglang.weights import BITSANDBYTES
 from pascaline.models.gguf_header import shown
+from pascaline.models.roles import LAST
 from pascaline.models.safetensors import NAMED_TENSORS
 from pascaline.plugin import PLUGIN
 
 if TYPE_CHECKING:
     from pascaline.models.spec import ModelSpec, TensorSpec
+    from pascaline.settings import Role, Settings
 
 GGUF_ARCHITECTURES = tuple(sorted(PLUGIN.architectures))
 """`general.architecture` of GGUF files that the plugin loads; Mistral files call themselves llama."""
@@ -38,6 +40,25 @@ def judge(spec: ModelSpec) -> Verdict:
             Header(spec.metadata, {tensor.name: Tensor(tensor.tensor_type, tensor.shape) for tensor in spec.tensors})
         )
     return _folder(spec)
+
+
+def role_problems(settings: Settings) -> list[tuple[str, str]]:
+    """Return (key, sentence) for a role that SGLang does not serve, whatever the model."""
+    if settings.role != "rerank":
+        return []
+    return [("role", "'rerank' is not served by SGLang here, must be generate or embed, or engine be llama.cpp")]
+
+
+def role_refusal(spec: ModelSpec, role: Role) -> str | None:
+    """Return why SGLang does not serve a model in a role; None if it does."""
+    elsewhere = "set engine to llama.cpp, which serves it from a GGUF file"
+    if role == "rerank":
+        return f"SGLang is not set up for reranking models here; {elsewhere}"
+    if role == "embed" and not spec.causal:
+        return f"{spec.architecture} is an encoder, and SGLang embeds with causal models here; {elsewhere}"
+    if role == "embed" and spec.pooling != LAST:
+        return f"its vectors are pooled by {spec.pooling}, and SGLang takes that of the last token here; {elsewhere}"
+    return None
 
 
 def knows(spec: ModelSpec) -> bool:

@@ -117,7 +117,7 @@ def _cpu_attention(spec: ModelSpec, request: PlanRequest) -> int:
 
 
 def _logits(spec: ModelSpec, request: PlanRequest) -> Part:
-    n = request.max_running_requests
+    n = request.max_running_requests if request.role == "generate" else 0
     text = f"{n} requests x vocabulary of {spec.vocab_size:,} x {LOGIT_BYTES} B while sampling"
     source = "SGLang, layers/sampler.py, sampling backend pytorch"
     return Part("logits", "logits", n * spec.vocab_size * LOGIT_BYTES, text, "estimated", source)

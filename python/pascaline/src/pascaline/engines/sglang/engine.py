@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pascaline.engines.base import Ask, Launch, Parsers, Task
     from pascaline.engines.installation import Installation, Probe
     from pascaline.models.spec import ModelSpec
-    from pascaline.settings import Settings
+    from pascaline.settings import Role, Settings
 
 DATA = read_data(Path(__file__).parent)
 
@@ -115,6 +115,7 @@ class SglangEngine(Engine):
         "--max-queued-requests": "max_queued_requests",
         "--mem-fraction-static": "mem_fraction_static",
         "--schedule-policy": "schedule_policy",
+        "--is-embedding": "role",
         "--tool-call-parser": "tool_call_parser",
         "--reasoning-parser": "reasoning_parser",
         "--chunked-prefill-size": "chunked_prefill_tokens",
@@ -181,19 +182,26 @@ class SglangEngine(Engine):
         return launch(task)
 
     def problems(self, settings: Settings) -> list[tuple[str, str]]:
-        """Return the problems of the extra arguments, of variables that a setting controls, and of unknown parsers."""
-        return [*super().problems(settings), *activations.problems(settings), *parser_problems(settings)]
+        """Return the problems of the extra arguments, of variables that a setting controls, of parsers and role."""
+        others = [*activations.problems(settings), *parser_problems(settings), *acceptance.role_problems(settings)]
+        return [*super().problems(settings), *others]
 
     def judge(self, spec: ModelSpec) -> Verdict:
         """Check that SGLang will find every parameter, and that nothing in the file is ignored."""
         return acceptance.judge(spec)
 
+    def refuses_role(self, spec: ModelSpec, role: Role) -> str | None:
+        """It embeds with causal models, whose last token it takes."""
+        return acceptance.role_refusal(spec, role)
+
     def knows(self, spec: ModelSpec) -> bool:
         """Whether the plugin loads models of this architecture."""
         return acceptance.knows(spec)
 
-    def parsers(self, settings: Settings, templates: str, architecture: str) -> Parsers:
-        """Return the configured parsers, or those that fit the model's family and template."""
+    def parsers(self, settings: Settings, templates: str, architecture: str) -> Parsers | None:
+        """Return the configured parsers, or those that fit the model's family and template; None without answers."""
+        if settings.role != "generate":
+            return None
         return choose_parsers(settings, templates, architecture)
 
     def prepare(self, settings: Settings, path: Path, digest: str) -> Path:
@@ -236,14 +244,16 @@ class SglangEngine(Engine):
             idle_seconds=samples.sum("sglang:scheduler_idle_seconds_total"),
         )
 
-    def work_limits(self, task: Task) -> WorkLimits:
+    def work_limits(self, task: Task) -> WorkLimits | None:
         """Return the most that it computes before it sends something to a client, with room for retracted requests.
 
         The prompts of all running requests fit into the KV pool, and are computed before any of them generates. An
         answer that is not streamed is passed on every HELD_BACK_TOKENS. Its first part is one token, which the judge
-        may mistake for a test generation's.
+        may mistake for a test generation's. Embeddings have no such counter.
         """
         settings = task.settings
+        if settings.role != "generate":
+            return None
         ranks = settings.tensor_parallel * settings.pipeline_parallel
         return WorkLimits(
             chunk=settings.chunked_prefill_tokens,

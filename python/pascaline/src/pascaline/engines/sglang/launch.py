@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pascaline.engines.base import Task
+    from pascaline.settings import Settings
 
 HELD_BACK_TOKENS = 10
 """Tokens after which SGLang's scheduler passes on an answer that is not streamed, so that it is counted (default: 50).
@@ -77,13 +78,17 @@ def _feature_arguments(task: Task) -> list[str]:
         arguments.append("--disable-radix-cache")
     if settings.attention_backend is not None:
         arguments += ["--attention-backend", settings.attention_backend]
+    if settings.role == "embed":
+        return [*arguments, "--is-embedding", *_log_arguments(settings)]
     arguments += parser_arguments(settings, task.model.chat_templates, task.model.spec.architecture)
+    return [*arguments, *_log_arguments(settings)]
+
+
+def _log_arguments(settings: Settings) -> list[str]:
     if settings.debug:
-        arguments += ["--log-level", "debug"]
-    elif "--log-level-http" not in settings.extra_args:
-        # SGLang's own lines about requests are enough; our scrapes alone would add a line a second to an access log.
-        arguments += ["--log-level-http", "warning"]
-    return arguments
+        return ["--log-level", "debug"]
+    # SGLang's own lines about requests are enough; our scrapes alone would add a line a second to an access log.
+    return [] if "--log-level-http" in settings.extra_args else ["--log-level-http", "warning"]
 
 
 def _write_key_file(task: Task) -> str:

@@ -102,7 +102,9 @@ class SglangMemory(MemoryModel):
         room = _room(request, [*without_pool, *dynamic])
         if request.device == "cpu":
             room = min(room, CPU_POOL_BYTES)
-        wanted = request.max_running_requests * request.context_length
+        # An embedding's prompt leaves the pool at once: what one of them needs serves many that are shorter.
+        prompts = request.max_running_requests if request.role == "generate" else 1
+        wanted = prompts * request.context_length
         tokens = max(request.context_length, min(wanted, self._tokens(spec, request, max(0, room))))
         return self.pool_of(spec, request, tokens)
 
@@ -153,6 +155,8 @@ class SglangMemory(MemoryModel):
         """A CUDA graph is recorded for each batch size."""
         if key != "graphs_bytes":
             return None
+        if request.role != "generate":
+            return 0, "none: graphs are recorded for decode steps"
         count = recorded_sizes(request.max_running_requests)
         return count * n_bytes, f"{count} recorded batch sizes x {format_bytes(n_bytes)}"
 

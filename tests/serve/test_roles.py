@@ -125,14 +125,14 @@ class TestSglang:
         assert math.isclose(float(np.linalg.norm(vector)), 1, abs_tol=1e-4)
 
     @pytest.mark.parametrize(
-        ("path", "body"),
+        ("endpoint", "body"),
         [
             ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
             ("/v1/completions", {"prompt": "Hello"}),
         ],
     )
-    def test_text_is_refused_in_words(self, sglang: Instance, path: str, body: dict[str, Any]) -> None:
-        answer = sglang.api(path, {"model": "m", **body})
+    def test_text_is_refused_in_words(self, sglang: Instance, endpoint: str, body: dict[str, Any]) -> None:
+        answer = sglang.api(endpoint, {"model": "m", **body})
         assert answer.status == 400
         assert answer.json["error"]["message"] == (
             "this server embeds texts and generates none: ask /v1/embeddings, or a server with role generate"

@@ -47,6 +47,8 @@ class TestInterface:
             "state": "ready",
             "reason": "a generation succeeded",
             "engine": "sglang",
+            "role": "generate",
+            "parsers": {"tool_call_parser": None, "reasoning_parser": None},
             "running_requests": 0,
             "queued_requests": 0,
             "restarts": 0,

@@ -135,7 +135,7 @@ class TestSglang:
         answer = sglang.api(endpoint, {"model": "m", **body})
         assert answer.status == 400
         assert answer.json["error"]["message"] == (
-            "this server embeds texts and generates none: ask /v1/embeddings, or a server with role generate"
+            "this server embeds texts and generates none: it answers requests for embeddings; ask another for text"
         )
 
     def test_the_agent_knows_the_role(self, sglang: Instance) -> None:

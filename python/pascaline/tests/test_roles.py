@@ -9,6 +9,7 @@ import pytest
 from pascaline.cards import load_card
 from pascaline.engines import ENGINES
 from pascaline.engines.plan_request import PlanRequest
+from pascaline.engines.served import refusal_of_all
 from pascaline.models.reader import read_model
 from pascaline.models.roles import own_role
 from pascaline.models.spec import ModelSpec
@@ -121,6 +122,7 @@ class TestRefusals:
         assert refusal(bert(None), "generate").startswith("it is an embedding model; set role to embed")
 
     def test_another_pooling_is_llama_cpps(self, tmp_path: Path) -> None:
+        assert refusal_of_all(qwen(tmp_path, 1)) is None
         assert refusal(qwen(tmp_path, 1), "embed").startswith(
             "its vectors are pooled by mean, and SGLang takes that of the last token here; set engine to llama.cpp"
         )

@@ -243,7 +243,7 @@ def test_a_server_for_embeddings_refuses_text(kind):
 def test_a_server_for_text_refuses_embeddings():
     answer = check(type("EmbeddingRequest", (Request,), {})(model="emily"))
     assert json.loads(answer.body)["error"]["message"] == (
-        "this server generates text and embeds none: a server for /v1/embeddings has the setting role = embed"
+        "this server generates text and embeds none: a server for embeddings has the setting role = embed"
     )
 
 

@@ -44,9 +44,7 @@ NO_TOOLS: Final = (
 )
 GENERATING: Final = ("ChatCompletionRequest", "CompletionRequest", "ResponsesRequest")
 """SGLang's requests for text (entrypoints/openai/protocol.py)."""
-EMBEDS_NOT: Final = (
-    "this server generates text and embeds none: a server for /v1/embeddings has the setting role = embed"
-)
+EMBEDS_NOT: Final = "this server generates text and embeds none: a server for embeddings has the setting role = embed"
 _PATH: Final = re.compile(r"(?<![\w/:.])/(?:[\w.@+-]+/)+[\w.@+-]+")
 
 
@@ -186,7 +184,7 @@ def _other_role(serving: Any, request: Any) -> str | None:
     generated = type(request).__name__ in GENERATING
     if generates or not generated:
         return EMBEDS_NOT if generates and type(request).__name__ == "EmbeddingRequest" else None
-    return "this server embeds texts and generates none: ask /v1/embeddings, or a server with role generate"
+    return "this server embeds texts and generates none: it answers requests for embeddings; ask another for text"
 
 
 def _lacks_parser(serving: Any, request: Any) -> bool:

@@ -23,6 +23,7 @@ VALUES: list[Any] = [
         "fp16",
         "int8",
         "lpm",
+        "embed",
         "sglang",
         "llama.cpp",
         "cpu",

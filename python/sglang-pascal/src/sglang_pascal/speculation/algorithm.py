@@ -20,7 +20,7 @@ which the plugin replaces."""
 
 
 class LookupAlgorithm(CustomSpecAlgo):  # type: ignore[misc]  # SGLang publishes no types
-    """Three methods that the scheduler calls are missing in SGLang's own class (0.5.23)."""
+    """Three methods that the scheduler calls are missing in SGLang's own class."""
 
     def is_ngram(self) -> bool:
         """Return True: SGLang then carries accepted tokens from step to step, and records verification steps."""

@@ -9,7 +9,7 @@ import pytest
 from pascaline.cards import load_card
 from pascaline.errors import ConfigurationError, MissingError
 from pascaline.gpu.devices import GpuIdentity, visible_gpus
-from pascaline.gpu.memory import DeviceMemory, GpuRates, numa_node
+from pascaline.gpu.memory import DeviceMemory, GpuRates, node_cpus, numa_node
 from pascaline.planning.placement import HostFacts, Placement, cpu_flags, place, place_on_card
 from pascaline.settings import Settings
 
@@ -188,3 +188,52 @@ def test_a_gpu_without_a_profile_is_planned_by_what_nvml_says_of_it(rates: GpuRa
     found = place(Settings(device="cuda"), None, replace(host((P4,)), gpu_memory=lambda _: memory))
     assert (found.card.name, found.notes) == ("Tesla T4", (words,))
     assert ("cores" in found.card.facts) == (rates is not None)
+
+
+class TestCpus:
+    """An engine runs beside its GPU; where the node is unknown, or its CPUs are too few, it runs anywhere."""
+
+    NODES = {0: frozenset(range(4)), 1: frozenset(range(4, 8))}  # noqa: RUF012
+
+    def facts(self, cpus: range = range(8), **environment: str) -> HostFacts:
+        nodes = self.NODES
+        return replace(
+            host(**environment), node_cpus=lambda node: nodes.get(node, frozenset()), cpus=lambda: frozenset(cpus)
+        )
+
+    @pytest.mark.parametrize(("visible", "node"), [("0", 0), ("1", 1)])
+    def test_those_of_the_gpus_node(self, visible: str, node: int) -> None:
+        found = placed(self.facts(CUDA_VISIBLE_DEVICES=visible), device="cuda")
+        assert found.cpus == self.NODES[node]
+        assert found.to_json()["cpus"] == sorted(self.NODES[node])
+
+    def test_only_those_that_this_process_may_use(self) -> None:
+        assert placed(self.facts(range(2, 6)), device="cuda").cpus == {2, 3}
+
+    def test_gpus_on_both_nodes_have_all(self) -> None:
+        assert placed(self.facts(CUDA_VISIBLE_DEVICES="0,1"), device="cuda", tensor_parallel=2).cpus == frozenset()
+
+    @pytest.mark.parametrize("cpus", [range(4), range(4, 8)], ids=["all of them are there", "none of them is"])
+    def test_nothing_to_choose(self, cpus: range) -> None:
+        assert placed(self.facts(cpus), device="cuda").cpus == frozenset()
+
+    def test_more_threads_than_the_node_has_cpus(self) -> None:
+        assert placed(self.facts(), device="cuda", threads=4).cpus == self.NODES[0]
+        assert placed(self.facts(), device="cuda", threads=5).cpus == frozenset()
+
+    def test_a_node_that_is_unknown(self) -> None:
+        assert placed(replace(self.facts(), numa_node=lambda _: None), device="cuda").cpus == frozenset()
+        assert placed(replace(self.facts(), node_cpus=lambda _: frozenset()), device="cuda").cpus == frozenset()
+
+    def test_on_the_cpu(self) -> None:
+        assert placed(self.facts(), device="cpu").cpus == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"), [("0-2,8\n", {0, 1, 2, 8}), ("5\n", {5}), ("\n", set()), ("words", set()), (None, set())]
+)
+def test_the_cpus_of_a_node(tmp_path: Path, text: str | None, cpus: set[int]) -> None:
+    (tmp_path / "node1").mkdir()
+    if text is not None:
+        (tmp_path / "node1/cpulist").write_text(text)
+    assert node_cpus(1, tmp_path) == cpus

@@ -151,6 +151,30 @@ class TestEnvironment:
         assert run(code) == (0, ["['KEPT']"])
 
 
+class TestCpus:
+    CODE = "import os; print(sorted(os.sched_getaffinity(0)))"
+
+    def of_a_run(self, cpus: frozenset[int]) -> list[str]:
+        lines: list[str] = []
+
+        async def whole() -> int:
+            process = await EngineProcess.start(program(self.CODE), lines.append, cpus=cpus)
+            return await asyncio.wait_for(process.wait(), PATIENCE)
+
+        assert asyncio.run(whole()) == 0
+        return lines
+
+    def test_it_is_bound_to_the_cpus_beside_its_gpu(self) -> None:
+        usable = os.sched_getaffinity(0)
+        assert self.of_a_run(frozenset({min(usable)})) == [str([min(usable)])]
+        assert self.of_a_run(frozenset()) == [str(sorted(usable))]
+
+    def test_a_cpu_that_is_gone_does_not_keep_it_from_starting(self) -> None:
+        *words, cpus = self.of_a_run(frozenset({4095}))
+        assert words == ["failed to bind to the CPUs 4095: Invalid argument; it runs on all"]
+        assert cpus == str(sorted(os.sched_getaffinity(0)))
+
+
 class TestEnd:
     @pytest.mark.parametrize(
         ("code", "expected"),
@@ -261,9 +285,9 @@ class TestEnd:
         wait_until(lambda: not is_alive(pid))
 
     def test_a_parent_that_is_gone_before_it_was_asked_for(self) -> None:
-        *head, _pid, program_name = with_parent("true")
+        *head, _pid, cpus, program_name = with_parent("true")
         # No process of this number is the parent of what is started here.
-        assert subprocess.run([*head, str(os.getpid() + 1), program_name], check=False).returncode == 127
+        assert subprocess.run([*head, str(os.getpid() + 1), cpus, program_name], check=False).returncode == 127
 
 
 class TestThreads:

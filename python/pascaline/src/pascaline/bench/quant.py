@@ -20,7 +20,7 @@ from pascaline.bench.environment import describe_machine
 from pascaline.bench.experiment import Experiment, batch_points
 from pascaline.bench.instance import read_api_key, started
 from pascaline.bench.progress import Progress
-from pascaline.bench.reference import find_card, reference
+from pascaline.bench.reference import reference
 from pascaline.bench.results import create_or_resume
 from pascaline.bench.runner import Runner
 from pascaline.bench.served_quality import compare_scores, load_scores, score_server
@@ -33,6 +33,7 @@ from pascaline.models import store
 from pascaline.models.reader import read_model
 from pascaline.plugin import PLUGIN
 from pascaline.quantize import Options, Tools, quantize
+from pascaline.serving.task import place_instance
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -116,7 +117,8 @@ class _Quant:
         self._name = name
         self._spec = read_model(path)
         self._machine = describe_machine()
-        self._card = find_card(target.card_name, self._machine.get("gpus", []))
+        self._placement = place_instance(target.configuration)
+        self._card = self._placement.card
         self._models = results.folder / MODELS_FOLDER
         self._scores = results.folder / "reference.kld"
         self._results.document.setdefault("types", [])
@@ -208,8 +210,8 @@ class _Quant:
         settings = self._target.configuration.settings
         if self._spec.format != "safetensors" or NF4_METHOD not in engine_named(settings.engine).folder_methods:
             return "bitsandbytes quantises a Hugging Face folder in SGLang; --model and --engine name another"
-        if not self._machine.get("gpus"):
-            return "SGLang's bitsandbytes loader needs CUDA, and there is no GPU here"
+        if self._placement.device != "cuda":
+            return "SGLang's bitsandbytes loader needs CUDA, and the instance runs on the CPU"
         python = str(settings.engine_executable or sys.executable)
         if subprocess.run([python, "-c", "import bitsandbytes"], capture_output=True, check=False).returncode:
             return f"SGLang needs a package that is missing: {python} -m pip install --no-deps {BITSANDBYTES}"

@@ -66,11 +66,15 @@ def setting_of(plan: Mapping[str, Any] | None, engine: str) -> Setting:
 
 
 def find_card(name: str | None, gpus: list[str], plan: Mapping[str, Any] | None = None) -> Card | None:
-    """Return the card with a profile's name; without a name, the plan's card; without a plan, the first GPU's card."""
-    planned_for = (plan or {}).get("card")
-    if name is not None or planned_for in card_names():
-        return load_card(name or str(planned_for))
-    return card_for_device(gpus[0].removeprefix("NVIDIA ")) if gpus else None
+    """Return the card with a profile's name; without a name, the plan's card; without a plan, that of the host's GPUs.
+
+    gpus: their names. None if the card has no profile, or if the host has unlike GPUs and nothing says which it is.
+    """
+    if name is not None:
+        return load_card(name)
+    if planned_for := (plan or {}).get("card"):
+        return load_card(planned_for) if planned_for in card_names() else None
+    return card_for_device(gpus[0].removeprefix("NVIDIA ")) if len(set(gpus)) == 1 else None
 
 
 def _expectation(card: Card, spec: ModelSpec, setting: Setting, point: Point) -> dict[str, Any]:

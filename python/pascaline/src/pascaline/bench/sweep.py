@@ -59,8 +59,8 @@ class Target:
 
     @property
     def card_name(self) -> str | None:
-        """The server's card profile if it is known. A server elsewhere does not have this host's card."""
-        return self.configuration.card if self.url is None else self.given.get("card")
+        """The card profile of a server that runs already, if it is named. An instance's plan names its own."""
+        return None if self.url is None else self.given.get("card")
 
     @property
     def plain_settings(self) -> dict[str, str]:
@@ -132,7 +132,8 @@ def describe_instance(
         "model": describe_model(spec),
     }
     plan = results.document["plan"] = instance.plan()
-    card = find_card(target.card_name, machine.get("gpus", []), plan)
+    here = machine.get("gpus", []) if instance.endpoint.is_local else []
+    card = find_card(target.card_name, here, plan)
     results.document["reference"] = reference(card, spec, plan, instance.server.engine, experiment)
     results.save()
 

@@ -208,7 +208,7 @@ def _text(value: Any) -> str:
 
 def _nvprof(tool: str, instance: Instance) -> str | None:
     """Return nvprof's path if it is to be used: on request, or on a Pascal card if it is installed; otherwise None."""
-    from pascaline.cards import load_card
+    from pascaline.serving.task import place_instance
 
     found = shutil.which("nvprof")
     if tool == "nvprof" and not found:
@@ -217,9 +217,11 @@ def _nvprof(tool: str, instance: Instance) -> str | None:
         )
     if tool == "nvprof":
         return found
-    card = instance.configuration.card if instance.configuration else None
-    is_pascal = bool(card) and (load_card(str(card)).compute_capability or "").startswith("6.")
-    return found if tool == "auto" and is_pascal else None
+    if found is None or tool != "auto" or instance.configuration is None:
+        return None
+    placement = place_instance(instance.configuration)
+    is_pascal = placement.device == "cuda" and (placement.card.compute_capability or "").startswith("6.")
+    return found if is_pascal else None
 
 
 def _new_folder(output: Path | None) -> Path:

@@ -61,6 +61,9 @@ class Task:
     device_variables: Mapping[str, str] | None = None
     """Variables that let the engine see the planned GPUs only; None: all visible GPUs, in the order of the PCI bus."""
 
+    cpus: frozenset[int] = frozenset()
+    """CPUs that it is bound to; empty: all that this process may use."""
+
     @property
     def variables(self) -> dict[str, str]:
         """The variables of the setting `environment`, and those that select the device.

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pascaline.gpu.reading import Reading
 
 PCI_DEVICES = Path("/sys/bus/pci/devices")
+NUMA_NODES = Path("/sys/devices/system/node")
 MEMINFO = Path("/proc/meminfo")
 TRANSFERS_PER_CYCLE = 2
 """Double data rate of the clock that NVML reports: 2 x 3003 MHz x 256 bit is the 192 GB/s of a P4's data sheet."""
@@ -148,3 +149,14 @@ def numa_node(address: str, devices: Path = PCI_DEVICES) -> int | None:
     except (OSError, ValueError):
         return None
     return node if node >= 0 else None
+
+
+def node_cpus(node: int, nodes: Path = NUMA_NODES) -> frozenset[int]:
+    """Return the CPUs of a NUMA node; empty if the kernel does not list them. Its format is 0-15,32-47."""
+    try:
+        ranges = [
+            part.partition("-") for part in (nodes / f"node{node}/cpulist").read_text().strip().split(",") if part
+        ]
+        return frozenset(cpu for first, _, last in ranges for cpu in range(int(first), int(last or first) + 1))
+    except (OSError, ValueError):
+        return frozenset()

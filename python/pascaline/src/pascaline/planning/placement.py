@@ -45,6 +45,10 @@ class HostFacts:
     """The GPUs that the driver's folder lists; asked if NVML fails."""
     numa_node: Callable[[str], int | None] = lambda _: None
     """NUMA node of a PCI address; None if the host has none or does not report it."""
+    node_cpus: Callable[[int], frozenset[int]] = lambda _: frozenset()
+    """CPUs of a NUMA node; empty if the host does not report them."""
+    cpus: Callable[[], frozenset[int]] = frozenset
+    """CPUs that an engine may use; empty if that is unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +65,9 @@ class Placement:
     gpus: tuple[GpuIdentity, ...] = ()
     """The GPUs that the engine uses; empty on the CPU, and if neither NVML nor the driver's folder reports them."""
     numa_node: int | None = None
-    """The GPU's NUMA node; None if the host has one node only, or the node is unknown."""
+    """The NUMA node of the first GPU; None if the host has one node only, or the node is unknown."""
+    cpus: frozenset[int] = frozenset()
+    """CPUs that the engine is bound to, those beside its GPUs; empty: it may use every CPU that this process may."""
     variables: Mapping[str, str] = field(default_factory=dict)
     """Variables that select the engine's devices."""
     notes: tuple[str, ...] = ()
@@ -70,7 +76,10 @@ class Placement:
     def to_json(self) -> dict[str, object]:
         """Return it for `/plan` and `pascaline plan --json`."""
         gpus = [{"index": gpu.index, "uuid": gpu.uuid, "address": gpu.address} for gpu in self.gpus]
-        return {"device": self.device, "gpus": gpus, "numa_node": self.numa_node, "variables": dict(self.variables)}
+        return {"device": self.device, "gpus": gpus, "numa_node": self.numa_node} | {
+            "cpus": sorted(self.cpus),
+            "variables": dict(self.variables),
+        }
 
 
 def place(settings: Settings, card: str | None, host: HostFacts) -> Placement:
@@ -93,13 +102,15 @@ def place(settings: Settings, card: str | None, host: HostFacts) -> Placement:
     _check_order(variables)
     found, memory, doubt = _gpu(settings, host, variables.get(VISIBLE_DEVICES))
     gpus, notes = _used(settings, memory, variables.get(VISIBLE_DEVICES))
+    nodes = [host.numa_node(gpu.address) if gpu.address else None for gpu in gpus]
     return Placement(
         device=device,
         dtype=choose_dtype(settings, card, device, host.cpu_flags),
         card=found,
         memory=memory,
         gpus=gpus,
-        numa_node=host.numa_node(gpus[0].address) if gpus and gpus[0].address else None,
+        numa_node=nodes[0] if nodes else None,
+        cpus=_cpus_beside(nodes, settings.threads, host),
         variables=device_variables(device, gpus),
         notes=(*notes, *([doubt] if doubt else [])),
     )
@@ -149,6 +160,20 @@ def cpu_flags(cpu_info: str) -> frozenset[str]:
     """Return the instruction-set flags of the first CPU in the text of /proc/cpuinfo; empty if it has none."""
     flags = next((line for line in cpu_info.splitlines() if line.startswith("flags")), "")
     return frozenset(flags.partition(":")[2].split())
+
+
+def _cpus_beside(nodes: Sequence[int | None], threads: int | None, host: HostFacts) -> frozenset[int]:
+    """Return the usable CPUs of the GPUs' NUMA nodes: copies to a GPU of another socket cross the link between the two.
+
+    Empty, which binds to nothing, if a node is unknown, if these are all usable CPUs or none of them, or if `threads`
+    asks for more CPUs than there are. The kernel allocates memory on the node where a thread runs.
+    """
+    known = [host.node_cpus(node) for node in nodes if node is not None]
+    usable = host.cpus()
+    found = usable.intersection(*[frozenset().union(*known)])
+    if len(known) < len(nodes) or not all(known) or found == usable or len(found) < (threads or 1):
+        return frozenset()
+    return found
 
 
 def _check_order(variables: Mapping[str, str]) -> None:

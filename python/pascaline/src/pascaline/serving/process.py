@@ -47,17 +47,24 @@ class EngineProcess:
         self._reader = asyncio.create_task(self._pass_output_on())
 
     @classmethod
-    async def start(cls, launch: Launch, on_line: OnLine, on_dropped: OnDropped = lambda _: None) -> EngineProcess:
+    async def start(
+        cls,
+        launch: Launch,
+        on_line: OnLine,
+        on_dropped: OnDropped = lambda _: None,
+        cpus: frozenset[int] = frozenset(),
+    ) -> EngineProcess:
         """Start the command as the leader of a new session and group; it dies with this process.
 
         on_line: called with each line of output to show. on_dropped: called with the number of lines that were dropped
-        because the engine wrote too many. Raises OSError if the machine has no process, memory or descriptor left.
+        because the engine wrote too many. cpus: those that it may use; empty: all. Raises OSError if the machine has no
+        process, memory or descriptor left.
         """
         read_end, write_end = os.pipe()
         output = await Output.open(read_end)
         try:
             process = await asyncio.create_subprocess_exec(
-                *with_parent(*launch.command),
+                *with_parent(*launch.command, cpus=cpus),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=write_end,
                 stderr=write_end,

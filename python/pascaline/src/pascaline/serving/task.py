@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from pascaline.control_groups import usable_cpus
 from pascaline.engines import Task, engine_named
 from pascaline.errors import DoesNotFitError
 from pascaline.gpu.devices import driver_gpus
-from pascaline.gpu.memory import gpu_memory, host_memory, numa_node
+from pascaline.gpu.memory import gpu_memory, host_memory, node_cpus, numa_node
 from pascaline.planning import Plan, make_plan, nearest_fits, other_engine_fits, refusal
 from pascaline.planning import placement as placement_rules
 from pascaline.planning.placement import CPU_INFO, HostFacts, Placement, place
@@ -37,6 +38,8 @@ def this_host() -> HostFacts:
         cpu_flags=cpu_flags,
         driver_gpus=driver_gpus,
         numa_node=numa_node,
+        node_cpus=node_cpus,
+        cpus=lambda: frozenset(os.sched_getaffinity(0)),
     )
 
 
@@ -71,12 +74,13 @@ def make_task(
 ) -> Task:
     """Build the engine's task. placement: None means all visible GPUs, if the plan's device is a GPU."""
     settings, request = configuration.settings, plan.request
+    cpus = placement.cpus if placement else frozenset()
     return Task(
         settings=settings,
         model=model,
         device=request.device,
         dtype=request.dtype,
-        threads=settings.threads or usable_cpus(),
+        threads=settings.threads or min(usable_cpus(), len(cpus) or sys.maxsize),
         context_length=plan.context_length,
         max_total_tokens=plan.kv_tokens,
         mem_fraction_static=plan.mem_fraction_static,
@@ -85,6 +89,7 @@ def make_task(
         decode_bits=request.decode_bits or 16,
         runtime_dir=runtime_dir,
         device_variables=placement.variables if placement else None,
+        cpus=cpus,
         api_key=read_secret(settings.api_key_file) if settings.api_key_file else None,
     )
 

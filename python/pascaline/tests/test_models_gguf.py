@@ -669,9 +669,22 @@ class TestDamagedFiles:
             "failed to read m.gguf: 'llama.attention.head_count_kv' has 3 elements, must have one for each of 2 layers"
         )
 
-    def test_a_projector_is_no_model(self) -> None:
-        assert refusal(gguf_file(LLAMA | {"general.type": value("string", "mmproj")})) == (
-            "failed to read m.gguf: it holds a 'mmproj' (general.type), must be a model"
+    @pytest.mark.parametrize(
+        ("key", "content", "what"),
+        [
+            ("general.type", "mmproj", "the projector of a vision model (general.type mmproj)"),
+            ("general.type", "adapter", "a LoRA adapter (general.type adapter)"),
+            ("general.type", "imatrix", "an importance matrix (general.type imatrix)"),
+            ("general.type", "vocab", "something of type 'vocab' (general.type vocab)"),
+            ("adapter.type", "lora", "a LoRA adapter (adapter.type)"),
+            ("general.architecture", "clip", "the projector of a vision model (general.architecture clip)"),
+            ("general.architecture", "imatrix", "an importance matrix (general.architecture imatrix)"),
+            ("general.architecture", "controlvector", "a control vector (general.architecture controlvector)"),
+        ],
+    )
+    def test_what_belongs_to_a_model_is_none(self, key: str, content: str, what: str) -> None:
+        assert refusal(gguf_file(LLAMA | {key: value("string", content)})) == (
+            f"failed to read m.gguf: it holds {what}, must be a model"
         )
 
     def test_names_of_other_types(self) -> None:

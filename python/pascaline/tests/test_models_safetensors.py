@@ -384,6 +384,31 @@ class TestFolder:
             "token (pascaline models add --token-file FILE)"
         )
 
+    @pytest.mark.parametrize(
+        ("name", "content", "what"),
+        [
+            ("tokenizer.json", b"", "empty"),
+            ("tokenizer.json", b"<!DOCTYPE html><html>", "a web page, which a server sent in place of the file"),
+            (
+                "tokenizer.json",
+                b"Access denied",
+                "the text 'Access denied', which a server may have sent in place of the file",
+            ),
+            ("tokenizer.json", b"\0\1", "not JSON"),
+            ("tokenizer.model", b"\n<html>", "a web page, which a server sent in place of the file"),
+            ("tokenizer.model", b"", "empty"),
+        ],
+    )
+    def test_what_stands_in_place_of_a_tokenizer(self, tmp_path: Path, name: str, content: bytes, what: str) -> None:
+        assert self._refusal(self._write(tmp_path, self._shards() | {name: content})) == (
+            f"failed to read FOLDER/{name}: it is {what}: download it again; if the server asks for a login, with a "
+            "token (pascaline models add --token-file FILE)"
+        )
+
+    def test_a_tokenizer_of_any_bytes_is_not_judged(self, tmp_path: Path) -> None:
+        files = {"tokenizer.model": b"\n\x0e\n\x05<unk>", "merges.txt": b"#version: 0.2\n", "vocab.json": b" {"}
+        read_safetensors(self._write(tmp_path, self._shards() | files))
+
     def test_bytes_of_no_tensor(self, tmp_path: Path) -> None:
         files = self._shards()
         files["b.safetensors"] += b"\0\0"

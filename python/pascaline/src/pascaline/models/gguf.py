@@ -44,7 +44,18 @@ _SLIDING_WINDOWS = {"gemma2": 4096, "llama4": 8192, "smallthinker": 4096}
 _SLIDING_UNUSED = frozenset({"phi3", "phimoe"})
 
 # Architectures of files that belong to a model but are not models.
-_NO_MODELS = {"clip": "the projector of a vision model", "imatrix": "an importance matrix"}
+_NO_MODELS = {
+    "clip": "the projector of a vision model",
+    "controlvector": "a control vector",
+    "imatrix": "an importance matrix",
+}
+# Values of `general.type` of such files; `model` is one.
+_TYPES = {
+    "adapter": "a LoRA adapter",
+    "controlvector": "a control vector",
+    "imatrix": "an importance matrix",
+    "mmproj": "the projector of a vision model",
+}
 
 OpenPart = Callable[[str], AbstractContextManager[Source]]
 """Opens the file of this name in the folder of the requested one."""
@@ -202,7 +213,10 @@ class _Keys:
 def _architecture(metadata: Metadata) -> str:
     kind = _text(metadata, "general.type") or "model"
     if kind != "model":
-        metadata.fail(f"it holds a {shown(kind)} (general.type), must be a model")
+        what = _TYPES.get(kind, f"something of type {shown(kind)}")
+        metadata.fail(f"it holds {what} (general.type {printable(kind)}), must be a model")
+    if "adapter.type" in metadata:
+        metadata.fail("it holds a LoRA adapter (adapter.type), must be a model")
     name = _text(metadata, "general.architecture")
     if name in _NO_MODELS:
         metadata.fail(f"it holds {_NO_MODELS[name]} (general.architecture {name}), must be a model")

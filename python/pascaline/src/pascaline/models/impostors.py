@@ -31,6 +31,19 @@ def impostor(head: bytes) -> str | None:
     return None
 
 
+def text_impostor(head: bytes, *, is_json: bool) -> str | None:
+    """Say what stands in place of a tokenizer or a configuration; None if the first bytes show nothing.
+
+    is_json: the file must begin with an object or a list; any other text is none of them.
+    """
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not text:
+        return f"it is empty: {_AGAIN}"
+    if text.startswith(POINTER) or text.lower().startswith(_PAGES) or (is_json and not text.startswith((b"{", b"["))):
+        return impostor(head) or f"it is not JSON: {_AGAIN}"
+    return None
+
+
 def head_of(source: Source) -> bytes:
     """Return the first bytes of a file."""
     return source.read_at(0, min(HEAD_BYTES, source.size))

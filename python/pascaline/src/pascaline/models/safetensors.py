@@ -16,7 +16,7 @@ from typing import NoReturn
 from pascaline.errors import ModelError
 from pascaline.models.gguf_header import check_extents, printable, shown
 from pascaline.models.hf_config import HfConfig
-from pascaline.models.impostors import POINTER, head_of, impostor
+from pascaline.models.impostors import head_of, impostor, text_impostor
 from pascaline.models.json_file import MAX_JSON_BYTES, parse_object
 from pascaline.models.layers import differing, most_common_heads
 from pascaline.models.roles import ENCODERS, folder_pooling
@@ -105,12 +105,12 @@ def _pooling(directory: Path) -> str | None:
 
 
 def _check_other_files(directory: Path) -> None:
-    """Refuse a folder whose tokenizer or configuration is a pointer of git-lfs: the engine would start with it."""
+    """Refuse a folder with something else in place of its tokenizer or configuration: the engine would start."""
     for name in _OTHER_FILES:
         if file_mode(directory / name) is not None:
             with open_file(directory / name) as source:
-                if head_of(source).startswith(POINTER):
-                    _fail(source, str(impostor(POINTER)))
+                if what := text_impostor(head_of(source), is_json=name.endswith(".json")):
+                    _fail(source, what)
 
 
 def read_safetensors_parts(

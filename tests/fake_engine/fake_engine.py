@@ -25,9 +25,13 @@ changes those of the running process; `GET /fake/faults` shows them.
     hang=1                       the worker stands still: no token, counters keep their values, /metrics answers
     lose_answers=1               the worker computes and its counters move, and no answer leaves: a stopped detokenizer
     raw_path=PATH                what this path answers is raw_answer (Latin-1) raw_repeat times, and the end
+    raw_pause_seconds=S          time between two of these times
+    raw_end=close                what follows: close, open (the connection stays open, silent) or reset
     mute=1                       connections are accepted and nothing is answered
     prefill_tokens_per_second=N  speed for prompts
     decode_tokens_per_second=N   speed for answers, for each request
+    forget_counters=1            counters fall back to zero, once
+    leak_bytes_per_second=N      memory that is taken and never given back
     error_status=N               HTTP status that requests for a generation get
     answer=TEXT                  the words of every answer, instead of its own; only by POST can it hold blanks
     weights_gib=0.25             memory of the weights that it reports
@@ -38,6 +42,7 @@ changes those of the running process; `GET /fake/faults` shows them.
     flood_line_bytes=80          length of each
     ignore_sigterm=1             SIGTERM changes nothing
     stray=N                      starts N processes that ignore SIGTERM and outlive it
+    zombies=N                    starts N processes that end, and never asks how
     prepare_seconds=S            time that `prepare` takes
     prepare_error=N              exit code with which `prepare` fails
 """
@@ -52,6 +57,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -154,9 +160,13 @@ class Faults:
     raw_path: str = ""
     raw_answer: str = ""
     raw_repeat: int = 1
+    raw_pause_seconds: float = 0.0
+    raw_end: str = "close"
     mute: int = 0
     prefill_tokens_per_second: float = 20_000.0
     decode_tokens_per_second: float = 500.0
+    forget_counters: int = 0
+    leak_bytes_per_second: int = 0
     error_status: int = 0
     answer: str = ""
     weights_gib: float = 0.25
@@ -167,6 +177,7 @@ class Faults:
     flood_line_bytes: int = 80
     ignore_sigterm: int = 0
     stray: int = 0
+    zombies: int = 0
     prepare_seconds: float = 0.0
     prepare_error: int = 0
 
@@ -344,6 +355,9 @@ class Engine:
         """Requests whose answer has not been sent whole."""
         self.received = 0
         self.used_tokens = 0
+        self.worker_pid = 0
+        """Of the process that stands for the scheduler; nothing is computed while a signal has stopped it."""
+        self.unreaped: list[subprocess.Popen[bytes]] = []
         self._idle_from = time.monotonic()
         self._turn = threading.Condition()
         self._counting = threading.Lock()
@@ -418,7 +432,7 @@ class Engine:
 
     def _step(self, seconds: float) -> None:
         time.sleep(seconds)
-        while self.faults.hang or time.monotonic() < self._warm_from:
+        while self.faults.hang or time.monotonic() < self._warm_from or is_stopped(self.worker_pid):
             time.sleep(STEP_SECONDS)
 
     def gauges(self) -> dict[str, float]:
@@ -512,7 +526,7 @@ class Handler(BaseHTTPRequestHandler):
         key, faults = self.engine.arguments.api_key, self.engine.faults
         if faults.raw_path == self.path:
             self.close_connection = True
-            self.wfile.write(faults.raw_answer.encode("latin1") * faults.raw_repeat)
+            self._answer_raw()
             return False
         while self.engine.faults.mute and not self.path.startswith("/fake/"):
             time.sleep(STEP_SECONDS)
@@ -520,6 +534,20 @@ class Handler(BaseHTTPRequestHandler):
             return True
         self._send(401, {"error": "Unauthorized"})
         return False
+
+    def _answer_raw(self) -> None:
+        faults = self.engine.faults
+        part, pause = faults.raw_answer.encode("latin1"), faults.raw_pause_seconds
+        if not pause:
+            self.wfile.write(part * faults.raw_repeat)
+        for _ in range(faults.raw_repeat if pause else 0):
+            self.wfile.write(part)
+            time.sleep(pause)
+        while faults.raw_end == "open":
+            time.sleep(STEP_SECONDS)
+        if faults.raw_end == "reset":
+            # Seconds of lingering: none, so the kernel sends RST.
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     # --- state
 
@@ -541,6 +569,9 @@ class Handler(BaseHTTPRequestHandler):
         self._send(503 if self.engine.terminating.is_set() else 200, b"")
 
     def _metrics(self) -> None:
+        if self.engine.faults.forget_counters:
+            self.engine.faults.forget_counters = 0
+            self.engine.metrics = Metrics(self.engine.arguments.served_model_name)
         page = self.engine.metrics.page(self.engine.gauges())
         self._send(200, page.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
@@ -723,6 +754,23 @@ def start_stray() -> None:
     subprocess.Popen([sys.executable, "-I", "-S", "-c", code])
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped the process (state T of proc_pid_stat(5))."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+def leak(engine: Engine) -> NoReturn:
+    """Take memory at the wanted speed."""
+    kept: list[bytes] = []
+    while True:
+        # Bytes other than zero, so that the pages are real.
+        kept.append(b"x" * (engine.faults.leak_bytes_per_second // 10))
+        time.sleep(0.1)
+
+
 def flood(engine: Engine) -> NoReturn:
     """Write as many lines a second as wanted."""
     number = 0
@@ -751,6 +799,8 @@ def serve(argv: list[str]) -> NoReturn:
     # All of them in one line, the key of its configuration file among them.
     log(f"server_args={ {'model_path': arguments.model_path, 'api_key': arguments.api_key, 'port': arguments.port} }")
     worker = start_worker()
+    engine.worker_pid = worker.pid
+    engine.unreaped = [subprocess.Popen(["true"]) for _ in range(faults.zombies)]
     for _ in range(faults.stray):
         start_stray()
     log("Load weight begin. avail mem=7.31 GB")
@@ -793,6 +843,7 @@ def listen(engine: Engine) -> None:
         sys.exit(1)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     threading.Thread(target=flood, args=(engine,), daemon=True).start()
+    threading.Thread(target=leak, args=(engine,), daemon=True).start()
     log("The server is fired up and ready to roll!")
 
 

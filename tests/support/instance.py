@@ -27,7 +27,7 @@ import psutil
 from support.ports import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 FAKE_ENGINE = Path(__file__).parents[1] / "fake_engine/fake_engine.py"
 PATIENCE = 60.0
@@ -88,8 +88,10 @@ def wait_until(what: str, probe: Callable[[], Any], *, seconds: float = PATIENCE
 class Instance:
     """A running `pascaline serve`."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], environment: Mapping[str, str]) -> None:
-        """settings: dotted key -> value, passed as flags."""
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], environment: Mapping[str, str], wrapper: Sequence[str] = ()
+    ) -> None:
+        """settings: dotted key -> value, passed as flags. wrapper: a command that executes the one behind it."""
         self.folder = folder
         self.mark = uuid.uuid4().hex
         self._sessions: set[int] = set()
@@ -99,7 +101,7 @@ class Instance:
         ports = {"port": free_port(), "agent_port": free_port(), "cache_dir": folder / "cache"}
         self.settings = {**ports, **settings}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pascaline", "serve", *flags(self.settings)],
+            [*wrapper, sys.executable, "-m", "pascaline", "serve", *flags(self.settings)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -305,14 +307,19 @@ def flags(settings: Mapping[str, Any]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def running(
-    folder: Path, *, faults: str = "", environment: Mapping[str, str] | None = None, **settings: Any
+    folder: Path,
+    *,
+    faults: str = "",
+    environment: Mapping[str, str] | None = None,
+    wrapper: Sequence[str] = (),
+    **settings: Any,
 ) -> Iterator[Instance]:
     """Run an instance while the block runs, and see to it that nothing of it is left.
 
-    settings: as keyword arguments, with `__` for the dot of a key. faults: of the fake engine.
+    settings: as keyword arguments, with `__` for the dot of a key. faults: of the fake engine. wrapper: as `Instance`.
     """
     keys = {key.replace("__", "."): value for key, value in settings.items() if value is not None}
-    instance = Instance(folder, keys, {"FAKE_ENGINE_FAULTS": faults, **(environment or {})})
+    instance = Instance(folder, keys, {"FAKE_ENGINE_FAULTS": faults, **(environment or {})}, wrapper)
     try:
         yield instance
     except BaseException:

@@ -148,7 +148,8 @@ let
         RuntimeDirectoryMode = "0700";
         LimitNOFILE = 65536;
         LimitMEMLOCK = "infinity"; # pinned host buffers for transfers to the GPU
-        OOMPolicy = "kill";
+        # The supervisor names the kernel's kill of the engine and starts the engine again; "kill" would end both.
+        OOMPolicy = "continue";
         # torch and the driver's PTX compiler map memory that is writable and executable.
         MemoryDenyWriteExecute = false;
         # psutil reads /proc/meminfo and /proc/stat.

@@ -134,7 +134,7 @@ def _read(answer: http.client.HTTPResponse, *, stream: bool, tokens: int) -> tup
         return (Outcome.WHOLE, "") if ended and not failed else (Outcome.CUT, "the stream has no end")
     try:
         generated: Any = json.loads(text)["usage"]["completion_tokens"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return Outcome.CUT, "the answer is not one"
     return (Outcome.WHOLE, "") if 0 < generated <= tokens else (Outcome.CUT, "an answer without a token")
 

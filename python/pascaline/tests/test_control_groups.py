@@ -1,4 +1,4 @@
-"""How many CPUs an engine may use follows from the affinity mask and every quota around the process."""
+"""CPUs and memory of a process follow from the affinity mask and from every control group around it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
-from pascaline.control_groups import group_folders, usable_cpus
+from pascaline.control_groups import group_folders, memory_limit, oom_kills, usable_cpus
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,3 +78,29 @@ def test_folders_are_listed_innermost_first(tmp_path: Path) -> None:
 
 def test_this_host_has_a_cpu() -> None:
     assert 1 <= usable_cpus() <= len(os.sched_getaffinity(0))
+
+
+class TestMemory:
+    def test_kills_of_its_own_group(self, tmp_path: Path) -> None:
+        files = {"a__memory-events": "low 0\nhigh 3\nmax 9\noom 2\noom_kill 1", "memory-events": "oom_kill 5"}
+        assert oom_kills(*groups(tmp_path, "0::/a\n", **files)) == 1
+
+    def test_version_1(self, tmp_path: Path) -> None:
+        files = {"memory__a__memory-oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 4"}
+        assert oom_kills(*groups(tmp_path, "4:memory:/a\n0::/\n", **files)) == 4
+
+    @pytest.mark.parametrize("content", ["", "oom_kill", "oom_kill many", "oom 1"])
+    def test_what_cannot_be_read_is_unknown(self, tmp_path: Path, content: str) -> None:
+        assert oom_kills(*groups(tmp_path, "0::/a\n", **{"a__memory-events": content})) is None
+
+    def test_a_parents_kills_are_not_its_own(self, tmp_path: Path) -> None:
+        assert oom_kills(*groups(tmp_path, "0::/a/b\n", **{"a__memory-events": "oom_kill 7"})) is None
+
+    def test_the_lowest_limit(self, tmp_path: Path) -> None:
+        files = {"a__memory-max": "8589934592", "a__b__memory-max": "max"}
+        assert memory_limit(*groups(tmp_path, "0::/a/b\n", **files)) == 8 << 30
+
+    @pytest.mark.parametrize("content", ["max", "9223372036854771712", ""])
+    def test_no_limit(self, tmp_path: Path, content: str) -> None:
+        files = {"a__memory-max": content, "memory__a__memory-limit_in_bytes": content}
+        assert memory_limit(*groups(tmp_path, "4:memory:/a\n0::/a\n", **files)) is None

@@ -298,7 +298,7 @@ OTHER_VALUES: dict[str, Any] = {
 NOT_THE_ENGINES = {
     *("model", "model_sha256", "card", "engine", "agent_host", "agent_port", "cache_dir", "allow_overcommit"),
     "allow_unauthenticated",
-    *("start_timeout", "drain_timeout", "stall_timeout", "probe_interval", "max_restarts"),
+    *("start_timeout", "drain_timeout", "stall_timeout", "probe_interval", "max_restarts", "on_oom"),
 }
 # The plan keeps to them with either engine; llama-server itself computes as it was built to.
 THE_PLANS = {("llama.cpp", "dtype"), ("llama.cpp", "mem_fraction_static")}

@@ -10,6 +10,7 @@ from pascaline.serving.failure import Ending, Failure, FailureKind, judge
 CUDA = Diagnosis(Cause.CUDA_FAULT, "CUDA says: unknown error (cudaErrorUnknown, 999)")
 NVML_WORDS = Diagnosis(Cause.GPU_LOST, "the GPU is lost")
 MEMORY = Diagnosis(Cause.DEVICE_MEMORY, "not enough memory")
+NO_MEMORY = FailureKind.OUT_OF_MEMORY
 CRASH, LOST, SILENT = FailureKind.CRASH, FailureKind.GPU_LOST, FailureKind.UNRESPONSIVE
 
 
@@ -18,7 +19,8 @@ CRASH, LOST, SILENT = FailureKind.CRASH, FailureKind.GPU_LOST, FailureKind.UNRES
     [
         # Of the standings well, unknown, doubtful, lost.
         (None, None, (CRASH, CRASH, CRASH, LOST)),
-        (MEMORY, None, (CRASH, CRASH, CRASH, LOST)),
+        (MEMORY, None, (NO_MEMORY, NO_MEMORY, NO_MEMORY, LOST)),
+        (MEMORY, "no token for 45 s", (SILENT, SILENT, LOST, LOST)),
         (CUDA, None, (CRASH, CRASH, LOST, LOST)),
         (NVML_WORDS, None, (CRASH, LOST, LOST, LOST)),
         (None, "no token for 45 s", (SILENT, SILENT, LOST, LOST)),
@@ -61,3 +63,34 @@ def test_a_process_that_cannot_be_killed_waits_in_the_driver() -> None:
 
 def test_an_engine_that_is_late() -> None:
     assert judge(Ending(exit_code=None, not_ready="it was not ready")) == Failure(CRASH, "it was not ready")
+
+
+class TestMemory:
+    PLAN = "the plan: 6.40 GiB of 7.43 GiB"
+    SAID = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.16 GiB."
+
+    @pytest.mark.parametrize(
+        "stage", ["while it loaded the model", "at the first test generation", "after it had served for 3600 s"]
+    )
+    def test_the_engines_words_come_with_when_and_how_much(self, stage: str) -> None:
+        ending = Ending(exit_code=-9, diagnosis=MEMORY, last_line=self.SAID, stage=stage, planned=self.PLAN)
+        assert judge(ending).text == (
+            f"the engine ended with signal SIGKILL: not enough memory ({stage}); it said: {self.SAID}; {self.PLAN}"
+        )
+
+    def test_the_kernel_killed_it(self) -> None:
+        ending = Ending(exit_code=-9, last_line="GET /", oom_kills=1, stage="while it loaded the model")
+        assert judge(ending) == Failure(
+            NO_MEMORY, "the kernel killed the engine for lack of memory (the host has none left) (while it loaded the model)"
+        )
+        limited = judge(Ending(exit_code=-9, oom_kills=2, memory_limit="8.00 GiB"))
+        assert limited.text == "the kernel killed the engine for lack of memory (its control group allows 8.00 GiB)"
+
+    def test_a_leak_is_named(self) -> None:
+        leak = "its memory grew from 2.00 GiB when it was ready to 7.00 GiB (1.00 GiB an hour)"
+        assert judge(Ending(exit_code=-9, oom_kills=1, leak=leak)).text.endswith(f"; {leak}")
+
+    @pytest.mark.parametrize(("code", "kills"), [(-9, 0), (1, 1), (-11, 1), (None, 1)])
+    def test_another_end_is_not_the_kernels(self, code: int | None, kills: int) -> None:
+        """Another process of the group was killed, or somebody else sent the signal."""
+        assert judge(Ending(exit_code=code, oom_kills=kills, last_line="x", not_ready=None)).kind is CRASH

@@ -24,6 +24,7 @@ VALUES: list[Any] = [
         "int8",
         "lpm",
         "embed",
+        "shrink",
         "sglang",
         "llama.cpp",
         "cpu",

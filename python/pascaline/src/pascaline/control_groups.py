@@ -1,4 +1,4 @@
-"""Limits of this process's control groups: how many CPUs it may use, and the folders that hold its limits."""
+"""Limits of this process's control groups: the CPUs it may use, its memory, and the folders that hold these limits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 CGROUP = Path("/proc/self/cgroup")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+UNLIMITED_BYTES = 2**62
+"""More than any limit; version 1 reports "no limit" as a number slightly below 2**63."""
 
 
 def usable_cpus(cgroup: Path = CGROUP, root: Path = CGROUP_ROOT) -> int:
@@ -38,6 +40,31 @@ def group_folders(controller: str, cgroup: Path = CGROUP, root: Path = CGROUP_RO
         folder = top / path.strip("/")
         found += [folder, *(parent for parent in folder.parents if parent.is_relative_to(top))]
     return found
+
+
+def oom_kills(cgroup: Path = CGROUP, root: Path = CGROUP_ROOT) -> int | None:
+    """Return how many processes of this process's own group the kernel has killed for lack of memory; None if unknown.
+
+    Linux, admin-guide/cgroup-v2.rst (memory.events) and cgroup-v1/memory.rst (memory.oom_control): both count kills at
+    the group's limit and kills for lack of memory in the whole host.
+    """
+    for folder in group_folders("memory", cgroup, root)[:1]:
+        words = _words(folder / "memory.events") or _words(folder / "memory.oom_control")
+        counts = dict(zip(words[::2], words[1::2], strict=False))
+        if counts.get("oom_kill", "").isdigit():
+            return int(counts["oom_kill"])
+    return None
+
+
+def memory_limit(cgroup: Path = CGROUP, root: Path = CGROUP_ROOT) -> int | None:
+    """Return the lowest memory limit of this process's groups in bytes; None if there is none."""
+    limits = []
+    for folder in group_folders("memory", cgroup, root):
+        words = _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes")
+        # Version 2 writes "max" for no limit, version 1 the largest number of pages.
+        if words and words[0].isdigit() and int(words[0]) < UNLIMITED_BYTES:
+            limits.append(int(words[0]))
+    return min(limits, default=None)
 
 
 def _cpu_quotas(cgroup: Path, root: Path) -> list[float]:

@@ -210,6 +210,11 @@ class Settings(BaseModel):
     probe_interval: Seconds = Field(
         15.0, gt=0, le=3600, description="Time between two test generations of an idle engine"
     )
+    on_oom: Literal["fail", "shrink"] = Field(
+        "fail",
+        description="After the engine ran out of memory: fail starts it again with the same settings, if it had been "
+        "ready before; shrink starts it with the next smaller KV cache, context or chunk that the plan knows",
+    )
     max_restarts: int = Field(5, ge=0, le=1000, description="Consecutive crashes after which the instance gives up")
     allow_overcommit: bool = Field(False, description="Whether to start even if the plan does not fit the card")
 

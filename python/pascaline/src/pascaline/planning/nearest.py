@@ -85,6 +85,28 @@ def nearest_fits(spec: ModelSpec, card: Card, request: PlanRequest, count: int =
     return sorted(chosen[:count], key=lambda change: change.distance)
 
 
+STEP_SHARE = 0.05
+"""Share of a plan's memory that the next smaller one needs less, at most half of its KV cache."""
+SHRINKABLE = frozenset({"kv_cache.max_tokens", "context_length", "chunked_prefill_tokens", "max_running_requests"})
+"""Settings that `next_smaller` changes: none of them changes what the model answers."""
+
+
+def next_smaller(spec: ModelSpec, card: Card, plan: Plan) -> Change | None:
+    """Return the nearest settings that need less memory than a plan that turned out too large; None if there are none.
+
+    The plan is made again for a device that has so much less memory.
+    """
+    request = plan.request
+    step = int(min(STEP_SHARE * plan.total_bytes, plan.kv_bytes / 2))
+    tight = replace(request, card_bytes=request.used_bytes + plan.total_bytes - max(step, 1))
+    smaller = make_plan(spec, card, tight)
+    if smaller.fits and smaller.kv_tokens < plan.kv_tokens and request.engine == "sglang":
+        settings: dict[str, Any] = {"kv_cache.max_tokens": smaller.kv_tokens}
+        return Change(settings, _sentence(settings, smaller), smaller, POOL_DISTANCE)
+    changes = nearest_fits(spec, card, tight, count=len(SHRINKABLE) * len(CHUNKS))
+    return next((change for change in changes if set(change.settings) <= SHRINKABLE), None)
+
+
 def other_engine_fits(settings: Settings, spec: ModelSpec, card: Card, request: PlanRequest) -> list[Change]:
     """Return the other engines that serve the model on this card under the same settings, as changes of `engine`."""
     found = []

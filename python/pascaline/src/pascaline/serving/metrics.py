@@ -47,6 +47,10 @@ class Metrics:
         self._late: dict[str, Gauge] = {}
         self._state = self._gauge("pascaline_instance_state", "1 for the state that the instance is in", ["state"])
         self.engine_up = self._gauge("pascaline_engine_up", "Whether the engine's process runs")
+        self.engine_memory = self._gauge(
+            "pascaline_engine_resident_memory_bytes",
+            "Memory of the host that the engine's processes hold alone (RssAnon), sampled every five seconds",
+        )
         self.restarts = Counter(
             "pascaline_engine_restarts", "Restarts of the engine", ["reason"], registry=self.registry
         )

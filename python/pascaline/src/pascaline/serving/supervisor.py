@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from gguf_acceptance import combined_sha256
 
 from pascaline import __version__
+from pascaline.control_groups import memory_limit, oom_kills
 from pascaline.digests import shown_sha256s
 from pascaline.engines import ENGINES, Task
 from pascaline.engines.served import read_served
@@ -29,12 +30,13 @@ from pascaline.gpu import loss
 from pascaline.models import store
 from pascaline.models.chat_template import chat_templates
 from pascaline.redaction import read_secret
-from pascaline.serving import ports
+from pascaline.serving import ports, shrink
 from pascaline.serving.agent import create_server, serve
 from pascaline.serving.engine_api import FIRST_GENERATION_SECONDS, POLL_TIMEOUT_SECONDS, EngineApi, Probe
-from pascaline.serving.failure import Ending, Failure, FailureKind, judge
+from pascaline.serving.failure import Ending, Failure, FailureKind, judge, lacks_memory
 from pascaline.serving.health import ANSWERING, Health, Judge, State, backoff_seconds
 from pascaline.serving.history import History
+from pascaline.serving.memory_use import MemoryUse, resident_bytes
 from pascaline.serving.metrics import Metrics
 from pascaline.serving.process import EngineProcess
 from pascaline.serving.runtime_folder import RuntimeFolder
@@ -162,6 +164,16 @@ class Supervisor:
         self._stop_now = asyncio.Event()
         self._failed_to_ask = False
         """Whether a request since the last observation failed because of this process, not of the engine."""
+        self._made_plan: Plan | None = None
+        """The plan that the task was made from."""
+        self._memory = MemoryUse()
+        """Of the engine that was started last."""
+        self._oom_kills: int | None = None
+        """Processes that the kernel had killed for lack of memory when that engine was started; None: unknown."""
+        self._is_warming_up = False
+        """Whether that engine has loaded its model and has not generated yet."""
+        self._smaller_helps = False
+        """Whether the last run ended for lack of memory of which a smaller plan needs less."""
         self._starts = Starts.from_environment()
         self._signalled = False
 
@@ -295,6 +307,7 @@ class Supervisor:
             self._console.line("WARNING", "pascaline", f"allow_overcommit: {reason}")
         for note in plan.notes:
             self._console.line("INFO", "pascaline", f"plan: {note}")
+        self._made_plan = plan
         self.plan = plan.to_json() | {"placement": self._placement.to_json(), "allocated": None}
         self.metrics.set_plan(plan)
         return plan
@@ -325,8 +338,10 @@ class Supervisor:
             if self._stop.is_set():
                 raise Stopped
             was_ready = was_ready or served > 0
-            if not was_ready:
+            smaller = await self._smaller_task() if self._smaller_helps else None
+            if not was_ready and smaller is None:
                 raise EngineError(failure.text)
+            task = smaller or task
             if failure.kind is FailureKind.HOST:
                 # Not the engine's fault, so it does not count towards max_restarts.
                 await self._pause_before_restart(in_a_row + 1, failure)
@@ -338,6 +353,20 @@ class Supervisor:
                     f"last: {failure.text}"
                 )
             await self._pause_before_restart(in_a_row, failure)
+
+    async def _smaller_task(self) -> Task | None:
+        """Plan the model with the next smaller settings; None if on_oom forbids that, or no smaller ones serve it."""
+        model, placement, plan = self.model, self._placement, self._made_plan
+        if self.settings.on_oom != "shrink" or model is None or placement is None or plan is None:
+            return None
+        found = await self._in_thread(shrink.shrunk, self._configuration, model.spec, placement, plan)
+        if found is None:
+            self._console.line("WARNING", "pascaline", "on_oom: the plan knows no smaller settings for this model")
+            return None
+        self._configuration, change = found
+        self.settings = self._configuration.settings
+        self._console.line("WARNING", "pascaline", f"on_oom: the next start uses {change}")
+        return await self._prepare()
 
     async def _as_verified(self, task: Task) -> Task:
         """Verify the model's files once more; if they changed, read and plan the model again.
@@ -357,6 +386,8 @@ class Supervisor:
         self._change(State.STARTING, "the engine is loading")
         for name in ("load", "warm-up"):
             self.stages.pop(name, None)
+        self._memory, self._oom_kills, self._smaller_helps = MemoryUse(), oom_kills(), False
+        self._is_warming_up = False
         try:
             if (taken := self._port_taken()) is not None:
                 return 0.0, taken
@@ -376,7 +407,7 @@ class Supervisor:
         self.metrics.engine_up.set(0)
         self.history.forget_counters()
         served = time.monotonic() - ready_since if ready_since is not None else 0.0
-        return served, await self._failure(process, started)
+        return served, await self._failure(task, process, started, served)
 
     def _port_taken(self) -> Failure | None:
         """Return a failure if another program has taken the port: the engine would fail with it minutes later.
@@ -405,6 +436,7 @@ class Supervisor:
         if load.failed:
             return False
         self._record_stage("load", load.seconds)
+        self._is_warming_up = True
         with self._console.stage("warm-up") as warm_up:
             warm_up.failed = not await self._poll_until(process, started, partial(self._warms_up, api))
         if warm_up.failed:
@@ -476,6 +508,7 @@ class Supervisor:
 
     async def _look(self, watch: Watch) -> None:
         judge, now = watch.judge, watch.look(in_vain=self._asked_in_vain())
+        await self._sample_memory(now)
         judge.observe(now, await self._progress(watch.api))
         self.history.add(time.time(), watch.api.vitals)
         if watch.probe is not None and watch.probe.done():
@@ -495,6 +528,13 @@ class Supervisor:
             watch.settled = True
         if judge.last_sign >= now and self.health.state is not State.UNRESPONSIVE:
             self.metrics.last_generation.set(time.time())
+
+    async def _sample_memory(self, now: float) -> None:
+        if self._memory.is_due(now) and self._process is not None:
+            with contextlib.suppress(OSError):
+                n_bytes = await self._in_thread(resident_bytes, self._process.pid)
+                self._memory.sampled(now, n_bytes)
+                self.metrics.engine_memory.set(n_bytes)
 
     async def _progress(self, api: EngineApi) -> Progress | None:
         progress: Progress | None = None
@@ -550,9 +590,10 @@ class Supervisor:
             for part in line.rstrip().split("\n"):
                 self._console.line("ERROR", "pascaline", f"{what}: {part}")
 
-    async def _failure(self, process: EngineProcess, started: float) -> Failure:
-        """Return why the engine no longer runs. started: Unix time of its start."""
-        ending = self._ending(process, started)
+    async def _failure(self, task: Task, process: EngineProcess, started: float, served: float) -> Failure:
+        """Return why the engine no longer runs. started: Unix time of its start; served: seconds that it was ready."""
+        ending = self._with_memory(self._ending(process, started), served)
+        self._smaller_helps = lacks_memory(ending) and shrink.helps(ending, task.device)
         foreign = self._api.foreign if self._api is not None else None
         gpus = self._placement.gpus if self._placement is not None else ()
         failure = judge(ending, await self._in_thread(loss.examine, gpus, started))
@@ -574,6 +615,26 @@ class Supervisor:
             silence=silence,
             stuck=stuck,
             not_ready=not_ready,
+        )
+
+    def _with_memory(self, ending: Ending, served: float) -> Ending:
+        """Add what explains an end for lack of memory. served: seconds that the engine was ready."""
+        now, limit = oom_kills(), memory_limit()
+        kills = now - self._oom_kills if now is not None and self._oom_kills is not None else 0
+        stage = "while it loaded the model" if not served else ""
+        if served:
+            stage = f"after it had served for {served:.0f} s"
+        elif self._is_warming_up:
+            stage = "at the first test generation"
+        plan = self._made_plan
+        planned = f"the plan: {format_bytes(plan.total_bytes)} of {format_bytes(plan.card_bytes)}" if plan else ""
+        return replace(
+            ending,
+            stage=stage,
+            oom_kills=kills,
+            memory_limit=format_bytes(limit) if limit is not None else "",
+            planned=planned,
+            leak=self._memory.leak if served else None,
         )
 
     async def _pause_before_restart(self, in_a_row: int, failure: Failure) -> None:

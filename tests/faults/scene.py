@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import os
 import re
 import shutil
 import signal
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 from pascaline.errors import ExitCode
 from support.instance import FAKE_ENGINE, PATIENCE, Instance, running, wait_until
-from support.ledger import Ledger, Load, Outcome
+from support.ledger import Ledger, Load, Outcome, stretch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -244,14 +243,14 @@ def _refused(scene: Scene, record: Record) -> None:
     began = time.monotonic()
     with scene.serving() as instance:
         scene.fault.inject(scene)
-        code = instance.wait()
+        code = instance.wait(PATIENCE * stretch())
         record.detected = time.monotonic() - began
     _judge_end(record, instance, code)
     if scene.fault.heal is not None:
         scene.fault.heal(scene)
         healed = time.monotonic()
         with scene.serving() as instance:
-            instance.wait_for_state("ready")
+            instance.wait_for_state("ready", seconds=PATIENCE * stretch())
             record.recovered = time.monotonic() - healed
             _end(record, instance, ExitCode.OK)
 
@@ -260,13 +259,13 @@ def _served(scene: Scene, record: Record) -> None:
     fault = scene.fault
     with contextlib.ExitStack() as stack:
         instance = stack.enter_context(scene.serving())
-        instance.wait_for_state("ready", "busy")
+        instance.wait_for_state("ready", "busy", seconds=PATIENCE * stretch())
         watcher = stack.enter_context(Watcher(scene.agent_port))
         load = Load(scene.port, clients=fault.clients, key=KEY if fault.key else None)
         record.ledger = load.ledger
         with load:
             # Each client has been answered, so that the fault meets a load.
-            wait_until("a load", lambda: len(load.ledger.entries) >= fault.clients)
+            wait_until("a load", lambda: len(load.ledger.entries) >= fault.clients, seconds=PATIENCE * stretch())
             began = time.monotonic()
             fault.inject(scene)
             _follow(scene, record, watcher, began, stack)
@@ -287,10 +286,10 @@ def _follow(scene: Scene, record: Record, watcher: Watcher, began: float, stack:
             record.problems.append(f"readiness was lost after {lost - began:.1f} s")
         record.states = instance.states
         return
-    limit = fault.detect + PATIENCE
+    limit = fault.detect + PATIENCE * stretch()
     record.detected = wait_until("detection", lambda: watcher.first(began, False, None), seconds=limit) - began
     if fault.outcome == "ends":
-        code = instance.wait()
+        code = instance.wait(PATIENCE * stretch())
         _judge_end(record, instance, code)
         record.states = instance.states
     if fault.heal is not None:
@@ -299,11 +298,11 @@ def _follow(scene: Scene, record: Record, watcher: Watcher, began: float, stack:
     if fault.outcome == "ends" and fault.heal is None:
         return
     if fault.outcome == "ends":
-        stack.enter_context(scene.serving()).wait_for_state("ready")
+        stack.enter_context(scene.serving()).wait_for_state("ready", seconds=PATIENCE * stretch())
     ledger = record.ledger
-    limit = fault.recover + PATIENCE
+    limit = fault.recover + PATIENCE * stretch()
     entry = wait_until(f"recovery ({ledger})", lambda: ledger.whole_since(healed), seconds=limit)
-    scene.instance.wait_for_state("ready", "busy")
+    scene.instance.wait_for_state("ready", "busy", seconds=PATIENCE * stretch())
     record.recovered = entry.ended - healed
     record.states = record.states or instance.states
 
@@ -312,7 +311,7 @@ def _end(record: Record, instance: Instance, code: ExitCode) -> None:
     errors = instance.metric("pascaline_internal_errors_total") if instance.health() else 0
     if errors:
         record.problems.append(f"{errors:g} internal errors")
-    ended = instance.stop()
+    ended = instance.stop(seconds=PATIENCE * stretch())
     if ended != code:
         record.problems.append(f"SIGTERM ended it with {ended}, must be {code}")
 
@@ -350,11 +349,6 @@ def _judge(record: Record, began: float) -> None:
             problems.append(f"requests were {outcome}: {ledger}")
     if re.search(r" pascaline: .*Traceback", record.text):
         problems.append("a traceback of pascaline's own")
-
-
-def stretch() -> float:
-    """Return the factor by which limits grow on a machine with more to run than two processes for each core."""
-    return max(1.0, os.getloadavg()[0] / (2 * (os.cpu_count() or 1)))
 
 
 def _tail(text: str) -> str:

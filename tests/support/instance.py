@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 FAKE_ENGINE = Path(__file__).parents[1] / "fake_engine/fake_engine.py"
 PATIENCE = 60.0
 """Seconds within which what must happen has happened, also on a machine under load."""
-MARK = "SERVE_TEST_MARK"
+MARK = "FAKE_ENGINE_MARK"
 """Variable that every process of one instance inherits, so that none can be lost sight of."""
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -24,6 +25,11 @@ SILENT_SECONDS = 30.0
 """A request without any sign for this long counts as silent: no client waits for ever."""
 REFUSED_PAUSE_SECONDS = 0.1
 """What a client waits after a refusal before it asks again."""
+
+
+def stretch() -> float:
+    """Return the factor by which limits grow on a machine with more to run than two processes for each core."""
+    return max(1.0, os.getloadavg()[0] / (2 * (os.cpu_count() or 1)))
 
 
 class Outcome(StrEnum):
@@ -104,7 +110,7 @@ class Ledger:
 def ask(port: int, *, stream: bool, tokens: int = 8, prompt: str = "a b c", key: str | None = None) -> Entry:
     """Send one completion and say what became of it."""
     began = time.monotonic()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SILENT_SECONDS)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SILENT_SECONDS * stretch())
     body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "stream": stream, "temperature": 0}
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     try:
@@ -165,7 +171,7 @@ class Load:
         """Send no further requests, and wait for the ends of those that were sent."""
         self._over.set()
         for thread in self._threads:
-            thread.join(SILENT_SECONDS + 10)
+            thread.join(SILENT_SECONDS * stretch() + 10)
 
     def _go_on(self, stream: bool) -> None:
         while not self._over.is_set():

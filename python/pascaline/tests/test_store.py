@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -318,6 +319,34 @@ class TestPrepare:
         monkeypatch.setenv("FAKE_ENGINE_FAULTS", "prepare_error=3")
         assert prepare(given, model, sha256(model)) == prepared
 
+    @pytest.mark.parametrize("name", ["pascal.json", "config.json"])
+    @pytest.mark.parametrize("damage", ["truncated", "changed", "removed", "folder removed", "checksums removed"])
+    def test_a_damaged_copy_is_prepared_again(self, model: Path, tmp_path: Path, name: str, damage: str) -> None:
+        given = settings(cache_dir=tmp_path)
+        prepared = prepare(given, model, sha256(model))
+        whole = {path.name: path.read_bytes() for path in prepared.iterdir()}
+        match damage:
+            case "truncated":
+                (prepared / name).write_bytes(whole[name][:1])
+            case "changed":
+                (prepared / name).write_bytes(whole[name] + b" ")
+            case "removed":
+                (prepared / name).unlink()
+            case "folder removed":
+                shutil.rmtree(prepared)
+            case _:
+                prepared.with_suffix(".sha256.json").write_text("[")
+        (tmp_path / "prepared" / "other").touch()
+        assert prepare(given, model, sha256(model)) == prepared
+        assert {path.name: path.read_bytes() for path in prepared.iterdir()} == whole
+
+    def test_a_file_that_an_engine_added_changes_nothing(self, model: Path, tmp_path: Path) -> None:
+        given = settings(cache_dir=tmp_path)
+        prepared = prepare(given, model, sha256(model))
+        (prepared / "added").touch()
+        prepare(given, model, sha256(model))
+        assert (prepared / "added").is_file()
+
     def test_a_file_that_moved_is_prepared_again(self, model: Path, tmp_path: Path) -> None:
         given = settings(cache_dir=tmp_path / "cache")
         prepared = prepare(given, model, sha256(model))
@@ -366,7 +395,9 @@ class TestPrepare:
         left = cache / "prepared" / f".{sha256(model)}-v{PREPARED_FORMAT}.half"
         left.mkdir()
         prepared = prepare(settings(cache_dir=cache), model, sha256(model))
-        assert sorted(path.name for path in prepared.parent.iterdir()) == [prepared.name, f"{prepared.name}.lock"]
+        assert sorted(path.name for path in prepared.parent.iterdir()) == [
+            *(prepared.name, f"{prepared.name}.lock", f"{prepared.name}.sha256.json")
+        ]
 
     @pytest.mark.parametrize(("code", "kind"), [(3, ModelError), (1, ModelError), (8, MissingError), (9, StorageError)])
     def test_the_plugins_error_is_passed_on(

@@ -11,17 +11,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pascaline.child import with_parent
+from pascaline.inherited import inherited
 from pascaline.redaction import LineRedactor
 from pascaline.serving.output import Output, Throttle, visible
 
 if TYPE_CHECKING:
     from pascaline.engines import Launch
 
-NOT_INHERITED = frozenset(
-    {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"}
-)
-"""The service manager's variables: it would take an engine's notifications for ours. And Hugging Face tokens, which no
-engine needs, since none downloads anything."""
 KILL_SECONDS = 10.0
 """From SIGKILL to the end of a process on a loaded machine. If it takes longer, the process is stuck in the kernel, for
 example in a driver call that does not return."""
@@ -68,8 +64,7 @@ class EngineProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=write_end,
                 stderr=write_end,
-                env={name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
-                | launch.environment,
+                env=inherited() | launch.environment,
                 start_new_session=True,
             )
         except BaseException:

@@ -369,13 +369,15 @@ class Supervisor:
         return await self._prepare()
 
     async def _as_verified(self, task: Task) -> Task:
-        """Verify the model's files once more; if they changed, read and plan the model again.
+        """Verify the model's files and their converted copy once more; if they changed, read and plan the model again.
 
         Raises ModelError if they do not match model_sha256. Cheap if nothing changed.
         """
         model = task.model
         digests = await self._in_thread(store.verify, self.settings, store.model_files(model.spec, model.path))
         if digests == model.sha256:
+            if model.prepared_dir is not None:
+                await self._in_thread(self._engine.prepare, self.settings, model.path, combined_sha256(digests))
             return task
         changed = f"the model changed since it was verified: sha256 {shown_sha256s(digests)}, was "
         self._console.line("WARNING", "pascaline", f"{changed}{shown_sha256s(model.sha256)}; it is read again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pascaline.child import with_parent
 from pascaline.errors import MissingError, ModelError, PascalineError, StorageError
+from pascaline.inherited import inherited
 from pascaline.models.cache import cache_folder, locked, writing
 from pascaline.plugin import PLUGIN
 
@@ -29,15 +31,23 @@ def prepare(settings: Settings, path: Path, digest: str) -> Path:
 
     path: the file, or the first part of a split model; digest: of all its files (combined_sha256).
 
-    Made once for each file content, by one process at a time, and complete or not at all.
+    Made once for each file content, by one process at a time, and complete or not at all. Made anew if a file in it was
+    changed, truncated or removed since.
     """
     folder = cache_folder(settings) / "prepared" / f"{digest}-v{PREPARED_FORMAT}"
+    if _is_prepared_from(folder, path):
+        # Nothing is written, so a full disk does not matter.
+        return folder
     with writing(folder.parent, needed=PREPARED_BYTES), locked(folder.with_suffix(".lock")):
         if not _is_prepared_from(folder, path):
             # Left by attempts that were killed: the lock shows that none is running.
             for left in folder.parent.glob(f".{folder.name}.*"):
                 shutil.rmtree(left, ignore_errors=True)
+            if not (folder / PLUGIN.manifest).is_file():
+                # The plugin replaces only folders that it made.
+                shutil.rmtree(folder, ignore_errors=True)
             _run_prepare(settings, path, digest, folder)
+            _remember_files(folder)
     return folder
 
 
@@ -47,7 +57,33 @@ def _is_prepared_from(folder: Path, path: Path) -> bool:
     except (OSError, ValueError):
         return False
     wanted = {"gguf": str(path), "format": PREPARED_FORMAT}
-    return isinstance(manifest, dict) and wanted.items() <= manifest.items()
+    return isinstance(manifest, dict) and wanted.items() <= manifest.items() and _is_undamaged(folder)
+
+
+def _is_undamaged(folder: Path) -> bool:
+    """Whether the folder still holds the files that it was made with; an engine may have added others."""
+    try:
+        made = json.loads(_checksums(folder).read_text())
+        return isinstance(made, dict) and bool(made) and made.items() <= _sha256s(folder).items()
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def _remember_files(folder: Path) -> None:
+    fresh = _checksums(folder).with_suffix(".new")
+    fresh.write_text(json.dumps(_sha256s(folder)))
+    fresh.replace(_checksums(folder))
+
+
+def _checksums(folder: Path) -> Path:
+    """Return the file with the checksums of a folder's files; beside the folder, which is the plugin's."""
+    return folder.with_suffix(".sha256.json")
+
+
+def _sha256s(folder: Path) -> dict[str, str]:
+    """Return the checksum of each file. A prepared folder has no weights, so that reading it takes milliseconds."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _run_prepare(settings: Settings, path: Path, digest: str, folder: Path) -> None:
@@ -55,7 +91,9 @@ def _run_prepare(settings: Settings, path: Path, digest: str, folder: Path) -> N
     if shutil.which(python) is None:
         raise MissingError(f"engine_executable: {python} is not a program, must be a Python that can import sglang")
     command = with_parent(python, "-m", "sglang_pascal", "prepare", str(path), str(folder), "--known-sha256", digest)
-    result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=inherited()
+    )
     if result.returncode:
         raise _prepare_error(result, python)
 

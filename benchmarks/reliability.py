@@ -51,18 +51,21 @@ NEEDS_AN_INSTANCE = re.compile("restart|on_oom|zombies|stray|ignore SIGTERM")
 LLAMA_TOO = re.compile(r"engine: SIG")
 INTRO = f"""# Reliability
 
-What goes wrong, what pascaline does about it, and how long that takes. Each row is a test (`tests/faults/table.py`), which also holds the limits; `benchmarks/reliability.py`
-measured the figures and wrote this page. The engine is a stand-in with SGLang's command line, interface, output and faults (`tests/fake_engine`), so that a fault can be
-repeated at will; `tests/serve/test_sglang.py` and `tests/serve/test_llama_cpp.py` do the most important of them to the real engines.
+What goes wrong, what pascaline does about it, and how long that takes. Each row is a test (`tests/faults/table.py`),
+which also holds the limits; `benchmarks/reliability.py` measured the figures and wrote this page. The engine is a
+stand-in with SGLang's command line, interface, output and faults (`tests/fake_engine`), so that a fault can be repeated
+at will; `tests/serve/test_sglang.py` and `tests/serve/test_llama_cpp.py` do the most important ones to real engines.
 
-Clients ask all the time, every second one for a stream. **Every request is accounted for:** answered whole, refused (no connection, or a status from 400 on), cut (the client is
-told by a closed connection or an error), or silent: no answer and no end within 30 s. Requests that were in the engine when it died are cut: nobody can answer them any more.
+Clients ask all the time, every second one for a stream. **Every request is accounted for:** answered whole, refused
+(no connection, or a status from 400 on), cut (the client is told by a closed connection or an error), or silent (no
+answer and no end within 30 s). Requests that were in the engine when it died are cut: nobody can answer them any more.
 
-- **detected**: from the fault to `/readyz` saying no (or the end of the instance). Measured with `stall_timeout` {STALL_SECONDS:g} s instead of {DEFAULT_STALL_SECONDS:g} s; **by default** is the
-  same with the default: silence is the only sign of some faults, so the difference of the two settings is added.
-- **recovered**: from detection, or from the moment at which the cause was taken away, to the first answer that is whole.
-- **bare SGLang**, **bare llama-server**: the same fault, and only a loop that starts the engine again when it ends, as systemd does. Seconds from the fault to the first whole
-  answer, and requests that were left without any end.
+- **detected**: from the fault to `/readyz` saying no (or the end of the instance). Measured with `stall_timeout`
+  {STALL_SECONDS:g} s instead of {DEFAULT_STALL_SECONDS:g} s; **by default** adds the difference where only silence shows
+  the fault.
+- **recovered**: from detection, or from the moment at which the cause was taken away, to the first whole answer.
+- **bare SGLang**, **bare llama-server**: the same fault, and only a loop that starts the engine again when it ends, as
+  systemd does. Seconds from the fault to the first whole answer, and requests that were left without any end.
 - A dash: there is nothing to detect or to recover from, or the fault cannot be done to that engine.
 """
 
@@ -229,8 +232,8 @@ def page(document: dict[str, Any]) -> str:
     absent = [name for name in names if name not in rows]
     loads = sorted(row["load"] for row in rows.values())
     lines.append(
-        f"{document['date']}, {document['machine']}; load average between {loads[0]:.0f} and {loads[-1]:.0f} while it ran: "
-        "times on an idle machine are shorter."
+        f"{document['date']}, {document['machine']}; load average between {loads[0]:.0f} and {loads[-1]:.0f}: "
+        "the times are shorter on an idle machine."
     )
     lines.append(f"The random pairs come from seed {SEED} (`tests/faults/table.py`).")
     if absent:
@@ -241,7 +244,7 @@ def page(document: dict[str, Any]) -> str:
 def _summary(rows: dict[str, Any]) -> str:
     stopped = [row for row in rows.values() if row["outcome"] == "recovers"]
     slowest = max(row["by_default"] for row in stopped)
-    punished = sum(row["outcome"] == "stays" for row in rows.values())
+    kept = sum(row["outcome"] == "stays" for row in rows.values())
     silent = sum(row["silent"] for row in rows.values())
     total = sum(row[outcome] for row in rows.values() for outcome in Outcome)
     never = [row["bare SGLang"] for row in stopped if "bare SGLang" in row and row["bare SGLang"]["recovered"] is None]
@@ -249,10 +252,10 @@ def _summary(rows: dict[str, Any]) -> str:
     llama = [row["bare llama-server"] for row in stopped if "bare llama-server" in row]
     hung = sum(each["recovered"] is None for each in llama)
     return (
-        f"{len(rows)} faults, {total:,} requests, {silent} of them silent. Every fault that stops answers was detected, with default settings within "
-        f"{slowest:.0f} s, and served again. {punished} situations that are healthy or cost single requests changed nothing. "
-        f"Of the {compared} faults that were also done to bare SGLang, it served again within {HORIZON_SECONDS:.0f} s after {compared - len(never)}; "
-        f"bare llama-server after {len(llama) - hung} of {len(llama)}.\n"
+        f"{len(rows)} faults, {total:,} requests, {silent} of them silent. Every fault that stops answers was\n"
+        f"detected, with default settings within {slowest:.0f} s, and the instance served again. {kept} situations that\n"
+        f"are healthy or cost single requests changed nothing. Bare SGLang served again within {HORIZON_SECONDS:.0f} s after\n"
+        f"{compared - len(never)} of {compared} faults, bare llama-server after {len(llama) - hung} of {len(llama)}.\n"
     )
 
 
@@ -263,22 +266,22 @@ def _table(rows: dict[str, Any], names: Sequence[str]) -> Iterator[str]:
     yield "|" + "---|" * len(head)
     for name in names:
         row = rows[name]
-        states = row["states"].removeprefix("starting ready").strip() or "–"
+        states = row["states"].removeprefix("starting ready").strip() or "-"
         cells = [name, states, *(_seconds(row[key]) for key in ("detected", "by_default", "recovered"))]
         cells += [str(row[outcome]) for outcome in Outcome]
-        cells += ["–" if row["agent_p99"] is None else f"{row['agent_p99'] * 1000:.0f}"]
+        cells += ["-" if row["agent_p99"] is None else f"{row['agent_p99'] * 1000:.0f}"]
         yield "| " + " | ".join([*cells, *(_bare(row.get(kind)) for kind in compared)]) + " |"
 
 
 def _bare(found: dict[str, Any] | None) -> str:
     if found is None:
-        return "–"
+        return "-"
     again = f"not within {HORIZON_SECONDS:.0f} s" if found["recovered"] is None else f"{found['recovered']:.1f} s"
     return f"{again}, {found['silent']} silent" if found["silent"] else again
 
 
 def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
+    return "-" if value is None else f"{value:.1f}"
 
 
 def main() -> None:

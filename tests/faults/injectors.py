@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 from pascaline.gpu.fake_nvml import fake_nvml_environment, write_scenario
-from support.instance import wait_until
+from support.instance import PATIENCE, wait_until
+from support.ledger import stretch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,6 +56,11 @@ def both(*injectors: Inject) -> Inject:
 def wait(seconds: float) -> Inject:
     """A pause between two."""
     return lambda _: time.sleep(seconds)
+
+
+def until(part: str) -> Inject:
+    """Wait for a line of the log."""
+    return lambda scene: scene.instance.wait_for_line(part, PATIENCE * stretch()) and None
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -177,8 +183,7 @@ def fill_disk(scene: Scene) -> None:
 
 
 def empty_disk(scene: Scene) -> None:
-    """Make room again, after a while."""
-    time.sleep(1)
+    """Make room again."""
     (own_disk(scene) / "filler").unlink()
 
 
@@ -286,7 +291,7 @@ def own_clock(scene: Scene) -> None:
     site.mkdir()
     (site / "sitecustomize.py").write_text(SITE)
     scene.environment |= {
-        "PYTHONPATH": str(site),
+        "PYTHONPATH": f"{site}:{os.environ.get('PYTHONPATH', '')}",
         "FAULTS_CLOCK": str(scene.folder / "clock"),
         "FAULTS_DNS": str(scene.folder / "no-dns"),
     }
@@ -300,6 +305,12 @@ def set_clock(seconds: float) -> Inject:
 def no_names(scene: Scene) -> None:
     """Let no name be resolved any more."""
     (scene.folder / "no-dns").touch()
+
+
+def unread(scene: Scene) -> None:
+    """Let nobody read the log, and write a lot to it."""
+    scene.after.enter_context(scene.instance.unread())
+    scene.tell(flood_lines_per_second=5_000)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -391,7 +402,10 @@ def garbage(count: int, seed: int = 17) -> Inject:
     def inject(scene: Scene) -> None:
         rng = random.Random(seed)
         for _ in range(count):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", scene.agent_port), 2) as connection:
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", scene.agent_port), 2) as connection,
+            ):
                 connection.sendall(rng.choice([b"", b"GET / HTTP/1.1\r\n", b"POST /drain "]) + rng.randbytes(200))
 
     return inject

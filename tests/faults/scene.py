@@ -357,14 +357,16 @@ def _tail(text: str) -> str:
 
 def table(records: Sequence[Record]) -> str:
     """Return the table of some rows, as Markdown."""
-    head = "| fault | outcome | states after ready | detected, s | by default, s | recovered, s | whole | refused | cut |"
+    head = (
+        "| fault | outcome | states after ready | detected, s | by default, s | recovered, s | whole | refused | cut |"
+    )
     head += " silent | agent's p99, ms |"
     lines = [head, "|" + "---|" * 11]
     for record in records:
         states = " ".join(record.states).removeprefix("starting ready").replace("busy", "").split()
         counts = " | ".join(str(record.ledger.count(outcome)) for outcome in Outcome)
         lines.append(
-            f"| {record.fault.name} | {record.fault.outcome} | {' '.join(states) or '–'} | {_shown(record.detected)} | "
+            f"| {record.fault.name} | {record.fault.outcome} | {' '.join(states) or '-'} | {_shown(record.detected)} | "
             f"{_shown(record.detected_by_default)} | {_shown(record.recovered)} | {counts} | "
             f"{_shown(record.agent_p99, 1000)} |"
         )
@@ -372,4 +374,4 @@ def table(records: Sequence[Record]) -> str:
 
 
 def _shown(seconds: float | None, factor: float = 1.0) -> str:
-    return "–" if seconds is None else f"{seconds * factor:.1f}"
+    return "-" if seconds is None else f"{seconds * factor:.1f}"

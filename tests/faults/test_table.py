@@ -24,7 +24,9 @@ def _parameters() -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def records(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Record]]]:
+def records(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Record]]]:
     """Run all selected rows at once; each test waits for its own."""
     model = write_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", tiny("llama"), "Q8_0")
     selected = [

@@ -21,7 +21,14 @@ def test_what_an_engine_needs(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "OPENAI_API_KEY", "PGPASSWORD"),
+        *(
+            "HF_TOKEN",
+            "HUGGING_FACE_HUB_TOKEN",
+            "AWS_SECRET_ACCESS_KEY",
+            "GITHUB_TOKEN",
+            "OPENAI_API_KEY",
+            "PGPASSWORD",
+        ),
         *("SGLANG_API_KEY", "NVIDIA_API_KEY", "TORCH_TOKEN", "CUDA_SECRET", "LLAMA_ARG_API_KEY"),
         *("NOTIFY_SOCKET", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY", "STATE_DIRECTORY", "LISTEN_FDS", "JOURNAL_STREAM"),
         *("SSH_AUTH_SOCK", "DBUS_SESSION_BUS_ADDRESS", "PASCALINE_API_KEY_FILE", "http_proxy", "ANYTHING", ""),

@@ -81,7 +81,8 @@ class TestMemory:
     def test_the_kernel_killed_it(self) -> None:
         ending = Ending(exit_code=-9, last_line="GET /", oom_kills=1, stage="while it loaded the model")
         assert judge(ending) == Failure(
-            NO_MEMORY, "the kernel killed the engine for lack of memory (the host has none left) (while it loaded the model)"
+            NO_MEMORY,
+            "the kernel killed the engine for lack of memory (the host has none left) (while it loaded the model)",
         )
         limited = judge(Ending(exit_code=-9, oom_kills=2, memory_limit="8.00 GiB"))
         assert limited.text == "the kernel killed the engine for lack of memory (its control group allows 8.00 GiB)"

@@ -1,6 +1,7 @@
 """How much memory the engine's processes hold, and whether it has grown since the engine was ready: a leak.
 
-Counts the pages that belong to a process alone (RssAnon of proc_pid_status(5)): mapped files can be dropped at any time.
+Counts the pages that belong to a process alone (RssAnon of proc_pid_status(5)); mapped files can be dropped at any
+time.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class MemoryUse:
             return None
         hours = max(ended - began, 1.0) / 3600
         rate = format_bytes(int((after - before) / hours))
-        return f"its memory grew from {format_bytes(before)} when it was ready to {format_bytes(after)} ({rate} an hour)"
+        return (
+            f"its memory grew from {format_bytes(before)} when it was ready to {format_bytes(after)} ({rate} an hour)"
+        )
 
 
 def resident_bytes(leader: int, proc: Path = PROC) -> int:

@@ -61,8 +61,8 @@ Clients ask all the time, every second one for a stream. **Every request is acco
 answer and no end within 30 s). Requests that were in the engine when it died are cut: nobody can answer them any more.
 
 - **detected**: from the fault to `/readyz` saying no (or the end of the instance). Measured with `stall_timeout`
-  {STALL_SECONDS:g} s instead of {DEFAULT_STALL_SECONDS:g} s; **by default** adds the difference where only silence shows
-  the fault.
+  {STALL_SECONDS:g} s instead of {DEFAULT_STALL_SECONDS:g} s; **by default** adds the difference where only silence
+  shows the fault.
 - **recovered**: from detection, or from the moment at which the cause was taken away, to the first whole answer.
 - **bare SGLang**, **bare llama-server**: the same fault, and only a loop that starts the engine again when it ends, as
   systemd does. Seconds from the fault to the first whole answer, and requests that were left without any end.
@@ -251,11 +251,12 @@ def _summary(rows: dict[str, Any]) -> str:
     compared = sum("bare SGLang" in row for row in stopped)
     llama = [row["bare llama-server"] for row in stopped if "bare llama-server" in row]
     hung = sum(each["recovered"] is None for each in llama)
+    again = f"{compared - len(never)} of {compared}"
     return (
         f"{len(rows)} faults, {total:,} requests, {silent} of them silent. Every fault that stops answers was\n"
-        f"detected, with default settings within {slowest:.0f} s, and the instance served again. {kept} situations that\n"
-        f"are healthy or cost single requests changed nothing. Bare SGLang served again within {HORIZON_SECONDS:.0f} s after\n"
-        f"{compared - len(never)} of {compared} faults, bare llama-server after {len(llama) - hung} of {len(llama)}.\n"
+        f"detected, with default settings within {slowest:.0f} s, and the instance served again. {kept} of the\n"
+        "faults and odd situations may change nothing, and changed nothing. Bare SGLang served again within\n"
+        f"{HORIZON_SECONDS:.0f} s after {again} faults, bare llama-server after {len(llama) - hung} of {len(llama)}.\n"
     )
 
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import html
 import json
 import os
 import platform
@@ -42,6 +41,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from gpu_page import as_html
 from sglang_pascal import measure
 from sglang_pascal.kernels.build import HEAD_DIMS, KV_TYPES
 from sglang_pascal.kernels.formats import FORMATS
@@ -384,38 +384,6 @@ def add_ggml_attention(rows: list[dict], times: dict[tuple[int, int, int], float
         us = times.get((row["sequences"], row["length"], new))
         if us is not None and row["kv_type"] == "F16":
             row |= {"ggml_us": us, "share_of_ggml": row["ours_us"] / us}
-
-
-def as_html(report: dict) -> str:
-    """Return one page that loads nothing: no scripts, nothing from outside."""
-    place = report["environment"]
-    parts = [
-        f"<h1>Kernels on {html.escape(place['card'])}</h1>",
-        f"<p>Driver {html.escape(place['driver'])}, torch {html.escape(place['torch'])}, {html.escape(place['date'])}. "
-        "The kernels are compiled for Pascal; a newer card runs their PTX. Its times say nothing of a Pascal card.</p>",
-    ]
-    for name, value in report.items():
-        parts += [f"<h2>{html.escape(name)}</h2>", _html_of(value)]
-    style = (
-        "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{border:1px solid #bbb;padding:3px}"
-    )
-    return f"<!doctype html><meta charset=utf-8><title>GPU report</title><style>{style}</style>" + "\n".join(parts)
-
-
-def _html_of(value: object) -> str:
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        keys = list(dict.fromkeys(key for row in value for key in row))
-        head = "".join(f"<th>{html.escape(key)}</th>" for key in keys)
-        body = "".join("<tr>" + "".join(f"<td>{_cell(row.get(key))}</td>" for key in keys) + "</tr>" for row in value)
-        return f"<table><tr>{head}</tr>{body}</table>"
-    if isinstance(value, dict):
-        rows = "".join(f"<tr><th>{html.escape(str(k))}</th><td>{_html_of(v)}</td></tr>" for k, v in value.items())
-        return f"<table>{rows}</table>"
-    return _cell(value)
-
-
-def _cell(value: object) -> str:
-    return "" if value is None else html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))
 
 
 def steps(args: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Callable[[], object]]]:

@@ -76,8 +76,8 @@ def findings(report: dict[str, Any]) -> list[str]:
     if shares := _shares(report.get("products", [])):
         faster = sum(share <= 1 for share in shares)
         found.append(
-            f"Matrix products: {faster} of {len(shares)} take no longer than llama.cpp's on this card; the median takes "
-            f"{statistics.median(shares):.2f} of its time."
+            f"Matrix products: {faster} of {len(shares)} take no longer than llama.cpp's on this card; the median "
+            f"takes {statistics.median(shares):.2f} of its time."
         )
     if shares := _shares(report.get("attention", [])):
         found.append(

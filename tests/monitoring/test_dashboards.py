@@ -65,6 +65,13 @@ class TestDashboard:
             assert page.endswith("/blob/main/docs/operations.md")
             assert anchor in anchors, panel["title"]
 
+    def test_the_page_of_the_dashboards_lists_every_panel(self, path: Path) -> None:
+        page = (OPERATIONS.parent / "monitoring.md").read_text()
+        for panel in json.loads(path.read_text())["panels"]:
+            anchor = panel["links"][0]["url"].partition("#")[2]
+            row = f"| {panel['title']} | {panel['description']} | [what to do](operations.md#{anchor}) |"
+            assert row in page, "run: ./dev exec python benchmarks/dashboard_pictures.py"
+
     def test_its_address_is_stable(self, path: Path) -> None:
         document = json.loads(path.read_text())
         assert document["uid"] == f"pascaline-{path.stem}"

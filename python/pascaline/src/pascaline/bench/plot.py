@@ -60,6 +60,8 @@ class Series:
     """For values that were not measured: claims, estimates, limits."""
     joined: bool = True
     """Whether a line joins the marks."""
+    dots: bool = True
+    """Whether each value has a dot; off for curves of many values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,7 @@ def _series(area: _Area, series: Series, colour: str) -> list[str]:
     if series.joined and len(series.marks) > 1:
         path = " ".join(f"{area.x(mark.x):.1f},{area.y(mark.y):.1f}" for mark in series.marks)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
-    for mark in series.marks:
+    for mark in series.marks if series.dots else ():
         x, y = area.x(mark.x), area.y(mark.y)
         if mark.low is not None and mark.high is not None:
             low, high = area.y(mark.low), area.y(mark.high)

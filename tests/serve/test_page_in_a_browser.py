@@ -176,3 +176,25 @@ def test_it_is_readable_without_scripts(serve: Serve, chromium: Browser) -> None
         "needs JavaScript",
     ):
         assert part in text
+
+
+def test_a_model_that_writes_no_answers_shows_how_programs_ask_it(serve: Serve, chromium: Browser) -> None:
+    instance = serve(served_model_name="emily")
+    instance.wait_for_state("ready")
+    page = chromium.open(address(instance))
+    page.wait("shown")
+    for role, path in (("embed", "embeddings"), ("rerank", "rerank")):
+        # The next snapshot, a second later, shows the instance as it is again.
+        words, hidden, curl, python = page.run(
+            f"show({{...shown, api: {{...shown.api, kind: '{role}', key: true}}}}),"
+            "[one('#role').textContent, one('#form').hidden, one('#curl').textContent, one('#python').textContent]"
+        )
+        assert "it writes no answers" in words
+        assert hidden
+        assert f"curl -N {instance.api_url}/v1/{path}" in curl
+        assert '"model":"emily"' in curl
+        compile(python, role, "exec")
+        assert "emily" in python
+        assert 'os.environ["API_KEY"]' in python
+    page.wait("!document.querySelector('#form').hidden")
+    assert page.troubles() == []

@@ -26,7 +26,7 @@ from pascaline.serving.history import POINT_SECONDS, POINTS, History, Point
 from pascaline.serving.notify import Notifier
 from pascaline.serving.page import HEADERS, PATHS, WEB, Page, part, rendered
 from pascaline.serving.page_gpus import gpu_states
-from pascaline.serving.snapshot import RUNBOOK_SECTIONS, count, seconds, snapshot, span
+from pascaline.serving.snapshot import RUNBOOK_SECTIONS, _kind, count, seconds, snapshot, span
 from pascaline.serving.supervisor import Supervisor
 from starlette.requests import Request
 
@@ -448,6 +448,20 @@ class TestQuestions:
     def test_what_may_not_be_asked(self, agent: Agent, body: dict[str, Any], reason: str) -> None:
         answer = agent.post("/chat", json=body)
         assert (answer.status_code, answer.json()) == (422, {"detail": reason})
+
+    @pytest.mark.parametrize(
+        ("role", "has_chat_template", "expected"),
+        [
+            ("generate", True, "chat"),
+            ("generate", False, "completion"),
+            ("embed", True, "embed"),
+            ("rerank", False, "rerank"),
+        ],
+    )
+    def test_what_can_be_asked_depends_on_the_role(self, role: Any, has_chat_template: bool, expected: str) -> None:
+        assert _kind(role, has_chat_template=has_chat_template) == expected
+        if role != "generate":
+            assert f"  {role}: {{" in part("page.js")
 
     def test_a_conversation_has_a_limit(self, agent: Agent) -> None:
         answer = agent.post("/chat", content=b" " * (MOST_BODY_BYTES + 1))

@@ -116,6 +116,8 @@ class Page:
         api, model = supervisor.api, supervisor.model
         if api is None or model is None or supervisor.health.state not in ANSWERING:
             raise HTTPException(503, f"the instance is {supervisor.health.state}: {supervisor.health.reason}")
+        if (role := supervisor.settings.role) != "generate":
+            raise HTTPException(409, f"the model's role is {role}: it writes no answers")
         if self._questions >= MOST_QUESTIONS:
             raise HTTPException(503, f"{MOST_QUESTIONS} questions from pages run already; wait for one of them")
         path, body = request_of(question, model.served_name, has_chat_template=model.has_chat_template)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from pascaline.serving.page_gpus import GpuState
     from pascaline.serving.supervisor import Supervisor
+    from pascaline.settings import Role
 
 UNKNOWN = "-"
 STAGES = {
@@ -202,9 +203,16 @@ def _api(supervisor: Supervisor) -> dict[str, Any]:
         "port": settings.port,
         "key": settings.api_key_file is not None,
         "model": _name(supervisor),
-        "kind": UNKNOWN if model is None else "chat" if model.has_chat_template else "completion",
+        "kind": UNKNOWN if model is None else _kind(settings.role, has_chat_template=model.has_chat_template),
         "most_tokens": (supervisor.plan or {}).get("context_length"),
     }
+
+
+def _kind(role: Role, *, has_chat_template: bool) -> str:
+    """Return what can be asked: chat, completion, embed or rerank."""
+    if role != "generate":
+        return role
+    return "chat" if has_chat_template else "completion"
 
 
 def clock(at: float) -> str:

@@ -159,14 +159,32 @@ let conversation = [];
 let running = null;
 
 function showForm(snapshot) {
-  const answers = ["chat", "completion"].includes(snapshot.api.kind);
+  const { kind } = snapshot.api;
+  const answers = ["chat", "completion"].includes(kind);
   one("#form").hidden = !answers;
-  one("#code").hidden = !answers;
+  one("#code").hidden = !answers && !(kind in ROLES);
+  one("#role").hidden = !(kind in ROLES);
+  if (kind in ROLES) setText(one("#role"), ROLES[kind].words);
   one("#key-row").hidden = !snapshot.api.key;
   one("#send").disabled = Boolean(running) || !["ready", "busy"].includes(snapshot.state);
   if (snapshot.api.most_tokens) one("#tokens").max = Math.min(4096, snapshot.api.most_tokens);
   showCode();
 }
+
+// What models do that write no answers: what the page says, and what programs ask.
+const ROLES = {
+  embed: {
+    words: "This model turns texts into vectors; it writes no answers. Programs ask it as below.",
+    path: "embeddings",
+    body: { input: ["A Tesla P4 has no fan of its own.", "The chassis moves the air."] },
+    python: ["answer = client.embeddings.create(", "    model=MODEL,", "    input=INPUT,", ")", "print([len(each.embedding) for each in answer.data])"],
+  },
+  rerank: {
+    words: "This model puts documents into the order in which they fit a question; it writes no answers. Programs ask it as below.",
+    path: "rerank",
+    body: { query: "What cools the card?", documents: ["The chassis moves the air.", "The card has 8 GB."] },
+  },
+};
 
 const wanted = (text) => {
   const system = one("#system").value.trim();
@@ -311,27 +329,19 @@ const json = (value, indent) => JSON.stringify(value, null, indent).replace(
 
 function showCode() {
   const { kind, key, model } = shown.api;
+  if (kind in ROLES) return showRoleCode(ROLES[kind]);
   const question = wanted(asked || one("#question").value || one("#question").placeholder);
   if (asked && conversation.length) question.messages = conversation.filter((each, number) => number < conversation.length - 1);
   const last = question.messages[question.messages.length - 1].content;
   const content = kind === "chat" ? { messages: question.messages } : { prompt: last };
   const rest = { temperature: question.temperature, max_tokens: question.max_tokens };
   const path = kind === "chat" ? "chat/completions" : "completions";
-  const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
-  setText(one("#curl"), [
-    `curl -N ${address()}/${path} \\`,
-    "  -H 'Content-Type: application/json' \\",
-    ...(key ? ['  -H "Authorization: Bearer $API_KEY" \\'] : []),
-    `  -d ${quoted(json({ model, ...content, ...rest, stream: true }))}`,
-  ].join("\n"));
+  setText(one("#curl"), curl(path, { model, ...content, ...rest, stream: true }, key));
   const call = kind === "chat" ? "client.chat.completions.create" : "client.completions.create";
   const piece = kind === "chat" ? "chunk.choices[0].delta.content" : "chunk.choices[0].text";
   const lines = Object.entries({ model, ...content, ...rest }).map(([name, value]) => `    ${name}=${json(value)},`);
   setText(one("#python"), [
-    ...(key ? ["import os", ""] : []),
-    "from openai import OpenAI",
-    "",
-    `client = OpenAI(base_url=${json(address())}, api_key=${key ? 'os.environ["API_KEY"]' : '"none"'})`,
+    ...client(key),
     `stream = ${call}(`,
     ...lines,
     "    stream=True,",
@@ -341,6 +351,33 @@ function showCode() {
     `        print(${piece} or "", end="", flush=True)`,
   ].join("\n"));
 }
+
+function showRoleCode({ path, body, python }) {
+  const { key, model } = shown.api;
+  setText(one("#curl"), curl(path, { model, ...body }, key));
+  const lines = python
+    ? [...client(key), ...python.map((line) => line.replace("MODEL", () => json(model)).replace("INPUT", () => json(body.input)))]
+    : ["import httpx", ...(key ? ["import os"] : []), "",
+      `answer = httpx.post(${json(`${address()}/${path}`)}, json=${json({ model, ...body })}${key ? ', headers={"Authorization": "Bearer " + os.environ["API_KEY"]}' : ""})`,
+      "print(answer.json())"];
+  setText(one("#python"), lines.join("\n"));
+}
+
+const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+
+const curl = (path, body, key) => [
+  `curl -N ${address()}/${path} \\`,
+  "  -H 'Content-Type: application/json' \\",
+  ...(key ? ['  -H "Authorization: Bearer $API_KEY" \\'] : []),
+  `  -d ${quoted(json(body))}`,
+].join("\n");
+
+const client = (key) => [
+  ...(key ? ["import os", ""] : []),
+  "from openai import OpenAI",
+  "",
+  `client = OpenAI(base_url=${json(address())}, api_key=${key ? 'os.environ["API_KEY"]' : '"none"'})`,
+];
 
 // ---- What the person does ----
 

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from pascaline.gpu.fake_nvml import DEMO_SCENARIO, fake_nvml_environment, write_scenario  # noqa: E402
+from PIL import Image  # noqa: E402
 from support.browser import MISSING, browser, program  # noqa: E402
 from support.instance import FAKE_ENGINE, running  # noqa: E402
 from support.models import SHAPES, write_gguf  # noqa: E402
@@ -78,10 +79,17 @@ def main() -> None:
             make_load(instance)
             ask(page, instance)
             page.screenshot(PICTURE, whole=False)
+    shrink(PICTURE)
     size = PICTURE.stat().st_size
     if size > MOST_BYTES:
         sys.exit(f"page_picture.py: the picture has {size} bytes, must have at most {MOST_BYTES}")
     print(f"{PICTURE}: {size} bytes")
+
+
+def shrink(picture: Path) -> None:
+    """Keep 128 colours: the page has few."""
+    with Image.open(picture) as image:
+        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(picture, optimize=True)
 
 
 def make_load(instance: Instance) -> None:

@@ -18,6 +18,7 @@ from pascaline.engines.sglang.launch import HELD_BACK_TOKENS, launch
 from pascaline.engines.sglang.memory import SglangMemory
 from pascaline.engines.sglang.parsers import choose_parsers, parser_problems
 from pascaline.engines.sglang.prepare import prepare
+from pascaline.engines.sglang.vocabulary import vocabulary_refusals
 from pascaline.engines.sglang.weights import BITSANDBYTES
 
 if TYPE_CHECKING:
@@ -187,8 +188,10 @@ class SglangEngine(Engine):
         return [*super().problems(settings), *others]
 
     def judge(self, spec: ModelSpec) -> Verdict:
-        """Check that SGLang will find every parameter, and that nothing in the file is ignored."""
-        return acceptance.judge(spec)
+        """Check that SGLang will find every parameter, that nothing in the file is ignored, and its vocabulary."""
+        verdict = acceptance.judge(spec)
+        verdict.refusals += [each for each in vocabulary_refusals(spec) if each not in verdict.refusals]
+        return verdict
 
     def refuses_role(self, spec: ModelSpec, role: Role) -> str | None:
         """It embeds with causal models, whose last token it takes."""

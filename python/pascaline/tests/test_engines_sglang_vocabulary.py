@@ -1,0 +1,45 @@
+"""What plan, serve and doctor say of tokens and merges, which only a look into the file itself shows."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import pytest
+from pascaline.engines.sglang.engine import SglangEngine
+from pascaline.models.gguf import read_gguf
+from support.differential.tiny import Tiny, write
+from support.differential.vocabularies import NORMAL, byte_level, sentencepiece, with_tokens
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ENGINE = SglangEngine()
+
+
+@pytest.mark.parametrize("vocabulary", [byte_level("qwen2"), sentencepiece()])
+def test_a_sound_vocabulary(vocabulary: dict[str, object], tmp_path: Path) -> None:
+    assert ENGINE.judge(read_gguf(write(tmp_path / "m.gguf", Tiny(vocabulary=vocabulary)))).refusals == []
+
+
+def test_a_merge_of_no_tokens_and_a_token_twice_are_refused_by_name(tmp_path: Path) -> None:
+    vocabulary = with_tokens(byte_level("gpt-2", merges=["t h", "xx yy"]), {"th": NORMAL})
+    first = vocabulary["tokens"].index("th")
+    spec = read_gguf(write(tmp_path / "m.gguf", Tiny(vocabulary=vocabulary)))
+    assert ENGINE.judge(spec).refusals == [
+        "tokenizer.ggml.merges[1] is 'xx yy', must be two tokens whose joining is a token; convert the model again",
+        f"tokenizer.ggml.tokens[{len(vocabulary['tokens']) - 1}] is 'th', which is token {first} too; "
+        "convert the model again",
+    ]
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", Tiny(vocabulary=byte_level("gpt-2", merges=["xx yy"])))
+    assert len(ENGINE.judge(read_gguf(path)).refusals) == 1
+    assert ENGINE.judge(read_gguf(write(path, Tiny()))).refusals == []
+
+
+def test_of_a_file_elsewhere_only_the_header_is_judged(tmp_path: Path) -> None:
+    spec = read_gguf(write(tmp_path / "m.gguf", Tiny(vocabulary=byte_level("gpt-2", merges=["xx yy"]))))
+    assert ENGINE.judge(dataclasses.replace(spec, files=("https://example.org/m.gguf",))).refusals == []
+    assert ENGINE.judge(dataclasses.replace(spec, files=(tmp_path / "gone.gguf",))).refusals == []

@@ -252,6 +252,22 @@ print(sorted(p.name for p in Path("{tmp_path}/small/emily").iterdir()))
         added = add(store, "emily", str(model), digest, replace=True)
         assert (added.was_there, added.verified, path.read_bytes()) == (False, True, model.read_bytes())
 
+    def test_a_checksum_vouches_for_a_file_that_cannot_be_read(self, store: Path, tmp_path: Path) -> None:
+        """It is what was asked for; `plan` and `serve` say why they refuse it, and it is not brought again and again."""
+        file = tmp_path / "page.gguf"
+        file.write_text("<html>")
+        added = add(store, "emily", str(file), hashlib.sha256(b"<html>").hexdigest())
+        assert (added.verified, added.path.read_text()) == (True, "<html>")
+
+    def test_the_script_of_the_module(self, store: Path, model: Path, digest: str) -> None:
+        target = store / "elsewhere.gguf"
+        script = Path(__file__).parents[3] / "modules" / "fetch-model.sh"
+        path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+        command = ["sh", str(script), str(model), str(target), digest]
+        done = subprocess.run(command, env={"PATH": path}, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, f"{target}: is in place, sha256 {digest}, verified\n")
+        assert subprocess.run(command[:3], capture_output=True, check=False).returncode == 2
+
     def test_what_is_there_stays_until_the_new_file_is_whole(self, store: Path, model: Path, digest: str) -> None:
         path = add(store, "emily", str(model), digest).path
         with pytest.raises(ModelError, match="must be"):

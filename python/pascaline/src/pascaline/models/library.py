@@ -155,7 +155,8 @@ def _add_file(
     partial = target.with_name(target.name + PARTIAL)
     digest = _bring(source, partial, target, sha256, headers, on_bytes)
     _require_digest(partial, shown_url(source) if _is_url(source) else source, digest, sha256)
-    _require_header(partial, target)
+    if sha256 is None:
+        _require_header(partial, target)
     partial.replace(target)
     _sync(target.parent)
     _stamp(target, digest, SEEN if sha256 is None else VERIFIED)
@@ -286,7 +287,7 @@ def _require_digest(partial: Path, source: str, digest: str, sha256: str | None)
 
 
 def _require_header(partial: Path, target: Path) -> None:
-    """Refuse a file that cannot be a model: servers answer 200 with a login page."""
+    """Refuse a file that cannot be a model: servers answer 200 with a login page. A checksum vouches for more."""
     if (problem := _header_problem(partial, target)) is not None:
         partial.unlink()
         raise ModelError(f"{problem}; the file was deleted")

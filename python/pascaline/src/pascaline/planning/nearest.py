@@ -100,7 +100,7 @@ def next_smaller(spec: ModelSpec, card: Card, plan: Plan) -> Change | None:
     step = int(min(STEP_SHARE * plan.total_bytes, plan.kv_bytes / 2))
     tight = replace(request, card_bytes=request.used_bytes + plan.total_bytes - max(step, 1))
     smaller = make_plan(spec, card, tight)
-    if smaller.fits and smaller.kv_tokens < plan.kv_tokens and request.engine == "sglang":
+    if smaller.fits and smaller.kv_tokens < plan.kv_tokens and engine_named(request.engine).memory.shares_pool:
         settings: dict[str, Any] = {"kv_cache.max_tokens": smaller.kv_tokens}
         return Change(settings, _sentence(settings, smaller), smaller, POOL_DISTANCE)
     changes = nearest_fits(spec, card, tight, count=len(SHRINKABLE) * len(CHUNKS))

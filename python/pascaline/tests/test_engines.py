@@ -23,7 +23,7 @@ from pascaline.gpu.devices import GpuIdentity, device_variables
 from pascaline.models.spec import ModelSpec
 from pascaline.models.store import ResolvedModel
 from pascaline.serving.console import try_command
-from pascaline.settings import Settings
+from pascaline.settings import PlacementSettings, Settings
 from support.instance import FAKE_ENGINE
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class TestLlamaCppCommand:
         assert launch.command[0] == str(FAKE_ENGINE)
         assert " ".join(launch.command[1:]) == (
             "--model /m/emily.gguf --alias emily --host 127.0.0.1 --port 30000 --threads 2 --ctx-size 8192 --parallel 4 "
-            "--batch-size 512 --n-gpu-layers 0 --cache-type-k f16 --cache-type-v f16 --metrics"
+            "--batch-size 512 --ubatch-size 512 --n-gpu-layers 0 --cache-type-k f16 --cache-type-v f16 --metrics"
         )
         assert launch.environment == {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -261,6 +261,7 @@ class TestExtraArguments:
     @pytest.mark.parametrize("engine", ENGINES)
     def test_a_flag_stands_for_a_setting_that_exists(self, engine: str) -> None:
         known = {*Settings.model_fields, *(f"kv_cache.{name}" for name in ("max_tokens", "dtype"))}
+        known |= {f"placement.{name}" for name in PlacementSettings.model_fields}
         assert set(ENGINES[engine].setting_flags.values()) - {"the settings of pascaline"} <= known
 
 
@@ -283,6 +284,7 @@ OTHER_VALUES: dict[str, Any] = {
     "chunked_prefill_tokens": 64,
     "kv_cache": {"dtype": "int8"},
     "activation_bits": {"prefill": 8, "decode": 8},
+    "placement": {"weights": "mapped"},
     "radix_cache": False,
     "attention_backend": "torch_native",
     "quantization": "awq",
@@ -301,7 +303,7 @@ NOT_THE_ENGINES = {
     *("start_timeout", "drain_timeout", "stall_timeout", "probe_interval", "max_restarts", "on_oom"),
 }
 # The plan keeps to them with either engine; llama-server itself computes as it was built to.
-THE_PLANS = {("llama.cpp", "dtype"), ("llama.cpp", "mem_fraction_static")}
+THE_PLANS = {("llama.cpp", "placement"), ("llama.cpp", "dtype"), ("llama.cpp", "mem_fraction_static")}
 
 
 class TestNoSettingIsLost:

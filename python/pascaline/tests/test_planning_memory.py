@@ -98,7 +98,9 @@ class TestWeights:
 
     def test_llama_cpp_keeps_an_untied_embedding_on_the_host(self) -> None:
         llama = weights_on_device(LLAMA_2_7B, request(engine="llama.cpp"))
-        assert llama.n_bytes + llama.host_bytes == LLAMA_2_7B.weights_bytes
+        # The columns of the matrices in the other direction are no multiple of 512: padded, then rounded up to 128.
+        padded = sum(-(-tensor.n_bytes // 128) * 128 - tensor.n_bytes for tensor in LLAMA_2_7B.tensors)
+        assert 0 <= llama.n_bytes + llama.host_bytes - LLAMA_2_7B.weights_bytes - padded < 32 * 512
 
     def test_a_step_reads_all_but_the_input_embedding(self) -> None:
         found = weights_on_device(LLAMA_2_7B, request(engine="llama.cpp"))
@@ -114,7 +116,8 @@ class TestWeights:
         all_experts = 2 * 8 * 512 * 272
         assert mixed.n_bytes - plain.n_bytes == all_experts
         assert mixed.read_bytes(1) - plain.read_bytes(1) == all_experts / 4
-        assert mixed.read_bytes(16) - plain.read_bytes(16) == all_experts
+        # 16 tokens that choose 2 of 8 experts each leave an expert unused with a probability of (6 / 8)^16.
+        assert mixed.read_bytes(16) - plain.read_bytes(16) == pytest.approx(all_experts * (1 - 0.75**16))
         assert mixed.matrix_read_bytes == {**plain.matrix_read_bytes, "Q8_0": all_experts / 4}
         assert mixed.macs - plain.macs == 2 * 8 * 512 * 256 // 4
 
@@ -256,6 +259,10 @@ class TestParts:
         two = make_plan(LLAMA_2_7B, P4, request(max_running_requests=2, context_length=4096))
         assert two.part("tables") - one.part("tables") == (4096 + 4) * 4
 
-    def test_llama_cpp_computes_the_logits_of_a_whole_batch(self) -> None:
+    def test_llama_cpp_holds_the_mlp_of_a_batch_and_the_mask(self) -> None:
         plan = make_plan(LLAMA_3_8B, P4, request(engine="llama.cpp", max_running_requests=1))
-        assert plan.part("activations") == 512 * (128256 + 4096) * 4
+        assert plan.part("activations") == 512 * (3 * 14336 + 5 * 4096) * 4 + 512 * 4096 * 2 + 2**20
+
+    def test_llama_cpp_computes_the_logits_of_one_token_a_request(self) -> None:
+        changed = request(engine="llama.cpp", max_running_requests=64, context_length=256, chunked_prefill_tokens=32)
+        assert make_plan(LLAMA_3_8B, P4, changed).part("activations") == 64 * 128256 * 4 + 2**20

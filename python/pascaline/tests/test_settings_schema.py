@@ -21,6 +21,7 @@ VALUES: list[Any] = [
     *("", "auto", "4", "4096", "0.5", "1_000", "+5", "1 GiB", "64mib", " 2 GB ", "5m", "90S", "1.5 h", "1 parsec"),
     *(
         "fp16",
+        "pinned",
         "int8",
         "lpm",
         "embed",

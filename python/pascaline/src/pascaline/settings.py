@@ -83,6 +83,36 @@ class ActivationBitsSettings(BaseModel):
     )
 
 
+def _count(value: Any) -> Any:
+    """Convert the digits of a flag or a variable into a number; anything else is returned unchanged."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+LayerCount = Annotated[int, Strict(), Field(ge=0, le=4096)]
+
+
+class PlacementSettings(BaseModel):
+    """What stays in the host's memory while the GPU computes the rest. Only llama.cpp can do that."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    experts: Annotated[Literal["auto", "gpu", "cpu"] | LayerCount, BeforeValidator(_count)] = Field(
+        "auto",
+        description="Where the experts of a mixture are: auto: in the host's memory for as few of the first layers as "
+        "the card's memory requires; gpu: all on the GPU; cpu: all on the host; a number: of so many first layers",
+    )
+    layers: Annotated[Literal["auto", "gpu"] | LayerCount, BeforeValidator(_count)] = Field(
+        "gpu",
+        description="Whole layers that the host's memory holds and its CPU computes, which is slow: gpu: none; a "
+        "number: so many first layers; auto: as few as the card's memory requires",
+    )
+    weights: Literal["pinned", "mapped"] = Field(
+        "pinned",
+        description="How the host holds its part of the weights: pinned in memory, or mapped from the file, which "
+        "also serves a file larger than the memory but computes prompts several times slower",
+    )
+
+
 class Settings(BaseModel):
     """All settings of one instance."""
 
@@ -167,6 +197,9 @@ class Settings(BaseModel):
         description="Most prompt tokens that one step computes; small values keep running answers smooth",
     )
     kv_cache: KvCacheSettings = Field(KvCacheSettings(), description="The KV pool")
+    placement: PlacementSettings = Field(
+        PlacementSettings(), description="What stays in the host's memory while a GPU computes the rest (llama.cpp)"
+    )
     radix_cache: bool = Field(True, description="Whether prompts with the same beginning share its KV cache")
     activation_bits: ActivationBitsSettings = Field(
         ActivationBitsSettings(), description="Precision of matrix products: 8 bits are faster, 16 more exact"

@@ -11,6 +11,7 @@ from gguf_acceptance import Verdict
 from pascaline.engines.causes import Cause, Diagnosis, Explanation, cuda_fault
 from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.engines.last_words import cause_of_traceback, fatal_words, first_of_last_errors
+from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.engines.series import Series, Vitals, vitals_of
 from pascaline.errors import ConfigurationError
 from pascaline.gpu.devices import device_variables
@@ -53,6 +54,12 @@ class Task:
     prefill_bits: int
     decode_bits: int
     """Bits of the activations in decode steps, and `prefill_bits` those in prefill: 8 or 16, never auto."""
+    gpu_layers: int = ALL_LAYERS
+    """Layers on the GPU, counted from the last one and with the output layer as one more."""
+    expert_layers_on_host: int = 0
+    """The first so many layers keep their experts in the host's memory."""
+    numa_node: int | None = None
+    """The GPU's NUMA node; None if the host has one node only, or the node is unknown."""
     runtime_dir: Path
     """Folder that only this user can read, for the file with the API key."""
     api_key: str | None = field(default=None, repr=False)

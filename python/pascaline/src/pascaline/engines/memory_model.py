@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pascaline.engines.kv_layers import layer_groups
+from pascaline.engines.plan_request import ALL_LAYERS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -96,6 +97,12 @@ class Weights:
     """Bytes of the experts that one token uses."""
     expert_bytes: int
     """Bytes of all experts."""
+    host_dense_read_bytes: int
+    """Bytes in the host's memory that every step reads, while a GPU computes."""
+    host_expert_read_bytes: int
+    """Bytes of the experts there that one token uses."""
+    host_expert_bytes: int
+    """Bytes of all experts there."""
     matrix_read_bytes: Mapping[str, int]
     """Matrices that a decode step of one request multiplies with, by the type in which the engine holds them: what
     read_bytes(1) counts without the vectors (norms, biases)."""
@@ -108,8 +115,17 @@ class Weights:
     formula: str
 
     def read_bytes(self, batch: int) -> float:
-        """Bytes that one decode step of `batch` requests reads; different requests use different experts."""
-        return self.dense_read_bytes + min(self.expert_bytes, batch * self.expert_read_bytes)
+        """Bytes on the device that one step of `batch` tokens reads; different tokens use different experts."""
+        return self.dense_read_bytes + _used(self.expert_bytes, self.expert_read_bytes, batch)
+
+    def host_read_bytes(self, batch: int) -> float:
+        """The same of the weights in the host's memory."""
+        return self.host_dense_read_bytes + _used(self.host_expert_bytes, self.host_expert_read_bytes, batch)
+
+
+def _used(every: int, one: int, batch: int) -> float:
+    """Return the bytes of the experts that some of `batch` tokens use, if each token chooses evenly and by itself."""
+    return every * (1 - (1 - one / every) ** batch) if every else 0.0
 
 
 class MemoryModel(ABC):
@@ -154,6 +170,15 @@ class MemoryModel(ABC):
     def held(self, tensor: TensorSpec, spec: ModelSpec, request: PlanRequest, *, tied: bool) -> HeldTensor | None:
         """Return how it holds a tensor; None if it does not load it. tied: the input embedding is the output too."""
 
+    def candidates(self, spec: ModelSpec, request: PlanRequest) -> list[PlanRequest]:
+        """Return requests with every decision made that the request leaves to the plan, the fastest first.
+
+        The plan takes the first that fits; a later one never needs more of the device's memory than the one before,
+        except the second.
+        """
+        del spec
+        return [replace(request, expert_layers_on_host=0, gpu_layers=ALL_LAYERS)]
+
     def rounding_bytes(self, n_bytes: int) -> int:
         """Return what the allocator takes beyond a tensor's bytes."""
         del n_bytes
@@ -181,6 +206,12 @@ class MemoryModel(ABC):
             Part("weights", "weights", weights.n_bytes, weights.formula, "exact", self.weights_source),
             Part("kv_pool", "KV cache", pool.n_bytes, pool.formula, "exact", self.pool_source),
         ]
+
+    def host_parts(self, spec: ModelSpec, request: PlanRequest, weights: Weights) -> list[Part]:
+        """Return what is in the host's memory while a GPU computes."""
+        del spec, request
+        text = "the input embedding, of which a step reads one row"
+        return [Part("host_weights", "weights", weights.host_bytes, text, "exact")] if weights.host_bytes else []
 
     def dynamic_parts(self, spec: ModelSpec, request: PlanRequest, weights: Weights, card: Card) -> list[Part]:
         """Return what is allocated while requests run, and what the runtime itself needs."""

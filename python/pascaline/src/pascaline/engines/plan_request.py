@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pascaline.settings import Role
 
 Device = Literal["cpu", "cuda"]
+ALL_LAYERS = 999
+"""More layers than any model has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,15 @@ class PlanRequest:
     """Whether the model needs a prompt in one step: an encoder, or a pooling over all of its tokens."""
     quantization: str | None = None
     """SGLang's quantisation method; bitsandbytes, and gguf on a CPU, change the memory of the weights."""
+    expert_layers_on_host: int | None = 0
+    """The first so many layers keep their experts in the host's memory; None: as few as make the plan fit."""
+    gpu_layers: int | None = ALL_LAYERS
+    """Layers on the GPU with their KV cache, counted from the last one and with the output layer as one more; the
+    others are on the host. None: as many as fit."""
+    mapped: bool = False
+    """Whether the host maps its weights from the file instead of holding them in memory."""
+    host_memory_bytes: int | None = None
+    """Free memory of the host; None: unknown, and not checked."""
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
 

@@ -40,6 +40,8 @@ _OUTPUT = re.compile(r"^output\.weight$|(^|\.)lm_head\.weight$")
 _ATTENTION_V = re.compile(r"\.(attn_v|v_proj)\.weight$")
 _ATTENTION_OUTPUT = re.compile(r"\.(attn_output|o_proj)\.weight$")
 _DOWN = re.compile(r"\.(ffn_down|ffn_down_exps|down_proj)\.weight$")
+_KEPT = re.compile(r"ffn_gate_inp|ssm_conv1d|shortconv\.conv|pos_embd|token_types")
+"""Matrices that are never quantised (llama-quant.cpp, tensor_allows_quantization)."""
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -55,7 +57,7 @@ def _is_duplicate(tensor: TensorSpec, spec: ModelSpec) -> bool:
 
 
 def _converted(tensor: TensorSpec, spec: ModelSpec, mixture: str) -> TensorSpec:
-    kind = "F32" if len(tensor.shape) < 2 else _matrix_type(tensor.name, spec, mixture)
+    kind = "F32" if len(tensor.shape) < 2 or _KEPT.search(tensor.name) else _matrix_type(tensor.name, spec, mixture)
     columns = tensor.shape[-1] if tensor.shape else 1
     if columns % _BLOCKS[kind][0]:
         kind = _FALLBACK.get(kind, "F16")

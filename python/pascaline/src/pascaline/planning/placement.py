@@ -64,6 +64,8 @@ class Placement:
     """The device's total memory, and the part that others use."""
     gpus: tuple[GpuIdentity, ...] = ()
     """The GPUs that the engine uses; empty on the CPU, and if neither NVML nor the driver's folder reports them."""
+    host_memory_bytes: int | None = None
+    """Free memory of the host; None: unknown, as for a card profile."""
     numa_node: int | None = None
     """The NUMA node of the first GPU; None if the host has one node only, or the node is unknown."""
     cpus: frozenset[int] = frozenset()
@@ -109,6 +111,7 @@ def place(settings: Settings, card: str | None, host: HostFacts) -> Placement:
         card=found,
         memory=memory,
         gpus=gpus,
+        host_memory_bytes=host.host_memory().total_bytes,
         numa_node=nodes[0] if nodes else None,
         cpus=_cpus_beside(nodes, settings.threads, host),
         variables=device_variables(device, gpus),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pascaline.engines import engine_named
+from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.planning.speed import Speed, estimate_speed
 from pascaline.planning.weights import weights_on_device
 from pascaline.units import format_bytes
@@ -41,8 +43,8 @@ class Plan:
     """Why it does not fit, one sentence each; empty if it fits."""
     notes: tuple[str, ...]
     """Remarks about a plan that fits."""
-    host_bytes: int
-    """Weights that stay in the host's memory."""
+    host_parts: tuple[Part, ...]
+    """What is in the host's memory while a GPU computes."""
     weights_read_bytes: int
     """Weights that a decode step of one request reads, without the input embedding: a step looks up only one row."""
     matrix_read_bytes: Mapping[str, int]
@@ -65,6 +67,11 @@ class Plan:
     def generates(self) -> bool:
         """Whether the model generates text, so that decode steps count."""
         return self.request.role == "generate"
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes in the host's memory while a GPU computes."""
+        return sum(part.n_bytes for part in self.host_parts)
 
     @property
     def weights_bytes(self) -> int:
@@ -133,6 +140,9 @@ class Plan:
             "used_bytes": request.used_bytes,
             "headroom_bytes": self.headroom_bytes,
             "host_bytes": self.host_bytes,
+            "host_parts": [part.to_json() for part in self.host_parts],
+            "expert_layers_on_host": request.expert_layers_on_host,
+            "gpu_layers": None if request.gpu_layers == ALL_LAYERS else request.gpu_layers,
             "parts": [part.to_json() for part in self.parts],
             "engine_args": list(self.engine_args),
             "tokens_per_second": self.speed.decode.tokens_per_second if self.speed and self.generates else None,
@@ -143,14 +153,26 @@ class Plan:
 def make_plan(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights | None = None) -> Plan:
     """Plan one model on one card. A plan that does not fit is a result, not an exception.
 
+    What the request leaves to the plan becomes the fastest choice that fits, or the smallest if none does.
     weights: the result of weights_on_device for this request, to save time if the same model is planned many times.
     """
+    first, *others = engine_named(request.engine).memory.candidates(spec, request)
+    plan = _plan(spec, card, first, weights)
+    if plan.fits or not others:
+        return plan
+    # From the second candidate on, each needs less of the card.
+    index = bisect_left(others, True, key=lambda other: _plan(spec, card, other).headroom_bytes >= 0)
+    return _plan(spec, card, others[min(index, len(others) - 1)])
+
+
+def _plan(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights | None = None) -> Plan:
     engine = engine_named(request.engine).memory
     weights = weights or weights_on_device(spec, request)
     dynamic = engine.dynamic_parts(spec, request, weights, card)
     pool = engine.pool(spec, request, weights, dynamic)
     parts = [*engine.static_parts(spec, request, weights, pool), *dynamic]
     per_token = engine.kv_bytes_per_token(spec, request)
+    host_parts = tuple(engine.host_parts(spec, request, weights)) if request.device == "cuda" else ()
     return Plan(
         request=request,
         card=card.name,
@@ -159,9 +181,9 @@ def make_plan(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weight
         kv_bytes_per_token=per_token,
         kv_tokens=pool.tokens,
         mem_fraction_static=engine.fraction(request, parts),
-        reasons=tuple(_reasons(request, parts, pool, per_token)),
-        notes=(*_notes(spec, request, pool, weights), *engine.notes(spec, request)),
-        host_bytes=weights.host_bytes,
+        reasons=(*_reasons(request, parts, pool, per_token), *_host_reasons(request, host_parts)),
+        notes=(*_notes(spec, request, pool, host_parts), *engine.notes(spec, request)),
+        host_parts=host_parts,
         weights_read_bytes=int(weights.read_bytes(1)),
         matrix_read_bytes=weights.matrix_read_bytes,
         speed=estimate_speed(spec, card, request, weights, pool.tokens),
@@ -206,7 +228,7 @@ def _too_small_a_pool(request: PlanRequest, pool: Pool, per_token: int) -> str:
     )
 
 
-def _notes(spec: ModelSpec, request: PlanRequest, pool: Pool, weights: Weights) -> list[str]:
+def _notes(spec: ModelSpec, request: PlanRequest, pool: Pool, host_parts: Sequence[Part]) -> list[str]:
     notes = []
     if request.role != "generate" and pool.n_bytes:
         notes.append(
@@ -221,9 +243,24 @@ def _notes(spec: ModelSpec, request: PlanRequest, pool: Pool, weights: Weights) 
         )
     if spec.context_length and request.context_length > spec.context_length:
         notes.append(f"the model was made for {spec.context_length:,} tokens")
-    if weights.host_bytes:
-        notes.append(f"{format_bytes(weights.host_bytes)} of input embedding stay in the host's memory")
-    return notes
+    return notes + [
+        f"{format_bytes(part.n_bytes)} of weights stay in the host's memory: {part.formula}"
+        for part in host_parts
+        if part.key == "host_weights"
+    ]
+
+
+def _host_reasons(request: PlanRequest, parts: Sequence[Part]) -> list[str]:
+    """Why the host's memory does not suffice. What is mapped from the file needs none."""
+    held = [part for part in parts if not (request.mapped and part.key == "host_weights")]
+    needed, free = sum(part.n_bytes for part in held), request.host_memory_bytes
+    if free is None or needed <= free:
+        return []
+    return [
+        f"it needs {format_bytes(needed)} of the host's memory, which has {format_bytes(free)} free: "
+        f"{format_bytes(needed - free)} too much; set placement.weights to mapped to read them from the file instead, "
+        "which is many times slower where the memory is too small"
+    ]
 
 
 def _place(request: PlanRequest) -> str:

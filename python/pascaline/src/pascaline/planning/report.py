@@ -57,7 +57,26 @@ def table(plan: Plan) -> str:
     lines += [f"cannot be served: {reason}" for reason in plan.refusals]
     lines += [f"does not fit: {reason}" for reason in plan.reasons]
     lines += [f"note: {note}" for note in plan.notes]
+    lines += _host_lines(plan)
     return "\n".join([*lines, *_speed_lines(plan)])
+
+
+def _host_lines(plan: Plan) -> list[str]:
+    """The table of the host's memory, if it holds more than the input embedding."""
+    if len(plan.host_parts) < 2:
+        return []
+    width = max(len(part.name) for part in plan.host_parts) + 2
+    free = plan.request.host_memory_bytes
+    return [
+        "",
+        f"in the host's memory{'' if free is None else f', of which {format_bytes(free)} are free'}:",
+        *(
+            f"    {part.name:<{width}}{_size(part.n_bytes):>12}  {part.origin}"
+            for part in plan.host_parts
+            if part.n_bytes
+        ),
+        f"    {'together':<{width}}{_size(plan.host_bytes):>12}",
+    ]
 
 
 def _settings_words(plan: Plan) -> str:
@@ -97,7 +116,9 @@ def _speed_lines(plan: Plan) -> list[str]:
 
 def _rate(rate: Rate) -> str:
     text = f"{rate.tokens_per_second:,.0f} tok/s ({rate.low:,.0f} to {rate.high:,.0f}), bound by {rate.bound}"
-    return text.replace("bound by bandwidth", "bound by memory bandwidth")
+    return text.replace("bound by bandwidth", "bound by memory bandwidth").replace(
+        "bound by host", "bound by the weights on the host"
+    )
 
 
 def bar(plan: Plan, width: int = BAR_WIDTH) -> str:
@@ -123,6 +144,8 @@ def explanation(plan: Plan) -> str:
     lines = []
     for part in plan.parts:
         lines += _explained(part)
+    for part in plan.host_parts:
+        lines += ["on the host: " + line if not line.startswith(" ") else line for line in _explained(part)]
     if plan.mem_fraction_static is not None:
         lines.append(
             f"mem_fraction_static {plan.mem_fraction_static:g}: share of what is free before the model is loaded"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pascaline.engines import engine_named
-from pascaline.engines.plan_request import PlanRequest
+from pascaline.engines.plan_request import ALL_LAYERS, PlanRequest
 from pascaline.errors import ConfigurationError
 from pascaline.models.roles import LAST
 
@@ -18,7 +18,14 @@ __all__ = ["PlanRequest", "request_from_placement", "request_from_settings"]
 
 
 def request_from_settings(
-    settings: Settings, spec: ModelSpec, *, device: str, dtype: str, card_bytes: int, used_bytes: int = 0
+    settings: Settings,
+    spec: ModelSpec,
+    *,
+    device: str,
+    dtype: str,
+    card_bytes: int,
+    used_bytes: int = 0,
+    host_memory_bytes: int | None = None,
 ) -> PlanRequest:
     """Return the request of an instance. device and dtype are decided already: never auto.
 
@@ -49,6 +56,10 @@ def request_from_settings(
         role=settings.role,
         whole_prompts=settings.role != "generate" and (not spec.causal or spec.pooling not in (None, LAST)),
         quantization=settings.quantization,
+        expert_layers_on_host=_expert_layers(settings, spec),
+        gpu_layers=_gpu_layers(settings, spec),
+        mapped=settings.placement.weights == "mapped",
+        host_memory_bytes=host_memory_bytes,
         tensor_parallel=settings.tensor_parallel,
         pipeline_parallel=settings.pipeline_parallel,
     )
@@ -63,4 +74,19 @@ def request_from_placement(settings: Settings, spec: ModelSpec, placement: Place
         dtype=placement.dtype,
         card_bytes=placement.memory.total_bytes,
         used_bytes=placement.memory.used_bytes,
+        host_memory_bytes=placement.host_memory_bytes,
     )
+
+
+def _expert_layers(settings: Settings, spec: ModelSpec) -> int | None:
+    chosen = settings.placement.experts
+    if isinstance(chosen, int):
+        return chosen
+    return {"auto": None, "gpu": 0, "cpu": spec.num_hidden_layers}[chosen]
+
+
+def _gpu_layers(settings: Settings, spec: ModelSpec) -> int | None:
+    chosen = settings.placement.layers
+    if isinstance(chosen, int):
+        return spec.num_hidden_layers + 1 - chosen if chosen else ALL_LAYERS
+    return None if chosen == "auto" else ALL_LAYERS

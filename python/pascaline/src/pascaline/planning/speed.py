@@ -47,7 +47,7 @@ class Rate:
     """Requests decoded at once, or tokens of a prefill chunk."""
     context: int
     """Tokens of each request that are in the cache."""
-    bound: Literal["bandwidth", "compute"]
+    bound: Literal["bandwidth", "compute", "host"]
     """What limits the speed: the part that takes the most time."""
     formula: str
     """The calculation with its numbers."""
@@ -126,13 +126,19 @@ class _Model:
         self._fp32 = card.number("cores") * card.number("boost_clock_hertz")
         self._kv = self._engine.kv_bytes_per_token(spec, request)
         self._overhead = shares.step_seconds_per_layer * spec.num_hidden_layers
+        known = self._engine.data.efficiency
+        self._host_bandwidth = known["host_bandwidth_bytes_per_second"].value if weights.host_read_bytes(1) else 1.0
+        link = "mapped_link_bytes_per_second" if request.mapped else "link_bytes_per_second"
+        self._link = known[link].value if weights.host_read_bytes(1) else 1.0
+        self._host_error = known["host_error"].value if weights.host_read_bytes(1) else 0.0
 
     def decode(self, batch: int, context: int) -> Rate:
         """A step of one token for each of `batch` requests with `context` tokens each."""
         memory = (self._weights.read_bytes(batch) + batch * context * self._kv) / self._bandwidth
         kind = kind_of(batch)
         compute = self._compute(batch * self._weights.macs, kind, self._request.decode_bits)
-        return self._rate(batch, (memory, compute, self._overhead), kind, batch, context)
+        host = self._weights.host_read_bytes(batch) / self._host_bandwidth
+        return self._rate(batch, (memory, compute, self._overhead, host), kind, batch, context)
 
     def prefill(self) -> Rate:
         """Chunks of a prompt that fills the context: the last one attends to all tokens before it."""
@@ -145,25 +151,35 @@ class _Model:
         heads = self._spec.num_heads * (self._spec.head_dim + self._spec.v_head_dim) / self._request.tensor_parallel
         attention = self._spec.num_hidden_layers * heads * total**2 / 2 / (self._fp32 * ATTENTION_SHARE)
         compute = self._compute(macs, kind, self._request.prefill_bits)
-        times = (memory, compute + attention, steps * self._overhead)
+        # Every batch copies the weights that it uses from the host and reads them on the device.
+        copied = steps * self._weights.host_read_bytes(chunk)
+        memory += copied / self._bandwidth
+        times = (memory, compute + attention, steps * self._overhead, copied / self._link)
         return self._rate(total, times, kind, chunk, total)
 
     def _compute(self, macs: float, kind: Kind, bits: int | None) -> float:
         columns = self._engine.activation_columns(bits)
         return 0.0 if kind == "bandwidth" else macs * columns / (self._peak * getattr(self.calibration, kind))
 
-    def _rate(self, tokens: int, times: tuple[float, float, float], kind: Kind, batch: int, context: int) -> Rate:
-        """times: seconds of memory traffic, of arithmetic and of launches."""
-        memory, compute, launches = times
+    def _rate(
+        self, tokens: int, times: tuple[float, float, float, float], kind: Kind, batch: int, context: int
+    ) -> Rate:
+        """times: seconds of memory traffic, of arithmetic, of launches, and for what the host's memory holds."""
+        memory, compute, launches, host = times
         rate = tokens / sum(times)
-        error = self.calibration.errors[kind]
-        bound: Literal["bandwidth", "compute"] = "bandwidth" if memory >= compute else "compute"
+        # The host's part of the time is known less well than the device's.
+        error = (self.calibration.errors[kind] * (sum(times) - host) + self._host_error * host) / sum(times)
+        bounds: dict[float, Literal["bandwidth", "compute", "host"]] = {
+            compute: "compute", memory: "bandwidth", host: "host",
+        }  # fmt: skip
         share = f" at {getattr(self.calibration, kind):.0%} of {self._peak / 1e12:.1f} T/s" if compute else ""
         formula = (
             f"{tokens:,} tokens / ({memory * 1e3:,.1f} ms for {memory * self._bandwidth / 1e9:,.2f} GB at "
             f"{self._bandwidth / 1e9:,.0f} GB/s + {compute * 1e3:,.1f} ms of arithmetic{share}"
-            f" + {launches * 1e3:,.1f} ms of launches)"
+            f" + {launches * 1e3:,.1f} ms of launches"
         )
+        formula += f" + {host * 1e3:,.1f} ms for the host's part)" if host else ")"
+        bound = bounds[max(memory, compute, host)]
         return Rate(rate, rate * (1 - error), rate * (1 + error), batch, context, bound, formula)
 
 

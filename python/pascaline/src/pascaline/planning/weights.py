@@ -31,7 +31,7 @@ class _Sums:
         self._has_output = any(is_output(tensor.name) for tensor in spec.tensors)
         self._bytes = self._host = self._rounding = 0
         self._dense = self._experts = self._macs = self._output_macs = self._largest = 0
-        self._expert_macs = 0
+        self._expert_macs = self._host_dense = self._host_experts = 0
         # Of the experts, one token uses this part.
         self._used = (spec.num_experts_per_token or 0) / spec.num_experts if spec.num_experts else 1.0
         self._by_type: dict[str, int] = {}
@@ -46,6 +46,8 @@ class _Sums:
             return
         self._host += held.n_bytes if held.on_host else 0
         if not held.on_device:
+            if not embeds:
+                self._count_host_work(tensor, held)
             return
         self._bytes += held.n_bytes
         self._rounding += self._model.rounding_bytes(held.n_bytes)
@@ -69,6 +71,14 @@ class _Sums:
             if is_last:
                 self._output_macs += tensor.n_elements
 
+    def _count_host_work(self, tensor: TensorSpec, held: HeldTensor) -> None:
+        if is_experts(tensor.name):
+            self._host_experts += held.n_bytes
+            self._expert_macs += tensor.n_elements
+            return
+        self._host_dense += held.n_bytes
+        self._macs += tensor.n_elements if is_matrix(tensor) else 0
+
     def result(self) -> Weights:
         """The sums for one of the GPUs that share the model."""
         spec, share = self._spec, self._request.tensor_parallel * self._request.pipeline_parallel
@@ -85,6 +95,9 @@ class _Sums:
             dense_read_bytes=-(-self._dense // share),
             expert_read_bytes=int(self._experts * self._used / share),
             expert_bytes=-(-self._experts // share),
+            host_dense_read_bytes=self._host_dense,
+            host_expert_read_bytes=int(self._host_experts * self._used),
+            host_expert_bytes=self._host_experts,
             matrix_read_bytes={kind: math.ceil(size / share) for kind, size in self._matrices.items()},
             macs=int((self._macs + self._expert_macs * self._used) / share),
             output_macs=self._output_macs // share,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pascaline.cards import installed_models
 from pascaline.control_groups import usable_cpus
 from pascaline.engines import Task, engine_named
+from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.errors import DoesNotFitError
 from pascaline.gpu.devices import driver_gpus
 from pascaline.gpu.memory import gpu_memory, host_memory, node_cpus, numa_node
@@ -87,6 +88,9 @@ def make_task(
         whole_prompts=request.whole_prompts,
         prefill_bits=request.prefill_bits or 16,
         decode_bits=request.decode_bits or 16,
+        gpu_layers=request.gpu_layers or ALL_LAYERS,
+        expert_layers_on_host=request.expert_layers_on_host or 0,
+        numa_node=placement.numa_node if placement else None,
         runtime_dir=runtime_dir,
         device_variables=placement.variables if placement else None,
         cpus=cpus,

@@ -17,6 +17,8 @@ from pascaline.engines.data import read_data
 from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.engines.installation import Installation, Probe
 from pascaline.engines.llama_cpp.memory import ENGINE_KV_TYPES, LlamaCppMemory, memory_arguments
+from pascaline.engines.llama_cpp.options import options_of, own_placement_arguments, pinned_arguments
+from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.engines.series import Selector, Series
 from pascaline.engines.server import Server
 from pascaline.errors import ConfigurationError, MissingError
@@ -112,8 +114,6 @@ class LlamaCppEngine(Engine):
         "--rerank": "role",
         "--reranking": "role",
         "--pooling": "role",
-        "-ub": "chunked_prefill_tokens",
-        "--ubatch-size": "chunked_prefill_tokens",
         "-b": "chunked_prefill_tokens",
         "--batch-size": "chunked_prefill_tokens",
         "-ctk": "kv_cache.dtype",
@@ -122,9 +122,23 @@ class LlamaCppEngine(Engine):
         "--cache-type-v": "kv_cache.dtype",
         "-dev": "device",
         "--device": "device",
-        "-ngl": "device",
-        "--n-gpu-layers": "device",
-        "--gpu-layers": "device",
+        "-ngl": "placement.layers",
+        "--n-gpu-layers": "placement.layers",
+        "--gpu-layers": "placement.layers",
+        "-cmoe": "placement.experts",
+        "--cpu-moe": "placement.experts",
+        "-ncmoe": "placement.experts",
+        "--n-cpu-moe": "placement.experts",
+        "-ot": "placement.experts",
+        "--override-tensor": "placement.experts",
+        "-fit": "placement.experts",
+        "--fit": "placement.experts",
+        "-ub": "chunked_prefill_tokens",
+        "--ubatch-size": "chunked_prefill_tokens",
+        "--load-mode": "placement.weights",
+        "--mmap": "placement.weights",
+        "--no-mmap": "placement.weights",
+        "--mlock": "placement.weights",
         "--api-key": "api_key_file",
         "--api-key-file": "api_key_file",
     }
@@ -156,6 +170,7 @@ class LlamaCppEngine(Engine):
             *("--host", settings.host, "--port", str(settings.port)),
             *("--threads", str(task.threads)),
             *_memory_arguments(task),
+            *_offload_arguments(task, _program(task)),
             "--metrics",
             *ROLE_FLAGS[settings.role],
         ]
@@ -253,6 +268,15 @@ def _kv_problem(dtype: str) -> str | None:
     return f"llama.cpp has no {dtype!r}, must be one of: {', '.join(ENGINE_KV_TYPES)}"
 
 
+def _offload_arguments(task: Task, program: str) -> tuple[str, ...]:
+    """Return the flags for weights in the host's memory. They depend on the build, which is asked only if needed."""
+    if not task.expert_layers_on_host and task.gpu_layers == ALL_LAYERS:
+        return ()
+    options = options_of(program)
+    pinned = () if task.settings.placement.weights == "mapped" else pinned_arguments(options)
+    return (*own_placement_arguments(options), *pinned)
+
+
 def _memory_arguments(task: Task) -> tuple[str, ...]:
     if sentence := _kv_problem(task.settings.kv_cache.dtype):
         raise ConfigurationError(f"kv_cache.dtype: {sentence}")
@@ -263,4 +287,6 @@ def _memory_arguments(task: Task) -> tuple[str, ...]:
         device=task.device,
         kv_dtype=task.settings.kv_cache.dtype,
         whole_prompts=task.whole_prompts,
+        gpu_layers=task.gpu_layers,
+        expert_layers_on_host=task.expert_layers_on_host,
     )

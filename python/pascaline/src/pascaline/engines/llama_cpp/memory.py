@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pascaline.engines.kv_layers import KvType, layer_groups
+from pascaline.engines.llama_cpp.offload import (
+    candidates,
+    device_bytes,
+    host_bytes,
+    is_offloading,
+    is_on_host,
+    largest_copied_bytes,
+    layers_on_host,
+)
 from pascaline.engines.llama_cpp.states import recurrent_bytes
 from pascaline.engines.memory_model import HeldTensor, MemoryModel, Part, Pool
+from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.engines.tensors import is_embedding, padded
+from pascaline.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -15,6 +27,7 @@ if TYPE_CHECKING:
     from pascaline.engines.memory_model import Weights
     from pascaline.engines.plan_request import PlanRequest
     from pascaline.models.spec import ModelSpec, TensorSpec
+    from pascaline.settings import Settings
 
 ENGINE_KV_TYPES = {"auto": "f16", "fp16": "f16", "bf16": "bf16", "int8": "q8_0"}
 """Our names of KV cache types -> llama.cpp's."""
@@ -22,12 +35,15 @@ Q8_0_BYTES = 34 / 32
 """Its int8: blocks of 32 values with one fp16 scale (ggml-common.h, block_q8_0)."""
 CELLS = 256
 """It rounds the cells of a sequence up to this (llama-context.cpp, GGML_PAD(n_ctx, 256))."""
-LEAST_BATCH, MOST_BATCH = 32, 512
-"""Least --batch-size, and its default of the physical batch (common.h, n_ubatch)."""
-CPU_VECTORS = 5
-"""Hidden vectors beside the logits in its buffer on the CPU, as its log shows for six models."""
-ALL_LAYERS = 999
-"""Value of --n-gpu-layers for all layers of any model."""
+LEAST_BATCH = 32
+"""Least --batch-size (common.h)."""
+VECTORS, INNER_VECTORS = 5, 3
+"""Vectors of the hidden and of the intermediate size that are alive at once in a layer, as its log shows."""
+SMALL_TENSORS_BYTES = 2**20
+"""Inputs and alignment in its graph buffer: up to half of this in the log."""
+WIDE_HEAD, WIDE_HEAD_BYTES = 256, 16
+"""Heads of this size or more need so many bytes for a token of a batch and a cell: flash attention's buffer on a GPU,
+estimated by the log of one model."""
 
 
 class LlamaCppMemory(MemoryModel):
@@ -55,9 +71,14 @@ class LlamaCppMemory(MemoryModel):
 
     def held(self, tensor: TensorSpec, spec: ModelSpec, request: PlanRequest, *, tied: bool) -> HeldTensor:
         """As in the file. It looks tokens up on the CPU and puts a second copy of a tied matrix on the GPU."""
-        del spec
-        on_host = is_embedding(tensor.name) and request.device == "cuda"
-        return HeldTensor(tensor.tensor_type, tensor.n_bytes, on_device=tied or not on_host, on_host=on_host)
+        on_host = is_on_host(tensor.name, spec, request)
+        on_device = not on_host or (tied and is_embedding(tensor.name))
+        n_bytes = device_bytes(tensor) if on_device and request.device == "cuda" else host_bytes(tensor)
+        return HeldTensor(tensor.tensor_type, n_bytes, on_device=on_device, on_host=on_host)
+
+    def candidates(self, spec: ModelSpec, request: PlanRequest) -> list[PlanRequest]:
+        """Experts, and layers, of as few layers as possible in the host's memory."""
+        return candidates(spec, request)
 
     def pool(self, spec: ModelSpec, request: PlanRequest, weights: Weights, dynamic: Sequence[Part]) -> Pool:
         """Return its cache, which depends on nothing else that is on the device."""
@@ -70,9 +91,11 @@ class LlamaCppMemory(MemoryModel):
         Sliding-window layers keep the window and one batch (llama-kv-cache-iswa.cpp), recurrent layers a state for each
         request.
         """
-        n, batch, kind = request.max_running_requests, physical_batch(request), self.kv_types[request.kv_dtype]
-        cells = padded(request.context_length, CELLS)
-        window = min(cells, padded((spec.sliding_window or 0) + batch, CELLS))
+        return self._pool(_without_layers(spec, range(layers_on_host(spec, request))), request)
+
+    def _pool(self, spec: ModelSpec, request: PlanRequest) -> Pool:
+        n, kind = request.max_running_requests, self.kv_types[request.kv_dtype]
+        cells, window = _cells(spec, request)
         total, words = 0.0, []
         for group in layer_groups(spec):
             own = window if group.sliding and spec.sliding_window else cells
@@ -85,20 +108,80 @@ class LlamaCppMemory(MemoryModel):
         return Pool(n * cells, round(total) + states, text)
 
     def buffers(self, spec: ModelSpec, request: PlanRequest, weights: Weights) -> list[Part]:
-        """Its graph buffer: the peak is the output layer of a full batch, logits beside the hidden vectors.
+        """Its graph buffer: the peak is a layer's MLP of a full batch, or the logits of one token of each request.
 
-        On the CPU the input of the last layer and the attention mask are in the same buffer.
+        Prompts multiply with the host's weights on the GPU too, and the buffer holds the largest of these then.
         """
         del weights
-        batch = physical_batch(request)
-        vectors = 1 if request.device == "cuda" else CPU_VECTORS
-        n_bytes = batch * (spec.vocab_size + vectors * spec.hidden_size) * 4
-        text = f"batch of {batch} x (vocabulary {spec.vocab_size:,} + {vectors} x hidden {spec.hidden_size:,}) x 4 B"
-        if request.device == "cpu":
-            n_bytes += batch * request.context_length * 4
-            text += f" + mask {batch} x {request.context_length:,} x 4 B"
-        source = "llama.cpp's own log of its compute buffers (benchmarks/plan_compare.py)"
-        return [Part("activations", "compute buffer", n_bytes, text, "measured", source)]
+        batch, inner = physical_batch(request), _inner(spec)
+        n_bytes = batch * (inner + VECTORS * spec.hidden_size + _state_vectors(spec)) * 4
+        text = f"batch of {batch} x (MLP {inner:,} + {VECTORS} x hidden {spec.hidden_size:,}"
+        text += f" + states {_state_vectors(spec):,}) x 4 B" if _state_vectors(spec) else ") x 4 B"
+        mask = _mask_bytes(spec, request)
+        text += f" + mask {mask:,} B"
+        if request.device == "cuda" and spec.head_dim >= WIDE_HEAD:
+            wide = batch * padded(request.context_length, CELLS) * WIDE_HEAD_BYTES
+            mask += wide
+            text += f" + attention of wide heads {wide:,} B"
+        logits = _logits_bytes(spec, request)
+        if logits > n_bytes + mask:
+            n_bytes, mask, text = logits, 0, f"logits of {request.max_running_requests} x {spec.vocab_size:,} x 4 B"
+        copied = largest_copied_bytes(spec, request)
+        if copied:
+            text += f" + largest matrix on the host {copied:,} B"
+        source = "llama-server's own log of its compute buffers (tests/planning/test_llama_cpp_log.py)"
+        n_bytes += mask + copied + SMALL_TENSORS_BYTES
+        return [Part("activations", "compute buffer", n_bytes, f"{text} + 1 MiB", "measured", source)]
+
+    def host_parts(self, spec: ModelSpec, request: PlanRequest, weights: Weights) -> list[Part]:
+        """Weights, KV cache of whole layers there, and the buffers beside them."""
+        if not is_offloading(spec, request):
+            return super().host_parts(spec, request, weights)
+        layers = layers_on_host(spec, request)
+        on_host = self._pool(_without_layers(spec, range(layers, spec.num_hidden_layers)), request)
+        batch, kv_bytes = physical_batch(request), on_host.n_bytes if layers else 0
+        compute = batch * 2 * spec.hidden_size * 4 + _mask_bytes(spec, request)
+        how = "mapped from the file" if request.mapped else "pinned"
+        source = "llama-server's own log"
+        return [
+            Part("host_weights", "weights", weights.host_bytes, f"sum over the tensors there, {how}", "exact"),
+            Part("host_kv", "KV cache", kv_bytes, on_host.formula if kv_bytes else "all on the GPU", "exact"),
+            Part(
+                "host_output",
+                "logits",
+                _logits_bytes(spec, request),
+                f"{request.max_running_requests} requests x vocabulary {spec.vocab_size:,} x 4 B",
+                "measured",
+                source,
+            ),
+            Part(
+                "host_compute",
+                "compute buffer",
+                compute,
+                f"batch of {batch} x 2 x hidden {spec.hidden_size:,} x 4 B + mask",
+                "measured",
+                source,
+            ),
+        ]
+
+    def check(self, settings: Settings, spec: ModelSpec) -> None:
+        """Refuse to keep experts on the host that the model does not have."""
+        experts = settings.placement.experts
+        if experts not in ("auto", "gpu", 0) and not spec.num_experts:
+            raise ConfigurationError(
+                f"placement.experts: {experts!r} is set, but {spec.architecture} is no mixture of experts; "
+                "leave it out, or set placement.layers"
+            )
+        if isinstance(experts, int) and experts > spec.num_hidden_layers:
+            raise ConfigurationError(
+                f"placement.experts: {experts} is more layers than the model has, "
+                f"must be at most {spec.num_hidden_layers}"
+            )
+        layers = settings.placement.layers
+        if isinstance(layers, int) and layers > spec.num_hidden_layers:
+            raise ConfigurationError(
+                f"placement.layers: {layers} is more than the model has, must be at most {spec.num_hidden_layers}"
+            )
 
     def arguments(self, request: PlanRequest, kv_tokens: int, fraction: float | None) -> tuple[str, ...]:
         """Return the flags that determine memory."""
@@ -110,6 +193,8 @@ class LlamaCppMemory(MemoryModel):
             device=request.device,
             kv_dtype=request.kv_dtype,
             whole_prompts=request.whole_prompts,
+            gpu_layers=request.gpu_layers or ALL_LAYERS,
+            expert_layers_on_host=request.expert_layers_on_host or 0,
         )
 
 
@@ -120,25 +205,70 @@ def memory_arguments(
     chunked_prefill_tokens: int,
     device: str,
     kv_dtype: str,
+    gpu_layers: int = ALL_LAYERS,
+    expert_layers_on_host: int = 0,
     whole_prompts: bool = False,
 ) -> tuple[str, ...]:
     """Return the flags that determine memory. llama-server divides its context among the parallel requests.
 
     whole_prompts: as in PlanRequest; it refuses a prompt that is longer than its physical batch then.
     """
-    physical = ("--ubatch-size", str(context_length)) if whole_prompts else ()
-    batch = context_length if whole_prompts else max(chunked_prefill_tokens, LEAST_BATCH)
     kind = ENGINE_KV_TYPES[kv_dtype]
+    batch = str(context_length if whole_prompts else max(chunked_prefill_tokens, LEAST_BATCH))
+    experts = ("--n-cpu-moe", str(expert_layers_on_host)) if expert_layers_on_host else ()
     return (
         *("--ctx-size", str(context_length * max_running_requests), "--parallel", str(max_running_requests)),
-        *("--batch-size", str(batch), *physical),
-        *("--n-gpu-layers", str(ALL_LAYERS if device == "cuda" else 0)),
+        *("--batch-size", batch, "--ubatch-size", batch),
+        *("--n-gpu-layers", str(gpu_layers if device == "cuda" else 0), *experts),
         *("--cache-type-k", kind, "--cache-type-v", kind),
     )
 
 
 def physical_batch(request: PlanRequest) -> int:
-    """Return the tokens of one graph: chunked_prefill_tokens, at most the default of 512, or a whole prompt."""
+    """Return the tokens of one graph: chunked_prefill_tokens, or a whole prompt."""
     if request.whole_prompts:
         return request.context_length
-    return min(MOST_BATCH, max(request.chunked_prefill_tokens, LEAST_BATCH))
+    return max(request.chunked_prefill_tokens, LEAST_BATCH)
+
+
+def _cells(spec: ModelSpec, request: PlanRequest) -> tuple[int, int]:
+    """Return the cells of a request in layers with full attention, and in those with a sliding window."""
+    cells = padded(request.context_length, CELLS)
+    return cells, min(cells, padded((spec.sliding_window or 0) + physical_batch(request), CELLS))
+
+
+def _without_layers(spec: ModelSpec, layers: range) -> ModelSpec:
+    """Return the model as if these layers had no KV cache."""
+    if not len(layers):
+        return spec
+    heads = spec.layer_kv_heads or (spec.num_kv_heads,) * spec.num_hidden_layers
+    kept = tuple(0 if layer in layers else count for layer, count in enumerate(heads))
+    return replace(spec, layer_kv_heads=kept)
+
+
+def _inner(spec: ModelSpec) -> int:
+    """Return the values of a token that are alive at the peak of an MLP: gate, up and their product."""
+    dense = INNER_VECTORS * spec.intermediate_size
+    if not spec.num_experts:
+        return dense
+    used = spec.num_experts_per_token or 1
+    experts = used * (INNER_VECTORS * (spec.moe_intermediate_size or spec.intermediate_size) + spec.hidden_size)
+    return max(dense, experts) if spec.moe_intermediate_size else experts
+
+
+def _state_vectors(spec: ModelSpec) -> int:
+    """Return the values of a token in a recurrent layer: input and output of its convolution and state, estimated."""
+    return 4 * (spec.ssm_inner_size or 0)
+
+
+def _mask_bytes(spec: ModelSpec, request: PlanRequest) -> int:
+    """Return the bytes of the attention masks: half precision, one for the layers with full attention, and one for
+    those with a sliding window."""
+    cells, window = _cells(spec, request)
+    masks = (cells, window) if spec.sliding_window and spec.sliding_layers else (cells,)
+    return physical_batch(request) * 2 * sum(masks)
+
+
+def _logits_bytes(spec: ModelSpec, request: PlanRequest) -> int:
+    """Return the bytes of the logits: one token of each request (server-context.cpp, server_output_limits)."""
+    return request.max_running_requests * spec.vocab_size * 4

@@ -183,9 +183,14 @@ class SglangEngine(Engine):
         return launch(task)
 
     def problems(self, settings: Settings) -> list[tuple[str, str]]:
-        """Return the problems of the extra arguments, of variables that a setting controls, of parsers and role."""
-        others = [*activations.problems(settings), *parser_problems(settings), *acceptance.role_problems(settings)]
-        return [*super().problems(settings), *others]
+        """Return the problems of extra arguments, of settings without a counterpart, of parsers and of the role."""
+        return [
+            *super().problems(settings),
+            *_placement_problems(settings),
+            *activations.problems(settings),
+            *parser_problems(settings),
+            *acceptance.role_problems(settings),
+        ]
 
     def judge(self, spec: ModelSpec) -> Verdict:
         """Check that SGLang will find every parameter, that nothing in the file is ignored, and its vocabulary."""
@@ -304,3 +309,15 @@ class SglangEngine(Engine):
             return ("ERROR" if line.startswith("Traceback") else "INFO"), line
         level, text = match.groups()
         return level or "INFO", text
+
+
+def _placement_problems(settings: Settings) -> list[tuple[str, str]]:
+    """SGLang holds every weight on the device."""
+    chosen, on_gpu = settings.placement, ("auto", "gpu", 0)
+    unknown: list[tuple[str, object]] = [("experts", chosen.experts)] if chosen.experts not in on_gpu else []
+    unknown += [("layers", chosen.layers)] if chosen.layers not in on_gpu else []
+    unknown += [("weights", chosen.weights)] if chosen.weights != "pinned" else []
+    return [
+        (f"placement.{key}", f"{value!r} has no counterpart in SGLang, must be left out or engine be llama.cpp")
+        for key, value in unknown
+    ]

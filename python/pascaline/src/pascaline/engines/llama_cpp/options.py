@@ -1,0 +1,45 @@
+"""Options that a build of llama-server has: they come and go between versions, and an unknown one ends it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+HELP_SECONDS = 30.0
+_OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
+
+
+def options_of(program: str) -> frozenset[str]:
+    """Return the options that `program --help` lists; empty if it does not answer within HELP_SECONDS."""
+    try:
+        changed = Path(program).stat().st_mtime_ns
+    except OSError:
+        return frozenset()
+    return _read(program, changed)
+
+
+@lru_cache(maxsize=8)
+def _read(program: str, changed: int) -> frozenset[str]:
+    """changed: when the program was written, so that an updated one is asked again."""
+    del changed
+    try:
+        done = subprocess.run(
+            [program, "--help"], capture_output=True, text=True, errors="replace", timeout=HELP_SECONDS, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return frozenset()
+    return frozenset(_OPTION.findall(done.stdout))
+
+
+def pinned_arguments(options: frozenset[str]) -> tuple[str, ...]:
+    """Return the flags that hold the host's weights in pinned memory instead of mapping the file."""
+    if "--load-mode" in options:
+        return ("--load-mode", "none")
+    return ("--no-mmap",) if "--no-mmap" in options else ()
+
+
+def own_placement_arguments(options: frozenset[str]) -> tuple[str, ...]:
+    """Return the flags that keep llama-server from changing the placement that it is given."""
+    return ("--fit", "off") if "--fit" in options else ()

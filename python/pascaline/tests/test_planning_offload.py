@@ -1,0 +1,271 @@
+"""Experts and layers in the host's memory: sizes as llama-server's log has them, and the choice of what goes there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pascaline.cards import load_card
+from pascaline.configuration import load
+from pascaline.engines import ENGINES, Task
+from pascaline.engines.plan_request import ALL_LAYERS
+from pascaline.errors import ConfigurationError
+from pascaline.models.store import ResolvedModel
+from pascaline.planning import make_plan
+from pascaline.planning.report import explanation, table
+from pascaline.planning.request import request_from_settings
+from pascaline.settings import Settings
+from support.mixtures import QWEN_3_30B_A3B, SMALL_MIXTRAL, mixture_spec
+from support.planning import LLAMA_2_7B, request
+
+if TYPE_CHECKING:
+    from pascaline.engines.plan_request import PlanRequest
+    from pascaline.models.spec import ModelSpec
+    from pascaline.planning import Plan
+
+MIB = 2**20
+QWEN, MIXTRAL = mixture_spec(QWEN_3_30B_A3B), mixture_spec(SMALL_MIXTRAL)
+P4, P40 = load_card("tesla-p4"), load_card("tesla-p40")
+
+
+def offloading(**changes: Any) -> PlanRequest:
+    """One request of 4096 tokens by llama.cpp on a P4; what is on the host is left to the plan."""
+    values: dict[str, Any] = {"max_running_requests": 1, "expert_layers_on_host": None} | changes
+    return request(P4, engine="llama.cpp", **values)
+
+
+def host_part(plan: Plan, key: str) -> int:
+    return sum(part.n_bytes for part in plan.host_parts if part.key == key)
+
+
+class TestAgainstTheLog:
+    """Lines of a llama-server that loaded such files on a GPU, `-c 4096 -np 1 -ub 512 -fa on`, in MiB.
+
+    2026-11-29, llama.cpp 0.5.0-dev as code for compute capability 6.1 on an H200.
+    """
+
+    @pytest.mark.parametrize(
+        ("layers", "device", "host", "compute"),
+        [(0, 17524.43, 166.92, 88.01), (24, 9154.43, 8536.92, 221.51), (48, 784.42, 16906.92, 221.51)],
+    )
+    def test_qwen_3_30b_a3b(self, layers: int, device: float, host: float, compute: float) -> None:
+        plan = make_plan(QWEN, P40, offloading(card_bytes=P40.memory_bytes, expert_layers_on_host=layers))
+        assert round(plan.weights_bytes / MIB, 2) == device
+        assert round(host_part(plan, "host_weights") / MIB, 2) == host
+        assert plan.kv_bytes == 384 * MIB
+        assert compute <= round(plan.part("activations") / MIB, 2) < 1.4 * compute
+
+    def test_buffers_on_the_host(self) -> None:
+        plan = make_plan(QWEN, P40, offloading(expert_layers_on_host=48))
+        assert round(host_part(plan, "host_output") / MIB, 2) == 0.58
+        assert round(host_part(plan, "host_compute") / MIB) == 12
+
+    def test_longer_contexts_need_a_larger_mask_on_both_sides(self) -> None:
+        short = make_plan(QWEN, P40, offloading(expert_layers_on_host=48))
+        long = make_plan(QWEN, P40, offloading(expert_layers_on_host=48, context_length=32768))
+        assert long.part("activations") - short.part("activations") == 28 * MIB
+        assert host_part(long, "host_compute") - host_part(short, "host_compute") == 28 * MIB
+
+    @pytest.mark.parametrize(("layers", "log"), [(0, 100.01), (8, 143.88), (16, 143.88)])
+    def test_the_compute_buffer_of_a_mixture_with_few_large_experts(self, layers: int, log: float) -> None:
+        plan = make_plan(MIXTRAL, P40, offloading(card_bytes=P40.memory_bytes, expert_layers_on_host=layers))
+        assert log <= plan.part("activations") / MIB < 1.6 * log
+
+
+class TestChoice:
+    def test_as_few_layers_as_fit(self) -> None:
+        plan = make_plan(QWEN, P4, offloading())
+        assert plan.fits
+        chosen = plan.request.expert_layers_on_host
+        assert chosen is not None
+        assert 24 < chosen < 48
+        fewer = make_plan(QWEN, P4, offloading(expert_layers_on_host=chosen - 1))
+        assert not fewer.fits
+        assert plan.engine_args[-6:-4] == ("--n-cpu-moe", str(chosen))
+        assert plan.to_json()["expert_layers_on_host"] == chosen
+
+    def test_nothing_moves_if_all_fits(self) -> None:
+        plan = make_plan(QWEN, P40, offloading(card_bytes=P40.memory_bytes))
+        assert plan.fits
+        assert plan.request.expert_layers_on_host == 0
+        assert "--n-cpu-moe" not in plan.engine_args
+        assert [part.key for part in plan.host_parts] == ["host_weights"]
+
+    def test_what_does_not_fit_with_all_experts_on_the_host_needs_whole_layers_there(self) -> None:
+        small = offloading(card_bytes=1200 * MIB)
+        assert not make_plan(QWEN, P4, small).fits
+        plan = make_plan(QWEN, P4, replace(small, gpu_layers=None))
+        assert plan.fits
+        assert plan.request.expert_layers_on_host == 48
+        assert plan.request.gpu_layers is not None
+        assert 0 < plan.request.gpu_layers < 48
+        assert plan.part("kv_pool") + host_part(plan, "host_kv") == 384 * MIB
+
+    def test_a_dense_model_in_part(self) -> None:
+        whole = offloading(card_bytes=4000 * MIB)
+        assert not make_plan(LLAMA_2_7B, P4, whole).fits
+        plan = make_plan(LLAMA_2_7B, P4, replace(whole, gpu_layers=None))
+        assert plan.fits
+        assert plan.request.gpu_layers is not None
+        assert plan.engine_args[plan.engine_args.index("--n-gpu-layers") + 1] == str(plan.request.gpu_layers)
+        more = make_plan(LLAMA_2_7B, P4, replace(whole, gpu_layers=plan.request.gpu_layers + 1))
+        assert not more.fits
+
+    def test_on_a_cpu_nothing_is_chosen(self) -> None:
+        cpu = load_card("cpu")
+        plan = make_plan(QWEN, cpu, offloading(device="cpu", card_bytes=64 * 2**30))
+        assert plan.fits
+        assert plan.host_parts == ()
+        assert plan.request.expert_layers_on_host == 0
+
+    def test_the_fewer_layers_on_the_host_the_faster(self) -> None:
+        rates = []
+        for layers in (0, 12, 24, 48):
+            speed = make_plan(QWEN, P40, offloading(card_bytes=P40.memory_bytes, expert_layers_on_host=layers)).speed
+            assert speed is not None
+            rates.append((speed.single.tokens_per_second, speed.prefill.tokens_per_second))
+        assert rates == sorted(rates, reverse=True)
+
+    def test_a_batch_reads_the_experts_that_it_is_expected_to_choose(self) -> None:
+        """Of 128 experts with 8 a token: 8, 15.5, 29.1, 51.6, 82.4 for 1, 2, 4, 8, 16 tokens."""
+        from pascaline.planning.weights import weights_on_device
+
+        weights = weights_on_device(QWEN, offloading(expert_layers_on_host=48))
+        found = [128 * weights.host_read_bytes(n) / weights.host_expert_bytes for n in (1, 2, 4, 8, 16)]
+        assert found == pytest.approx([8, 15.5, 29.1, 51.6, 82.4], abs=0.05)
+
+
+class TestHostMemory:
+    def test_too_little_is_refused_with_both_numbers(self) -> None:
+        plan = make_plan(QWEN, P4, offloading(host_memory_bytes=4 * 2**30))
+        assert not plan.fits
+        (reason,) = plan.reasons
+        assert reason.startswith("it needs 1")
+        assert "of the host's memory, which has 4.00 GiB free" in reason
+        assert "placement.weights" in reason
+
+    def test_what_is_mapped_needs_none(self) -> None:
+        plan = make_plan(QWEN, P4, offloading(host_memory_bytes=4 * 2**30, mapped=True))
+        assert plan.fits
+        assert plan.speed is not None
+        pinned = make_plan(QWEN, P4, offloading(host_memory_bytes=64 * 2**30)).speed
+        assert pinned is not None
+        assert plan.speed.prefill.tokens_per_second < pinned.prefill.tokens_per_second
+
+    def test_the_table_shows_it(self) -> None:
+        plan = make_plan(QWEN, P4, offloading(host_memory_bytes=64 * 2**30))
+        text = table(plan)
+        assert "in the host's memory, of which 64.00 GiB are free:" in text
+        assert "host's part" in explanation(plan)
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("", (None, ALL_LAYERS)),
+            ('experts = "gpu"', (0, ALL_LAYERS)),
+            ('experts = "cpu"', (48, ALL_LAYERS)),
+            ("experts = 7", (7, ALL_LAYERS)),
+            ('layers = "auto"', (None, None)),
+            ("layers = 8", (None, 41)),
+            ("layers = 0", (None, ALL_LAYERS)),
+        ],
+    )
+    def test_become_a_request(self, text: str, expected: tuple[int | None, int | None], tmp_path: Any) -> None:
+        found = self.request(text, QWEN, tmp_path)
+        assert (found.expert_layers_on_host, found.gpu_layers) == expected
+
+    @pytest.mark.parametrize(
+        ("text", "spec", "message"),
+        [
+            ('experts = "cpu"', LLAMA_2_7B, "placement.experts: 'cpu' is set, but llama is no mixture of experts; "),
+            ("layers = 49", QWEN, "placement.layers: 49 is more than the model has, must be at most 48"),
+            ("experts = 49", QWEN, "placement.experts: 49 is more layers than the model has, must be at most 48"),
+        ],
+    )
+    def test_that_the_model_does_not_allow(self, text: str, spec: ModelSpec, message: str, tmp_path: Any) -> None:
+        with pytest.raises(ConfigurationError) as caught:
+            self.request(text, spec, tmp_path)
+        assert str(caught.value).startswith(message)
+
+    def test_sglang_refuses_them(self, tmp_path: Any) -> None:
+        file = tmp_path / "a.toml"
+        file.write_text('[placement]\nexperts = "cpu"\n')
+        with pytest.raises(ConfigurationError, match=r"placement.experts: 'cpu' has no counterpart in SGLang"):
+            load(config_file=file, environment={}, check_host=False)
+
+    def request(self, text: str, spec: ModelSpec, folder: Any) -> PlanRequest:
+        file = folder / "a.toml"
+        file.write_text(f'engine = "llama.cpp"\n[placement]\n{text}\n')
+        settings = load(config_file=file, environment={}, check_host=False).settings
+        return request_from_settings(settings, spec, device="cuda", dtype="float16", card_bytes=P4.memory_bytes)
+
+
+def test_every_engine_makes_every_decision() -> None:
+    """The first candidate leaves nothing to the plan."""
+    for engine in ENGINES:
+        first = ENGINES[engine].memory.candidates(QWEN, request(P4, engine=engine, expert_layers_on_host=None))[0]
+        assert first.expert_layers_on_host == 0
+        assert first.gpu_layers == ALL_LAYERS
+
+
+HELP = {
+    "newer": "--fit [on|off]  adjust\n-lm, --load-mode MODE  none, mmap or mlock\n",
+    "older": "--mlock  lock\n--no-mmap  do not map\n",
+    "silent": "",
+}
+
+
+class TestCommand:
+    """Flags differ between builds of llama-server, and an unknown one ends it."""
+
+    @pytest.mark.parametrize(
+        ("build", "weights", "expected"),
+        [
+            ("newer", "pinned", ("--fit", "off", "--load-mode", "none")),
+            ("newer", "mapped", ("--fit", "off")),
+            ("older", "pinned", ("--no-mmap",)),
+            ("older", "mapped", ()),
+            ("silent", "pinned", ()),
+        ],
+    )
+    def test_follows_the_build(self, build: str, weights: str, expected: tuple[str, ...], tmp_path: Path) -> None:
+        program = tmp_path / "llama-server"
+        program.write_text(f"#!/bin/sh\ncat <<'END'\n{HELP[build]}END\n")
+        program.chmod(0o755)
+        command = self.command(program, weights, 12, tmp_path)
+        start = command.index("--n-cpu-moe")
+        assert command[start + 1] == "12"
+        assert command[start - 2 : start] == ("--n-gpu-layers", "999")
+        found = tuple(word for word in command if word in {"--fit", "off", "--load-mode", "none", "--no-mmap"})
+        assert found == expected
+
+    def test_a_program_is_not_asked_if_nothing_is_on_the_host(self, tmp_path: Path) -> None:
+        program = tmp_path / "llama-server"
+        program.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\n")
+        program.chmod(0o755)
+        assert "--n-cpu-moe" not in self.command(program, "pinned", 0, tmp_path)
+        assert not (tmp_path / "asked").exists()
+
+    def command(self, program: Path, weights: str, experts: int, folder: Path) -> tuple[str, ...]:
+        settings = Settings.model_validate(
+            {"engine": "llama.cpp", "engine_executable": str(program), "placement": {"weights": weights}}
+        )
+        task = Task(
+            settings=settings,
+            model=ResolvedModel("gguf", folder / "m.gguf", QWEN, "m"),
+            device="cuda",
+            dtype="float16",
+            threads=4,
+            context_length=4096,
+            max_total_tokens=4096,
+            mem_fraction_static=None,
+            prefill_bits=16,
+            decode_bits=16,
+            expert_layers_on_host=experts,
+            runtime_dir=folder,
+        )
+        return ENGINES["llama.cpp"].launch(task).command

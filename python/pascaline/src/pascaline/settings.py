@@ -113,6 +113,28 @@ class PlacementSettings(BaseModel):
     )
 
 
+class SpeculativeSettings(BaseModel):
+    """Several tokens per read of the weights: some are drafted cheaply, one step of the model verifies them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Literal["auto", "none", "lookup", "draft", "eagle3", "mtp"] = Field(
+        "auto",
+        description="Where drafts come from. lookup: what followed the same words in prompt or answer; draft: a "
+        "smaller model; eagle3 and mtp: heads trained for the model, in a file of their own or in the model's. SGLang "
+        "has lookup only, and auto is lookup there; llama.cpp has all of them, and auto is none there",
+    )
+    tokens: int | None = Field(
+        None,
+        ge=1,
+        le=15,
+        description="Most tokens drafted for a request in one step; default: what the method does best",
+    )
+    draft_model: Path | None = Field(
+        None, description="GGUF file of the smaller model or the heads, with the same tokenizer"
+    )
+
+
 class Settings(BaseModel):
     """All settings of one instance."""
 
@@ -204,6 +226,7 @@ class Settings(BaseModel):
     activation_bits: ActivationBitsSettings = Field(
         ActivationBitsSettings(), description="Precision of matrix products: 8 bits are faster, 16 more exact"
     )
+    speculative: SpeculativeSettings = Field(SpeculativeSettings(), description="Speculation: tokens that are drafted")
     attention_backend: str | None = Field(None, min_length=1, description="SGLang's attention backend; default: pascal")
     quantization: str | None = Field(
         None, min_length=1, description="SGLang's quantisation method for safetensors models"

@@ -109,10 +109,11 @@ def engine(builtin_gguf, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lookup_engine(engine, tmp_path_factory):
-    """The same model with prompt lookup, beside `engine`."""
+    """The same model with prompt lookup and a short context, beside `engine`."""
     log = tmp_path_factory.mktemp("lookup") / "engine.log"
     options = [*COMMON_OPTIONS, "--chunked-prefill-size", "128", "--enable-metrics", "--served-model-name", "smollm2"]
-    with running_engine(engine.folder, log, *options, "--speculative-algorithm", "PASCAL_LOOKUP") as found:
+    options += ["--speculative-algorithm", "PASCAL_LOOKUP", "--context-length", "1024"]
+    with running_engine(engine.folder, log, *options) as found:
         yield found
 
 

@@ -13,6 +13,7 @@ from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.engines.last_words import cause_of_traceback, fatal_words, first_of_last_errors
 from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.engines.series import Series, Vitals, vitals_of
+from pascaline.engines.speculation import NO_SPECULATION, Speculation
 from pascaline.errors import ConfigurationError
 from pascaline.gpu.devices import device_variables
 from pascaline.models.roles import own_role, role_refusal
@@ -60,6 +61,7 @@ class Task:
     """The first so many layers keep their experts in the host's memory."""
     numa_node: int | None = None
     """The GPU's NUMA node; None if the host has one node only, or the node is unknown."""
+    speculation: Speculation = NO_SPECULATION
     runtime_dir: Path
     """Folder that only this user can read, for the file with the API key."""
     api_key: str | None = field(default=None, repr=False)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pascaline.engines.kv_layers import layer_groups
 from pascaline.engines.plan_request import ALL_LAYERS
+from pascaline.engines.speculation import NO_SPECULATION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pascaline.engines.data import EngineData
     from pascaline.engines.kv_layers import KvType
     from pascaline.engines.plan_request import PlanRequest
+    from pascaline.engines.speculation import Speculation
     from pascaline.models.spec import ModelSpec, TensorSpec
     from pascaline.settings import Settings
 
@@ -157,6 +159,11 @@ class MemoryModel(ABC):
         """
         del settings, spec, device
         return None, None
+
+    def speculation(self, settings: Settings, spec: ModelSpec, *, device: str, decode_bits: int | None) -> Speculation:
+        """Return what is drafted, with auto decided. decode_bits: as `activation_bits` returns them."""
+        del settings, spec, device, decode_bits
+        return NO_SPECULATION
 
     def check(self, settings: Settings, spec: ModelSpec) -> None:
         """Raise ConfigurationError for settings that the engine would reject only while it loads this model."""

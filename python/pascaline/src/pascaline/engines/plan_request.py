@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pascaline.defaults import SETTINGS
 from pascaline.engines.registry import engine_named
+from pascaline.engines.speculation import NO_SPECULATION, Speculation
 from pascaline.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class PlanRequest:
     role: Role = "generate"
     whole_prompts: bool = False
     """Whether the model needs a prompt in one step: an encoder, or a pooling over all of its tokens."""
+    speculation: Speculation = NO_SPECULATION
     quantization: str | None = None
     """SGLang's quantisation method; bitsandbytes, and gguf on a CPU, change the memory of the weights."""
     expert_layers_on_host: int | None = 0

@@ -128,6 +128,7 @@ class Plan:
             "max_running_requests": request.max_running_requests,
             "chunked_prefill_tokens": request.chunked_prefill_tokens,
             "activation_bits": {"prefill": request.prefill_bits, "decode": request.decode_bits},
+            "speculation": request.speculation.to_json(),
             "mem_fraction_static": self.mem_fraction_static,
             "weights_bytes": self.weights_bytes,
             "weights_read_bytes": self.weights_read_bytes,

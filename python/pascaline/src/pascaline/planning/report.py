@@ -24,6 +24,7 @@ BAR_LETTERS = {
     "workspace": "d",
     "activations": "a",
     "logits": "l",
+    "draft": "m",
     "graphs": "g",
     "context": "c",
     "library": "b",
@@ -107,11 +108,22 @@ def _speed_lines(plan: Plan) -> list[str]:
         "",
         f"expected speed ({basis}):",
         f"  one request         {_rate(speed.single)}",
+        *_speculation_lines(plan),
         f"  {decode.batch} at {decode.context:,} tokens{'':<{max(0, 9 - len(f'{decode.batch}{decode.context:,}'))}}"
         f"{_rate(decode)}, {decode.tokens_per_second / decode.batch:,.0f} each",
         f"  prompt              {_rate(speed.prefill)}, first token of {plan.context_length:,} after "
         f"{speed.ttft_seconds:,.1f} s",
     ]
+
+
+def _speculation_lines(plan: Plan) -> list[str]:
+    """The range by acceptance: no draft is right, or all are."""
+    speed, drafts = plan.speed, plan.request.speculation
+    if speed is None or speed.repeating is None:
+        return []
+    low, high = speed.single.tokens_per_second, speed.repeating.tokens_per_second
+    ends = f"no draft is right, or all {drafts.tokens} of each step are"
+    return [f"  with {drafts.method:<15}{low:,.0f} to {high:,.0f} tok/s: {ends}"]
 
 
 def _rate(rate: Rate) -> str:
@@ -152,6 +164,8 @@ def explanation(plan: Plan) -> str:
         )
     if plan.speed is not None:
         rates = {"one request": plan.speed.single, "all requests": plan.speed.decode, "prompt": plan.speed.prefill}
+        if plan.speed.repeating is not None:
+            rates["one request, every draft right"] = plan.speed.repeating
         lines += [f"{name}: {rate.tokens_per_second:,.1f} tok/s\n    = {rate.formula}" for name, rate in rates.items()]
         lines.append("    source: pascaline/engines/*/engine.toml, docs/planning.md")
     return "\n".join(lines)

@@ -55,6 +55,7 @@ def request_from_settings(
         decode_bits=decode_bits,
         role=settings.role,
         whole_prompts=settings.role != "generate" and (not spec.causal or spec.pooling not in (None, LAST)),
+        speculation=engine.speculation(settings, spec, device=device, decode_bits=decode_bits),
         quantization=settings.quantization,
         expert_layers_on_host=_expert_layers(settings, spec),
         gpu_layers=_gpu_layers(settings, spec),

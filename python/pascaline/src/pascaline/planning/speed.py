@@ -61,6 +61,8 @@ class Speed:
     """All requests at once, each with half of its context behind it, or its share of a smaller KV cache."""
     single: Rate
     """One request at its first tokens."""
+    repeating: Rate | None
+    """One request at its first tokens, if every draft is right; None without speculation."""
     prefill: Rate
     ttft_seconds: float
     """Time to first token of a prompt that fills the context, on an idle engine."""
@@ -101,6 +103,7 @@ def estimate_speed(spec: ModelSpec, card: Card, request: PlanRequest, weights: W
             request.max_running_requests, min(request.context_length // 2, kv_tokens // request.max_running_requests)
         ),
         single=model.decode(1, 0),
+        repeating=model.decode(request.speculation.width, 0) if request.speculation.tokens else None,
         prefill=prefill,
         ttft_seconds=seconds,
         basis=model.calibration.basis,

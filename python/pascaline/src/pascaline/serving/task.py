@@ -91,6 +91,7 @@ def make_task(
         gpu_layers=request.gpu_layers or ALL_LAYERS,
         expert_layers_on_host=request.expert_layers_on_host or 0,
         numa_node=placement.numa_node if placement else None,
+        speculation=request.speculation,
         runtime_dir=runtime_dir,
         device_variables=placement.variables if placement else None,
         cpus=cpus,

@@ -16,6 +16,7 @@ from pascaline.engines.client import json_object
 from pascaline.engines.data import read_data
 from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.engines.installation import Installation, Probe
+from pascaline.engines.llama_cpp import speculation
 from pascaline.engines.llama_cpp.memory import ENGINE_KV_TYPES, LlamaCppMemory, memory_arguments
 from pascaline.engines.llama_cpp.options import options_of, own_placement_arguments, pinned_arguments
 from pascaline.engines.plan_request import ALL_LAYERS
@@ -139,6 +140,12 @@ class LlamaCppEngine(Engine):
         "--mmap": "placement.weights",
         "--no-mmap": "placement.weights",
         "--mlock": "placement.weights",
+        "--spec-type": "speculative.method",
+        "--spec-draft-n-max": "speculative.tokens",
+        "--spec-ngram-simple-size-m": "speculative.tokens",
+        "-md": "speculative.draft_model",
+        "--model-draft": "speculative.draft_model",
+        "--spec-draft-model": "speculative.draft_model",
         "--api-key": "api_key_file",
         "--api-key-file": "api_key_file",
     }
@@ -171,6 +178,7 @@ class LlamaCppEngine(Engine):
             *("--threads", str(task.threads)),
             *_memory_arguments(task),
             *_offload_arguments(task, _program(task)),
+            *speculation.arguments(task.speculation, settings),
             "--metrics",
             *ROLE_FLAGS[settings.role],
         ]
@@ -188,7 +196,8 @@ class LlamaCppEngine(Engine):
             if (value := attrgetter(key)(settings)) != neutral
         ]
         sentence = _kv_problem(settings.kv_cache.dtype)
-        return [*unknown, *super().problems(settings), *([("kv_cache.dtype", sentence)] if sentence else [])]
+        types = [("kv_cache.dtype", sentence)] if sentence else []
+        return [*unknown, *super().problems(settings), *types, *speculation.problems(settings)]
 
     def judge(self, spec: ModelSpec) -> Verdict:
         """Refuse what it cannot read at all; it refuses itself what it cannot load."""

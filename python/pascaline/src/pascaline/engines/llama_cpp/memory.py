@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pascaline.engines.kv_layers import KvType, layer_groups
+from pascaline.engines.llama_cpp import speculation
 from pascaline.engines.llama_cpp.offload import (
     candidates,
     device_bytes,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from pascaline.engines.memory_model import Weights
     from pascaline.engines.plan_request import PlanRequest
+    from pascaline.engines.speculation import Speculation
     from pascaline.models.spec import ModelSpec, TensorSpec
     from pascaline.settings import Settings
 
@@ -63,6 +65,32 @@ class LlamaCppMemory(MemoryModel):
         """It stores fp16 regardless of the type that it computes in."""
         del dtype
         return "fp16" if chosen == "auto" else chosen
+
+    def speculation(self, settings: Settings, spec: ModelSpec, *, device: str, decode_bits: int | None) -> Speculation:
+        """Its own methods; this reads the header of the draft model."""
+        del device, decode_bits
+        return speculation.speculation(settings, spec)
+
+    def static_parts(self, spec: ModelSpec, request: PlanRequest, weights: Weights, pool: Pool) -> list[Part]:
+        """Return weights and KV cache, and those of what drafts."""
+        parts = super().static_parts(spec, request, weights, pool)
+        if request.speculation.draft is not None:
+            parts.append(self._draft_model(request.speculation.draft, request))
+        elif request.speculation.method == "mtp":
+            n_bytes = pool.n_bytes // max(1, spec.num_hidden_layers)
+            text = f"KV cache of one layer: {pool.n_bytes:,} B / {spec.num_hidden_layers} layers"
+            parts.append(Part("draft", "draft heads", n_bytes, text, "estimated", "llama.cpp, --spec-type draft-mtp"))
+        return parts
+
+    def _draft_model(self, draft: ModelSpec, request: PlanRequest) -> Part:
+        """A second model with a KV cache of as many tokens and a compute buffer of its own."""
+        tied = not any(tensor.name == "output.weight" for tensor in draft.tensors)
+        tensors = [self.held(tensor, draft, request, tied=tied) for tensor in draft.tensors]
+        n_weights = sum(tensor.n_bytes for tensor in tensors if tensor.on_device)
+        n_kv, batch = self.pool_of(draft, request).n_bytes, physical_batch(request)
+        n_buffer = batch * (draft.vocab_size + draft.hidden_size) * 4
+        text = f"weights {n_weights:,} B + KV cache {n_kv:,} B + compute buffer {n_buffer:,} B"
+        return Part("draft", "draft model", n_weights + n_kv + n_buffer, text, "estimated", "as the model's own parts")
 
     def activation_columns(self, bits: int | None) -> int:
         """It always multiplies activations of 8 bits."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pascaline.engines.memory_model import Part
+from pascaline.engines.sglang import speculation
 from pascaline.engines.sglang.weights import BITSANDBYTES, stays_quantized
 from pascaline.engines.tensors import DTYPE_BYTES
 from pascaline.plugin import PLUGIN
@@ -20,6 +21,8 @@ REQUEST_TABLE_EXTRA = 4
 ROPE_MARGIN = 256
 ROPE_STEP = 128
 """Positions that SGLang's RoPE table has beyond the context, and the multiple that it is rounded up to (environ.py)."""
+OUTPUT_BYTES = 4
+"""Per logit of the buffer that recorded steps write: float32."""
 LOGIT_BYTES = 26
 """Per logit while SGLang's PyTorch sampler runs: fp16 and fp32 logits, probabilities, sorted copy, int64 order, sum."""
 ATTENTION_SPLIT, ATTENTION_SPLITS = PLUGIN.most_split, PLUGIN.most_splits
@@ -44,7 +47,10 @@ def buffers(spec: ModelSpec, request: PlanRequest, weights: Weights) -> list[Par
 
 def tables(spec: ModelSpec, request: PlanRequest) -> Part:
     """Return the slots of requests, the RoPE tables and an architecture's own buffers."""
-    rows, columns = request.max_running_requests + 1, request.context_length + REQUEST_TABLE_EXTRA
+    rows, extra = request.max_running_requests + 1, REQUEST_TABLE_EXTRA
+    if request.speculation.rows:
+        extra += request.speculation.width
+    columns = request.context_length + extra
     ropes, positions = rope_tables(spec), rope_positions(spec, request)
     others = _small_buffers(spec, request)
     text = (
@@ -117,13 +123,29 @@ def _cpu_attention(spec: ModelSpec, request: PlanRequest) -> int:
 
 
 def _logits(spec: ModelSpec, request: PlanRequest) -> Part:
+    """With speculation, a token is drawn from each verified row, and the output of a graph has rows for all widths."""
     n = request.max_running_requests if request.role == "generate" else 0
-    text = f"{n} requests x vocabulary of {spec.vocab_size:,} x {LOGIT_BYTES} B while sampling"
-    source = "SGLang, layers/sampler.py, sampling backend pytorch"
-    return Part("logits", "logits", n * spec.vocab_size * LOGIT_BYTES, text, "estimated", source)
+    drafts = request.speculation
+    rows = max(n, min(drafts.rows, n * drafts.width))
+    unit = "rows" if drafts.rows else "requests"
+    text = f"{rows} {unit} x vocabulary of {spec.vocab_size:,} x {LOGIT_BYTES} B while sampling"
+    n_bytes = rows * spec.vocab_size * LOGIT_BYTES
+    if drafts.rows and request.device == "cuda":
+        recorded = n * drafts.width
+        n_bytes += recorded * spec.vocab_size * OUTPUT_BYTES
+        text += f" + {recorded} rows of recorded steps x vocabulary x {OUTPUT_BYTES} B"
+    source = "SGLang, layers/sampler.py, sampling backend pytorch; model_executor/graph_shared_output.py"
+    return Part("logits", "logits", n_bytes, text, "estimated", source)
 
 
-def recorded_sizes(max_running_requests: int) -> int:
-    """Return how many decode graphs there are: SGLang adds max_running_requests if it left out a larger size."""
-    known = len([size for size in GRAPH_SIZES if size <= max_running_requests])
-    return known + int(max_running_requests not in GRAPH_SIZES and max_running_requests < GRAPH_SIZES[-1])
+def recorded_sizes(max_running_requests: int) -> list[int]:
+    """Return the batch sizes of decode graphs: SGLang adds max_running_requests if it left out a larger size."""
+    sizes = [size for size in GRAPH_SIZES if size <= max_running_requests]
+    is_between = max_running_requests not in GRAPH_SIZES and max_running_requests < GRAPH_SIZES[-1]
+    return [*sizes, max_running_requests] if is_between else sizes
+
+
+def recorded_steps(request: PlanRequest) -> int:
+    """Return how many decode graphs there are: one per batch size, and for each further width those that rows allow."""
+    sizes, drafts = recorded_sizes(request.max_running_requests), request.speculation
+    return len(sizes) + sum(size * width <= drafts.rows for width in speculation.widths(drafts) for size in sizes)

@@ -13,7 +13,7 @@ from pascaline.engines.data import read_data
 from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.engines.series import Selector, Series
 from pascaline.engines.server import Server
-from pascaline.engines.sglang import acceptance, activations, installation
+from pascaline.engines.sglang import acceptance, activations, installation, speculation
 from pascaline.engines.sglang.launch import HELD_BACK_TOKENS, launch
 from pascaline.engines.sglang.memory import SglangMemory
 from pascaline.engines.sglang.parsers import choose_parsers, parser_problems
@@ -129,6 +129,11 @@ class SglangEngine(Engine):
         "--tensor-parallel-size": "tensor_parallel",
         "--pp-size": "pipeline_parallel",
         "--pipeline-parallel-size": "pipeline_parallel",
+        "--speculative-algorithm": "speculative.method",
+        "--speculative-num-draft-tokens": "speculative.tokens",
+        "--speculative-num-steps": "speculative.tokens",
+        "--speculative-draft-model-path": "speculative.draft_model",
+        "--speculative-draft-model": "speculative.draft_model",
         "--api-key": "api_key_file",
         "--config": "the settings of pascaline",
     }
@@ -188,6 +193,7 @@ class SglangEngine(Engine):
             *super().problems(settings),
             *_placement_problems(settings),
             *activations.problems(settings),
+            *speculation.problems(settings),
             *parser_problems(settings),
             *acceptance.role_problems(settings),
         ]

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from pascaline.engines.base import Launch
-from pascaline.engines.sglang import activations
+from pascaline.engines.sglang import activations, speculation
 from pascaline.engines.sglang.memory import ENGINE_KV_TYPES
 from pascaline.engines.sglang.parsers import parser_arguments
 from pascaline.engines.sglang.weights import BITSANDBYTES
@@ -80,6 +80,7 @@ def _feature_arguments(task: Task) -> list[str]:
         arguments += ["--attention-backend", settings.attention_backend]
     if settings.role == "embed":
         return [*arguments, "--is-embedding", *_log_arguments(settings)]
+    arguments += speculation.arguments(task.speculation)
     arguments += parser_arguments(settings, task.model.chat_templates, task.model.spec.architecture)
     return [*arguments, *_log_arguments(settings)]
 
@@ -129,6 +130,8 @@ def _environment(task: Task) -> dict[str, str]:
     environment["TMPDIR"] = str(_empty_folder(task.runtime_dir / "tmp"))
     bits = {"prefill": task.prefill_bits, "decode": task.decode_bits}
     environment |= {variable: str(bits[phase]) for phase, variable in activations.VARIABLES.items()}
+    if task.speculation.rows:
+        environment[speculation.VARIABLE] = str(task.speculation.rows)
     if task.settings.debug:
         environment["CUDA_LAUNCH_BLOCKING"] = "1"
     if task.settings.any_model_name:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pascaline.engines.kv_layers import KvType, layer_groups
 from pascaline.engines.memory_model import MemoryModel, Part, Pool
-from pascaline.engines.sglang import activations, weights
-from pascaline.engines.sglang.buffers import buffers, recorded_sizes, tables
+from pascaline.engines.sglang import activations, speculation, weights
+from pascaline.engines.sglang.buffers import buffers, recorded_steps, tables
 from pascaline.engines.tensors import padded
 from pascaline.errors import ConfigurationError
 from pascaline.plugin import PLUGIN
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from pascaline.engines.memory_model import HeldTensor, Weights
     from pascaline.engines.plan_request import PlanRequest
+    from pascaline.engines.speculation import Speculation
     from pascaline.models.spec import ModelSpec, TensorSpec
     from pascaline.settings import Settings
 
@@ -70,6 +71,12 @@ class SglangMemory(MemoryModel):
         """Return the bits that the plugin multiplies with."""
         return activations.activation_bits(settings, spec, device=device)
 
+    def speculation(self, settings: Settings, spec: ModelSpec, *, device: str, decode_bits: int | None) -> Speculation:
+        """Prompt lookup, on one device."""
+        del spec
+        columns = self.activation_columns(decode_bits) if decode_bits and device == "cuda" else 1
+        return speculation.speculation(settings, device=device, columns=columns)
+
     def check(self, settings: Settings, spec: ModelSpec) -> None:
         """Refuse a quantisation method for a model of another format."""
         method = settings.quantization
@@ -104,8 +111,9 @@ class SglangMemory(MemoryModel):
             room = min(room, CPU_POOL_BYTES)
         # An embedding's prompt leaves the pool at once: what one of them needs serves many that are shorter.
         prompts = request.max_running_requests if request.role == "generate" else 1
-        wanted = prompts * request.context_length
-        tokens = max(request.context_length, min(wanted, self._tokens(spec, request, max(0, room))))
+        longest = request.context_length + speculation.reserved_tokens(request.speculation)
+        wanted = prompts * longest
+        tokens = max(longest, min(wanted, self._tokens(spec, request, max(0, room))))
         return self.pool_of(spec, request, tokens)
 
     def pool_of(self, spec: ModelSpec, request: PlanRequest, tokens: int) -> Pool:
@@ -152,13 +160,13 @@ class SglangMemory(MemoryModel):
         return buffers(spec, request, weights)
 
     def constant(self, key: str, n_bytes: int, request: PlanRequest) -> tuple[int, str] | None:
-        """A CUDA graph is recorded for each batch size."""
+        """A CUDA graph is recorded for each batch size, and with speculation for each number of rows."""
         if key != "graphs_bytes":
             return None
         if request.role != "generate":
             return 0, "none: graphs are recorded for decode steps"
-        count = recorded_sizes(request.max_running_requests)
-        return count * n_bytes, f"{count} recorded batch sizes x {format_bytes(n_bytes)}"
+        count = recorded_steps(request)
+        return count * n_bytes, f"{count} recorded steps x {format_bytes(n_bytes)}"
 
     def fraction(self, request: PlanRequest, parts: Sequence[Part]) -> float:
         """The share passed to SGLang: the configured value, or all except half of what the dynamic parts need.
@@ -199,6 +207,7 @@ class SglangMemory(MemoryModel):
             *("--chunked-prefill-size", str(request.chunked_prefill_tokens)),
             *("--mem-fraction-static", f"{fraction:g}"),
             *("--kv-cache-dtype", ENGINE_KV_TYPES[request.kv_dtype]),
+            *speculation.arguments(request.speculation),
         )
 
 

@@ -38,6 +38,10 @@ class Series:
     """Tokens generated, a counter."""
     throughput: Selector
     """Tokens generated per second."""
+    drafted: Selector | None = None
+    """Tokens that were drafted and verified, a counter."""
+    accepted: Selector | None = None
+    """Those that were right."""
     kv_usage: Selector | None = None
     """Used share of the KV pool."""
     ttft: str | None = None

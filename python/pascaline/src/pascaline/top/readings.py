@@ -62,6 +62,8 @@ class InstanceReading:
     """Tokens generated since the engine started."""
     tokens_per_second: float | None
     """From the tokens between two readings; in a first reading, the engine's own gauge."""
+    accepted_ratio: float | None
+    """Share of the drafted tokens that were right since the engine started; None without any."""
     kv_cache_ratio: float | None
     planned_bytes: float | None
     actual_bytes: float | None
@@ -151,6 +153,7 @@ def _instance(
         queued_requests=_selected(engine, series.queued) if series else None,
         generated_tokens=generated,
         tokens_per_second=_selected(engine, series.throughput) if series and rate is None else rate,
+        accepted_ratio=_accepted(engine, series) if series else None,
         kv_cache_ratio=_selected(engine, series.kv_usage) if series else None,
         planned_bytes=_total(agent, "pascaline_plan_total_bytes"),
         actual_bytes=_memory_of(pages, name),
@@ -188,6 +191,11 @@ def _series_of(page: Page | None) -> Series | None:
 
 def _selected(page: Page | None, selector: Selector | None) -> float | None:
     return _total(page, selector.name, **selector.labels) if selector else None
+
+
+def _accepted(page: Page | None, series: Series) -> float | None:
+    drafted, accepted = _selected(page, series.drafted), _selected(page, series.accepted)
+    return accepted / drafted if drafted and accepted is not None else None
 
 
 def _observed(page: Page | None, histogram: str | None) -> Observed | None:

@@ -61,6 +61,7 @@ _INSTANCE_COLUMNS = (
     Column("TOK/S", 6, right=True),
     Column("TTFT", 6, right=True, wide=True),
     Column("ITL", 6, right=True, wide=True),
+    Column("DRAFTS", 6, right=True, wide=True),
     Column("", 0),
     Column("KV", 4, right=True),
     Column("PLAN/USED", 13, right=True),
@@ -158,7 +159,9 @@ def _instance_row(host: str, instance: InstanceReading, history: History) -> _Ro
     memory = f"{_gibibytes(instance.planned_bytes)}/{_gibibytes(instance.actual_bytes)} GiB"
     speed = UNKNOWN if instance.tokens_per_second is None else f"{instance.tokens_per_second:.1f}"
     latencies = (_seconds(instance.ttft_seconds), _seconds(instance.itl_seconds))
-    cells = (host, instance.name, instance.state, requests, speed, *latencies, "", _number(kv_cache, "%"), memory)
+    accepted = None if instance.accepted_ratio is None else 100 * instance.accepted_ratio
+    shares = (_number(accepted, "%"), "", _number(kv_cache, "%"))
+    cells = (host, instance.name, instance.state, requests, speed, *latencies, *shares, memory)
     style = _STATE_STYLES.get(instance.state, "bold red")
     return _Row(cells, history.of(host, "tokens", str(instance.agent_port)), None, style)
 

@@ -62,7 +62,7 @@ def problems(settings: Settings) -> list[tuple[str, str]]:
             (
                 "speculative.method",
                 f"{chosen.method!r} is not built for sglang, must be one of: {', '.join(METHODS)}; "
-                "or set engine to llama.cpp, which has draft and mtp",
+                "or set engine to llama.cpp, which has draft, eagle3 and mtp",
             )
         )
     elif chosen.draft_model is not None:

@@ -18,6 +18,7 @@ from pascaline.engines.causes import CUDA_FAULTS, CudaError
 from pascaline.engines.client import reachable
 from pascaline.engines.llama_cpp import LlamaCppEngine
 from pascaline.engines.sglang import SglangEngine
+from pascaline.engines.speculation import NO_SPECULATION, Speculation
 from pascaline.errors import ConfigurationError, MissingError
 from pascaline.gpu.devices import GpuIdentity, device_variables
 from pascaline.models.spec import ModelSpec
@@ -67,6 +68,9 @@ def task(tmp_path: Path) -> Callable[..., Task]:
             mem_fraction_static=given.mem_fraction_static,
             prefill_bits=16 if given.activation_bits.prefill == "auto" else given.activation_bits.prefill,
             decode_bits=16 if given.activation_bits.decode == "auto" else given.activation_bits.decode,
+            speculation=NO_SPECULATION
+            if given.speculative.method == "auto"
+            else Speculation(given.speculative.method, given.speculative.tokens or 7, 16),
             runtime_dir=tmp_path,
             api_key=api_key,
         )
@@ -262,6 +266,7 @@ class TestExtraArguments:
     def test_a_flag_stands_for_a_setting_that_exists(self, engine: str) -> None:
         known = {*Settings.model_fields, *(f"kv_cache.{name}" for name in ("max_tokens", "dtype"))}
         known |= {f"placement.{name}" for name in PlacementSettings.model_fields}
+        known |= {f"speculative.{name}" for name in ("method", "tokens", "draft_model")}
         assert set(ENGINES[engine].setting_flags.values()) - {"the settings of pascaline"} <= known
 
 
@@ -286,6 +291,7 @@ OTHER_VALUES: dict[str, Any] = {
     "activation_bits": {"prefill": 8, "decode": 8},
     "placement": {"weights": "mapped"},
     "radix_cache": False,
+    "speculative": {"method": "lookup", "tokens": 3},
     "attention_backend": "torch_native",
     "quantization": "awq",
     "tensor_parallel": 2,

@@ -419,7 +419,7 @@ def _commands(folder: Path, engine: str, kv_dtype: str, dtype: str) -> tuple[tup
         settings=values, model=ResolvedModel("gguf", Path("m.gguf"), QWEN_3_4B, "m"), device="cuda", dtype=dtype,
         threads=1, context_length=plan.context_length, max_total_tokens=plan.kv_tokens,
         mem_fraction_static=plan.mem_fraction_static, prefill_bits=made.prefill_bits or 16,
-        decode_bits=made.decode_bits or 16,
+        decode_bits=made.decode_bits or 16, speculation=made.speculation,
         runtime_dir=folder,
     )  # fmt: skip
     return ENGINES[engine].launch(task).command, plan.engine_args

@@ -55,7 +55,8 @@ def validator() -> jsonschema.Draft202012Validator:
 
 def document(key: str, value: Any) -> dict[str, Any]:
     group, _, name = key.rpartition(".")
-    return {group: {name: value}} if group else {key: value}
+    beside = {"engine": "llama.cpp", "speculative": {"method": "draft"}} if name == "draft_model" else {}
+    return beside | ({group: beside.get(group, {}) | {name: value}} if group else {key: value})
 
 
 @pytest.mark.parametrize("key", [key for key, _ in setting_fields()])

@@ -44,11 +44,21 @@ def problems(given: Settings) -> list[tuple[str, str]]:
 
 
 class TestSglang:
-    def test_auto_is_lookup_with_the_rows_that_a_product_takes_at_once(self, spec: ModelSpec) -> None:
+    def test_lookup_has_the_rows_that_a_product_takes_at_once(self, spec: ModelSpec) -> None:
         """16 columns: activations of 16 bits are two each."""
-        assert planned(spec, settings()).request.speculation == Speculation("lookup", 7, 8)
-        eight = Settings.model_validate({"context_length": 2048, "activation_bits": {"decode": 8}})
-        assert planned(spec, eight).request.speculation == Speculation("lookup", 7, 16)
+        assert planned(spec, settings(method="lookup")).request.speculation == Speculation("lookup", 7, 8)
+        eight = {"context_length": 2048, "activation_bits": {"decode": 8}, "speculative": {"method": "lookup"}}
+        found = planned(spec, Settings.model_validate(eight)).request.speculation
+        assert found == Speculation("lookup", 7, 16)
+
+    @pytest.mark.parametrize(
+        ("device", "n_bytes", "expected"),
+        [("cuda", 2**30, "lookup"), ("cuda", 2**30 - 1, "none"), ("cpu", 2**33, "none")],
+    )
+    def test_auto_is_lookup_where_a_step_takes_longer_than_the_host(
+        self, device: str, n_bytes: int, expected: str
+    ) -> None:
+        assert sglang.speculation(Settings(), device=device, n_bytes=n_bytes, columns=1).method == expected
 
     def test_none_is_none(self, spec: ModelSpec) -> None:
         plan = planned(spec, settings(method="none"))
@@ -56,18 +66,18 @@ class TestSglang:
         assert "--speculative-algorithm" not in plan.engine_args
 
     def test_the_flags_name_the_algorithm_and_the_rows_of_a_request(self, spec: ModelSpec) -> None:
-        plan = planned(spec, settings(tokens=3))
+        plan = planned(spec, settings(method="lookup", tokens=3))
         assert plan.engine_args[-4:] == (
             *("--speculative-algorithm", PLUGIN.lookup),
             *("--speculative-num-draft-tokens", "4"),
         )
 
     def test_more_tokens_than_rows_are_not_drafted(self, spec: ModelSpec) -> None:
-        assert planned(spec, settings(tokens=15)).request.speculation.tokens == 7
+        assert planned(spec, settings(method="lookup", tokens=15)).request.speculation.tokens == 7
 
     def test_auto_is_none_on_several_devices(self) -> None:
         given = Settings.model_validate({"tensor_parallel": 2})
-        assert sglang.speculation(given, device="cuda", columns=1) == NO_SPECULATION
+        assert sglang.speculation(given, device="cuda", n_bytes=2**33, columns=1) == NO_SPECULATION
         assert problems(given) == []
 
     @pytest.mark.parametrize("method", ["draft", "eagle3", "mtp"])
@@ -116,7 +126,7 @@ class TestSglang:
         assert make_plan(spec, P4, request).kv_tokens == 2048 + 16
 
     def test_the_speed_is_a_range_by_acceptance(self, spec: ModelSpec) -> None:
-        plan = planned(spec, settings())
+        plan = planned(spec, settings(method="lookup"))
         assert plan.speed.repeating.tokens_per_second > plan.speed.single.tokens_per_second
         low, high = (rate.tokens_per_second for rate in (plan.speed.single, plan.speed.repeating))
         line = f"  with lookup         {low:,.0f} to {high:,.0f} tok/s: no draft is right, or all 7 of each step are"
@@ -125,7 +135,7 @@ class TestSglang:
         assert planned(spec, settings(method="none")).speed.repeating is None
 
     def test_the_plan_says_it_in_json(self, spec: ModelSpec) -> None:
-        found = planned(spec, settings()).to_json()["speculation"]
+        found = planned(spec, settings(method="lookup")).to_json()["speculation"]
         assert found == {"method": "lookup", "tokens": 7, "rows": 8, "draft": None}
 
 

@@ -18,6 +18,7 @@ import termios
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from fcntl import ioctl
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
@@ -226,7 +227,12 @@ class TestPicture:
             assert any(essential in line for line in drawn([reading], 100)), essential
             assert not any(essential in line for line in drawn([reading], 99)), essential
 
-    @pytest.mark.parametrize("width", [80, 81, 99, 100, 120, 200])
+    def test_a_wider_one_shows_how_many_drafts_were_right(self) -> None:
+        reading = HostReading("h", 0.0, None, (), (replace(instance(), accepted_ratio=0.62),))
+        assert any("62%" in line for line in drawn([reading], 108))
+        assert not any("62%" in line for line in drawn([reading], 107))
+
+    @pytest.mark.parametrize("width", [80, 81, 99, 100, 107, 108, 120, 200])
     def test_no_line_is_wider_than_the_terminal(self, width: int) -> None:
         reading = HostReading(
             "a-host-with-a-very-long-name.example.org", 0.0, None, (gpu(name="G" * 60),), (instance("n" * 60),)

@@ -122,7 +122,8 @@ class SpeculativeSettings(BaseModel):
         "auto",
         description="Where drafts come from. lookup: what followed the same words in prompt or answer; draft: a "
         "smaller model; eagle3 and mtp: heads trained for the model, in a file of their own or in the model's. SGLang "
-        "has lookup only, and auto is lookup there; llama.cpp has all of them, and auto is none there",
+        "has lookup only, and auto is lookup on a GPU with at least 1 GiB of weights, otherwise none; llama.cpp has "
+        "all of them, and auto is none",
     )
     tokens: int | None = Field(
         None,

@@ -62,8 +62,6 @@ class InstanceReading:
     """Tokens generated since the engine started."""
     tokens_per_second: float | None
     """From the tokens between two readings; in a first reading, the engine's own gauge."""
-    accepted_ratio: float | None
-    """Share of the drafted tokens that were right since the engine started; None without any."""
     kv_cache_ratio: float | None
     planned_bytes: float | None
     actual_bytes: float | None
@@ -73,6 +71,8 @@ class InstanceReading:
     """Mean time to first token between two readings, None without any; in a first reading, since the engine's start."""
     itl_seconds: float | None = None
     """The same for the gap between two tokens."""
+    accepted_ratio: float | None = None
+    """Share of the drafted tokens that were right since the engine started; None without any."""
 
 
 @dataclass(frozen=True, slots=True)

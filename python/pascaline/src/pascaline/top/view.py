@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 UNKNOWN = "-"
 _MIN_WIDTH = 80
 _WIDE = 100
+_WIDEST = 108
 """From this width on, columns are drawn that have no room in 80."""
 _MIN_SPARK = 8
 _MAX_SPARK = 60
@@ -38,8 +39,8 @@ class Column(NamedTuple):
     heading: str
     width: int
     right: bool = False
-    wide: bool = False
-    """Whether a narrow terminal leaves it out."""
+    least_width: int = 0
+    """A narrower terminal leaves it out."""
 
 
 _GPU_COLUMNS = (
@@ -51,7 +52,7 @@ _GPU_COLUMNS = (
     Column("MEMORY", 14, right=True),
     Column("TEMP", 5, right=True),
     Column("POWER", 8, right=True),
-    Column("SLOWED BY", 19, wide=True),
+    Column("SLOWED BY", 19, least_width=_WIDE),
 )
 _INSTANCE_COLUMNS = (
     Column("HOST", 12),
@@ -59,9 +60,9 @@ _INSTANCE_COLUMNS = (
     Column("STATE", 12),
     Column("RUN/WAIT", 8, right=True),
     Column("TOK/S", 6, right=True),
-    Column("TTFT", 6, right=True, wide=True),
-    Column("ITL", 6, right=True, wide=True),
-    Column("DRAFTS", 6, right=True, wide=True),
+    Column("TTFT", 6, right=True, least_width=_WIDE),
+    Column("ITL", 6, right=True, least_width=_WIDE),
+    Column("DRAFTS", 6, right=True, least_width=_WIDEST),
     Column("", 0),
     Column("KV", 4, right=True),
     Column("PLAN/USED", 13, right=True),
@@ -115,7 +116,7 @@ class _Row(NamedTuple):
 
 
 def _table(columns: tuple[Column, ...], rows: list[_Row], width: int) -> Iterator[Text]:
-    shown = tuple(column for column in columns if width >= _WIDE or not column.wide)
+    shown = tuple(column for column in columns if width >= column.least_width)
     fixed = sum(column.width for column in shown) + len(shown) - 1
     spark = min(max(width - fixed, _MIN_SPARK), _MAX_SPARK)
     yield Text()

@@ -200,8 +200,8 @@ class KernelAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
 
 
 def _repeated(values: torch.Tensor, width: int) -> torch.Tensor:
-    """`[n]` -> `[n * width]`, each value width times."""
-    return values[:, None].expand(-1, width).reshape(-1) if width > 1 else values
+    """`[n]` -> contiguous `[n * width]`, each value width times; no wait for the device, as the size is known."""
+    return values.repeat_interleave(width, output_size=len(values) * width) if width > 1 else values
 
 
 def _starts(lengths: torch.Tensor) -> torch.Tensor:

@@ -54,10 +54,16 @@ SERIES = Series(
     queued=Selector("llamacpp:requests_deferred"),
     generated=Selector("llamacpp:tokens_predicted_total"),
     throughput=Selector("llamacpp:predicted_tokens_seconds"),
+    drafted=Selector("llamacpp:spec_decode_num_draft_tokens_total"),
+    accepted=Selector("llamacpp:spec_decode_num_accepted_tokens_total"),
     kv_usage=Selector("llamacpp:kv_cache_usage_ratio"),
 )
-# The same thread computes and sends answers, so its steps also count as answers.
-_STEPS = ("llamacpp:n_decode_total", "llamacpp:prompt_tokens_total", SERIES.generated.name)
+# The same thread computes and sends answers, so its steps also count as answers. Its decode calls leave out those that
+# verify drafts.
+_STEPS = (
+    *("llamacpp:n_decode_total", "llamacpp:spec_decode_num_drafts_total", "llamacpp:prompt_tokens_total"),
+    SERIES.generated.name,
+)
 _PROGRESS_SERIES = frozenset({*_STEPS, SERIES.running.name, SERIES.queued.name})
 
 _ERROR_WORDS = re.compile(r"\b(error|failed|fatal|abort)", re.IGNORECASE)

@@ -73,9 +73,9 @@ class SglangMemory(MemoryModel):
 
     def speculation(self, settings: Settings, spec: ModelSpec, *, device: str, decode_bits: int | None) -> Speculation:
         """Prompt lookup, on one device."""
-        del spec
         columns = self.activation_columns(decode_bits) if decode_bits and device == "cuda" else 1
-        return speculation.speculation(settings, device=device, columns=columns)
+        n_bytes = sum(tensor.n_bytes for tensor in spec.tensors)
+        return speculation.speculation(settings, device=device, n_bytes=n_bytes, columns=columns)
 
     def check(self, settings: Settings, spec: ModelSpec) -> None:
         """Refuse a quantisation method for a model of another format."""

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 METHODS = ("auto", "none", "lookup")
 """What the plugin has."""
-AUTO = {"cpu": "lookup", "cuda": "lookup"}
-"""What auto is on a device: docs/results/speculation.md."""
+LEAST_BYTES = 2**30
+"""Weights from which auto is lookup on a GPU: a step that reads fewer is as short as the host's work for a check, which
+takes some milliseconds (docs/results/speculation.md). On a CPU auto is none: there each row takes its own time."""
 DEFAULT_TOKENS = 7
 """Drafted tokens of a request: accepted runs are all or nothing, so a long one wins most where text repeats."""
 RESERVED_STEPS = 2
@@ -22,14 +23,15 @@ VARIABLE = PLUGIN.variables["speculative_rows"]
 """The variable that passes the rows to sglang-pascal."""
 
 
-def speculation(settings: Settings, *, device: str, columns: int) -> Speculation:
-    """Return what is drafted. columns: int8 columns of an activation in a decode step.
+def speculation(settings: Settings, *, device: str, n_bytes: int, columns: int) -> Speculation:
+    """Return what is drafted. n_bytes: of the weights. columns: int8 columns of an activation in a decode step.
 
     One request may have as many rows as all of them together: a step of more would take longer than the weights.
     """
     chosen = settings.speculative
     is_whole = settings.tensor_parallel == 1 and settings.pipeline_parallel == 1
-    method = (AUTO[device] if is_whole else "none") if chosen.method == "auto" else chosen.method
+    pays = is_whole and device == "cuda" and n_bytes >= LEAST_BYTES
+    method = ("lookup" if pays else "none") if chosen.method == "auto" else chosen.method
     rows = PLUGIN.speculative_columns // columns
     tokens = min(chosen.tokens or DEFAULT_TOKENS, rows - 1)
     return Speculation(method, tokens, rows) if method == "lookup" else NO_SPECULATION

@@ -20,7 +20,7 @@ from pascaline.planning import make_plan, table
 from pascaline.planning.report import explanation
 from pascaline.planning.request import request_from_settings
 from pascaline.plugin import PLUGIN
-from pascaline.settings import Settings
+from pascaline.settings import Settings, contradictions
 
 P4 = load_card("tesla-p4")
 
@@ -41,6 +41,15 @@ def planned(spec: ModelSpec, given: Settings, device: str = "cuda") -> Any:
 
 def problems(given: Settings) -> list[tuple[str, str]]:
     return engine_named(given.engine).problems(given)
+
+
+@pytest.mark.parametrize("engine", ["sglang", "llama.cpp"])
+def test_a_model_that_answers_nothing_has_no_drafts(engine: str) -> None:
+    given = Settings.model_validate({"engine": engine, "role": "embed", "speculative": {"method": "lookup"}})
+    sentence = "'lookup' drafts tokens of answers, must be auto or none, as role is 'embed'"
+    assert ("speculative.method", sentence) in contradictions(given)
+    embedding = Settings.model_validate({"role": "embed"})
+    assert sglang.speculation(embedding, device="cuda", n_bytes=2**33, columns=1) == NO_SPECULATION
 
 
 class TestSglang:

@@ -284,6 +284,7 @@ def contradictions(settings: Settings) -> list[tuple[str, str]]:
             _kv_cache_problems,
             _address_problems,
             _patience_problems,
+            _speculative_problems,
             _environment_problems,
         )
         for key, sentence in check(settings)
@@ -316,6 +317,14 @@ def _address_problems(settings: Settings) -> list[tuple[str, str]]:
             if not is_loopback(host)
         ]
     return problems
+
+
+def _speculative_problems(settings: Settings) -> list[tuple[str, str]]:
+    method = settings.speculative.method
+    if method in ("auto", "none") or settings.role == "generate":
+        return []
+    sentence = f"{method!r} drafts tokens of answers, must be auto or none, as role is {settings.role!r}"
+    return [("speculative.method", sentence)]
 
 
 def _patience_problems(settings: Settings) -> list[tuple[str, str]]:

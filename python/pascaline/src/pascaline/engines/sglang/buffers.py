@@ -138,7 +138,12 @@ def _logits(spec: ModelSpec, request: PlanRequest) -> Part:
     return Part("logits", "logits", n_bytes, text, "estimated", source)
 
 
-def recorded_sizes(max_running_requests: int) -> list[int]:
+def recorded_sizes(max_running_requests: int) -> int:
+    """Return how many batch sizes decode graphs have."""
+    return len(graph_sizes(max_running_requests))
+
+
+def graph_sizes(max_running_requests: int) -> list[int]:
     """Return the batch sizes of decode graphs: SGLang adds max_running_requests if it left out a larger size."""
     sizes = [size for size in GRAPH_SIZES if size <= max_running_requests]
     is_between = max_running_requests not in GRAPH_SIZES and max_running_requests < GRAPH_SIZES[-1]
@@ -147,5 +152,5 @@ def recorded_sizes(max_running_requests: int) -> list[int]:
 
 def recorded_steps(request: PlanRequest) -> int:
     """Return how many decode graphs there are: one per batch size, and for each further width those that rows allow."""
-    sizes, drafts = recorded_sizes(request.max_running_requests), request.speculation
+    sizes, drafts = graph_sizes(request.max_running_requests), request.speculation
     return len(sizes) + sum(size * width <= drafts.rows for width in speculation.widths(drafts) for size in sizes)

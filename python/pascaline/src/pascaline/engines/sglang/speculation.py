@@ -30,7 +30,7 @@ def speculation(settings: Settings, *, device: str, n_bytes: int, columns: int) 
     """
     chosen = settings.speculative
     is_whole = settings.tensor_parallel == 1 and settings.pipeline_parallel == 1
-    pays = is_whole and device == "cuda" and n_bytes >= LEAST_BYTES
+    pays = is_whole and device == "cuda" and n_bytes >= LEAST_BYTES and settings.role == "generate"
     method = ("lookup" if pays else "none") if chosen.method == "auto" else chosen.method
     rows = PLUGIN.speculative_columns // columns
     tokens = min(chosen.tokens or DEFAULT_TOKENS, rows - 1)

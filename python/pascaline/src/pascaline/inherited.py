@@ -34,8 +34,8 @@ PREFIXES = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_"),
     # The engines, and what they are made of.
     *("SGLANG_", "SGL_", "GGML_", "TORCH", "PYTORCH_", "TRITON_", "TRANSFORMERS_", "TOKENIZERS_", "SAFETENSORS_"),
-    # The stand-in for an engine in tests.
-    "FAKE_ENGINE_",
+    # Stand-ins for an engine in tests.
+    *("FAKE_ENGINE_", "STAND_IN_"),
 )
 _SECRET = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(?:API_?)?KEY)(?:_|$)")
 """Parts of a name that promise a secret."""

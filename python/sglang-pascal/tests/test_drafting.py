@@ -38,6 +38,7 @@ class Device:
             most_rows=most_rows,
             row_cost=row_cost,
             context_length=context_length,
+            clock=lambda: 0.001 * len(self.steps),
         )
 
     def prefill(self, *requests):

@@ -6,7 +6,7 @@ import random
 
 import pytest
 from sglang_pascal.speculation.lookup import MAX_INDEXED, MAX_MATCH, MIN_MATCH, Match, NgramIndex
-from sglang_pascal.speculation.policy import Acceptance, Draft, choose_width
+from sglang_pascal.speculation.policy import Acceptance, Draft, Pace, choose_width
 
 
 def indexed(tokens, **options):
@@ -94,25 +94,41 @@ class TestPolicy:
         return Draft(n, 10, first, following)
 
     def test_nothing_is_checked_without_a_draft(self):
-        assert choose_width([None, None], (1, 2, 4, 8), 16, 0.02) == 1
+        assert choose_width([None, None], (1, 2, 4, 8), 16, Pace(0.02)) == 1
 
     def test_a_likely_draft_is_checked_as_wide_as_rows_are_free(self):
-        assert choose_width([self.draft()], (1, 2, 4, 8), 16, 0.02) == 8
-        assert choose_width([self.draft()] * 4, (1, 2, 4, 8), 16, 0.02) == 4
-        assert choose_width([self.draft()] * 8, (1, 2, 4, 8), 16, 0.02) == 2
-        assert choose_width([self.draft()] * 9, (1, 2, 4, 8), 16, 0.02) == 1
+        assert choose_width([self.draft()], (1, 2, 4, 8), 16, Pace(0.02)) == 8
+        assert choose_width([self.draft()] * 4, (1, 2, 4, 8), 16, Pace(0.02)) == 4
+        assert choose_width([self.draft()] * 8, (1, 2, 4, 8), 16, Pace(0.02)) == 2
+        assert choose_width([self.draft()] * 9, (1, 2, 4, 8), 16, Pace(0.02)) == 1
 
     def test_an_unlikely_draft_is_not_worth_its_rows(self):
-        assert choose_width([self.draft(0.03)], (1, 2, 4, 8), 16, 0.02) == 1
-        assert choose_width([self.draft(0.15, 0.2)], (1, 2, 4, 8), 16, 0.2) == 1
+        assert choose_width([self.draft(0.03)], (1, 2, 4, 8), 16, Pace(0.02)) == 1
+        assert choose_width([self.draft(0.15, 0.2)], (1, 2, 4, 8), 16, Pace(0.2)) == 1
 
     def test_a_costly_row_makes_the_step_narrower(self):
-        widths = [choose_width([self.draft(0.8, 0.8)], (1, 2, 4, 8), 16, cost) for cost in (0.01, 0.1, 0.3, 0.9)]
+        widths = [choose_width([self.draft(0.8, 0.8)], (1, 2, 4, 8), 16, Pace(cost)) for cost in (0.01, 0.1, 0.3, 0.9)]
         assert widths == sorted(widths, reverse=True)
         assert (widths[0], widths[-1]) == (8, 1)
 
     def test_one_request_with_a_draft_does_not_pay_for_many_without(self):
-        assert choose_width([self.draft(0.5, 0.5), *[None] * 7], (1, 2), 16, 0.1) == 1
+        assert choose_width([self.draft(0.5, 0.5), *[None] * 7], (1, 2), 16, Pace(0.1)) == 1
+
+    def test_a_check_that_takes_long_on_this_device_is_left_out_and_tried_again(self):
+        """What the host measures counts, not what a row should cost; but it is not believed for ever."""
+        pace = Pace(0.02)
+        for seconds in (0.9, 0.002, 0.002, 0.002, 0.002):  # the first step of a process is slow
+            pace.note(4, 1, seconds)
+        assert choose_width([self.draft()] * 4, (1, 2, 4), 16, pace) == 4
+        for _ in range(3):
+            pace.note(4, 4, 0.02)
+            pace.note(4, 2, 0.0024)
+        assert pace.cost(4, 4) == pytest.approx(10)
+        assert choose_width([self.draft()] * 4, (1, 2, 4), 16, pace) == 2
+        assert choose_width([self.draft()], (1, 2, 4, 8), 16, pace) == 8
+        for _ in range(1024):
+            pace.note(4, 1, 0.002)
+        assert choose_width([self.draft()] * 4, (1, 2, 4), 16, pace) == 4
 
     def test_wrong_drafts_end_and_come_back(self):
         acceptance = Acceptance()

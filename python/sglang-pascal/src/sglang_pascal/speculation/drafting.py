@@ -6,10 +6,11 @@ before the newest token has occurred before. Text that never repeats is decoded 
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sglang_pascal.speculation.policy import Draft, choose_width
+from sglang_pascal.speculation.policy import Draft, Pace, choose_width
 from sglang_pascal.speculation.texts import Text, Texts, most_drafts
 
 if TYPE_CHECKING:
@@ -38,9 +39,20 @@ class Step:
 class Drafter:
     """Plans the steps of a model's running requests."""
 
-    def __init__(self, *, widths: Widths, most_rows: int, row_cost: float, context_length: int) -> None:
-        """most_rows, row_cost: as `choose_width` takes them. context_length: most tokens of a request."""
-        self._widths, self._most_rows, self._row_cost = widths, most_rows, row_cost
+    def __init__(
+        self,
+        *,
+        widths: Widths,
+        most_rows: int,
+        row_cost: float,
+        context_length: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """most_rows, row_cost: as `choose_width` and `Pace` take them. context_length: most tokens of a request."""
+        self._widths, self._most_rows, self._pace = widths, most_rows, Pace(row_cost)
+        self._clock = clock
+        self._launched: tuple[float, int, int] | None = None
+        """When the last step was launched, its requests and its width; None after a prompt."""
         self._context_length = context_length
         self._texts = Texts(context_length)
 
@@ -51,6 +63,7 @@ class Drafter:
     def prefilled(self, requests: Sequence[Any]) -> None:
         """Note that a step computes these requests' prompts."""
         self._texts.prefilled(requests)
+        self._launched = None
 
     def plan(self, requests: Sequence[Any], wait: Wait) -> Step:
         """Return the next step of a batch; it counts as launched."""
@@ -61,7 +74,16 @@ class Drafter:
         if width > 1 and any(text.missing for text in texts):
             _learn(texts, wait())
             found, width = self._choose(requests, texts)
+        self._measure(len(texts), width)
         return _launched(texts, found, width)
+
+    def _measure(self, n: int, width: int) -> None:
+        """Note how long the last step took: until this one is launched."""
+        now = self._clock()
+        if self._launched is not None:
+            then, last_n, last_width = self._launched
+            self._pace.note(last_n, last_width, now - then)
+        self._launched = (now, n, width)
 
     def _choose(self, requests: Sequence[Any], texts: Sequence[Text]) -> tuple[list[Found], int]:
         """Return each request's draft, and the width. No row may be beyond the context: there are no angles for it."""
@@ -73,7 +95,7 @@ class Drafter:
             text.draft(most_drafts(request, text, max(widths, default=1))) or (None, [])
             for request, text in zip(requests, texts, strict=True)
         ]
-        return found, choose_width([draft for draft, _ in found], widths, self._most_rows, self._row_cost)
+        return found, choose_width([draft for draft, _ in found], widths, self._most_rows, self._pace)
 
 
 def _learn(texts: Sequence[Text], facts: Sequence[tuple[int, Sequence[int]]]) -> None:

@@ -6,7 +6,9 @@ the most expected tokens in its time, among those for which the engine has recor
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -22,6 +24,11 @@ _PRIOR_NEXT: Final = 0.8
 _PRIOR_WEIGHT: Final = 2.0
 """In drafts: after two wrong ones, a request's own record counts as much as what is known of others."""
 _KEPT_PER_DRAFT: Final = 0.9
+_SAMPLES: Final = 7
+_LEAST_SAMPLES: Final = 3
+"""Steps of a kind of which the median is taken, and from how many on."""
+_STEPS_UNTIL_RETRY: Final = 1024
+"""Plain steps after which what wider ones cost is measured anew: three slow ones in so many are nothing."""
 _KEPT_PER_STEP: Final = 0.995
 """A record fades, so that a request that begins to quote is tried again."""
 
@@ -87,17 +94,41 @@ class Acceptance:
             record.fade(_KEPT_PER_STEP)
 
 
-def choose_width(drafts: Sequence[Draft | None], widths: Sequence[int], most_rows: int, row_cost: float) -> int:
+class Pace:
+    """How long steps take, as the host sees them: a check also waits for the device, which a fast card shows."""
+
+    def __init__(self, row_cost: float) -> None:
+        """row_cost: time of a further row as a share of a step's, for what was not measured yet."""
+        self._row_cost = row_cost
+        self._seconds: dict[tuple[int, int], deque[float]] = {}
+        self._plain_steps = 0
+
+    def note(self, n: int, width: int, seconds: float) -> None:
+        """Count a step of n requests with that width. What is slow is measured again after many steps without it."""
+        self._seconds.setdefault((n, width), deque(maxlen=_SAMPLES)).append(seconds)
+        self._plain_steps = self._plain_steps + 1 if width == 1 else 0
+        if self._plain_steps == _STEPS_UNTIL_RETRY:
+            self._plain_steps = 0
+            self._seconds = {key: found for key, found in self._seconds.items() if key[1] == 1}
+
+    def cost(self, n: int, width: int) -> float:
+        """Return the time of such a step as a multiple of one of width 1."""
+        plain, wide = (self._seconds.get((n, each), ()) for each in (1, width))
+        if min(len(plain), len(wide)) < _LEAST_SAMPLES:
+            return 1 + self._row_cost * n * (width - 1)
+        return max(1.0, median(wide) / median(plain))
+
+
+def choose_width(drafts: Sequence[Draft | None], widths: Sequence[int], most_rows: int, pace: Pace) -> int:
     """Return the rows per request of the next step; 1 = check nothing.
 
     drafts: one per request, None = it has none. widths: what may be chosen. most_rows: of all requests together.
-    row_cost: time of a further row, as a share of the time of a step with one row for each request.
     """
     n = len(drafts)
 
     def tokens_per_time(width: int) -> float:
         won = sum(draft.expected(width - 1) for draft in drafts if draft is not None)
-        return (n + won) / (1 + row_cost * n * (width - 1))
+        return (n + won) / pace.cost(n, width)
 
     allowed = [width for width in widths if width > 1 and n * width <= most_rows]
     best = max(allowed, key=tokens_per_time, default=1)

@@ -194,7 +194,8 @@ def run_tests(python: Path, folder: Path, tests: tuple[str, ...] | list[str]) ->
     """Run tests of the plugin in the copy; return pytest's last lines."""
     paths = [str(folder / "python" / "sglang-pascal" / test) for test in tests]
     command = [python, "-m", "pytest", "-c", str(folder / "python" / "pyproject.toml"), "-q", *paths]
-    done = subprocess.run(command, cwd=folder / "python", stdout=subprocess.PIPE, text=True, check=False)
+    wide = {**os.environ, "COLUMNS": "300"}  # pytest cuts the causes off at the terminal's width
+    done = subprocess.run(command, cwd=folder / "python", env=wide, stdout=subprocess.PIPE, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     return "\n".join([*(line for line in lines if line.startswith(("FAILED", "ERROR"))), *lines[-1:]])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,20 @@ SHAPE = tiny("qwen3", tied_embeddings=True, num_hidden_layers=2, context_length=
 def embedding_model(path: Path) -> Path:
     """Qwen3-Embedding's shape: causal, tied, the last token's vector."""
     return write_gguf(path, SHAPE, "F16", metadata={"qwen3.pooling_type": 3})
+
+
+def as_folder(path: Path, folder: Path) -> Path:
+    """The same model as published in a folder: safetensors, tokenizer, and how sentence-transformers pools it."""
+    import torch
+    from safetensors.torch import save_file
+    from sglang_pascal.checkpoint.prepare import prepare
+
+    prepare(path, folder)
+    tensors = {f"model.{_hf_name(t.name)}": torch.tensor(np.array(t.data)) for t in gguf.GGUFReader(path).tensors}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_lasttoken": True}))
+    return folder
 
 
 def reference(path: Path, prompts: list[list[int]]) -> np.ndarray:
@@ -92,10 +107,10 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return embedding_model(tmp_path_factory.mktemp("embed") / "m.gguf")
 
 
-@pytest.fixture(scope="module")
-def sglang(path: Path) -> Iterator[Instance]:
+@pytest.fixture(scope="module", params=["file", "folder"])
+def sglang(path: Path, request: pytest.FixtureRequest) -> Iterator[Instance]:
     settings = {
-        "model": path,
+        "model": path if request.param == "file" else as_folder(path, path.with_name("folder")),
         "served_model_name": "m",
         "role": "embed",
         "device": "cpu",

@@ -1,13 +1,17 @@
 // Many new queries per sequence against its paged keys and values, causal.
 //
 // Compiled per pool type and head size (-DKV=F16|E5M2|INT8 -DHEAD_DIM=64|128|256). CTA (block of 64 queries, head,
-// sequence) of 128 threads; keys in tiles of 64, cut at multiples of 64, so that a query's bits do not depend on its
-// neighbours. Scores: 8 x 4 a thread, from chunks of 32 dimensions of Q and K in shared memory as fp32: fp16 is widened
-// once where it is stored, since widening runs at a quarter of the multiply rate. Then the running softmax, then P x V:
-// 8 x HEAD_DIM / 16 outputs a thread, V in chunks of 16 KB. Shared: 32 KB, two CTAs an SM.
+// sequence) of 128 threads; keys in tiles of KEYS, cut at multiples of KEYS, so that a query's bits do not depend on its
+// neighbours. Scores: 8 x 8 a thread (8 x 4 of 256 dimensions, whose output needs the registers), from chunks of 16
+// dimensions of Q and K in shared memory as fp32: fp16 is widened once where it is stored, since widening runs at a quarter
+// of the multiply rate. Then the running softmax, then P x V: 8 x HEAD_DIM / 16 outputs a thread, 64 keys of P at a time,
+// V in chunks of 8 KB. A chunk is loaded into registers while the one before it is multiplied, and stored into the other
+// of two buffers, so there is one barrier a chunk. Shared: 33 or 41 KB, two CTAs an SM.
+// P is stored with its rows permuted (`p_of`) and V with its dimensions permuted (`dimension_of`): a warp's 16-byte stores
+// then use every bank once.
 #include "kv.cuh"
 
-constexpr int THREADS = 128, QUERIES = 64, KEYS = 64, CHUNK = 32;
+constexpr int THREADS = 128, QUERIES = 64, CHUNK = 16, HALF_TILE = 64; // keys of P that shared memory has room for
 
 struct Arguments {
   const void* q;           // [tokens, heads, HEAD_DIM], float or half
@@ -27,190 +31,344 @@ struct Arguments {
 
 template <class KV, int D>
 struct Prefill {
-  static constexpr int PER_THREAD = D / 16;              // dimensions of the output
-  static constexpr int V_TOKENS = 4096 / D > 32 ? 32 : 4096 / D; // 16 KB at most
-  static constexpr int COLUMN_STEP = PER_THREAD < 4 ? PER_THREAD : 4;
+  static constexpr int KEYS = D > 128 ? 64 : 128, GROUPS = KEYS / HALF_TILE;
+  static constexpr int PER_THREAD = D / 16;   // dimensions of the output
+  static constexpr int CHUNKS = D / CHUNK;
+  static constexpr int V_TOKENS = 2048 / D;   // 16 values a thread
+  static constexpr int VECTORS = D / EIGHT;   // of a token
+  typedef typename KV::Vector Vector;
 
-  struct Chunks {
+  struct Chunk {
     float q[CHUNK][QUERIES], k[CHUNK][KEYS];
   };
   union {
-    Chunks in;
+    Chunk in;
     float v[V_TOKENS][D];
-  };
-  float p[KEYS][QUERIES];
-  u32 slots[KEYS];
+  } buffers[2];
+  float p[HALF_TILE][QUERIES];
+  float max[QUERIES], sum[QUERIES]; // of each row so far: a thread has no registers for its rows'
+  u32 slots[2][KEYS];               // of this tile and the next
 
   struct Place {
-    int first_row, n_rows, first_position, kv_head, head;
+    int first_row, n_rows, first_position, kv_head, head, end;
   };
 
-  __device__ __forceinline__ void load_chunk(const Arguments& a, const Place& place, int chunk, int n_keys) {
-    const int row = threadIdx.x % 64, half = threadIdx.x / 64;
+  // What a thread has in flight: 8 values of Q and CHUNK * KEYS / THREADS of K, or 16 of V.
+  struct InFlight {
+    uint4 q[2];
+    Vector kv[2];
+  };
+
+  static __device__ __forceinline__ int key_of_thread() { return threadIdx.x % KEYS; }
+
+  // Where four rows of P begin: 4 * part .. of key `key`.
+  static __device__ __forceinline__ int p_of(int part, int key) { return 4 * (part ^ (key / 4 & 7)); }
+
+  // The first of four dimensions that stand at 4 * place of a token of V.
+  static __device__ __forceinline__ int dimension_of(int place) { return EIGHT * (place % VECTORS) + 4 * (place / VECTORS); }
+
+  __device__ __forceinline__ void fetch_chunk(const Arguments& a, const Place& place, u32 slot, int chunk, InFlight& to) const {
+    const int row = threadIdx.x % QUERIES, part = threadIdx.x / QUERIES;
     const int query = place.first_row + min(row, place.n_rows - 1);
-    const size_t base = (static_cast<size_t>(query) * a.heads + place.head) * D + chunk * CHUNK + half * 16;
-#pragma unroll(D > 128 ? 4 : 16) // fewer loads in flight where the output needs the registers
-    for (int d = 0; d < 16; d++) in.q[half * 16 + d][row] = load_element(a.q, base + d, a.is_half);
+    const size_t base = (static_cast<size_t>(query) * a.heads + place.head) * VECTORS + chunk * 2 + part; // of eight values
+    if (a.is_half) {
+      to.q[0] = __ldg(static_cast<const uint4*>(a.q) + base);
+    } else {
+      to.q[0] = __ldg(static_cast<const uint4*>(a.q) + 2 * base);
+      to.q[1] = __ldg(static_cast<const uint4*>(a.q) + 2 * base + 1);
+    }
+    const u32 vector = (slot * a.kv_heads + place.kv_head) * VECTORS + chunk * 2;
+    const Vector* keys = static_cast<const Vector*>(a.keys) + vector;
+    if (GROUPS == 2)
+      to.kv[0] = __ldg(keys), to.kv[1] = __ldg(keys + 1);
+    else
+      to.kv[0] = __ldg(keys + threadIdx.x / KEYS);
+  }
+
+  __device__ __forceinline__ void store_chunk(const Arguments& a, Chunk& chunk, const InFlight& from) const {
+    const int row = threadIdx.x % QUERIES, part = threadIdx.x / QUERIES, key = key_of_thread();
+    float q[EIGHT];
+    if (a.is_half) {
+      F16::widen(from.q[0], q);
+    } else {
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
+      for (int i = 0; i < EIGHT; i++) q[i] = __uint_as_float(word(from.q[i / 4], i % 4));
+    }
+#pragma unroll
+    for (int d = 0; d < EIGHT; d++) chunk.q[part * EIGHT + d][row] = q[d];
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++) {
       float k[EIGHT];
-      const u32 slot = slots[min(row, n_keys - 1)];
-      load_eight<KV>(a.keys, (slot * a.kv_heads + place.kv_head) * (D / EIGHT) + chunk * 4 + half * 2 + e, k);
+      KV::widen(from.kv[i], k);
+      const int first = GROUPS == 2 ? i * EIGHT : threadIdx.x / KEYS * EIGHT;
 #pragma unroll
-      for (int d = 0; d < EIGHT; d++) in.k[half * 16 + e * EIGHT + d][row] = k[d];
+      for (int d = 0; d < EIGHT; d++) chunk.k[first + d][key] = k[d];
     }
   }
 
-  // s[i][j]: query 8 ty + i, key 4 tx + j.
-  __device__ __forceinline__ void add_scores(float (&s)[8][4], int ty, int tx) const {
-#pragma unroll 4
+  static __device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+  // Tokens first .. first + V_TOKENS - 1 of the tile. What stands behind the last key is multiplied by 0, but its copy may
+  // be infinite: store_values writes zeros there.
+  __device__ __forceinline__ void fetch_values(const Arguments& a, const Place& place, const u32* tile_slots, int first,
+                                               int n_keys, InFlight& to) const {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int at = threadIdx.x + i * THREADS, token = min(first + at / VECTORS, n_keys - 1);
+      const u32 vector = (tile_slots[token] * a.kv_heads + place.kv_head) * VECTORS + at % VECTORS;
+      to.kv[i] = __ldg(static_cast<const Vector*>(a.values) + vector);
+    }
+  }
+
+  __device__ __forceinline__ void store_values(float (&v)[V_TOKENS][D], int first, int n_keys, const InFlight& from) const {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int at = threadIdx.x + i * THREADS, token = at / VECTORS, part = at % VECTORS;
+      float values[EIGHT];
+      KV::widen(from.kv[i], values);
+      const bool real = first + token < n_keys;
+#pragma unroll
+      for (int d = 0; d < EIGHT; d++) values[d] = real ? values[d] : 0.0f;
+      float4* to = reinterpret_cast<float4*>(v[token]);
+      to[part] = make_float4(values[0], values[1], values[2], values[3]);
+      to[VECTORS + part] = make_float4(values[4], values[5], values[6], values[7]);
+    }
+  }
+
+  static __device__ __forceinline__ void spread4(const float4& v, float* out) {
+    out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+  }
+
+  // s[i][4 g + j]: query 8 ty + i, key 64 g + 4 tx + j. USED: groups of 64 keys that the tile has.
+  template <int USED>
+  static __device__ __forceinline__ void add_scores(const Chunk& chunk, float (&s)[8][4 * GROUPS], int ty, int tx) {
+#pragma unroll(GROUPS == 2 ? 2 : 4)
     for (int d = 0; d < CHUNK; d++) {
-      const float4 q0 = *reinterpret_cast<const float4*>(&in.q[d][8 * ty]);
-      const float4 q1 = *reinterpret_cast<const float4*>(&in.q[d][8 * ty + 4]);
-      const float4 k0 = *reinterpret_cast<const float4*>(&in.k[d][4 * tx]);
-      const float q[8] = {q0.x, q0.y, q0.z, q0.w, q1.x, q1.y, q1.z, q1.w}, k[4] = {k0.x, k0.y, k0.z, k0.w};
+      float q[8], k[4 * GROUPS];
+      spread4(*reinterpret_cast<const float4*>(&chunk.q[d][8 * ty]), q);
+      spread4(*reinterpret_cast<const float4*>(&chunk.q[d][8 * ty + 4]), q + 4);
+#pragma unroll
+      for (int g = 0; g < USED; g++) spread4(*reinterpret_cast<const float4*>(&chunk.k[d][HALF_TILE * g + 4 * tx]), k + 4 * g);
 #pragma unroll
       for (int i = 0; i < 8; i++)
 #pragma unroll
-        for (int j = 0; j < 4; j++) s[i][j] = __fmaf_rn(q[i], k[j], s[i][j]);
+        for (int j = 0; j < 4 * USED; j++) s[i][j] = __fmaf_rn(q[i], k[j], s[i][j]);
     }
   }
 
-  __device__ __forceinline__ void finish_scores(const Arguments& a, const Place& place, float (&s)[8][4], int first_key,
-                                                int n_keys, int ty, int tx) const {
+  // Sums of products become scores in units of log2, or MASKED.
+  __device__ __forceinline__ void finish_scores(const Arguments& a, const Place& place, float (&s)[8][4 * GROUPS],
+                                                const u32* tile_slots, int first_key, int n_keys, int ty, int tx) const {
+    const bool capped = a.soft_cap > 0.0f;
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const int key = 4 * tx + j, position = first_key + key;
-      float scale = a.scale;
+    for (int j = 0; j < 4 * GROUPS; j++) {
+      float scale = capped ? a.scale : __fmul_rn(a.scale, LOG2_E);
       if (KV::HAS_SCALE) {
-        const size_t slot = slots[min(key, n_keys - 1)];
+        const size_t slot = tile_slots[min(HALF_TILE * (j / 4) + 4 * tx + j % 4, n_keys - 1)];
         scale = __fmul_rn(scale, half_to_float(__ldg(a.key_scales + slot * a.kv_heads + place.kv_head)));
       }
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const int own = place.first_position + 8 * ty + i;
-        const bool seen = key < n_keys && position <= own && (a.window < 0 || position >= own - a.window);
-        s[i][j] = seen ? finish_score(s[i][j], scale, a.soft_cap) : MASKED;
-      }
+      for (int i = 0; i < 8; i++) s[i][j] = __fmul_rn(s[i][j], scale);
+    }
+    if (capped) {
+#pragma unroll
+      for (int i = 0; i < 8; i++)
+#pragma unroll
+        for (int j = 0; j < 4 * GROUPS; j++) s[i][j] = finish_score(s[i][j], 1.0f, a.soft_cap);
+    }
+    const bool all_seen = first_key + KEYS - 1 <= place.first_position && n_keys == KEYS &&
+                          (a.window < 0 || first_key >= place.first_position + QUERIES - 1 - a.window);
+    if (all_seen) return;
+    const int own = place.first_position + 8 * ty - first_key - 4 * tx; // of query 0, beyond the position of key 0
+    const int keys = n_keys - 4 * tx, window = a.window < 0 ? own + 8 : a.window;
+#pragma unroll
+    for (int j = 0; j < 4 * GROUPS; j++) {
+      const int key = HALF_TILE * (j / 4) + j % 4;
+#pragma unroll
+      for (int i = 0; i < 8; i++)
+        if (key >= keys || key > own + i || own + i - key > window) s[i][j] = MASKED;
     }
   }
 
-  // Running softmax of the thread's 8 rows; 16 lanes share a row. Writes P, returns the factor of what was summed before.
-  __device__ __forceinline__ void softmax(const Arguments& a, const Place& place, const float (&s)[8][4], float (&max)[8],
-                                          float (&sum)[8], float (&factor)[8], int n_keys, int ty, int tx) {
-    float value_scale[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      value_scale[j] = 1.0f;
-      if (KV::HAS_SCALE) {
-        const size_t slot = slots[min(4 * tx + j, n_keys - 1)];
-        value_scale[j] = half_to_float(__ldg(a.value_scales + slot * a.kv_heads + place.kv_head));
-      }
-    }
+  // Running softmax of the thread's 8 rows; 16 lanes share a row. s becomes P, out is scaled to the new maximum.
+  __device__ __forceinline__ void softmax(float (&s)[8][4 * GROUPS], float (&out)[8][PER_THREAD], int ty, int tx) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      float row_max = fmaxf(fmaxf(s[i][0], s[i][1]), fmaxf(s[i][2], s[i][3]));
+      float row_max = s[i][0];
+#pragma unroll
+      for (int j = 1; j < 4 * GROUPS; j++) row_max = fmaxf(row_max, s[i][j]);
 #pragma unroll
       for (int offset = 8; offset; offset >>= 1) row_max = fmaxf(row_max, __shfl_xor_sync(ALL_LANES, row_max, offset));
-      const float new_max = fmaxf(max[i], row_max);
-      factor[i] = exp2_approx(__fsub_rn(max[i], new_max));
-      max[i] = new_max;
+      const float new_max = fmaxf(max[8 * ty + i], row_max);
+      const float base = new_max == MASKED ? 0.0f : new_max; // P of a row that has seen nothing is 0
+      const float factor = exp2_approx(__fsub_rn(max[8 * ty + i], base));
       float row_sum = 0.0f;
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const float value = s[i][j] == MASKED ? 0.0f : exp2_approx(__fsub_rn(s[i][j], new_max));
-        row_sum = __fadd_rn(row_sum, value);
-        p[4 * tx + j][8 * ty + i] = KV::HAS_SCALE ? __fmul_rn(value, value_scale[j]) : value;
+      for (int j = 0; j < 4 * GROUPS; j++) {
+        s[i][j] = exp2_approx(__fsub_rn(s[i][j], base));
+        row_sum = __fadd_rn(row_sum, s[i][j]);
       }
 #pragma unroll
       for (int offset = 8; offset; offset >>= 1)
         row_sum = __fadd_rn(row_sum, __shfl_xor_sync(ALL_LANES, row_sum, offset));
-      sum[i] = __fmaf_rn(sum[i], factor[i], row_sum);
-    }
-  }
-
-  __device__ __forceinline__ void load_values(const Arguments& a, const Place& place, int first, int n_keys) {
-    constexpr int VECTORS = D / EIGHT;
-    for (int i = threadIdx.x; i < V_TOKENS * VECTORS; i += THREADS) {
-      const int token = i / VECTORS, part = i % VECTORS;
-      float out[EIGHT];
-      const u32 slot = slots[min(first + token, n_keys - 1)];
-      load_eight<KV>(a.values, (slot * a.kv_heads + place.kv_head) * VECTORS + part, out);
-      const bool real = first + token < n_keys; // a padded key has p = 0, but its copy may be infinite
+      row_sum = __fmaf_rn(sum[8 * ty + i], factor, row_sum);
+      __syncwarp(); // all 16 lanes have read
+      if (tx == 0) max[8 * ty + i] = new_max, sum[8 * ty + i] = row_sum;
 #pragma unroll
-      for (int d = 0; d < EIGHT; d++) v[token][part * EIGHT + d] = real ? out[d] : 0.0f;
+      for (int j = 0; j < PER_THREAD; j++) out[i][j] = __fmul_rn(out[i][j], factor);
     }
   }
 
-  // Thread (ty, tx): queries 8 ty + i; dimensions COLUMN_STEP * (tx + 16 * c) + j.
-  __device__ __forceinline__ void add_values(float (&out)[8][PER_THREAD], int first, int ty, int tx) const {
+  // P of the keys of group g, with int8 values' scales.
+  template <int G>
+  __device__ __forceinline__ void store_p(const Arguments& a, const Place& place, const float (&s)[8][4 * GROUPS],
+                                          const u32* tile_slots, int n_keys, int ty, int tx) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const int key = 4 * tx + j;
+      float scale = 1.0f;
+      if (KV::HAS_SCALE) {
+        const size_t slot = tile_slots[min(HALF_TILE * G + key, n_keys - 1)];
+        scale = half_to_float(__ldg(a.value_scales + slot * a.kv_heads + place.kv_head));
+      }
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        float values[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) values[i] = KV::HAS_SCALE ? __fmul_rn(s[4 * h + i][4 * G + j], scale) : s[4 * h + i][4 * G + j];
+        *reinterpret_cast<float4*>(&p[key][p_of(2 * ty + h, key)]) = make_float4(values[0], values[1], values[2], values[3]);
+      }
+    }
+  }
+
+  // Thread (ty, tx): queries 8 ty + i; the dimensions that stand at 4 * (tx + 16 c) + j. first: key of P of the first token.
+  __device__ __forceinline__ void add_values(const float (&v)[V_TOKENS][D], float (&out)[8][PER_THREAD], int first, int ty,
+                                             int tx) const {
 #pragma unroll(D > 128 ? 1 : 2)
     for (int token = 0; token < V_TOKENS; token++) {
-      const float4 p0 = *reinterpret_cast<const float4*>(&p[first + token][8 * ty]);
-      const float4 p1 = *reinterpret_cast<const float4*>(&p[first + token][8 * ty + 4]);
-      const float weight[8] = {p0.x, p0.y, p0.z, p0.w, p1.x, p1.y, p1.z, p1.w};
+      const int key = first + token;
+      float weight[8];
+      spread4(*reinterpret_cast<const float4*>(&p[key][p_of(2 * ty, key)]), weight);
+      spread4(*reinterpret_cast<const float4*>(&p[key][p_of(2 * ty + 1, key)]), weight + 4);
 #pragma unroll
-      for (int c = 0; c < PER_THREAD / COLUMN_STEP; c++) {
-        const float4 value = *reinterpret_cast<const float4*>(&v[token][COLUMN_STEP * (tx + 16 * c)]);
-        const float values[4] = {value.x, value.y, value.z, value.w};
+      for (int c = 0; c < PER_THREAD / 4; c++) {
+        float values[4];
+        spread4(*reinterpret_cast<const float4*>(&v[token][4 * (tx + 16 * c)]), values);
 #pragma unroll
         for (int i = 0; i < 8; i++)
 #pragma unroll
-          for (int j = 0; j < COLUMN_STEP; j++)
-            out[i][COLUMN_STEP * c + j] = __fmaf_rn(weight[i], values[j], out[i][COLUMN_STEP * c + j]);
+          for (int j = 0; j < 4; j++) out[i][4 * c + j] = __fmaf_rn(weight[i], values[j], out[i][4 * c + j]);
       }
     }
   }
 
-  __device__ __forceinline__ void run(const Arguments& a) {
-    const int lane = threadIdx.x % WARP, ty = threadIdx.x / 16, tx = lane % 16;
+  __device__ __forceinline__ u32 slot_of(const int* table, const Place& place, int first_key) const {
+    return static_cast<u32>(__ldg(table + min(first_key + key_of_thread(), place.end - 1)));
+  }
+
+  // The scores of a tile; at the end its first values are stored. b: the buffer that holds what comes next.
+  template <int USED>
+  __device__ __forceinline__ void multiply_keys(const Arguments& a, const Place& place, u32 slot, const u32* tile_slots,
+                                                int n_keys, float (&s)[8][4 * GROUPS], int& b, int ty, int tx) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+      InFlight next;
+      const bool is_last = chunk == CHUNKS - 1;
+      if (is_last)
+        fetch_values(a, place, tile_slots, 0, n_keys, next);
+      else
+        fetch_chunk(a, place, slot, chunk + 1, next);
+      add_scores<USED>(buffers[b].in, s, ty, tx);
+      if (is_last)
+        store_values(buffers[b ^ 1].v, 0, n_keys, next);
+      else
+        store_chunk(a, buffers[b ^ 1].in, next);
+      __syncthreads();
+      b ^= 1;
+    }
+  }
+
+  // out += P x V of the keys of group G, whose P is stored. At the end the values of the next group are stored, or the next
+  // tile's first chunk.
+  template <int G>
+  __device__ __forceinline__ void multiply_values(const Arguments& a, const Place& place, u32 next_slot, bool has_next,
+                                                  const u32* tile_slots, int n_keys, float (&out)[8][PER_THREAD], int& b,
+                                                  int ty, int tx) {
+    const int end = min(HALF_TILE * (G + 1), n_keys);
+#pragma unroll 1
+    for (int first = HALF_TILE * G; first < end; first += V_TOKENS) {
+      InFlight next;
+      const bool is_last = first + V_TOKENS >= n_keys;
+      if (!is_last)
+        fetch_values(a, place, tile_slots, first + V_TOKENS, n_keys, next);
+      else if (has_next)
+        fetch_chunk(a, place, next_slot, 0, next);
+      add_values(buffers[b].v, out, first - HALF_TILE * G, ty, tx);
+      if (!is_last)
+        store_values(buffers[b ^ 1].v, first + V_TOKENS, n_keys, next);
+      else if (has_next)
+        store_chunk(a, buffers[b ^ 1].in, next);
+      __syncthreads();
+      b ^= 1;
+    }
+  }
+
+  __device__ __forceinline__ bool find_place(const Arguments& a, Place& place, const int*& table, int& begin) const {
+    const int block = gridDim.x - 1 - blockIdx.x; // the longest first
     const int start = __ldg(a.query_starts + blockIdx.z), n_new = __ldg(a.query_starts + blockIdx.z + 1) - start;
-    if (static_cast<int>(blockIdx.x) * QUERIES >= n_new) return;
+    if (block * QUERIES >= n_new) return false;
     const int length = static_cast<int>(load_index(a.lengths, blockIdx.z, a.lengths_are_64_bit));
     const size_t request = static_cast<size_t>(load_index(a.requests, blockIdx.z, a.requests_are_64_bit));
-    Place place;
-    place.n_rows = min(QUERIES, n_new - static_cast<int>(blockIdx.x) * QUERIES);
-    place.first_row = start + blockIdx.x * QUERIES;
-    place.first_position = length - n_new + blockIdx.x * QUERIES;
+    place.n_rows = min(QUERIES, n_new - block * QUERIES);
+    place.first_row = start + block * QUERIES;
+    place.first_position = length - n_new + block * QUERIES;
     place.head = blockIdx.y;
     place.kv_head = blockIdx.y / (a.heads / a.kv_heads);
-    float out[8][PER_THREAD], max[8], sum[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      max[i] = MASKED, sum[i] = 0.0f;
-#pragma unroll
-      for (int j = 0; j < PER_THREAD; j++) out[i][j] = 0.0f;
+    place.end = place.first_position + place.n_rows;
+    table = a.req_to_token + request * a.stride;
+    begin = a.window < 0 ? 0 : ::max(0, place.first_position - a.window) / KEYS * KEYS;
+    return true;
+  }
+
+  __device__ __forceinline__ void run(const Arguments& a) {
+    const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
+    Place place;
+    const int* table;
+    int begin, b = 0;
+    if (!find_place(a, place, table, begin)) return;
+    float out[8][PER_THREAD] = {};
+    if (threadIdx.x < QUERIES) max[threadIdx.x] = MASKED, sum[threadIdx.x] = 0.0f;
+    u32 slot = slot_of(table, place, begin);
+    slots[begin / KEYS % 2][key_of_thread()] = slot;
+    {
+      InFlight first;
+      fetch_chunk(a, place, slot, 0, first);
+      store_chunk(a, buffers[0].in, first);
     }
-    const int end = place.first_position + place.n_rows;
-    const int begin = a.window < 0 ? 0 : ::max(0, place.first_position - a.window) / KEYS * KEYS;
+    __syncthreads();
 #pragma unroll 1
-    for (int first_key = begin; first_key < end; first_key += KEYS) {
-      const int n_keys = min(KEYS, end - first_key);
+    for (int first_key = begin; first_key < place.end; first_key += KEYS) {
+      const int n_keys = min(KEYS, place.end - first_key);
+      const bool has_next = first_key + KEYS < place.end;
+      const u32* tile_slots = slots[first_key / KEYS % 2];
+      const u32 next_slot = has_next ? slot_of(table, place, first_key + KEYS) : 0;
+      float s[8][4 * GROUPS] = {};
+      if (GROUPS == 1 || n_keys > HALF_TILE)
+        multiply_keys<GROUPS>(a, place, slot, tile_slots, n_keys, s, b, ty, tx);
+      else
+        multiply_keys<1>(a, place, slot, tile_slots, n_keys, s, b, ty, tx);
+      slots[(first_key / KEYS + 1) % 2][key_of_thread()] = next_slot; // read behind the next barrier
+      finish_scores(a, place, s, tile_slots, first_key, n_keys, ty, tx);
+      softmax(s, out, ty, tx);
+      store_p<0>(a, place, s, tile_slots, n_keys, ty, tx);
       __syncthreads();
-      if (threadIdx.x < n_keys) slots[threadIdx.x] = __ldg(a.req_to_token + request * a.stride + first_key + threadIdx.x);
-      __syncthreads();
-      float s[8][4] = {};
-#pragma unroll 1
-      for (int chunk = 0; chunk < D / CHUNK; chunk++) {
-        load_chunk(a, place, chunk, n_keys);
+      multiply_values<0>(a, place, next_slot, has_next, tile_slots, n_keys, out, b, ty, tx);
+      if (GROUPS == 2 && n_keys > HALF_TILE) {
+        store_p<GROUPS - 1>(a, place, s, tile_slots, n_keys, ty, tx);
         __syncthreads();
-        add_scores(s, ty, tx);
-        __syncthreads();
+        multiply_values<GROUPS - 1>(a, place, next_slot, has_next, tile_slots, n_keys, out, b, ty, tx);
       }
-      finish_scores(a, place, s, first_key, n_keys, ty, tx);
-      float factor[8];
-      softmax(a, place, s, max, sum, factor, n_keys, ty, tx);
-#pragma unroll
-      for (int i = 0; i < 8; i++)
-#pragma unroll
-        for (int j = 0; j < PER_THREAD; j++) out[i][j] = __fmul_rn(out[i][j], factor[i]);
-#pragma unroll 1
-      for (int first = 0; first < n_keys; first += V_TOKENS) {
-        load_values(a, place, first, n_keys);
-        __syncthreads();
-        add_values(out, first, ty, tx);
-        __syncthreads();
-      }
+      slot = next_slot;
     }
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -218,8 +376,7 @@ struct Prefill {
       const size_t base = (static_cast<size_t>(place.first_row + 8 * ty + i) * a.heads + place.head) * D;
 #pragma unroll
       for (int j = 0; j < PER_THREAD; j++)
-        store_element(a.out, base + COLUMN_STEP * (tx + 16 * (j / COLUMN_STEP)) + j % COLUMN_STEP, a.is_half,
-                      __fdiv_rn(out[i][j], sum[i]));
+        store_element(a.out, base + dimension_of(tx + 16 * (j / 4)) + j % 4, a.is_half, __fdiv_rn(out[i][j], sum[8 * ty + i]));
     }
   }
 };

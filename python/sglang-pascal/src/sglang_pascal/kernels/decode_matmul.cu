@@ -18,28 +18,44 @@
 #include "matmul.cuh"
 
 constexpr int HALVES = BITS / 8;
+constexpr int UNROLLED_COLUMNS = 4; // of int8, up to which a tile's steps are unrolled
+
+// Whether a step's weights are loaded while the one before it is multiplied: where registers allow it.
+template <class T, int N, int R>
+constexpr bool AHEAD = N * HALVES > UNROLLED_COLUMNS && R * N <= (R > 3 ? 48 : 72) && sizeof(typename T::Raw) <= 48;
 
 template <class T>
 constexpr int SCALES = T::HAS_MIN ? 2 : 1; // floats of a block of activations: d, and d * sum q where it is needed
 
-// Stage the activations of `count` tiles: x [N][HALVES][CHUNK][16], scales [N][CHUNK][8][SCALES], of x as a whole. A warp
-// stages what it multiplies itself (every fourth tile), so warps do not wait for each other.
-template <class T, int N, int CHUNK>
-__device__ __forceinline__ void stage(const Arguments& a, int4* x, float* scales, int first_tile, int count) {
+// What of the activations is staged at once: a part (all, or a half) of each of TILES tiles.
+template <int TILES_, int PARTS_>
+struct Staging {
+  static constexpr int TILES = TILES_, PARTS = PARTS_;
+  static constexpr int VECTORS = 16 / PARTS, BLOCKS = 8 / PARTS; // of 16 and 32 values, of a tile
+  static_assert(TILES % SLICES == 0, "a warp has the same slice each time");
+  static_assert(PARTS == 1 || TILES == SLICES, "halves of one tile a warp");
+};
+
+// Stage part `part` of the activations of `count` tiles: x [N][HALVES][TILES][VECTORS], scales [N][TILES][BLOCKS][SCALES],
+// of x as a whole. A warp stages what it multiplies itself (every fourth tile), so warps do not wait for each other.
+template <class T, int N, class S>
+__device__ __forceinline__ void stage(const Arguments& a, int4* x, float* scales, int first_tile, int count, int part) {
   constexpr int ROWS = N * HALVES;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, tiles = (count - warp + SLICES - 1) / SLICES;
 #pragma unroll 4
-  for (int i = lane; i < tiles * ROWS * 16; i += WARP) {
-    const int tile = warp + SLICES * (i / 16 / ROWS), row = i / 16 % ROWS, n = row / HALVES, half = row % HALVES;
-    const size_t source = static_cast<size_t>(n + half * a.low) * a.n_tiles + first_tile + tile;
-    x[(row * CHUNK + tile) * 16 + i % 16] = n < a.n ? __ldg(a.x + source * 16 + i % 16) : make_int4(0, 0, 0, 0);
+  for (int i = lane; i < tiles * ROWS * S::VECTORS; i += WARP) {
+    const int tile = warp + SLICES * (i / S::VECTORS / ROWS), row = i / S::VECTORS % ROWS, n = row / HALVES, half = row % HALVES;
+    const size_t source = (static_cast<size_t>(n + half * a.low) * a.n_tiles + first_tile + tile) * 16 + part * S::VECTORS;
+    x[(row * S::TILES + tile) * S::VECTORS + i % S::VECTORS] =
+        n < a.n ? __ldg(a.x + source + i % S::VECTORS) : make_int4(0, 0, 0, 0);
   }
 #pragma unroll 4
-  for (int i = lane; i < tiles * N * 8; i += WARP) {
-    const int tile = warp + SLICES * (i / 8 / N), n = i / 8 % N;
-    const size_t source = static_cast<size_t>(n + (HALVES - 1) * a.low) * a.n_tiles + first_tile + tile;
-    const float2 s = n < a.n ? __ldg(a.x_scales + source * 8 + i % 8) : make_float2(0.0f, 0.0f);
-    const int to = ((n * CHUNK + tile) * 8 + i % 8) * SCALES<T>;
+  for (int i = lane; i < tiles * N * S::BLOCKS; i += WARP) {
+    const int tile = warp + SLICES * (i / S::BLOCKS / N), n = i / S::BLOCKS % N;
+    const size_t source =
+        (static_cast<size_t>(n + (HALVES - 1) * a.low) * a.n_tiles + first_tile + tile) * 8 + part * S::BLOCKS;
+    const float2 s = n < a.n ? __ldg(a.x_scales + source + i % S::BLOCKS) : make_float2(0.0f, 0.0f);
+    const int to = ((n * S::TILES + tile) * S::BLOCKS + i % S::BLOCKS) * SCALES<T>;
     scales[to] = s.x;
     if (T::HAS_MIN) scales[to + 1] = s.y;
   }
@@ -71,28 +87,29 @@ __device__ __forceinline__ void add_block(float& acc, const Step& w, int b, cons
   if (T::HAS_MIN) acc = __fmaf_rn(-w.min[b], d_sum, acc);
 }
 
-template <class T, int N, int FEWEST, int R, int CHUNK>
-__device__ __forceinline__ void add_step(float (&acc)[R][N], const uint4* const (&tile)[R],
+// acc += the products of a step with the activations of x [N][HALVES][TILES][VECTORS] and their scales.
+template <class T, int N, int FEWEST, int R, class S>
+__device__ __forceinline__ void add_step(float (&acc)[R][N], const typename T::Raw (&raw)[R],
                                          const typename T::Header (&header)[R], int step, const int4* x,
                                          const float* scales, int count) {
   Step w[R];
 #pragma unroll
-  for (int r = 0; r < R; r++) T::unpack(header[r], T::load(tile[r], threadIdx.x % WARP, step), step, w[r]);
+  for (int r = 0; r < R; r++) T::unpack(header[r], raw[r], step, w[r]);
 #pragma unroll
   for (int n = 0; n < N; n++) {
     if (n >= FEWEST && n >= count) break;
 #pragma unroll
     for (int b = 0; b < 2; b++) {
-      const int block = T::block(step, b);
+      const int block = T::block(step, b) % S::BLOCKS;
       int words[HALVES][8];
 #pragma unroll
       for (int half = 0; half < HALVES; half++) {
-        const int4* source = x + (n * HALVES + half) * CHUNK * 16 + 2 * block;
+        const int4* source = x + (n * HALVES + half) * S::TILES * S::VECTORS + 2 * block;
         const int4 x0 = source[0], x1 = source[1];
         words[half][0] = x0.x, words[half][1] = x0.y, words[half][2] = x0.z, words[half][3] = x0.w;
         words[half][4] = x1.x, words[half][5] = x1.y, words[half][6] = x1.z, words[half][7] = x1.w;
       }
-      const float* s = scales + (n * CHUNK * 8 + block) * SCALES<T>;
+      const float* s = scales + (n * S::TILES * S::BLOCKS + block) * SCALES<T>;
       float d, d_sum = 0.0f;
       if (T::HAS_MIN) {
         const float2 both = *reinterpret_cast<const float2*>(s);
@@ -106,24 +123,48 @@ __device__ __forceinline__ void add_step(float (&acc)[R][N], const uint4* const 
   }
 }
 
-template <class T, int N, int FEWEST, int R, int CHUNK>
-__device__ __forceinline__ void add_tile(float (&acc)[R][N], const uint4* const (&tile)[R], const int4* x,
-                                         const float* scales, int count) {
-  constexpr int UNROLLED = N * HALVES <= 4 ? STEPS : 1;
+template <class T, int R>
+__device__ __forceinline__ void load_step(const uint4* const (&tile)[R], int step, typename T::Raw (&raw)[R]) {
+#pragma unroll
+  for (int r = 0; r < R; r++) raw[r] = T::load(tile[r], threadIdx.x % WARP, step);
+}
+
+// Ask L2 for a warp's next tile: 128 bytes a lane.
+template <class T, int R>
+__device__ __forceinline__ void prefetch_tile(const uint4* const (&tile)[R]) {
+  constexpr int LINES = (T::UNITS * 16 + 127) / 128;
+  const int lane = threadIdx.x % WARP;
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    const uint4* next = tile[r] - lane + SLICES * T::UNITS;
+#pragma unroll
+    for (int i = 0; i < LINES; i += WARP)
+      if (i + WARP <= LINES || i + lane < LINES) prefetch(next + (i + lane) * 8);
+  }
+}
+
+// The steps first .. first + steps - 1 of a tile: a part of it, or all that a row's last tile has.
+template <class T, int N, int FEWEST, int R, class S>
+__device__ __forceinline__ void add_steps(float (&acc)[R][N], const uint4* const (&tile)[R], int first, int steps,
+                                          const int4* x, const float* scales, int count) {
+  constexpr int UNROLLED = N * HALVES <= UNROLLED_COLUMNS ? STEPS : 1;
   typename T::Header header[R];
 #pragma unroll
   for (int r = 0; r < R; r++) header[r] = T::load_header(tile[r], threadIdx.x % WARP);
+  typename T::Raw raw[R], next[R];
+  if (AHEAD<T, N, R>) load_step<T, R>(tile, first, next);
 #pragma unroll UNROLLED
-  for (int step = 0; step < STEPS; step++) add_step<T, N, FEWEST, R, CHUNK>(acc, tile, header, step, x, scales, count);
-}
-
-// The last tile of a row, where it has fewer steps: once a row, so its steps are a loop of their own.
-template <class T, int N, int FEWEST, int R, int CHUNK>
-__device__ __forceinline__ void add_short_tile(float (&acc)[R][N], const uint4* const (&tile)[R], int steps,
-                                               const int4* x, const float* scales, int count) {
-  const typename T::Header header[R] = {};
-#pragma unroll 1
-  for (int step = 0; step < steps; step++) add_step<T, N, FEWEST, R, CHUNK>(acc, tile, header, step, x, scales, count);
+  for (int i = 0; i < steps; i++) {
+    const int step = first + i;
+    if (AHEAD<T, N, R>) {
+#pragma unroll
+      for (int r = 0; r < R; r++) raw[r] = next[r];
+      if (i + 1 < steps) load_step<T, R>(tile, step + 1, next);
+    } else {
+      load_step<T, R>(tile, step, raw);
+    }
+    add_step<T, N, FEWEST, R, S>(acc, raw, header, step, x, scales, count);
+  }
 }
 
 // The sum of one output over the slices of a CTA, in order. COUNT: outputs of a slice.
@@ -135,16 +176,34 @@ __device__ __forceinline__ float sum_of_slices(const float* sums) {
   return sum;
 }
 
-template <class T, int N, int FEWEST, int R, int CHUNK>
+// A warp's tile: all of its steps, or those that the last tile of a row has. What stands in x and scales before, if it is
+// staged whole.
+template <class T, int N, int FEWEST, int R, class S>
+__device__ __forceinline__ void add_tile(const Arguments& a, float (&acc)[R][N], const uint4* const (&tile)[R], int4* x,
+                                         float* scales, int first_tile, int count, int i, int steps) {
+  x += i * S::VECTORS, scales += i * S::BLOCKS * SCALES<T>;
+  if constexpr (S::PARTS == 1) {
+    add_steps<T, N, FEWEST, R, S>(acc, tile, 0, steps, x, scales, a.n);
+  } else {
+#pragma unroll 1
+    for (int first = 0; first < steps; first += STEPS / S::PARTS) {
+      __syncwarp();
+      stage<T, N, S>(a, x - i * S::VECTORS, scales - i * S::BLOCKS * SCALES<T>, first_tile, count, first * S::PARTS / STEPS);
+      __syncwarp();
+      add_steps<T, N, FEWEST, R, S>(acc, tile, first, min(STEPS / S::PARTS, steps - first), x, scales, a.n);
+    }
+  }
+}
+
+template <class T, int N, int FEWEST, int R, class S>
 __device__ __forceinline__ void multiply(const Arguments& a) {
-  __shared__ int4 x[N * HALVES * CHUNK * 16];
-  __shared__ float2 scales_[N * CHUNK * 8 * SCALES<T> / 2];
+  __shared__ int4 x[N * HALVES * S::TILES * S::VECTORS];
+  __shared__ float2 scales_[N * S::TILES * S::BLOCKS * SCALES<T> / 2];
   float* scales = reinterpret_cast<float*>(scales_);
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int groups = (a.rows + WARP - 1) / WARP;
   const int begin = split_begin(a, blockIdx.y), end = split_begin(a, blockIdx.y + 1);
   const uint4* tile[R]; // the warp's next tile: SLICES further each time, in the next chunk too
-  static_assert(CHUNK % SLICES == 0, "a warp has the same slice in every chunk");
 #pragma unroll
   for (int r = 0; r < R; r++) {
     const int group = min(static_cast<int>(blockIdx.x) * R + r, groups - 1); // an odd last group is computed twice
@@ -157,24 +216,27 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
     for (int n = 0; n < N; n++) acc[r][n] = 0.0f;
 
 #pragma unroll 1
-  for (int first = begin; first < end; first += CHUNK) {
-    const int count = min(CHUNK, end - first), whole = T::SHORT_TILES ? min(count, a.n_steps / STEPS - first) : count;
-    __syncwarp();
-    stage<T, N, CHUNK>(a, x, scales, first, count);
-    __syncwarp();
+  for (int first = begin; first < end; first += S::TILES) {
+    const int count = min(S::TILES, end - first), whole = T::SHORT_TILES ? min(count, a.n_steps / STEPS - first) : count;
+    if (S::PARTS == 1) {
+      __syncwarp();
+      stage<T, N, S>(a, x, scales, first, count, 0);
+      __syncwarp();
+    }
 #pragma unroll 1
     for (int i = warp; i < whole; i += SLICES) {
-      add_tile<T, N, FEWEST, R, CHUNK>(acc, tile, x + i * 16, scales + i * 8 * SCALES<T>, a.n);
+      if (N * HALVES > UNROLLED_COLUMNS && first + i + SLICES < end) prefetch_tile<T, R>(tile);
+      add_tile<T, N, FEWEST, R, S>(a, acc, tile, x, scales, first, count, i, STEPS);
 #pragma unroll
       for (int r = 0; r < R; r++) tile[r] += SLICES * T::UNITS;
     }
     if (T::SHORT_TILES && whole < count && whole % SLICES == warp)
-      add_short_tile<T, N, FEWEST, R, CHUNK>(acc, tile, a.n_steps % STEPS, x + whole * 16, scales + whole * 8 * SCALES<T>, a.n);
+      add_tile<T, N, FEWEST, R, S>(a, acc, tile, x, scales, first, count, whole, a.n_steps % STEPS);
   }
 
   // The slices are added a few outputs at a time, where the activations were.
   float* sums = reinterpret_cast<float*>(x); // [slice][n][r][lane]
-  constexpr int FITTING = HALVES * N * CHUNK * 256 / (SLICES * R * WARP * 4), TOGETHER = FITTING < N ? FITTING : N;
+  constexpr int FITTING = HALVES * N * S::TILES * S::VECTORS * 16 / (SLICES * R * WARP * 4), TOGETHER = FITTING < N ? FITTING : N;
 #pragma unroll
   for (int first = 0; first < N; first += TOGETHER) {
     __syncthreads();
@@ -198,10 +260,12 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
 }
 
 constexpr int MOST_ROWS = __CUDA_ARCH__ >= 610 ? TYPE::MOST_ROWS : 2;
+constexpr int MOST_ROWS_OF_MANY = MOST_ROWS > 2 ? MOST_ROWS - 1 : MOST_ROWS; // with more than 20 sums a row
 
-#define KERNEL(N, FEWEST, R, CHUNK, CTAS_PER_SM)                                                                        \
+#define KERNEL(N, FEWEST, R, TILES, PARTS, CTAS_PER_SM)                                                                 \
   extern "C" __global__ void __launch_bounds__(WARP* SLICES, CTAS_PER_SM) NAME(TYPE, BITS, N)(Arguments a) {             \
-    multiply<TYPE, N, FEWEST, (R < MOST_ROWS ? R : MOST_ROWS), CHUNK>(a);                                                  \
+    constexpr int MOST = N > 20 ? MOST_ROWS_OF_MANY : MOST_ROWS;                                                        \
+    multiply<TYPE, N, FEWEST, (R < MOST ? R : MOST), Staging<TILES, PARTS>>(a);                                          \
   }
 #define NAME_(T, BITS, N) decode_matmul_##T##_##BITS##bit_n##N
 #define NAME(T, BITS, N) NAME_(T, BITS, N)
@@ -210,23 +274,27 @@ constexpr int ROOM = __CUDA_ARCH__ >= 610 ? 3 : 2; // sm_60 spreads bytes for 16
 
 // N and R also stand in ops/matmul.py.
 #if BITS == 8
-KERNEL(1, 1, 1, 32, 4)
-KERNEL(2, 2, 1, 32, 4)
-KERNEL(3, 3, 2, 16, 3)
-KERNEL(4, 4, 2, 16, 3)
-KERNEL(6, 5, 2, 8, ROOM)
-KERNEL(8, 7, 2, 8, ROOM)
-KERNEL(12, 9, 2, 8, ROOM)
-KERNEL(16, 13, 4, 8, 2)
-KERNEL(20, 17, 4, 4, 2)
+KERNEL(1, 1, 1, 32, 1, 4)
+KERNEL(2, 2, 1, 32, 1, 4)
+KERNEL(3, 3, 2, 16, 1, 3)
+KERNEL(4, 4, 2, 16, 1, 3)
+KERNEL(6, 5, 2, 8, 1, ROOM)
+KERNEL(8, 7, 2, 8, 1, ROOM)
+KERNEL(12, 9, 2, 8, 1, ROOM)
+KERNEL(16, 13, 3, 4, 1, 2)
+KERNEL(24, 17, 3, 4, 1, 2)
+KERNEL(32, 25, 3, 4, 2, 2)
+KERNEL(36, 33, 3, 4, 2, 2)
 #else
-KERNEL(1, 1, 1, 32, 4)
-KERNEL(2, 2, 2, 16, 3)
-KERNEL(3, 3, 2, 8, 3)
-KERNEL(4, 4, 2, 8, 3)
-KERNEL(6, 5, 2, 8, ROOM)
-KERNEL(8, 7, 4, 8, 2)
-KERNEL(12, 9, 4, 4, 2)
-KERNEL(16, 13, 4, 4, 2)
-KERNEL(20, 17, 4, 4, 2)
+KERNEL(1, 1, 1, 32, 1, 4)
+KERNEL(2, 2, 2, 16, 1, 3)
+KERNEL(3, 3, 2, 8, 1, 3)
+KERNEL(4, 4, 2, 8, 1, 3)
+KERNEL(6, 5, 2, 8, 1, ROOM)
+KERNEL(8, 7, 4, 8, 1, 2)
+KERNEL(12, 9, 4, 4, 1, 2)
+KERNEL(16, 13, 4, 4, 1, 2)
+KERNEL(20, 17, 4, 4, 2, 2)
+KERNEL(24, 21, 3, 4, 2, 2)
+KERNEL(32, 25, 3, 4, 2, 2)
 #endif

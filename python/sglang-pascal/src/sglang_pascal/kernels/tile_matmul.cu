@@ -1,81 +1,109 @@
 // y[n, row] = sum over k of w[row, k] * x[n, k] for many outputs n: the product of a prefill, or of many requests.
 //
 // Compiled once per weight type and bits of x (-DTYPE=Q4_K -DBITS=16 ...), one kernel per number of outputs in a tile. Tile:
-// 128 rows x 64 columns of int8, which are 64 outputs of 8 bits or both halves of 32 outputs of 16 (matmul.cuh); kernels
-// for fewer outputs leave columns out. 128 threads; a thread has 8 rows and PER columns of each of GROUPS groups:
+// 128 rows x 64 or 128 columns of int8, which are as many outputs of 8 bits or both halves of half as many of 16
+// (matmul.cuh); kernels for fewer outputs leave columns out. A thread has 8 rows and PER columns of each of GROUPS groups;
+// SIDES times 128 threads share the rows:
 //
-//   bits       8    8    8    8   16
-//   outputs   24   32   48   64   32
-//   GROUPS     1    1    2    2    2    of 32 columns; of 16 bits the second holds the low halves
-//   PER        3    4    3    4    4    columns 4 tx .. 4 tx + PER - 1 of a group
-//   CTAs       3    3    2    2    2    a multiprocessor: as many as registers allow
+//   bits       8    8    8    8    8   16   16
+//   outputs   24   32   48   64  128   32   64
+//   GROUPS     1    1    2    2    2    2    2    of 32 columns; of 16 bits the second holds the low halves
+//   PER        3    4    3    4    4    4    4    columns 4 tx .. 4 tx + PER - 1 of a group
+//   SIDES      1    1    1    1    2    1    2
+//   CTAs       3    3    2    2    1    2    1    a multiprocessor: as many as registers allow
 //
-// Steps of 64 weights: thread t unpacks row t's 64 bytes and half a column's activations into shared memory as
-// [word of 4 k][row] and [word of 4 k][column]. Two buffers: the next step's loads are in flight while this one is
-// multiplied, and one barrier a step separates them. Shared: 25-31 KB.
+// Steps of 64 weights, in shared memory as [word of 4 k][row] and [word of 4 k][column]. With one side, thread t unpacks row
+// t's 64 bytes and half a column's activations; with two, the first side's threads unpack weights and the second's fetch
+// activations, so that unpacking is shared by twice the columns. Two buffers: the next step's loads are in flight while
+// this one is multiplied, and one barrier a step separates them. Shared: 25-41 KB.
 // A thread has room for one set of sums, but the order of addition (matmul.cuh) has three levels. So tiles are visited
 // slice by slice, and at the end of a slice a thread adds its sums to memory of its own, which stays in L2: 2 reads and
-// 2 writes of up to 32 KB a slice. CTAs are persistent, so that this memory is 64 KB a CTA, not as large as the result.
+// 2 writes of up to 64 KB a slice. CTAs are persistent, so that this memory is 128 KB a CTA, not as large as the result.
 // Where tiles are too few for the card, splits of K are CTAs (grid.y); the last of a row tile adds them in order, from
 // partials [splits, n, 32 * groups].
 #include "matmul.cuh"
 
-constexpr int ROWS = 128, THREADS = 128, WORDS = 16;
+constexpr int ROWS = 128, SIDE = 128, WORDS = 16; // SIDE: threads
 constexpr int HALVES = BITS / 8;
 constexpr int GROUP = 32; // columns
 
+// Which of a tile's columns a kernel has.
+template <int GROUPS_, int PER_, int SIDES_>
+struct Shape {
+  static constexpr int GROUPS = GROUPS_, PER = PER_, SIDES = SIDES_, THREADS = SIDE * SIDES;
+  static constexpr int COLUMNS_OF_SIDE = GROUP * GROUPS, COLUMNS = COLUMNS_OF_SIDE * SIDES;
+  static constexpr int OUT = GROUPS * PER / HALVES;                         // of a row, a thread has
+  static constexpr int OUTPUTS_OF_SIDE = 8 * OUT, OUTPUTS = OUTPUTS_OF_SIDE * SIDES;
+  static constexpr int SCALES_OF_SIDE = COLUMNS_OF_SIDE / HALVES;
+  static constexpr int VECTORS = 4 * COLUMNS / SIDE;                        // of activations, a thread fetches in a step
+  static constexpr int BLOCKS = VECTORS > 2 ? 2 : 1;                        // that these belong to
+};
+
 // Read 16 bytes at a time: every array is a multiple of them.
-template <class T, int GROUPS>
+template <class T, class S>
 struct alignas(16) Buffer {
-  static constexpr int SCALES = T::HALF_SCALES ? 4 : 2, OUTPUTS = GROUP * GROUPS / HALVES;
+  static constexpr int SCALES = T::HALF_SCALES ? 4 : 2, OUTPUTS = S::SCALES_OF_SIDE * S::SIDES;
   int a[WORDS][ROWS];
-  int b[WORDS][GROUP * GROUPS];
+  int b[WORDS][S::COLUMNS];
   float a_scale[SCALES][ROWS];
   float a_min[T::HAS_MIN ? 2 : 1][ROWS];
   float b_scale[2][OUTPUTS];
   float b_sum[T::HAS_MIN ? 2 : 1][OUTPUTS];
 };
 
-// Half of a column's block pair, or a quarter where one group leaves two threads for each half.
-template <int GROUPS>
+// What a thread fetches of a step: a column's two blocks, one, or half of one.
+template <class S>
 struct Columns {
-  int4 words[GROUPS];
-  float2 scale;
+  int4 words[S::VECTORS];
+  float2 scale[S::BLOCKS];
 };
 
-// Thread t's part of the activations: column, which of a step's two blocks, and the first of its eight words.
-template <int GROUPS>
+// Thread t's part of the activations: its column, the first of its words of 4 k, and where the column's output, half and
+// scale are.
+template <class S>
 struct Place {
-  int column, block, first;
+  int column, first, output, half, scale;
   __device__ __forceinline__ Place() {
-    const int part = threadIdx.x / (GROUP * GROUPS); // 2 or 4 parts
-    column = threadIdx.x % (GROUP * GROUPS), block = part * GROUPS / 2, first = GROUPS == 2 ? 0 : part % 2 * 4;
+    const int t = threadIdx.x % SIDE;
+    column = t % S::COLUMNS, first = t / S::COLUMNS * 4 * S::VECTORS;
+    const int side = column / S::COLUMNS_OF_SIDE, group = column % S::COLUMNS_OF_SIDE / GROUP, in_group = column % GROUP;
+    half = HALVES == 2 ? group : 0;
+    scale = S::SCALES_OF_SIDE * side + (HALVES == 2 ? in_group : GROUP * group + in_group);
+    output = in_group % 4 >= S::PER ? -1
+                                    : S::OUTPUTS_OF_SIDE * side + (HALVES == 2 ? 0 : 8 * S::PER * group) +
+                                          S::PER * (in_group / 4) + in_group % 4;
   }
 };
 
 // row: of x, or -1 for zeros.
-template <class T, int GROUPS>
-__device__ __forceinline__ Columns<GROUPS> load_columns(const Arguments& a, const Place<GROUPS>& place, int row, int tile,
-                                                        int step) {
-  Columns<GROUPS> columns;
+template <class T, class S>
+__device__ __forceinline__ Columns<S> load_columns(const Arguments& a, const Place<S>& place, int row, int tile, int step) {
+  Columns<S> columns;
   if (row < 0) {
 #pragma unroll
-    for (int i = 0; i < GROUPS; i++) columns.words[i] = make_int4(0, 0, 0, 0);
-    columns.scale = make_float2(0.0f, 0.0f);
+    for (int i = 0; i < S::VECTORS; i++) columns.words[i] = make_int4(0, 0, 0, 0);
+#pragma unroll
+    for (int i = 0; i < S::BLOCKS; i++) columns.scale[i] = make_float2(0.0f, 0.0f);
     return columns;
   }
-  const size_t block = (static_cast<size_t>(row) * a.n_tiles + tile) * 8 + T::block(step, place.block);
+  const size_t base = (static_cast<size_t>(row) * a.n_tiles + tile) * 8;
+  constexpr int IN_BLOCK = S::VECTORS / S::BLOCKS;
 #pragma unroll
-  for (int i = 0; i < GROUPS; i++) columns.words[i] = __ldg(a.x + 2 * block + place.first / 4 + i);
-  columns.scale = __ldg(a.x_scales + block);
+  for (int b = 0; b < S::BLOCKS; b++) {
+    const size_t block = base + T::block(step, S::BLOCKS == 2 ? b : place.first / 8);
+#pragma unroll
+    for (int i = 0; i < IN_BLOCK; i++)
+      columns.words[IN_BLOCK * b + i] = __ldg(a.x + 2 * block + (IN_BLOCK == 1 ? place.first % 8 / 4 : i));
+    columns.scale[b] = __ldg(a.x_scales + block);
+  }
   return columns;
 }
 
-template <class T, int GROUPS>
-__device__ __forceinline__ void store_step(Buffer<T, GROUPS>& buffer, const typename T::Header& header,
-                                           const typename T::Raw& raw, const Place<GROUPS>& place,
-                                           const Columns<GROUPS>& columns, int step) {
-  const int t = threadIdx.x;
+// Row t of a step's weights.
+template <class T, class S>
+__device__ __forceinline__ void store_weights(Buffer<T, S>& buffer, const typename T::Header& header,
+                                              const typename T::Raw& raw, int step) {
+  const int t = threadIdx.x % SIDE;
   Step w;
   T::unpack(header, raw, step, w);
 #pragma unroll
@@ -90,15 +118,23 @@ __device__ __forceinline__ void store_step(Buffer<T, GROUPS>& buffer, const type
     }
     if (T::HAS_MIN) buffer.a_min[b][t] = -w.min[b];
   }
+}
+
+template <class T, class S>
+__device__ __forceinline__ void store_columns(Buffer<T, S>& buffer, const Place<S>& place, const Columns<S>& columns) {
 #pragma unroll
-  for (int i = 0; i < GROUPS; i++) {
-    int* words = &buffer.b[8 * place.block + place.first + 4 * i][place.column];
-    words[0] = columns.words[i].x, words[GROUP * GROUPS] = columns.words[i].y;
-    words[2 * GROUP * GROUPS] = columns.words[i].z, words[3 * GROUP * GROUPS] = columns.words[i].w;
+  for (int i = 0; i < S::VECTORS; i++) {
+    int* words = &buffer.b[place.first + 4 * i][place.column];
+    words[0] = columns.words[i].x, words[S::COLUMNS] = columns.words[i].y;
+    words[2 * S::COLUMNS] = columns.words[i].z, words[3 * S::COLUMNS] = columns.words[i].w;
   }
-  if (HALVES == 2 && place.column < GROUP) return; // the scales of a value stand with its low half
-  buffer.b_scale[place.block][place.column % Buffer<T, GROUPS>::OUTPUTS] = columns.scale.x;
-  if (T::HAS_MIN) buffer.b_sum[place.block][place.column % Buffer<T, GROUPS>::OUTPUTS] = columns.scale.y;
+  if (HALVES == 2 && place.half == 0) return; // the scales of a value stand with its low half
+#pragma unroll
+  for (int b = 0; b < S::BLOCKS; b++) {
+    const int block = S::BLOCKS == 2 ? b : place.first / 8;
+    buffer.b_scale[block][place.scale] = columns.scale[b].x;
+    if (T::HAS_MIN) buffer.b_sum[block][place.scale] = columns.scale[b].y;
+  }
 }
 
 __device__ __forceinline__ void spread4(const float4& v, float* out) {
@@ -112,11 +148,20 @@ __device__ __forceinline__ int word_of(const int4 (&words)[2], int j) {
   return j % PER == 0 ? v.x : j % PER == 1 ? v.y : j % PER == 2 ? v.z : v.w;
 }
 
-// acc += the products of one step. Thread (ty, tx) has rows 4 ty + i and 64 + 4 ty + i.
-template <class T, int GROUPS, int PER>
-__device__ __forceinline__ void multiply_step(const Buffer<T, GROUPS>& buffer, float (&acc)[8][GROUPS * PER / HALVES],
-                                              int ty, int tx) {
-  constexpr int WORDS_PER_SCALE = T::HALF_SCALES ? 4 : 8, MINE = GROUPS * PER;
+// Of a thread: rows 4 ty + i and 64 + 4 ty + i of the tile, columns 4 tx + j of its side's groups.
+struct Thread {
+  int side, ty, tx;
+  __device__ __forceinline__ Thread() {
+    const int t = threadIdx.x % SIDE, lane = t % WARP;
+    side = threadIdx.x / SIDE, ty = t / WARP * 4 + lane / 8, tx = lane % 8;
+  }
+};
+
+// acc += the products of one step.
+template <class T, class S>
+__device__ __forceinline__ void multiply_step(const Buffer<T, S>& buffer, float (&acc)[8][S::OUT], const Thread& me) {
+  constexpr int WORDS_PER_SCALE = T::HALF_SCALES ? 4 : 8, GROUPS = S::GROUPS, PER = S::PER, MINE = GROUPS * PER;
+  const int ty = me.ty, column = S::COLUMNS_OF_SIDE * me.side + 4 * me.tx, scales = S::SCALES_OF_SIDE * me.side + 4 * me.tx;
 #pragma unroll 1
   for (int part = 0; part < WORDS / WORDS_PER_SCALE; part++) {
     const int b = part * WORDS_PER_SCALE / 8;
@@ -132,7 +177,7 @@ __device__ __forceinline__ void multiply_step(const Buffer<T, GROUPS>& buffer, f
       const int4 a1 = *reinterpret_cast<const int4*>(&buffer.a[word][64 + 4 * ty]);
       int4 columns[2];
 #pragma unroll
-      for (int g = 0; g < GROUPS; g++) columns[g] = *reinterpret_cast<const int4*>(&buffer.b[word][GROUP * g + 4 * tx]);
+      for (int g = 0; g < GROUPS; g++) columns[g] = *reinterpret_cast<const int4*>(&buffer.b[word][GROUP * g + column]);
       const int av[8] = {a0.x, a0.y, a0.z, a0.w, a1.x, a1.y, a1.z, a1.w};
 #pragma unroll
       for (int i = 0; i < 8; i++)
@@ -142,8 +187,8 @@ __device__ __forceinline__ void multiply_step(const Buffer<T, GROUPS>& buffer, f
 #pragma unroll
     for (int g = 0; g < GROUPS / HALVES; g++) {
       float d[4], d_sum[4];
-      spread4(*reinterpret_cast<const float4*>(&buffer.b_scale[b][GROUP * g + 4 * tx]), d);
-      if (T::HAS_MIN) spread4(*reinterpret_cast<const float4*>(&buffer.b_sum[b][GROUP * g + 4 * tx]), d_sum);
+      spread4(*reinterpret_cast<const float4*>(&buffer.b_scale[b][GROUP * g + scales]), d);
+      if (T::HAS_MIN) spread4(*reinterpret_cast<const float4*>(&buffer.b_sum[b][GROUP * g + scales]), d_sum);
 #pragma unroll
       for (int ih = 0; ih < 2; ih++) {
         float scale[4], min[4];
@@ -189,8 +234,19 @@ struct Walk {
   }
 };
 
+// What the end of a tile's sums needs of a Walk, in one register.
+struct Ending {
+  u32 bits;
+  __device__ __forceinline__ Ending(const Arguments& a, const Walk& at)
+      : bits(at.ends_slice() | (at.slice > 0) << 1 | at.ends_split(a) << 2 | at.split << 3) {}
+  __device__ __forceinline__ bool ends_slice() const { return bits & 1; }
+  __device__ __forceinline__ bool has_earlier_slices() const { return bits & 2; }
+  __device__ __forceinline__ bool ends_split() const { return bits & 4; }
+  __device__ __forceinline__ int split() const { return bits >> 3; }
+};
+
 // sums (in registers) + what earlier slices or splits have left in the thread's own memory.
-template <int OUT>
+template <int THREADS, int OUT>
 __device__ __forceinline__ void add_earlier(float (&sums)[8][OUT], const float* own) {
 #pragma unroll
   for (int i = 0; i < 8; i++)
@@ -198,7 +254,7 @@ __device__ __forceinline__ void add_earlier(float (&sums)[8][OUT], const float* 
     for (int j = 0; j < OUT; j++) sums[i][j] = __fadd_rn(own[(OUT * i + j) * THREADS], sums[i][j]);
 }
 
-template <int OUT>
+template <int THREADS, int OUT>
 __device__ __forceinline__ void keep(const float (&sums)[8][OUT], float* own) {
 #pragma unroll
   for (int i = 0; i < 8; i++)
@@ -215,29 +271,28 @@ __device__ __forceinline__ void clear(float (&sums)[8][OUT]) {
 }
 
 // At the end of a slice. splits: that the thread adds. own: [2 or 1][8 * OUT][THREADS], of slices, then of splits.
-template <int OUT>
-__device__ __forceinline__ void end_slice(const Arguments& a, const Walk& at, int splits, float (&acc)[8][OUT],
-                                          float* own) {
-  if (at.slice > 0) add_earlier(acc, own);
-  if (!at.ends_split(a)) {
-    keep(acc, own);
+template <int THREADS, int OUT>
+__device__ __forceinline__ void end_slice(const Ending& at, int splits, float (&acc)[8][OUT], float* own) {
+  if (at.has_earlier_slices()) add_earlier<THREADS>(acc, own);
+  if (!at.ends_split()) {
+    keep<THREADS>(acc, own);
   } else if (splits > 1) {
     float* of_splits = own + 8 * OUT * THREADS;
-    if (at.split > 0) add_earlier(acc, of_splits);
-    if (at.split < splits - 1) keep(acc, of_splits);
+    if (at.split() > 0) add_earlier<THREADS>(acc, of_splits);
+    if (at.split() < splits - 1) keep<THREADS>(acc, of_splits);
   }
 }
 
 // partials: where the sums of one split go, or null for the results.
-template <int PER, int OUT>
-__device__ __forceinline__ void write_tile(const Arguments& a, const float (&acc)[8][OUT], float* partials, int first_row,
-                                           int first_output, int ty, int tx) {
+template <class S>
+__device__ __forceinline__ void write_tile(const Arguments& a, const float (&acc)[8][S::OUT], float* partials,
+                                           int first_row, int first_output, const Thread& me) {
 #pragma unroll
-  for (int j = 0; j < OUT; j++)
+  for (int j = 0; j < S::OUT; j++)
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      const int n = first_output + 8 * PER * (j / PER) + PER * tx + j % PER;
-      const int row = first_row + 64 * (i / 4) + 4 * ty + i % 4;
+      const int n = first_output + S::OUTPUTS_OF_SIDE * me.side + 8 * S::PER * (j / S::PER) + S::PER * me.tx + j % S::PER;
+      const int row = first_row + 64 * (i / 4) + 4 * me.ty + i % 4;
       if (!partials)
         write_output(a, n, row, acc[i][j]);
       else if (n < a.n && row < a.rows)
@@ -245,33 +300,49 @@ __device__ __forceinline__ void write_tile(const Arguments& a, const float (&acc
     }
 }
 
-template <class T, int GROUPS, int PER>
-__device__ __forceinline__ void multiply_tile(const Arguments& a, Buffer<T, GROUPS> (&buffers)[2], float* own,
-                                              float* partials, int first_row, int first_output) {
-  constexpr int OUT = GROUPS * PER / HALVES;
-  const int t = threadIdx.x, lane = t % WARP, warp = t / WARP;
-  const int ty = warp * 4 + lane / 8, tx = lane % 8;
-  const int groups = (a.rows + WARP - 1) / WARP;
-  const int group = min(first_row / WARP + warp, groups - 1);
+// What a thread has in flight, in registers that both roles share.
+struct InFlight {
+  uint4 words[5];
+  template <class V>
+  __device__ __forceinline__ void put(const V& v) {
+    static_assert(sizeof(V) <= sizeof(words), "registers of either role");
+    memcpy(words, &v, sizeof(V));
+  }
+  template <class V>
+  __device__ __forceinline__ V get() const {
+    V v;
+    memcpy(&v, words, sizeof(V));
+    return v;
+  }
+};
+
+template <class T, class S>
+__device__ __forceinline__ void multiply_tile(const Arguments& a, Buffer<T, S> (&buffers)[2], float* own, float* partials,
+                                              int first_row, int first_output) {
+  const Thread me;
+  const bool unpacks = S::SIDES == 1 || me.side == 0, fetches = S::SIDES == 1 || me.side == 1;
+  const int lane = threadIdx.x % WARP, groups = (a.rows + WARP - 1) / WARP;
+  const int group = min(first_row / WARP + static_cast<int>(threadIdx.x) % SIDE / WARP, groups - 1);
   const uint4* tiles = a.weights + unit_of<T>(group, 0, a.n_steps) + lane;
-  const Place<GROUPS> place;
-  const int in_group = place.column % GROUP, second = place.column / GROUP; // column 4 tx + j of a group: its output PER tx + j
-  const int output = first_output + (HALVES == 1 ? 8 * PER * second : 0) + PER * (in_group / 4) + in_group % 4;
-  const int row = in_group % 4 < PER && output < a.n ? output + (HALVES == 2 ? second * a.low : 0) : -1;
-  float acc[8][OUT];
+  const Place<S> place;
+  const int output = first_output + place.output;
+  const int row = place.output >= 0 && output < a.n ? output + place.half * a.low : -1;
+  float acc[8][S::OUT];
   clear(acc);
 
-  Walk at(a, blockIdx.y); // the step that is multiplied; `ahead` is the one that is loaded
-  Walk ahead = at;
+  Walk ahead(a, blockIdx.y); // the step that is loaded
+  Ending at(a, ahead);       // of the tile that is multiplied
   const int splits = gridDim.y > 1 ? 1 : a.splits;
-  const int n_steps = min(a.n_steps, STEPS * split_begin(a, blockIdx.y + splits)) - STEPS * at.tile;
+  const int n_steps = min(a.n_steps, STEPS * split_begin(a, blockIdx.y + splits)) - STEPS * ahead.tile;
   const uint4* tile = tiles + static_cast<size_t>(ahead.tile) * T::UNITS;
-  typename T::Header header = T::load_header(tile, lane);
-  typename T::Raw raw = T::load(tile, lane, 0);
-  Columns<GROUPS> columns = load_columns<T>(a, place, row, ahead.tile, 0);
-  store_step(buffers[0], header, raw, place, columns, 0);
+  typename T::Header header;
+  if (unpacks) header = T::load_header(tile, lane), store_weights(buffers[0], header, T::load(tile, lane, 0), 0);
+  if (fetches) store_columns(buffers[0], place, load_columns<T>(a, place, row, ahead.tile, 0));
   __syncthreads();
   int step = 0; // of `ahead`
+  typename T::Raw raw;
+  Columns<S> columns;
+  InFlight either;
 #pragma unroll 1
   for (int s = 0; s < n_steps; s++) {
     const int next = s + 1;
@@ -280,59 +351,68 @@ __device__ __forceinline__ void multiply_tile(const Arguments& a, Buffer<T, GROU
       if (step == 0) {
         ahead.advance(a);
         tile = tiles + static_cast<size_t>(ahead.tile) * T::UNITS;
-        header = T::load_header(tile, lane);
+        if (unpacks) header = T::load_header(tile, lane);
       }
-      raw = T::load(tile, lane, step);
-      columns = load_columns<T>(a, place, row, ahead.tile, step);
+      if (S::SIDES == 1) {
+        raw = T::load(tile, lane, step), columns = load_columns<T>(a, place, row, ahead.tile, step);
+      } else if (unpacks) {
+        either.put(T::load(tile, lane, step));
+      } else {
+        either.put(load_columns<T>(a, place, row, ahead.tile, step));
+      }
     }
-    multiply_step<T, GROUPS, PER>(buffers[s % 2], acc, ty, tx);
-    if (next < n_steps) store_step(buffers[next % 2], header, raw, place, columns, step);
+    multiply_step<T, S>(buffers[s % 2], acc, me);
+    if (next < n_steps) {
+      if (unpacks) store_weights(buffers[next % 2], header, S::SIDES == 1 ? raw : either.get<typename T::Raw>(), step);
+      if (fetches) store_columns(buffers[next % 2], place, S::SIDES == 1 ? columns : either.get<Columns<S>>());
+    }
     if (step == 0) {
       if (at.ends_slice()) {
-        end_slice(a, at, splits, acc, own);
+        end_slice<S::THREADS>(at, splits, acc, own);
         if (next < n_steps) clear(acc);
       }
-      at = ahead;
+      at = Ending(a, ahead);
     }
     __syncthreads();
   }
-  write_tile<PER>(a, acc, partials, first_row, first_output, ty, tx);
+  write_tile<S>(a, acc, partials, first_row, first_output, me);
 }
 
 // Grid: persistent CTAs, columns varying fastest, so that a weight tile stays in L2 for all columns; or, with splits as
 // grid.y, a CTA for each tile and split.
-template <class T, int GROUPS, int PER>
+template <class T, class S>
 __device__ __forceinline__ void multiply(const Arguments& a) {
-  constexpr int OUTPUTS = 8 * PER * GROUPS / HALVES;
-  __shared__ Buffer<T, GROUPS> buffers[2];
+  __shared__ Buffer<T, S> buffers[2];
   const bool apart = gridDim.y > 1;
-  const int column_tiles = (a.n + OUTPUTS - 1) / OUTPUTS, row_tiles = (a.rows + ROWS - 1) / ROWS;
-  const size_t of_cta = static_cast<size_t>(ROWS) * OUTPUTS * (a.splits > 1 && !apart ? 2 : 1);
+  const int column_tiles = (a.n + S::OUTPUTS - 1) / S::OUTPUTS, row_tiles = (a.rows + ROWS - 1) / ROWS;
+  const size_t of_cta = static_cast<size_t>(ROWS) * S::OUTPUTS * (a.splits > 1 && !apart ? 2 : 1);
   float* own = a.partials + (static_cast<size_t>(blockIdx.y) * gridDim.x + blockIdx.x) * of_cta + threadIdx.x;
   float* partials = apart ? a.partials + static_cast<size_t>(gridDim.y) * gridDim.x * of_cta : nullptr;
 #pragma unroll 1
   for (int i = blockIdx.x; i < column_tiles * row_tiles; i += gridDim.x) {
     const int row_tile = i / column_tiles;
-    multiply_tile<T, GROUPS, PER>(a, buffers, own, partials, row_tile * ROWS, i % column_tiles * OUTPUTS);
+    multiply_tile<T, S>(a, buffers, own, partials, row_tile * ROWS, i % column_tiles * S::OUTPUTS);
     if (apart && comes_last(a.tickets + row_tile * (ROWS / WARP), gridDim.y * column_tiles))
       add_splits(a, partials, row_tile * ROWS, ROWS);
   }
 }
 
-#define KERNEL(OUTPUTS, GROUPS, PER, CTAS_PER_SM)                                                                       \
-  extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) NAME(TYPE, BITS, OUTPUTS)(Arguments a) {            \
-    multiply<TYPE, GROUPS, PER>(a);                                                                                     \
+#define KERNEL(OUTPUTS, GROUPS, PER, SIDES, CTAS_PER_SM)                                                                \
+  extern "C" __global__ void __launch_bounds__(SIDE* SIDES, CTAS_PER_SM) NAME(TYPE, BITS, OUTPUTS)(Arguments a) {        \
+    multiply<TYPE, Shape<GROUPS, PER, SIDES>>(a);                                                                       \
   }
 #define NAME_(T, BITS, OUTPUTS) tile_matmul_##T##_##BITS##bit_n##OUTPUTS
 #define NAME(T, BITS, OUTPUTS) NAME_(T, BITS, OUTPUTS)
 
-// Outputs and CTAs also stand in ops/matmul.py.
+// Outputs, sides and CTAs also stand in ops/matmul.py.
 #if BITS == 8
 constexpr int NARROW_CTAS = __CUDA_ARCH__ >= 610 ? 3 : 2; // sm_60 spreads bytes for 16-bit products: more registers
-KERNEL(24, 1, 3, NARROW_CTAS)
-KERNEL(32, 1, 4, NARROW_CTAS)
-KERNEL(48, 2, 3, 2)
-KERNEL(64, 2, 4, 2)
+KERNEL(24, 1, 3, 1, NARROW_CTAS)
+KERNEL(32, 1, 4, 1, NARROW_CTAS)
+KERNEL(48, 2, 3, 1, 2)
+KERNEL(64, 2, 4, 1, 2)
+KERNEL(128, 2, 4, 2, 1)
 #else
-KERNEL(32, 2, 4, 2)
+KERNEL(32, 2, 4, 1, 2)
+KERNEL(64, 2, 4, 2, 1)
 #endif

@@ -10,7 +10,6 @@ Up to `MOST_TOGETHER` rows of x go to a decode kernel. More are cut into whole t
 from __future__ import annotations
 
 import functools
-from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
@@ -26,19 +25,25 @@ if TYPE_CHECKING:
     from sglang_pascal.ops.activations import Activations
 
 DECODE_WIDTHS: Final = {
-    8: {1: 1, 2: 1, 3: 2, 4: 2, 6: 2, 8: 2, 12: 2, 16: 4, 20: 4},
-    16: {1: 1, 2: 2, 3: 2, 4: 2, 6: 2, 8: 4, 12: 4, 16: 4, 20: 4},
+    8: {1: 1, 2: 1, 3: 2, 4: 2, 6: 2, 8: 2, 12: 2, 16: 3, 24: 3, 32: 3, 36: 3},
+    16: {1: 1, 2: 2, 3: 2, 4: 2, 6: 2, 8: 4, 12: 4, 16: 4, 20: 4, 24: 3, 32: 3},
 }
 """Bits of x -> the decode kernels: most rows of x that each takes -> rows of the weight that a lane has (N and R of
 `decode_matmul.cu`)."""
-MOST_TOGETHER: Final = {bits: max(widths) for bits, widths in DECODE_WIDTHS.items()}
-"""Bits of x -> most rows of x that one decode kernel multiplies."""
-PAIRED: Final = {8: range(33, 41), 16: range(21, 31)}
-"""Bits of x -> numbers of rows of x for which two decode kernels take less time than a tile, by their issue slots."""
-TILE_WIDTHS: Final = {8: {24: 3, 32: 3, 48: 2, 64: 2}, 16: {32: 2}}
+TILE_WIDTHS: Final = {8: {24: 3, 32: 3, 48: 2, 64: 2, 128: 1}, 16: {32: 2, 64: 1}}
 """Bits of x -> the tile kernels: rows of x in a tile -> CTAs for which a multiprocessor has registers."""
+MEMORY_CLOCKS: Final = 128.0
+"""Clocks in which a P4's multiprocessor gets 64 weights of 32 rows of Q4_K: 1152 bytes of its 192 GB/s / 20 at 1.063 GHz."""
+LAUNCH_CLOCKS: Final = 3.0
+"""Of a kernel more: its start and its end, when not all multiprocessors are busy."""
+ROW_CLOCKS: Final = {8: {12: 6.0, 36: 6.7}, 16: {20: 10.6, 32: 12.0}}
+"""Bits of x -> widest decode kernel of a kind -> clocks a row of x: issue slots, or shared loads at four clocks."""
+TILE_CLOCKS: Final = {8: {24: 192.0, 32: 211.0, 48: 313.0, 64: 413.0, 128: 762.0}, 16: {32: 378.0, 64: 697.0}}
+"""Bits of x -> tile -> clocks: issue slots with 15 % (two sides: 6 %) for unpacking, or shared loads."""
 _SM60: Final = 2
 """Most rows of the weight a lane, and tiles a multiprocessor, where there is no dp4a: its bytes take more registers."""
+_MANY: Final = 20
+"""Rows of x above which a lane of a decode kernel has registers for a row of the weight less."""
 _HALF_WIDTHS: Final = (1, 2, 4, 8, 16)
 _DECODE_THREADS: Final = 128
 _HALF_ROWS: Final = 16
@@ -50,6 +55,8 @@ _CTAS_PER_MULTIPROCESSOR: Final = 8
 """Decode CTAs that a multiprocessor should have to choose from: what keeps a P4's memory busy."""
 _TILE_ROWS: Final = 128
 _TILE_THREADS: Final = 128
+_TILE_COLUMNS: Final = 64
+"""int8 rows of x that 128 threads of a tile multiply; wider tiles have twice the threads."""
 
 
 class _Product(NamedTuple):
@@ -125,24 +132,42 @@ class Part(NamedTuple):
 
 @functools.cache
 def parts(n: int, bits: int) -> tuple[Part, ...]:
-    """Kernels for n rows of x."""
+    """Kernels for n rows of x: those that together cost least (`cost`), the widest tiles first."""
     widest = max(TILE_WIDTHS[bits])
-    whole = n - n % widest
-    rest = _rest(n % widest, bits)
-    moved = (part._replace(first=whole + part.first, end=whole + part.end) for part in rest)
-    return (*([Part(0, whole, widest, is_tiles=True)] if whole else []), *moved)
+    whole = max(0, n // widest - 1) * widest
+    found: list[Part] = [Part(0, whole, widest, is_tiles=True)] if whole else []
+    for part in _cheapest(bits)[n - whole]:
+        last = found[-1] if found else None
+        first = last.end if last else 0
+        if last and part.is_tiles and last[2:] == part[2:]:
+            found[-1] = last._replace(end=first + part.n)
+        else:
+            found.append(part._replace(first=first, end=first + part.n))
+    return tuple(found)
 
 
-def _rest(n: int, bits: int) -> list[Part]:
-    """Fewer rows than the widest tile has."""
-    if n > MOST_TOGETHER[bits] and n not in PAIRED[bits]:
-        return [Part(0, n, next(width for width in TILE_WIDTHS[bits] if width >= n), is_tiles=True)]
-    cuts = (0, n) if n <= MOST_TOGETHER[bits] else (0, n // 2, n)
-    return [Part(first, end, _decode_width(end - first, bits), is_tiles=False) for first, end in pairwise(cuts) if n]
+@functools.cache
+def _cheapest(bits: int) -> list[tuple[Part, ...]]:
+    """For 0, 1, 2 ... rows of x, fewer than two of the widest tiles: the parts that cost least, with their own counts."""
+    best: list[tuple[float, tuple[Part, ...]]] = [(0.0, ())]
+    for n in range(1, 2 * max(TILE_WIDTHS[bits])):
+        options = [_decode_part(m, bits) for m in range(1, min(n, max(DECODE_WIDTHS[bits])) + 1)]
+        options += [Part(0, min(n, width), width, is_tiles=True) for width in TILE_WIDTHS[bits]]
+        candidates = ((cost(part, bits) + best[n - part.n][0], (part, *best[n - part.n][1])) for part in options)
+        best.append(min(candidates, key=lambda found: found[0]))
+    return [parts for _, parts in best]
 
 
-def _decode_width(n: int, bits: int) -> int:
-    return next(width for width in DECODE_WIDTHS[bits] if width >= n)
+def _decode_part(n: int, bits: int) -> Part:
+    return Part(0, n, next(width for width in DECODE_WIDTHS[bits] if width >= n), is_tiles=False)
+
+
+def cost(part: Part, bits: int) -> float:
+    """Clocks that a P4's multiprocessor takes for 64 weights of 32 rows of Q4_K: of memory or of the kernel's slots."""
+    if part.is_tiles:
+        return LAUNCH_CLOCKS + max(MEMORY_CLOCKS, -(-part.n // part.width) * TILE_CLOCKS[bits][part.width])
+    rate = next(rate for width, rate in ROW_CLOCKS[bits].items() if width >= part.width)
+    return LAUNCH_CLOCKS + max(MEMORY_CLOCKS, rate * part.n)
 
 
 def _multiply_on_cpu(product: _Product) -> None:
@@ -203,12 +228,16 @@ def _launch(product: _Product, part: Part, threads: int, grid: tuple[int, int, i
 
 def _decode(product: _Product, part: Part) -> None:
     weight, groups = product.weight, -(-product.weight.rows // GROUP_ROWS)
-    rows_per_lane = min(DECODE_WIDTHS[product.bits][part.width], weight.format.most_rows_per_lane)
-    if not has_dp4a(product.out.device.index):
-        rows_per_lane = min(rows_per_lane, _SM60)
+    most = weight.format.most_rows_per_lane if has_dp4a(product.out.device.index) else _SM60
+    rows_per_lane = rows_per_lane_of(product.bits, part.width, most)
     splits = splits_of(weight)
     partials = _partials(splits * part.n * groups * GROUP_ROWS if splits > 1 else 0, product.out)
     _launch(product, part, _DECODE_THREADS, (-(-groups // rows_per_lane), splits, 1), partials)
+
+
+def rows_per_lane_of(bits: int, width: int, most: int) -> int:
+    """Rows of the weight that a lane of a decode kernel has, of at most `most` of a type on an architecture."""
+    return min(DECODE_WIDTHS[bits][width], max(_SM60, most - 1) if width > _MANY else most)
 
 
 def _tile(product: _Product, part: Part) -> None:
@@ -217,14 +246,19 @@ def _tile(product: _Product, part: Part) -> None:
     splits, groups = splits_of(weight), -(-weight.rows // GROUP_ROWS)
     n_tiles = -(-part.n // part.width) * -(-weight.rows // _TILE_ROWS)
     per_multiprocessor = TILE_WIDTHS[product.bits][part.width]
-    room = (per_multiprocessor if has_dp4a(device) else _SM60) * multiprocessors(device)
+    room = (per_multiprocessor if has_dp4a(device) else min(per_multiprocessor, _SM60)) * multiprocessors(device)
     if splits > 1 and 2 * n_tiles <= room:
         grid = (n_tiles, splits, 1)
         count = splits * (n_tiles * _TILE_ROWS * part.width + part.n * groups * GROUP_ROWS)
     else:
         grid = (min(n_tiles, room), 1, 1)
         count = grid[0] * min(splits, 2) * _TILE_ROWS * part.width
-    _launch(product, part, _TILE_THREADS, grid, _partials(count, product.out))
+    _launch(product, part, tile_threads(part.width, product.bits), grid, _partials(count, product.out))
+
+
+def tile_threads(width: int, bits: int) -> int:
+    """Threads of the tile kernel for so many rows of x."""
+    return _TILE_THREADS * (2 if width * bits // 8 > _TILE_COLUMNS else 1)
 
 
 def matmul_half(

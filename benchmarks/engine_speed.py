@@ -43,11 +43,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--context", type=int, default=256, help="tokens before the decode steps (default: %(default)s)"
     )
+    for name, default in (("--batches", BATCHES), ("--prompts", PREFILL_TOKENS)):
+        text = "requests that decode together" if name == "--batches" else "tokens of the prompts"
+        words = ",".join(map(str, default))
+        parser.add_argument(name, type=_numbers, default=default, metavar="N,N", help=f"{text} (default: {words})")
     parser.add_argument("--memory-gib", type=float, help="most that torch may allocate")
     parser.add_argument("--torch-only", action="store_true", help="float16 weights and attention in plain torch")
     parser.add_argument("--json", type=Path, help="also write the results there")
     args, args.flags = parser.parse_known_args(arguments)
     return args
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -115,10 +123,10 @@ def _count_triton_launches() -> Counter[str]:
 
 def _measure(engine: InProcessEngine, args: argparse.Namespace, results: dict[str, Any]) -> None:
     wait = _waiter(args.device)
-    results["prefill_tokens_per_second"] = {n: round(_prefill(engine, n, wait), 1) for n in PREFILL_TOKENS}
+    results["prefill_tokens_per_second"] = {n: round(_prefill(engine, n, wait), 1) for n in args.prompts}
     results["decode_tokens_per_second"] = {
         n: round(n / _decode(engine, n, args.context, wait), 1)
-        for n in BATCHES
+        for n in args.batches
         if n * (args.context + DECODE_STEPS) <= results["max_total_tokens"]
     }
     if args.device == "cuda":

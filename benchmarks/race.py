@@ -1,0 +1,252 @@
+"""Races this project's engine against llama.cpp on one card and one file, and writes the ratios as JSON and as a page.
+
+    python benchmarks/race.py MODEL.gguf --llama-bench PATH --llama-batched-bench PATH [--output FOLDER]
+        [--prompts 512,2048,8192] [--requests 1,2,4,8,16,24,32] [--context 256] [--bits 16,8]
+
+Ours is SGLang in one process without HTTP (`engine_speed.py`), once for each width of the activations; theirs is
+llama-bench for prompts and llama-batched-bench for decode steps, each with and without flash attention, of which the
+faster counts. Both run one after the other on the first visible card; nothing else should run on it. The page names
+card, driver, dates, llama.cpp's build and every command.
+
+So that a newer card stands in for a Pascal card, both programs must be Pascal code. Ours is: PTX for compute_61 by
+default. docs/results/engine.md ("A race") says in words how a ggml that has no other path is built.
+Exit codes: 0 done, 2 wrong arguments, 6 no GPU, 8 a program is missing, 10 a program failed (its last lines are shown).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+HERE = Path(__file__).parent
+ANSWER_TOKENS = 64
+"""Tokens of each answer of llama-batched-bench."""
+UBATCH = 512
+"""llama.cpp's own default of tokens in one pass."""
+FLASH_ATTENTION = ("on", "off")
+SECONDS = 1800
+"""Time limit of one program."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    what: str
+    """prompt or decode."""
+    n: int
+    """Tokens of the prompt, or requests that are decoded together."""
+    ours: dict[int, float]
+    """Bits of the activations -> tokens/s."""
+    llama_cpp: float | None
+    """Tokens/s; None if it was not measured."""
+
+    def ratio(self, bits: int) -> float | None:
+        """Ours over theirs."""
+        return self.ours[bits] / self.llama_cpp if bits in self.ours and self.llama_cpp else None
+
+
+def fail(code: int, message: str) -> NoReturn:
+    """End with one line on standard error."""
+    sys.stderr.write(f"race: error: {message}\n")
+    sys.exit(code)
+
+
+def run(command: Sequence[str], environment: dict[str, str] | None = None) -> str:
+    """Return a program's standard output; end the race if it fails."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=SECONDS, env=os.environ | (environment or {})
+        )
+    except OSError as exc:
+        fail(8, f"{command[0]} cannot be started: {exc.strerror}; name a built program")
+    except subprocess.TimeoutExpired:
+        fail(10, f"{command[0]} did not end within {SECONDS} s")
+    if done.returncode:
+        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
+        fail(10, f"{' '.join(command)} ended with exit code {done.returncode}:\n{tail}")
+    return done.stdout
+
+
+def read_llama_bench(text: str) -> dict[int, float]:
+    """Return tokens of a prompt -> tokens/s, the fastest of all settings; from `llama-bench -o json`."""
+    rows = json.loads(text[text.index("[") : text.rindex("]") + 1])
+    return fastest((row["n_prompt"], row["avg_ts"]) for row in rows if row["n_prompt"] and not row["n_gen"])
+
+
+def read_batched_bench(text: str) -> dict[int, float]:
+    """Return requests -> tokens/s of all answers together; from `llama-batched-bench --output-format jsonl`."""
+    rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    return fastest((row["pl"], row["speed_tg"]) for row in rows)
+
+
+def fastest(pairs: Iterable[tuple[int, float]]) -> dict[int, float]:
+    """Return the largest value of each key."""
+    best: dict[int, float] = {}
+    for key, value in pairs:
+        best[key] = max(value, best.get(key, 0.0))
+    return best
+
+
+def llama_commands(args: argparse.Namespace) -> dict[str, list[list[str]]]:
+    """Return what is run of llama.cpp: prompts, then decode."""
+    model = ["-m", str(args.model), "-ngl", "99"]
+    prompts = ",".join(map(str, args.prompts))
+    bench = [args.llama_bench, *model, "-p", prompts, "-n", "0", "-ub", str(UBATCH), "-fa", "0,1", "-o", "json"]
+    context = max(args.requests) * (args.context + ANSWER_TOKENS)
+    batched = [
+        *(args.llama_batched_bench, *model, "-c", str(context), "-npp", str(args.context), "-ntg", str(ANSWER_TOKENS)),
+        *("-npl", ",".join(map(str, args.requests)), "-ub", str(UBATCH), "--output-format", "jsonl"),
+    ]
+    return {
+        "prompt": [bench] if args.llama_bench else [],
+        "decode": [[*batched, "-fa", value] for value in FLASH_ATTENTION] if args.llama_batched_bench else [],
+    }
+
+
+def run_ours(args: argparse.Namespace, bits: int) -> dict[str, dict[int, float]]:
+    """Return tokens/s of prompts and decode steps of SGLang in one process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "ours.json"
+        command = [
+            *(sys.executable, str(HERE / "engine_speed.py"), str(args.model), "--json", str(path)),
+            *("--prompts", ",".join(map(str, args.prompts)), "--batches", ",".join(map(str, args.requests))),
+            *("--context", str(args.context), "--context-length", str(max(args.prompts) + 1024)),
+            *("--max-running-requests", str(max(args.requests))),
+        ]
+        width = {f"SGLANG_PASCAL_{phase}_BITS": str(bits) for phase in ("PREFILL", "DECODE")}
+        run(command, width)
+        found = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        "prompt": {int(n): value for n, value in found["prefill_tokens_per_second"].items()},
+        "decode": {int(n): value for n, value in found["decode_tokens_per_second"].items()},
+    }
+
+
+def table(
+    ours: dict[int, dict[str, dict[int, float]]], theirs: dict[str, dict[int, float]], wanted: dict[str, list[int]]
+) -> list[Row]:
+    """Join what both reached. ours: by bits, kind and number; theirs: by kind and number."""
+    return [
+        Row(
+            what,
+            n,
+            {bits: found[what][n] for bits, found in ours.items() if n in found[what]},
+            theirs.get(what, {}).get(n),
+        )
+        for what, numbers in wanted.items()
+        for n in numbers
+    ]
+
+
+def as_markdown(rows: list[Row], bits: Sequence[int], facts: dict[str, Any]) -> str:
+    """Return the page."""
+    head = ["tok/s", *(f"ours, {width} bits" for width in bits), "llama.cpp", *(f"ratio, {width} bits" for width in bits)]
+    lines = [
+        f"# A race on an {facts['card']}",
+        "",
+        f"`python benchmarks/race.py {facts['model']}`, {facts['date']}, driver {facts['driver']}, llama.cpp {facts['llama_cpp']}. "
+        "More than 1 is faster than llama.cpp, of whose settings the fastest counts."
+        + ("" if facts["is_pascal"] else " **This is no Pascal card.**"),
+        "",
+        "| " + " | ".join(head) + " |",
+        "|---" * len(head) + "|",
+    ]
+    for row in rows:
+        name = f"prompt of {row.n}" if row.what == "prompt" else f"{row.n} request{'s' if row.n > 1 else ''}"
+        cells = [name, *(_cell(row.ours.get(width)) for width in bits), _cell(row.llama_cpp)]
+        lines.append("| " + " | ".join([*cells, *(_cell(row.ratio(width), 2) for width in bits)]) + " |")
+    return "\n".join([*lines, "", "Commands of llama.cpp:", "", *(f"    {line}" for line in facts["commands"])]) + "\n"
+
+
+def _cell(value: float | None, digits: int = 0) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def card_facts() -> dict[str, Any]:
+    """Return the first card's name and driver, from nvidia-smi."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader", "--id=0"]
+    try:
+        text = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        fail(6, "no NVIDIA GPU is visible; run it where nvidia-smi lists one")
+    name, driver, capability = text.split(", ")
+    return {"card": name, "driver": driver, "is_pascal": capability.startswith("6.")}
+
+
+def build_of(program: str | None) -> str:
+    """Return llama.cpp's own words about its build."""
+    if program is None:
+        return "not run"
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=60)
+    except OSError as exc:
+        fail(8, f"{program} cannot be started: {exc.strerror}; name a built program")
+    found = re.search(r"version: (.+)", done.stdout + done.stderr)
+    return found[1] if found else "of unknown version"
+
+
+def numbers(text: str) -> list[int]:
+    """Read `1,2,4`."""
+    return [int(part) for part in text.split(",")]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--llama-bench", metavar="PATH", help="the program; without it prompts have no ratio")
+    parser.add_argument("--llama-batched-bench", metavar="PATH", help="the program; without it decode steps have no ratio")
+    parser.add_argument("--prompts", type=numbers, default=[512, 2048, 8192], help="tokens (default: 512,2048,8192)")
+    parser.add_argument("--requests", type=numbers, default=[1, 2, 4, 8, 16, 24, 32], help="default: 1,2,4,8,16,24,32")
+    parser.add_argument("--context", type=int, default=256, help="tokens before the decode steps (default: %(default)s)")
+    parser.add_argument("--bits", type=numbers, default=[16, 8], help="of the activations (default: 16,8)")
+    parser.add_argument("--output", metavar="FOLDER", type=Path, default=HERE.parent / "docs" / "results")
+    args = parser.parse_args(arguments)
+    if not args.model.is_file():
+        parser.error(f"there is no file {args.model}")
+    return args
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run both and write the result."""
+    args = parse(arguments)
+    facts = card_facts()
+    commands = llama_commands(args)
+    facts |= {
+        "model": args.model.name,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "llama_cpp": build_of(args.llama_batched_bench or args.llama_bench),
+        "commands": [" ".join(command) for group in commands.values() for command in group],
+    }
+    readers = {"prompt": read_llama_bench, "decode": read_batched_bench}
+    theirs = {
+        what: fastest(pair for command in group for pair in readers[what](run(command)).items())
+        for what, group in commands.items()
+    }
+    ours = {bits: run_ours(args, bits) for bits in args.bits}
+    rows = table(ours, theirs, {"prompt": args.prompts, "decode": args.requests})
+    page = as_markdown(rows, args.bits, facts)
+    name = "race-" + re.sub(r"[^a-z0-9]+", "-", facts["card"].lower()).strip("-")
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / f"{name}.md").write_text(page, encoding="utf-8")
+    content = facts | {"rows": [asdict(row) for row in rows]}
+    (args.output / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,105 @@
+"""The race against llama.cpp: its programs' output, the table and the page. No GPU: nvidia-smi and both programs are scripts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+
+
+@pytest.fixture
+def race(monkeypatch):
+    """race.py as a module."""
+    spec = importlib.util.spec_from_file_location("race", BENCHMARKS / "race.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "race", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def programs(tmp_path):
+    """nvidia-smi, and both programs of llama.cpp with what they print, as scripts; and a file that stands for a model."""
+
+    def script(name: str, *lines: str) -> Path:
+        path = tmp_path / name
+        path.write_text("#!/bin/sh\n" + "\n".join(lines) + "\n")
+        path.chmod(0o755)
+        return path
+
+    script("nvidia-smi", "echo 'Tesla P4, 580.95, 6.1'")
+    rows = [
+        {"n_prompt": 512, "n_gen": 0, "flash_attn": 0, "avg_ts": 400.0},
+        {"n_prompt": 512, "n_gen": 0, "flash_attn": 1, "avg_ts": 430.0},
+        {"n_prompt": 0, "n_gen": 128, "flash_attn": 1, "avg_ts": 20.0},
+    ]
+    script("llama-bench", f"echo 'ggml_cuda_init: found 1 CUDA devices' >&2; echo '{json.dumps(rows)}'")
+    script(
+        "llama-batched-bench",
+        'if [ "$1" = --version ]; then echo "version: 5000 (abc)" >&2; exit; fi',
+        'case "$*" in *"-fa on"*) speed=30;; *) speed=25;; esac',
+        'echo "main: n_kv_max = 4096"',
+        'echo "{\\"pp\\": 256, \\"tg\\": 64, \\"pl\\": 1, \\"speed_tg\\": $speed}"',
+        'echo "{\\"pp\\": 256, \\"tg\\": 64, \\"pl\\": 8, \\"speed_tg\\": 80}"',
+    )
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    return tmp_path
+
+
+def arguments(programs: Path) -> list[str]:
+    return [
+        *(str(programs / "m.gguf"), "--llama-bench", str(programs / "llama-bench"), "--output", str(programs / "out")),
+        *("--llama-batched-bench", str(programs / "llama-batched-bench"), "--prompts", "512", "--requests", "1,8"),
+    ]
+
+
+def test_both_are_run_and_the_ratios_are_written(race, programs, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    ours = {16: {"prompt": {512: 300.0}, "decode": {1: 33.0, 8: 200.0}}, 8: {"prompt": {512: 645.0}, "decode": {1: 34.0, 8: 240.0}}}
+    monkeypatch.setattr(race, "run_ours", lambda args, bits: ours[bits])
+    assert race.main(arguments(programs)) == 0
+    page = capsys.readouterr().out
+    assert (programs / "out" / "race-tesla-p4.md").read_text() == page
+    assert "| prompt of 512 | 300 | 645 | 430 | 0.70 | 1.50 |" in page, "the faster of both settings"
+    assert "| 1 request | 33 | 34 | 30 | 1.10 | 1.13 |" in page
+    assert "| 8 requests | 200 | 240 | 80 | 2.50 | 3.00 |" in page
+    assert "version: " not in page
+    assert "5000 (abc)" in page
+    assert "no Pascal card" not in page
+    content = json.loads((programs / "out" / "race-tesla-p4.json").read_text())
+    assert content["rows"][0] == {"what": "prompt", "n": 512, "ours": {"16": 300.0, "8": 645.0}, "llama_cpp": 430.0}
+    assert any("-npl 1,8" in command for command in content["commands"])
+
+
+def test_another_card_is_said_to_be_none_of_pascal(race):
+    facts = {"card": "X", "model": "m", "date": "d", "driver": "1", "llama_cpp": "b", "is_pascal": False, "commands": []}
+    assert "**This is no Pascal card.**" in race.as_markdown([], [16], facts)
+
+
+def test_what_was_not_measured_has_no_ratio(race):
+    rows = race.table({8: {"prompt": {512: 10.0}, "decode": {}}}, {"prompt": {}}, {"prompt": [512], "decode": [4]})
+    assert [(row.ours, row.llama_cpp, row.ratio(8)) for row in rows] == [({8: 10.0}, None, None), ({}, None, None)]
+
+
+def test_a_program_that_fails_ends_the_race_with_its_last_lines(race, programs, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    (programs / "llama-bench").write_text("#!/bin/sh\necho 'error: failed to load model' >&2\nexit 1\n")
+    with pytest.raises(SystemExit) as caught:
+        race.main(arguments(programs))
+    assert caught.value.code == 10
+    assert "ended with exit code 1:\nerror: failed to load model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("change", "code", "message"), [("model", 2, "there is no file"), ("program", 8, "cannot be started")])
+def test_what_is_missing_is_named(race, programs, monkeypatch, capsys, change, code, message):
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    (programs / {"model": "m.gguf", "program": "llama-batched-bench"}[change]).unlink()
+    with pytest.raises(SystemExit) as caught:
+        race.main(arguments(programs))
+    assert caught.value.code == code
+    assert message in capsys.readouterr().err

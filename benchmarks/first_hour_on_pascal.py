@@ -1,26 +1,33 @@
 """For owners of a Tesla P4, P40, P100 or GTX 10xx who want to send us real numbers. Any other NVIDIA GPU works too.
 
-    python benchmarks/first_hour_on_pascal.py [FILE.json]
+    python benchmarks/first_hour_on_pascal.py [FILE.json] [--model MODEL.gguf]
 
-It takes under ten minutes, needs no root and sends nothing: attach the file that it writes to an issue. The file holds
+It takes under fifteen minutes, needs no root and sends nothing: attach the file that it writes to an issue. The file holds
 the card's name, driver, clocks, temperatures and times, but no host name or serial number. It needs torch,
 sglang-pascal (with built kernels, or the extra `kernels`) and 4 GB of free device memory. The order puts the most
 important parts first, in case it is stopped:
 
   1. bandwidth of a plain read
-  2. instructions per clock: above all what a 16-byte shared load of one address costs, 1 clock or 4
+  2. instructions per clock: above all what a 16-byte shared load of one address costs, 1 clock or 4, and how much slower
+     loops of 33 and 49 KB of code run than one that fits any instruction cache
   3. every operation against its reference
-  4. decode products of Llama-3.1-8B's layers for 1, 4, 8 and 16 rows, prefill products for 512
-  5. attention over 1024 positions
-with the clocks, power and temperature before and after each part. Exit codes: 0 done, 1 an operation gave a wrong
-result, 6 no GPU, 7 too little free memory, 8 something is not installed, 9 the file cannot be written.
+  4. products as they are served, of Llama-3.1-8B's largest Q4_K and Q6_K matrices: both widths, 1 to 128 rows of x and 512
+  5. attention at 512, 4096 and 16384 positions: decode of one and four sequences, and 512 new tokens
+  6. a minute of a prompt's products, with the clocks, power and speed every five seconds
+  7. with --model, and llama-bench on PATH: its speed with that file
+with the clocks, power and temperature before and after each part. At the end it says in words which assumptions of
+docs/kernels.md held. Exit codes: 0 done, 1 an operation gave a wrong result, 6 no GPU, 7 too little free memory, 8 something
+is not installed, 9 the file cannot be written.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
+import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -44,10 +51,16 @@ try:
 except ImportError as exc:
     fail(8, f"{exc}; install torch and sglang-pascal as python/sglang-pascal/README.md says, or run ./dev sync")
 
-NAMES = [name for name in measure.SHAPES if name.startswith("Llama-3.1-8B")]
-ROWS = (1, 4, 8, 16, 512)
+NAMES = ("Llama-3.1-8B gate+up", "Llama-3.1-8B down")
+ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 13, 16, 17, 20, 24, 25, 32, 33, 40, 48, 64, 65, 96, 128, 512)
+LENGTHS = (512, 4096, 16384)
+SUSTAINED = ("Llama-3.1-8B gate+up", 512, 8)
+"""Shape, rows of x and bits of the minute of work."""
+SUSTAINED_SECONDS, WINDOW_SECONDS = 60, 5
+BENCH_SECONDS = 120
+"""Time limit of llama-bench."""
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,pstate"
-LIMIT_SECONDS = 9 * 60
+LIMIT_SECONDS = 13 * 60
 """After this time no further measurement starts."""
 NEEDED_BYTES = 4 * 10**9
 DEADLINE = time.monotonic() + LIMIT_SECONDS
@@ -82,17 +95,110 @@ def correctness(device: torch.device) -> list[dict]:
 
 
 def products(device: torch.device) -> list[dict]:
-    """Measure each layer at each number of rows while there is time, the few rows of decoding first."""
+    """Measure both matrices at each number of rows and width while there is time, the few rows of decoding first."""
     return [
-        asdict(measure.product(name, n, device, with_torch=False)) for n in ROWS for name in NAMES if is_time_left()
+        asdict(measure.product(name, n, device, bits=bits, with_torch=False))
+        for n, bits, name in itertools.product(ROWS, (16, 8), NAMES)
+        if is_time_left()
     ]
 
 
 def attention(device: torch.device) -> list[dict]:
-    """Measure decode of one and four sequences in each KV type, and one prefill."""
-    cases = [("decode", kind, n, 1024) for kind in ("F16", "E5M2", "INT8") for n in (1, 4)]
-    cases.append(("prefill", "F16", 1, 1024))
-    return [asdict(measure.attention(*case, device)) for case in cases if is_time_left()]
+    """Measure decode of one and four sequences, and 512 new tokens of one, with float16 and int8 KV."""
+    cases = [("decode", kind, n, length) for length in LENGTHS for kind in ("F16", "INT8") for n in (1, 4)]
+    cases += [("prefill", kind, 1, length) for length in LENGTHS for kind in ("F16", "INT8")]
+    return [
+        asdict(measure.attention(*case, device, new=min(512, case[3]), with_torch=False)) for case in cases if is_time_left()
+    ]
+
+
+def sustained(device: torch.device) -> list[dict]:
+    """Multiply for a minute; return the speed and the card's state of each window."""
+    name, n, bits = SUSTAINED
+    _, rows, columns = measure.SHAPES[name]
+    work = measure.repeated_product(name, n, bits, device)
+    begin, windows = time.monotonic(), []
+    while time.monotonic() < begin + SUSTAINED_SECONDS:
+        start, calls = time.monotonic(), 0
+        while time.monotonic() < start + WINDOW_SECONDS:
+            work()
+            torch.cuda.synchronize(device)
+            calls += 1
+        seconds = time.monotonic() - start
+        windows.append({"macs_per_second": calls * n * rows * columns / seconds, **card_state()})
+    return windows
+
+
+def llama_bench(_: torch.device, model: Path | None) -> dict:
+    """Run llama-bench for a prompt of 512 tokens and 32 tokens of an answer."""
+    program = shutil.which("llama-bench")
+    if program is None or model is None:
+        return {"left out": "llama-bench is not on PATH" if program is None else "no --model was given"}
+    command = [program, "-m", str(model), "-ngl", "99", "-p", "512", "-n", "32", "-r", "2", "-fa", "0,1", "-o", "json"]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=BENCH_SECONDS, check=True).stdout
+    kept = ("build_commit", "flash_attn", "n_prompt", "n_gen", "avg_ts", "stddev_ts")
+    return {"rows": [{key: row[key] for key in kept if key in row} for row in json.loads(text[text.index("[") :])]}
+
+
+def findings(parts: dict[str, dict]) -> list[str]:
+    """Return in words which assumptions of docs/kernels.md held; of the parts that ran to their end."""
+    results = {name: part.get("result") for name, part in parts.items()}
+    found: list[str] = []
+    if isinstance(rates := results.get("rates"), dict) and "lanes_per_clock_and_multiprocessor" in rates:
+        found += _about_instructions(rates["lanes_per_clock_and_multiprocessor"])
+    if isinstance(rows := results.get("products"), list) and rows:
+        found += _about_products(rows)
+    if isinstance(windows := results.get("sustained"), list) and windows:
+        found.append(_about_clocks(windows))
+    return found
+
+
+def _about_instructions(lanes: dict[str, float]) -> list[str]:
+    clocks = 32 / lanes["shared_broadcast"]
+    held = "held: the kernels are made for 4" if clocks > LOAD_LIMIT else "did not hold: kernels with fewer rows a lane may be faster"
+    found = [f"A 16-byte shared load of one address takes {clocks:.1f} clocks; that {held}."]
+    if "dp4a" in lanes:
+        share = lanes["dp4a"] / PASCAL_LANES
+        found.append(f"dp4a: {lanes['dp4a']:.0f} a clock and multiprocessor, {share:.0%} of what Pascal's should be ({PASCAL_LANES}).")
+    for probe in ("code_33k", "code_49k"):
+        if probe in lanes and "code_11k" in lanes:
+            share = lanes[probe] / lanes["code_11k"]
+            fits = "the instruction cache does not slow such loops" if share > FAST_ENOUGH else "such loops wait for instructions"
+            found.append(f"A loop of {probe[5:-1]} KB of code runs at {share:.0%} of the speed of one of 11 KB: {fits}.")
+    return found
+
+
+def _about_products(rows: list[dict]) -> list[str]:
+    """Where a row more costs the others, and up to how many rows memory decides."""
+    found = []
+    for bits in (16, 8):
+        times = {row["n"]: row["cold_us"] for row in rows if row["bits"] == bits and row["name"] == NAMES[0]}
+        if 1 not in times:
+            continue
+        free = max(n for n, us in times.items() if us <= MEMORY_DECIDES * times[1])
+        falls = [
+            f"{before} to {after} ({1 - after / times[after] * times[before] / before:.0%})"
+            for before, after in itertools.pairwise(sorted(times))
+            if after / times[after] < FAST_ENOUGH * before / times[before]
+        ]
+        found.append(
+            f"Products of {bits} bits take at most a fifth longer than one row's up to {free} rows; "
+            f"throughput falls {'nowhere' if not falls else 'from ' + ', '.join(falls)}."
+        )
+    return found
+
+
+def _about_clocks(windows: list[dict]) -> str:
+    first, last = windows[0]["macs_per_second"], windows[-1]["macs_per_second"]
+    clock = windows[-1].get("clocks.sm", "unknown")
+    return f"After a minute of a prompt's products the speed is {last / first:.0%} of the first seconds', at {clock}."
+
+
+LOAD_LIMIT = 2.5
+"""Clocks: nearer to 4 than to 1."""
+PASCAL_LANES = 128
+FAST_ENOUGH = 0.97
+MEMORY_DECIDES = 1.2
 
 
 def is_time_left() -> bool:
@@ -105,6 +211,7 @@ PARTS: dict[str, Callable[[torch.device], object]] = {
     "correctness": correctness,
     "products": products,
     "attention": attention,
+    "sustained": sustained,
 }
 
 
@@ -130,7 +237,9 @@ def main() -> int:
     """Run the parts; write the file after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", metavar="FILE.json", nargs="?", type=Path, default=Path("pascal-report.json"))
-    path: Path = parser.parse_args().file
+    parser.add_argument("--model", metavar="MODEL.gguf", type=Path, help="what llama-bench measures, if it is on PATH")
+    args = parser.parse_args()
+    path: Path = args.file
     device = check(path)
     report: dict = {
         "card": torch.cuda.get_device_name(device),
@@ -139,7 +248,7 @@ def main() -> int:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "parts": {},
     }
-    for name, part in PARTS.items():
+    for name, part in (PARTS | {"llama-bench": functools.partial(llama_bench, model=args.model)}).items():
         if not is_time_left():
             report["parts"][name] = {"skipped": f"more than {LIMIT_SECONDS} s had passed"}
             continue
@@ -151,7 +260,9 @@ def main() -> int:
             result = {"failed": f"{type(exc).__name__}: {exc}"}
         report["parts"][name] = {"before": before, "result": result, "after": card_state()}
         path.write_text(json.dumps(report, indent=1) + "\n")
+    report["findings"] = findings(report["parts"])
     path.write_text(json.dumps(report, indent=1) + "\n")
+    print("\n".join(report["findings"]), file=sys.stderr)
     checked = report["parts"]["correctness"].get("result")
     right = isinstance(checked, list) and all(case["passed"] for case in checked)
     print(

@@ -34,6 +34,15 @@ def report():
     return module
 
 
+@pytest.fixture(scope="module")
+def first_hour():
+    """first_hour_on_pascal.py as a module."""
+    spec = importlib.util.spec_from_file_location("first_hour", BENCHMARKS / "first_hour_on_pascal.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize(("name", "arguments"), [("gpu_report.py", ["{}"]), ("first_hour_on_pascal.py", ["{}/f.json"])])
 def test_without_a_gpu_nothing_is_written(name, arguments, tmp_path):
     done = run(name, *(argument.format(tmp_path) for argument in arguments))
@@ -78,6 +87,51 @@ def test_the_models_that_the_report_makes_can_be_served(name, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["rope_parameters"]["rope_type"] == ("llama3" if name.startswith("llama") else "default")
     assert len(json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]) == config["vocab_size"]
+
+
+class TestFirstHour:
+    """What the report of a card's owner says in words."""
+
+    def parts(self, first_hour, lanes: dict[str, float], times: dict[tuple[int, int], float], speeds: list[float]) -> dict:
+        products = [
+            {"name": name, "bits": bits, "n": n, "cold_us": us * (1 + i)}
+            for i, name in enumerate(first_hour.NAMES)
+            for (bits, n), us in times.items()
+        ]
+        windows = [{"macs_per_second": speed, "clocks.sm": "886 MHz"} for speed in speeds]
+        found = {"rates": {"lanes_per_clock_and_multiprocessor": lanes}, "products": products, "sustained": windows}
+        return {name: {"result": result} for name, result in found.items()}
+
+    def test_what_held_and_what_did_not(self, first_hour):
+        lanes = {"shared_broadcast": 8.0, "dp4a": 127.0, "code_11k": 120.0, "code_33k": 119.0, "code_49k": 60.0}
+        times = {(16, 1): 100.0, (16, 8): 110.0, (16, 16): 200.0, (16, 17): 240.0, (8, 1): 100.0, (8, 12): 119.0}
+        assert first_hour.findings(self.parts(first_hour, lanes, times, [9e12, 8e12, 4.5e12])) == [
+            "A 16-byte shared load of one address takes 4.0 clocks; that held: the kernels are made for 4.",
+            "dp4a: 127 a clock and multiprocessor, 99% of what Pascal's should be (128).",
+            "A loop of 33 KB of code runs at 99% of the speed of one of 11 KB: the instruction cache does not slow such loops.",
+            "A loop of 49 KB of code runs at 50% of the speed of one of 11 KB: such loops wait for instructions.",
+            "Products of 16 bits take at most a fifth longer than one row's up to 8 rows; throughput falls from 16 to 17 (11%).",
+            "Products of 8 bits take at most a fifth longer than one row's up to 12 rows; throughput falls nowhere.",
+            "After a minute of a prompt's products the speed is 50% of the first seconds', at 886 MHz.",
+        ]
+
+    def test_a_load_of_one_clock_is_said_to_differ(self, first_hour):
+        found = first_hour.findings({"rates": {"result": {"lanes_per_clock_and_multiprocessor": {"shared_broadcast": 30.0}}}})
+        assert found == ["A 16-byte shared load of one address takes 1.1 clocks; that did not hold: kernels with fewer rows a lane may be faster."]
+
+    def test_parts_that_failed_are_passed_over(self, first_hour):
+        assert first_hour.findings({"rates": {"result": {"failed": "RuntimeError: x"}}, "products": {"skipped": "late"}}) == []
+
+    def test_llama_bench_runs_where_it_is_and_a_model_is_named(self, first_hour, tmp_path, monkeypatch):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert first_hour.llama_bench(None, None) == {"left out": "llama-bench is not on PATH"}
+        rows = [{"n_prompt": 512, "n_gen": 0, "avg_ts": 430.5, "cpu_info": "private"}]
+        program = tmp_path / "llama-bench"
+        program.write_text(f"#!/bin/sh\necho '{json.dumps(rows)}'\n")
+        program.chmod(0o755)
+        assert first_hour.llama_bench(None, None) == {"left out": "no --model was given"}
+        found = first_hour.llama_bench(None, tmp_path / "m.gguf")
+        assert found == {"rows": [{"n_prompt": 512, "n_gen": 0, "avg_ts": 430.5}]}
 
 
 class TestReport:

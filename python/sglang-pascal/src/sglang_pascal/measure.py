@@ -32,7 +32,9 @@ _COLD_FACTOR: Final = 4
 _PROBE_THREADS: Final = 1024
 _PROBE_INSTRUCTIONS: Final = 256 * 16
 """Instructions of a thread: ITERATIONS x UNROLL in probe.cu."""
-PROBES: Final = ("ffma", "dp4a", "integer_to_float", "half_to_float", "shuffle", "shared_broadcast")
+CODE_PROBES: Final = {"code_11k": 1024 * 48, "code_33k": 3072 * 16, "code_49k": 4608 * 11}
+"""Loops of so many KB of code -> instructions of a thread."""
+PROBES: Final = ("ffma", "dp4a", "integer_to_float", "half_to_float", "shuffle", "shared_broadcast", *CODE_PROBES)
 SHAPES: Final = {
     "Qwen3-4B qkv": ("Q4_K", 6144, 2560),
     "Qwen3-4B o": ("Q4_K", 2560, 4096),
@@ -76,6 +78,8 @@ class Product:
     torch_dequantize_us: float
     """Dequantising the weights, which torch must do before each product if they stay quantised."""
     weight_bytes: int
+    bits: int = 8
+    """Of x."""
 
     @property
     def bandwidth(self) -> float:
@@ -126,8 +130,8 @@ def _random_weight(tensor_type: str, rows: int, columns: int, device: torch.devi
     return weight
 
 
-def product(name: str, n: int, device: torch.device, *, with_torch: bool = True) -> Product:
-    """Measure one of SHAPES."""
+def product(name: str, n: int, device: torch.device, *, bits: int = 8, with_torch: bool = True) -> Product:
+    """Measure one of SHAPES with x of 8 or 16 bits."""
     tensor_type, rows, columns = SHAPES[name]
     first = _random_weight(tensor_type, rows, columns, device)
     weights = [
@@ -135,20 +139,31 @@ def product(name: str, n: int, device: torch.device, *, with_torch: bool = True)
         *(_random_weight(tensor_type, rows, columns, device) for _ in range(_copies(first.data.numel(), device) - 1)),
     ]
     x = torch.randn(n, columns, device=device).half()
-    activations, out = quantize(x), torch.empty(n, rows, dtype=torch.float16, device=device)
+    wide = bits == 16
+    activations, out = quantize(x, wide=wide), torch.empty(n, rows, dtype=torch.float16, device=device)
     rounds = max(1, 24 // len(weights))
-    cold = median_us([_multiply(activations, weight, out) for weight in weights], rounds)
-    hot = median_us([lambda: matmul(quantize(x), first, out=out)], 24)
+    cold = median_us([_multiply(activations, weight, out, wide) for weight in weights], rounds)
+    hot = median_us([lambda: matmul(quantize(x, wide=wide), first, wide=wide, out=out)], 24)
     torch_us = dequantize_us = 0.0
     if with_torch:
         dequantize_us = median_us([lambda: dequantize(first, torch.float16)], 3)
         dense = [dequantize(first, torch.float16) for _ in range(_copies(2 * rows * columns, device))]
         torch_us = median_us([_dense_multiply(x, weight) for weight in dense], max(1, 12 // len(dense)))
-    return Product(name, tensor_type, rows, columns, n, cold, hot, torch_us, dequantize_us, first.data.numel())
+    return Product(name, tensor_type, rows, columns, n, cold, hot, torch_us, dequantize_us, first.data.numel(), bits)
 
 
-def _multiply(x: Activations, weight: PackedWeight, out: torch.Tensor) -> Callable[[], object]:
-    return lambda: matmul(x, weight, out=out)
+def repeated_product(name: str, n: int, bits: int, device: torch.device) -> Callable[[], object]:
+    """Return what multiplies one of SHAPES once, for work without an end."""
+    tensor_type, rows, columns = SHAPES[name]
+    weight = _random_weight(tensor_type, rows, columns, device)
+    wide = bits == 16
+    x = quantize(torch.randn(n, columns, device=device).half(), wide=wide)
+    out = torch.empty(n, rows, dtype=torch.float16, device=device)
+    return _multiply(x, weight, out, wide)
+
+
+def _multiply(x: Activations, weight: PackedWeight, out: torch.Tensor, wide: bool) -> Callable[[], object]:
+    return lambda: matmul(x, weight, wide=wide, out=out)
 
 
 def _dense_multiply(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
@@ -169,10 +184,14 @@ class Attention:
     """scaled_dot_product_attention over ready float16 keys and values: without paging and widening."""
     kv_bytes: int
     """Bytes that a decode step must read."""
+    new: int = 1
+    """Queries of each sequence."""
 
 
-def attention(phase: str, kv_type: str, n: int, length: int, device: torch.device) -> Attention:
-    """Measure decode or prefill of n sequences of equal length."""
+def attention(
+    phase: str, kv_type: str, n: int, length: int, device: torch.device, *, new: int | None = None, with_torch: bool = True
+) -> Attention:
+    """Measure decode or prefill of n sequences of equal length; prefill of their last `new` tokens, all by default."""
     heads, kv_heads, head_dim = 32, 8, 128
     slots = n * length
     dtype = {"F16": torch.float16, "E5M2": torch.float8_e5m2, "INT8": torch.int8}[kv_type]
@@ -181,7 +200,7 @@ def attention(phase: str, kv_type: str, n: int, length: int, device: torch.devic
     pool = KvPool(keys, values, *(scales if kv_type == "INT8" else []))
     table = torch.randperm(slots, device=device).int().view(n, length)
     sequences = Sequences(table, torch.arange(n, device=device), torch.full((n,), length, device=device))
-    new = 1 if phase == "decode" else length
+    new = 1 if phase == "decode" else new or length
     query = torch.randn(n * new, heads, head_dim, device=device).half()
     dense = [torch.randn(n, kv_heads, length, head_dim, device=device).half() for _ in range(2)]
     rows = query.view(n, new, heads, head_dim).transpose(1, 2)
@@ -199,7 +218,8 @@ def attention(phase: str, kv_type: str, n: int, length: int, device: torch.devic
 
     rounds = 20 if phase == "decode" else 2
     kv_bytes = 2 * slots * kv_heads * (head_dim * dtype.itemsize + (2 if kv_type == "INT8" else 0))
-    return Attention(phase, kv_type, n, length, median_us([ours], rounds), median_us([torchs], rounds), kv_bytes)
+    torch_us = median_us([torchs], rounds) if with_torch else 0.0
+    return Attention(phase, kv_type, n, length, median_us([ours], rounds), torch_us, kv_bytes, new)
 
 
 def stream_bandwidth(device: torch.device, n_bytes: int = 1 << 30) -> float:
@@ -222,4 +242,4 @@ def instructions_per_clock(probe: str, device: torch.device) -> float:
     for _ in range(3):
         kernel.launch((count, 1, 1), Probe(clocks=clocks.data_ptr(), sink=sink.data_ptr()))
         best.append(float(clocks.double().median()))
-    return _PROBE_THREADS * _PROBE_INSTRUCTIONS / min(best)
+    return _PROBE_THREADS * CODE_PROBES.get(probe, _PROBE_INSTRUCTIONS) / min(best)

@@ -3,12 +3,14 @@
 //
 // Each kernel: one CTA of 1024 threads per multiprocessor; a thread repeats UNROLL independent instructions ITERATIONS
 // times. out[0] of a CTA is the number of clocks between the first start and the last end of its warps.
+// `code_*` are loops of that many KB of FFMA (8 bytes, and 8 of scheduling for three of them): what a loop that does not
+// fit the instruction cache costs.
 // `stream` reads memory: every thread adds 16-byte loads, which gives the bandwidth that a kernel can reach.
 #include "common.cuh"
 
 constexpr int THREADS = 1024, ITERATIONS = 256, UNROLL = 16;
 
-template <class Step>
+template <int LENGTH = UNROLL, int TIMES = ITERATIONS, class Step>
 __device__ __forceinline__ void measure(u32* clocks, u32* sink, Step step) {
   __shared__ u32 start, end;
   if (threadIdx.x == 0) start = 0xffffffffu, end = 0;
@@ -19,9 +21,9 @@ __device__ __forceinline__ void measure(u32* clocks, u32* sink, Step step) {
   u32 began, ended;
   asm volatile("mov.u32 %0, %%clock;" : "=r"(began)::"memory");
 #pragma unroll 1
-  for (int n = 0; n < ITERATIONS; n++)
+  for (int n = 0; n < TIMES; n++)
 #pragma unroll
-    for (int i = 0; i < UNROLL; i++) step(values[i], i);
+    for (int i = 0; i < LENGTH; i++) step(values[i % UNROLL], i);
   asm volatile("mov.u32 %0, %%clock;" : "=r"(ended)::"memory");
   u32 sum = 0;
 #pragma unroll
@@ -39,6 +41,17 @@ PROBE(ffma) {
     asm volatile("{.reg .f32 f; mov.b32 f, %0; fma.rn.f32 f, f, f, f; mov.b32 %0, f;}" : "+r"(v));
   });
 }
+
+// LENGTH * TIMES stands in measure.py.
+#define PROBE_CODE(KB, LENGTH, TIMES)                                                                                    \
+  PROBE(code_##KB##k) {                                                                                                 \
+    measure<LENGTH, TIMES>(clocks, sink, [](u32& v, int) {                                                              \
+      asm volatile("{.reg .f32 f; mov.b32 f, %0; fma.rn.f32 f, f, f, f; mov.b32 %0, f;}" : "+r"(v));                     \
+    });                                                                                                                 \
+  }
+PROBE_CODE(11, 1024, 48)
+PROBE_CODE(33, 3072, 16)
+PROBE_CODE(49, 4608, 11)
 
 #if __CUDA_ARCH__ >= 610
 PROBE(dp4a) {

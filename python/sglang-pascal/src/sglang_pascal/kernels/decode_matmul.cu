@@ -4,16 +4,18 @@
 // padded with zeros. x is read as C = N or 2 N columns of int8 (matmul.cuh).
 // One lane owns R rows (R groups of 32 rows in a CTA), so weight loads are whole 512-byte planes, the lane's scales are
 // in its registers, activations are the same word for the warp, and the loop has no shuffle.
-// CTA: 128 threads = 4 warps, one slice each (matmul.cuh), whatever N, R and CHUNK are: a row's bits do not depend on how
-// many are computed with it. Splits of K are CTAs (grid.y); the one that finishes last adds them in order, from
+// CTA: 128 threads = 4 warps, one slice each (matmul.cuh), whatever N, R and the staging are: a row's bits do not depend on
+// how many are computed with it. Splits of K are CTAs (grid.y); the one that finishes last adds them in order, from
 // partials [splits, n, 32 * groups].
 //
-//   R      1 for C = 1 and 2, else 2, and 4 (Q5_K: 3; 2 on sm_60) above C = 12: a uniform 16-byte shared load may cost 4 cycles on
-//          sm_61, so rows share it; four rows are no slower than their bytes there, for 16 columns and more
-//   CHUNK  tiles of activations that are staged at once, by each warp for itself: as many as leave shared memory for the
-//          CTAs that registers allow
-//   steps  of a tile (64 weights) are unrolled up to C = 4; above they are a loop of 3 to 12 KB of code, which fits the
-//          instruction cache where four of them would not
+//   R      1 for C = 1 and 2, else 2, and 3 or 4 (Q5_K: 3 or 2; 2 on sm_60) above C = 12: a uniform 16-byte shared load may
+//          cost 4 cycles on sm_61, so rows share it; four rows are no slower than their bytes there
+//   staged tiles of activations at once, by each warp for itself: as many as leave shared memory for the CTAs that registers
+//          allow, half a tile a warp where there are many rows of x
+//   ahead  a step's weights are loaded while the one before it is multiplied, where registers allow it; and L2 is asked for
+//          a warp's next tile, since 8 warps a multiprocessor do not hide the memory's latency
+//   steps  of a tile (64 weights) are unrolled up to C = 4; above they are a loop of 3 to 28 KB of code (32 rows of 8 bits, 24
+//          of 16), which four of them would not be
 // Registers and the resulting occupancy: docs/kernels.md, checked against ptxas by a test.
 #include "matmul.cuh"
 
@@ -143,11 +145,11 @@ __device__ __forceinline__ void prefetch_tile(const uint4* const (&tile)[R]) {
   }
 }
 
-// The steps first .. first + steps - 1 of a tile: a part of it, or all that a row's last tile has.
-template <class T, int N, int FEWEST, int R, class S>
+// The steps first .. first + steps - 1 of a tile.
+template <class T, int N, int FEWEST, int R, class S, bool UNROLL>
 __device__ __forceinline__ void add_steps(float (&acc)[R][N], const uint4* const (&tile)[R], int first, int steps,
                                           const int4* x, const float* scales, int count) {
-  constexpr int UNROLLED = N * HALVES <= UNROLLED_COLUMNS ? STEPS : 1;
+  constexpr int UNROLLED = UNROLL ? STEPS : 1;
   typename T::Header header[R];
 #pragma unroll
   for (int r = 0; r < R; r++) header[r] = T::load_header(tile[r], threadIdx.x % WARP);
@@ -176,21 +178,25 @@ __device__ __forceinline__ float sum_of_slices(const float* sums) {
   return sum;
 }
 
-// A warp's tile: all of its steps, or those that the last tile of a row has. What stands in x and scales before, if it is
-// staged whole.
-template <class T, int N, int FEWEST, int R, class S>
+// Tile i of a chunk: all of its steps (WHOLE), or those that the last tile of a row has. Its activations stand in x and scales
+// already if they are staged whole.
+template <class T, int N, int FEWEST, int R, class S, bool WHOLE>
 __device__ __forceinline__ void add_tile(const Arguments& a, float (&acc)[R][N], const uint4* const (&tile)[R], int4* x,
-                                         float* scales, int first_tile, int count, int i, int steps) {
-  x += i * S::VECTORS, scales += i * S::BLOCKS * SCALES<T>;
+                                         float* scales, int first_tile, int count, int i) {
+  const int steps = WHOLE ? STEPS : a.n_steps % STEPS;
+  const int4* own_x = x + i * S::VECTORS;
+  const float* own_scales = scales + i * S::BLOCKS * SCALES<T>;
   if constexpr (S::PARTS == 1) {
-    add_steps<T, N, FEWEST, R, S>(acc, tile, 0, steps, x, scales, a.n);
+    constexpr bool UNROLL = WHOLE && N * HALVES <= UNROLLED_COLUMNS;
+    add_steps<T, N, FEWEST, R, S, UNROLL>(acc, tile, 0, steps, own_x, own_scales, a.n);
   } else {
+    constexpr int MOST = STEPS / S::PARTS;
 #pragma unroll 1
-    for (int first = 0; first < steps; first += STEPS / S::PARTS) {
+    for (int first = 0; first < steps; first += MOST) {
       __syncwarp();
-      stage<T, N, S>(a, x - i * S::VECTORS, scales - i * S::BLOCKS * SCALES<T>, first_tile, count, first * S::PARTS / STEPS);
+      stage<T, N, S>(a, x, scales, first_tile, count, first / MOST);
       __syncwarp();
-      add_steps<T, N, FEWEST, R, S>(acc, tile, first, min(STEPS / S::PARTS, steps - first), x, scales, a.n);
+      add_steps<T, N, FEWEST, R, S, false>(acc, tile, first, min(MOST, steps - first), own_x, own_scales, a.n);
     }
   }
 }
@@ -226,12 +232,12 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
 #pragma unroll 1
     for (int i = warp; i < whole; i += SLICES) {
       if (N * HALVES > UNROLLED_COLUMNS && first + i + SLICES < end) prefetch_tile<T, R>(tile);
-      add_tile<T, N, FEWEST, R, S>(a, acc, tile, x, scales, first, count, i, STEPS);
+      add_tile<T, N, FEWEST, R, S, true>(a, acc, tile, x, scales, first, count, i);
 #pragma unroll
       for (int r = 0; r < R; r++) tile[r] += SLICES * T::UNITS;
     }
     if (T::SHORT_TILES && whole < count && whole % SLICES == warp)
-      add_tile<T, N, FEWEST, R, S>(a, acc, tile, x, scales, first, count, whole, a.n_steps % STEPS);
+      add_tile<T, N, FEWEST, R, S, false>(a, acc, tile, x, scales, first, count, whole);
   }
 
   // The slices are added a few outputs at a time, where the activations were.
@@ -284,7 +290,6 @@ KERNEL(12, 9, 2, 8, 1, ROOM)
 KERNEL(16, 13, 3, 4, 1, 2)
 KERNEL(24, 17, 3, 4, 1, 2)
 KERNEL(32, 25, 3, 4, 2, 2)
-KERNEL(36, 33, 3, 4, 2, 2)
 #else
 KERNEL(1, 1, 1, 32, 1, 4)
 KERNEL(2, 2, 2, 16, 1, 3)
@@ -294,7 +299,5 @@ KERNEL(6, 5, 2, 8, 1, ROOM)
 KERNEL(8, 7, 4, 8, 1, 2)
 KERNEL(12, 9, 4, 4, 1, 2)
 KERNEL(16, 13, 4, 4, 1, 2)
-KERNEL(20, 17, 4, 4, 2, 2)
-KERNEL(24, 21, 3, 4, 2, 2)
-KERNEL(32, 25, 3, 4, 2, 2)
+KERNEL(24, 17, 3, 4, 2, 2)
 #endif

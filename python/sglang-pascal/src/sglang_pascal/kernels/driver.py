@@ -120,9 +120,9 @@ def multiprocessors(device: int | None) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def has_dp4a(device: int) -> bool:
-    """Whether the code that a card runs is that for sm_61, not for sm_60."""
-    return target_of(torch.cuda.get_device_capability(device))[0] != "60"
+def has_dp4a(device: int | None) -> bool:
+    """Whether the code that a card runs is that for sm_61, not for sm_60; without a card (None) as on a P4."""
+    return device is None or target_of(torch.cuda.get_device_capability(device))[0] != "60"
 
 
 def target_of(capability: tuple[int, int]) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """The table of the kernels on Pascal: what the compiler made of them, and upper bounds of their speed.
 
 The bounds are of products as they are served, with either width of the activations (`activation_bits`). They are
-estimates by arithmetic, no measurements: of a Tesla P4 at its default clock, with full memory bandwidth and every issue
+estimates by arithmetic, no measurements: of cards at their base clocks, with full memory bandwidth and every issue
 slot used. No Pascal card reaches them; what they show is which of both limits a kernel meets first.
 """
 
@@ -19,12 +19,39 @@ from sglang_pascal.kernels.static import KernelReport, analyse
 from sglang_pascal.ops.matmul import DECODE_WIDTHS, KINDS, parts
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-P4_BANDWIDTH: Final = 192e9
-"""Bytes per second: 256 bit of GDDR5 at 6 Gbit/s a pin (NVIDIA, Tesla P4 datasheet)."""
-P4_LANE_INSTRUCTIONS: Final = 20 * 4 * 32 * 1.063e9
-"""Lane instructions per second: 20 multiprocessors x 4 schedulers x 32 lanes x base clock."""
+@dataclass(frozen=True)
+class Card:
+    """What bounds a product's speed on a card."""
+
+    name: str
+    architecture: str
+    """Digits of sm_60 or sm_61: whose code it runs."""
+    bandwidth: float
+    """Bytes per second."""
+    lanes: int
+    """Lane instructions per clock of all multiprocessors: 128 each, 64 of a P100."""
+    clock: float
+    """Base clock in hertz."""
+    published: str
+    """What was published of llama.cpp on it; sources in docs/results/plan_speed.md."""
+
+    @property
+    def lane_instructions(self) -> float:
+        """Lane instructions per second."""
+        return self.lanes * self.clock
+
+
+CARDS: Final = (
+    Card("Tesla P4", "61", 192e9, 20 * 128, 1.063e9, "9B Q4_K_M, 1 request: 19.7"),
+    Card("Tesla P40", "61", 346e9, 30 * 128, 1.303e9, "8B Q4_K_S, prompt of 512: 937; 7B Q4_K_S, 1 and 4 requests: 53.7, 87.6"),
+    Card("Tesla P100 16 GB", "60", 732e9, 56 * 64, 1.126e9, "nothing"),
+    Card("GTX 1080 Ti", "61", 484e9, 28 * 128, 1.480e9, "nothing; GTX 1080, 9B Q5_K_M, 1 request: 26.3"),
+)
+"""NVIDIA's datasheets, as in the cards of `pascaline`."""
+P4: Final = CARDS[0]
 _HEAD: Final = (
     "| kernel | threads | registers | shared bytes | spilled bytes | warps per SM | loop: instructions | issue slots |"
 )
@@ -51,11 +78,15 @@ layers, are Q6_K."""
 
 
 BATCHES: Final = (1, 2, 4, 8, 12, 16, 24, 32)
+PROMPT: Final = 512
+CARD_MODEL: Final = "Llama-3.1-8B"
+"""Of the table of cards."""
+CARD_BATCHES: Final = (1, 4, 8, 16, 32, PROMPT)
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Estimated upper bound of a model's decode speed on a P4."""
+    """Estimated upper bound of a model's speed on a card."""
 
     model: str
     bits: int
@@ -73,14 +104,14 @@ class Bound:
         return min(self.memory_tokens_per_second, self.issue_tokens_per_second)
 
 
-def bounds(reports: list[KernelReport]) -> list[Bound]:
+def bounds(reports: list[KernelReport], card: Card = P4, batches: Sequence[int] = BATCHES) -> list[Bound]:
     """For each model, width of the activations and batch size, from the issue slots per weight of the products.
 
     Each kernel of a batch (`ops.matmul.parts`) reads the weights once and is bound by the slower of both.
     """
     slots = {(*r.module.split(".")[:2], r.bits, r.outputs): r.slots_per_weight for r in reports if r.slots_per_weight}
     found = []
-    for model, bits, batch in itertools.product(MODELS, sorted(DECODE_WIDTHS, reverse=True), BATCHES):
+    for model, bits, batch in itertools.product(MODELS, sorted(DECODE_WIDTHS, reverse=True), batches):
         kernels = [(KINDS[part.is_tiles], part.width, -(-part.n // part.width)) for part in parts(batch, bits)]
         if all((kind, name, bits, width) in slots for kind, width, _ in kernels for name in model.weights):
             memory = len(kernels) * sum(n * FORMATS[name].weight_bytes for name, n in model.weights.items())
@@ -89,18 +120,18 @@ def bounds(reports: list[KernelReport]) -> list[Bound]:
                 for kind, width, times in kernels
                 for name, n in model.weights.items()
             )
-            by_memory, by_issue = batch * P4_BANDWIDTH / memory, batch * P4_LANE_INSTRUCTIONS / issue
+            by_memory, by_issue = batch * card.bandwidth / memory, batch * card.lane_instructions / issue
             found.append(Bound(model.name, bits, batch, by_memory, by_issue))
     return found
 
 
 def budget(tensor_type: str) -> float:
     """Return the issue slots per weight at which a P4's instructions take as long as its memory."""
-    return P4_LANE_INSTRUCTIONS / (P4_BANDWIDTH / FORMATS[tensor_type].weight_bytes)
+    return P4.lane_instructions / (P4.bandwidth / FORMATS[tensor_type].weight_bytes)
 
 
-def as_markdown(reports: list[KernelReport]) -> str:
-    """Return the tables of docs/kernels.md."""
+def as_markdown(reports: list[KernelReport], reports_60: list[KernelReport] | None = None) -> str:
+    """Return the tables of docs/kernels.md: of the code for sm_61, and what cards reach; with sm_60's products a P100 too."""
     lines = [_HEAD, "|---|---|---|---|---|---|---|---|", *map(_row, reports)]
     products = [report for report in reports if report.slots_per_weight]
     if products:
@@ -108,6 +139,8 @@ def as_markdown(reports: list[KernelReport]) -> str:
         lines += ["|---|---|---|---|---|---|", *map(_product_row, products)]
         lines += ["", f"| model, Q4_K_M | bits | batch | {' | '.join(_LIMITS)} |"]
         lines += ["|---|---|---|---|---|---|", *map(_bound_row, bounds(reports))]
+        if reports_60:
+            lines += ["", *_card_table({"61": reports, "60": reports_60})]
     return "\n".join(lines) + "\n"
 
 
@@ -134,6 +167,20 @@ def _bound_row(bound: Bound) -> str:
     )
 
 
+def _card_table(reports: dict[str, list[KernelReport]]) -> list[str]:
+    """The upper bounds of one model on all cards."""
+    names = [f"prompt of {batch}" if batch == PROMPT else f"{batch}" for batch in CARD_BATCHES]
+    lines = [f"| {CARD_MODEL}, tok/s at most (estimate) | bits | {' | '.join(names)} | published of llama.cpp |"]
+    lines.append("|---" * (len(names) + 3) + "|")
+    for card in CARDS:
+        found = [b for b in bounds(reports[card.architecture], card, CARD_BATCHES) if b.model == CARD_MODEL]
+        for bits in (16, 8):
+            speeds = {bound.batch: f"{bound.tokens_per_second:.0f}" for bound in found if bound.bits == bits}
+            cells = [card.name, str(bits), *(speeds.get(batch, "") for batch in CARD_BATCHES), card.published if bits == 8 else ""]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def print_table(architecture: str, *, as_json: bool) -> None:
     """Print the tables to standard output."""
     reports = analyse(architecture)
@@ -147,7 +194,16 @@ def print_table(architecture: str, *, as_json: bool) -> None:
         }
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
     else:
-        sys.stdout.write(as_markdown(reports))
+        sys.stdout.write(as_markdown(reports, products_60() if architecture == "61" else None))
+
+
+PRODUCTS_60: Final = tuple(f"{kind}.{name}." for kind in KINDS.values() for name in ("Q4_K", "Q6_K"))
+"""Modules whose code for a P100 the table of cards needs: the products of the types in MODELS."""
+
+
+def products_60() -> list[KernelReport]:
+    """Analyse them."""
+    return analyse("60", PRODUCTS_60)
 
 
 def update_document(path: Path) -> None:
@@ -157,6 +213,6 @@ def update_document(path: Path) -> None:
         _, end, after = rest.partition(END)
         if not begin or not end:
             raise PluginError(f"{path} has no place for the table; put the lines {BEGIN} and {END} into it")
-        path.write_text(f"{before}{BEGIN}\n{as_markdown(analyse('61'))}{END}{after}")
+        path.write_text(f"{before}{BEGIN}\n{as_markdown(analyse('61'), products_60())}{END}{after}")
     except OSError as exc:
         raise StorageError(f"cannot update {path}: {exc.strerror}") from exc

@@ -5,12 +5,12 @@
 // (matmul.cuh); kernels for fewer outputs leave columns out. A thread has 8 rows and PER columns of each of GROUPS groups;
 // SIDES times 128 threads share the rows:
 //
-//   bits       8    8    8    8    8   16   16
-//   outputs   24   32   48   64  128   32   64
-//   GROUPS     1    1    2    2    2    2    2    of 32 columns; of 16 bits the second holds the low halves
-//   PER        3    4    3    4    4    4    4    columns 4 tx .. 4 tx + PER - 1 of a group
-//   SIDES      1    1    1    1    2    1    2
-//   CTAs       3    3    2    2    1    2    1    a multiprocessor: as many as registers allow
+//   bits       8    8    8    8   16   16
+//   outputs   32   48   64  128   32   64
+//   GROUPS     1    2    2    2    2    2    of 32 columns; of 16 bits the second holds the low halves
+//   PER        4    3    4    4    4    4    columns 4 tx .. 4 tx + PER - 1 of a group
+//   SIDES      1    1    1    2    1    2
+//   CTAs       3    2    2    1    2    1    a multiprocessor: as many as registers allow
 //
 // Steps of 64 weights, in shared memory as [word of 4 k][row] and [word of 4 k][column]. With one side, thread t unpacks row
 // t's 64 bytes and half a column's activations; with two, the first side's threads unpack weights and the second's fetch
@@ -407,7 +407,6 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
 // Outputs, sides and CTAs also stand in ops/matmul.py.
 #if BITS == 8
 constexpr int NARROW_CTAS = __CUDA_ARCH__ >= 610 ? 3 : 2; // sm_60 spreads bytes for 16-bit products: more registers
-KERNEL(24, 1, 3, 1, NARROW_CTAS)
 KERNEL(32, 1, 4, 1, NARROW_CTAS)
 KERNEL(48, 2, 3, 1, 2)
 KERNEL(64, 2, 4, 1, 2)

@@ -3,8 +3,8 @@
 The bits of `y[n]` depend on `x[n]` and how many bits it has, the weight and the card only: not on how many rows of x
 are multiplied with it, nor on which of the kernels runs. float16 weights are the exception (`matmul_half`).
 
-Up to `MOST_TOGETHER` rows of x go to a decode kernel. More are cut into whole tiles for the tile kernels and a rest
-(`parts`), so that a row more costs a row's time, not a tile's.
+Few rows of x go to a decode kernel. More go to the tile kernels, or to
+several of either kind: to those that cost least by a P4's memory, issue slots and shared loads (`parts`).
 """
 
 from __future__ import annotations
@@ -25,21 +25,24 @@ if TYPE_CHECKING:
     from sglang_pascal.ops.activations import Activations
 
 DECODE_WIDTHS: Final = {
-    8: {1: 1, 2: 1, 3: 2, 4: 2, 6: 2, 8: 2, 12: 2, 16: 3, 24: 3, 32: 3, 36: 3},
-    16: {1: 1, 2: 2, 3: 2, 4: 2, 6: 2, 8: 4, 12: 4, 16: 4, 20: 4, 24: 3, 32: 3},
+    8: {1: 1, 2: 1, 3: 2, 4: 2, 6: 2, 8: 2, 12: 2, 16: 3, 24: 3, 32: 3},
+    16: {1: 1, 2: 2, 3: 2, 4: 2, 6: 2, 8: 4, 12: 4, 16: 4, 24: 3},
 }
 """Bits of x -> the decode kernels: most rows of x that each takes -> rows of the weight that a lane has (N and R of
 `decode_matmul.cu`)."""
-TILE_WIDTHS: Final = {8: {24: 3, 32: 3, 48: 2, 64: 2, 128: 1}, 16: {32: 2, 64: 1}}
+TILE_WIDTHS: Final = {8: {32: 3, 48: 2, 64: 2, 128: 1}, 16: {32: 2, 64: 1}}
 """Bits of x -> the tile kernels: rows of x in a tile -> CTAs for which a multiprocessor has registers."""
 MEMORY_CLOCKS: Final = 128.0
 """Clocks in which a P4's multiprocessor gets 64 weights of 32 rows of Q4_K: 1152 bytes of its 192 GB/s / 20 at 1.063 GHz."""
 LAUNCH_CLOCKS: Final = 3.0
 """Of a kernel more: its start and its end, when not all multiprocessors are busy."""
-ROW_CLOCKS: Final = {8: {12: 6.0, 36: 6.7}, 16: {20: 10.6, 32: 12.0}}
-"""Bits of x -> widest decode kernel of a kind -> clocks a row of x: issue slots, or shared loads at four clocks."""
-TILE_CLOCKS: Final = {8: {24: 192.0, 32: 211.0, 48: 313.0, 64: 413.0, 128: 762.0}, 16: {32: 378.0, 64: 697.0}}
-"""Bits of x -> tile -> clocks: issue slots with 15 % (two sides: 6 %) for unpacking, or shared loads."""
+NOT_OVERLAPPED: Final = 0.25
+"""Share of the shorter of memory and instructions that does not run beside the longer (estimate)."""
+ROW_CLOCKS: Final = {8: {12: 6.0, 24: 6.7, 32: 7.2}, 16: {16: 10.6, 24: 12.0}}
+"""Bits of x -> widest decode kernel of a kind -> clocks a row of x: issue slots, or shared loads at four clocks; 7 % more
+where no weights are loaded ahead."""
+TILE_CLOCKS: Final = {8: {32: 211.0, 48: 310.0, 64: 410.0, 128: 807.0}, 16: {32: 372.0, 64: 737.0}}
+"""Bits of x -> tile -> clocks: issue slots of the inner loop, and 12 to 15 % for all else."""
 _SM60: Final = 2
 """Most rows of the weight a lane, and tiles a multiprocessor, where there is no dp4a: its bytes take more registers."""
 _MANY: Final = 20
@@ -111,8 +114,16 @@ def matmul(
         _multiply_on_cpu(product)
     else:
         for part in parts(n, product.bits):
-            (_tile if part.is_tiles else _decode)(product, part)
+            if part.is_tiles:
+                _tile(product, _fitting(part, product))
+            else:
+                _decode(product, part)
     return out
+
+
+def _fitting(part: Part, product: _Product) -> Part:
+    weight, device = product.weight, product.out.device.index
+    return part._replace(width=fitting_width(part.n, product.bits, weight.rows, splits_of(weight), device))
 
 
 class Part(NamedTuple):
@@ -135,11 +146,12 @@ def parts(n: int, bits: int) -> tuple[Part, ...]:
     """Kernels for n rows of x: those that together cost least (`cost`), the widest tiles first."""
     widest = max(TILE_WIDTHS[bits])
     whole = max(0, n // widest - 1) * widest
-    found: list[Part] = [Part(0, whole, widest, is_tiles=True)] if whole else []
-    for part in _cheapest(bits)[n - whole]:
+    chosen = [*([Part(0, whole, widest, is_tiles=True)] if whole else []), *_cheapest(bits)[n - whole]]
+    found: list[Part] = []
+    for part in sorted(chosen, key=lambda part: (part.is_tiles, part.width, part.n), reverse=True):
         last = found[-1] if found else None
         first = last.end if last else 0
-        if last and part.is_tiles and last[2:] == part[2:]:
+        if last and part.is_tiles and last.width == part.width and not last.n % last.width:
             found[-1] = last._replace(end=first + part.n)
         else:
             found.append(part._replace(first=first, end=first + part.n))
@@ -165,9 +177,23 @@ def _decode_part(n: int, bits: int) -> Part:
 def cost(part: Part, bits: int) -> float:
     """Clocks that a P4's multiprocessor takes for 64 weights of 32 rows of Q4_K: of memory or of the kernel's slots."""
     if part.is_tiles:
-        return LAUNCH_CLOCKS + max(MEMORY_CLOCKS, -(-part.n // part.width) * TILE_CLOCKS[bits][part.width])
-    rate = next(rate for width, rate in ROW_CLOCKS[bits].items() if width >= part.width)
-    return LAUNCH_CLOCKS + max(MEMORY_CLOCKS, rate * part.n)
+        clocks = -(-part.n // part.width) * TILE_CLOCKS[bits][part.width]
+    else:
+        clocks = part.n * next(rate for width, rate in ROW_CLOCKS[bits].items() if width >= part.width)
+    return LAUNCH_CLOCKS + max(MEMORY_CLOCKS, clocks) + NOT_OVERLAPPED * min(MEMORY_CLOCKS, clocks)
+
+
+@functools.cache
+def fitting_width(n: int, bits: int, rows: int, splits: int, device: int | None) -> int:
+    """The tile that takes least time for n rows of x and so many of a weight, with the last round of CTAs counted whole."""
+
+    def clocks(width: int) -> float:
+        tiles, room = _tiles(n, width, rows), _room(width, bits, device)
+        apart = splits if _are_apart(splits, tiles, room) else 1
+        rounds = -(-tiles * apart // room)
+        return rounds * TILE_CLOCKS[bits][width] * _ctas(width, bits, device) / apart
+
+    return min((width for width in TILE_WIDTHS[bits]), key=clocks)
 
 
 def _multiply_on_cpu(product: _Product) -> None:
@@ -242,18 +268,35 @@ def rows_per_lane_of(bits: int, width: int, most: int) -> int:
 
 def _tile(product: _Product, part: Part) -> None:
     """Tiles that would not fill half of the card are cut along K, as the sum is, and added by the last."""
-    weight, device = product.weight, product.out.device.index
+    weight, device, bits = product.weight, product.out.device.index, product.bits
     splits, groups = splits_of(weight), -(-weight.rows // GROUP_ROWS)
-    n_tiles = -(-part.n // part.width) * -(-weight.rows // _TILE_ROWS)
-    per_multiprocessor = TILE_WIDTHS[product.bits][part.width]
-    room = (per_multiprocessor if has_dp4a(device) else min(per_multiprocessor, _SM60)) * multiprocessors(device)
-    if splits > 1 and 2 * n_tiles <= room:
-        grid = (n_tiles, splits, 1)
-        count = splits * (n_tiles * _TILE_ROWS * part.width + part.n * groups * GROUP_ROWS)
+    tiles, room = _tiles(part.n, part.width, weight.rows), _room(part.width, bits, device)
+    if _are_apart(splits, tiles, room):
+        grid = (tiles, splits, 1)
+        count = splits * (tiles * _TILE_ROWS * part.width + part.n * groups * GROUP_ROWS)
     else:
-        grid = (min(n_tiles, room), 1, 1)
+        grid = (min(tiles, room), 1, 1)
         count = grid[0] * min(splits, 2) * _TILE_ROWS * part.width
-    _launch(product, part, tile_threads(part.width, product.bits), grid, _partials(count, product.out))
+    _launch(product, part, tile_threads(part.width, bits), grid, _partials(count, product.out))
+
+
+def _tiles(n: int, width: int, rows: int) -> int:
+    return -(-n // width) * -(-rows // _TILE_ROWS)
+
+
+def _ctas(width: int, bits: int, device: int | None) -> int:
+    """Of a multiprocessor."""
+    return TILE_WIDTHS[bits][width] if has_dp4a(device) else min(TILE_WIDTHS[bits][width], _SM60)
+
+
+def _room(width: int, bits: int, device: int | None) -> int:
+    """CTAs of a card."""
+    return _ctas(width, bits, device) * multiprocessors(device)
+
+
+def _are_apart(splits: int, tiles: int, room: int) -> bool:
+    """Whether each split of K has CTAs of its own."""
+    return splits > 1 and 2 * tiles <= room
 
 
 def tile_threads(width: int, bits: int) -> int:

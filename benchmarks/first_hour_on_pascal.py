@@ -2,22 +2,23 @@
 
     python benchmarks/first_hour_on_pascal.py [FILE.json] [--model MODEL.gguf]
 
-It takes under fifteen minutes, needs no root and sends nothing: attach the file that it writes to an issue. The file holds
-the card's name, driver, clocks, temperatures and times, but no host name or serial number. It needs torch,
+It takes under fifteen minutes, needs no root and sends nothing: attach the file that it writes to an issue. The file
+holds the card's name, driver, clocks, temperatures and times, but no host name or serial number. It needs torch,
 sglang-pascal (with built kernels, or the extra `kernels`) and 4 GB of free device memory. The order puts the most
 important parts first, in case it is stopped:
 
   1. bandwidth of a plain read
-  2. instructions per clock: above all what a 16-byte shared load of one address costs, 1 clock or 4, and how much slower
-     loops of 33 and 49 KB of code run than one that fits any instruction cache
+  2. instructions per clock: above all what a 16-byte shared load of one address costs, 1 clock or 4, and how much
+     slower loops of 33 and 49 KB of code run than one that fits any instruction cache
   3. every operation against its reference
-  4. products as they are served, of Llama-3.1-8B's largest Q4_K and Q6_K matrices: both widths, 1 to 128 rows of x and 512
+  4. products as they are served, of Llama-3.1-8B's largest Q4_K and Q6_K matrices: both widths, 1 to 128 rows of x
+     and 512
   5. attention at 512, 4096 and 16384 positions: decode of one and four sequences, and 512 new tokens
   6. a minute of a prompt's products, with the clocks, power and speed every five seconds
   7. with --model, and llama-bench on PATH: its speed with that file
 with the clocks, power and temperature before and after each part. At the end it says in words which assumptions of
-docs/kernels.md held. Exit codes: 0 done, 1 an operation gave a wrong result, 6 no GPU, 7 too little free memory, 8 something
-is not installed, 9 the file cannot be written.
+docs/kernels.md held. Exit codes: 0 done, 1 an operation gave a wrong result, 6 no GPU, 7 too little free memory,
+8 something is not installed, 9 the file cannot be written.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ def attention(device: torch.device) -> list[dict]:
     cases = [("decode", kind, n, length) for length in LENGTHS for kind in ("F16", "INT8") for n in (1, 4)]
     cases += [("prefill", kind, 1, length) for length in LENGTHS for kind in ("F16", "INT8")]
     return [
-        asdict(measure.attention(*case, device, new=min(512, case[3]), with_torch=False)) for case in cases if is_time_left()
+        asdict(measure.attention(*case, device, new=min(512, case[3]), with_torch=False))
+        for case in cases
+        if is_time_left()
     ]
 
 
@@ -155,16 +158,29 @@ def findings(parts: dict[str, dict]) -> list[str]:
 
 def _about_instructions(lanes: dict[str, float]) -> list[str]:
     clocks = 32 / lanes["shared_broadcast"]
-    held = "held: the kernels are made for 4" if clocks > LOAD_LIMIT else "did not hold: kernels with fewer rows a lane may be faster"
+    held = (
+        "held: the kernels are made for 4"
+        if clocks > LOAD_LIMIT
+        else "did not hold: kernels with fewer rows a lane may be faster"
+    )
     found = [f"A 16-byte shared load of one address takes {clocks:.1f} clocks; that {held}."]
     if "dp4a" in lanes:
         share = lanes["dp4a"] / PASCAL_LANES
-        found.append(f"dp4a: {lanes['dp4a']:.0f} a clock and multiprocessor, {share:.0%} of what Pascal's should be ({PASCAL_LANES}).")
+        found.append(
+            f"dp4a: {lanes['dp4a']:.0f} a clock and multiprocessor, "
+            f"{share:.0%} of what Pascal's should be ({PASCAL_LANES})."
+        )
     for probe in ("code_33k", "code_49k"):
         if probe in lanes and "code_11k" in lanes:
             share = lanes[probe] / lanes["code_11k"]
-            fits = "the instruction cache does not slow such loops" if share > FAST_ENOUGH else "such loops wait for instructions"
-            found.append(f"A loop of {probe[5:-1]} KB of code runs at {share:.0%} of the speed of one of 11 KB: {fits}.")
+            fits = (
+                "the instruction cache does not slow such loops"
+                if share > FAST_ENOUGH
+                else "such loops wait for instructions"
+            )
+            found.append(
+                f"A loop of {probe[5:-1]} KB of code runs at {share:.0%} of the speed of one of 11 KB: {fits}."
+            )
     return found
 
 

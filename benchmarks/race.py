@@ -153,11 +153,17 @@ def table(
 
 def as_markdown(rows: list[Row], bits: Sequence[int], facts: dict[str, Any]) -> str:
     """Return the page."""
-    head = ["tok/s", *(f"ours, {width} bits" for width in bits), "llama.cpp", *(f"ratio, {width} bits" for width in bits)]
+    head = [
+        "tok/s",
+        *(f"ours, {width} bits" for width in bits),
+        "llama.cpp",
+        *(f"ratio, {width} bits" for width in bits),
+    ]
     lines = [
         f"# A race on an {facts['card']}",
         "",
-        f"`python benchmarks/race.py {facts['model']}`, {facts['date']}, driver {facts['driver']}, llama.cpp {facts['llama_cpp']}. "
+        f"`python benchmarks/race.py {facts['model']}`, {facts['date']}, driver {facts['driver']}, "
+        f"llama.cpp {facts['llama_cpp']}. "
         "More than 1 is faster than llama.cpp, of whose settings the fastest counts."
         + ("" if facts["is_pascal"] else " **This is no Pascal card.**"),
         "",
@@ -208,10 +214,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--llama-bench", metavar="PATH", help="the program; without it prompts have no ratio")
-    parser.add_argument("--llama-batched-bench", metavar="PATH", help="the program; without it decode steps have no ratio")
+    parser.add_argument(
+        "--llama-batched-bench", metavar="PATH", help="the program; without it decode steps have no ratio"
+    )
     parser.add_argument("--prompts", type=numbers, default=[512, 2048, 8192], help="tokens (default: 512,2048,8192)")
     parser.add_argument("--requests", type=numbers, default=[1, 2, 4, 8, 16, 24, 32], help="default: 1,2,4,8,16,24,32")
-    parser.add_argument("--context", type=int, default=256, help="tokens before the decode steps (default: %(default)s)")
+    parser.add_argument(
+        "--context", type=int, default=256, help="tokens before the decode steps (default: %(default)s)"
+    )
     parser.add_argument("--bits", type=numbers, default=[16, 8], help="of the activations (default: 16,8)")
     parser.add_argument("--output", metavar="FOLDER", type=Path, default=HERE.parent / "docs" / "results")
     args = parser.parse_args(arguments)

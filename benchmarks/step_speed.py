@@ -1,13 +1,14 @@
 """Times the operations of whole decode steps and prompts in CUDA graphs, and each product kernel by itself.
 
-    python benchmarks/step_speed.py [FILE.json] [--model llama-3.1-8b|qwen2.5-7b] [--parts steps,prompts,kernels,attention]
-        [--bits 8,16] [--requests 1-64] [--prompts 512,2048,8192] [--context 256] [--kv F16] [--seconds 400]
+    python benchmarks/step_speed.py [FILE.json] [--model llama-3.1-8b|qwen2.5-7b]
+        [--parts steps,prompts,kernels,attention] [--bits 8,16] [--requests 1-64] [--prompts 512,2048,8192]
+        [--context 256] [--kv F16] [--seconds 400]
 
-What runs is what SGLang would start for a model: products, norms, rotation, attention, activation functions, head, with
-random weights of the model's shapes in Q4_K_M's mixture; not SGLang itself, nor the embedding, the choice of the next
-token, HTTP. A prompt longer than --chunk (default 2048) is several passes. Times are medians of replays. It needs torch,
-sglang-pascal with built kernels and 8 GB of free device memory. Unless the card is a Pascal card, no figure is one of
-Pascal: a newer card runs the same PTX, but has other proportions.
+What runs is what SGLang would start for a model: products, norms, rotation, attention, activation functions, head,
+with random weights of the model's shapes in Q4_K_M's mixture; not SGLang itself, nor the embedding, the choice of the
+next token, HTTP. A prompt longer than --chunk (default 2048) is several passes. Times are medians of replays. It needs
+torch, sglang-pascal with built kernels and 8 GB of free device memory. Unless the card is a Pascal card, no figure is
+one of Pascal: a newer card runs the same PTX, but has other proportions.
 
   steps      tokens/s of all requests together, and which kernels they were (`sglang_pascal.ops.matmul.parts`)
   prompts    tokens/s of one prompt
@@ -18,8 +19,8 @@ Pascal: a newer card runs the same PTX, but has other proportions.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
+import functools
 import itertools
 import json
 import sys
@@ -38,7 +39,7 @@ from sglang_pascal.ops.matmul import Part, matmul
 from sglang_pascal.ops.weights import PackedWeight, allocate_packed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,10 @@ class Layer:
         self.shape, better = shape, "Q6_K" if more_bits else "Q4_K"
         attention, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self.qkv = (
-            [random_weight("Q4_K", attention + keys, shape.hidden, device), random_weight("Q6_K", keys, shape.hidden, device)]
+            [
+                random_weight("Q4_K", attention + keys, shape.hidden, device),
+                random_weight("Q6_K", keys, shape.hidden, device),
+            ]
             if more_bits
             else [random_weight("Q4_K", attention + 2 * keys, shape.hidden, device)]
         )
@@ -156,7 +160,9 @@ class Model:
         places = table[:, -1].long()
 
         def decode(queries: torch.Tensor, pool: KvPool) -> Any:
-            return attention_decode(queries, pool, sequences, scale=scale, max_length=context, quantized=True, wide=wide)
+            return attention_decode(
+                queries, pool, sequences, scale=scale, max_length=context, quantized=True, wide=wide
+            )
 
         return lambda: self.run(n, wide, decode, places)
 
@@ -164,7 +170,9 @@ class Model:
         """Return what starts a pass over `new` tokens of one request behind `first`."""
         table = self.table[: first + new].view(1, -1)
         device = self.device
-        sequences = Sequences(table, torch.zeros(1, dtype=torch.long, device=device), torch.tensor([first + new], device=device))
+        sequences = Sequences(
+            table, torch.zeros(1, dtype=torch.long, device=device), torch.tensor([first + new], device=device)
+        )
         starts = torch.tensor([0, new], dtype=torch.int32, device=device)
         scale = self.shape.head_dim**-0.5
         places = table[0, first:].long()
@@ -208,7 +216,14 @@ def run_steps(report: Report, model: Model, args: argparse.Namespace) -> None:
             continue
         us = measure.median_us([model.decode(n, args.context, bits == 16)])
         kernels = [f"{'tile' if p.is_tiles else 'decode'} {p.width}: {p.n}" for p in products.parts(n, bits)]
-        report.add(part="step", bits=bits, requests=n, us=round(us, 1), tokens_per_second=round(n / us * 1e6, 1), kernels=kernels)
+        report.add(
+            part="step",
+            bits=bits,
+            requests=n,
+            us=round(us, 1),
+            tokens_per_second=round(n / us * 1e6, 1),
+            kernels=kernels,
+        )
 
 
 def run_prompts(report: Report, model: Model, args: argparse.Namespace) -> None:
@@ -221,25 +236,13 @@ def run_prompts(report: Report, model: Model, args: argparse.Namespace) -> None:
         report.add(part="prompt", bits=bits, tokens=n, us=round(us, 1), tokens_per_second=round(n / us * 1e6, 1))
 
 
-@contextlib.contextmanager
-def forced(part: Part) -> Iterator[None]:
-    """Let one kernel multiply everything."""
-    before = products.parts
-    products.parts = lambda n, bits: (part,)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        products.parts = before
-
-
-def kernels_of(bits: int) -> Iterator[Part]:
-    """Yield each kernel with its fewest and most rows of x, and tiles with several tiles."""
-    for widths, is_tiles in ((products.DECODE_WIDTHS[bits], False), (products.TILE_WIDTHS[bits], True)):
-        fewest = 0
-        for width in widths:
-            for n in sorted({fewest + 1, width} if not is_tiles else {width, 512 // width * width}):
-                yield Part(0, n, width, is_tiles)
-            fewest = width
+def kernels_of(bits: int) -> list[Part]:
+    """Return each kernel with its fewest and most rows of x, and tiles as many as 512 rows fill."""
+    decode = [part for part in products.every_kernel(bits) if not part.is_tiles]
+    tiles = [
+        Part(0, n, width, is_tiles=True) for width in products.TILE_WIDTHS[bits] for n in (width, 512 // width * width)
+    ]
+    return decode + tiles
 
 
 def run_kernels(report: Report, args: argparse.Namespace, device: torch.device) -> None:
@@ -252,34 +255,22 @@ def run_kernels(report: Report, args: argparse.Namespace, device: torch.device) 
                 return
             x = quantize(torch.randn(part.n, columns, device=device).half(), wide=bits == 16)
             out = torch.empty(part.n, rows, dtype=torch.float16, device=device)
-            calls = [lambda w=w: matmul(x, w, wide=bits == 16, out=out) for w in weights]
-            with forced(part):
-                us = measure.median_us(calls, 3)
-            report.add(part="kernel", name=name, bits=bits, tiles=part.is_tiles, width=part.width, n=part.n, us=round(us, 2))
+            calls = [functools.partial(matmul, x, weight, wide=bits == 16, out=out, only=part) for weight in weights]
+            us = measure.median_us(calls, 3)
+            report.add(
+                part="kernel", name=name, bits=bits, tiles=part.is_tiles, width=part.width, n=part.n, us=round(us, 2)
+            )
 
 
 def run_attention(report: Report, device: torch.device) -> None:
     """Time attention with Llama-3.1-8B's heads."""
-    shape = MODELS["llama-3.1-8b"]
     for kv, length in itertools.product(("F16", "INT8"), ATTENTION_LENGTHS):
         for n, new in ((1, 1), (8, 1), (1, 512)):
             if report.is_over:
                 return
-            pool = make_pool(kv, n * length, shape, device)
-            pool.keys.random_(0, 3) if kv == "INT8" else pool.keys.normal_()
-            table = torch.randperm(n * length, device=device).int().view(n, length)
-            sequences = Sequences(table, torch.arange(n, device=device), torch.full((n,), length, device=device))
-            query = torch.randn(n * new, shape.heads, shape.head_dim, device=device).half()
-            starts = torch.arange(n + 1, device=device, dtype=torch.int32) * new
-            scale = shape.head_dim**-0.5
-
-            def call() -> object:
-                if new == 1:
-                    return attention_decode(query, pool, sequences, scale=scale, max_length=length)  # noqa: B023
-                return attention_prefill(query, pool, sequences, starts, scale=scale, max_new=new)  # noqa: B023
-
-            us = measure.median_us([call], 20 if new == 1 else 2)
-            report.add(part="attention", kv=kv, sequences=n, new=new, length=length, us=round(us, 1))
+            phase = "decode" if new == 1 else "prefill"
+            found = measure.attention(phase, kv, n, length, device, new=new, with_torch=False)
+            report.add(part="attention", kv=kv, sequences=n, new=new, length=length, us=round(found.ours_us, 1))
 
 
 def numbers(text: str) -> list[int]:
@@ -293,7 +284,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", metavar="FILE.json", nargs="?", type=Path, help="also write the rows there")
     parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=["steps", "prompts", "kernels", "attention"])
+    parser.add_argument(
+        "--parts", type=lambda text: text.split(","), default=["steps", "prompts", "kernels", "attention"]
+    )
     parser.add_argument("--bits", type=numbers, default=[16, 8])
     parser.add_argument("--requests", type=numbers, default=numbers("1-64"))
     parser.add_argument("--prompts", type=numbers, default=[128, 512, 2048, 8192])
@@ -301,7 +294,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=2048, help="most tokens of a pass (default: %(default)s)")
     parser.add_argument("--kv", choices=KV_DTYPES, default="F16")
     parser.add_argument("--kernel-shapes", type=lambda text: text.split(","), default=list(KERNEL_SHAPES))
-    parser.add_argument("--seconds", type=float, default=400, help="after these nothing more starts (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=400, help="after these nothing more starts (default: %(default)s)"
+    )
     return parser.parse_args(arguments)
 
 
@@ -314,7 +309,10 @@ def main(arguments: Sequence[str]) -> int:
     device = torch.device("cuda", 0)
     report = Report(args.file, args.seconds)
     if {"steps", "prompts"} & set(args.parts):
-        wanted = [max(args.requests) * args.context if "steps" in args.parts else 1, *(args.prompts if "prompts" in args.parts else [])]
+        wanted = [
+            max(args.requests) * args.context if "steps" in args.parts else 1,
+            *(args.prompts if "prompts" in args.parts else []),
+        ]
         model = Model(args.model, args.kv, max(wanted), device)
         if "prompts" in args.parts:
             run_prompts(report, model, args)

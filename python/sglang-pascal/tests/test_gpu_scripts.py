@@ -92,7 +92,9 @@ def test_the_models_that_the_report_makes_can_be_served(name, tmp_path):
 class TestFirstHour:
     """What the report of a card's owner says in words."""
 
-    def parts(self, first_hour, lanes: dict[str, float], times: dict[tuple[int, int], float], speeds: list[float]) -> dict:
+    def parts(
+        self, first_hour, lanes: dict[str, float], times: dict[tuple[int, int], float], speeds: list[float]
+    ) -> dict:
         products = [
             {"name": name, "bits": bits, "n": n, "cold_us": us * (1 + i)}
             for i, name in enumerate(first_hour.NAMES)
@@ -116,11 +118,18 @@ class TestFirstHour:
         ]
 
     def test_a_load_of_one_clock_is_said_to_differ(self, first_hour):
-        found = first_hour.findings({"rates": {"result": {"lanes_per_clock_and_multiprocessor": {"shared_broadcast": 30.0}}}})
-        assert found == ["A 16-byte shared load of one address takes 1.1 clocks; that did not hold: kernels with fewer rows a lane may be faster."]
+        found = first_hour.findings(
+            {"rates": {"result": {"lanes_per_clock_and_multiprocessor": {"shared_broadcast": 30.0}}}}
+        )
+        assert found == [
+            "A 16-byte shared load of one address takes 1.1 clocks; that did not hold: kernels with fewer rows a lane may be faster."
+        ]
 
     def test_parts_that_failed_are_passed_over(self, first_hour):
-        assert first_hour.findings({"rates": {"result": {"failed": "RuntimeError: x"}}, "products": {"skipped": "late"}}) == []
+        assert (
+            first_hour.findings({"rates": {"result": {"failed": "RuntimeError: x"}}, "products": {"skipped": "late"}})
+            == []
+        )
 
     def test_llama_bench_runs_where_it_is_and_a_model_is_named(self, first_hour, tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", str(tmp_path))

@@ -203,19 +203,21 @@ class TestParts:
         [
             (0, 16, []),
             (1, 16, [(0, 1, 1, False)]),
-            (20, 16, [(0, 20, 20, False)]),
-            (21, 16, [(0, 10, 12, False), (10, 21, 12, False)]),
-            (30, 16, [(0, 15, 16, False), (15, 30, 16, False)]),
-            (31, 16, [(0, 31, 32, True)]),
-            (33, 16, [(0, 32, 32, True), (32, 33, 1, False)]),
-            (512, 16, [(0, 512, 32, True)]),
-            (21, 8, [(0, 21, 24, True)]),
-            (33, 8, [(0, 16, 16, False), (16, 33, 20, False)]),
-            (41, 8, [(0, 41, 48, True)]),
-            (130, 8, [(0, 128, 64, True), (128, 130, 2, False)]),
+            (16, 16, [(0, 16, 16, False)]),
+            (17, 16, [(0, 17, 24, False)]),
+            (26, 16, [(0, 13, 16, False), (13, 26, 16, False)]),
+            (32, 16, [(0, 32, 32, True)]),
+            (48, 16, [(0, 32, 32, True), (32, 48, 16, False)]),
+            (512, 16, [(0, 512, 64, True)]),
+            (24, 8, [(0, 24, 24, False)]),
+            (32, 8, [(0, 32, 32, True)]),
+            (33, 8, [(0, 19, 24, False), (19, 33, 16, False)]),
+            (48, 8, [(0, 48, 48, True)]),
+            (512, 8, [(0, 512, 128, True)]),
+            (700, 8, [(0, 636, 128, True), (636, 700, 64, True)]),
         ],
     )
-    def test_whole_tiles_come_first_and_the_rest_is_not_padded_to_one(self, n, bits, expected):
+    def test_those_that_cost_least_with_the_widest_tiles_first(self, n, bits, expected):
         assert [tuple(part) for part in matmul_module.parts(n, bits)] == expected
 
     @pytest.mark.parametrize("bits", matmul_module.DECODE_WIDTHS)
@@ -224,6 +226,42 @@ class TestParts:
             found = matmul_module.parts(n, bits)
             assert [row for part in found for row in range(part.first, part.end)] == list(range(n))
             assert all(part.n <= part.width or part.is_tiles for part in found)
+
+    @pytest.mark.parametrize("bits", matmul_module.DECODE_WIDTHS)
+    def test_every_kernel_is_chosen_for_some_number_of_rows(self, bits):
+        """By rows of x alone, or for a weight whose tiles fill the card better."""
+        chosen = {(part.is_tiles, part.width) for n in range(1, 300) for part in matmul_module.parts(n, bits)}
+        kernels = {(part.is_tiles, part.width) for part in matmul_module.every_kernel(bits)}
+        assert chosen == kernels
+
+    @pytest.mark.parametrize(
+        ("bits", "largest"), [(8, {1: 0.0, 25: 0.06, 33: 0.21, 49: 0.14}), (16, {1: 0.0, 17: 0.1, 33: 0.06})]
+    )
+    def test_throughput_falls_by_no_more_than_is_known(self, bits, largest):
+        """On a P4, by the estimate that chooses the kernels, of the most that fewer rows reach: where a number of rows needs the
+        weights a second time, or a kernel with fewer rows of the weight a lane."""
+        best, falls = 0.0, {}
+        for n in range(1, 65):
+            clocks = sum(
+                matmul_module.cost(part._replace(first=0, end=part.n), bits) for part in matmul_module.parts(n, bits)
+            )
+            falls[n] = max(0.0, 1 - n / clocks / best) if best else 0.0
+            best = max(best, n / clocks)
+        allowed = {n: largest[max(first for first in largest if first <= n)] for n in falls}
+        assert {n: round(fall, 3) for n, fall in falls.items() if fall > allowed[n] + 0.03} == {}
+
+
+class TestFittingTiles:
+    """The last round of CTAs counts whole."""
+
+    @pytest.mark.parametrize(
+        ("multiprocessors", "rows", "width"), [(20, 6144, 128), (20, 28672, 128), (132, 6144, 48), (132, 28672, 128)]
+    )
+    def test_tiles_that_leave_a_card_half_empty_are_cut_smaller(self, monkeypatch, multiprocessors, rows, width):
+        monkeypatch.setattr(matmul_module, "multiprocessors", lambda device: multiprocessors)
+        matmul_module.fitting_width.cache_clear()
+        assert matmul_module.fitting_width(512, 8, rows, 1, None) == width
+        matmul_module.fitting_width.cache_clear()
 
 
 class TestAttentionSplits:

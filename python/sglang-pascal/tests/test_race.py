@@ -60,7 +60,10 @@ def arguments(programs: Path) -> list[str]:
 
 def test_both_are_run_and_the_ratios_are_written(race, programs, monkeypatch, capsys):
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
-    ours = {16: {"prompt": {512: 300.0}, "decode": {1: 33.0, 8: 200.0}}, 8: {"prompt": {512: 645.0}, "decode": {1: 34.0, 8: 240.0}}}
+    ours = {
+        16: {"prompt": {512: 300.0}, "decode": {1: 33.0, 8: 200.0}},
+        8: {"prompt": {512: 645.0}, "decode": {1: 34.0, 8: 240.0}},
+    }
     monkeypatch.setattr(race, "run_ours", lambda args, bits: ours[bits])
     assert race.main(arguments(programs)) == 0
     page = capsys.readouterr().out
@@ -77,7 +80,15 @@ def test_both_are_run_and_the_ratios_are_written(race, programs, monkeypatch, ca
 
 
 def test_another_card_is_said_to_be_none_of_pascal(race):
-    facts = {"card": "X", "model": "m", "date": "d", "driver": "1", "llama_cpp": "b", "is_pascal": False, "commands": []}
+    facts = {
+        "card": "X",
+        "model": "m",
+        "date": "d",
+        "driver": "1",
+        "llama_cpp": "b",
+        "is_pascal": False,
+        "commands": [],
+    }
     assert "**This is no Pascal card.**" in race.as_markdown([], [16], facts)
 
 
@@ -95,7 +106,9 @@ def test_a_program_that_fails_ends_the_race_with_its_last_lines(race, programs, 
     assert "ended with exit code 1:\nerror: failed to load model" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("change", "code", "message"), [("model", 2, "there is no file"), ("program", 8, "cannot be started")])
+@pytest.mark.parametrize(
+    ("change", "code", "message"), [("model", 2, "there is no file"), ("program", 8, "cannot be started")]
+)
 def test_what_is_missing_is_named(race, programs, monkeypatch, capsys, change, code, message):
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
     (programs / {"model": "m.gguf", "program": "llama-batched-bench"}[change]).unlink()

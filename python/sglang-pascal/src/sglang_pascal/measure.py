@@ -189,7 +189,14 @@ class Attention:
 
 
 def attention(
-    phase: str, kv_type: str, n: int, length: int, device: torch.device, *, new: int | None = None, with_torch: bool = True
+    phase: str,
+    kv_type: str,
+    n: int,
+    length: int,
+    device: torch.device,
+    *,
+    new: int | None = None,
+    with_torch: bool = True,
 ) -> Attention:
     """Measure decode or prefill of n sequences of equal length; prefill of their last `new` tokens, all by default."""
     heads, kv_heads, head_dim = 32, 8, 128

@@ -29,7 +29,7 @@ from sglang_pascal.kernels.formats import FORMATS, TILE_COLUMNS
 from sglang_pascal.ops.activations import Activations, quantize, rms_norm, rms_norm_quantize, silu_mul_quantize
 from sglang_pascal.ops.attention import SPLITS, Sequences, attention_decode, attention_prefill
 from sglang_pascal.ops.kv_cache import KvPool, rope_and_store
-from sglang_pascal.ops.matmul import matmul, matmul_half
+from sglang_pascal.ops.matmul import every_kernel, matmul, matmul_half
 from sglang_pascal.ops.sampling import argmax, top_k_top_p_filter_
 from sglang_pascal.ops.weights import dequantize, pack, unpack
 from sglang_pascal.reference import (
@@ -278,8 +278,8 @@ _MATRICES: Final = ((1, 256), (33, 768), (130, 1280), (320, 4608), (64, 14336))
 """Rows and columns: fewer tiles than slices, a last tile row, K in splits, and the widest layer of an 8B model."""
 _SHORT_MATRICES: Final = ((70, 96), (33, 576), (40, 960), (320, 4672))
 """Of types with blocks of 32: the last tile has 96, 64, 192 and 64 of 256 columns. The last matrix is cut in splits."""
-_WIDTHS: Final = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 31, 33, 40, 41, 64, 65, 150)
-"""Rows of x: of every decode kernel the fewest and the most, two of them, and one to three tiles, of either width."""
+_COUNTS: Final = (1, 7, 33, 65, 150)
+"""Rows of x for which the kernels are chosen as in a model; every kernel also multiplies as many as it is made for."""
 
 
 def _short_matrices(tensor_type: str) -> tuple[tuple[int, int], ...]:
@@ -290,7 +290,7 @@ def _product(device: torch.device, tensor_type: str, rows: int, columns: int) ->
     raw = random_blocks(tensor_type, rows, columns)
     values = dequantize_ref(raw, tensor_type)
     weight = pack(raw.to(device), tensor_type, columns)
-    x = _awkward(max(_WIDTHS), columns)
+    x = _awkward(max(_COUNTS), columns)
     x[0, -1] = 3
     errors = []
     for wide in (False, True):
@@ -298,13 +298,14 @@ def _product(device: torch.device, tensor_type: str, rows: int, columns: int) ->
         size = quantized_matmul_ref(*_magnitudes(quantize_ref(x)), values.abs())
         multiply = functools.partial(matmul, weight=weight, wide=wide, dtype=torch.float32)
         widest = multiply(quantize(x.to(device), wide=wide))
-        for n in _WIDTHS:
+        kernels = [(part.n, part) for part in every_kernel(16 if wide else 8)] if device.type == "cuda" else []
+        for n, only in [*((n, None) for n in _COUNTS), *kernels]:
             some = quantize(x[-n:].to(device), wide=wide)
-            y = multiply(some)
+            y = multiply(some, only=only)
             errors += [
                 _share(y, expected[-n:], size[-n:] * PRODUCT_LIMIT + 1e-30),
                 _same_bits(y, widest[-n:]) if device.type == "cuda" else 0.0,
-                _same_bits(y, multiply(some)),
+                _same_bits(y, multiply(some, only=only)),
             ]
     return max(errors)
 

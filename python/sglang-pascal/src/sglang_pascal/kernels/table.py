@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+
 @dataclass(frozen=True)
 class Card:
     """What bounds a product's speed on a card."""
@@ -46,7 +47,14 @@ class Card:
 
 CARDS: Final = (
     Card("Tesla P4", "61", 192e9, 20 * 128, 1.063e9, "9B Q4_K_M, 1 request: 19.7"),
-    Card("Tesla P40", "61", 346e9, 30 * 128, 1.303e9, "8B Q4_K_S, prompt of 512: 937; 7B Q4_K_S, 1 and 4 requests: 53.7, 87.6"),
+    Card(
+        "Tesla P40",
+        "61",
+        346e9,
+        30 * 128,
+        1.303e9,
+        "8B Q4_K_S, prompt of 512: 937; 7B Q4_K_S, 1 and 4 requests: 53.7, 87.6",
+    ),
     Card("Tesla P100 16 GB", "60", 732e9, 56 * 64, 1.126e9, "nothing"),
     Card("GTX 1080 Ti", "61", 484e9, 28 * 128, 1.480e9, "nothing; GTX 1080, 9B Q5_K_M, 1 request: 26.3"),
 )
@@ -131,7 +139,7 @@ def budget(tensor_type: str) -> float:
 
 
 def as_markdown(reports: list[KernelReport], reports_60: list[KernelReport] | None = None) -> str:
-    """Return the tables of docs/kernels.md: of the code for sm_61, and what cards reach; with sm_60's products a P100 too."""
+    """Return the tables of docs/kernels.md; with the products of sm_60 also what cards reach."""
     lines = [_HEAD, "|---|---|---|---|---|---|---|---|", *map(_row, reports)]
     products = [report for report in reports if report.slots_per_weight]
     if products:
@@ -176,7 +184,12 @@ def _card_table(reports: dict[str, list[KernelReport]]) -> list[str]:
         found = [b for b in bounds(reports[card.architecture], card, CARD_BATCHES) if b.model == CARD_MODEL]
         for bits in (16, 8):
             speeds = {bound.batch: f"{bound.tokens_per_second:.0f}" for bound in found if bound.bits == bits}
-            cells = [card.name, str(bits), *(speeds.get(batch, "") for batch in CARD_BATCHES), card.published if bits == 8 else ""]
+            cells = [
+                card.name,
+                str(bits),
+                *(speeds.get(batch, "") for batch in CARD_BATCHES),
+                card.published if bits == 8 else "",
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 

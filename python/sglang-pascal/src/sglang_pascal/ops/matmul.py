@@ -3,13 +3,14 @@
 The bits of `y[n]` depend on `x[n]` and how many bits it has, the weight and the card only: not on how many rows of x
 are multiplied with it, nor on which of the kernels runs. float16 weights are the exception (`matmul_half`).
 
-Few rows of x go to a decode kernel. More go to the tile kernels, or to
-several of either kind: to those that cost least by a P4's memory, issue slots and shared loads (`parts`).
+Few rows of x go to a decode kernel. More go to a tile kernel, or to several of either kind: to those that cost least by
+a P4's memory, issue slots and shared loads (`parts`).
 """
 
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from sglang_pascal.ops.weights import PackedWeight, dequantize
 from sglang_pascal.reference import half_matmul_ref, quantized_matmul_ref
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sglang_pascal.ops.activations import Activations
 
 DECODE_WIDTHS: Final = {
@@ -33,13 +36,13 @@ DECODE_WIDTHS: Final = {
 TILE_WIDTHS: Final = {8: {32: 3, 48: 2, 64: 2, 128: 1}, 16: {32: 2, 64: 1}}
 """Bits of x -> the tile kernels: rows of x in a tile -> CTAs for which a multiprocessor has registers."""
 MEMORY_CLOCKS: Final = 128.0
-"""Clocks in which a P4's multiprocessor gets 64 weights of 32 rows of Q4_K: 1152 bytes of its 192 GB/s / 20 at 1.063 GHz."""
+"""Clocks in which a P4's multiprocessor gets 64 weights of 32 rows of Q4_K: 1152 bytes at 192 GB/s / 20, 1.063 GHz."""
 LAUNCH_CLOCKS: Final = 3.0
 """Of a kernel more: its start and its end, when not all multiprocessors are busy."""
 NOT_OVERLAPPED: Final = 0.25
 """Share of the shorter of memory and instructions that does not run beside the longer (estimate)."""
 ROW_CLOCKS: Final = {8: {12: 6.0, 24: 6.7, 32: 7.2}, 16: {16: 10.6, 24: 12.0}}
-"""Bits of x -> widest decode kernel of a kind -> clocks a row of x: issue slots, or shared loads at four clocks; 7 % more
+"""Bits of x -> widest decode kernel of a kind -> clocks a row of x: issue slots, or shared loads at four clocks; more
 where no weights are loaded ahead."""
 TILE_CLOCKS: Final = {8: {32: 211.0, 48: 310.0, 64: 410.0, 128: 807.0}, 16: {32: 372.0, 64: 737.0}}
 """Bits of x -> tile -> clocks: issue slots of the inner loop, and 12 to 15 % for all else."""
@@ -92,12 +95,14 @@ def matmul(
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float16,
+    only: Part | None = None,
 ) -> torch.Tensor:
     """`[n, rows]` in `dtype` (float16 or float32).
 
     wide: x has 16 bits in 2n rows, as `quantize(..., wide=True)` makes them.
     bias: float32 `[rows]`. residual: like the result, added last. out: where to write; its rows may be apart (a range
-    of columns of a wider matrix, when several weights make one result).
+    of columns of a wider matrix, when several weights make one result). only: the kernel that multiplies all rows, to
+    test or to time it (`every_kernel`).
     """
     n_int8 = x.q.shape[0]
     n = n_int8 // (1 + wide)
@@ -112,6 +117,8 @@ def matmul(
     product = _Product(x, weight, wide, bias, residual, out)
     if not x.q.is_cuda:
         _multiply_on_cpu(product)
+    elif only is not None:
+        (_tile if only.is_tiles else _decode)(product, only)
     else:
         for part in parts(n, product.bits):
             if part.is_tiles:
@@ -141,6 +148,14 @@ class Part(NamedTuple):
         return self.end - self.first
 
 
+def every_kernel(bits: int) -> Iterator[Part]:
+    """Yield each kernel with the fewest and the most rows of x that it is made for; a tile, and one with a rest."""
+    for fewest, width in pairwise((0, *DECODE_WIDTHS[bits])):
+        yield from (Part(0, n, width, is_tiles=False) for n in sorted({fewest + 1, width}))
+    for width in TILE_WIDTHS[bits]:
+        yield from (Part(0, n, width, is_tiles=True) for n in (width, width + 5))
+
+
 @functools.cache
 def parts(n: int, bits: int) -> tuple[Part, ...]:
     """Kernels for n rows of x: those that together cost least (`cost`), the widest tiles first."""
@@ -160,7 +175,7 @@ def parts(n: int, bits: int) -> tuple[Part, ...]:
 
 @functools.cache
 def _cheapest(bits: int) -> list[tuple[Part, ...]]:
-    """For 0, 1, 2 ... rows of x, fewer than two of the widest tiles: the parts that cost least, with their own counts."""
+    """For 0, 1, 2 ... rows of x, fewer than two of the widest tiles: the parts that cost least, each from row 0."""
     best: list[tuple[float, tuple[Part, ...]]] = [(0.0, ())]
     for n in range(1, 2 * max(TILE_WIDTHS[bits])):
         options = [_decode_part(m, bits) for m in range(1, min(n, max(DECODE_WIDTHS[bits])) + 1)]
@@ -185,7 +200,7 @@ def cost(part: Part, bits: int) -> float:
 
 @functools.cache
 def fitting_width(n: int, bits: int, rows: int, splits: int, device: int | None) -> int:
-    """The tile that takes least time for n rows of x and so many of a weight, with the last round of CTAs counted whole."""
+    """The tile that takes least time for n rows of x and so many of a weight; the last round of CTAs counts whole."""
 
     def clocks(width: int) -> float:
         tiles, room = _tiles(n, width, rows), _room(width, bits, device)

@@ -135,10 +135,15 @@ def test_every_series_of_llama_cpp_that_is_used_is_on_the_page() -> None:
     assert set(named("llamacpp:")) == series_used("llamacpp") | read
 
 
+def test_every_series_of_the_plugin_is_on_the_page() -> None:
+    counters = (SOURCES.parents[2] / "sglang-pascal/src/sglang_pascal/speculation/counters.py").read_text()
+    assert set(named("sglang_pascal:")) == set(re.findall(r'"(sglang_pascal:\w+)"', counters))
+
+
 def test_every_recording_rule_is_on_the_page() -> None:
-    assert {name for name in rows() if ":" in name and not name.startswith(("sglang:", "llamacpp:"))} == set(
-        recording_rules()
-    )
+    assert {
+        name for name in rows() if ":" in name and not name.startswith(("sglang:", "sglang_pascal:", "llamacpp:"))
+    } == set(recording_rules())
 
 
 @pytest.mark.parametrize("label", ["state", "reason", "cause", "stage"])

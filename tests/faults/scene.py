@@ -91,6 +91,8 @@ class Record:
 
     fault: Fault
     states: list[str] = field(default_factory=list)
+    stall_seconds: float = STALL_SECONDS
+    """The setting stall_timeout."""
     detected: float | None = None
     recovered: float | None = None
     ledger: Ledger = field(default_factory=Ledger)
@@ -103,7 +105,7 @@ class Record:
         """Time to detect with the default of stall_timeout."""
         if self.detected is None:
             return None
-        return self.detected + (DEFAULT_STALL_SECONDS - STALL_SECONDS if self.fault.stalls else 0.0)
+        return self.detected + (DEFAULT_STALL_SECONDS - self.stall_seconds if self.fault.stalls else 0.0)
 
     @property
     def lost(self) -> int:
@@ -120,7 +122,8 @@ class Scene:
         self.model = shutil.copy(model, folder / "model.gguf")
         self.fault = fault
         self.faults = f"decode_tokens_per_second=100 {fault.faults}"
-        self.settings: dict[str, Any] = IMPATIENT | {"model": self.model} | dict(fault.settings)
+        self.settings: dict[str, Any] = IMPATIENT | {"model": self.model, "stall_timeout": STALL_SECONDS * stretch()}
+        self.settings |= dict(fault.settings)
         self.environment: dict[str, str] = {}
         self.wrapper: Sequence[str] = ()
         self.notes: dict[str, Any] = {}
@@ -229,6 +232,7 @@ def run(fault: Fault, folder: Path, model: Path) -> Record:
     """Run one row; what went otherwise than the table says is in `Record.problems`."""
     record = Record(fault)
     scene = Scene(folder, model, fault)
+    record.stall_seconds = scene.settings["stall_timeout"]
     try:
         with scene.after:
             if fault.prepare is not None:
@@ -280,7 +284,7 @@ def _follow(scene: Scene, record: Record, watcher: Watcher, began: float, stack:
     """Wait for what the row expects."""
     fault, instance = scene.fault, scene.instance
     if fault.outcome == "stays":
-        time.sleep(fault.hold)
+        time.sleep(fault.hold * stretch())
         lost = watcher.first(began, *((False,) if fault.agent_may_be_silent else (False, None)))
         if lost is not None:
             record.problems.append(f"readiness was lost after {lost - began:.1f} s")

@@ -18,6 +18,9 @@ SEED = 20261129
 PAIRS = 8
 
 
+GPU_BACK = i.both(i.until(" → gpu-lost: "), i.nvml(i.ONE_P4))
+
+
 def crash(name: str, inject: i.Inject, says: str = "", **options: object) -> Fault:
     """A row of an engine that ends."""
     given = {"states": RESTART, "outcome": "recovers", "group": "engine ends"} | options
@@ -39,7 +42,7 @@ def healthy(name: str, inject: i.Inject, **options: object) -> Fault:
 def gpu(name: str, inject: i.Inject, says: str, *, lost: bool = True, **options: object) -> Fault:
     """A row of an instance on a GPU; it must not be restarted while the GPU is lost, and serve once it is back."""
     states = "gpu-lost starting ready" if lost else RESTART
-    given = {"states": states, "recover": 45.0, "detect": 15.0, "heal": i.nvml(i.ONE_P4) if lost else None} | options
+    given = {"states": states, "recover": 45.0, "detect": 15.0, "heal": GPU_BACK if lost else None} | options
     return Fault(
         name=name,
         group="GPU",

@@ -163,7 +163,16 @@ class TestKernelLog:
     def test_a_card_that_answers_now_is_well_whatever_happened_before(self) -> None:
         device = DeviceReading(0, GPU.uuid, DeviceStatus.OK)
         well = Reading(DriverStatus.OK, devices=(device,), counted=1)
-        assert judge([GPU], well, [XID.format("01:00", 79)]).standing is Standing.WELL
+        evidence = judge([GPU], well, [XID.format("01:00", 79), XID.format("02:00", 62)])
+        assert evidence.standing is Standing.WELL
+        assert evidence.text.startswith("NVML reads GPU 0 (GPU-aaaa, 0000:01:00); the kernel's log says: NVRM: Xid")
+        assert "): 79," in evidence.text
+
+    @pytest.mark.parametrize("number", [13, 31, 48])
+    def test_an_event_that_needs_no_reset_is_evidence_too(self, number: int) -> None:
+        evidence = judge([GPU], ABSENT, [XID.format("01:00", number)])
+        assert evidence.standing is Standing.UNKNOWN
+        assert f"the kernel's log says: NVRM: Xid (PCI:0000:01:00): {number}, " in evidence.text
 
     @pytest.mark.parametrize(
         ("journal", "dmesg", "expected"),

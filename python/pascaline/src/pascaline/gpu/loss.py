@@ -12,7 +12,7 @@ An index identifies no card here: after a card is lost, another card may have it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -76,9 +76,21 @@ def judge(gpus: Sequence[GpuIdentity], reading: Reading, kernel_lines: Iterable[
 
 def _judge_one(gpu: GpuIdentity, reading: Reading, events: Sequence[XidEvent]) -> Evidence:
     by_nvml = _by_nvml(gpu, reading)
-    if by_nvml.standing in {Standing.WELL, Standing.LOST}:
+    if by_nvml.standing is Standing.LOST:
         return by_nvml
-    return max((by_nvml, _by_kernel(gpu, events)), key=lambda evidence: evidence.standing.severity)
+    by_kernel = _by_kernel(gpu, events)
+    if by_nvml.standing is Standing.WELL or by_kernel is NOTHING_KNOWN:
+        return _with_last_event(by_nvml, gpu, events)
+    return max((by_nvml, by_kernel), key=lambda evidence: evidence.standing.severity)
+
+
+def _with_last_event(evidence: Evidence, gpu: GpuIdentity, events: Sequence[XidEvent]) -> Evidence:
+    """Add the GPU's last Xid: an application's own error (13, 31), or what the GPU has recovered from."""
+    own = [event.line for event in events if gpu.address and event.address == gpu.address]
+    if not own:
+        return evidence
+    text = f"the kernel's log says: {own[-1]}"
+    return replace(evidence, text=f"{evidence.text}; {text}" if evidence.text else text)
 
 
 def _by_nvml(gpu: GpuIdentity, reading: Reading) -> Evidence:

@@ -288,6 +288,8 @@ def _follow(scene: Scene, record: Record, watcher: Watcher, began: float, stack:
         lost = watcher.first(began, *((False,) if fault.agent_may_be_silent else (False, None)))
         if lost is not None:
             record.problems.append(f"readiness was lost after {lost - began:.1f} s")
+        asked = time.monotonic()
+        wait_until("an answer of the agent", lambda: watcher.first(asked, True), seconds=PATIENCE * stretch())
         record.states = instance.states
         return
     limit = fault.detect + PATIENCE * stretch()

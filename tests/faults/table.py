@@ -174,16 +174,17 @@ HEALTHY = [
     healthy("model removed while it is served", i.remove_model),
 ]  # fmt: skip
 
+# A flood displaces other connections of the agent too, so one may fail; it must answer again, and the engine is not blamed.
 CLIENTS = [
-    healthy("agent: 10,000 idle connections", i.connections(10_000), group="clients"),
-    healthy("agent: 1,100 half requests", i.connections(1_100, b"GET /health HTTP/1.1\r\nHost: x\r\n"), group="clients"),
+    healthy("agent: 10,000 idle connections", i.connections(10_000), group="clients", agent_may_be_silent=True),
+    healthy("agent: 1,100 half requests", i.connections(1_100, b"GET /health HTTP/1.1\r\nHost: x\r\n"), group="clients", agent_may_be_silent=True),
     healthy("agent: 300 half-closed connections", i.connections(300, b"GET /health HTTP/1.1\r\n", shut=True),
-            group="clients"),
-    healthy("agent: slow-loris", i.drip(6), group="clients", hold=1.0),
-    healthy("agent: 2,000 requests of noise", i.garbage(2_000), group="clients", hold=1.0),
-    healthy("agent: drain from a foreign web page", i.foreign_drain, group="clients", hold=2.0),
+            group="clients", agent_may_be_silent=True),
+    healthy("agent: slow-loris", i.drip(6), group="clients", agent_may_be_silent=True, hold=1.0),
+    healthy("agent: 2,000 requests of noise", i.garbage(2_000), group="clients", agent_may_be_silent=True, hold=1.0),
+    healthy("agent: drain from a foreign web page", i.foreign_drain, group="clients", agent_may_be_silent=True, hold=2.0),
     healthy("engine: 300 half requests", i.connections(300, b"POST /v1/completions HTTP/1.1\r\n", port="port"),
-            group="clients"),
+            group="clients", agent_may_be_silent=True),
 ]  # fmt: skip
 
 HOST = [

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from pascaline.errors import ExitCode
 from pascaline.gpu.fake_nvml import write_scenario
 from support.instance import PATIENCE, Instance, http, running, wait_until
+from support.ledger import stretch
 from support.models import tiny, write_gguf
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     folder = tmp_path_factory.mktemp("hostile")
     model = write_gguf(folder / "tiny.gguf", tiny("llama"), "Q8_0")
     with running(folder, **IMPATIENT | {"model": model, "stall_timeout": 30, "probe_interval": 2}) as started:
-        started.wait_for_state("ready")
+        started.wait_for_state("ready", seconds=PATIENCE * stretch())
         yield started
         assert started.health()["restarts"] == 0
         assert started.metric("pascaline_internal_errors_total") == 0
@@ -100,7 +101,7 @@ def exporter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         url = process.stderr.readline().split()[-1]
         yield int(url.rpartition(":")[2].partition("/")[0])
         process.terminate()
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(PATIENCE * stretch()) == 0
         assert "Traceback" not in process.stderr.read()
 
 
@@ -108,7 +109,7 @@ def answers(port: int, path: str) -> bool:
     began = time.monotonic()
     with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=PATIENCE) as answer:
         answer.read()
-        return bool(answer.status == 200) and time.monotonic() - began < ANSWER_SECONDS
+        return bool(answer.status == 200) and time.monotonic() - began < ANSWER_SECONDS * stretch()
 
 
 COUNTS = [FEW, pytest.param(MANY, marks=pytest.mark.slow("a minute or two: 100,000 malformed requests"))]
@@ -141,7 +142,7 @@ def test_a_slow_loris_costs_others_nothing(instance: Instance, exporter: int, wh
                     each.sendall(b"GET /livez HTTP/1.1\r\nX: yyyyyyyy"[position : position + 1])
             assert answers(port, "/livez")
         # Each is closed, however busily it drips.
-        wait_until("the first is closed", lambda: _is_closed(slow[0]), seconds=PATIENCE, every=0.5)
+        wait_until("the first is closed", lambda: _is_closed(slow[0]), seconds=PATIENCE * stretch(), every=0.5)
 
 
 def _is_closed(connection: socket.socket) -> bool:
@@ -186,7 +187,7 @@ def test_every_answer_is_one_that_the_interface_describes(
         None if method == "GET" else body,
         headers=data.draw(HEADERS),
         method=method,
-        timeout=ANSWER_SECONDS * 4,
+        timeout=PATIENCE,
     )
     described = {int(status) for status in paths.get(path, {}).get(method.lower(), {}).get("responses", {})}
     assert answer.status in (described or {200, 307, 400, 403, 404, 405}), (method, path, answer)

@@ -102,6 +102,45 @@ try:
 except PluginError as error:
     facts["no kernel"] = str(error)
 facts["graph"] = [backend.get_cuda_graph_seq_len_fill_value(), backend.support_triton(), backend.init_cuda_graph_state(4, 4)]
+
+def chain_of(table, prefix, first, width):
+    # A verification of width rows of each request, or of one row as a decode step.
+    requests, prefix = torch.arange(len(prefix)), torch.tensor(prefix)
+    slots = torch.cat([table[r, p + first : p + first + width] for r, p in zip(requests, prefix)]).long()
+    decode = types.SimpleNamespace(is_decode=lambda: True, is_target_verify=lambda: False)
+    verify = types.SimpleNamespace(is_decode=lambda: False, is_target_verify=lambda: True)
+    return types.SimpleNamespace(
+        forward_mode=decode if width == 1 else verify, seq_lens=prefix + (first + 1 if width == 1 else 0),
+        req_pool_indices=requests, out_cache_loc=slots, input_ids=torch.zeros(len(prefix) * width, dtype=torch.long))
+
+def chain_difference(index, prefix, window=-1, width=4):
+    # The largest difference between rows verified together and the same tokens decoded one after the other.
+    (together, table), (alone, _) = ((made[index], table) for made, table in (backends(torch.float32) for _ in range(2)))
+    layer, n = layer_of(window=window), len(prefix)
+    torch.manual_seed(2)
+    for made, rows in ((together, torch.Generator().manual_seed(3)), (alone, torch.Generator().manual_seed(3))):
+        q, k, v = (torch.randn(sum(prefix), *size, generator=rows) for size in ((HEADS * DIM,), (KV, DIM), (KV, DIM)))
+        batch = batch_of(table, [0] * n, prefix, False)
+        made.init_forward_metadata(batch)
+        made.forward_extend(q, k, v, layer, batch)
+    q, k, v = torch.randn(n, width, HEADS * DIM), torch.randn(n, width, KV, DIM), torch.randn(n, width, KV, DIM)
+    batch = chain_of(table, prefix, 0, width)
+    together.init_forward_metadata(batch)
+    found = together.forward_extend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layer, batch).view(n, width, -1)
+    worst = 0.0
+    for row in range(width):
+        batch = chain_of(table, prefix, row, 1)
+        alone.init_forward_metadata(batch)
+        expected = alone.forward_decode(q[:, row], k[:, row], v[:, row], layer, batch)
+        worst = max(worst, float((found[:, row] - expected).abs().max()))
+    return worst, together.is_decode
+
+facts["chain"] = {
+    name: [chain_difference(index, prefix, window) for prefix in ([20], [20, 5, 33]) for window in (-1, 8)]
+    for index, name in enumerate(("torch", "kernels"))}
+from sglang_pascal.attention.kernels_backend import _repeated
+facts["repeated"] = [_repeated(torch.tensor(values), 3).is_contiguous() for values in ([7], [7, 8])]
+facts["repeated"] += [_repeated(torch.tensor([7, 8]), 3).tolist()]
 print(json.dumps(facts))
 """
 
@@ -144,3 +183,14 @@ def test_a_model_that_no_kernel_reads_is_refused_before_it_is_asked(facts):
 
 def test_graph_padding_has_length_one_and_no_triton_is_used(facts):
     assert facts["graph"] == [1, False, None]
+
+
+def test_rows_verified_together_are_those_of_decoding_one_after_the_other(facts):
+    """Of one request and of three, with a window and without: bit for bit on the kernels' side."""
+    assert [(worst == 0, is_decode) for worst, is_decode in facts["chain"]["kernels"]] == [(True, True)] * 4
+    assert [(worst < 1e-5, is_decode) for worst, is_decode in facts["chain"]["torch"]] == [(True, True)] * 4
+
+
+def test_the_kernels_get_contiguous_indices(facts):
+    """A view of one request would do for torch, not for a kernel."""
+    assert facts["repeated"] == [True, True, [7, 7, 7, 8, 8, 8]]

@@ -155,7 +155,15 @@ class TestLlamaCpp:
     @pytest.mark.parametrize(
         ("method", "flags"),
         [
-            ("lookup", ["--spec-type", "ngram-simple", "--spec-ngram-simple-size-m", "15"]),
+            (
+                "lookup",
+                [
+                    "--spec-type",
+                    "ngram-simple",
+                    *("--spec-ngram-simple-size-n", "4"),
+                    *("--spec-ngram-simple-size-m", "15"),
+                ],
+            ),
             ("mtp", ["--spec-type", "draft-mtp", "--spec-draft-n-max", "3"]),
         ],
     )

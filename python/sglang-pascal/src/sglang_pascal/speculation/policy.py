@@ -100,23 +100,30 @@ class Pace:
     def __init__(self, row_cost: float) -> None:
         """row_cost: time of a further row as a share of a step's, for what was not measured yet."""
         self._row_cost = row_cost
-        self._seconds: dict[tuple[int, int], deque[float]] = {}
+        self._plain: dict[int, deque[float]] = {}
+        """Number of requests -> seconds of their last steps of width 1."""
+        self._ratios: dict[tuple[int, int], deque[float]] = {}
+        """Requests and width -> the last steps' times, as multiples of plain ones at that time: the load changes."""
         self._plain_steps = 0
 
     def note(self, n: int, width: int, seconds: float) -> None:
         """Count a step of n requests with that width. What is slow is measured again after many steps without it."""
-        self._seconds.setdefault((n, width), deque(maxlen=_SAMPLES)).append(seconds)
+        plain = self._plain.setdefault(n, deque(maxlen=_SAMPLES))
+        if width == 1:
+            plain.append(seconds)
+        elif len(plain) >= _LEAST_SAMPLES:
+            self._ratios.setdefault((n, width), deque(maxlen=_SAMPLES)).append(seconds / median(plain))
         self._plain_steps = self._plain_steps + 1 if width == 1 else 0
         if self._plain_steps == _STEPS_UNTIL_RETRY:
             self._plain_steps = 0
-            self._seconds = {key: found for key, found in self._seconds.items() if key[1] == 1}
+            self._ratios.clear()
 
     def cost(self, n: int, width: int) -> float:
         """Return the time of such a step as a multiple of one of width 1."""
-        plain, wide = (self._seconds.get((n, each), ()) for each in (1, width))
-        if min(len(plain), len(wide)) < _LEAST_SAMPLES:
+        ratios = self._ratios.get((n, width), ())
+        if width == 1 or len(ratios) < _LEAST_SAMPLES:
             return 1 + self._row_cost * n * (width - 1)
-        return max(1.0, median(wide) / median(plain))
+        return max(1.0, median(ratios))
 
 
 def choose_width(drafts: Sequence[Draft | None], widths: Sequence[int], most_rows: int, pace: Pace) -> int:

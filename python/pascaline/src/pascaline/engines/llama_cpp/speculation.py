@@ -18,6 +18,8 @@ WITH_MODEL = ("draft", "eagle3")
 """Methods whose drafts come from a file of their own."""
 DEFAULT_TOKENS = {"lookup": 15, "draft": 3, "eagle3": 3, "mtp": 3}
 """Its default with a model (--spec-draft-n-max). A quoted passage is long, and drafting it costs nothing."""
+MATCH = "4"
+"""Tokens that must be alike. Its default of 12 finds nothing in most texts."""
 VOCABULARY_SLACK = 128
 """Most tokens by which the vocabularies may differ (common/speculative.cpp, SPEC_VOCAB_MAX_SIZE_DIFFERENCE)."""
 
@@ -47,7 +49,7 @@ def arguments(found: Speculation, settings: Settings) -> list[str]:
         return []
     flags = ["--spec-type", TYPES[found.method]]
     if found.method == "lookup":
-        return [*flags, "--spec-ngram-simple-size-m", str(found.tokens)]
+        return [*flags, "--spec-ngram-simple-size-n", MATCH, "--spec-ngram-simple-size-m", str(found.tokens)]
     if settings.speculative.draft_model is not None:
         flags += ["--spec-draft-model", str(settings.speculative.draft_model)]
     return [*flags, "--spec-draft-n-max", str(found.tokens)]

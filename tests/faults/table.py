@@ -143,7 +143,9 @@ ODD_METRICS = [
 ] + [
     healthy("/metrics: an endless page", i.answer("/metrics", "x" * 2**16, raw_repeat=10**5, raw_pause_seconds=0.05),
             group="odd answers"),
-    healthy("/metrics: drips", i.answer("/metrics", "H", raw_repeat=9999, raw_pause_seconds=1.0), group="odd answers"),
+    # Each look waits five seconds for the page.
+    healthy("/metrics: drips", i.answer("/metrics", "H", raw_repeat=9999, raw_pause_seconds=1.0), group="odd answers",
+            settings={"stall_timeout": 30}),
     healthy("counters fall back to zero", i.tell(forget_counters=1), group="odd answers"),
     healthy("streams are cut off", i.tell(cut_stream_after=2), group="odd answers", loses=frozenset({Outcome.CUT})),
 ]  # fmt: skip
@@ -260,7 +262,7 @@ START = [
     refused("cache on a read-only disk", ExitCode.STORAGE, "Read-only file system", prepare=i.read_only_cache,
             needs=i.no_mounts),
     refused("model truncated", ExitCode.MODEL, "", prepare=i.truncate_model, group="model"),
-    refused("model absent", ExitCode.MODEL, "No such file", prepare=i.remove_model, heal=i.bring_model_back,
+    refused("model absent", ExitCode.MODEL, "there is no such file", prepare=i.remove_model, heal=i.bring_model_back,
             group="model"),
     refused("model with another checksum", ExitCode.MODEL, "must be a{64}", settings={"model_sha256": "a" * 64},
             group="model"),

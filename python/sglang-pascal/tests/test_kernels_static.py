@@ -57,7 +57,7 @@ PRODUCTS = [(bits, n) for bits, widths in DECODE_WIDTHS.items() for n in widths]
 TILES = [(bits, n) for bits, widths in TILE_WIDTHS.items() for n in widths]
 
 
-pytestmark = pytest.mark.slow("compiles every kernel for sm_60 and sm_61")
+pytestmark = [pytest.mark.slow("compiles every kernel for sm_60 and sm_61"), pytest.mark.timeout(2400)]
 
 
 @pytest.fixture(scope="module")

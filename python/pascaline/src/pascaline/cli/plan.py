@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from dataclasses import replace
@@ -16,11 +17,12 @@ from pascaline.models import store
 from pascaline.models.chat_template import chat_templates
 from pascaline.models.reader import read_model
 from pascaline.planning import make_plan, nearest_fits, other_engine_fits, refusal, table
+from pascaline.planning.catalog import catalog, catalog_table
 from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
 from pascaline.planning.report import choices_table, explanation, sweep_table
+from pascaline.units import parse_bytes
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Mapping
 
     from pascaline.cards import Card
@@ -42,9 +44,10 @@ Without --card it plans for this host's GPU, whose free memory NVML reports, or 
   pascaline plan emily.Q4_K_M.gguf --card tesla-p4 --optimize throughput --min-quant Q5_K_M
   pascaline plan https://models.example.org/emily.Q4_K_M.gguf --token-file token --card tesla-p4
   pascaline plan --config emily.toml --json
+  pascaline plan --catalog --card tesla-p4 --host-memory 192GiB
 
 exit codes:
-  {ExitCode.OK.value:>3}  the plan fits; --sweep, --optimize: at least one does
+  {ExitCode.OK.value:>3}  the plan fits; --sweep, --optimize, --catalog: at least one does
   {ExitCode.CONFIGURATION.value:>3}  {ExitCode.CONFIGURATION.meaning}
   {ExitCode.MODEL.value:>3}  {ExitCode.MODEL.meaning}
   {ExitCode.DOES_NOT_FIT.value:>3}  the plan needs more memory than the card has
@@ -79,6 +82,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --optimize: the coarsest quantisation that is good enough (default: %(default)s)",
     )
     parser.add_argument(
+        "--catalog",
+        action="store_true",
+        help="plan well-known models by their shapes, each with the engine and placement that are fastest",
+    )
+    parser.add_argument(
+        "--host-memory",
+        type=host_memory_argument,
+        metavar="SIZE",
+        help="with --catalog: free memory of the host, for example 192GiB (default: not limited with --card, else this "
+        "host's)",
+    )
+    parser.add_argument(
         "--picture",
         type=Path,
         action="append",
@@ -96,6 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model = arguments.file
     _check_kinds(arguments)
     configuration = load_from_arguments(arguments, check_host=False)
+    if arguments.catalog:
+        return _catalog(arguments, configuration)
     spec = read_spec(configuration, token_headers(arguments.token_file))
     if arguments.quant is not None:
         spec = requantized(spec, arguments.quant)
@@ -109,9 +126,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_kinds(arguments: argparse.Namespace) -> None:
     """Refuse flags that show one plan together with those that make many, instead of ignoring them silently."""
-    many = [flag for flag in ("sweep", "optimize") if getattr(arguments, flag)]
+    many = [flag for flag in ("sweep", "optimize", "catalog") if getattr(arguments, flag)]
     if len(many) > 1:
-        raise ConfigurationError("--optimize: is set beside --sweep, must be the only one of the two")
+        raise ConfigurationError(f"--{many[1]}: is set beside --{many[0]}, must be the only one of the two")
+    if arguments.catalog and arguments.file is not None:
+        raise ConfigurationError(f"--catalog: plans many models, must not be set beside a model ({arguments.file})")
+    if arguments.host_memory is not None and not arguments.catalog:
+        raise ConfigurationError("--host-memory: is read with --catalog only, must be left out")
     for flag in ("explain", "picture"):
         if many and getattr(arguments, flag):
             raise ConfigurationError(f"--{flag}: shows one plan, must not be set beside --{many[0]}, which makes many")
@@ -150,6 +171,32 @@ def target(configuration: Configuration, spec: ModelSpec) -> tuple[Card, PlanReq
         for note in placement.notes:
             print(f"pascaline plan: {note}", file=sys.stderr)
     return placement.card, request_from_placement(settings, spec, placement)
+
+
+def host_memory_argument(text: str) -> int:
+    """Read a size for argparse."""
+    try:
+        size = parse_bytes(int(text) if text.isdecimal() else text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not isinstance(size, int) or size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, must be such as 192GiB")
+    return size
+
+
+def _catalog(arguments: argparse.Namespace, configuration: Configuration) -> int:
+    settings, card, free = configuration.settings, None, arguments.host_memory
+    if settings.card is not None:
+        card = load_card(settings.card)
+    if card is None or not card.memory_bytes:
+        from pascaline.serving.task import place_instance
+
+        placement = place_instance(configuration)
+        card = placement.card
+        free = free or placement.host_memory_bytes
+    rows = catalog(settings, card, host_memory_bytes=free)
+    print(json.dumps([row.to_json() for row in rows], indent=2) if arguments.json else catalog_table(rows))
+    return _code([row.plan for row in rows])
 
 
 def _plan(

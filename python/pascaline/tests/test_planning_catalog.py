@@ -1,0 +1,91 @@
+"""The catalogue of well-known models: sizes of files as published, and what a card runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pascaline.cards import load_card
+from pascaline.cli import main
+from pascaline.errors import ExitCode
+from pascaline.planning.catalog import catalog, catalog_spec, shapes
+from pascaline.settings import Settings
+
+GIB = 2**30
+MTP_SHARE = 0.08
+"""What the layer that predicts further tokens adds to a published file; the shapes leave it out."""
+PUBLISHED = [shape for shape in shapes() if "file_gib" in shape]
+
+
+@pytest.mark.parametrize("shape", PUBLISHED, ids=[shape["name"] for shape in PUBLISHED])
+def test_a_file_has_the_published_size(shape: Any) -> None:
+    published = shape["file_gib"] * GIB
+    allowed = MTP_SHARE if shape["architecture"].startswith("qwen35") else 0.025
+    assert catalog_spec(shape).weights_bytes == pytest.approx(published, rel=allowed)
+
+
+def test_every_model_has_a_source_and_a_shape() -> None:
+    assert len(shapes()) >= 20
+    for shape in shapes():
+        assert shape["source"]
+        spec = catalog_spec(shape)
+        assert all(tensor.n_bytes > 0 for tensor in spec.tensors)
+        assert spec.num_hidden_layers == len({t.name.split(".")[1] for t in spec.tensors if t.name.startswith("blk.")})
+
+
+def test_gpt_oss_has_the_bytes_of_its_file_but_for_its_vectors() -> None:
+    """12,100,697,216 bytes of tensors with biases and sinks (run 2026-11-29)."""
+    (shape,) = [shape for shape in shapes() if shape["name"] == "gpt-oss-20b"]
+    assert catalog_spec(shape).weights_bytes == pytest.approx(12_100_697_216, rel=0.005)
+
+
+class TestRows:
+    def test_of_a_p4_with_much_host_memory(self) -> None:
+        rows = {row.name: row.plan for row in catalog(Settings(), load_card("tesla-p4"), host_memory_bytes=192 * GIB)}
+        assert rows["Llama-3.1-8B"].fits
+        assert rows["Qwen3-30B-A3B"].fits
+        assert rows["Qwen3-30B-A3B"].request.engine == "llama.cpp"
+        assert rows["Qwen3-30B-A3B"].request.expert_layers_on_host
+        assert not rows["Qwen3-14B"].fits
+
+    def test_without_host_memory_mixtures_do_not_fit(self) -> None:
+        rows = {row.name: row.plan for row in catalog(Settings(), load_card("tesla-p4"), host_memory_bytes=2 * GIB)}
+        assert not rows["Qwen3-30B-A3B"].fits
+        assert "of the host's memory" in rows["Qwen3-30B-A3B"].reasons[0]
+
+    def test_dense_layers_may_be_on_the_host(self) -> None:
+        settings = Settings.model_validate({"placement": {"layers": "auto"}})
+        rows = {row.name: row.plan for row in catalog(settings, load_card("tesla-p4"), host_memory_bytes=192 * GIB)}
+        assert rows["Qwen3-14B"].fits
+        assert rows["Qwen3-14B"].request.gpu_layers is not None
+        assert rows["Qwen3-14B"].request.gpu_layers < 40
+
+
+class TestCommand:
+    def test_text(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["plan", "--catalog", "--card", "tesla-p4", "--host-memory", "192GiB"]) == ExitCode.OK
+        text = capsys.readouterr().out
+        assert "Qwen3-30B-A3B" in text
+        assert "experts of " in text
+        assert max(map(len, text.splitlines())) <= 140
+
+    def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["plan", "--catalog", "--card", "tesla-p40", "--json"]) == ExitCode.OK
+        rows = json.loads(capsys.readouterr().out)
+        assert len(rows) == len(shapes())
+        assert {"name", "file_bytes", "fits", "engine_args", "expert_layers_on_host"} <= rows[0].keys()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--catalog", "--sweep", "context"], "--catalog: is set beside --sweep"),
+            (["--catalog", "m.gguf"], "--catalog: plans many models, must not be set beside a model (m.gguf)"),
+            (["m.gguf", "--host-memory", "1GiB"], "--host-memory: is read with --catalog only"),
+        ],
+    )
+    def test_what_does_not_go_together(
+        self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["plan", *arguments]) == ExitCode.CONFIGURATION
+        assert message in capsys.readouterr().err

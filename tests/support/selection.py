@@ -4,7 +4,7 @@ A pytest plugin (`-p support.selection` in python/pyproject.toml). Three rules:
 
 - `--fast` leaves out what is marked `slow`, and the summary counts it by the marker's reason.
 - With pytest-xdist, the tests of a file share a worker, as its fixtures are made once; tests that start a real engine
-  share one worker, as each needs both cores and gigabytes of memory.
+  share two workers, as each needs a core and gigabytes of memory.
 - Files start in the order of their recorded time, longest first, so that no worker ends with a long one.
 """
 
@@ -21,6 +21,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = ROOT / "docs/results/tests.json"
 """Seconds by test file, written by benchmarks/test_times.py."""
+ENGINES_AT_ONCE = 2
+UNKNOWN_SECONDS = 240.0
+"""Assumed of a file with a real engine whose time is not recorded yet."""
 _left_out = pytest.StashKey[Counter[str]]()
 _OUTPUT_KEY = "left_out"
 
@@ -73,11 +76,27 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @functools.cache
 def group_of(file: str) -> str:
-    """Return the group of a test file, named from `python` or `tests`: itself, or `engine` if it starts a real one."""
+    """Return the group of a test file, named from `python` or `tests`: itself, or that of its real engine."""
     found = next((folder / file for folder in (ROOT / "python", ROOT / "tests") if (folder / file).is_file()), None)
     if found is None:
         return file
-    return "engine" if "pytest.mark.engine" in found.read_text() else str(found.relative_to(ROOT))
+    name = str(found.relative_to(ROOT))
+    return _engine_groups().get(name, name)
+
+
+@functools.cache
+def _engine_groups() -> dict[str, str]:
+    """Divide the files whose tests start a real engine into ENGINES_AT_ONCE groups of about the same time."""
+    folders = (*ROOT.glob("python/*/tests"), ROOT / "tests")
+    names = (str(path.relative_to(ROOT)) for folder in folders for path in folder.glob("**/test_*.py"))
+    engines = [name for name in names if "pytest.mark.engine" in (ROOT / name).read_text()]
+    seconds, totals = _recorded_seconds(), dict.fromkeys((f"engine {n}" for n in range(ENGINES_AT_ONCE)), 0.0)
+    groups = {}
+    for name in sorted(engines, key=lambda name: (-seconds.get(name, UNKNOWN_SECONDS), name)):
+        group = min(totals, key=lambda each: totals[each])
+        groups[name] = group
+        totals[group] += seconds.get(name, UNKNOWN_SECONDS)
+    return groups
 
 
 def _reason(item: pytest.Item) -> str:

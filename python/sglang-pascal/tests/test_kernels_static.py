@@ -10,7 +10,7 @@ from sglang_pascal.kernels import static, table
 from sglang_pascal.kernels.build import ToolchainError
 from sglang_pascal.kernels.formats import FORMATS
 from sglang_pascal.kernels.static import Instruction, KernelReport, Loop, innermost_loops, parse_code, parse_resources
-from sglang_pascal.ops.matmul import DECODE_WIDTHS, TILE_CLOCKS, TILE_WIDTHS, rows_per_lane_of
+from sglang_pascal.ops.matmul import DECODE_WIDTHS, TILE_CLOCKS, TILE_WIDTHS, most_rows_per_lane, rows_per_lane_of
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "kernels.md"
 MAX_SHARED_BYTES = 48 * 1024
@@ -100,11 +100,15 @@ class TestDecodeProducts:
         found = {key: report.warps_per_sm for key, report in decode_reports(reports, tensor_type).items()}
         assert {key: warps for key, warps in found.items() if warps < WARPS_PER_SM[key[1]]} == {}
 
-    @pytest.mark.parametrize("tensor_type", FORMATS)
-    def test_rows_per_lane_are_those_that_the_launch_counts_on(self, reports, tensor_type):
-        found = {key: report.rows_per_lane for key, report in decode_reports(reports, tensor_type).items()}
-        most = FORMATS[tensor_type].most_rows_per_lane
-        assert found == {(bits, n): rows_per_lane_of(bits, n, most) for bits, n in PRODUCTS}
+    @pytest.mark.parametrize(
+        ("arch", "tensor_type"), [*(("61", tensor_type) for tensor_type in FORMATS), ("60", "Q4_K"), ("60", "Q4_1")]
+    )
+    def test_rows_per_lane_are_those_that_the_launch_counts_on(self, reports, tensor_type, arch):
+        form = FORMATS[tensor_type]
+        for bits, n in PRODUCTS:
+            report = reports[arch][f"decode_matmul_{tensor_type}_{bits}bit_n{n}"]
+            most = most_rows_per_lane(form, n, dp4a=arch == "61")
+            assert report.rows_per_lane == rows_per_lane_of(bits, n, most), report.name
 
     @pytest.mark.parametrize("tensor_type", FORMATS)
     def test_the_loop_multiplies_at_most_one_address(self, reports, tensor_type):

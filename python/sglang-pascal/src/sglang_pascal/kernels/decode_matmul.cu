@@ -267,10 +267,12 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
 
 constexpr int MOST_ROWS = __CUDA_ARCH__ >= 610 ? TYPE::MOST_ROWS : 2;
 constexpr int MOST_ROWS_OF_MANY = MOST_ROWS > 2 ? MOST_ROWS - 1 : MOST_ROWS; // with more than 20 sums a row
+// Two rows of the widest kernel would spill on sm_60 where each step has a scale and a minimum of its own.
+constexpr int MOST_ROWS_OF_WIDEST = __CUDA_ARCH__ < 610 && TYPE::SHORT_TILES && TYPE::HAS_MIN ? 1 : MOST_ROWS_OF_MANY;
 
 #define KERNEL(N, FEWEST, R, TILES, PARTS, CTAS_PER_SM)                                                                 \
   extern "C" __global__ void __launch_bounds__(WARP* SLICES, CTAS_PER_SM) NAME(TYPE, BITS, N)(Arguments a) {             \
-    constexpr int MOST = N > 20 ? MOST_ROWS_OF_MANY : MOST_ROWS;                                                        \
+    constexpr int MOST = N > 24 ? MOST_ROWS_OF_WIDEST : N > 20 ? MOST_ROWS_OF_MANY : MOST_ROWS;                         \
     multiply<TYPE, N, FEWEST, (R < MOST ? R : MOST), Staging<TILES, PARTS>>(a);                                          \
   }
 #define NAME_(T, BITS, N) decode_matmul_##T##_##BITS##bit_n##N

@@ -25,6 +25,7 @@ from sglang_pascal.reference import half_matmul_ref, quantized_matmul_ref
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sglang_pascal.kernels.formats import Format
     from sglang_pascal.ops.activations import Activations
 
 DECODE_WIDTHS: Final = {
@@ -48,6 +49,8 @@ TILE_CLOCKS: Final = {8: {32: 211.0, 48: 310.0, 64: 410.0, 128: 807.0}, 16: {32:
 """Bits of x -> tile -> clocks: issue slots of the inner loop, and 12 to 15 % for all else."""
 _SM60: Final = 2
 """Most rows of the weight a lane, and tiles a multiprocessor, where there is no dp4a: its bytes take more registers."""
+_WIDE: Final = 24
+"""Rows of x beyond which sm_60 has room for one row of a type with scales and minima in each step."""
 _MANY: Final = 20
 """Rows of x above which a lane of a decode kernel has registers for a row of the weight less."""
 _HALF_WIDTHS: Final = (1, 2, 4, 8, 16)
@@ -269,16 +272,23 @@ def _launch(product: _Product, part: Part, threads: int, grid: tuple[int, int, i
 
 def _decode(product: _Product, part: Part) -> None:
     weight, groups = product.weight, -(-product.weight.rows // GROUP_ROWS)
-    most = weight.format.most_rows_per_lane if has_dp4a(product.out.device.index) else _SM60
+    most = most_rows_per_lane(weight.format, part.width, dp4a=has_dp4a(product.out.device.index))
     rows_per_lane = rows_per_lane_of(product.bits, part.width, most)
     splits = splits_of(weight)
     partials = _partials(splits * part.n * groups * GROUP_ROWS if splits > 1 else 0, product.out)
     _launch(product, part, _DECODE_THREADS, (-(-groups // rows_per_lane), splits, 1), partials)
 
 
+def most_rows_per_lane(form: Format, width: int, *, dp4a: bool) -> int:
+    """Most rows of a weight that a lane of a decode kernel has, by the registers of an architecture."""
+    if dp4a:
+        return form.most_rows_per_lane
+    return 1 if width > _WIDE and form.short_tiles and form.has_min else _SM60
+
+
 def rows_per_lane_of(bits: int, width: int, most: int) -> int:
     """Rows of the weight that a lane of a decode kernel has, of at most `most` of a type on an architecture."""
-    return min(DECODE_WIDTHS[bits][width], max(_SM60, most - 1) if width > _MANY else most)
+    return min(DECODE_WIDTHS[bits][width], min(most, max(_SM60, most - 1)) if width > _MANY else most)
 
 
 def _tile(product: _Product, part: Part) -> None:

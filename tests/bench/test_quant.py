@@ -159,7 +159,8 @@ def test_nf4_without_its_package_is_skipped_with_the_command_that_brings_it(benc
     """On a host with a GPU, as its driver says; the engine's Python has no bitsandbytes."""
     model, folder = write_folder(tmp_path / "emily", tiny("llama")), tmp_path / "out"
     arguments = ("quant", "--model", model, "--types", "NF4", "--engine-executable", FAKE_ENGINE, "--output", folder)
-    run = bench(*arguments, **fake_nvml_environment(DEMO_SCENARIO))
+    arguments = (*arguments, "--device", "cuda")
+    run = bench(*arguments, CUDA_VISIBLE_DEVICES="0", **fake_nvml_environment(DEMO_SCENARIO))
     assert run.finish() == ExitCode.OK, run.errors
     (nf4,) = json.loads((folder / "results.json").read_text())["types"]
     assert nf4["skipped"] == (

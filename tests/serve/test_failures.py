@@ -290,7 +290,11 @@ class TestEngine:
     )
     def test_a_failed_load(self, serve: Serve, name: str, expected: str) -> None:
         message = refusal(serve, ExitCode.ENGINE_FAILED, faults=f"load_error={name}")
-        assert message == f"the engine ended with {expected}"
+        # A lack of memory is followed by its stage, the engine's words and the plan's numbers.
+        reason, _, details = message.partition(" (while it loaded the model); it said: ")
+        assert reason == f"the engine ended with {expected}"
+        assert bool(details) == name.endswith("memory")
+        assert ("; the plan: " in details) == name.endswith("memory")
 
     def test_start_timeout(self, serve: Serve) -> None:
         instance = serve(start_timeout=2, faults="start_seconds=600")

@@ -92,7 +92,7 @@ class TestPlanInstance:
         with pytest.raises(DoesNotFitError) as caught:
             plan_instance(settings(), LLAMA_2_7B)
         first, _, rest = str(caught.value).partition("\n")
-        assert first.startswith("the plan does not fit: it needs 6.68 GiB, the card has 7.50 GiB, of which others use ")
+        assert first.startswith("the plan does not fit: it needs 6.78 GiB, the card has 7.50 GiB, of which others use ")
         assert "x used by others" in rest
 
     def test_overcommit_is_allowed_by_name(self, nvml: Any) -> None:

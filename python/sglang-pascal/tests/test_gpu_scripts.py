@@ -30,7 +30,9 @@ def report():
     """gpu_report.py as a module."""
     spec = importlib.util.spec_from_file_location("gpu_report", BENCHMARKS / "gpu_report.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)  # it imports a script beside it
+        spec.loader.exec_module(module)
     return module
 
 

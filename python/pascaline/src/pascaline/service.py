@@ -36,7 +36,7 @@ WatchdogSec=60
 TimeoutStartSec=120
 TimeoutStopSec={stop_seconds}
 KillMode=mixed
-OOMPolicy=kill
+OOMPolicy=continue
 
 DynamicUser=true
 {credential}Environment=HOME=/var/lib/{name}

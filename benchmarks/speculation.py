@@ -243,7 +243,7 @@ def measure(ids: list[list[int]], kind: str, tokens: int, runs: int) -> dict[str
 
 
 def ask(name: str, ids: list[int], tokens: int) -> Any:
-    """Return a greedy answer of so many tokens."""
+    """Return a greedy answer of this number of tokens."""
     body = {
         "input_ids": ids,
         "sampling_params": {

@@ -134,7 +134,7 @@ class Model:
         self.table = torch.randperm(slots, device=device).int()
 
     def run(self, tokens: int, wide: bool, attend: Callable[[torch.Tensor, KvPool], Any], places: torch.Tensor) -> None:
-        """Start the operations of a pass over so many tokens. attend: from queries and a pool to activations."""
+        """Start the operations of a pass over n tokens. attend: from queries and a pool to activations."""
         shape = self.shape
         hidden = torch.ones(tokens, shape.hidden, dtype=torch.float16, device=self.device)
         residual = torch.ones_like(hidden)
@@ -152,7 +152,7 @@ class Model:
         matmul(x, self.head, wide=wide)
 
     def decode(self, n: int, context: int, wide: bool) -> Callable[[], None]:
-        """Return what starts a step of n requests with so many tokens each, the new one counted."""
+        """Return what starts a step of n requests, each with this number of tokens, the new one included."""
         lengths = torch.full((n,), context, device=self.device)
         table = self.table[: n * context].view(n, context)
         sequences = Sequences(table, torch.arange(n, device=self.device), lengths)

@@ -356,7 +356,7 @@ class Engine:
         self.received = 0
         self.used_tokens = 0
         self.worker_pid = 0
-        """Of the process that stands for the scheduler; nothing is computed while a signal has stopped it."""
+        """Of the process that plays the scheduler; nothing is computed while a signal has stopped it."""
         self.unreaped: list[subprocess.Popen[bytes]] = []
         self._idle_from = time.monotonic()
         self._turn = threading.Condition()

@@ -72,7 +72,7 @@ def signal_engine(name: str) -> Inject:
 
 
 def signal_worker(name: str) -> Inject:
-    """Send a signal to the process that stands for the scheduler."""
+    """Send a signal to the process that plays the scheduler."""
     return lambda scene: scene.worker().send_signal(signal.Signals[name])
 
 

@@ -167,7 +167,7 @@ class Scene:
         return psutil.Process(self.instance.health()["engine_pid"])
 
     def worker(self) -> psutil.Process:
-        """The process that stands for the scheduler."""
+        """The process that plays the scheduler."""
         return next(each for each in self.engine().children() if "--worker" in each.cmdline())
 
     def tell(self, **values: Any) -> None:

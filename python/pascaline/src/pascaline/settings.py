@@ -99,12 +99,12 @@ class PlacementSettings(BaseModel):
     experts: Annotated[Literal["auto", "gpu", "cpu"] | LayerCount, BeforeValidator(_count)] = Field(
         "auto",
         description="Where the experts of a mixture are: auto: in the host's memory for as few of the first layers as "
-        "the card's memory requires; gpu: all on the GPU; cpu: all on the host; a number: of so many first layers",
+        "the card's memory requires; gpu: all on the GPU; cpu: all on the host; a number: of first layers there",
     )
     layers: Annotated[Literal["auto", "gpu"] | LayerCount, BeforeValidator(_count)] = Field(
         "gpu",
         description="Whole layers that the host's memory holds and its CPU computes, which is slow: gpu: none; a "
-        "number: so many first layers; auto: as few as the card's memory requires",
+        "number: that number of first layers; auto: as few as the card's memory requires",
     )
     weights: Literal["pinned", "mapped"] = Field(
         "pinned",

@@ -93,7 +93,7 @@ def results_table(document: dict[str, Any], width: int = WIDTH) -> str:
 
 
 def folded(rows: list[list[str]], width: int) -> list[list[list[str]]]:
-    """Return the rows as tables of at most so many characters, each with the first column. Reasons stay in the first.
+    """Return the rows as tables no wider than `width`, each with the first column. Reasons stay in the first.
 
     A single column that is wider is a table of its own.
     """

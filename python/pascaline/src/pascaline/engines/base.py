@@ -58,7 +58,7 @@ class Task:
     gpu_layers: int = ALL_LAYERS
     """Layers on the GPU, counted from the last one and with the output layer as one more."""
     expert_layers_on_host: int = 0
-    """The first so many layers keep their experts in the host's memory."""
+    """Number of first layers that keep their experts in the host's memory."""
     numa_node: int | None = None
     """The GPU's NUMA node; None if the host has one node only, or the node is unknown."""
     speculation: Speculation = NO_SPECULATION

@@ -52,7 +52,7 @@ class PlanRequest:
     quantization: str | None = None
     """SGLang's quantisation method; bitsandbytes, and gguf on a CPU, change the memory of the weights."""
     expert_layers_on_host: int | None = 0
-    """The first so many layers keep their experts in the host's memory; None: as few as make the plan fit."""
+    """Number of first layers that keep their experts in the host's memory; None: as few as make the plan fit."""
     gpu_layers: int | None = ALL_LAYERS
     """Layers on the GPU with their KV cache, counted from the last one and with the output layer as one more; the
     others are on the host. None: as many as fit."""

@@ -44,8 +44,8 @@ VECTORS, INNER_VECTORS = 5, 3
 SMALL_TENSORS_BYTES = 2**20
 """Inputs and alignment in its graph buffer: up to half of this in the log."""
 WIDE_HEAD, WIDE_HEAD_BYTES = 256, 16
-"""Heads of at least this size need these bytes for each token of a batch and each cell: flash attention's buffer on a GPU,
-estimated by the log of one model."""
+"""Heads of at least this size need these bytes for each token of a batch and each cell: the buffer of flash attention
+on a GPU, estimated by the log of one model."""
 
 
 class LlamaCppMemory(MemoryModel):

@@ -271,13 +271,13 @@ _now, _resolve = time.time, socket.getaddrinfo
 
 def shifted():
     try:
-        with open(os.environ["FAULTS_CLOCK"]) as file:
+        with open({clock!r}) as file:
             return _now() + float(file.read() or 0)
     except OSError:
         return _now()
 
 def resolve(host, *arguments, **options):
-    if os.path.exists(os.environ["FAULTS_DNS"]) and host and not host.replace(".", "").replace(":", "").isdigit():
+    if os.path.exists({dns!r}) and host and not host.replace(".", "").replace(":", "").isdigit():
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
     return _resolve(host, *arguments, **options)
 
@@ -289,12 +289,9 @@ def own_clock(scene: Scene) -> None:
     """Let a test set the clock and the resolver of all Python processes of the instance."""
     site = scene.folder / "site"
     site.mkdir()
-    (site / "sitecustomize.py").write_text(SITE)
-    scene.environment |= {
-        "PYTHONPATH": f"{site}:{os.environ.get('PYTHONPATH', '')}",
-        "FAULTS_CLOCK": str(scene.folder / "clock"),
-        "FAULTS_DNS": str(scene.folder / "no-dns"),
-    }
+    paths = {"clock": str(scene.folder / "clock"), "dns": str(scene.folder / "no-dns")}
+    (site / "sitecustomize.py").write_text(SITE.format(**paths))
+    scene.environment["PYTHONPATH"] = f"{site}:{os.environ.get('PYTHONPATH', '')}"
 
 
 def set_clock(seconds: float) -> Inject:

@@ -146,6 +146,12 @@ STRUCTURES: Final = (
         same_as="llama, grouped queries",
     ),
     row(
+        "llama, with a pooling that only embeddings use",
+        LLAMA,
+        keys={".pooling_type": 3},
+        same_as="llama, grouped queries",
+    ),
+    row(
         "qwen2",
         QWEN2,
         fast=True,
@@ -821,13 +827,6 @@ REFUSALS: Final = (
         vocabulary=byte_level("gpt-2", merges=["t h", "xx yy"]),
         outcome="SGLang refuses",
         why="llama.cpp reads merges as texts",
-    ),
-    row(
-        "a pooling model",
-        LLAMA,
-        keys={".pooling_type": 3},
-        outcome="SGLang refuses",
-        why="it does not generate",
     ),
     row(
         "attention that looks ahead",

@@ -355,6 +355,28 @@ class TestSplitFiles:
             "'blk.1.ffn_norm.weight' has shape [16], must be [8]; " + AGAIN
         )
 
+    def test_a_part_of_another_quantisation_is_refused(self) -> None:
+        """Its names, shapes and count are those of the right part, and llama-gguf-split says no more in it."""
+        second = {"split.no": value("uint16", 1), "split.count": value("uint16", 2)}
+        kinds = ("attn_q", "attn_k", "ffn_up")
+        whole = [
+            [tensor(f"blk.{layer}.{kind}.weight", (32, 8), 8, 288 * place) for place, kind in enumerate(kinds)]
+            for layer in (0, 1)
+        ]
+        f16 = [tensor(f"blk.1.{kind}.weight", (32, 8), 1, 512 * place) for place, kind in enumerate(kinds)]
+        first = LLAMA | {
+            "split.no": value("uint16", 0),
+            "split.count": value("uint16", 2),
+            "split.tensors.count": value("int32", 6),
+        }
+        files = {"m-00001-of-00002.gguf": gguf_file(first, whole[0], data_bytes=848)}
+        sound = files | {"m-00002-of-00002.gguf": gguf_file(second, whole[1], data_bytes=848)}
+        assert len(read_gguf_parts("m-00002-of-00002.gguf", MemoryFolder(sound).open, str).tensors) == 6
+        assert self._refusal(files | {"m-00002-of-00002.gguf": gguf_file(second, f16, data_bytes=1536)}) == (
+            "failed to read m-00002-of-00002.gguf: part 2 of 2 of the split model does not belong to the others: it is "
+            "of another quantisation: its attn_q matrices are F16, those of the parts before it Q8_0; " + AGAIN
+        )
+
     @pytest.mark.parametrize("name", ["renamed.gguf", "m-00001-of-00002.GGUF", "m-1-of-2.gguf", "-00001-of-00002.ggu"])
     def test_a_name_that_is_no_parts_name_is_refused(self, name: str) -> None:
         assert self._refusal({name: self._parts()["m-00001-of-00002.gguf"]}, name) == (

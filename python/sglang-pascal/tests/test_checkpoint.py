@@ -18,7 +18,7 @@ from sglang_pascal.checkpoint.gguf_file import GgufFile
 from sglang_pascal.checkpoint.prepare import prepare
 from sglang_pascal.checkpoint.weights import raw_tensors
 from sglang_pascal.errors import CheckpointError
-from support.models import split_gguf
+from support.models import split_gguf, tiny, write_gguf
 
 NAMES = ["llama", "llama-tied", "llama-linear", "llama-3.2", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"]
 PROMPT = torch.tensor([[1, 17, 250, 3, 99, 120, 5, 6, 7, 8, 200, 201, 13, 14, 15, 16, 44, 45, 46, 47]])
@@ -208,6 +208,17 @@ class TestSplitModels:
         parts[2].write_bytes(data.replace(renamed, struct.pack("<Q", len(name)) + name.encode(), 1))
         assert self.error(parts[0]).startswith(
             f'tensor "{name}" of a split model is in two parts, "{parts[1]}" and "{parts[2]}"'
+        )
+
+    def test_a_part_of_another_quantisation(self, tmp_path):
+        folders = {}
+        for kind in ("Q8_0", "F16"):
+            (tmp_path / kind).mkdir()
+            folders[kind] = split_gguf(write_gguf(tmp_path / kind / "m.gguf", tiny("llama"), kind), 2)
+        shutil.copy(folders["F16"][1], folders["Q8_0"][1])
+        assert self.error(folders["Q8_0"][0]) == (
+            f'"{folders["Q8_0"][1]}" does not belong to the other parts: it is of another quantisation: its ffn_down '
+            "matrices are F16, those of the parts before it Q8_0; copy or download it again"
         )
 
     def test_a_renamed_part(self, parts):

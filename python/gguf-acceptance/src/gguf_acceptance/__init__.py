@@ -5,6 +5,7 @@ keys        every metadata key: used, known to be harmless, or a reason to refus
 dimensions  sizes of the model, and the tensors that they imply
 rope        the scaling of positions, in every spelling
 vocabulary  what each kind of tokenizer needs
+parts       whether the parts of a split model are of one quantisation
 checksum    one checksum for a model of several files
 """
 
@@ -14,10 +15,11 @@ from .checksum import combined_sha256
 from .dimensions import check_tensors, read_dimensions
 from .header import Header, Tensor, Unread, Verdict
 from .keys import ARCHITECTURES, check_keys
+from .parts import foreign_part
 from .rope import check_rope
 from .vocabulary import check_vocabulary
 
-__all__ = ["ARCHITECTURES", "Header", "Tensor", "Unread", "Verdict", "accept", "combined_sha256"]
+__all__ = ["ARCHITECTURES", "Header", "Tensor", "Unread", "Verdict", "accept", "combined_sha256", "foreign_part"]
 
 
 def accept(header: Header) -> Verdict:

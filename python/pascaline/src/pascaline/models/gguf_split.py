@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NoReturn
 
+from gguf_acceptance import Tensor, foreign_part
+
 from pascaline.errors import ModelError
 from pascaline.models.gguf_header import shown
 
@@ -96,6 +98,7 @@ def check_parts(headers: Sequence[GgufHeader], names: Sequence[str]) -> None:
         _check_place(header.metadata, index, len(headers))
         _check_kinship(header.metadata, first, index, len(headers))
     _check_tensors(headers, names)
+    _check_quantization(headers)
 
 
 def check_hidden_size(headers: Sequence[GgufHeader], hidden: int) -> None:
@@ -150,6 +153,15 @@ def _check_tensors(headers: Sequence[GgufHeader], names: Sequence[str]) -> None:
     declared = split_number(headers[0].metadata, TENSORS)
     if declared != len(holder):
         _fail(names[0], f"the {len(headers)} parts hold {len(holder)} tensors, must be {declared} ({TENSORS}); {AGAIN}")
+
+
+def _check_quantization(headers: Sequence[GgufHeader]) -> None:
+    parts = [{each.name: Tensor(each.tensor_type, each.shape) for each in header.tensors} for header in headers]
+    if (foreign := foreign_part(parts)) is not None:
+        headers[foreign.index].metadata.fail(
+            f"part {foreign.index + 1} of {len(headers)} of the split model does not belong to the others: "
+            f"{foreign.sentence()}; {AGAIN}"
+        )
 
 
 def split_number(metadata: Metadata, key: str) -> int:

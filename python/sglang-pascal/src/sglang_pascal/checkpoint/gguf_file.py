@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf_acceptance import Tensor, foreign_part
 
 from sglang_pascal.errors import CheckpointError
 
@@ -137,6 +138,7 @@ def open_parts(path: Path) -> tuple[GgufPart, ...]:
     for index, part in enumerate(parts):
         _check_part(part, index, parts[0], count)
     _check_tensors(parts)
+    _check_quantization(parts)
     return parts
 
 
@@ -209,6 +211,18 @@ def _check_tensors(parts: tuple[GgufPart, ...]) -> None:
         raise CheckpointError(
             f'the {len(parts)} parts of the split model "{parts[0].path}" hold {len(holder)} tensors, must be '
             f"{declared} ({SPLIT_TENSORS}); copy or download them again"
+        )
+
+
+def _check_quantization(parts: tuple[GgufPart, ...]) -> None:
+    """Refuse a part that was quantised otherwise than those before it."""
+    tensors = [
+        {name: Tensor(info.tensor_type.name, info.shape) for name, info in part.tensors.items()} for part in parts
+    ]
+    if (foreign := foreign_part(tensors)) is not None:
+        raise CheckpointError(
+            f'"{parts[foreign.index].path}" does not belong to the other parts: {foreign.sentence()}; '
+            "copy or download it again"
         )
 
 

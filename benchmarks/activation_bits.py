@@ -4,7 +4,7 @@
 
 Every product of a stack is computed in float32 from activations that are rounded in one of three ways, and the logits
 at its end are compared with those of activations that are not rounded:
-  16 bits      sglang-pascal's two int8 (`reference.quantize_ref`, wide)
+  16 bits      sglang-pascal's two int8 (`reference.quantize_ref`)
   8 bits       its one int8 with a float32 scale for 32 values
   llama.cpp    its one int8 with a float16 scale for 32 values, whose minimum term takes the sum before the rounding
 
@@ -80,9 +80,9 @@ def exact(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
     return x @ matrix.value.T
 
 
-def rounded(x: torch.Tensor, matrix: Matrix, *, wide: bool) -> torch.Tensor:
+def rounded(x: torch.Tensor, matrix: Matrix, *, is_16_bit: bool) -> torch.Tensor:
     """Multiply as sglang-pascal does."""
-    return _dequantized(x, wide=wide) @ matrix.value.T
+    return _dequantized(x, is_16_bit=is_16_bit) @ matrix.value.T
 
 
 def rounded_as_llama_cpp(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
@@ -95,16 +95,16 @@ def rounded_as_llama_cpp(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
     return value @ (matrix.value + matrix.minimum).T - sums @ matrix.minimum.T
 
 
-def _dequantized(x: torch.Tensor, *, wide: bool) -> torch.Tensor:
-    q, scales = quantize_ref(x, wide=wide)
+def _dequantized(x: torch.Tensor, *, is_16_bit: bool) -> torch.Tensor:
+    q, scales = quantize_ref(x, is_16_bit=is_16_bit)
     value = (q.view(*scales.shape[:2], BLOCK).float() * scales[..., :1]).flatten(1)
-    return sum(value.chunk(2))[:, : x.shape[1]] if wide else value[:, : x.shape[1]]
+    return sum(value.chunk(2))[:, : x.shape[1]] if is_16_bit else value[:, : x.shape[1]]
 
 
 WAYS = {
     "float32": exact,
-    "16 bits": lambda x, matrix: rounded(x, matrix, wide=True),
-    "8 bits": lambda x, matrix: rounded(x, matrix, wide=False),
+    "16 bits": lambda x, matrix: rounded(x, matrix, is_16_bit=True),
+    "8 bits": lambda x, matrix: rounded(x, matrix, is_16_bit=False),
     "llama.cpp": rounded_as_llama_cpp,
 }
 

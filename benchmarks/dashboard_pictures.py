@@ -29,7 +29,7 @@ DASHBOARDS = ROOT / "modules/monitoring/dashboards"
 sys.path[:0] = [str(ROOT / "tests"), str(DASHBOARDS)]
 
 from notes import NOTES  # noqa: E402
-from pascaline.bench.plot import Chart, Mark, Series, line_chart  # noqa: E402
+from pascaline.bench.svg_chart import Chart, Mark, Series, line_chart  # noqa: E402
 from pascaline.gpu.fake_nvml import DEMO_SCENARIO, fake_nvml_environment, write_scenario  # noqa: E402
 from support.instance import FAKE_ENGINE, Instance, running, wait_until  # noqa: E402
 from support.models import tiny, write_gguf  # noqa: E402

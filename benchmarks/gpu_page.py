@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pascaline.bench.plot import Chart, Mark, Series, bar_chart
+from pascaline.bench.svg_chart import Chart, Mark, Series, bar_chart
 
 TITLES = {
     "environment": "Where it was measured",

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from pascaline.bench.charts import charts  # noqa: E402
 from pascaline.bench.claims import ANCHORS, claims_for  # noqa: E402
-from pascaline.bench.plot import Chart, Mark, Series, bar_chart, line_chart  # noqa: E402
 from pascaline.bench.reference import Setting, planned, roofline  # noqa: E402
+from pascaline.bench.result_charts import charts  # noqa: E402
 from pascaline.bench.results import load  # noqa: E402
-from pascaline.bench.table import quality_rows  # noqa: E402
+from pascaline.bench.results_table import quality_rows  # noqa: E402
+from pascaline.bench.svg_chart import Chart, Mark, Series, bar_chart, line_chart  # noqa: E402
 from pascaline.cards import load_card  # noqa: E402
 from pascaline.models.gguf import read_gguf  # noqa: E402
 from pascaline.planning import PlanRequest, make_plan  # noqa: E402

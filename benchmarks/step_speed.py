@@ -100,13 +100,13 @@ class Layer:
         slots = 1
         self.pool: KvPool = make_pool("F16", slots, shape, device)
 
-    def attend(self, x: Any, n: int, wide: bool) -> torch.Tensor:
+    def attend(self, x: Any, n: int, is_16_bit: bool) -> torch.Tensor:
         """Return queries, keys and values of n tokens."""
         width = sum(weight.rows for weight in self.qkv)
         qkv = torch.empty(n, width, dtype=torch.float16, device=self.norm.device)
         first = 0
         for weight in self.qkv:
-            matmul(x, weight, wide=wide, out=qkv[:, first : first + weight.rows])
+            matmul(x, weight, is_16_bit=is_16_bit, out=qkv[:, first : first + weight.rows])
             first += weight.rows
         return qkv
 
@@ -133,25 +133,27 @@ class Model:
         self.cos_sin = torch.ones(slots, self.shape.head_dim, device=device)
         self.table = torch.randperm(slots, device=device).int()
 
-    def run(self, tokens: int, wide: bool, attend: Callable[[torch.Tensor, KvPool], Any], places: torch.Tensor) -> None:
+    def run(
+        self, tokens: int, is_16_bit: bool, attend: Callable[[torch.Tensor, KvPool], Any], places: torch.Tensor
+    ) -> None:
         """Start the operations of a pass over n tokens. attend: from queries and a pool to activations."""
         shape = self.shape
         hidden = torch.ones(tokens, shape.hidden, dtype=torch.float16, device=self.device)
         residual = torch.ones_like(hidden)
         positions = places.clamp(max=len(self.cos_sin) - 1)
         for layer in self.layers:
-            x = rms_norm_quantize(hidden, layer.norm, EPS, residual, wide=wide)
-            qkv = layer.attend(x, tokens, wide)
+            x = rms_norm_quantize(hidden, layer.norm, EPS, residual, is_16_bit=is_16_bit)
+            qkv = layer.attend(x, tokens, is_16_bit)
             queries = rope_and_store(qkv, positions, places, self.cos_sin, layer.pool, is_neox=True)
-            hidden = matmul(attend(queries, layer.pool), layer.o, wide=wide)
-            x = rms_norm_quantize(hidden, layer.norm, EPS, residual, wide=wide)
-            gate_up = matmul(x, layer.gate_up, wide=wide)
-            hidden = matmul(silu_mul_quantize(gate_up, wide=wide), layer.down, wide=wide)
+            hidden = matmul(attend(queries, layer.pool), layer.o, is_16_bit=is_16_bit)
+            x = rms_norm_quantize(hidden, layer.norm, EPS, residual, is_16_bit=is_16_bit)
+            gate_up = matmul(x, layer.gate_up, is_16_bit=is_16_bit)
+            hidden = matmul(silu_mul_quantize(gate_up, is_16_bit=is_16_bit), layer.down, is_16_bit=is_16_bit)
         last = hidden[-1:] if attend.__name__ == "prefill" else hidden
-        x = rms_norm_quantize(last, self.layers[0].norm, EPS, residual[: len(last)].clone(), wide=wide)
-        matmul(x, self.head, wide=wide)
+        x = rms_norm_quantize(last, self.layers[0].norm, EPS, residual[: len(last)].clone(), is_16_bit=is_16_bit)
+        matmul(x, self.head, is_16_bit=is_16_bit)
 
-    def decode(self, n: int, context: int, wide: bool) -> Callable[[], None]:
+    def decode(self, n: int, context: int, is_16_bit: bool) -> Callable[[], None]:
         """Return what starts a step of n requests, each with this number of tokens, the new one included."""
         lengths = torch.full((n,), context, device=self.device)
         table = self.table[: n * context].view(n, context)
@@ -161,12 +163,12 @@ class Model:
 
         def decode(queries: torch.Tensor, pool: KvPool) -> Any:
             return attention_decode(
-                queries, pool, sequences, scale=scale, max_length=context, quantized=True, wide=wide
+                queries, pool, sequences, scale=scale, max_length=context, quantized=True, is_16_bit=is_16_bit
             )
 
-        return lambda: self.run(n, wide, decode, places)
+        return lambda: self.run(n, is_16_bit, decode, places)
 
-    def prefill(self, first: int, new: int, wide: bool) -> Callable[[], None]:
+    def prefill(self, first: int, new: int, is_16_bit: bool) -> Callable[[], None]:
         """Return what starts a pass over `new` tokens of one request behind `first`."""
         table = self.table[: first + new].view(1, -1)
         device = self.device
@@ -179,9 +181,9 @@ class Model:
 
         def prefill(queries: torch.Tensor, pool: KvPool) -> Any:
             attended = attention_prefill(queries, pool, sequences, starts, scale=scale, max_new=new)
-            return quantize(attended, wide=wide)
+            return quantize(attended, is_16_bit=is_16_bit)
 
-        return lambda: self.run(new, wide, prefill, places)
+        return lambda: self.run(new, is_16_bit, prefill, places)
 
 
 class Report:
@@ -253,9 +255,11 @@ def run_kernels(report: Report, args: argparse.Namespace, device: torch.device) 
         for part in kernels_of(bits):
             if report.is_over:
                 return
-            x = quantize(torch.randn(part.n, columns, device=device).half(), wide=bits == 16)
+            x = quantize(torch.randn(part.n, columns, device=device).half(), is_16_bit=bits == 16)
             out = torch.empty(part.n, rows, dtype=torch.float16, device=device)
-            calls = [functools.partial(matmul, x, weight, wide=bits == 16, out=out, only=part) for weight in weights]
+            calls = [
+                functools.partial(matmul, x, weight, is_16_bit=bits == 16, out=out, only=part) for weight in weights
+            ]
             us = measure.median_us(calls, 3)
             report.add(
                 part="kernel", name=name, bits=bits, tiles=part.is_tiles, width=part.width, n=part.n, us=round(us, 2)

@@ -12,7 +12,7 @@ from pascaline.doctor import examine
 from pascaline.doctor.checks import ALL_CHECKS
 from pascaline.doctor.checks.cases import CASES
 from pascaline.doctor.collect import Question, collect
-from pascaline.doctor.report import redact, to_json, to_text, user_names, write_report
+from pascaline.doctor.findings_report import redact, to_json, to_text, user_names, write_report
 from pascaline.doctor.verdicts import Finding, Verdict
 from support.hosts import recorded_host
 

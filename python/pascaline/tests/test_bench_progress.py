@@ -6,7 +6,7 @@ import io
 
 from pascaline.bench.load import Record
 from pascaline.bench.progress import Progress
-from pascaline.bench.run import Run
+from pascaline.bench.run_result import Run
 
 RUN = Run(
     seed="1",

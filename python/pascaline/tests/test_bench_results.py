@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pascaline.bench.charts import charts
 from pascaline.bench.claims import GUIDE_CLAIMS, claims_for, guide_applies
 from pascaline.bench.compare import compare, comparison_table
 from pascaline.bench.experiment import Experiment, batch_points
-from pascaline.bench.figures import FIGURES, figures_of_run, summarize
+from pascaline.bench.html_report import render, write_report
 from pascaline.bench.load import Record
-from pascaline.bench.plot import MAX_TICKS, WIDTH, Chart, Mark, Series, line_chart, number, pareto_front, ticks
-from pascaline.bench.report import render, write_report
+from pascaline.bench.metrics import FIGURES, figures_of_run, summarize
+from pascaline.bench.result_charts import charts
 from pascaline.bench.results import SCHEMA, Results, create_or_resume, load
-from pascaline.bench.run import Run, Sample
-from pascaline.bench.table import aligned, results_table
+from pascaline.bench.results_table import aligned, results_table
+from pascaline.bench.run_result import Run, Sample
+from pascaline.bench.svg_chart import MAX_TICKS, WIDTH, Chart, Mark, Series, line_chart, number, pareto_front, ticks
 from pascaline.errors import ConfigurationError, StorageError
 
 if TYPE_CHECKING:

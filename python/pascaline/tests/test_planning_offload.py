@@ -14,7 +14,7 @@ from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.errors import ConfigurationError
 from pascaline.models.store import ResolvedModel
 from pascaline.planning import make_plan
-from pascaline.planning.report import explanation, table
+from pascaline.planning.plan_text import explanation, table
 from pascaline.planning.request import request_from_settings
 from pascaline.settings import Settings
 from support.mixtures import QWEN_3_30B_A3B, SMALL_MIXTRAL, mixture_spec

@@ -21,7 +21,7 @@ from pascaline.planning import PlanRequest, make_plan, nearest_fits, other_engin
 from pascaline.planning.mixtures import MIXTURES, requantized
 from pascaline.planning.nearest import longest_context
 from pascaline.planning.plan import SHORTEST_CONTEXT
-from pascaline.planning.report import table
+from pascaline.planning.plan_text import table
 from pascaline.settings import Settings
 from support.planning import LLAMA_2_7B, LLAMA_3_8B, P4, QWEN_3_4B, request
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from pascaline.planning import Plan, make_plan, nearest_fits, refusal, table
 from pascaline.planning.picture import WIDTH, Words, drawing, pieces, svg
-from pascaline.planning.report import BAR_WIDTH, bar, choices_table, explanation, sweep_table
+from pascaline.planning.plan_text import BAR_WIDTH, bar, choices_table, explanation, sweep_table
 from pascaline.planning.search import optimize, sweep
 from support.planning import LLAMA_2_7B, LLAMA_3_8B, P4, request
 

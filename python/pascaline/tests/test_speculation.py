@@ -17,7 +17,7 @@ from pascaline.models.reader import read_model
 from pascaline.models.spec import ModelSpec
 from pascaline.models.store import builtin_model
 from pascaline.planning import make_plan, table
-from pascaline.planning.report import explanation
+from pascaline.planning.plan_text import explanation
 from pascaline.planning.request import request_from_settings
 from pascaline.plugin import PLUGIN
 from pascaline.settings import Settings, contradictions

@@ -118,7 +118,7 @@ class TestDoors:
 
     def test_an_odd_number_of_halves(self, weight):
         with pytest.raises(OperationError) as caught:
-            matmul(quantize(torch.zeros(5, 256)), weight, wide=True)
+            matmul(quantize(torch.zeros(5, 256)), weight, is_16_bit=True)
         assert str(caught.value) == "x.q has shape [5, 256], must be [4, 256]"
 
     def test_bias_and_residual(self, weight):

@@ -14,7 +14,7 @@ from sglang_pascal.ops.weights import PackedWeight
 from sglang_pascal.quantization.matrix import DenseMatrix, Input, PackedMatrix
 from sglang_pascal.quantization.staging import Stager
 from sglang_pascal.quantization.storage import storage_of
-from sglang_pascal.quantization.table import MatrixInfo
+from sglang_pascal.quantization.weight_table import MatrixInfo
 from sglang_pascal.reference import dequantize_ref, quantize_ref, silu_mul_ref
 
 pytestmark = [
@@ -55,7 +55,7 @@ def loaded(kind: str, rows: int, columns: int, chunk_bytes: int = 2**20) -> tupl
 
 def product(matrix: PackedMatrix, x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     out = torch.empty(len(x), matrix.rows, dtype=dtype, device=CUDA)
-    matrix.multiply(Input(x, wide=True), out)
+    matrix.multiply(Input(x, is_16_bit=True), out)
     return out
 
 
@@ -75,19 +75,19 @@ def test_float_rows_arrive_in_float16():
 
 
 @pytest.mark.parametrize("n", [1, 3, 16, 17])
-def test_wide_activations_are_those_of_the_reference(n):
+def test_16_bit_activations_are_those_of_the_reference(n):
     x = torch.randn(n, 1536, generator=torch.Generator().manual_seed(n))
-    q, scales = quantize(x.to(CUDA), wide=True)
-    expected_q, expected_scales = quantize_ref(x, wide=True)
+    q, scales = quantize(x.to(CUDA), is_16_bit=True)
+    expected_q, expected_scales = quantize_ref(x, is_16_bit=True)
     assert torch.equal(q[:n].cpu(), expected_q[:n])
     # The second int8 is 254 times as fine as the last bit that both divisions agree on: a step more or less is rounding.
     assert (q[n:].cpu().int() - expected_q[n:].int()).abs().max() <= 1
     torch.testing.assert_close(scales[..., 0].cpu(), expected_scales[..., 0], rtol=1e-6, atol=0)
 
 
-def test_wide_activations_behind_silu_hold_sixteen_bits():
+def test_16_bit_activations_behind_silu_hold_sixteen_bits():
     x = torch.randn(5, 2 * 1024, generator=torch.Generator().manual_seed(5))
-    q, scales = silu_mul_quantize(x.to(CUDA), wide=True)
+    q, scales = silu_mul_quantize(x.to(CUDA), is_16_bit=True)
     halves = (q.view(10, -1, 32).double() * scales[..., :1].double()).flatten(1).cpu()
     wanted = silu_mul_ref(x).double()
     block = wanted.view(5, -1, 32).abs().amax(-1, keepdim=True).expand(5, -1, 32).flatten(1)
@@ -96,7 +96,7 @@ def test_wide_activations_behind_silu_hold_sixteen_bits():
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("shape", [(96, 256), (1000, 2048), (4096, 1024)])
-def test_a_wide_product_is_that_of_the_float_activations(kind, shape):
+def test_a_16_bit_product_is_that_of_the_float_activations(kind, shape):
     matrix, values = loaded(kind, *shape)
     x = torch.randn(20, shape[1], generator=torch.Generator().manual_seed(7))
     wanted = x.double() @ values.double().T
@@ -117,16 +117,18 @@ def test_a_row_has_the_same_bits_whatever_is_multiplied_with_it(kind, dtype):
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("wide", [False, True])
-def test_a_decode_quantises_its_own_output(head_dim, wide):
+@pytest.mark.parametrize("is_16_bit", [False, True])
+def test_a_decode_quantises_its_own_output(head_dim, is_16_bit):
     generator = torch.Generator().manual_seed(head_dim)
     pool = KvPool(*(torch.randn(600, 2, head_dim, generator=generator).half().to(CUDA) for _ in range(2)))
     table = torch.randperm(600, generator=generator).int().view(2, 300).to(CUDA)
     sequences = Sequences(table, torch.arange(2, device=CUDA), torch.tensor([300, 17], device=CUDA))
     query = torch.randn(2, 6, head_dim, generator=generator).half().to(CUDA)
     plain = attention_decode(query.float(), pool, sequences, scale=0.1, max_length=300)
-    found = attention_decode(query.float(), pool, sequences, scale=0.1, max_length=300, quantized=True, wide=wide)
-    expected = quantize(plain, wide=wide)
+    found = attention_decode(
+        query.float(), pool, sequences, scale=0.1, max_length=300, quantized=True, is_16_bit=is_16_bit
+    )
+    expected = quantize(plain, is_16_bit=is_16_bit)
     assert torch.equal(found.q, expected.q)
     assert torch.equal(found.scales, expected.scales)
 

@@ -10,11 +10,11 @@ from sglang_pascal.kernels.formats import FORMATS
 from sglang_pascal.ops.activations import quantize, rms_norm_quantize
 from sglang_pascal.ops.weights import PackedWeight
 from sglang_pascal.quantization import matrix as matrix_module
-from sglang_pascal.quantization.handover import hand_over, take
+from sglang_pascal.quantization.handover import hand_over_activations, take_activations
 from sglang_pascal.quantization.matrix import DenseMatrix, Input, PackedMatrix, join_adjacent
 from sglang_pascal.quantization.staging import Stager
 from sglang_pascal.quantization.storage import aligned, storage_of
-from sglang_pascal.quantization.table import MatrixInfo
+from sglang_pascal.quantization.weight_table import MatrixInfo
 from sglang_pascal.reference import dequantize_ref, quantize_ref, rms_norm_ref
 
 CPU = torch.device("cpu")
@@ -43,17 +43,17 @@ def info(kind: str, rows: int, columns: int) -> MatrixInfo:
     return MatrixInfo("t", None, storage, rows, columns)
 
 
-def product(matrix, x: torch.Tensor, wide: bool = False) -> torch.Tensor:
+def product(matrix, x: torch.Tensor, is_16_bit: bool = False) -> torch.Tensor:
     out = torch.empty(len(x), matrix.rows)
-    matrix.multiply(Input(x, wide=wide), out)
+    matrix.multiply(Input(x, is_16_bit=is_16_bit), out)
     return out
 
 
 def exact(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """With the activations as they are after quantisation."""
     q, scales = quantize_ref(x)
-    wide = (q.view(*scales.shape[:2], 32).double() * scales[..., :1].double()).flatten(1)[:, : x.shape[1]]
-    return (wide @ weights.double().T).float()
+    values = (q.view(*scales.shape[:2], 32).double() * scales[..., :1].double()).flatten(1)[:, : x.shape[1]]
+    return (values @ weights.double().T).float()
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -69,15 +69,15 @@ def test_what_is_loaded_in_chunks_multiplies_as_the_file_says(kind, rows, column
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_wide_activations_are_a_hundred_times_as_exact(kind):
+def test_16_bit_activations_are_a_hundred_times_as_exact(kind):
     raw = random_raw(kind, 64, 1024)
     matrix = packed(kind, 64, 1024)
     Stager(CPU).load(matrix, info(kind, 64, 1024), raw)
     x = torch.randn(8, 1024, generator=torch.Generator().manual_seed(2))
     wanted = (x.double() @ dequantize_ref(torch.from_numpy(raw), kind).double().T).float()
     narrow = (product(matrix, x) - wanted).square().mean().sqrt()
-    wide = (product(matrix, x, wide=True) - wanted).square().mean().sqrt()
-    assert wide < narrow / 100
+    fine = (product(matrix, x, is_16_bit=True) - wanted).square().mean().sqrt()
+    assert fine < narrow / 100
 
 
 def test_the_chunks_of_a_product_do_not_change_it(monkeypatch):
@@ -166,15 +166,15 @@ class TestJoining:
 
 
 def test_an_input_is_quantised_once():
-    x = Input(torch.randn(2, 256), wide=False)
+    x = Input(torch.randn(2, 256), is_16_bit=False)
     assert x.quantized is x.quantized
-    assert Input(torch.randn(2, 256).bfloat16(), wide=False).quantized.q.dtype == torch.int8
+    assert Input(torch.randn(2, 256).bfloat16(), is_16_bit=False).quantized.q.dtype == torch.int8
 
 
-def test_rows_are_counted_once_however_wide_they_are():
-    x = Input(torch.randn(3, 256), wide=True)
+def test_rows_are_counted_once_with_8_or_16_bits():
+    x = Input(torch.randn(3, 256), is_16_bit=True)
     assert (x.n, len(x.quantized.q)) == (3, 6)
-    assert Input(None, x.quantized, wide=True).n == 3
+    assert Input(None, x.quantized, is_16_bit=True).n == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -182,7 +182,7 @@ def test_a_dense_matrix_multiplies_half_and_wider_activations_into_some_columns_
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(1))
     values = torch.randn(40, 96, generator=torch.Generator().manual_seed(2)).half()
     result = torch.full((3, 60), 7.0)
-    DenseMatrix(values).multiply(Input(x.to(dtype), wide=True), result[:, 10:50])
+    DenseMatrix(values).multiply(Input(x.to(dtype), is_16_bit=True), result[:, 10:50])
     wanted = x.to(dtype).double() @ values.double().T
     torch.testing.assert_close(result[:, 10:50].double(), wanted, rtol=1e-5, atol=1e-4)
     assert (result[:, :10] == 7).all()
@@ -192,27 +192,27 @@ def test_a_dense_matrix_multiplies_half_and_wider_activations_into_some_columns_
 class TestHandingOver:
     def test_what_a_norm_has_quantised_is_not_quantised_again(self):
         x = torch.randn(2, 256)
-        activations = quantize(x, wide=True)
-        hand_over(x, activations)
-        assert Input(x, take(x), wide=True).quantized is activations
+        activations = quantize(x, is_16_bit=True)
+        hand_over_activations(x, activations)
+        assert Input(x, take_activations(x), is_16_bit=True).quantized is activations
 
     def test_only_the_first_taker_gets_it(self):
         x = torch.randn(2, 256)
-        hand_over(x, quantize(x))
-        assert take(x) is not None
-        assert take(x) is None
+        hand_over_activations(x, quantize(x))
+        assert take_activations(x) is not None
+        assert take_activations(x) is None
 
     def test_a_view_or_a_copy_has_nothing_to_take(self):
         x = torch.randn(2, 256)
-        hand_over(x, quantize(x))
-        assert (take(x.clone()), take(x.view(2, 256))) == (None, None)
+        hand_over_activations(x, quantize(x))
+        assert (take_activations(x.clone()), take_activations(x.view(2, 256))) == (None, None)
 
-    @pytest.mark.parametrize("wide", [False, True])
-    def test_a_norm_gives_the_floats_and_their_activations(self, wide):
+    @pytest.mark.parametrize("is_16_bit", [False, True])
+    def test_a_norm_gives_the_floats_and_their_activations(self, is_16_bit):
         x, weight, residual = torch.randn(3, 300), torch.rand(300), torch.randn(3, 300)
         total, output = x + residual, torch.empty(3, 300)
-        found = rms_norm_quantize(x, weight, 1e-6, residual, wide=wide, output=output)
+        found = rms_norm_quantize(x, weight, 1e-6, residual, is_16_bit=is_16_bit, output=output)
         wanted = rms_norm_ref(total, weight, 1e-6)
         assert torch.equal(residual, total)
         assert torch.equal(output, wanted)
-        assert all(torch.equal(a, b) for a, b in zip(found, quantize_ref(wanted, wide=wide), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(found, quantize_ref(wanted, is_16_bit=is_16_bit), strict=True))

@@ -25,7 +25,7 @@ from sglang_pascal.quantization import binding
 from sglang_pascal.quantization.binding import bind
 from sglang_pascal.quantization.staging import Stager
 from sglang_pascal.quantization.storage import storage_of
-from sglang_pascal.quantization.table import MatrixInfo
+from sglang_pascal.quantization.weight_table import MatrixInfo
 
 random = np.random.default_rng(0)
 def part(name, shard, kind, rows, columns):

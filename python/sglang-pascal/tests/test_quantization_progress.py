@@ -10,7 +10,7 @@ import pytest
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang_pascal.names import DECODE_BITS_VARIABLE, PREFILL_BITS_VARIABLE
 from sglang_pascal.quantization import precision
-from sglang_pascal.quantization.precision import is_wide
+from sglang_pascal.quantization.precision import activations_are_16_bit
 from sglang_pascal.quantization.progress import LoadingProgress
 
 
@@ -62,25 +62,27 @@ class TestPrecision:
         precision.activation_bits.cache_clear()
 
     @staticmethod
-    def wide_in(*, is_decode: bool) -> bool:
+    def are_16_bit_in(*, is_decode: bool) -> bool:
         """Within a forward pass."""
         with forward_context(ForwardContext(SimpleNamespace(is_decode=is_decode))):
-            return is_wide()
+            return activations_are_16_bit()
 
-    def test_everything_is_wide_unless_told_not(self):
-        assert [is_wide(), self.wide_in(is_decode=True), self.wide_in(is_decode=False)] == [True] * 3
+    def test_everything_has_16_bits_unless_told_not(self):
+        assert [activations_are_16_bit(), self.are_16_bit_in(is_decode=True), self.are_16_bit_in(is_decode=False)] == [
+            True
+        ] * 3
 
     @pytest.mark.parametrize(("variable", "is_decode"), [(DECODE_BITS_VARIABLE, True), (PREFILL_BITS_VARIABLE, False)])
     def test_each_phase_has_its_own_variable(self, monkeypatch, variable, is_decode):
         monkeypatch.setenv(variable, "8")
-        assert not self.wide_in(is_decode=is_decode)
-        assert self.wide_in(is_decode=not is_decode)
+        assert not self.are_16_bit_in(is_decode=is_decode)
+        assert self.are_16_bit_in(is_decode=not is_decode)
 
     def test_a_pass_without_one_of_our_backends_counts_as_a_decode_step(self, monkeypatch):
         monkeypatch.setenv(DECODE_BITS_VARIABLE, "8")
-        assert not is_wide()
+        assert not activations_are_16_bit()
         with forward_context(ForwardContext(SimpleNamespace())):
-            assert not is_wide()
+            assert not activations_are_16_bit()
 
     @pytest.mark.parametrize("variable", [DECODE_BITS_VARIABLE, PREFILL_BITS_VARIABLE])
     def test_another_number_is_refused(self, monkeypatch, variable):

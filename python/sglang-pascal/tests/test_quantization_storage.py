@@ -13,7 +13,7 @@ from sglang_pascal.errors import CheckpointError
 from sglang_pascal.kernels.formats import FORMATS
 from sglang_pascal.quantization.convert import to_lossless
 from sglang_pascal.quantization.storage import ALIGNMENT, DENSE, LOSSLESS, aligned, storage_of
-from sglang_pascal.quantization.table import WeightTable, summary
+from sglang_pascal.quantization.weight_table import WeightTable, summary
 from support.models import SHAPES, tensor_shapes, tensor_types
 
 SCALE_OFFSET = {"Q5_0": 0, "IQ4_NL": 0, "Q3_K": 108}

@@ -112,21 +112,21 @@ class TestActivations:
 
     def test_two_int8_are_16_bits(self):
         x = torch.randn(3, 256)
-        q, scales = quantize_ref(x, wide=True)
+        q, scales = quantize_ref(x, is_16_bit=True)
         value = (q.view(2, 3, 8, 32) * scales.view(2, 3, 8, 1, 2)[..., 0]).sum(0).view(3, 256)
         step = scales[:3, :, 0].repeat_interleave(32, dim=1) / 256
         assert ((value - x).abs() <= step * 1.01).all(), "half a step below the largest, a whole one at 127.5 of 128"
 
     def test_the_scales_of_the_low_int8_are_of_both(self):
-        q, scales = quantize_ref(torch.randn(3, 256), wide=True)
+        q, scales = quantize_ref(torch.randn(3, 256), is_16_bit=True)
         whole = 256 * q[:3].int() + q[3:].int()
         assert (scales[3:, :, 0] == scales[:3, :, 0] / 256).all()
         assert (scales[3:, :, 1] == scales[3:, :, 0] * whole.view(3, 8, 32).sum(-1)).all()
 
     def test_a_product_of_two_int8_is_that_of_their_value(self):
-        (q, scales), weights = quantize_ref(torch.randn(3, 256), wide=True), torch.randn(5, 256)
+        (q, scales), weights = quantize_ref(torch.randn(3, 256), is_16_bit=True), torch.randn(5, 256)
         value = ((256 * q[:3].double() + q[3:]).view(3, 8, 32) * scales[3:, :, :1].double()).view(3, 256)
-        found = quantized_matmul_ref(q, scales, weights, wide=True)
+        found = quantized_matmul_ref(q, scales, weights, is_16_bit=True)
         assert torch.allclose(found, value @ weights.double().T, rtol=1e-12)
 
     def test_columns_are_padded_with_zeros_to_a_tile(self):

@@ -95,7 +95,7 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_kernels(args: argparse.Namespace) -> int:
-    from sglang_pascal.kernels.table import print_table, update_document
+    from sglang_pascal.kernels.bounds import print_table, update_document
 
     if args.update:
         update_document(args.update)

@@ -18,9 +18,9 @@ from sglang.srt.model_executor.forward_context import get_attn_backend
 
 from sglang_pascal.attention.kernels_backend import KernelAttentionBackend, Rotation
 from sglang_pascal.ops.activations import Activations, rms_norm, rms_norm_quantize, silu_mul_quantize
-from sglang_pascal.quantization.handover import hand_over
+from sglang_pascal.quantization.handover import hand_over_activations
 from sglang_pascal.quantization.method import QuantizedLinearMethod
-from sglang_pascal.quantization.precision import is_wide
+from sglang_pascal.quantization.precision import activations_are_16_bit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,12 +43,12 @@ def attention_layer(
     qkv, _ = self.qkv_proj(hidden_states)
     rotation = Rotation(positions, rotary.cos_sin_cache, rotary.is_neox_style, *_norms(self))
     method = self.o_proj.quant_method
-    wide = is_wide()
+    is_16_bit = activations_are_16_bit()
     attended = backend.forward_fused(
-        qkv, rotation, self.attn, quantized=backend.is_decode and takes_quantized(method), wide=wide
+        qkv, rotation, self.attn, quantized=backend.is_decode and takes_quantized(method), is_16_bit=is_16_bit
     )
     if isinstance(attended, Activations):
-        projected: torch.Tensor = method.apply_quantized(attended, qkv.dtype, self.o_proj.bias, wide=wide)
+        projected: torch.Tensor = method.apply_quantized(attended, qkv.dtype, self.o_proj.bias, is_16_bit=is_16_bit)
         return projected
     output: torch.Tensor = self.o_proj(attended)[0]
     return output
@@ -67,9 +67,9 @@ def mlp_layer(
     ):
         return original(x, *more, **named)
     gate_up, _ = self.gate_up_proj(x)
-    wide = is_wide()
-    activations = silu_mul_quantize(gate_up, wide=wide)
-    result: torch.Tensor = method.apply_quantized(activations, gate_up.dtype, self.down_proj.bias, wide=wide)
+    is_16_bit = activations_are_16_bit()
+    activations = silu_mul_quantize(gate_up, is_16_bit=is_16_bit)
+    result: torch.Tensor = method.apply_quantized(activations, gate_up.dtype, self.down_proj.bias, is_16_bit=is_16_bit)
     return result
 
 
@@ -105,8 +105,10 @@ def _normed(x: torch.Tensor, norm: Any, residual: torch.Tensor | None, linear: A
     """Return the norm of x. linear: the layer that multiplies the result, if SGLang passed it to the norm."""
     if linear is None or not takes_quantized(linear.quant_method):
         return rms_norm(x, norm.weight, norm.variance_epsilon, residual)
-    output, wide = torch.empty_like(x), is_wide()
-    hand_over(output, rms_norm_quantize(x, norm.weight, norm.variance_epsilon, residual, wide=wide, output=output))
+    output, is_16_bit = torch.empty_like(x), activations_are_16_bit()
+    hand_over_activations(
+        output, rms_norm_quantize(x, norm.weight, norm.variance_epsilon, residual, is_16_bit=is_16_bit, output=output)
+    )
     return output
 
 

@@ -139,11 +139,11 @@ def product(name: str, n: int, device: torch.device, *, bits: int = 8, with_torc
         *(_random_weight(tensor_type, rows, columns, device) for _ in range(_copies(first.data.numel(), device) - 1)),
     ]
     x = torch.randn(n, columns, device=device).half()
-    wide = bits == 16
-    activations, out = quantize(x, wide=wide), torch.empty(n, rows, dtype=torch.float16, device=device)
+    is_16_bit = bits == 16
+    activations, out = quantize(x, is_16_bit=is_16_bit), torch.empty(n, rows, dtype=torch.float16, device=device)
     rounds = max(1, 24 // len(weights))
-    cold = median_us([_multiply(activations, weight, out, wide) for weight in weights], rounds)
-    hot = median_us([lambda: matmul(quantize(x, wide=wide), first, wide=wide, out=out)], 24)
+    cold = median_us([_multiply(activations, weight, out, is_16_bit) for weight in weights], rounds)
+    hot = median_us([lambda: matmul(quantize(x, is_16_bit=is_16_bit), first, is_16_bit=is_16_bit, out=out)], 24)
     torch_us = dequantize_us = 0.0
     if with_torch:
         dequantize_us = median_us([lambda: dequantize(first, torch.float16)], 3)
@@ -156,14 +156,14 @@ def repeated_product(name: str, n: int, bits: int, device: torch.device) -> Call
     """Return what multiplies one of SHAPES once, for work without an end."""
     tensor_type, rows, columns = SHAPES[name]
     weight = _random_weight(tensor_type, rows, columns, device)
-    wide = bits == 16
-    x = quantize(torch.randn(n, columns, device=device).half(), wide=wide)
+    is_16_bit = bits == 16
+    x = quantize(torch.randn(n, columns, device=device).half(), is_16_bit=is_16_bit)
     out = torch.empty(n, rows, dtype=torch.float16, device=device)
-    return _multiply(x, weight, out, wide)
+    return _multiply(x, weight, out, is_16_bit)
 
 
-def _multiply(x: Activations, weight: PackedWeight, out: torch.Tensor, wide: bool) -> Callable[[], object]:
-    return lambda: matmul(x, weight, wide=wide, out=out)
+def _multiply(x: Activations, weight: PackedWeight, out: torch.Tensor, is_16_bit: bool) -> Callable[[], object]:
+    return lambda: matmul(x, weight, is_16_bit=is_16_bit, out=out)
 
 
 def _dense_multiply(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:

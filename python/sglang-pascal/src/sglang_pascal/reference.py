@@ -16,7 +16,7 @@ from sglang_pascal.kernels.formats import BLOCK, FORMATS, GROUP_ROWS, PLANE_BYTE
 
 INT8_MAX: Final = 127
 LOW_STEPS: Final = 256
-"""Steps of the low int8 of wide activations in one of the high int8: -128..127 spans a rounding error."""
+"""Steps of the low int8 of 16-bit activations in one of the high int8: -128..127 spans a rounding error."""
 TINY: Final = 1e-30
 """A block of activations whose largest magnitude is below this counts as zero."""
 
@@ -142,11 +142,11 @@ _DEQUANTIZE: Final = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0, "Q4_K": _q4_k
 # ---- activations ---------------------------------------------------------------------------------------------------
 
 
-def quantize_ref(x: torch.Tensor, *, wide: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_ref(x: torch.Tensor, *, is_16_bit: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise `[n, columns]` to int8 `[n, K]` and float32 `[n, K / 32, 2]` of (d, d * sum q); K is padded to 256.
 
-    wide: twice as many rows; the second half is what the rounding of the first lost, in 256ths of its steps, with the
-    sum of both: d * (256 * sum of the high q + sum of the low q).
+    is_16_bit: twice as many rows; the second half is what the rounding of the first lost, in 256ths of its steps, with
+    the sum of both: d * (256 * sum of the high q + sum of the low q).
     """
     padded = torch.nn.functional.pad(x.float(), (0, tiles(x.shape[1]) * TILE_COLUMNS - x.shape[1]))
     blocks = padded.view(x.shape[0], padded.shape[1] // BLOCK, BLOCK)
@@ -158,7 +158,7 @@ def quantize_ref(x: torch.Tensor, *, wide: bool = False) -> tuple[torch.Tensor, 
     steps = blocks * torch.where(zero, 0.0, torch.full_like(amax, INT8_MAX).div(amax))
     q = steps.round().nan_to_num(0.0)
     parts = [(q, d, q)]
-    if wide:
+    if is_16_bit:
         low = ((steps - q) * LOW_STEPS).round().nan_to_num(0.0).clamp(-INT8_MAX - 1, INT8_MAX)
         parts.append((low, d / LOW_STEPS, LOW_STEPS * q + low))
     values = torch.cat([q for q, _, _ in parts])
@@ -183,14 +183,14 @@ def silu_mul_ref(x: torch.Tensor) -> torch.Tensor:
 
 
 def quantized_matmul_ref(
-    q: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor, *, wide: bool = False
+    q: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor, *, is_16_bit: bool = False
 ) -> torch.Tensor:
     """Quantised activations x dequantised weights `[rows, columns]` -> float64 `[n, rows]`.
 
-    wide: of 2n rows, the high and the low int8 of n.
+    is_16_bit: of 2n rows, the high and the low int8 of n.
     """
     x = (q.view(*scales.shape[:2], BLOCK).double() * scales[..., :1].double()).flatten(1)
-    if wide:
+    if is_16_bit:
         high, low = x.chunk(2)
         x = high + low
     return x[:, : weights.shape[1]] @ weights.double().T
@@ -218,8 +218,8 @@ def rope_ref(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, *,
 def quantize_kv_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise `[..., head_dim]` to int8 with one fp16 scale per vector `[...]`."""
     scale = (x.float().abs().amax(-1) / INT8_MAX).half()
-    wide = scale.float()[..., None]
-    q = torch.where(wide > 0, x.float() / wide, 0.0).round().clamp(-INT8_MAX, INT8_MAX)
+    spread = scale.float()[..., None]
+    q = torch.where(spread > 0, x.float() / spread, 0.0).round().clamp(-INT8_MAX, INT8_MAX)
     return q.to(torch.int8), scale
 
 

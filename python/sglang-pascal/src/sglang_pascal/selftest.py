@@ -206,25 +206,25 @@ def _silu_mul(device: torch.device) -> float:
     return max(errors)
 
 
-def _wide(device: torch.device) -> float:
+def _quantize_to_16_bits(device: torch.device) -> float:
     """Two int8 hold each value to a 256th of a step of one, whatever quantised it."""
     errors = []
     for columns, dtype in itertools.product(_COLUMNS, (torch.float32, torch.float16)):
         x, weight = _normal(5, columns).to(dtype) * 3, _normal(1, columns, seed=4)[0].to(dtype)
         gate_up = _normal(5, 2 * columns, seed=6).to(dtype)
         normed = torch.empty_like(x, device=device)
-        norm = rms_norm_quantize(x.to(device), weight.to(device), 1e-6, wide=True, output=normed)
+        norm = rms_norm_quantize(x.to(device), weight.to(device), 1e-6, is_16_bit=True, output=normed)
         wanted = rms_norm_ref(x, weight, 1e-6)
         errors += [
-            _wide_error(quantize(x.to(device), wide=True), x.float()),
-            _wide_error(silu_mul_quantize(gate_up.to(device), wide=True), silu_mul_ref(gate_up)),
-            _wide_error(norm, wanted),
+            _error_of_16_bits(quantize(x.to(device), is_16_bit=True), x.float()),
+            _error_of_16_bits(silu_mul_quantize(gate_up.to(device), is_16_bit=True), silu_mul_ref(gate_up)),
+            _error_of_16_bits(norm, wanted),
             _share(normed, wanted, wanted.abs() * (HALF_ULP if dtype == torch.float16 else 1e-5) + 1e-6),
         ]
     return max(errors)
 
 
-def _wide_error(result: Activations, wanted: torch.Tensor) -> float:
+def _error_of_16_bits(result: Activations, wanted: torch.Tensor) -> float:
     n, columns = wanted.shape
     values = (result.q.cpu().view(2 * n, -1, 32).double() * result.scales[..., :1].cpu().double()).flatten(1)
     padded = torch.nn.functional.pad(wanted.double(), (0, values.shape[1] - columns))
@@ -260,8 +260,8 @@ def _not_a_number(device: torch.device) -> float:
     results = [
         matmul(quantize(x[:16].to(device)), weight, dtype=torch.float32),
         matmul(quantize(x.to(device)), weight, dtype=torch.float32),
-        matmul(quantize(x.to(device), wide=True), weight, wide=True, dtype=torch.float32),
-        matmul(quantize(x.repeat(4, 1).to(device), wide=True), weight, wide=True, dtype=torch.float32)[:20],
+        matmul(quantize(x.to(device), is_16_bit=True), weight, is_16_bit=True, dtype=torch.float32),
+        matmul(quantize(x.repeat(4, 1).to(device), is_16_bit=True), weight, is_16_bit=True, dtype=torch.float32)[:20],
         rms_norm(x.to(device), torch.ones(512, device=device), 1e-6),
     ]
     right = True
@@ -293,14 +293,14 @@ def _product(device: torch.device, tensor_type: str, rows: int, columns: int) ->
     x = _awkward(max(_COUNTS), columns)
     x[0, -1] = 3
     errors = []
-    for wide in (False, True):
-        expected = quantized_matmul_ref(*quantize_ref(x, wide=wide), values, wide=wide)
+    for is_16_bit in (False, True):
+        expected = quantized_matmul_ref(*quantize_ref(x, is_16_bit=is_16_bit), values, is_16_bit=is_16_bit)
         size = quantized_matmul_ref(*_magnitudes(quantize_ref(x)), values.abs())
-        multiply = functools.partial(matmul, weight=weight, wide=wide, dtype=torch.float32)
-        widest = multiply(quantize(x.to(device), wide=wide))
-        kernels = [(part.n, part) for part in every_kernel(16 if wide else 8)] if device.type == "cuda" else []
+        multiply = functools.partial(matmul, weight=weight, is_16_bit=is_16_bit, dtype=torch.float32)
+        widest = multiply(quantize(x.to(device), is_16_bit=is_16_bit))
+        kernels = [(part.n, part) for part in every_kernel(16 if is_16_bit else 8)] if device.type == "cuda" else []
         for n, only in [*((n, None) for n in _COUNTS), *kernels]:
-            some = quantize(x[-n:].to(device), wide=wide)
+            some = quantize(x[-n:].to(device), is_16_bit=is_16_bit)
             y = multiply(some, only=only)
             errors += [
                 _share(y, expected[-n:], size[-n:] * PRODUCT_LIMIT + 1e-30),
@@ -325,9 +325,9 @@ def _product_of_extremes(device: torch.device, tensor_type: str) -> float:
     size += quantized_matmul_ref(*_magnitudes(quantize_ref(x)), values.abs().amax(1, keepdim=True).expand_as(values))
     size += _largest_part(raw, tensor_type) * x.abs().sum(1, keepdim=True)
     errors = []
-    for n, wide in itertools.product((2, 22), (False, True)):
-        y = matmul(quantize(x[:n].to(device), wide=wide), weight, wide=wide, dtype=torch.float32)
-        wanted = quantized_matmul_ref(*quantize_ref(x[:n], wide=wide), values, wide=wide)
+    for n, is_16_bit in itertools.product((2, 22), (False, True)):
+        y = matmul(quantize(x[:n].to(device), is_16_bit=is_16_bit), weight, is_16_bit=is_16_bit, dtype=torch.float32)
+        wanted = quantized_matmul_ref(*quantize_ref(x[:n], is_16_bit=is_16_bit), values, is_16_bit=is_16_bit)
         errors.append(_share(y, wanted, size[:n] * PRODUCT_LIMIT + 1e-30))
     return max(errors)
 
@@ -346,19 +346,19 @@ def _epilogue(device: torch.device) -> float:
     values, weight = dequantize_ref(raw, "Q8_0"), pack(raw.to(device), "Q8_0", 512)
     for n, dtype in itertools.product((1, 16, 40, 70), (torch.float32, torch.float16)):
         x, bias, residual = _normal(n, 512), _normal(100), _normal(n, 100, seed=5).to(dtype)
-        wide = torch.full((n, 160), 7.0, dtype=dtype, device=device)
-        wide_residual = torch.zeros(n, 130, dtype=dtype, device=device)
-        wide_residual[:, :100] = residual.to(device)
-        multiply = functools.partial(matmul, bias=bias.to(device), residual=wide_residual[:, :100])
-        multiply(quantize(x.to(device)), weight, out=wide[:, 30:130])
+        room = torch.full((n, 160), 7.0, dtype=dtype, device=device)
+        room_residual = torch.zeros(n, 130, dtype=dtype, device=device)
+        room_residual[:, :100] = residual.to(device)
+        multiply = functools.partial(matmul, bias=bias.to(device), residual=room_residual[:, :100])
+        multiply(quantize(x.to(device)), weight, out=room[:, 30:130])
         expected = quantized_matmul_ref(*quantize_ref(x), values) + bias + residual
-        halves = multiply(quantize(x.to(device), wide=True), weight, wide=True, dtype=dtype)
+        halves = multiply(quantize(x.to(device), is_16_bit=True), weight, is_16_bit=True, dtype=dtype)
         size = quantized_matmul_ref(*_magnitudes(quantize_ref(x)), values.abs()) + bias.abs() + residual.abs()
         rounding = HALF_ULP if dtype == torch.float16 else 0.0
         errors += [
-            _share(wide[:, 30:130], expected, size * PRODUCT_LIMIT + expected.abs() * rounding),
-            _same_bits(wide[:, :30].cpu(), torch.full((n, 30), 7.0, dtype=dtype)),
-            _same_bits(wide[:, 130:].cpu(), torch.full((n, 30), 7.0, dtype=dtype)),
+            _share(room[:, 30:130], expected, size * PRODUCT_LIMIT + expected.abs() * rounding),
+            _same_bits(room[:, :30].cpu(), torch.full((n, 30), 7.0, dtype=dtype)),
+            _same_bits(room[:, 130:].cpu(), torch.full((n, 30), 7.0, dtype=dtype)),
             _share(halves, x @ values.T + bias + residual, size * 1e-4 + expected.abs() * rounding),
         ]
     return max(errors)
@@ -488,7 +488,7 @@ def _decode(device: torch.device, kind: str, head_dim: int) -> float:
             expected = _expected(query, pool, sequences, [1] * len(sequences), head_dim, window, soft_cap)
             again = attend(query.to(device), pool, sequences)
             activations = attend(query.to(device), pool, sequences, quantized=True)
-            both = attend(query.to(device), pool, sequences, quantized=True, wide=True)
+            both = attend(query.to(device), pool, sequences, quantized=True, is_16_bit=True)
             assert isinstance(activations, Activations)
             assert isinstance(both, Activations)
             assert isinstance(again, torch.Tensor)
@@ -496,7 +496,7 @@ def _decode(device: torch.device, kind: str, head_dim: int) -> float:
                 _share(out, expected.flatten(1), ATTENTION_LIMIT * 4),
                 _same_bits(out, again),
                 _activation_error(activations, quantize_ref(out.cpu()), exact=True),
-                _wide_error(both, out.cpu()),
+                _error_of_16_bits(both, out.cpu()),
             ]
     return max(errors)
 
@@ -636,7 +636,7 @@ def _all_cases() -> dict[str, Case]:
         cases[f"matmul {tensor_type} extreme blocks"] = functools.partial(_product_of_extremes, tensor_type=tensor_type)
     cases |= {"matmul epilogue": _epilogue, "matmul float16": _half_product}
     cases |= {"quantize": _quantize, "silu_mul_quantize": _silu_mul, "rms_norm": _rms_norm}
-    cases |= {"quantize to 16 bits": _wide}
+    cases |= {"quantize to 16 bits": _quantize_to_16_bits}
     cases |= {"NaN and infinity": _not_a_number, "argmax": _argmax, "top_k_top_p_filter": _filter}
     for kind in ("F16", "E5M2", "INT8"):
         cases[f"rope_and_store {kind}"] = functools.partial(_rope, kind=kind)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pascaline.bench.figures import FIGURES
+from pascaline.bench.metrics import FIGURES
+from pascaline.bench.results_table import aligned, shown
 from pascaline.bench.statistics import CONFIDENCE, holm, welch
-from pascaline.bench.table import aligned, shown
 from pascaline.errors import ConfigurationError
 
 COMPARED = (

@@ -6,10 +6,10 @@ import sys
 import time
 from typing import TYPE_CHECKING, TextIO
 
-from pascaline.bench.figures import FIGURES, figures_of_run
+from pascaline.bench.metrics import FIGURES, figures_of_run
 
 if TYPE_CHECKING:
-    from pascaline.bench.run import Run
+    from pascaline.bench.run_result import Run
 
 BAR_CELLS = 24
 RENEW_SECONDS = 0.5

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from pascaline.bench import llama_tools
 from pascaline.bench.environment import describe_machine
 from pascaline.bench.experiment import Experiment, batch_points
+from pascaline.bench.experiment_runner import Runner
 from pascaline.bench.instance import read_api_key, started
 from pascaline.bench.progress import Progress
 from pascaline.bench.reference import reference
 from pascaline.bench.results import create_or_resume
-from pascaline.bench.runner import Runner
 from pascaline.bench.served_quality import compare_scores, load_scores, score_server
 from pascaline.bench.server import make_prompts
 from pascaline.bench.sweep import LOG_NAME, Target, check_same_target, describe_model

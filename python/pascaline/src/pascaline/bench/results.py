@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pascaline.bench.figures import summarize
-from pascaline.bench.run import Run
+from pascaline.bench.metrics import summarize
+from pascaline.bench.run_result import Run
 from pascaline.errors import ConfigurationError, StorageError
 from pascaline.redaction import redact_all
 

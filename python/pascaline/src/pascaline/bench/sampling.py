@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pascaline.bench.run import Sample
+from pascaline.bench.run_result import Sample
 from pascaline.gpu.metrics import COMPUTE_PROCESSES, FAMILIES
 from pascaline.gpu.reader import Reader
 from pascaline.gpu.reading import DeviceStatus

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pascaline.bench.environment import describe_machine
+from pascaline.bench.experiment_runner import Runner
 from pascaline.bench.instance import attach, read_api_key, started, to_flags
 from pascaline.bench.progress import Progress
 from pascaline.bench.reference import find_card, reference
 from pascaline.bench.results import create_or_resume
-from pascaline.bench.runner import Runner
 from pascaline.bench.server import make_prompts
 from pascaline.bench.stream import parse_endpoint
 from pascaline.configuration import DEFAULT, setting_fields

@@ -308,8 +308,8 @@ def _with_results(arguments: argparse.Namespace, folder: Path, measure: Callable
 
 def _show(results: Results, *, as_json: bool) -> None:
     """Write the report and print the results."""
-    from pascaline.bench.report import write_report
-    from pascaline.bench.table import results_table
+    from pascaline.bench.html_report import write_report
+    from pascaline.bench.results_table import results_table
 
     report = write_report(results)
     if as_json:
@@ -332,9 +332,9 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from pascaline.bench.report import write_page, write_report
+    from pascaline.bench.html_report import write_page, write_report
     from pascaline.bench.results import load
-    from pascaline.bench.table import results_table
+    from pascaline.bench.results_table import results_table
 
     found = [load(folder) for folder in arguments.folders]
     documents = [results.document for results in found]

@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
         return ExitCode.OK
     from pascaline.doctor import examine, worst
     from pascaline.doctor.collect import Question, collect
+    from pascaline.doctor.findings_report import dump, to_text, write_report
     from pascaline.doctor.machine import Machine
-    from pascaline.doctor.report import dump, to_text, write_report
 
     machine = Machine()
     question = Question(arguments.instance, arguments.config, given_flags(arguments))

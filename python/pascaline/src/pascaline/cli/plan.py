@@ -19,7 +19,7 @@ from pascaline.models.reader import read_model
 from pascaline.planning import make_plan, nearest_fits, other_engine_fits, refusal, table
 from pascaline.planning.catalog import catalog, catalog_table
 from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
-from pascaline.planning.report import choices_table, explanation, sweep_table
+from pascaline.planning.plan_text import choices_table, explanation, sweep_table
 from pascaline.units import parse_bytes
 
 if TYPE_CHECKING:

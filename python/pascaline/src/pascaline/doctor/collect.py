@@ -33,35 +33,35 @@ def collect(machine: Machine, question: Question, on_part: Callable[[str], None]
     instance = collect_instance(machine, question)
     _note_settings(machine, instance)
     on_part("driver")
-    driver = _standing(machine, "driver", lambda: collect_driver(machine), Driver())
+    driver = _collected(machine, "driver", lambda: collect_driver(machine), Driver())
     reading = machine.reading() if driver.version or driver.pci or driver.nodes else None
     devices = reading.devices if reading else ()
     on_part("engine")
-    engine = _standing(machine, "engine", lambda: collect_engine(machine, instance), Installation())
+    engine = _collected(machine, "engine", lambda: collect_engine(machine, instance), Installation())
     on_part("model")
-    model = _standing(machine, "model", lambda: collect_model(machine, instance.settings), ModelFacts())
+    model = _collected(machine, "model", lambda: collect_model(machine, instance.settings), ModelFacts())
     on_part("system")
     host = Host(
         driver=driver,
         nvml=reading,
-        gpus=_standing(machine, "GPUs", lambda: tuple(collect_gpu(machine, device) for device in devices), ()),
+        gpus=_collected(machine, "GPUs", lambda: tuple(collect_gpu(machine, device) for device in devices), ()),
         libcuda=find_libcuda(machine, instance.environment),
         nvcc=nvcc_release(machine),
-        system=_standing(machine, "system", lambda: collect_system(machine, instance), System()),
+        system=_collected(machine, "system", lambda: collect_system(machine, instance), System()),
         engine=engine,
         model=model,
         instance=instance,
-        logs=_standing(machine, "logs", lambda: collect_logs(machine, instance.name), Logs()),
+        logs=_collected(machine, "logs", lambda: collect_logs(machine, instance.name), Logs()),
     )
     no_plan: tuple[Plan | None, str, str] = (None, "the planner failed; pascaline doctor --report shows why", "")
-    plan, plan_error, plan_refusal = _standing(machine, "plan", lambda: make_host_plan(host), no_plan)
+    plan, plan_error, plan_refusal = _collected(machine, "plan", lambda: make_host_plan(host), no_plan)
     return replace(host, plan=plan, plan_error=plan_error, plan_refusal=plan_refusal)
 
 
 Part = TypeVar("Part")
 
 
-def _standing(machine: Machine, name: str, collect_part: Callable[[], Part], nothing: Part) -> Part:
+def _collected(machine: Machine, name: str, collect_part: Callable[[], Part], nothing: Part) -> Part:
     """Return a part, or `nothing` if its collector fails unexpectedly: the other parts must still be reported."""
     try:
         return collect_part()

@@ -14,7 +14,7 @@ report      the plan as text                picture                      the bar
 from pascaline.engines.memory_model import Part
 from pascaline.planning.nearest import Change, nearest_fits, other_engine_fits
 from pascaline.planning.plan import Plan, make_plan
-from pascaline.planning.report import refusal, table
+from pascaline.planning.plan_text import refusal, table
 from pascaline.planning.request import PlanRequest, request_from_settings
 
 __all__ = [

@@ -117,11 +117,11 @@ class KernelAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
         return self._after_rotation(q, k, v, layer, forward_batch, save_kv_cache)
 
     def forward_fused(
-        self, qkv: torch.Tensor, rotation: Rotation, layer: Any, *, quantized: bool, wide: bool
+        self, qkv: torch.Tensor, rotation: Rotation, layer: Any, *, quantized: bool, is_16_bit: bool
     ) -> torch.Tensor | Activations:
         """Norm, rotate, store and attend, from qkv `[n, (heads + 2 kv_heads) * D]` as the projection made it.
 
-        quantized: the result of a decode as the output projection multiplies it, wide or not; a prefill's is never.
+        quantized: the result of a decode as the output projection multiplies it, in 8 or 16 bits; a prefill's is never.
         """
         plan = self._planned()
         slots = plan.swa_write_slots if self._is_swa(layer) else plan.write_slots
@@ -137,7 +137,7 @@ class KernelAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
             k_norm=rotation.k_norm,
             eps=rotation.eps,
         )
-        return self._attend(query, layer, quantized=quantized, wide=wide)
+        return self._attend(query, layer, quantized=quantized, is_16_bit=is_16_bit)
 
     def _after_rotation(
         self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool
@@ -153,7 +153,7 @@ class KernelAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
         return result
 
     def _attend(
-        self, query: torch.Tensor, layer: Any, *, quantized: bool = False, wide: bool = False
+        self, query: torch.Tensor, layer: Any, *, quantized: bool = False, is_16_bit: bool = False
     ) -> torch.Tensor | Activations:
         plan = self._planned()
         sequences = plan.swa if self._is_swa(layer) else plan.full
@@ -171,7 +171,7 @@ class KernelAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
                 window=window,
                 soft_cap=soft_cap,
                 quantized=quantized,
-                wide=wide,
+                is_16_bit=is_16_bit,
             )
         return attention_prefill(
             query,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from sglang_pascal.errors import CheckpointError
-from sglang_pascal.quantization.table import MERGED
+from sglang_pascal.quantization.weight_table import MERGED
 
 if TYPE_CHECKING:
     from collections.abc import Callable

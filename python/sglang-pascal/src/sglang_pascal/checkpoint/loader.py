@@ -20,7 +20,7 @@ from sglang_pascal.checkpoint.weights import raw_tensors
 from sglang_pascal.names import QUANTIZATION
 from sglang_pascal.quantization.binding import bind
 from sglang_pascal.quantization.progress import LoadingProgress
-from sglang_pascal.quantization.table import WeightTable, summary
+from sglang_pascal.quantization.weight_table import WeightTable, summary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,5 +5,5 @@ build      NVRTC -> PTX -> ptxas -> cubin, with a cache; the kernels that a pack
 arguments  the arguments of every kernel: one block each, compared with the source and the PTX
 driver     load and launch through the CUDA driver API
 static     what ptxas and nvdisasm report about each kernel, and the limits that it must keep
-table      what the compiler made of each kernel, and estimates from it, for docs/kernels.md
+bounds     what the compiler made of each kernel, and estimates from it, for docs/kernels.md
 """

@@ -61,7 +61,7 @@ class AttentionCombine(Block):
 
     _fields_ = (
         *_addresses("partial", "partial_stats", "lengths", "out", "q", "scales"),
-        *_ints("splits", "window", "out_is_half", "lengths_are_64_bit", "K", "is_wide"),
+        *_ints("splits", "window", "out_is_half", "lengths_are_64_bit", "K", "is_16_bit"),
     )
 
 

@@ -10,16 +10,16 @@ struct Arguments {
   const float2* partial_stats; // [n, heads, splits] {max, sum}
   const void* lengths;
   void* out;           // [n, heads * head_dim], float or half; may be null
-  signed char* q;      // [n, K], or [2n, K] where is_wide; may be null. K = heads * head_dim, padded with zeros to 256
+  signed char* q;      // [n, K], or [2n, K] where is_16_bit; may be null. K = heads * head_dim, padded with zeros to 256
   float2* scales;
-  int splits, window, out_is_half, lengths_are_64_bit, K, is_wide;
+  int splits, window, out_is_half, lengths_are_64_bit, K, is_16_bit;
 };
 
 __device__ __forceinline__ void put(const Arguments& a, int column, float value) {
   const size_t block = (static_cast<size_t>(blockIdx.y) * a.K + column) / BLOCK;
   const size_t second = block + static_cast<size_t>(gridDim.y) * a.K / BLOCK;
   quantize_block(value, a.q + block * BLOCK, a.scales + block, threadIdx.x % WARP,
-                 a.is_wide ? a.q + second * BLOCK : nullptr, a.scales + second);
+                 a.is_16_bit ? a.q + second * BLOCK : nullptr, a.scales + second);
 }
 
 extern "C" __global__ void __launch_bounds__(256) attention_combine(Arguments a) {

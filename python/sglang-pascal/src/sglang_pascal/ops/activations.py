@@ -21,7 +21,7 @@ _MOST_NORM_THREADS = 1024
 class Activations(NamedTuple):
     """`n` rows of quantised activations; x = d * q. K is the number of columns, padded with zeros to 256.
 
-    Wide ones have 16 bits in 2n rows: row n + i is what the rounding of row i lost, in steps 256 times as fine, and its
+    16-bit ones have 2n rows: row n + i is what the rounding of row i lost, in steps 256 times as fine, and its
     scales are of the whole value: x = d * (256 * high + low).
     """
 
@@ -40,24 +40,24 @@ def empty_activations(n: int, columns: int, device: torch.device) -> Activations
     )
 
 
-def quantize(x: torch.Tensor, *, wide: bool = False) -> Activations:
+def quantize(x: torch.Tensor, *, is_16_bit: bool = False) -> Activations:
     """Quantise x `[n, columns]`: d = largest magnitude / 127, q = round(x / d). A NaN or infinity shows in d."""
     require("x", x, FLOATS, (None, None), x)
     if not x.is_cuda:
-        return Activations(*quantize_ref(x, wide=wide))
-    return _quantize("quantize", x, x.shape[1], wide)
+        return Activations(*quantize_ref(x, is_16_bit=is_16_bit))
+    return _quantize("quantize", x, x.shape[1], is_16_bit)
 
 
-def silu_mul_quantize(gate_up: torch.Tensor, *, wide: bool = False) -> Activations:
+def silu_mul_quantize(gate_up: torch.Tensor, *, is_16_bit: bool = False) -> Activations:
     """Quantise silu(gate) * up. gate_up `[n, 2 * columns]`, gate first."""
     require("gate_up", gate_up, FLOATS, (None, None), gate_up)
     if not gate_up.is_cuda:
-        return Activations(*quantize_ref(silu_mul_ref(gate_up), wide=wide))
-    return _quantize("silu_mul_quantize", gate_up, gate_up.shape[1] // 2, wide)
+        return Activations(*quantize_ref(silu_mul_ref(gate_up), is_16_bit=is_16_bit))
+    return _quantize("silu_mul_quantize", gate_up, gate_up.shape[1] // 2, is_16_bit)
 
 
-def _quantize(function: str, x: torch.Tensor, columns: int, wide: bool) -> Activations:
-    result = empty_activations((1 + wide) * x.shape[0], columns, x.device)
+def _quantize(function: str, x: torch.Tensor, columns: int, is_16_bit: bool) -> Activations:
+    result = empty_activations((1 + is_16_bit) * x.shape[0], columns, x.device)
     padded = result.q.shape[1]
     if x.shape[0]:
         launch(
@@ -72,7 +72,7 @@ def _quantize(function: str, x: torch.Tensor, columns: int, wide: bool) -> Activ
                 x_is_half=is_half(x),
                 columns=columns,
                 K=padded,
-                low=x.shape[0] if wide else 0,
+                low=x.shape[0] if is_16_bit else 0,
             ),
             x,
             f"x {list(x.shape)}",
@@ -93,14 +93,14 @@ def rms_norm_quantize(
     eps: float,
     residual: torch.Tensor | None = None,
     *,
-    wide: bool = False,
+    is_16_bit: bool = False,
     output: torch.Tensor | None = None,
 ) -> Activations:
     """Do `rms_norm` and quantise in the same launch, before the result is rounded to x's type.
 
     output: like x; receives the floats too.
     """
-    result = empty_activations((1 + wide) * x.shape[0], x.shape[1], x.device)
+    result = empty_activations((1 + is_16_bit) * x.shape[0], x.shape[1], x.device)
     _rms_norm(x, weight, eps, residual, output, result)
     return result
 
@@ -161,5 +161,5 @@ def _rms_norm_on_cpu(
     if output is not None:
         output.copy_(normed)
     if result is not None:
-        for part, value in zip(result, quantize_ref(normed, wide=len(result.q) > len(x)), strict=True):
+        for part, value in zip(result, quantize_ref(normed, is_16_bit=len(result.q) > len(x)), strict=True):
             part.copy_(value)

@@ -61,7 +61,7 @@ def attention_decode(
     window: int | None = None,
     soft_cap: float = 0.0,
     quantized: bool = False,
-    wide: bool = False,
+    is_16_bit: bool = False,
 ) -> torch.Tensor | Activations:
     """Attend from query `[n, heads, D]`, each sequence's last position: `[n, heads * D]`, or int8 `Activations` of it.
 
@@ -73,7 +73,7 @@ def attention_decode(
     _check(query, pool, sequences, n)
     if not query.is_cuda:
         result = _decode_on_cpu(query, pool, sequences, scale, window, soft_cap)
-        return quantize(result, wide=wide) if quantized else result
+        return quantize(result, is_16_bit=is_16_bit) if quantized else result
     kv_heads = pool.keys.shape[1]
     width = next((width for width in _GROUPS if width >= heads // kv_heads), _GROUPS[-1])
     chunks = -(-(heads // kv_heads) // width)
@@ -112,7 +112,7 @@ def attention_decode(
             query,
             what,
         )
-    return _combine(query, partial, stats, sequences.lengths, splits, window_argument, quantized, wide)
+    return _combine(query, partial, stats, sequences.lengths, splits, window_argument, quantized, is_16_bit)
 
 
 def most_splits(max_length: int) -> int:
@@ -129,10 +129,10 @@ def _combine(
     splits: int,
     window: int,
     quantized: bool,
-    wide: bool,
+    is_16_bit: bool,
 ) -> torch.Tensor | Activations:
     n, heads, head_dim = query.shape
-    activations = empty_activations((1 + wide) * n, heads * head_dim, query.device) if quantized else None
+    activations = empty_activations((1 + is_16_bit) * n, heads * head_dim, query.device) if quantized else None
     out = None if quantized else query.new_empty(n, heads * head_dim)
     if n:
         launch(
@@ -152,7 +152,7 @@ def _combine(
                 out_is_half=is_half(query),
                 lengths_are_64_bit=is_long(lengths),
                 K=tiles(heads * head_dim) * TILE_COLUMNS,
-                is_wide=int(wide),
+                is_16_bit=int(is_16_bit),
             ),
             query,
             f"query {list(query.shape)}, {splits} splits",

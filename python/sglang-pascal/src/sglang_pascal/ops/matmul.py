@@ -73,7 +73,7 @@ class _Product(NamedTuple):
 
     x: Activations
     weight: PackedWeight
-    wide: bool
+    is_16_bit: bool
     bias: torch.Tensor | None
     residual: torch.Tensor | None
     out: torch.Tensor
@@ -86,14 +86,14 @@ class _Product(NamedTuple):
     @property
     def bits(self) -> int:
         """Of x."""
-        return 16 if self.wide else 8
+        return 16 if self.is_16_bit else 8
 
 
 def matmul(
     x: Activations,
     weight: PackedWeight,
     *,
-    wide: bool = False,
+    is_16_bit: bool = False,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -102,14 +102,14 @@ def matmul(
 ) -> torch.Tensor:
     """`[n, rows]` in `dtype` (float16 or float32).
 
-    wide: x has 16 bits in 2n rows, as `quantize(..., wide=True)` makes them.
+    is_16_bit: x has 16 bits in 2n rows, as `quantize(..., is_16_bit=True)` makes them.
     bias: float32 `[rows]`. residual: like the result, added last. out: where to write; its rows may be apart (a range
     of columns of a wider matrix, when several weights make one result). only: the kernel that multiplies all rows, to
     test or to time it (`every_kernel`).
     """
     n_int8 = x.q.shape[0]
-    n = n_int8 // (1 + wide)
-    require("x.q", x.q, (torch.int8,), (2 * n if wide else None, weight.n_tiles * 256), weight.data)
+    n = n_int8 // (1 + is_16_bit)
+    require("x.q", x.q, (torch.int8,), (2 * n if is_16_bit else None, weight.n_tiles * 256), weight.data)
     require("x.scales", x.scales, (torch.float32,), (n_int8, weight.n_tiles * 8, 2), weight.data)
     out = torch.empty(n, weight.rows, dtype=dtype, device=x.q.device) if out is None else out
     require("out", out, FLOATS, (n, weight.rows), weight.data, strided_rows=True)
@@ -117,7 +117,7 @@ def matmul(
         require("bias", bias, (torch.float32,), (weight.rows,), weight.data)
     if residual is not None:
         require("residual", residual, (out.dtype,), (n, weight.rows), weight.data, strided_rows=True)
-    product = _Product(x, weight, wide, bias, residual, out)
+    product = _Product(x, weight, is_16_bit, bias, residual, out)
     if not x.q.is_cuda:
         _multiply_on_cpu(product)
     elif only is not None:
@@ -215,7 +215,7 @@ def fitting_width(n: int, bits: int, rows: int, splits: int, device: int | None)
 
 
 def _multiply_on_cpu(product: _Product) -> None:
-    y = quantized_matmul_ref(*product.x, dequantize(product.weight, torch.float32), wide=product.wide)
+    y = quantized_matmul_ref(*product.x, dequantize(product.weight, torch.float32), is_16_bit=product.is_16_bit)
     for addend in (product.bias, product.residual):
         if addend is not None:
             y = y + addend
@@ -263,7 +263,7 @@ def _launch(product: _Product, part: Part, threads: int, grid: tuple[int, int, i
             n=part.n,
             y_is_half=is_half(out),
             splits=splits_of(weight),
-            low=product.n if product.wide else 0,
+            low=product.n if product.is_16_bit else 0,
         ),
         out,
         f"{weight.tensor_type} [{weight.rows}, {weight.columns}], {part.n} rows of x with {bits} bits",

@@ -4,7 +4,7 @@ storage   the type in which a tensor is held: its own, a lossless equivalent, or
 convert   rows of a type without kernels -> rows of a type that has them, without loss
 matrix    one weight matrix in memory: load rows, multiply, look rows up
 staging   host rows -> device, in bounded chunks, repacked on arrival
-table     the content of a GGUF file, under the names that SGLang's models use
+weight_table  the content of a GGUF file, under the names that SGLang's models use
 handover  activations that a norm has quantised already
 precision  number of bits with which activations are multiplied
 method    SGLang's linear and embedding methods for these matrices

@@ -16,7 +16,7 @@ from sglang_pascal.quantization.method import QuantizedEmbeddingMethod, Quantize
 from sglang_pascal.quantization.staging import Stager
 
 if TYPE_CHECKING:
-    from sglang_pascal.quantization.table import MatrixInfo, WeightTable
+    from sglang_pascal.quantization.weight_table import MatrixInfo, WeightTable
 
 
 def bind(model: torch.nn.Module, table: WeightTable) -> list[MatrixInfo]:

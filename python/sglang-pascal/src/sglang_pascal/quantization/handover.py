@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 _ATTRIBUTE: Final = "pascal_activations"
 
 
-def hand_over(x: torch.Tensor, activations: Activations) -> None:
+def hand_over_activations(x: torch.Tensor, activations: Activations) -> None:
     """Attach the activations to x. x: the same rows as floats."""
     setattr(x, _ATTRIBUTE, activations)
 
 
-def take(x: torch.Tensor) -> Activations | None:
+def take_activations(x: torch.Tensor) -> Activations | None:
     """Return the activations attached to x, or None; only the first caller gets them."""
     activations: Activations | None = vars(x).pop(_ATTRIBUTE, None)
     return activations

@@ -28,19 +28,19 @@ CPU_CHUNK_WEIGHTS: Final = 4 * 1024 * 1024
 class Input:
     """The input of one or several matrices; quantised once, when the first of them needs it."""
 
-    def __init__(self, x: torch.Tensor | None, quantized: Activations | None = None, *, wide: bool) -> None:
+    def __init__(self, x: torch.Tensor | None, quantized: Activations | None = None, *, is_16_bit: bool) -> None:
         """x: `[n, columns]`. quantized: the same rows, if they are already quantised. One of the two is enough if all
-        matrices are packed. wide: quantise with 16 bits.
+        matrices are packed. is_16_bit: whether x is quantised to 16 bits, else to 8.
         """
         self._x = x
-        self.wide = wide
+        self.is_16_bit = is_16_bit
         if quantized is not None:
             self.quantized = quantized
 
     @property
     def n(self) -> int:
         """Number of rows."""
-        return len(self.x) if self._x is not None else len(self.quantized.q) // (1 + self.wide)
+        return len(self.x) if self._x is not None else len(self.quantized.q) // (1 + self.is_16_bit)
 
     @property
     def x(self) -> torch.Tensor:
@@ -52,7 +52,7 @@ class Input:
     def quantized(self) -> Activations:
         """The rows as int8. The kernels read float16 and float32; other types (bfloat16 on the CPU) are widened."""
         x = self.x if self.x.dtype == torch.float16 else self.x.float()
-        return quantize(x.contiguous(), wide=self.wide)
+        return quantize(x.contiguous(), is_16_bit=self.is_16_bit)
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ class PackedMatrix:
     def multiply(self, x: Input, out: torch.Tensor) -> None:
         """Compute out `[n, rows]` = x `[n, columns]` x this. Rows of out may be apart."""
         if out.is_cuda:
-            matmul(x.quantized, self.weight, wide=x.wide, out=out)
+            matmul(x.quantized, self.weight, is_16_bit=x.is_16_bit, out=out)
             return
         step = max(1, CPU_CHUNK_WEIGHTS // (GROUP_ROWS * self.weight.columns)) * GROUP_ROWS
         for first in range(0, self.rows, step):
             part = self.weight.row_range(first, min(step, self.rows - first))
-            out[:, first : first + part.rows] = matmul(x.quantized, part, wide=x.wide, dtype=torch.float32)
+            out[:, first : first + part.rows] = matmul(x.quantized, part, is_16_bit=x.is_16_bit, dtype=torch.float32)
 
     def lookup(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the rows `[n]` as `[n, columns]`, dequantised."""

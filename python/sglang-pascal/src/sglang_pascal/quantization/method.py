@@ -17,9 +17,9 @@ from sglang_pascal.kernels.driver import KernelError
 from sglang_pascal.kernels.formats import GROUP_ROWS
 from sglang_pascal.names import LOAD_FORMAT, QUANTIZATION
 from sglang_pascal.ops.weights import PackedWeight
-from sglang_pascal.quantization.handover import take
+from sglang_pascal.quantization.handover import take_activations
 from sglang_pascal.quantization.matrix import DenseMatrix, Input, Matrix, PackedMatrix, join_adjacent
-from sglang_pascal.quantization.precision import is_wide
+from sglang_pascal.quantization.precision import activations_are_16_bit
 from sglang_pascal.quantization.staging import out_of_memory
 from sglang_pascal.quantization.storage import aligned
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from sglang_pascal.ops.activations import Activations
     from sglang_pascal.quantization.staging import Stager
-    from sglang_pascal.quantization.table import MatrixInfo
+    from sglang_pascal.quantization.weight_table import MatrixInfo
 
 
 class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang publishes no types
@@ -111,14 +111,14 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
         return all(isinstance(matrix, PackedMatrix) for matrix in self._products)
 
     def apply_quantized(
-        self, activations: Activations, dtype: torch.dtype, bias: torch.Tensor | None = None, *, wide: bool
+        self, activations: Activations, dtype: torch.dtype, bias: torch.Tensor | None = None, *, is_16_bit: bool
     ) -> torch.Tensor:
-        """Do `apply` with n rows of activations, wide or narrow, that are already quantised; only if `is_packed`."""
-        return self._products_of(Input(None, activations, wide=wide), dtype, bias)
+        """Do `apply` with n rows of activations, of 8 or 16 bits, that are already quantised; only if `is_packed`."""
+        return self._products_of(Input(None, activations, is_16_bit=is_16_bit), dtype, bias)
 
     def _multiply(self, x: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        result = self._products_of(Input(flat, take(x), wide=is_wide()), dtype, bias)
+        result = self._products_of(Input(flat, take_activations(x), is_16_bit=activations_are_16_bit()), dtype, bias)
         return result.view(*x.shape[:-1], -1)
 
     def _products_of(self, inputs: Input, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:

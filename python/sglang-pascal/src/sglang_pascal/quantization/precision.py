@@ -30,7 +30,7 @@ def activation_bits(variable: str) -> int:
     return int(value)
 
 
-def is_wide() -> bool:
+def activations_are_16_bit() -> bool:
     """Whether activations of the forward pass that runs now have 16 bits.
 
     It depends on nothing but the pass being a decode step or not, so that a row's bits do not depend on the batch.

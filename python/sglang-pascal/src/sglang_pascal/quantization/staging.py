@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from sglang_pascal.quantization.matrix import Matrix
     from sglang_pascal.quantization.storage import Storage
-    from sglang_pascal.quantization.table import MatrixInfo
+    from sglang_pascal.quantization.weight_table import MatrixInfo
 
 CHUNK_BYTES: Final = 64 * 1024 * 1024
 """Size of one chunk. A quarter of it already hides the launches; more only costs memory."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from pascaline.bench.load import Record
-    from pascaline.bench.run import Run
+    from pascaline.bench.run_result import Run
     from pascaline.bench.statistics import Estimate
 
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pascaline.bench.experiment import reason_to_skip, requests_of, warmup_of
 from pascaline.bench.load import run_load
-from pascaline.bench.run import Run
+from pascaline.bench.run_result import Run
 from pascaline.bench.sampling import Sampler
 from pascaline.errors import EngineError
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pascaline.bench.claims import claims_beside
-from pascaline.bench.figures import FIGURES, readable
-from pascaline.bench.plot import Chart, Mark, Series, bar_chart, line_chart, pareto_front
+from pascaline.bench.metrics import FIGURES, readable
+from pascaline.bench.svg_chart import Chart, Mark, Series, bar_chart, line_chart, pareto_front
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,12 +6,12 @@ import html
 import time
 from typing import TYPE_CHECKING, Any
 
-from pascaline.bench.charts import charts
 from pascaline.bench.claims import guide_applies
-from pascaline.bench.figures import FIGURES, readable
-from pascaline.bench.held import expectations, held_against
+from pascaline.bench.expectations import expectations, throughputs
+from pascaline.bench.metrics import FIGURES, readable
+from pascaline.bench.result_charts import charts
 from pascaline.bench.results import REPORT_NAME
-from pascaline.bench.table import ABSENT, quality_rows, shown
+from pascaline.bench.results_table import ABSENT, quality_rows, shown
 from pascaline.errors import StorageError
 from pascaline.units import format_bytes
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from pascaline.bench.figures import Figure
+    from pascaline.bench.expectations import Throughput
+    from pascaline.bench.metrics import Figure
     from pascaline.bench.results import Results
 
 TITLES = {"batch": "Batch sweep", "context": "Context sweep", "serve": "Arrival rates", "quant": "Types of weights"}
@@ -90,7 +91,7 @@ def _section(document: dict[str, Any]) -> list[str]:
         "tokens; TPOT: mean time per token after the first; E2E: whole answer.</small></p>",
         _figures(document),
         *_quality(document),
-        *_held_against(document),
+        *_beside_expectations(document),
         "<h2>How it was measured</h2>",
         _description(document),
     ]
@@ -145,30 +146,40 @@ def _quality(document: dict[str, Any]) -> list[str]:
     return ["<h2>Size and quality</h2>", _table(rows), f"<p><small>{note}</small></p>"]
 
 
-def _held_against(document: dict[str, Any]) -> list[str]:
+def _beside_expectations(document: dict[str, Any]) -> list[str]:
     """Return throughput beside the guide's claim, the plan's estimate and the roofline."""
-    rows = [["", "measured tok/s", "guide claims", "plan expects", "roofline", "of the roofline"]]
-    for held in held_against(document):
-        cells = [ABSENT if value is None else f"{value:.1f}" for value in (held.claim, held.plan, held.roofline)]
-        share = f"{held.measured / held.roofline:.0%}" if held.roofline else ABSENT
-        rows.append([html.escape(held.name), f"{held.measured:.1f}", *cells, share])
-    known = any(
-        value is not None for held in held_against(document) for value in (held.claim, held.plan, held.roofline)
-    )
-    note = (document.get("reference") or {}).get("note")
-    guide = "The guide's figures are for a 7B model on a Tesla P4: "
-    guide += "floors, not goals." if guide_applies(document) else "they are not shown beside another model or card."
-    notes = [f"{note}." if note else "", guide]
-    expected = [["", "measured", "guide expects"]]
-    expected += [[html.escape(row.name), f"{row.measured:.1f}", f"{row.claim:.1f}"] for row in expectations(document)]
-    if len(expected) > 1:
-        notes.append("The guide does not say which latency its 200 ms are.")
+    guide = [[html.escape(row.name), f"{row.measured:.1f}", f"{row.claim:.1f}"] for row in expectations(document)]
     return [
         "<h2>Held against</h2>",
-        _table(rows) if known else "",
-        _table(expected) if len(expected) > 1 else "",
-        f"<p><small>{html.escape(' '.join(each for each in notes if each))}</small></p>",
+        _throughputs(throughputs(document)),
+        _table([["", "measured", "guide expects"], *guide]) if guide else "",
+        f"<p><small>{html.escape(_expectation_notes(document, has_latency=bool(guide)))}</small></p>",
     ]
+
+
+def _throughputs(points: Sequence[Throughput]) -> str:
+    """Return the table of measured points; nothing if there is nothing to hold any of them against."""
+    if all((point.claim, point.plan, point.roofline) == (None, None, None) for point in points):
+        return ""
+    rows = [["", "measured tok/s", "guide claims", "plan expects", "roofline", "of the roofline"]]
+    for point in points:
+        cells = [ABSENT if value is None else f"{value:.1f}" for value in (point.claim, point.plan, point.roofline)]
+        share = f"{point.measured / point.roofline:.0%}" if point.roofline else ABSENT
+        rows.append([html.escape(point.name), f"{point.measured:.1f}", *cells, share])
+    return _table(rows)
+
+
+def _expectation_notes(document: dict[str, Any], *, has_latency: bool) -> str:
+    """Return what the reader must know about the claims and estimates."""
+    note = (document.get("reference") or {}).get("note")
+    applies = "floors, not goals." if guide_applies(document) else "they are not shown beside another model or card."
+    return " ".join(
+        [
+            *([f"{note}."] if note else []),
+            f"The guide's figures are for a 7B model on a Tesla P4: {applies}",
+            *(["The guide does not say which latency its 200 ms are."] if has_latency else []),
+        ]
+    )
 
 
 def _description(document: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The table of the kernels on Pascal: what the compiler made of them, and upper bounds of their speed.
+"""What the compiler made of each kernel on Pascal, and upper bounds of their speed, as a table.
 
 The bounds are of products as they are served, with either width of the activations (`activation_bits`). They are
 estimates by arithmetic, no measurements: of cards at their base clocks, with full memory bandwidth and every issue

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pascaline.bench.figures import FIGURES
-from pascaline.bench.held import held_against
+from pascaline.bench.expectations import throughputs
+from pascaline.bench.metrics import FIGURES
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pascaline.bench.figures import Figure
+    from pascaline.bench.metrics import Figure
 
 ABSENT = "-"
 """Shown for an unknown value, which is not zero."""
@@ -78,7 +78,7 @@ def results_table(document: dict[str, Any], width: int = WIDTH) -> str:
     keys = [key for key in COLUMNS if any(key in entry["summary"] for entry in measured)]
     if "error_ratio" in keys and not any(entry["summary"]["error_ratio"]["value"] for entry in measured):
         keys.remove("error_ratio")
-    held = {each.name: (each.claim, each.plan, each.roofline) for each in held_against(document)}
+    held = {each.name: (each.claim, each.plan, each.roofline) for each in throughputs(document)}
     known = [n for n in range(len(HELD_HEADING)) if any(values[n] is not None for values in held.values())]
     rows = [["", *(COLUMNS[key] for key in keys), *(HELD_HEADING[n] for n in known)]]
     for entry in document["points"]:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pascaline.bench.claims import EXPECTED, EXPECTED_BATCH, EXPECTED_LOAD_SECONDS, claims_beside, guide_applies
-from pascaline.bench.figures import FIGURES, readable
+from pascaline.bench.metrics import FIGURES, readable
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """One point, in output tokens per second; None if unknown."""
+class Throughput:
+    """One point beside what was claimed and estimated for it, in output tokens per second; None if unknown."""
 
     name: str
     measured: float
@@ -21,8 +21,8 @@ class Held:
     roofline: float | None
 
 
-def held_against(document: dict[str, Any]) -> list[Held]:
-    """Return every measured point of a result."""
+def throughputs(document: dict[str, Any]) -> list[Throughput]:
+    """Return every measured point of a result with what was expected of it."""
     expected = (document.get("reference") or {}).get("points", {})
     found = []
     for entry in document["points"]:
@@ -30,7 +30,7 @@ def held_against(document: dict[str, Any]) -> list[Held]:
         if measured:
             point = expected.get(entry["name"], {})
             limits = [point.get(source, {}).get("output_throughput") for source in ("plan", "roofline")]
-            found.append(Held(entry["name"], measured["value"], _claim(document, entry["name"]), *limits))
+            found.append(Throughput(entry["name"], measured["value"], _claim(document, entry["name"]), *limits))
     return found
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pascaline.planning.hybrid import expected, hybrid_points
 from pascaline.planning.speed import Calibration, calibration, kind_of, predicted, speed_points
 
 if TYPE_CHECKING:
-    from pascaline.engines.data import SpeedPoint
+    from pascaline.engines.data import HybridPoint, SpeedPoint
 
 
 def row(point: SpeedPoint, shares: Calibration) -> str:
@@ -43,11 +44,30 @@ def table(engine: str, *, mixture: bool) -> None:
     print()
 
 
+def hybrid_row(point: HybridPoint) -> str:
+    """Return one point with experts on the host as a row."""
+    estimate = expected(point)
+    off = f"{estimate / point.tokens_per_second - 1:+.1%}"
+    if point.phase == "decode" and point.host_bytes_per_second is None:
+        off += " (host assumed)"
+    cells = (point.hardware, point.model, point.expert_layers, point.phase, point.batch, point.tokens_per_second)
+    return "| " + " | ".join(map(str, (*cells, f"{estimate:.1f}", off, point.source))) + " |"
+
+
+def hybrid_table() -> None:
+    """Print the points with experts in the host's memory."""
+    print("Mixtures with experts in the host's memory\n")
+    print("| hardware | model | layers | phase | batch | measured, tok/s | estimate | off by | source |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    print("\n".join(map(hybrid_row, hybrid_points())))
+
+
 def main() -> None:
-    """Print every engine's dense models, then its mixtures."""
+    """Print every engine's dense models, then its mixtures, then those with experts in the host's memory."""
     for engine in sorted({point.engine for point in speed_points()}):
         table(engine, mixture=False)
         table(engine, mixture=True)
+    hybrid_table()
 
 
 if __name__ == "__main__":

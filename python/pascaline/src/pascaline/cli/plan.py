@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pascaline.cards import load_card
+from pascaline.cli.measure_host import measure_host
 from pascaline.cli.options import add_settings_arguments, add_token_argument, load_from_arguments, token_headers
 from pascaline.engines import engine_named
+from pascaline.engines.plan_request import UNKNOWN_RATES
 from pascaline.errors import ConfigurationError, ExitCode, ModelError, StorageError
 from pascaline.models import store
 from pascaline.models.chat_template import chat_templates
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from pascaline.cards import Card
     from pascaline.configuration import Configuration
     from pascaline.engines.base import Parsers
+    from pascaline.engines.plan_request import HostRates
     from pascaline.models.spec import ModelSpec
     from pascaline.planning import Plan, PlanRequest
     from pascaline.settings import Settings
@@ -44,7 +47,8 @@ Without --card it plans for this host's GPU, whose free memory NVML reports, or 
   pascaline plan emily.Q4_K_M.gguf --card tesla-p4 --optimize throughput --min-quant Q5_K_M
   pascaline plan https://models.example.org/emily.Q4_K_M.gguf --token-file token --card tesla-p4
   pascaline plan --config emily.toml --json
-  pascaline plan --catalog --card tesla-p4 --host-memory 192GiB
+  pascaline plan --measure-host
+  pascaline plan --catalog --card tesla-p4 --host-memory 192GiB --host-bandwidth 100GB
 
 exit codes:
   {ExitCode.OK.value:>3}  the plan fits; --sweep, --optimize, --catalog: at least one does
@@ -88,10 +92,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--host-memory",
-        type=host_memory_argument,
+        type=size_argument,
         metavar="SIZE",
         help="with --catalog: free memory of the host, for example 192GiB (default: not limited with --card, else this "
         "host's)",
+    )
+    parser.add_argument(
+        "--host-bandwidth",
+        type=size_argument,
+        metavar="SIZE",
+        help="what the CPUs beside the card read from their memory in a second, for example 100GB, for the speed of "
+        "weights on the host (default: as --measure-host has measured; assumed with --card)",
+    )
+    parser.add_argument(
+        "--measure-host",
+        action="store_true",
+        help="measure what each NUMA node reads from its memory, some seconds each, and keep it in the cache folder "
+        "for later plans",
     )
     parser.add_argument(
         "--picture",
@@ -111,12 +128,16 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model = arguments.file
     _check_kinds(arguments)
     configuration = load_from_arguments(arguments, check_host=False)
+    if arguments.measure_host:
+        return measure_host(configuration.settings, as_json=arguments.json)
     if arguments.catalog:
         return _catalog(arguments, configuration)
     spec = read_spec(configuration, token_headers(arguments.token_file))
     if arguments.quant is not None:
         spec = requantized(spec, arguments.quant)
     card, request = target(configuration, spec)
+    if arguments.host_bandwidth is not None:
+        request = replace(request, host_rates=_given_rates(request.host_rates, arguments.host_bandwidth))
     if arguments.optimize:
         return _optimize(arguments, spec, card, request)
     if arguments.sweep:
@@ -126,16 +147,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_kinds(arguments: argparse.Namespace) -> None:
     """Refuse flags that show one plan together with those that make many, instead of ignoring them silently."""
-    many = [flag for flag in ("sweep", "optimize", "catalog") if getattr(arguments, flag)]
+    kinds = ("sweep", "optimize", "catalog", "measure_host")
+    many = [flag.replace("_", "-") for flag in kinds if getattr(arguments, flag)]
     if len(many) > 1:
         raise ConfigurationError(f"--{many[1]}: is set beside --{many[0]}, must be the only one of the two")
     if arguments.catalog and arguments.file is not None:
         raise ConfigurationError(f"--catalog: plans many models, must not be set beside a model ({arguments.file})")
+    if arguments.measure_host and arguments.file is not None:
+        raise ConfigurationError(f"--measure-host: plans no model, must not be set beside one ({arguments.file})")
     if arguments.host_memory is not None and not arguments.catalog:
         raise ConfigurationError("--host-memory: is read with --catalog only, must be left out")
     for flag in ("explain", "picture"):
         if many and getattr(arguments, flag):
-            raise ConfigurationError(f"--{flag}: shows one plan, must not be set beside --{many[0]}, which makes many")
+            raise ConfigurationError(f"--{flag}: shows one plan, must not be set beside --{many[0]}, which does not")
 
 
 def read_spec(configuration: Configuration, headers: Mapping[str, str] | None = None) -> ModelSpec:
@@ -173,7 +197,7 @@ def target(configuration: Configuration, spec: ModelSpec) -> tuple[Card, PlanReq
     return placement.card, request_from_placement(settings, spec, placement)
 
 
-def host_memory_argument(text: str) -> int:
+def size_argument(text: str) -> int:
     """Read a size for argparse."""
     try:
         size = parse_bytes(int(text) if text.isdecimal() else text)
@@ -184,8 +208,12 @@ def host_memory_argument(text: str) -> int:
     return size
 
 
+def _given_rates(rates: HostRates, bytes_per_second: int) -> HostRates:
+    return replace(rates, memory_bytes_per_second=float(bytes_per_second), source="--host-bandwidth")
+
+
 def _catalog(arguments: argparse.Namespace, configuration: Configuration) -> int:
-    settings, card, free = configuration.settings, None, arguments.host_memory
+    settings, card, free, rates = configuration.settings, None, arguments.host_memory, UNKNOWN_RATES
     if settings.card is not None:
         card = load_card(settings.card)
     if card is None or not card.memory_bytes:
@@ -193,8 +221,10 @@ def _catalog(arguments: argparse.Namespace, configuration: Configuration) -> int
 
         placement = place_instance(configuration)
         card = placement.card
-        free = free or placement.host_memory_bytes
-    rows = catalog(settings, card, host_memory_bytes=free)
+        free, rates = free or placement.host_memory_bytes, placement.host_rates
+    if arguments.host_bandwidth is not None:
+        rates = _given_rates(rates, arguments.host_bandwidth)
+    rows = catalog(settings, card, host_memory_bytes=free, host_rates=rates)
     print(json.dumps([row.to_json() for row in rows], indent=2) if arguments.json else catalog_table(rows))
     return _code([row.plan for row in rows])
 

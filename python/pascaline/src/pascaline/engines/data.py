@@ -38,6 +38,32 @@ class SpeedPoint:
     """Whether the model is a mixture of experts: its kernels gather rows and reach other shares than dense ones."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HybridPoint:
+    """One published or measured speed of a mixture with experts in the host's memory (planning/hybrid.py)."""
+
+    model: str
+    """Name in the catalogue."""
+    file: str | None = None
+    """Quantisation; None: the catalogue's."""
+    hardware: str
+    phase: Literal["decode", "prefill"]
+    expert_layers: int
+    """Layers whose experts are on the host, counted from the first."""
+    batch: int = 1
+    """Tokens of a prefill batch."""
+    tokens_per_second: float
+    card_bytes_per_second: float | None = None
+    """Peak of the card's memory, for decode."""
+    host_bytes_per_second: float | None = None
+    """Peak of the host's memory (channels x transfers x 8 bytes); None if not published."""
+    link_bytes_per_second: float | None = None
+    """Rate of copies to the card, for prefill; None if not published."""
+    device_tokens_per_second: float | None = None
+    """Prefill with all experts on the card, for prefill."""
+    source: str
+
+
 @dataclass(frozen=True, slots=True)
 class EngineData:
     """The data of one engine."""
@@ -48,6 +74,8 @@ class EngineData:
     """Shares of the roofline that do not come from points, with the error of an estimate (planning/speed.py)."""
     points: tuple[SpeedPoint, ...]
     """Measured speeds that calibrate the estimates."""
+    hybrid_points: tuple[HybridPoint, ...]
+    """Speeds with experts in the host's memory, against which tests hold the estimates."""
     cuda: Mapping[str, Fact]
     cpu: Mapping[str, Fact]
     """Constants of the memory plan on a GPU and on a CPU: name of the part with `_bytes` -> bytes."""
@@ -66,6 +94,7 @@ def read_data(folder: Path) -> EngineData:
         name=entry["name"],
         efficiency=_facts(entry["efficiency"]),
         points=tuple(SpeedPoint(engine=entry["name"], **point) for point in entry.get("points", ())),
+        hybrid_points=tuple(HybridPoint(**point) for point in entry.get("hybrid_points", ())),
         cuda=_facts(entry["cuda"]),
         cpu=_facts(entry["cpu"]),
         cards={name: _facts(facts) for name, facts in entry.get("cards", {}).items()},

@@ -19,6 +19,21 @@ ALL_LAYERS = 999
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostRates:
+    """How fast the host serves the weights that it holds while a GPU computes the rest. None: not known."""
+
+    memory_bytes_per_second: float | None = None
+    """What the CPUs that the engine uses read from their memory."""
+    link_bytes_per_second: float | None = None
+    """What pinned memory is copied to the GPU with."""
+    source: str = ""
+    """Where the first figure comes from, for the reader of the plan."""
+
+
+UNKNOWN_RATES = HostRates()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
     """Settings that determine memory, and the memory of the device. Bytes, tokens; None: the plan decides."""
 
@@ -60,6 +75,7 @@ class PlanRequest:
     """Whether the host maps its weights from the file instead of holding them in memory."""
     host_memory_bytes: int | None = None
     """Free memory of the host; None: unknown, and not checked."""
+    host_rates: HostRates = UNKNOWN_RATES
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
 

@@ -33,7 +33,14 @@ MEMINFO = Path("/proc/meminfo")
 TRANSFERS_PER_CYCLE = 2
 """Double data rate of the clock that NVML reports: 2 x 3003 MHz x 256 bit is the 192 GB/s of a P4's data sheet."""
 MEGA = 10**6
+GIGA = 10**9
 BITS_PER_BYTE = 8
+CODING_BEFORE, CODING_SINCE_PCIE_3, PCIE_3_TRANSFERS = 8 / 10, 128 / 130, 8e9
+"""Bits of data in those that a lane transfers, and the transfers per second from which the second one holds (PCI
+Express Base Specification 3.0)."""
+MOST_LANES = 32
+LINK_SHARE = 0.76
+"""Share of the link's data rate with which pinned memory is copied: 12 GB/s of 15.75 over PCIe 3.0 x16, estimated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +156,25 @@ def numa_node(address: str, devices: Path = PCI_DEVICES) -> int | None:
     except (OSError, ValueError):
         return None
     return node if node >= 0 else None
+
+
+def link_rate(address: str, devices: Path = PCI_DEVICES) -> float | None:
+    """Return the bytes per second with which pinned memory reaches a GPU (0000:3b:00); None if its link is unknown.
+
+    The lanes are those in use; the speed is the highest that both ends have, since an idle link is slowed down.
+    """
+    device = devices / f"{address}.0"
+    try:
+        lanes = int((device / "current_link_width").read_text())
+        ends = [device / "max_link_speed", device.resolve().parent / "max_link_speed"]
+        # 8.0 GT/s PCIe
+        rates = [float(end.read_text().split()[0]) * GIGA for end in ends if end.is_file()]
+    except (OSError, ValueError, IndexError):
+        return None
+    if not rates or not 0 < lanes <= MOST_LANES or min(rates) <= 0:
+        return None
+    coding = CODING_SINCE_PCIE_3 if min(rates) >= PCIE_3_TRANSFERS else CODING_BEFORE
+    return lanes * min(rates) * coding / BITS_PER_BYTE * LINK_SHARE
 
 
 def node_cpus(node: int, nodes: Path = NUMA_NODES) -> frozenset[int]:

@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from pascaline.engines import ENGINES
+from pascaline.engines.plan_request import UNKNOWN_RATES, HostRates
 from pascaline.errors import ConfigurationError
 from pascaline.models.ggml_types import TENSOR_TYPES
 from pascaline.models.spec import ModelSpec, TensorSpec
@@ -56,20 +57,32 @@ def shapes() -> tuple[Mapping[str, Any], ...]:
     return tuple(tomllib.loads(text)["model"])
 
 
-def catalog(settings: Settings, card: Card, *, host_memory_bytes: int | None) -> list[CatalogRow]:
+def catalog(
+    settings: Settings, card: Card, *, host_memory_bytes: int | None, host_rates: HostRates = UNKNOWN_RATES
+) -> list[CatalogRow]:
     """Plan every model on a card under the same settings, the smallest first. host_memory_bytes: None = not checked."""
-    rows = [_row(shape, settings, card, host_memory_bytes) for shape in shapes()]
+    rows = [_row(shape, settings, card, host_memory_bytes, host_rates) for shape in shapes()]
     return sorted(rows, key=lambda row: row.file_bytes)
 
 
-def _row(shape: Mapping[str, Any], settings: Settings, card: Card, host_memory_bytes: int | None) -> CatalogRow:
+def _row(
+    shape: Mapping[str, Any], settings: Settings, card: Card, host_memory_bytes: int | None, host_rates: HostRates
+) -> CatalogRow:
     spec = catalog_spec(shape)
-    plans = [plan for engine in ENGINES if (plan := _plan(engine, spec, settings, card, host_memory_bytes))]
+    found = [_plan(engine, spec, settings, card, host_memory_bytes, host_rates) for engine in ENGINES]
+    plans = [plan for plan in found if plan]
     best = max(plans, key=lambda plan: (plan.fits, _single(plan), plan.headroom_bytes))
     return CatalogRow(shape["name"], shape.get("confirmed", True), spec.weights_bytes, best)
 
 
-def _plan(engine: str, spec: ModelSpec, settings: Settings, card: Card, host_memory_bytes: int | None) -> Plan | None:
+def _plan(
+    engine: str,
+    spec: ModelSpec,
+    settings: Settings,
+    card: Card,
+    host_memory_bytes: int | None,
+    host_rates: HostRates,
+) -> Plan | None:
     """Return the plan of an engine that serves the architecture; None if it does not, or not with these settings."""
     if not ENGINES[engine].knows(spec) and not ENGINES[engine].decides_itself:
         return None
@@ -84,6 +97,7 @@ def _plan(engine: str, spec: ModelSpec, settings: Settings, card: Card, host_mem
             dtype="float16",
             card_bytes=card.memory_bytes,
             host_memory_bytes=host_memory_bytes,
+            host_rates=host_rates,
         )
     except ConfigurationError:
         return None

@@ -122,6 +122,8 @@ def other_engine_fits(settings: Settings, spec: ModelSpec, card: Card, request: 
                 dtype=request.dtype,
                 card_bytes=request.card_bytes,
                 used_bytes=request.used_bytes,
+                host_memory_bytes=request.host_memory_bytes,
+                host_rates=request.host_rates,
             )
         except ConfigurationError:
             continue

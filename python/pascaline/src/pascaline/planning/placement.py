@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pascaline.cards import card_for_device, load_card, unknown_card
+from pascaline.engines.plan_request import UNKNOWN_RATES, HostRates
 from pascaline.errors import ConfigurationError, MissingError
 from pascaline.gpu.devices import BUS_ORDER, DEVICE_ORDER, VISIBLE_DEVICES, device_variables, visible_gpus
 from pascaline.gpu.memory import DeviceMemory
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from pascaline.cards import Card
     from pascaline.gpu.devices import GpuIdentity
+    from pascaline.gpu.host_bandwidth import HostBandwidth
     from pascaline.settings import Settings
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -49,6 +51,10 @@ class HostFacts:
     """CPUs of a NUMA node; empty if the host does not report them."""
     cpus: Callable[[], frozenset[int]] = frozenset
     """CPUs that an engine may use; empty if that is unknown."""
+    bandwidth: Callable[[], HostBandwidth | None] = lambda: None
+    """What `pascaline plan --measure-host` has found on this host; None if it was not measured."""
+    link_rate: Callable[[str], float | None] = lambda _: None
+    """Bytes per second that pinned memory reaches a PCI address with; None if the kernel does not report its link."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +72,7 @@ class Placement:
     """The GPUs that the engine uses; empty on the CPU, and if neither NVML nor the driver's folder reports them."""
     host_memory_bytes: int | None = None
     """Free memory of the host; None: unknown, as for a card profile."""
+    host_rates: HostRates = UNKNOWN_RATES
     numa_node: int | None = None
     """The NUMA node of the first GPU; None if the host has one node only, or the node is unknown."""
     cpus: frozenset[int] = frozenset()
@@ -105,6 +112,7 @@ def place(settings: Settings, card: str | None, host: HostFacts) -> Placement:
     found, memory, doubt = _gpu(settings, host, variables.get(VISIBLE_DEVICES))
     gpus, notes = _used(settings, memory, variables.get(VISIBLE_DEVICES))
     nodes = [host.numa_node(gpu.address) if gpu.address else None for gpu in gpus]
+    cpus = _cpus_beside(nodes, settings.threads, host)
     return Placement(
         device=device,
         dtype=choose_dtype(settings, card, device, host.cpu_flags),
@@ -112,8 +120,9 @@ def place(settings: Settings, card: str | None, host: HostFacts) -> Placement:
         memory=memory,
         gpus=gpus,
         host_memory_bytes=host.host_memory().total_bytes,
+        host_rates=_host_rates(host, gpus, nodes[0] if cpus else None),
         numa_node=nodes[0] if nodes else None,
-        cpus=_cpus_beside(nodes, settings.threads, host),
+        cpus=cpus,
         variables=device_variables(device, gpus),
         notes=(*notes, *([doubt] if doubt else [])),
     )
@@ -177,6 +186,21 @@ def _cpus_beside(nodes: Sequence[int | None], threads: int | None, host: HostFac
     if len(known) < len(nodes) or not all(known) or found == usable or len(found) < (threads or 1):
         return frozenset()
     return found
+
+
+def _host_rates(host: HostFacts, gpus: Sequence[GpuIdentity], node: int | None) -> HostRates:
+    """node: the one that the engine is bound to; None if it is not, so that the slowest one counts."""
+    links = [rate for gpu in gpus[:1] if gpu.address and (rate := host.link_rate(gpu.address)) is not None]
+    link = links[0] if links else None
+    measured = host.bandwidth()
+    if measured is None:
+        return HostRates(link_bytes_per_second=link)
+    found = measured.of_node(node)
+    return HostRates(
+        memory_bytes_per_second=found.bytes_per_second,
+        link_bytes_per_second=link,
+        source=f"measured {measured.measured_at[:10]}, NUMA node {found.node}, {found.threads} threads",
+    )
 
 
 def _check_order(variables: Mapping[str, str]) -> None:

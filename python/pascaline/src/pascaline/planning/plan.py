@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pascaline.engines import engine_named
 from pascaline.engines.plan_request import ALL_LAYERS
-from pascaline.planning.speed import Speed, estimate_speed
+from pascaline.planning.speed import Speed, absent_share, estimate_speed, host_speed
 from pascaline.planning.weights import weights_on_device
 from pascaline.units import format_bytes
 
@@ -141,6 +141,7 @@ class Plan:
             "used_bytes": request.used_bytes,
             "headroom_bytes": self.headroom_bytes,
             "host_bytes": self.host_bytes,
+            "host_rates": _rates_json(request),
             "host_parts": [part.to_json() for part in self.host_parts],
             "expert_layers_on_host": request.expert_layers_on_host,
             "gpu_layers": None if request.gpu_layers == ALL_LAYERS else request.gpu_layers,
@@ -149,6 +150,18 @@ class Plan:
             "tokens_per_second": self.speed.decode.tokens_per_second if self.speed and self.generates else None,
             "speed": self.speed.to_json() if self.speed else None,
         }
+
+
+def _rates_json(request: PlanRequest) -> dict[str, Any] | None:
+    host = host_speed(request) if request.device == "cuda" else None
+    if host is None:
+        return None
+    return {
+        "memory_bytes_per_second": host.memory_bytes_per_second,
+        "is_measured": request.host_rates.memory_bytes_per_second is not None,
+        "source": host.source,
+        "link_bytes_per_second": host.link_bytes_per_second,
+    }
 
 
 def make_plan(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights | None = None) -> Plan:
@@ -183,7 +196,7 @@ def _plan(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights | 
         kv_tokens=pool.tokens,
         mem_fraction_static=engine.fraction(request, parts),
         reasons=(*_reasons(request, parts, pool, per_token), *_host_reasons(request, host_parts)),
-        notes=(*_notes(spec, request, pool, host_parts), *engine.notes(spec, request)),
+        notes=(*_notes(spec, request, pool, host_parts), *_disk_notes(request, weights), *engine.notes(spec, request)),
         host_parts=host_parts,
         weights_read_bytes=int(weights.read_bytes(1)),
         matrix_read_bytes=weights.matrix_read_bytes,
@@ -248,6 +261,18 @@ def _notes(spec: ModelSpec, request: PlanRequest, pool: Pool, host_parts: Sequen
         f"{format_bytes(part.n_bytes)} of weights stay in the host's memory: {part.formula}"
         for part in host_parts
         if part.key == "host_weights"
+    ]
+
+
+def _disk_notes(request: PlanRequest, weights: Weights) -> list[str]:
+    """What follows if a mapped file is larger than the memory that is free for it."""
+    host = host_speed(request)
+    absent = absent_share(request, weights) * weights.host_bytes
+    if host is None or not absent:
+        return []
+    return [
+        f"{format_bytes(absent)} of the host's weights exceed its free memory: as placement.weights is mapped, steps "
+        f"read them from the file, at {host.disk_bytes_per_second / 1e9:,.1f} GB/s in this estimate"
     ]
 
 

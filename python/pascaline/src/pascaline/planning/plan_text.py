@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pascaline.planning.speed import host_speed
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
@@ -77,7 +78,20 @@ def _host_lines(plan: Plan) -> list[str]:
             if part.n_bytes
         ),
         f"    {'together':<{width}}{_size(plan.host_bytes):>12}",
+        *_rate_lines(plan),
     ]
+
+
+def _rate_lines(plan: Plan) -> list[str]:
+    """The rates on which the speed of the host's part is based."""
+    host = host_speed(plan.request)
+    if host is None:
+        return []
+    text = f"    read at {host.memory_bytes_per_second / 1e9:,.0f} GB/s ({host.source})"
+    text += f", copied to the card at {host.link_bytes_per_second / 1e9:,.1f} GB/s"
+    if plan.request.host_rates.memory_bytes_per_second is None:
+        text += "; pascaline plan --measure-host measures the first"
+    return [text]
 
 
 def _settings_words(plan: Plan) -> str:

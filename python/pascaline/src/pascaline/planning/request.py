@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pascaline.engines import engine_named
-from pascaline.engines.plan_request import ALL_LAYERS, PlanRequest
+from pascaline.engines.plan_request import ALL_LAYERS, UNKNOWN_RATES, HostRates, PlanRequest
 from pascaline.errors import ConfigurationError
 from pascaline.models.roles import LAST
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pascaline.planning.placement import Placement
     from pascaline.settings import Settings
 
-__all__ = ["PlanRequest", "request_from_placement", "request_from_settings"]
+__all__ = ["HostRates", "PlanRequest", "request_from_placement", "request_from_settings"]
 
 
 def request_from_settings(
@@ -26,6 +26,7 @@ def request_from_settings(
     card_bytes: int,
     used_bytes: int = 0,
     host_memory_bytes: int | None = None,
+    host_rates: HostRates = UNKNOWN_RATES,
 ) -> PlanRequest:
     """Return the request of an instance. device and dtype are decided already: never auto.
 
@@ -61,6 +62,7 @@ def request_from_settings(
         gpu_layers=_gpu_layers(settings, spec),
         mapped=settings.placement.weights == "mapped",
         host_memory_bytes=host_memory_bytes,
+        host_rates=host_rates,
         tensor_parallel=settings.tensor_parallel,
         pipeline_parallel=settings.pipeline_parallel,
     )
@@ -76,6 +78,7 @@ def request_from_placement(settings: Settings, spec: ModelSpec, placement: Place
         card_bytes=placement.memory.total_bytes,
         used_bytes=placement.memory.used_bytes,
         host_memory_bytes=placement.host_memory_bytes,
+        host_rates=placement.host_rates,
     )
 
 

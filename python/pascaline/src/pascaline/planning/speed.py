@@ -129,19 +129,16 @@ class _Model:
         self._fp32 = card.number("cores") * card.number("boost_clock_hertz")
         self._kv = self._engine.kv_bytes_per_token(spec, request)
         self._overhead = shares.step_seconds_per_layer * spec.num_hidden_layers
-        known = self._engine.data.efficiency
-        self._host_bandwidth = known["host_bandwidth_bytes_per_second"].value if weights.host_read_bytes(1) else 1.0
-        link = "mapped_link_bytes_per_second" if request.mapped else "link_bytes_per_second"
-        self._link = known[link].value if weights.host_read_bytes(1) else 1.0
-        self._host_error = known["host_error"].value if weights.host_read_bytes(1) else 0.0
+        self._host = host_speed(request) if weights.host_read_bytes(1) else None
 
     def decode(self, batch: int, context: int) -> Rate:
         """A step of one token for each of `batch` requests with `context` tokens each."""
         memory = (self._weights.read_bytes(batch) + batch * context * self._kv) / self._bandwidth
         kind = kind_of(batch)
         compute = self._compute(batch * self._weights.macs, kind, self._request.decode_bits)
-        host = self._weights.host_read_bytes(batch) / self._host_bandwidth
-        return self._rate(batch, (memory, compute, self._overhead, host), kind, batch, context)
+        host = self._host_seconds(batch, self._host.cpu_bytes_per_second) if self._host else 0.0
+        error = self._host.cpu_error if self._host else 0.0
+        return self._rate(batch, (memory, compute, self._overhead, host), kind, batch, context, error)
 
     def prefill(self) -> Rate:
         """Chunks of a prompt that fills the context: the last one attends to all tokens before it."""
@@ -155,23 +152,35 @@ class _Model:
         attention = self._spec.num_hidden_layers * heads * total**2 / 2 / (self._fp32 * ATTENTION_SHARE)
         compute = self._compute(macs, kind, self._request.prefill_bits)
         # Every batch copies the weights that it uses from the host and reads them on the device.
-        copied = steps * self._weights.host_read_bytes(chunk)
-        memory += copied / self._bandwidth
-        times = (memory, compute + attention, steps * self._overhead, copied / self._link)
-        return self._rate(total, times, kind, chunk, total)
+        memory += steps * self._weights.host_read_bytes(chunk) / self._bandwidth
+        host = steps * self._host_seconds(chunk, self._host.link_bytes_per_second) if self._host else 0.0
+        times = (memory, compute + attention, steps * self._overhead, host)
+        return self._rate(total, times, kind, chunk, total, self._host.link_error if self._host else 0.0)
+
+    def _host_seconds(self, batch: int, bytes_per_second: float) -> float:
+        """Time for the host's part of a step: at this rate, and from the disk for what its memory cannot hold."""
+        assert self._host is not None
+        n_bytes, absent = self._weights.host_read_bytes(batch), absent_share(self._request, self._weights)
+        return n_bytes * ((1 - absent) / bytes_per_second + absent / self._host.disk_bytes_per_second)
 
     def _compute(self, macs: float, kind: Kind, bits: int | None) -> float:
         columns = self._engine.activation_columns(bits)
         return 0.0 if kind == "bandwidth" else macs * columns / (self._peak * getattr(self.calibration, kind))
 
     def _rate(
-        self, tokens: int, times: tuple[float, float, float, float], kind: Kind, batch: int, context: int
+        self,
+        tokens: int,
+        times: tuple[float, float, float, float],
+        kind: Kind,
+        batch: int,
+        context: int,
+        host_error: float,
     ) -> Rate:
         """times: seconds of memory traffic, of arithmetic, of launches, and for what the host's memory holds."""
         memory, compute, launches, host = times
         rate = tokens / sum(times)
         # The host's part of the time is known less well than the device's.
-        error = (self.calibration.errors[kind] * (sum(times) - host) + self._host_error * host) / sum(times)
+        error = (self.calibration.errors[kind] * (sum(times) - host) + host_error * host) / sum(times)
         bounds: dict[float, Literal["bandwidth", "compute", "host"]] = {
             compute: "compute", memory: "bandwidth", host: "host",
         }  # fmt: skip
@@ -184,6 +193,58 @@ class _Model:
         formula += f" + {host * 1e3:,.1f} ms for the host's part)" if host else ")"
         bound = bounds[max(memory, compute, host)]
         return Rate(rate, rate * (1 - error), rate * (1 + error), batch, context, bound, formula)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostSpeed:
+    """The rates of what the host does while a GPU computes the rest, bytes per second."""
+
+    memory_bytes_per_second: float
+    """What the CPUs read from their memory."""
+    source: str
+    """Where that comes from."""
+    cpu_bytes_per_second: float
+    """What they compute with in a decode step."""
+    link_bytes_per_second: float
+    """Copies of a prompt's weights to the GPU."""
+    disk_bytes_per_second: float
+    """What a mapped file is read with, where the memory cannot hold it."""
+    cpu_error: float
+    link_error: float
+    """Largest relative deviations to expect of the host's time in a decode step and in a prompt."""
+
+
+def host_speed(request: PlanRequest) -> HostSpeed | None:
+    """Return the request's rates, with the engine's assumptions for what it leaves open.
+
+    None if the engine keeps no weights on the host.
+    """
+    known, given = engine_named(request.engine).data.efficiency, request.host_rates
+    if "host_memory_bytes_per_second" not in known:
+        return None
+    is_known = given.memory_bytes_per_second is not None
+    memory = given.memory_bytes_per_second or known["host_memory_bytes_per_second"].value
+    link = given.link_bytes_per_second or known["link_bytes_per_second"].value
+    return HostSpeed(
+        memory_bytes_per_second=memory,
+        source=given.source if is_known else "assumed",
+        cpu_bytes_per_second=memory * known["host_share"].value,
+        link_bytes_per_second=min(link, known["mapped_link_bytes_per_second"].value) if request.mapped else link,
+        disk_bytes_per_second=known["disk_bytes_per_second"].value,
+        cpu_error=known["host_error_known" if is_known else "host_error"].value,
+        link_error=known["host_error" if given.link_bytes_per_second is None else "host_error_known"].value,
+    )
+
+
+def absent_share(request: PlanRequest, weights: Weights) -> float:
+    """Return the share of the host's weights that its free memory cannot hold: steps read it from the file.
+
+    0 unless they are mapped: a plan that does not fit is refused otherwise.
+    """
+    free = request.host_memory_bytes
+    if not request.mapped or free is None or weights.host_bytes <= free:
+        return 0.0
+    return 1 - free / weights.host_bytes
 
 
 def kind_of(batch: int) -> Kind:

@@ -12,8 +12,10 @@ from pascaline.control_groups import usable_cpus
 from pascaline.engines import Task, engine_named
 from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.errors import DoesNotFitError
+from pascaline.gpu import host_bandwidth
 from pascaline.gpu.devices import driver_gpus
-from pascaline.gpu.memory import gpu_memory, host_memory, node_cpus, numa_node
+from pascaline.gpu.memory import gpu_memory, host_memory, link_rate, node_cpus, numa_node
+from pascaline.models.cache import cache_folder
 from pascaline.planning import Plan, make_plan, nearest_fits, other_engine_fits, refusal
 from pascaline.planning import placement as placement_rules
 from pascaline.planning.placement import CPU_INFO, HostFacts, Placement, place
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from pascaline.settings import Settings
 
 
-def this_host() -> HostFacts:
+def this_host(settings: Settings) -> HostFacts:
     """Return the functions that read facts about the machine that this process runs on."""
     return HostFacts(
         environment=os.environ,
@@ -41,12 +43,14 @@ def this_host() -> HostFacts:
         numa_node=numa_node,
         node_cpus=node_cpus,
         cpus=lambda: frozenset(os.sched_getaffinity(0)),
+        bandwidth=lambda: host_bandwidth.load(cache_folder(settings)),
+        link_rate=link_rate,
     )
 
 
 def place_instance(configuration: Configuration) -> Placement:
     """Decide where the instance runs on this host. Raises the errors of `placement.place`."""
-    return place(configuration.settings, configuration.card, this_host())
+    return place(configuration.settings, configuration.card, this_host(configuration.settings))
 
 
 def plan_instance(configuration: Configuration, spec: ModelSpec, placement: Placement | None = None) -> Plan:

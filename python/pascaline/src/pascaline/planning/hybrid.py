@@ -1,0 +1,60 @@
+"""Speeds with experts in the host's memory that were published, against what the estimate gives for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pascaline.engines import engine_named
+from pascaline.engines.plan_request import PlanRequest
+from pascaline.planning.catalog import catalog_spec, shapes
+from pascaline.planning.mixtures import requantized
+from pascaline.planning.weights import weights_on_device
+
+if TYPE_CHECKING:
+    from pascaline.engines.data import HybridPoint
+    from pascaline.engines.memory_model import Weights
+
+ENGINE = "llama.cpp"
+NEWER_CARD_SHARE = 0.35
+"""Share of the bandwidth that decode of a mixture reaches on the cards of the points, all newer than Pascal: estimated,
+between the 0.21 fitted on a P40 and the 0.58 of dense models."""
+
+
+def hybrid_points() -> tuple[HybridPoint, ...]:
+    """Return the points, in the order of engine.toml."""
+    return engine_named(ENGINE).data.hybrid_points
+
+
+def weights_of(point: HybridPoint) -> Weights:
+    """Return what the card and the host of a point hold. Raises StopIteration if its model is not in the catalogue."""
+    spec = catalog_spec(next(shape for shape in shapes() if shape["name"] == point.model))
+    if point.file is not None:
+        spec = requantized(spec, point.file)
+    request = PlanRequest(
+        card_bytes=2**40, engine=ENGINE, context_length=4096, max_running_requests=1,
+        expert_layers_on_host=min(point.expert_layers, spec.num_hidden_layers),
+    )  # fmt: skip
+    return weights_on_device(spec, request)
+
+
+def host_seconds(point: HybridPoint) -> float:
+    """Return the time of one decode step that the card's part leaves to the host."""
+    assert point.card_bytes_per_second is not None
+    device = weights_of(point).read_bytes(1) / (point.card_bytes_per_second * NEWER_CARD_SHARE)
+    return 1 / point.tokens_per_second - device
+
+
+def expected(point: HybridPoint) -> float:
+    """Return the tokens per second that the estimate gives for a point, of an unknown host with the assumed memory."""
+    known, weights = engine_named(ENGINE).data.efficiency, weights_of(point)
+    if point.phase == "prefill":
+        assert point.link_bytes_per_second is not None
+        assert point.device_tokens_per_second is not None
+        copied = weights.host_read_bytes(point.batch) / point.link_bytes_per_second
+        return point.batch / (copied + point.batch / point.device_tokens_per_second)
+    assert point.card_bytes_per_second is not None
+    read = known["host_memory_bytes_per_second"].value
+    if point.host_bytes_per_second is not None:
+        read = point.host_bytes_per_second * known["host_peak_share"].value
+    device = weights.read_bytes(1) / (point.card_bytes_per_second * NEWER_CARD_SHARE)
+    return 1 / (device + weights.host_read_bytes(1) / (read * known["host_share"].value))

@@ -6,6 +6,7 @@ import json
 import struct
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from pascaline.errors import ModelError
@@ -82,7 +83,10 @@ def gguf_file(
     magic: bytes = b"GGUF",
 ) -> bytes:
     """A GGUF file; counts may be other than the truth."""
-    counts = (len(tensors) if tensor_count is None else tensor_count, len(metadata) if key_count is None else key_count)
+    counts = (
+        len(tensors) if tensor_count is None else tensor_count,
+        len(metadata) if key_count is None else key_count,
+    )
     head = magic + struct.pack("<IQQ", version, *counts)
     head += b"".join(string(key) + content for key, content in metadata.items()) + b"".join(tensors)
     return head + bytes(-len(head) % alignment) + bytes(data_bytes)
@@ -95,23 +99,30 @@ def safetensors_file(header: object, *, data_bytes: int = 0, length: int | None 
 
 
 def folder_tensors(model_type: str = "llama", missing: Sequence[str] = ()) -> tuple[dict[str, object], int]:
-    """The header of all tensors of CONFIG's model, tied, with this model_type, and the bytes that they take.
-
-    Shapes are not those of a model: each tensor has one number.
-    """
-    matrices = [f"self_attn.{name}_proj.weight" for name in "qkvo"]
-    matrices += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
-    matrices += ["input_layernorm.weight", "post_attention_layernorm.weight"]
-    matrices += {
-        "qwen2": [f"self_attn.{name}_proj.bias" for name in "qkv"],
-        "qwen3": ["self_attn.q_norm.weight", "self_attn.k_norm.weight"],
-    }.get(model_type, [])
-    names = ["embed_tokens.weight", *(f"layers.{layer}.{name}" for layer in (0, 1) for name in matrices), "norm.weight"]
-    held = [f"model.{name}" for name in names if f"model.{name}" not in missing]
-    header = {
-        name: {"dtype": "BF16", "shape": [1], "data_offsets": [2 * at, 2 * at + 2]} for at, name in enumerate(held)
+    """The header of all tensors of CONFIG's model, tied, with this model_type, and the bytes that they take."""
+    layer = {f"self_attn.{name}_proj.weight": (rows, 8) for name, rows in zip("qkvo", (8, 4, 4, 8), strict=True)}
+    layer |= {
+        "mlp.gate_proj.weight": (16, 8),
+        "mlp.up_proj.weight": (16, 8),
+        "mlp.down_proj.weight": (8, 16),
     }
-    return dict(header), 2 * len(held)
+    layer |= {"input_layernorm.weight": (8,), "post_attention_layernorm.weight": (8,)}
+    layer |= {
+        "qwen2": {f"self_attn.{name}_proj.bias": (rows,) for name, rows in zip("qkv", (8, 4, 4), strict=True)},
+        "qwen3": {"self_attn.q_norm.weight": (2,), "self_attn.k_norm.weight": (2,)},
+    }.get(model_type, {})
+    shapes = {"embed_tokens.weight": (16, 8), "norm.weight": (8,)}
+    shapes |= {f"layers.{number}.{name}": shape for number in (0, 1) for name, shape in layer.items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        if f"model.{name}" not in missing:
+            begin, end = end, end + 2 * prod(shape)
+            header[f"model.{name}"] = {
+                "dtype": "BF16",
+                "shape": list(shape),
+                "data_offsets": [begin, end],
+            }
+    return dict(header), end
 
 
 CONFIG = {
@@ -121,6 +132,7 @@ CONFIG = {
     "intermediate_size": 16,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 2,
     "vocab_size": 16,
     "max_position_embeddings": 64,
 }

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,12 @@ def sha256(path: Path) -> str:
 
 def folder(path: Path, **changes: Any) -> Path:
     """A Hugging Face folder that can be read."""
-    missing = changes.pop("missing", ())
-    header, data_bytes = folder_tensors(changes.get("model_type", "llama"), missing)
+    missing, tensors = changes.pop("missing", ()), changes.pop("tensors", {})
+    header, data_bytes = folder_tensors(changes.get("model_type", "llama"), missing=(*missing, *tensors))
+    for name, shape in tensors.items():
+        end = data_bytes + 2 * prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [data_bytes, end]}
+        data_bytes = end
     path.mkdir()
     (path / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": True} | changes))
     (path / "model.safetensors").write_bytes(safetensors_file(header, data_bytes=data_bytes))
@@ -133,6 +138,77 @@ class TestRead:
             f"{path}: no file of the folder holds 1 of the tensors that {model_type} needs: {missing!r}; download the "
             "folder again (git lfs pull, if it was cloned by git)"
         )
+
+    @pytest.mark.parametrize(
+        ("model_type", "name", "shape", "right"),
+        [
+            ("llama", "model.embed_tokens.weight", (15, 8), [16, 8]),
+            ("llama", "model.norm.weight", (4,), [8]),
+            ("mistral", "model.layers.1.self_attn.k_proj.weight", (8, 8), [4, 8]),
+            ("llama", "model.layers.0.self_attn.o_proj.weight", (8, 4), [8, 8]),
+            ("llama", "model.layers.0.mlp.down_proj.weight", (16, 8), [8, 16]),
+            ("qwen2", "model.layers.0.self_attn.q_proj.bias", (4,), [8]),
+            ("qwen3", "model.layers.0.self_attn.k_norm.weight", (8,), [2]),
+        ],
+    )
+    def test_a_folder_with_a_tensor_of_another_shape(
+        self, tmp_path: Path, model_type: str, name: str, shape: tuple[int, ...], right: list[int]
+    ) -> None:
+        path = folder(tmp_path / "m", model_type=model_type, tensors={name: shape})
+        assert refusal(ModelError, read_served, settings(), path) == (
+            f"{path}: tensor {name!r} has shape {list(shape)}, must be {right} by config.json; download config.json and "
+            "the weights again, from the same model"
+        )
+
+    @pytest.mark.parametrize(
+        ("name", "shape"),
+        [
+            ("model.layers.2.self_attn.q_proj.weight", (8, 8)),
+            ("model.layers.0.self_attn.q_proj.bias", (8,)),
+            ("model.layers.0.mlp.up_proj.bias", (16,)),
+            ("model.vision_tower.patch.weight", (8, 8)),
+            ("embed_tokens.weight", (16, 8)),
+            ("score.weight", (2, 8)),
+        ],
+    )
+    def test_a_folder_with_a_tensor_that_sglang_would_leave_out(
+        self, tmp_path: Path, name: str, shape: tuple[int, ...]
+    ) -> None:
+        path = folder(tmp_path / "m", tensors={name: shape})
+        assert refusal(ModelError, read_served, settings(), path) == (
+            f"{path}: tensor {name!r} is not part of llama with the 2 layers and the biases that config.json says, so "
+            "SGLang would leave it out; download config.json and the weights again, from the same model"
+        )
+
+    @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"])
+    def test_a_folder_with_a_tensor_that_nothing_needs(self, tmp_path: Path, name: str) -> None:
+        read_served(settings(), folder(tmp_path / "m", tensors={name: (16, 8)}))
+
+    @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+    def test_the_biases_that_config_says(self, tmp_path: Path, model_type: str) -> None:
+        biases = {
+            f"model.layers.{layer}.self_attn.{name}_proj.bias": (4 if name in "kv" else 8,)
+            for layer in (0, 1)
+            for name in "qkvo"
+        }
+        read_served(settings(), folder(tmp_path / "m", model_type=model_type, attention_bias=True, tensors=biases))
+        path = folder(tmp_path / "without", model_type=model_type, attention_bias=True)
+        assert f"holds 8 of the tensors that {model_type} needs: 'model.layers.0.self_attn.q_proj.bias', " in refusal(
+            ModelError, read_served, settings(), path
+        )
+
+    def test_only_a_qwen3_may_name_its_tensors_without_their_prefix(self, tmp_path: Path) -> None:
+        """As published for Qwen3-Embedding; SGLang adds the prefix for this architecture alone."""
+        header, data_bytes = folder_tensors("qwen3")
+        bare = {name.removeprefix("model."): entry for name, entry in header.items()}
+        path = folder(tmp_path / "m", model_type="qwen3")
+        (path / "model.safetensors").write_bytes(safetensors_file(bare, data_bytes=data_bytes))
+        read_served(settings(), path)
+        header, data_bytes = folder_tensors("llama")
+        bare = {name.removeprefix("model."): entry for name, entry in header.items()}
+        path = folder(tmp_path / "other")
+        (path / "model.safetensors").write_bytes(safetensors_file(bare, data_bytes=data_bytes))
+        assert "needs: 'model.embed_tokens.weight', " in refusal(ModelError, read_served, settings(), path)
 
     @pytest.mark.parametrize("tied", [False, None])
     def test_a_folder_without_its_head(self, tmp_path: Path, tied: bool | None) -> None:

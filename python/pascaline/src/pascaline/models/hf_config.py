@@ -16,7 +16,14 @@ Json = dict[str, object]
 # Defaults of transformers' configuration classes that published files leave out.
 _DEFAULTS: dict[str, Json] = {
     "gemma": {"head_dim": 256, "tie_word_embeddings": True},
-    "gemma2": {"head_dim": 256, "sliding_window": 4096, "sliding_window_pattern": 2, "tie_word_embeddings": True},
+    "gemma2": {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 2,
+        "tie_word_embeddings": True,
+    },
     "gemma3_text": {
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
@@ -29,6 +36,9 @@ _DEFAULTS: dict[str, Json] = {
     },
     "cohere2": {"sliding_window": 4096, "sliding_window_pattern": 4, "tie_word_embeddings": True},
     "gpt_oss": {"sliding_window": 128, "sliding_window_pattern": 2},
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
 }
 
 # Our name -> the names in config.json; the first one present wins.
@@ -63,7 +73,9 @@ class HfConfig:
             self._fail(f"text_config is {_value(nested)}, must be an object")
         own = {**root, **nested}
         self.model_type = self._text(own, "model_type") or self._text(root, "model_type")
-        self._values: Json = {**_DEFAULTS.get(self.model_type, {}), **_given(root), **_given(nested)}
+        # A null takes no default: transformers' classes derive such a value from the others.
+        absent = {key: value for key, value in _DEFAULTS.get(self.model_type, {}).items() if key not in own}
+        self._values: Json = {**absent, **_given(root), **_given(nested)}
 
     @property
     def architecture(self) -> str:

@@ -328,6 +328,7 @@ def _spec(
         ssm_num_groups=config.optional("ssm_groups"),
         causal=config.architecture not in ENCODERS,
         tied_embeddings=_is_tied(config, tensors),
+        attention_bias=config.flag("attention_bias", default=False),
         ties_embeddings=config.flag("tie_word_embeddings", default=False),
         file_bytes=file_bytes,
         tensors=tensors,

@@ -92,6 +92,8 @@ class ModelSpec:
     tied_embeddings: bool = False
     ties_embeddings: bool | None = None
     """Whether config.json, or the family's default, says that the output head is tied; None for a GGUF file."""
+    attention_bias: bool = False
+    """Whether config.json says that the projections of attention have biases."""
     pooling: str | None = None
     """How the file says that its vectors become one: a name of roles.POOLINGS; None for a model that generates."""
     causal: bool = True

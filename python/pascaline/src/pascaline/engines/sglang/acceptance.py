@@ -6,11 +6,9 @@ from typing import TYPE_CHECKING
 
 from gguf_acceptance import Header, Tensor, Verdict, accept
 
-from pascaline.engines.sglang.folder_tensors import missing_tensors
+from pascaline.engines.sglang.folder_tensors import FLOATS, folder_problems
 from pascaline.engines.sglang.weights import BITSANDBYTES
-from pascaline.models.gguf_header import shown
 from pascaline.models.roles import LAST
-from pascaline.models.safetensors import NAMED_TENSORS
 from pascaline.plugin import PLUGIN
 
 if TYPE_CHECKING:
@@ -21,7 +19,6 @@ GGUF_ARCHITECTURES = tuple(sorted(PLUGIN.architectures))
 """`general.architecture` of GGUF files that the plugin loads; Mistral files call themselves llama."""
 MODEL_TYPES = tuple(sorted(PLUGIN.model_types))
 """`model_type` of config.json."""
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 SERVED_METHOD = BITSANDBYTES
 """The only quantisation of a folder that the plugin supports."""
 
@@ -76,27 +73,14 @@ def _folder(spec: ModelSpec) -> Verdict:
     if method is None:
         packed = next((tensor for tensor in spec.tensors if _is_packed(tensor)), None)
         if packed is None:
-            return _whole_folder(spec)
+            return Verdict(folder_problems(spec))
         method, said = packed.tensor_type.lower(), f"tensor {packed.name!r} of type {packed.tensor_type}"
     if method == SERVED_METHOD:
-        return _whole_folder(spec)
+        return Verdict(folder_problems(spec))
     return Verdict(
         [
             f"its weights are quantised by {method} ({said}), whose kernels need a newer GPU than Pascal; "
             "serve the model as a GGUF file, or the folder that it was quantised from"
-        ]
-    )
-
-
-def _whole_folder(spec: ModelSpec) -> Verdict:
-    missing = missing_tensors(spec)
-    if not missing:
-        return Verdict()
-    some = missing if len(missing) <= NAMED_TENSORS else [*missing[: NAMED_TENSORS - 1], missing[-1]]
-    return Verdict(
-        [
-            f"no file of the folder holds {len(missing)} of the tensors that {spec.architecture} needs: "
-            f"{', '.join(map(shown, some))}; download the folder again (git lfs pull, if it was cloned by git)"
         ]
     )
 

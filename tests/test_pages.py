@@ -27,6 +27,7 @@ CANNOT: dict[str, str] = {
     r"export PATH=.*": "a setting of the reader's shell",
     r"curl .*": "needs an instance on the default port",
     r"pascaline plan https://.*": "fetches from the network",
+    r"pascaline plan --measure-host": "needs an idle host and gigabytes; test_host_bandwidth.py does it on a small scale",
     r"pascaline top\b.*": "needs a terminal",
     r"pascaline bench .*": "measures for minutes, or compares what was measured; tests/bench does both on a small scale",
     r"pip install .*": "changes the environment that the tests run in",

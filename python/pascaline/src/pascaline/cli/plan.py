@@ -159,7 +159,8 @@ def _check_kinds(arguments: argparse.Namespace) -> None:
         raise ConfigurationError("--host-memory: is read with --catalog only, must be left out")
     for flag in ("explain", "picture"):
         if many and getattr(arguments, flag):
-            raise ConfigurationError(f"--{flag}: shows one plan, must not be set beside --{many[0]}, which does not")
+            what = "which makes none" if arguments.measure_host else "which makes many"
+            raise ConfigurationError(f"--{flag}: shows one plan, must not be set beside --{many[0]}, {what}")
 
 
 def read_spec(configuration: Configuration, headers: Mapping[str, str] | None = None) -> ModelSpec:

@@ -27,6 +27,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pascaline.bench.plot import Chart, Mark, Series, bar_chart
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -56,6 +58,11 @@ class Row:
     def ratio(self, bits: int) -> float | None:
         """Ours over theirs."""
         return self.ours[bits] / self.llama_cpp if bits in self.ours and self.llama_cpp else None
+
+    @property
+    def name(self) -> str:
+        """What was timed, in words."""
+        return f"prompt of {self.n}" if self.what == "prompt" else f"{self.n} request{'s' if self.n > 1 else ''}"
 
 
 def fail(code: int, message: str) -> NoReturn:
@@ -151,8 +158,37 @@ def table(
     ]
 
 
-def as_markdown(rows: list[Row], bits: Sequence[int], facts: dict[str, Any]) -> str:
-    """Return the page."""
+def findings(rows: list[Row], bits: Sequence[int]) -> list[str]:
+    """Return the results, a sentence for each width; a width that nothing is compared with has none."""
+    found = []
+    for width in bits:
+        ratios = [(ratio, row.name) for row in rows if (ratio := row.ratio(width)) is not None]
+        if ratios:
+            faster = sum(ratio > 1 for ratio, _ in ratios)
+            (low, slowest), (high, fastest_row) = min(ratios), max(ratios)
+            found.append(
+                f"With activations of {width} bits {faster} of {len(ratios)} rows are faster than llama.cpp: "
+                f"from {low:.2f} times its speed ({slowest}) to {high:.2f} times ({fastest_row})."
+            )
+    return found
+
+
+def chart(rows: list[Row], bits: Sequence[int]) -> str:
+    """Return the ratios as SVG; empty if nothing is compared."""
+    series = [
+        Series(
+            f"ours, {width} bits", [Mark(place, ratio) for place, row in enumerate(rows) if (ratio := row.ratio(width))]
+        )
+        for width in bits
+    ]
+    names = [f"{row.n}{' tokens' if row.what == 'prompt' else ''}" for row in rows]
+    drawn = [each for each in series if each.marks]
+    title = Chart("Speed beside llama.cpp's, which is 1", "tokens of a prompt, then requests", "ratio", drawn, names)
+    return bar_chart(title) if drawn else ""
+
+
+def as_markdown(rows: list[Row], bits: Sequence[int], facts: dict[str, Any], picture: str = "") -> str:
+    """Return the page. picture: file name of the chart, beside the page."""
     head = [
         "tok/s",
         *(f"ours, {width} bits" for width in bits),
@@ -167,12 +203,14 @@ def as_markdown(rows: list[Row], bits: Sequence[int], facts: dict[str, Any]) -> 
         "More than 1 is faster than llama.cpp, of whose settings the fastest counts."
         + ("" if facts["is_pascal"] else " **This is no Pascal card.**"),
         "",
+        *findings(rows, bits),
+        *(["", f"![Ratios to llama.cpp's speed]({picture})"] if picture else []),
+        "",
         "| " + " | ".join(head) + " |",
         "|---" * len(head) + "|",
     ]
     for row in rows:
-        name = f"prompt of {row.n}" if row.what == "prompt" else f"{row.n} request{'s' if row.n > 1 else ''}"
-        cells = [name, *(_cell(row.ours.get(width)) for width in bits), _cell(row.llama_cpp)]
+        cells = [row.name, *(_cell(row.ours.get(width)) for width in bits), _cell(row.llama_cpp)]
         lines.append("| " + " | ".join([*cells, *(_cell(row.ratio(width), 2) for width in bits)]) + " |")
     return "\n".join([*lines, "", "Commands of llama.cpp:", "", *(f"    {line}" for line in facts["commands"])]) + "\n"
 
@@ -248,9 +286,11 @@ def main(arguments: Sequence[str]) -> int:
     }
     ours = {bits: run_ours(args, bits) for bits in args.bits}
     rows = table(ours, theirs, {"prompt": args.prompts, "decode": args.requests})
-    page = as_markdown(rows, args.bits, facts)
     name = "race-" + re.sub(r"[^a-z0-9]+", "-", facts["card"].lower()).strip("-")
     args.output.mkdir(parents=True, exist_ok=True)
+    if picture := chart(rows, args.bits):
+        (args.output / f"{name}.svg").write_text(picture, encoding="utf-8")
+    page = as_markdown(rows, args.bits, facts, f"{name}.svg" if picture else "")
     (args.output / f"{name}.md").write_text(page, encoding="utf-8")
     content = facts | {"rows": [asdict(row) for row in rows]}
     (args.output / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

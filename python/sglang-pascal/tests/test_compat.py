@@ -46,6 +46,7 @@ def test_rows_of_a_device_and_a_stage():
         "load format",
         "the file's own tokenizer",
         "no file left in /dev/shm",
+        "imports once",
         "refusal while draining",
         "OpenAI's errors",
         "pieces of tool calls",

@@ -81,3 +81,33 @@ def test_a_process_that_nobody_spawned_is_left_alone() -> None:
     code = "from sglang_pascal.orphans import die_with_parent; die_with_parent(); print('alive')"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert ended.stdout == "alive\n"
+
+
+FORKING = """
+import multiprocessing, sys, time
+
+def work():
+    print(multiprocessing.current_process().pid, "heavy" in sys.modules, flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    from sglang_pascal.orphans import die_with_parent, fork_workers
+    die_with_parent()
+    fork_workers()
+    sys.modules["heavy"] = sys
+    multiprocessing.Process(target=work).start()
+    time.sleep(600)
+"""
+
+
+def test_a_forked_worker_imports_nothing_anew_and_ends_with_its_server(tmp_path: Path) -> None:
+    server = tmp_path / "server.py"
+    server.write_text(FORKING)
+    with subprocess.Popen([sys.executable, server], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker, has_modules = process.stdout.readline().split()
+        assert has_modules == "True"
+        assert is_alive(int(worker))
+        process.kill()
+        process.wait()
+        wait_until(lambda: not is_alive(int(worker)))

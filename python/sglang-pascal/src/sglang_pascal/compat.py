@@ -476,6 +476,15 @@ def _last_name(target: str) -> str:
     return target.rpartition(".")[2]
 
 
+_SET_ENVIRONMENT: Final = "sglang.srt.entrypoints.engine._set_envs_and_config"
+
+
+def _fork_workers(*_: object) -> None:
+    from sglang_pascal.orphans import fork_workers
+
+    fork_workers()
+
+
 _DRAW: Final = "sglang.srt.layers.sampler.multinomial_with_seed"
 _BATCH_INFO: Final = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
 
@@ -632,6 +641,16 @@ SHIMS: Final = (
         is_needed=_always,
         apply=lambda: _hook(_LOAD_PATH, temporary_load_path, "AROUND"),
         is_applied=lambda: _is_hooked(_LOAD_PATH),
+    ),
+    Shim(
+        name="imports once",
+        what=f"{_SET_ENVIRONMENT} ends with the start method fork",
+        why="each of three processes would take a dozen seconds of CPU for the same imports",
+        devices=("cpu",),
+        stage="register",
+        is_needed=_is_server,
+        apply=lambda: _hook(_SET_ENVIRONMENT, _fork_workers, "AFTER"),
+        is_applied=lambda: _is_hooked(_SET_ENVIRONMENT),
     ),
     Shim(
         name="refusal while draining",

@@ -1,4 +1,4 @@
-"""Ends a worker whose server has died.
+"""How SGLang's workers begin, and how one ends whose server has died.
 
 SGLang's workers ask the kernel for this only after a dozen seconds of imports. If the server is killed in that time, a
 detokenizer of a gigabyte stays behind and waits for ever.
@@ -7,6 +7,7 @@ detokenizer of a gigabyte stays behind and waits for ever.
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -22,13 +23,32 @@ SPAWNED = "--multiprocessing-fork"
 
 def die_with_parent() -> None:
     """In a spawned worker, ask for SIGKILL at the parent's death; in every process, pass its own number to children."""
-    parent = os.environ.get(PARENT_VARIABLE)
+    if SPAWNED in sys.orig_argv:
+        _end_with_parent()
     os.environ[PARENT_VARIABLE] = str(os.getpid())
-    if parent is None or SPAWNED not in sys.orig_argv:
+
+
+def fork_workers() -> None:
+    """Start SGLang's workers as copies of this process, which has imported what they need, instead of anew.
+
+    Only for a process without CUDA, which a copy cannot use, and without threads, which a copy lacks.
+    """
+    multiprocessing.set_start_method("fork", force=True)
+    os.register_at_fork(after_in_child=_end_copy_with_parent)
+
+
+def _end_copy_with_parent() -> None:
+    _end_with_parent()
+    os.environ[PARENT_VARIABLE] = str(os.getpid())
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel for SIGKILL at the parent's death; end at once if it died before."""
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent is None:
         return
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != int(parent) and not _is_running(parent):
-        # The parent died before the kernel was asked.
         os._exit(1)
 
 

@@ -241,8 +241,8 @@ def write_gguf(
 ) -> Path:
     """Write a complete GGUF file and return its path.
 
-    `types` overrides the type of single tensors; `sparse` leaves the weights as a hole in the file (all zero);
-    `metadata` adds keys or replaces those of the shape.
+    `types` overrides the type of single tensors; `sparse` leaves the weights as a hole in the file (all zero), with
+    RoPE's factors in it; `metadata` adds keys or replaces those of the shape.
     """
     chosen = tensor_types(shape, mixture) | (types or {})
     writer = GGUFWriter(path, shape.architecture)
@@ -263,7 +263,7 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     if sparse:
-        _extend(writer)
+        _extend(writer, {"rope_freqs.weight": _llama3_factors(shape)})
     else:
         random = np.random.default_rng(seed)
         for name, size in tensor_shapes(shape).items():
@@ -443,14 +443,19 @@ def _byte_characters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def _extend(writer: GGUFWriter) -> None:
-    """Make the file as long as its tensors say, without writing them."""
+def _extend(writer: GGUFWriter, known: dict[str, np.ndarray]) -> None:
+    """Make the file as long as its tensors say, and write only the known ones of them."""
     assert writer.fout is not None
     file = writer.fout[0]
     writer.write_padding(file, file.tell())
-    padded = sum(writer.ggml_pad(info.nbytes, writer.data_alignment) for info in writer.tensors[0].values())
+    end = file.tell()
+    for name, info in writer.tensors[0].items():
+        if name in known:
+            file.seek(end)
+            file.write(known[name].tobytes())
+        end += writer.ggml_pad(info.nbytes, writer.data_alignment)
     file.flush()
-    os.truncate(file.fileno(), file.tell() + padded)
+    os.truncate(file.fileno(), end)
 
 
 def split_gguf(path: Path, parts: int) -> list[Path]:

@@ -9,7 +9,7 @@ from gguf_acceptance import ARCHITECTURES, Header, Tensor, Unread, accept
 from gguf_acceptance.dimensions import NO_WEIGHTS, read_dimensions, wanted_tensors
 from gguf_acceptance.header import Verdict
 from gguf_acceptance.keys import ARCHITECTURE_KEYS, OTHER_KEYS
-from gguf_acceptance.rope import RopeError, rope_scaling
+from gguf_acceptance.rope import RopeError, llama3_factors, llama3_scaling, rope_scaling
 from gguf_acceptance.vocabulary import PRE_TOKENIZERS, control_ids, end_ids, special_id
 from sglang_pascal.checkpoint.tokenizer import PRE_TOKENIZERS as RULES
 
@@ -380,6 +380,36 @@ class TestRope:
     def test_sglangs_gemma2_scales_nothing(self):
         with pytest.raises(RopeError, match=r"gemma2\.rope\.scaling\.factor"):
             rope("gemma2", scaling__factor=4.0)
+
+    @pytest.mark.parametrize("factor", [1.0, 8.0, 32.0])
+    def test_llama3s_factors_give_its_settings(self, factor):
+        found = llama3_scaling(llama3_factors(64, 500000.0, factor), 500000.0)
+        assert (found["rope_type"], found["factor"]) == ("llama3", factor)
+
+    @pytest.mark.parametrize("value", [0.0, -0.0, -1.0, math.inf, -math.inf, math.nan])
+    @pytest.mark.parametrize("place", [0, 20, 31])
+    def test_a_factor_by_which_nothing_can_be_divided_is_refused(self, value, place):
+        factors = llama3_factors(64, 500000.0, 8.0)
+        factors[place] = value
+        with pytest.raises(
+            RopeError, match=rf'"rope_freqs.weight" has the value {value:g} at place {place}, must be a'
+        ):
+            llama3_scaling(factors, 500000.0)
+
+    @pytest.mark.parametrize("factors", [[1e-9] * 32, [1.0] * 31 + [8.0], [8.0] * 32, [1e30] * 32, [1.0, 0.5]])
+    @pytest.mark.parametrize("theta", [1e-30, 10000.0, 1e30])
+    def test_factors_of_another_rule_are_refused(self, factors, theta):
+        with pytest.raises(RopeError, match=r"does not follow the Llama 3 rule|must be"):
+            llama3_scaling(factors, theta)
+
+    @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
+    def test_the_factors_are_of_32_bits(self, kind):
+        found = refusals(**{"rope_freqs.weight": Tensor(kind, (16,))})
+        assert found == f'tensor "rope_freqs.weight" has type {kind}, must be F32'
+
+    def test_as_many_factors_as_half_a_head_has_dimensions(self):
+        found = refusals(**{"rope_freqs.weight": Tensor("F32", (32,))})
+        assert found == 'tensor "rope_freqs.weight" has shape [32], must be [16] by the metadata'
 
     def test_two_ways_at_once_are_refused(self):
         found = refusals({"llama.rope.scaling.factor": 4.0}, **{"rope_freqs.weight": Tensor("F32", (16,))})

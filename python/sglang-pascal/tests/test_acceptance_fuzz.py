@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from gguf_acceptance import Header, Tensor, Unread, Verdict, accept
 from gguf_acceptance.dimensions import NO_WEIGHTS, ROPE_FREQS, TIED, read_dimensions, wanted_tensors
+from gguf_acceptance.rope import llama3_factors
 from sglang_pascal.checkpoint.chat_template import chat_templates, has_template
-from sglang_pascal.checkpoint.config import generation_config, llama3_factors, model_config
+from sglang_pascal.checkpoint.config import generation_config, model_config
 from sglang_pascal.checkpoint.gguf_file import GgufFile
 from sglang_pascal.checkpoint.tokenizer import tokenizer_config
 from sglang_pascal.errors import CheckpointError
@@ -81,7 +82,7 @@ class Fake:
 
     def rows(self, name: str) -> np.ndarray:
         assert name == ROPE_FREQS
-        return llama3_factors(32, 10000.0, 8.0).view(np.uint8).reshape(1, -1)
+        return np.array(llama3_factors(32, 10000.0, 8.0), np.float32).view(np.uint8).reshape(1, -1)
 
 
 def seeds() -> list[tuple[dict, dict]]:

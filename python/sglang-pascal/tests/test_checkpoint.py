@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from gguf_acceptance.rope import llama3_factors
 from sglang_pascal.checkpoint.architectures import ARCHITECTURES
-from sglang_pascal.checkpoint.config import llama3_factors, model_config, shortest_float
+from sglang_pascal.checkpoint.config import model_config, shortest_float
 from sglang_pascal.checkpoint.dequantize import dequantized
 from sglang_pascal.checkpoint.gguf_file import GgufFile
 from sglang_pascal.checkpoint.prepare import prepare

@@ -145,6 +145,8 @@ def _check_tensor(header: Header, wanted: Wanted, verdict: Verdict) -> None:
         verdict.refuse(f'tensor "{name}" has shape {list(shape)}, must be [{expected}] by the metadata')
     if kind in NO_WEIGHTS:
         verdict.refuse(f'tensor "{name}" of shape {list(shape)} has type {kind}, which {NO_WEIGHTS[kind]}')
+    elif name == ROPE_FREQS and kind != "F32":
+        verdict.refuse(f'tensor "{name}" has type {kind}, must be F32')
     elif len(shape) == 1 and kind not in _FLOATS:
         verdict.refuse(f'tensor "{name}" has type {kind}, must be one of: {", ".join(sorted(_FLOATS))}')
 

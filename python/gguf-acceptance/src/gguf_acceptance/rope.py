@@ -14,7 +14,7 @@ from .dimensions import ROPE_FREQS
 from .header import is_int, is_number
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from .header import Header, Verdict
 
@@ -24,6 +24,12 @@ YARN_ONLY: Final = ("yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yar
 """Keys of rope.scaling that only YaRN uses."""
 UNSCALED: Final = frozenset({"gemma2"})
 """Architectures whose model in SGLang does not scale positions."""
+
+
+LLAMA3: Final = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""The same in every Llama 3.1, 3.2 and 3.3 (Meta's config.json); only `factor` differs, 8 or 32."""
+_FACTOR_TOLERANCE: Final = 1e-3
+"""Relative; converters compute in 32 bits."""
 
 
 class RopeError(ValueError):
@@ -51,6 +57,44 @@ def rope_scaling(metadata: Mapping[str, Any], architecture: str) -> dict[str, An
             f'"{keys.full("rope.scaling.factor")}" is {factor:g}: SGLang scales no positions of {architecture}'
         )
     return scaling
+
+
+def check_factors(factors: Sequence[float], name: str = ROPE_FREQS) -> None:
+    """Raise RopeError for a frequency factor by which nothing can be divided; name: of the tensor that holds them."""
+    for place, factor in enumerate(factors):
+        if not (math.isfinite(factor) and factor > 0):
+            raise RopeError(
+                f'tensor "{name}" has the value {factor:g} at place {place}, must be a finite number above 0; '
+                "copy or download the file again, or convert the model again"
+            )
+
+
+def llama3_factors(head_dim: int, theta: float, factor: float) -> list[float]:
+    """Return what `rope_freqs` of a Llama 3.x model holds, by the rule of transformers' `rope_type` "llama3"."""
+    return [_llama3_factor(theta ** (at / head_dim) * 2 * math.pi, factor) for at in range(0, head_dim, 2)]
+
+
+def _llama3_factor(wavelength: float, factor: float) -> float:
+    low, high = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
+    turns = LLAMA3["original_max_position_embeddings"] / wavelength
+    if turns > high:
+        return 1.0
+    smooth = (turns - low) / (high - low)
+    return factor if turns < low else 1.0 / ((1.0 - smooth) / factor + smooth)
+
+
+def llama3_scaling(factors: Sequence[float], theta: float) -> dict[str, Any]:
+    """Return the entries of `rope_parameters` that give these frequency factors. Raises RopeError for another rule."""
+    check_factors(factors)
+    factor = float(round(max(factors), 3))
+    # The highest frequencies keep their speed, so the largest factor is never below 1.
+    expected = llama3_factors(2 * len(factors), theta, max(factor, 1.0))
+    if not all(math.isclose(*pair, rel_tol=_FACTOR_TOLERANCE) for pair in zip(factors, expected, strict=True)):
+        raise RopeError(
+            f'tensor "{ROPE_FREQS}" does not follow the Llama 3 rule (largest factor {factor}); '
+            "this way of scaling positions is not supported"
+        )
+    return {"rope_type": "llama3", "factor": factor, **LLAMA3}
 
 
 def check_rope(header: Header, architecture: str, verdict: Verdict) -> None:

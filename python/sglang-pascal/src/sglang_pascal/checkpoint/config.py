@@ -8,22 +8,15 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from gguf_acceptance.dimensions import one_for_all
 from gguf_acceptance.keys import DEFAULTS
-from gguf_acceptance.rope import DEFAULT_BASE, RopeError, rope_scaling
+from gguf_acceptance.rope import DEFAULT_BASE, RopeError, llama3_scaling, rope_scaling
 from gguf_acceptance.vocabulary import end_ids, special_id
 
 from sglang_pascal.checkpoint.architectures import ROPE_FACTORS, Architecture, architecture_of
 from sglang_pascal.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from sglang_pascal.checkpoint.gguf_file import GgufFile
 
-LLAMA3_LOW_FREQ_FACTOR: Final = 1.0
-LLAMA3_HIGH_FREQ_FACTOR: Final = 4.0
-LLAMA3_ORIGINAL_CONTEXT: Final = 8192
-"""The same in every Llama 3.1, 3.2 and 3.3 (Meta's config.json); only `factor` differs, 8 or 32."""
-_ROPE_FACTOR_TOLERANCE: Final = 1e-3
 GEMMA_27B_LAYERS: Final = {"gemma2": 46, "gemma3": 62}
 """The 27B models scale queries by hidden_size / heads, all others by head_dim; recognised by their layer count."""
 
@@ -162,41 +155,10 @@ def _gemma3_config(meta: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
 def _rope_parameters(file: GgufFile, meta: _Metadata) -> dict[str, Any]:
     """Return base and scaling of the rotary embedding, in transformers' terms."""
     theta = shortest_float(meta.get("rope.freq_base", DEFAULT_BASE))
-    if ROPE_FACTORS in file.tensors:
-        factors = file.rows(ROPE_FACTORS).view(np.float32).reshape(-1)
-        return {"rope_theta": theta} | _llama3_scaling(factors, theta)
     try:
+        if ROPE_FACTORS in file.tensors:
+            factors = file.rows(ROPE_FACTORS).view(np.float32).reshape(-1)
+            return {"rope_theta": theta} | llama3_scaling(factors.tolist(), theta)
         return {"rope_theta": theta} | rope_scaling(file.metadata, meta.prefix)
     except RopeError as exc:
         raise CheckpointError(str(exc)) from exc
-
-
-def llama3_factors(head_dim: int, theta: float, factor: float) -> NDArray[np.float32]:
-    """Return the `rope_freqs` tensor of a Llama 3.x model, by the rule of transformers' `rope_type` "llama3"."""
-    frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    wavelengths = 2 * np.pi / frequencies
-    low = LLAMA3_ORIGINAL_CONTEXT / LLAMA3_LOW_FREQ_FACTOR
-    high = LLAMA3_ORIGINAL_CONTEXT / LLAMA3_HIGH_FREQ_FACTOR
-    span = LLAMA3_HIGH_FREQ_FACTOR - LLAMA3_LOW_FREQ_FACTOR
-    smooth = (LLAMA3_ORIGINAL_CONTEXT / wavelengths - LLAMA3_LOW_FREQ_FACTOR) / span
-    between = 1.0 / ((1.0 - smooth) / factor + smooth)
-    factors = np.where(wavelengths < high, 1.0, np.where(wavelengths > low, factor, between))
-    return factors.astype(np.float32)
-
-
-def _llama3_scaling(factors: NDArray[np.float32], theta: float) -> dict[str, Any]:
-    """Return the settings that give these frequency factors; refuse factors that follow another rule."""
-    factor = float(round(float(factors.max()), 3))
-    expected = llama3_factors(2 * len(factors), theta, factor)
-    if not np.allclose(factors, expected, rtol=_ROPE_FACTOR_TOLERANCE):
-        raise CheckpointError(
-            f'tensor "{ROPE_FACTORS}" does not follow the Llama 3 rule (largest factor {factor}); '
-            "this way of scaling positions is not supported"
-        )
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": LLAMA3_LOW_FREQ_FACTOR,
-        "high_freq_factor": LLAMA3_HIGH_FREQ_FACTOR,
-        "original_max_position_embeddings": LLAMA3_ORIGINAL_CONTEXT,
-    }

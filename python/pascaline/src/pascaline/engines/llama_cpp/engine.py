@@ -20,6 +20,7 @@ from pascaline.engines.llama_cpp import speculation
 from pascaline.engines.llama_cpp.memory import ENGINE_KV_TYPES, LlamaCppMemory, memory_arguments
 from pascaline.engines.llama_cpp.options import options_of, own_placement_arguments, pinned_arguments
 from pascaline.engines.plan_request import ALL_LAYERS
+from pascaline.engines.rope_factors import factor_refusals
 from pascaline.engines.series import Selector, Series
 from pascaline.engines.server import Server
 from pascaline.errors import ConfigurationError, MissingError
@@ -209,7 +210,7 @@ class LlamaCppEngine(Engine):
             return Verdict(["llama.cpp serves GGUF files only; set engine to sglang, or convert the model"])
         if not spec.tensors:
             return Verdict(["it has no tensors: it holds a vocabulary or other settings, and no weights"])
-        return Verdict()
+        return Verdict(factor_refusals(spec))
 
     def progress(self, metrics: str) -> Progress | None:
         """Read the progress; the counter of decode calls grows with every batch of prompt or answer tokens."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gguf_acceptance import Header, Tensor, Verdict, accept
+from gguf_acceptance.header import is_number
+from gguf_acceptance.rope import DEFAULT_BASE, RopeError, llama3_scaling, shortest
 
+from pascaline.engines.rope_factors import rope_factors
 from pascaline.engines.sglang.folder_tensors import FLOATS, folder_problems
 from pascaline.engines.sglang.weights import BITSANDBYTES
 from pascaline.models.roles import LAST
@@ -37,6 +40,19 @@ def judge(spec: ModelSpec) -> Verdict:
             Header(spec.metadata, {tensor.name: Tensor(tensor.tensor_type, tensor.shape) for tensor in spec.tensors})
         )
     return _folder(spec)
+
+
+def rope_refusals(spec: ModelSpec) -> list[str]:
+    """Return what is wrong with Llama 3's factors in a file on this machine; SGLang has a rule for them, no table."""
+    factors = rope_factors(spec)
+    base = spec.metadata.get(f"{spec.architecture}.rope.freq_base", DEFAULT_BASE)
+    if factors is None or not is_number(base) or base <= 0:
+        return []
+    try:
+        llama3_scaling(factors, shortest(base))
+    except RopeError as error:
+        return [str(error)]
+    return []
 
 
 def role_problems(settings: Settings) -> list[tuple[str, str]]:

@@ -201,9 +201,10 @@ class SglangEngine(Engine):
         ]
 
     def judge(self, spec: ModelSpec) -> Verdict:
-        """Check that SGLang will find every parameter, that nothing in the file is ignored, and its vocabulary."""
+        """Check that SGLang will find every parameter, that none is ignored, the vocabulary and the factors."""
         verdict = acceptance.judge(spec)
-        verdict.refusals += [each for each in vocabulary_refusals(spec) if each not in verdict.refusals]
+        refusals = (*vocabulary_refusals(spec), *acceptance.rope_refusals(spec))
+        verdict.refusals += [each for each in refusals if each not in verdict.refusals]
         return verdict
 
     def refuses_role(self, spec: ModelSpec, role: Role) -> str | None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator
 
-    from pascaline.serving.supervisor import Supervisor
+    from pascaline.serving.instance_view import InstanceView
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -89,8 +89,8 @@ class RedactedResponse(JSONResponse):
         return super().render(redact_all(content))
 
 
-def create_app(supervisor: Supervisor, connections: int = MOST_CONNECTIONS) -> FastAPI:
-    """Return the HTTP application for one supervisor; its page is `state.page`. connections: most that are open."""
+def create_app(instance: InstanceView, connections: int = MOST_CONNECTIONS) -> FastAPI:
+    """Return the HTTP application for one instance; its page is `state.page`. connections: most that are open."""
     app = FastAPI(
         title="pascaline agent",
         version=__version__,
@@ -100,7 +100,7 @@ def create_app(supervisor: Supervisor, connections: int = MOST_CONNECTIONS) -> F
 
     @app.get("/livez", summary="Whether the supervisor runs; says nothing about the engine")
     async def livez() -> Verdict:
-        return Verdict(ok=True, state=supervisor.health.state, reason="the supervisor answers")
+        return Verdict(ok=True, state=instance.health.state, reason="the instance answers")
 
     @app.get(
         "/readyz",
@@ -108,27 +108,27 @@ def create_app(supervisor: Supervisor, connections: int = MOST_CONNECTIONS) -> F
         responses={503: {"model": Verdict, "description": "Not ready; `reason` says why"}},
     )
     async def readyz(response: Response) -> Verdict:
-        health = supervisor.health
+        health = instance.health
         ok = health.state in ANSWERING
         response.status_code = 200 if ok else 503
         return Verdict(ok=ok, state=health.state, reason=health.reason)
 
     @app.get("/health", summary="Everything known about the instance")
     async def health() -> HealthReport:
-        return report(supervisor)
+        return report(instance)
 
     @app.get("/metrics", summary="Prometheus metrics of the instance", response_class=Response)
     async def metrics() -> Response:
-        return Response(supervisor.metrics.page(), media_type=METRICS_TYPE)
+        return Response(instance.metrics.page(), media_type=METRICS_TYPE)
 
     @app.get(
         "/plan", summary="The plan that the instance was started with", responses={404: {"description": "None yet"}}
     )
     async def plan(response: Response) -> dict[str, Any]:
-        if supervisor.plan is None:
+        if instance.plan is None:
             response.status_code = 404
             return {"detail": "the model has not been planned yet"}
-        return supervisor.plan
+        return instance.plan
 
     @app.post(
         "/drain",
@@ -136,28 +136,28 @@ def create_app(supervisor: Supervisor, connections: int = MOST_CONNECTIONS) -> F
         status_code=202,
     )
     async def drain() -> Verdict:
-        supervisor.stop("POST /drain")
-        return Verdict(ok=True, state=supervisor.health.state, reason="draining")
+        instance.stop("POST /drain")
+        return Verdict(ok=True, state=instance.health.state, reason="draining")
 
-    app.state.page = add_page(app, supervisor, connections)
-    app.add_middleware(Guard, keys=supervisor.read_api_key, names=names_of_this_host(), page=PATHS)
+    app.state.page = add_page(app, instance, connections)
+    app.add_middleware(Guard, keys=instance.read_api_key, names=names_of_this_host(), page=PATHS)
     return app
 
 
-def report(supervisor: Supervisor) -> HealthReport:
+def report(instance: InstanceView) -> HealthReport:
     """Return the current report on the instance."""
-    health, model, probe = supervisor.health, supervisor.model, supervisor.last_probe
-    requests = supervisor.requests if supervisor.engine_pid is not None else None
+    health, model, probe = instance.health, instance.model, instance.last_probe
+    requests = instance.requests if instance.engine_pid is not None else None
     return HealthReport(
         state=health.state,
         since=health.since,
         reason=health.reason,
-        engine=supervisor.settings.engine,
-        role=supervisor.settings.role,
-        engine_pid=supervisor.engine_pid,
+        engine=instance.settings.engine,
+        role=instance.settings.role,
+        engine_pid=instance.engine_pid,
         running_requests=requests.running if requests else None,
         queued_requests=requests.queued if requests else None,
-        restarts=supervisor.restarts,
+        restarts=instance.restarts,
         model=ModelReport(
             name=model.served_name,
             path=str(model.path),
@@ -166,8 +166,8 @@ def report(supervisor: Supervisor) -> HealthReport:
         )
         if model
         else None,
-        parsers=ParsersReport(**supervisor.parsers._asdict()) if supervisor.parsers else None,
-        versions=supervisor.versions,
+        parsers=ParsersReport(**instance.parsers._asdict()) if instance.parsers else None,
+        versions=instance.versions,
         last_probe=ProbeReport(at=probe.at, ok=probe.ok, seconds=probe.seconds, reason=probe.reason) if probe else None,
     )
 
@@ -188,11 +188,11 @@ class AgentServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def create_server(supervisor: Supervisor) -> AgentServer:
+def create_server(instance: InstanceView) -> AgentServer:
     """Return the agent's server. The caller binds its socket before it starts anything else."""
     connections = Connections(connection_limit(raise_descriptor_limit()))
     config = uvicorn.Config(
-        create_app(supervisor, connections.most),
+        create_app(instance, connections.most),
         log_level="warning",
         access_log=False,
         lifespan="off",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.types import Send
 
-    from pascaline.serving.supervisor import Supervisor
+    from pascaline.serving.instance_view import InstanceView
 
 WEB = Path(__file__).parent / "web"
 CONTENT_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -69,9 +69,9 @@ class EventResponse(StreamingResponse):
 class Page:
     """The state of all open pages of one instance."""
 
-    def __init__(self, supervisor: Supervisor, connections: int) -> None:
+    def __init__(self, instance: InstanceView, connections: int) -> None:
         """connections: the most that the agent's server keeps open."""
-        self._supervisor = supervisor
+        self._instance = instance
         self._gpus = GpuWatch()
         self._questions = 0
         self.feed = Feed(self._event, max(LEAST_PAGES, min(MOST_PAGES, connections // CONNECTIONS_PER_PAGE)))
@@ -83,8 +83,8 @@ class Page:
 
     def snapshot(self) -> dict[str, Any]:
         """Return what the page shows now."""
-        uuids = {gpu.uuid for gpu in self._supervisor.gpus}
-        return snapshot(self._supervisor, self._gpus.states(uuids), time.time())
+        uuids = {gpu.uuid for gpu in self._instance.gpus}
+        return snapshot(self._instance, self._gpus.states(uuids), time.time())
 
     async def _event(self) -> bytes:
         return f"data: {json.dumps(self.snapshot(), separators=(',', ':'))}\n\n".encode()
@@ -112,11 +112,11 @@ class Page:
     async def ask(self, request: Request) -> Response:
         """Pass one question to the engine."""
         question = await _question(request)
-        supervisor = self._supervisor
-        api, model = supervisor.api, supervisor.model
-        if api is None or model is None or supervisor.health.state not in ANSWERING:
-            raise HTTPException(503, f"the instance is {supervisor.health.state}: {supervisor.health.reason}")
-        if (role := supervisor.settings.role) != "generate":
+        instance = self._instance
+        api, model = instance.api, instance.model
+        if api is None or model is None or instance.health.state not in ANSWERING:
+            raise HTTPException(503, f"the instance is {instance.health.state}: {instance.health.reason}")
+        if (role := instance.settings.role) != "generate":
             raise HTTPException(409, f"the model's role is {role}: it writes no answers")
         if self._questions >= MOST_QUESTIONS:
             raise HTTPException(503, f"{MOST_QUESTIONS} questions from pages run already; wait for one of them")
@@ -181,9 +181,9 @@ def rendered(shown: Mapping[str, Any]) -> str:
     return page.replace('href="#runbook"', f'href="{html.escape(shown["runbook"])}"', 1) if shown["runbook"] else page
 
 
-def add_page(app: FastAPI, supervisor: Supervisor, connections: int) -> Page:
+def add_page(app: FastAPI, instance: InstanceView, connections: int) -> Page:
     """Add the page's routes to the agent; they are for people, so its description for programs has none of them."""
-    page = Page(supervisor, connections)
+    page = Page(instance, connections)
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:

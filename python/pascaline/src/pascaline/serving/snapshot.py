@@ -17,8 +17,8 @@ from pascaline.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pascaline.serving.instance_view import InstanceView
     from pascaline.serving.page_gpus import GpuState
-    from pascaline.serving.supervisor import Supervisor
     from pascaline.settings import Role
 
 UNKNOWN = "-"
@@ -42,59 +42,59 @@ RUNBOOK_SECTIONS = {
 """States that are not ready -> section of docs/operations.md that says what to do."""
 
 
-def snapshot(supervisor: Supervisor, gpus: Sequence[GpuState], now: float) -> dict[str, Any]:
+def snapshot(instance: InstanceView, gpus: Sequence[GpuState], now: float) -> dict[str, Any]:
     """Return everything that the page shows at a Unix time, without secrets."""
-    health = supervisor.health
+    health = instance.health
     shown: dict[str, Any] = {
         "state": health.state,
         "runbook": f"{RUNBOOK}#{RUNBOOK_SECTIONS[health.state]}" if health.state in RUNBOOK_SECTIONS else "",
-        "texts": _texts(supervisor, now),
+        "texts": _texts(instance, now),
         "tables": {
-            "stages": _stages(supervisor),
-            "memory": _memory(supervisor),
+            "stages": _stages(instance),
+            "memory": _memory(instance),
             "gpus": [_gpu(gpu) for gpu in gpus],
-            "changes": [[clock(change.since), change.state, change.reason] for change in reversed(supervisor.changes)],
+            "changes": [[clock(change.since), change.state, change.reason] for change in reversed(instance.changes)],
         },
-        "parts": _parts(supervisor.plan),
-        "points": [[round(at), _rounded(rate), _rounded(ttft)] for at, rate, ttft in supervisor.history.points],
+        "parts": _parts(instance.plan),
+        "points": [[round(at), _rounded(rate), _rounded(ttft)] for at, rate, ttft in instance.history.points],
         "now": round(now),
-        "api": _api(supervisor),
+        "api": _api(instance),
     }
     redacted: dict[str, Any] = redact_all(shown)
     return redacted
 
 
-def _texts(supervisor: Supervisor, now: float) -> dict[str, str]:
-    health = supervisor.health
+def _texts(instance: InstanceView, now: float) -> dict[str, str]:
+    health = instance.health
     return {
-        "name": _name(supervisor),
+        "name": _name(instance),
         "state": health.state,
         "reason": health.reason,
         "since": f"for {span(now - health.since)}, since {clock(health.since)}",
-        "restarts": str(supervisor.restarts),
-        "probe": _probe(supervisor, now),
-        "versions": ", ".join(f"{name} {version}" for name, version in supervisor.versions.items()),
-        **_load(supervisor),
-        **_model(supervisor),
-        **_limits(supervisor),
+        "restarts": str(instance.restarts),
+        "probe": _probe(instance, now),
+        "versions": ", ".join(f"{name} {version}" for name, version in instance.versions.items()),
+        **_load(instance),
+        **_model(instance),
+        **_limits(instance),
     }
 
 
-def _name(supervisor: Supervisor) -> str:
-    settings = supervisor.settings
-    if supervisor.model is not None:
-        return supervisor.model.served_name
+def _name(instance: InstanceView) -> str:
+    settings = instance.settings
+    if instance.model is not None:
+        return instance.model.served_name
     return settings.served_model_name or str(settings.model)
 
 
-def _load(supervisor: Supervisor) -> dict[str, str]:
+def _load(instance: InstanceView) -> dict[str, str]:
     """Return what the engine does now, and did in the last five seconds."""
-    api = supervisor.api
-    vitals, requests = (api.vitals, supervisor.requests) if api is not None else (Vitals(), None)
-    point = supervisor.history.points[-1] if api is not None and supervisor.history.points else None
+    api = instance.api
+    vitals, requests = (api.vitals, instance.requests) if api is not None else (Vitals(), None)
+    point = instance.history.points[-1] if api is not None and instance.history.points else None
     rate = point.tokens_per_second if point else None
-    ttfts = [each.ttft_seconds for each in supervisor.history.points if each.ttft_seconds is not None]
-    kv_tokens = (supervisor.plan or {}).get("kv_tokens")
+    ttfts = [each.ttft_seconds for each in instance.history.points if each.ttft_seconds is not None]
+    kv_tokens = (instance.plan or {}).get("kv_tokens")
     return {
         "running": UNKNOWN if requests is None else str(requests.running),
         "queued": UNKNOWN if requests is None else str(requests.queued),
@@ -105,8 +105,8 @@ def _load(supervisor: Supervisor) -> dict[str, str]:
     }
 
 
-def _model(supervisor: Supervisor) -> dict[str, str]:
-    model, settings = supervisor.model, supervisor.settings
+def _model(instance: InstanceView) -> dict[str, str]:
+    model, settings = instance.model, instance.settings
     if model is None:
         return {"model": str(settings.model), "model-type": UNKNOWN}
     spec = model.spec
@@ -115,9 +115,9 @@ def _model(supervisor: Supervisor) -> dict[str, str]:
     return {"model": str(model.path), "model-type": ", ".join(kind)}
 
 
-def _limits(supervisor: Supervisor) -> dict[str, str]:
-    plan, settings = supervisor.plan or {}, supervisor.settings
-    pid = supervisor.engine_pid
+def _limits(instance: InstanceView) -> dict[str, str]:
+    plan, settings = instance.plan or {}, instance.settings
+    pid = instance.engine_pid
     engine = settings.engine + (f", process {pid}" if pid is not None else ", not running")
     if not plan:
         return {"engine": engine, "device": UNKNOWN, "limits": UNKNOWN, "memory": "not planned yet"}
@@ -129,31 +129,31 @@ def _limits(supervisor: Supervisor) -> dict[str, str]:
     }
 
 
-def _probe(supervisor: Supervisor, now: float) -> str:
-    probe = supervisor.last_probe
+def _probe(instance: InstanceView, now: float) -> str:
+    probe = instance.last_probe
     if probe is None:
         return "none yet"
     result = "succeeded" if probe.ok else f"failed ({probe.reason})"
     return f"{result} after {seconds(probe.seconds)}, {span(now - probe.at)} ago"
 
 
-def _stages(supervisor: Supervisor) -> list[list[str]]:
+def _stages(instance: InstanceView) -> list[list[str]]:
     """Return (stage, what happens, standing, duration or progress) of the last start."""
-    running = supervisor.running_stage
+    running = instance.running_stage
     rows = []
     for name, text in STAGES.items():
         if running is not None and running[0] == name:
             rows.append([name, text, "runs", f"{running[2]} {running[1]:.0f} s".strip()])
-        elif name in supervisor.stages:
-            rows.append([name, text, "done", f"{supervisor.stages[name]:.1f} s"])
+        elif name in instance.stages:
+            rows.append([name, text, "done", f"{instance.stages[name]:.1f} s"])
         else:
             rows.append([name, text, "waits", ""])
     return rows
 
 
-def _memory(supervisor: Supervisor) -> list[list[str]]:
+def _memory(instance: InstanceView) -> list[list[str]]:
     """Return (part, planned, allocated by the engine) of the plan, and what is left."""
-    plan = supervisor.plan
+    plan = instance.plan
     if plan is None:
         return []
     allocated = plan.get("allocated") or {}
@@ -196,15 +196,15 @@ def _gpu(gpu: GpuState) -> list[str]:
     ]
 
 
-def _api(supervisor: Supervisor) -> dict[str, Any]:
-    settings, model = supervisor.settings, supervisor.model
+def _api(instance: InstanceView) -> dict[str, Any]:
+    settings, model = instance.settings, instance.model
     return {
         "host": settings.host,
         "port": settings.port,
         "key": settings.api_key_file is not None,
-        "model": _name(supervisor),
+        "model": _name(instance),
         "kind": UNKNOWN if model is None else _kind(settings.role, has_chat_template=model.has_chat_template),
-        "most_tokens": (supervisor.plan or {}).get("context_length"),
+        "most_tokens": (instance.plan or {}).get("context_length"),
     }
 
 

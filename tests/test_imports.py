@@ -66,3 +66,35 @@ def test_every_row_names_what_exists(page: Path) -> None:
 def test_no_two_modules_import_each_other() -> None:
     edges = imports().keys()
     assert [pair for pair in edges if pair[::-1] in edges] == []
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    """Imports for types alone count too: a file that is in a circle cannot be understood by itself."""
+    assert [sorted(circle) for circle in circles(file_imports())] == []
+
+
+def file_imports() -> dict[str, set[str]]:
+    """Each file's module -> the modules that it imports, all in full."""
+    files = {
+        ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in SOURCE.rglob("*.py")
+    }
+    found: dict[str, set[str]] = {}
+    for module, path in files.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        named = {(node.module or "", alias.name) for node in nodes for alias in node.names}
+        full = {
+            (f"{package}.{name}".removeprefix("pascaline."), package.removeprefix("pascaline."))
+            for package, name in named
+        }
+        found[module] = {whole if whole in files else package for whole, package in full} & files.keys() - {module}
+    return found
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """The sets of modules that reach each other: what is left when those without imports, or importers, are removed."""
+    left = {module: set(targets) for module, targets in graph.items()}
+    while leaves := [module for module, targets in left.items() if not targets & left.keys()]:
+        for module in leaves:
+            del left[module]
+    return [set(left)] if left else []

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from pascaline.defaults import PORTS, SETTINGS
+from pascaline.engines import ENGINES
 from pascaline.plugin import PLUGIN
 from pascaline.settings import Settings
 
@@ -64,3 +65,19 @@ def test_the_lock_has_the_sglang_of_the_plugin() -> None:
     assert wheels["sglang"]["version"] == PLUGIN.sglang[-1]
     required = tomllib.loads((ROOT / "python/sglang-pascal/pyproject.toml").read_text())["project"]["dependencies"]
     assert [each for each in required if each.startswith("sglang")] == [f"sglang=={PLUGIN.sglang[-1]}"]
+
+
+def test_types_of_the_kv_cache_stand_in_the_data_of_the_engines() -> None:
+    """Settings, planning and flags read them from there; the plugin's own package has its names and bytes."""
+    names = set().union(*(engine.data.kv_types for engine in ENGINES.values())) - {"fp16"}
+    source = ROOT / "python/pascaline/src/pascaline"
+    # A GGUF file's metadata has an int8 of its own.
+    files = [path for path in SOURCES if path.is_relative_to(source) and not path.is_relative_to(source / "models")]
+    literals = [
+        (str(path.relative_to(source)), node.value)
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in names
+    ]
+    assert literals == []
+    assert {"fp8_e5m2", "int8", "bf16"} <= names

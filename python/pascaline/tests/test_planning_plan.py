@@ -240,7 +240,7 @@ class TestEngines:
 
     def test_a_kv_type_that_the_engine_lacks(self) -> None:
         with pytest.raises(ConfigurationError) as caught:
-            request(engine="llama.cpp", kv_dtype="fp8_e5m2")
+            make_plan(LLAMA_3_8B, P4, request(engine="llama.cpp", kv_dtype="fp8_e5m2"))
         assert str(caught.value) == ("kv_cache.dtype: llama.cpp has no 'fp8_e5m2', must be one of: fp16, bf16, int8")
 
     def test_a_type_without_kernels_is_noted_with_what_it_costs(self) -> None:

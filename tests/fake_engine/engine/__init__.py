@@ -16,7 +16,6 @@ from pascaline.engines.client import json_object
 from pascaline.engines.data import read_data
 from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.engines.installation import Installation, Probe
-from pascaline.engines.kv_layers import KvType
 from pascaline.engines.memory_model import HeldTensor, MemoryModel, Part, Pool
 from pascaline.engines.series import Selector, Series
 from pascaline.engines.server import Server
@@ -42,7 +41,6 @@ SERIES = Series(
 class FakeMemory(MemoryModel):
     """Weights as in the file, and a pool of whole contexts."""
 
-    kv_types: ClassVar[Mapping[str, KvType]] = {"fp16": KvType(2.0)}
     weights_source = ""
     pool_source = "tests/fake_engine"
     has_memory_fraction = False

@@ -27,18 +27,33 @@ ENGINE_FILE = "engine.toml"
 """In each folder of an engine: its name, constants and measured speeds."""
 
 
-def _engine_folders() -> dict[str, str]:
-    """Name of each engine -> its folder, the default first. Read from data, as settings import no engine."""
-    files = sorted(ENGINES_FOLDER.glob(f"*/{ENGINE_FILE}"))
-    found = {str(tomllib.loads(file.read_text(encoding="utf-8"))["name"]): file.parent.name for file in files}
+KV_TYPES = "kv_types"
+"""Table of that file: our name of a type of the KV cache -> what the engine calls it."""
+
+
+def _engine_files() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name of each engine -> (its folder, the types of its KV cache), the default first: settings import no engine."""
+    found = {}
+    for file in sorted(ENGINES_FOLDER.glob(f"*/{ENGINE_FILE}")):
+        entry = tomllib.loads(file.read_text(encoding="utf-8"))
+        found[str(entry["name"])] = (file.parent.name, entry[KV_TYPES])
     return dict(sorted(found.items(), key=lambda item: item[0] != SETTINGS["engine"]))
 
 
-ENGINE_FOLDERS: Final = _engine_folders()
+def _kv_types() -> list[str]:
+    """The types that kv_cache.dtype may name, of all engines together, those of the default first."""
+    every = [item for _, types in _ENGINE_FILES.values() for item in types.items()]
+    return list(dict.fromkeys(name for name, entry in every if entry.get("can_be_set", True)))
+
+
+_ENGINE_FILES: Final = _engine_files()
+ENGINE_FOLDERS: Final = {name: folder for name, (folder, _) in _ENGINE_FILES.items()}
 if TYPE_CHECKING:
     EngineName = str
+    KvTypeName = str
 else:
     EngineName = Literal[tuple(ENGINE_FOLDERS)]
+    KvTypeName = Literal[("auto", *_kv_types())]
 
 Role = Literal["generate", "embed", "rerank"]
 
@@ -54,9 +69,7 @@ class KvCacheSettings(BaseModel):
     max_bytes: Bytes | None = Field(
         None, ge=1, description="Bytes of the KV pool, for example 512 MiB; the plan turns it into tokens"
     )
-    dtype: Literal["auto", "fp16", "bf16", "fp8_e5m2", "int8"] = Field(
-        "auto", description="Type of a stored key or value; auto is the type of the computation"
-    )
+    dtype: KvTypeName = Field("auto", description="Type of a stored key or value; auto is the type of the computation")
 
 
 def _number(value: Any) -> Any:

@@ -4,6 +4,7 @@ base          how it is started, whether it makes progress, what its output mean
 memory_model  what it allocates for a model; plan_request, kv_layers, tensors: what the models share
 data          engine.toml: constants and measured speeds
 registry      finds the folders
+load          what a running engine does, whichever it is
 served        whether an engine serves a model
 """
 

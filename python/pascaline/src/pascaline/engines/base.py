@@ -278,7 +278,9 @@ class Engine(ABC):
     def problems(self, settings: Settings) -> list[tuple[str, str]]:
         """Return (key, sentence) for every setting that this engine cannot use. Checks only what needs no I/O."""
         sentences = map(self._contradiction, settings.extra_args)
-        return [("extra_args", sentence) for sentence in sentences if sentence is not None]
+        found = [("extra_args", sentence) for sentence in sentences if sentence is not None]
+        kv_problem = self.memory.kv_problem(settings.kv_cache.dtype)
+        return [*found, ("kv_cache.dtype", kv_problem)] if kv_problem else found
 
     def _contradiction(self, argument: str) -> str | None:
         """Return why an argument is refused: a setting controls the same flag. None if it is allowed."""

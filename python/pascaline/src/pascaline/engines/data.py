@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pascaline.cards import Fact
-from pascaline.settings import ENGINE_FILE
+from pascaline.settings import ENGINE_FILE, KV_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,6 +64,22 @@ class HybridPoint:
     source: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvTypeEntry:
+    """A type of a stored key or value, as an engine.toml has it."""
+
+    flag: str
+    """The engine's own name, as its flags have it."""
+    value_bytes: float | None = None
+    """Bytes of one number, of a block format its share of the block; None: the plugin knows it."""
+    pool: str | None = None
+    """The plugin's name for a pool of this type."""
+    added_perplexity: float = 0.0
+    """What it adds to the perplexity: estimated."""
+    can_be_set: bool = True
+    """Whether kv_cache.dtype may name it; if not, it is what `auto` becomes."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineData:
     """The data of one engine."""
@@ -76,6 +92,8 @@ class EngineData:
     """Measured speeds that calibrate the estimates."""
     hybrid_points: tuple[HybridPoint, ...]
     """Speeds with experts in the host's memory, against which tests hold the estimates."""
+    kv_types: Mapping[str, KvTypeEntry]
+    """By our names, in the order in which messages name them."""
     cuda: Mapping[str, Fact]
     cpu: Mapping[str, Fact]
     """Constants of the memory plan on a GPU and on a CPU: name of the part with `_bytes` -> bytes."""
@@ -95,6 +113,7 @@ def read_data(folder: Path) -> EngineData:
         efficiency=_facts(entry["efficiency"]),
         points=tuple(SpeedPoint(engine=entry["name"], **point) for point in entry.get("points", ())),
         hybrid_points=tuple(HybridPoint(**point) for point in entry.get("hybrid_points", ())),
+        kv_types={name: KvTypeEntry(**each) for name, each in entry[KV_TYPES].items()},
         cuda=_facts(entry["cuda"]),
         cpu=_facts(entry["cpu"]),
         cards={name: _facts(facts) for name, facts in entry.get("cards", {}).items()},

@@ -17,6 +17,12 @@ class KvType:
     """Bytes of one number; of a block format its share of the block."""
     scale_bytes: int = 0
     """Bytes of the scales of one token and KV head, keys and values together, that the engine stores besides."""
+    flag: str = ""
+    """The engine's own name, as its flags have it."""
+    added_perplexity: float = 0.0
+    """What it adds to the perplexity: estimated; 0 for a type that no smaller one could replace without loss."""
+    can_be_set: bool = True
+    """Whether kv_cache.dtype may name it; if not, it is what `auto` becomes."""
 
 
 @dataclass(frozen=True, slots=True)

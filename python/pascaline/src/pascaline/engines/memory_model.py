@@ -9,16 +9,16 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pascaline.engines.kv_layers import layer_groups
+from pascaline.engines.kv_layers import KvType, layer_groups
 from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.engines.speculation import NO_SPECULATION
+from pascaline.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from pascaline.cards import Card
-    from pascaline.engines.data import EngineData
-    from pascaline.engines.kv_layers import KvType
+    from pascaline.engines.data import EngineData, KvTypeEntry
     from pascaline.engines.plan_request import PlanRequest
     from pascaline.engines.speculation import Speculation
     from pascaline.models.spec import ModelSpec, TensorSpec
@@ -133,8 +133,6 @@ def _used(every: int, one: int, batch: int) -> float:
 class MemoryModel(ABC):
     """What planning asks about an engine's memory. Instances hold no state but the engine's data."""
 
-    kv_types: ClassVar[Mapping[str, KvType]]
-    """Types of a stored key or value that the engine has, by our names, the preferred ones first."""
     weights_source: ClassVar[str]
     """Where the way it holds weights comes from; empty if as in the file."""
     pool_source: ClassVar[str]
@@ -147,10 +145,44 @@ class MemoryModel(ABC):
     def __init__(self, data: EngineData) -> None:
         """Answer with the constants in these data."""
         self.data = data
+        self.kv_types: Mapping[str, KvType] = {name: self.kv_type(entry) for name, entry in data.kv_types.items()}
+        """Types of a stored key or value that the engine has, by our names."""
+
+    def kv_type(self, entry: KvTypeEntry) -> KvType:
+        """Return a type of the engine's data with its bytes."""
+        assert entry.value_bytes is not None, f"{self.data.name}: {entry} has no value_bytes"
+        return KvType(
+            entry.value_bytes,
+            flag=entry.flag,
+            added_perplexity=entry.added_perplexity,
+            can_be_set=entry.can_be_set,
+        )
+
+    def kv_problem(self, chosen: str) -> str | None:
+        """Say why the setting kv_cache.dtype cannot be this; None if it can."""
+        allowed = ["auto", *(name for name, kind in self.kv_types.items() if kind.can_be_set)]
+        return None if chosen in allowed else self._lacks(chosen, allowed)
+
+    def check_kv_type(self, request: PlanRequest) -> None:
+        """Raise ConfigurationError if the engine has no such type."""
+        if request.kv_dtype not in self.kv_types:
+            raise ConfigurationError(f"kv_cache.dtype: {self._lacks(request.kv_dtype, self.kv_types)}")
+
+    def _lacks(self, name: str, allowed: Iterable[str]) -> str:
+        return f"{self.data.name} has no {name!r}, must be one of: {', '.join(allowed)}"
+
+    def lossy_kv_types(self) -> list[str]:
+        """Return the types that save memory and cost quality, the best first."""
+        kinds = [(kind.added_perplexity, name) for name, kind in self.kv_types.items() if kind.added_perplexity]
+        return [name for _, name in sorted(kinds)]
 
     @abstractmethod
     def kv_dtype(self, chosen: str, dtype: str) -> str:
         """Return the KV type for the setting kv_cache.dtype and the type of the computation."""
+
+    def kv_flag(self, chosen: str, dtype: str) -> str:
+        """Return the engine's name of the KV type for the setting kv_cache.dtype and the type of the computation."""
+        return self.kv_types[self.kv_dtype(chosen, dtype)].flag
 
     def activation_bits(self, settings: Settings, spec: ModelSpec, *, device: str) -> tuple[int | None, int | None]:
         """Return the bits of activations in prompts and decode steps, with auto decided; None if there is no choice.

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pascaline.defaults import SETTINGS
-from pascaline.engines.registry import engine_named
 from pascaline.engines.speculation import NO_SPECULATION, Speculation
-from pascaline.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from pascaline.settings import Role
@@ -78,14 +76,6 @@ class PlanRequest:
     host_rates: HostRates = UNKNOWN_RATES
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuse a KV type that the engine does not have."""
-        allowed = engine_named(self.engine).memory.kv_types
-        if self.kv_dtype not in allowed:
-            raise ConfigurationError(
-                f"kv_cache.dtype: {self.engine} has no {self.kv_dtype!r}, must be one of: {', '.join(allowed)}"
-            )
 
     @property
     def available_bytes(self) -> int:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pascaline.engines.exposition import MalformedPageError, Samples
-from pascaline.engines.registry import engines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,16 +63,6 @@ class Vitals:
     """Share of the KV cache in use."""
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What an engine is doing."""
-
-    running: float
-    queued: float
-    kv_usage: float
-    """Used share of the KV pool; 0 if the engine does not report it."""
-
-
 def vitals_of(page: str, series: Series) -> Vitals:
     """Read what people look at from an engine's /metrics; nothing from a malformed page."""
     total, count = (Selector(f"{series.ttft}_{end}") if series.ttft else None for end in ("sum", "count"))
@@ -83,18 +72,3 @@ def vitals_of(page: str, series: Series) -> Vitals:
     except MalformedPageError:
         return Vitals()
     return Vitals(*(selector.sum(samples) if selector else None for selector in wanted))
-
-
-def load_of(page: str) -> Load | None:
-    """Read the load from the /metrics of any engine; None if the page is of none, or malformed."""
-    for engine in engines().values():
-        series = engine.series
-        names = [selector.name for selector in (series.running, series.queued, series.kv_usage) if selector]
-        try:
-            samples = Samples(page, names)
-        except MalformedPageError:
-            continue
-        if (running := samples.sum(series.running.name)) is not None:
-            usage = samples.total(series.kv_usage.name) if series.kv_usage else 0.0
-            return Load(running, samples.total(series.queued.name), usage)
-    return None

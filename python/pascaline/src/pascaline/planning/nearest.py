@@ -31,7 +31,7 @@ CHUNKS = (128, 256, 512, 1024)
 
 # Cost of a change, to rank it: halving a number costs 1 (_shrinkage); for some numbers it costs less.
 POOL_DISTANCE, ONE_REQUEST_DISTANCE = 0.4, 0.2
-KV_DISTANCES = {"int8": 0.5, "fp8_e5m2": 0.6}
+KV_DISTANCE, KV_STEP_DISTANCE = 0.5, 0.1
 FILE_STEP_DISTANCE = 0.8
 FRACTION_DISTANCE = 0.3
 CHUNK_WEIGHT, REQUESTS_WEIGHT = 0.2, 0.7
@@ -177,10 +177,13 @@ def _files(spec: ModelSpec, request: PlanRequest) -> list[tuple[str | None, floa
 
 
 def _kv_types(request: PlanRequest) -> list[tuple[str, float]]:
-    found, types = [(request.kv_dtype, 0.0)], engine_named(request.engine).memory.kv_types
-    if request.kv_dtype in ("fp16", "bf16", "fp32"):
-        found += [(kind, cost) for kind, cost in KV_DISTANCES.items() if kind in types]
-    return found
+    """Return (type, cost): the requested one and, if that is exact, those that save memory."""
+    memory = engine_named(request.engine).memory
+    unchanged = [(request.kv_dtype, 0.0)]
+    if memory.kv_types[request.kv_dtype].added_perplexity:
+        return unchanged
+    smaller = memory.lossy_kv_types()
+    return unchanged + [(name, KV_DISTANCE + KV_STEP_DISTANCE * index) for index, name in enumerate(smaller)]
 
 
 def _fractions(request: PlanRequest) -> list[tuple[float | None, float]]:

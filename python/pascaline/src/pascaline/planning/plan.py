@@ -169,8 +169,11 @@ def make_plan(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weight
 
     What the request leaves to the plan becomes the fastest choice that fits, or the smallest if none does.
     weights: the result of weights_on_device for this request, to save time if the same model is planned many times.
+    Raises ConfigurationError if the engine lacks the KV type.
     """
-    first, *others = engine_named(request.engine).memory.candidates(spec, request)
+    engine = engine_named(request.engine).memory
+    engine.check_kv_type(request)
+    first, *others = engine.candidates(spec, request)
     plan = _plan(spec, card, first, weights)
     if plan.fits or not others:
         return plan

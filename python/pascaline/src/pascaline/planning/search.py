@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 Goal = Literal["throughput", "latency", "context"]
 
-KV_LOSS = {"fp32": 0.0, "fp16": 0.0, "bf16": 0.0, "int8": 0.01, "fp8_e5m2": 0.1}
-"""Perplexity that a KV type adds: estimated; two mantissa bits of e5m2 are far coarser than int8 with a scale."""
 LATENCY_PROMPT = 512
 LATENCY_ANSWER = 128
 """Tokens of the request whose time `latency` minimises."""
@@ -70,7 +68,7 @@ def optimize(spec: ModelSpec, card: Card, request: PlanRequest, goal: Goal, max_
     """Return the settings that no others beat in goal, context and quality together, the best for the goal first.
 
     throughput and latency keep at least the request's context; context keeps its number of requests. All requests have
-    room for their whole context at once. max_loss: choices that lose more are left out (PERPLEXITY_LOSS, KV_LOSS).
+    room for their whole context at once. max_loss: choices that lose more are left out (of the file and the KV type).
 
     Raises ConfigurationError if the goal is a speed and the card's speed is unknown.
     """
@@ -90,8 +88,8 @@ def _choices(spec: ModelSpec, card: Card, request: PlanRequest, goal: Goal, max_
             continue
         model = requantized(spec, mixture)
         weights = weights_on_device(model, request)
-        for kv_dtype in _searched_kv_types(request):
-            loss = PERPLEXITY_LOSS[mixture] + KV_LOSS[kv_dtype]
+        for kv_dtype, kv_loss in _searched_kv_types(request):
+            loss = PERPLEXITY_LOSS[mixture] + kv_loss
             if loss > max_loss:
                 continue
             for chunk in CHUNKS:
@@ -100,9 +98,13 @@ def _choices(spec: ModelSpec, card: Card, request: PlanRequest, goal: Goal, max_
                     yield Choice(mixture, plan, loss, latency_seconds(plan))
 
 
-def _searched_kv_types(request: PlanRequest) -> list[str]:
+def _searched_kv_types(request: PlanRequest) -> list[tuple[str, float]]:
+    """Return (type, perplexity that it adds) of the requested one and of those that save memory."""
+    types = engine_named(request.engine).memory.kv_types
     return [
-        kind for kind in engine_named(request.engine).memory.kv_types if kind in (request.kv_dtype, "int8", "fp8_e5m2")
+        (name, kind.added_perplexity)
+        for name, kind in types.items()
+        if name == request.kv_dtype or kind.added_perplexity
     ]
 
 

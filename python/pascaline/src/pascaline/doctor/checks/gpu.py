@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pascaline.doctor.kernel_log import CRITICAL_XIDS, xids
 from pascaline.doctor.verdicts import Checks, Remedy, Result, Verdict, failure, info, ok, skipped, warning
-from pascaline.engines.series import load_of
+from pascaline.engines.load import load_of
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:

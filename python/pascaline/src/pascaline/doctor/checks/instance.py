@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from pascaline.doctor.verdicts import Checks, Remedy, Result, failure, info, ok, skipped, warning
-from pascaline.engines.series import load_of
+from pascaline.engines.load import load_of
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from pascaline.engines.data import read_data
 from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.engines.installation import Installation, Probe
 from pascaline.engines.llama_cpp import speculation
-from pascaline.engines.llama_cpp.memory import ENGINE_KV_TYPES, LlamaCppMemory, memory_arguments
+from pascaline.engines.llama_cpp.memory import LlamaCppMemory, memory_arguments
 from pascaline.engines.llama_cpp.options import options_of, own_placement_arguments, pinned_arguments
 from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.engines.rope_factors import factor_refusals
@@ -181,7 +181,7 @@ class LlamaCppEngine(Engine):
             *("--model", str(task.model.path), "--alias", task.model.served_name),
             *("--host", settings.host, "--port", str(settings.port)),
             *("--threads", str(task.threads)),
-            *_memory_arguments(task),
+            *_memory_arguments(task, self.memory),
             *_offload_arguments(task, _program(task)),
             *speculation.arguments(task.speculation, settings),
             "--metrics",
@@ -200,9 +200,7 @@ class LlamaCppEngine(Engine):
             for key, neutral in WITHOUT_COUNTERPART.items()
             if (value := attrgetter(key)(settings)) != neutral
         ]
-        sentence = _kv_problem(settings.kv_cache.dtype)
-        types = [("kv_cache.dtype", sentence)] if sentence else []
-        return [*unknown, *super().problems(settings), *types, *speculation.problems(settings)]
+        return [*unknown, *super().problems(settings), *speculation.problems(settings)]
 
     def judge(self, spec: ModelSpec) -> Verdict:
         """Refuse what it cannot read at all; it refuses itself what it cannot load."""
@@ -276,12 +274,6 @@ def _program(task: Task) -> str:
     return found
 
 
-def _kv_problem(dtype: str) -> str | None:
-    if dtype in ENGINE_KV_TYPES:
-        return None
-    return f"llama.cpp has no {dtype!r}, must be one of: {', '.join(ENGINE_KV_TYPES)}"
-
-
 def _offload_arguments(task: Task, program: str) -> tuple[str, ...]:
     """Return the flags for weights in the host's memory. They depend on the build, which is asked only if needed."""
     if not task.expert_layers_on_host and task.gpu_layers == ALL_LAYERS:
@@ -291,15 +283,16 @@ def _offload_arguments(task: Task, program: str) -> tuple[str, ...]:
     return (*own_placement_arguments(options), *pinned)
 
 
-def _memory_arguments(task: Task) -> tuple[str, ...]:
-    if sentence := _kv_problem(task.settings.kv_cache.dtype):
+def _memory_arguments(task: Task, memory: LlamaCppMemory) -> tuple[str, ...]:
+    chosen = task.settings.kv_cache.dtype
+    if sentence := memory.kv_problem(chosen):
         raise ConfigurationError(f"kv_cache.dtype: {sentence}")
     return memory_arguments(
         context_length=task.context_length,
         max_running_requests=task.settings.max_running_requests,
         chunked_prefill_tokens=task.settings.chunked_prefill_tokens,
         device=task.device,
-        kv_dtype=task.settings.kv_cache.dtype,
+        kv_flag=memory.kv_flag(chosen, task.dtype),
         whole_prompts=task.whole_prompts,
         gpu_layers=task.gpu_layers,
         expert_layers_on_host=task.expert_layers_on_host,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from pascaline.engines.kv_layers import KvType, layer_groups
+from pascaline.engines.kv_layers import layer_groups
 from pascaline.engines.llama_cpp import speculation
 from pascaline.engines.llama_cpp.offload import (
     candidates,
@@ -23,7 +23,7 @@ from pascaline.engines.tensors import is_embedding, padded
 from pascaline.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from pascaline.engines.memory_model import Weights
     from pascaline.engines.plan_request import PlanRequest
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from pascaline.models.spec import ModelSpec, TensorSpec
     from pascaline.settings import Settings
 
-ENGINE_KV_TYPES = {"auto": "f16", "fp16": "f16", "bf16": "bf16", "int8": "q8_0"}
-"""Our names of KV cache types -> llama.cpp's."""
-Q8_0_BYTES = 34 / 32
-"""Its int8: blocks of 32 values with one fp16 scale (ggml-common.h, block_q8_0)."""
 CELLS = 256
 """It rounds the cells of a sequence up to this (llama-context.cpp, GGML_PAD(n_ctx, 256))."""
 LEAST_BATCH = 32
@@ -51,11 +47,6 @@ on a GPU, estimated by the log of one model."""
 class LlamaCppMemory(MemoryModel):
     """The memory model of llama-server."""
 
-    kv_types: ClassVar[Mapping[str, KvType]] = {
-        "fp16": KvType(2.0),
-        "bf16": KvType(2.0),
-        "int8": KvType(Q8_0_BYTES),
-    }
     weights_source = ""
     pool_source = "llama.cpp, src/llama-kv-cache.cpp and llama-kv-cache-iswa.cpp"
     has_memory_fraction = False
@@ -219,7 +210,7 @@ class LlamaCppMemory(MemoryModel):
             max_running_requests=request.max_running_requests,
             chunked_prefill_tokens=request.chunked_prefill_tokens,
             device=request.device,
-            kv_dtype=request.kv_dtype,
+            kv_flag=self.kv_types[request.kv_dtype].flag,
             whole_prompts=request.whole_prompts,
             gpu_layers=request.gpu_layers or ALL_LAYERS,
             expert_layers_on_host=request.expert_layers_on_host or 0,
@@ -232,7 +223,7 @@ def memory_arguments(
     max_running_requests: int,
     chunked_prefill_tokens: int,
     device: str,
-    kv_dtype: str,
+    kv_flag: str,
     gpu_layers: int = ALL_LAYERS,
     expert_layers_on_host: int = 0,
     whole_prompts: bool = False,
@@ -241,14 +232,13 @@ def memory_arguments(
 
     whole_prompts: as in PlanRequest; it refuses a prompt that is longer than its physical batch then.
     """
-    kind = ENGINE_KV_TYPES[kv_dtype]
     batch = str(context_length if whole_prompts else max(chunked_prefill_tokens, LEAST_BATCH))
     experts = ("--n-cpu-moe", str(expert_layers_on_host)) if expert_layers_on_host else ()
     return (
         *("--ctx-size", str(context_length * max_running_requests), "--parallel", str(max_running_requests)),
         *("--batch-size", batch, "--ubatch-size", batch),
         *("--n-gpu-layers", str(gpu_layers if device == "cuda" else 0), *experts),
-        *("--cache-type-k", kind, "--cache-type-v", kind),
+        *("--cache-type-k", kv_flag, "--cache-type-v", kv_flag),
     )
 
 

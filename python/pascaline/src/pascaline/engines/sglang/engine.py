@@ -187,7 +187,7 @@ class SglangEngine(Engine):
     def launch(self, task: Task) -> Launch:
         """Return the command line and the variables. A file holds the API key, since every user can see arguments."""
         self.check_extra_args(task.settings.extra_args)
-        return launch(task)
+        return launch(task, self.memory.kv_flag(task.settings.kv_cache.dtype, task.dtype))
 
     def problems(self, settings: Settings) -> list[tuple[str, str]]:
         """Return the problems of extra arguments, of settings without a counterpart, of parsers and of the role."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from pascaline.engines.base import Launch
 from pascaline.engines.sglang import activations, speculation
-from pascaline.engines.sglang.memory import ENGINE_KV_TYPES
 from pascaline.engines.sglang.parsers import parser_arguments
 from pascaline.engines.sglang.weights import BITSANDBYTES
 from pascaline.errors import MissingError
@@ -26,13 +25,16 @@ HELD_BACK_TOKENS = 10
 """
 
 
-def launch(task: Task) -> Launch:
-    """Return the command line and the variables. A file holds the API key, since every user can see arguments."""
+def launch(task: Task, kv_type: str) -> Launch:
+    """Return the command line and the variables. A file holds the API key, since every user can see arguments.
+
+    kv_type: SGLang's name of the type of the KV cache.
+    """
     settings = task.settings
     python = str(settings.engine_executable or sys.executable)
     if shutil.which(python) is None:
         raise MissingError(f"engine_executable: {python} is not a program, must be a Python that can import sglang")
-    arguments = [*_model_arguments(task), *_limit_arguments(task), *_feature_arguments(task)]
+    arguments = [*_model_arguments(task), *_limit_arguments(task), *_feature_arguments(task, kv_type)]
     if task.api_key is not None:
         arguments += ["--config", _write_key_file(task)]
     command = (python, "-m", "sglang.launch_server", *arguments, *settings.extra_args)
@@ -70,10 +72,10 @@ def _limit_arguments(task: Task) -> list[str]:
     return arguments
 
 
-def _feature_arguments(task: Task) -> list[str]:
+def _feature_arguments(task: Task, kv_type: str) -> list[str]:
     settings = task.settings
     # Without --sleep-on-idle its scheduler keeps one core busy all the time while it waits for requests.
-    arguments = ["--enable-metrics", "--sleep-on-idle", "--kv-cache-dtype", ENGINE_KV_TYPES[settings.kv_cache.dtype]]
+    arguments = ["--enable-metrics", "--sleep-on-idle", "--kv-cache-dtype", kv_type]
     if not settings.radix_cache:
         arguments.append("--disable-radix-cache")
     if settings.attention_backend is not None:

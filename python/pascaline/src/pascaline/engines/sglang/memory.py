@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from pascaline.engines.kv_layers import KvType, layer_groups
+from pascaline.engines.kv_layers import layer_groups
 from pascaline.engines.memory_model import MemoryModel, Part, Pool
 from pascaline.engines.sglang import activations, speculation, weights
 from pascaline.engines.sglang.buffers import buffers, recorded_steps, tables
@@ -15,22 +16,18 @@ from pascaline.plugin import PLUGIN
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
+    from pascaline.engines.data import KvTypeEntry
+    from pascaline.engines.kv_layers import KvType
     from pascaline.engines.memory_model import HeldTensor, Weights
     from pascaline.engines.plan_request import PlanRequest
     from pascaline.engines.speculation import Speculation
     from pascaline.models.spec import ModelSpec, TensorSpec
     from pascaline.settings import Settings
 
-PLUGIN_KV_TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp8_e5m2": "fp8_e5m2", "int8": "int8"}
-"""Our names of KV cache types -> the plugin's."""
-KV_DTYPE_OF = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-"""Type of a KV pool if none is set: the type of the computation."""
-ENGINE_KV_TYPES = {"auto": "auto", "fp16": "auto", "fp32": "auto", "bf16": "bf16", "fp8_e5m2": "fp8_e5m2"} | {
-    "int8": "int8"
-}
-"""Our names of KV cache types -> SGLang's; auto is the type of the computation."""
+AUTO = "auto"
+"""SGLang's KV type that is the type of the computation; the setting has the same name for it."""
 PADDING_TOKENS = 1
 """SGLang's pool has one more page (of one token) for padded rows (mem_cache/memory_pool.py, MHATokenToKVPool)."""
 CPU_POOL_BYTES = 2**30
@@ -54,18 +51,28 @@ QUANTIZATION_FORMATS = {
 class SglangMemory(MemoryModel):
     """The memory model of SGLang with sglang-pascal."""
 
-    kv_types: ClassVar[Mapping[str, KvType]] = {
-        name: KvType(float(PLUGIN.kv_types[own].element_bytes), 2 * PLUGIN.kv_types[own].scale_bytes)
-        for name, own in PLUGIN_KV_TYPES.items()
-    }
     weights_source = weights.SOURCE
     pool_source = "SGLang, mem_cache/memory_pool.py, MHATokenToKVPool"
     has_memory_fraction = True
     shares_pool = True
 
+    def kv_type(self, entry: KvTypeEntry) -> KvType:
+        """Return a type with the bytes that the plugin's pools have."""
+        assert entry.pool is not None, f"{entry} names no pool of the plugin"
+        own = PLUGIN.kv_types[entry.pool]
+        sized = replace(entry, value_bytes=float(own.element_bytes))
+        return replace(super().kv_type(sized), scale_bytes=2 * own.scale_bytes)
+
     def kv_dtype(self, chosen: str, dtype: str) -> str:
-        """Apart from fp8, int8 and bf16, SGLang's pools have the type of the computation."""
-        return KV_DTYPE_OF[dtype] if chosen in ("auto", "fp16") else chosen
+        """A pool whose flag is SGLang's auto, and one that is not chosen, has the type of the computation."""
+        if chosen != AUTO and self.kv_types[chosen].flag != AUTO:
+            return chosen
+        return next(name for name, entry in self.data.kv_types.items() if entry.pool == dtype)
+
+    def kv_flag(self, chosen: str, dtype: str) -> str:
+        """What is not chosen is SGLang's own choice."""
+        del dtype
+        return AUTO if chosen == AUTO else self.kv_types[chosen].flag
 
     def activation_bits(self, settings: Settings, spec: ModelSpec, *, device: str) -> tuple[int | None, int | None]:
         """Return the bits that the plugin multiplies with."""
@@ -206,7 +213,7 @@ class SglangMemory(MemoryModel):
             *("--max-total-tokens", str(kv_tokens)),
             *("--chunked-prefill-size", str(request.chunked_prefill_tokens)),
             *("--mem-fraction-static", f"{fraction:g}"),
-            *("--kv-cache-dtype", ENGINE_KV_TYPES[request.kv_dtype]),
+            *("--kv-cache-dtype", self.kv_types[request.kv_dtype].flag),
             *speculation.arguments(request.speculation),
         )
 

@@ -1,0 +1,33 @@
+"""The load of an engine whose name is not known, from its /metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pascaline.engines.exposition import MalformedPageError, Samples
+from pascaline.engines.registry import engines
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What an engine is doing."""
+
+    running: float
+    queued: float
+    kv_usage: float
+    """Used share of the KV pool; 0 if the engine does not report it."""
+
+
+def load_of(page: str) -> Load | None:
+    """Read the load from the /metrics of any engine; None if the page is of none, or malformed."""
+    for engine in engines().values():
+        series = engine.series
+        names = [selector.name for selector in (series.running, series.queued, series.kv_usage) if selector]
+        try:
+            samples = Samples(page, names)
+        except MalformedPageError:
+            continue
+        if (running := samples.sum(series.running.name)) is not None:
+            usage = samples.total(series.kv_usage.name) if series.kv_usage else 0.0
+            return Load(running, samples.total(series.queued.name), usage)
+    return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import resource
 import shutil
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+from faults.noise import send_noise
 from pascaline.gpu.fake_nvml import fake_nvml_environment, write_scenario
 from support.instance import PATIENCE, wait_until
 from support.ledger import stretch
@@ -393,19 +393,9 @@ def drip(seconds: float, count: int = 20) -> Inject:
     return inject
 
 
-def garbage(count: int, seed: int = 17) -> Inject:
-    """Send noise to the agent."""
-
-    def inject(scene: Scene) -> None:
-        rng = random.Random(seed)
-        for _ in range(count):
-            with (
-                contextlib.suppress(OSError),
-                socket.create_connection(("127.0.0.1", scene.agent_port), 2) as connection,
-            ):
-                connection.sendall(rng.choice([b"", b"GET / HTTP/1.1\r\n", b"POST /drain "]) + rng.randbytes(200))
-
-    return inject
+def garbage(count: int) -> Inject:
+    """Send malformed requests to the agent."""
+    return lambda scene: send_noise(scene.agent_port, count)
 
 
 def foreign_drain(scene: Scene) -> None:

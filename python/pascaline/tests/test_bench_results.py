@@ -19,7 +19,7 @@ from pascaline.bench.load import Record
 from pascaline.bench.metrics import FIGURES, figures_of_run, summarize
 from pascaline.bench.result_charts import charts
 from pascaline.bench.results import SCHEMA, Results, create_or_resume, load
-from pascaline.bench.results_table import aligned, results_table
+from pascaline.bench.results_table import folded, results_table
 from pascaline.bench.run_result import Run, Sample
 from pascaline.bench.svg_chart import MAX_TICKS, WIDTH, Chart, Mark, Series, line_chart, number, pareto_front, ticks
 from pascaline.errors import ConfigurationError, StorageError
@@ -259,12 +259,16 @@ def test_nothing_beats_a_point_of_the_pareto_front(points: list[tuple[int, int]]
     assert not any(better(a, b) for a in front for b in front if a is not b)
 
 
-def test_rows_line_up_and_a_reason_spans_the_rest() -> None:
-    assert list(aligned([["", "a", "bb"], ["x", "100", "2"], ["yy", "skipped: too long"]])) == [
-        "      a  bb",
-        "x   100   2",
-        "yy  skipped: too long",
+def test_rows_line_up_and_reasons_follow_the_first_table() -> None:
+    rows, reasons = [["", "a", "bb"], ["x", "100", "2"], ["yy", "3", "4"]], [["z", "skipped: too long"]]
+    whole = ["      a  bb", "x   100   2", "yy    3   4", "z   skipped: too long"]
+    assert folded(rows, reasons) == [whole]
+    assert folded(rows, reasons, width=8) == [
+        ["      a", "x   100", "yy    3", "z   skipped: too long"],
+        ["    bb", "x    2", "yy   4"],
     ]
+    assert folded(rows, [], width=1) == [["      a", "x   100", "yy    3"], ["    bb", "x    2", "yy   4"]]
+    assert folded([[""]], reasons) == [["z  skipped: too long"]]
 
 
 def test_table_shows_values_with_half_their_interval(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from pascaline.bench.metrics import FIGURES
-from pascaline.bench.results_table import aligned, shown
+from pascaline.bench.results_table import shown
 from pascaline.bench.statistics import CONFIDENCE, holm, welch
 from pascaline.errors import ConfigurationError
+from pascaline.text_table import LEFT, RIGHT, table_lines
 
 COMPARED = (
     "output_throughput",
@@ -64,7 +65,7 @@ def comparison_table(differences: dict[str, Any]) -> str:
         p_value = f"{row['p_value']:.3f}" if row["p_value"] is not None else "-"
         values = [f"{shown(figure, row[side])} {figure.unit}" for side in ("a", "b")]
         table.append([row["point"], figure.title, *values, ratio, p_value, row["verdict"]])
-    return "\n".join([*lines, *aligned(table)])
+    return "\n".join([*lines, *table_lines(table, [LEFT, LEFT, RIGHT, RIGHT, RIGHT, RIGHT, LEFT])])
 
 
 def _rows(name: str, first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:

@@ -6,17 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from pascaline.bench.expectations import throughputs
 from pascaline.bench.metrics import FIGURES
+from pascaline.text_table import GAP, LEFT, RIGHT, Column, table_lines
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from pascaline.bench.metrics import Figure
 
 ABSENT = "-"
 """Shown for an unknown value, which is not zero."""
-WIDTH, GAP = 80, 2
-"""Characters of a terminal, and between two columns."""
+WIDTH = 80
+"""Characters of a terminal."""
 COLUMNS = {
     "output_throughput": "tok/s out",
     "input_throughput": "tok/s in",
@@ -81,39 +80,44 @@ def results_table(document: dict[str, Any], width: int = WIDTH) -> str:
     held = {each.name: (each.claim, each.plan, each.roofline) for each in throughputs(document)}
     known = [n for n in range(len(HELD_HEADING)) if any(values[n] is not None for values in held.values())]
     rows = [["", *(COLUMNS[key] for key in keys), *(HELD_HEADING[n] for n in known)]]
-    for entry in document["points"]:
-        if entry["skipped"]:
-            rows.append([entry["name"], f"skipped: {entry['skipped']}"])
-        elif entry["summary"]:
-            limits = [ABSENT if (value := held[entry["name"]][n]) is None else f"{value:.1f}" for n in known]
-            rows.append([entry["name"], *(_cell(key, entry["summary"]) for key in keys), *limits])
-    tables = [quality_rows(document), rows] if document["kind"] == "quant" else [rows]
-    parts = [part for table in tables for part in folded(table, width)]
-    return "\n\n".join("\n".join(aligned(part)) for part in parts)
+    for entry in measured:
+        limits = [ABSENT if (value := held[entry["name"]][n]) is None else f"{value:.1f}" for n in known]
+        rows.append([entry["name"], *(_cell(key, entry["summary"]) for key in keys), *limits])
+    skipped = [[entry["name"], f"skipped: {entry['skipped']}"] for entry in document["points"] if entry["skipped"]]
+    tables = [*_quality_tables(document, width), *folded(rows, skipped, width)]
+    return "\n\n".join("\n".join(lines) for lines in tables)
 
 
-def folded(rows: list[list[str]], width: int) -> list[list[list[str]]]:
-    """Return the rows as tables no wider than `width`, each with the first column. Reasons stay in the first.
+def _quality_tables(document: dict[str, Any], width: int) -> list[list[str]]:
+    if document["kind"] != "quant":
+        return []
+    rows = quality_rows(document)
+    measured = [row for row in rows if len(row) == len(rows[0])]
+    return folded(measured, [row for row in rows if row not in measured], width)
 
-    A single column that is wider is a table of its own.
+
+def folded(rows: list[list[str]], reasons: list[list[str]], width: int = WIDTH) -> list[list[str]]:
+    """Return the lines of the rows, as tables of at most `width` characters that all begin with the first column.
+
+    reasons: names of what has no figures, and why; they follow the first table. A column that is too wide for any
+    table has one to itself.
     """
-    columns = max(map(len, rows), default=0)
-    full = [row for row in rows if len(row) == columns]
-    widths = [max(len(row[n]) for row in full) for n in range(columns)]
+    from rich.cells import cell_len
+
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     groups, used = list[list[int]](), width
-    for n in range(1, columns):
-        if used + GAP + widths[n] > width:
+    for n, wide in enumerate(widths[1:], 1):
+        if not groups or used + GAP + wide > width:
             groups.append([])
-            used = max(len(row[0]) for row in rows)
+            used = widths[0]
         groups[-1].append(n)
-        used += GAP + widths[n]
-    if len(groups) < 2:
-        return [rows]
-    first, *others = groups
-    return [
-        [[row[0], *(row[n] for n in first)] if len(row) == columns else row for row in rows],
-        *([[row[0], *(row[n] for n in group)] for row in full] for group in others),
+        used += GAP + wide
+    tables = [
+        table_lines([[row[0], *(row[n] for n in group)] for row in rows], [LEFT, *(RIGHT for _ in group)])
+        for group in groups
     ]
+    first, *others = tables or [[]]
+    return [first + table_lines(reasons, [Column(min_width=widths[0]), LEFT]), *others]
 
 
 def quality_rows(document: dict[str, Any]) -> list[list[str]]:
@@ -147,21 +151,6 @@ def _quality_row(entry: dict[str, Any]) -> list[str]:
         plain("served_perplexity", 3),
         plain("served_kl_least", 5),
     ]
-
-
-def aligned(rows: list[list[str]]) -> Iterator[str]:
-    """Yield rows as aligned columns, the first one to the left. A row of two cells spans all columns."""
-    columns = max(map(len, rows), default=0)
-    full = [row for row in rows if len(row) == columns]
-    widths = [max(len(row[n]) for row in full) for n in range(columns)]
-    if widths:
-        widths[0] = max(len(row[0]) for row in rows)
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [
-            cell.rjust(width) if len(row) == columns else cell for cell, width in zip(row[1:], widths[1:], strict=False)
-        ]
-        yield (" " * GAP).join(cells).rstrip()
 
 
 def _cell(key: str, summary: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from pascaline.cli.options import add_settings_arguments, load_from_arguments
 from pascaline.configuration import allowed_values, flag_of, setting_fields, variable_of
 from pascaline.errors import ExitCode
 from pascaline.settings import Settings
+from pascaline.text_table import LEFT, table_lines
 
 if TYPE_CHECKING:
     import argparse
@@ -52,9 +53,7 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({key: {"value": value, "origin": origin} for key, value, origin in rows}, indent=2))
         return ExitCode.OK
-    width, value_width = max(len(key) for key, _, _ in rows), max(len(_text(value)) for _, value, _ in rows)
-    for key, value, origin in rows:
-        print(f"{key:<{width}}  {_text(value):<{value_width}}  {origin}")
+    print("\n".join(table_lines([(key, _text(value), origin) for key, value, origin in rows], [LEFT] * 3)))
     return ExitCode.OK
 
 

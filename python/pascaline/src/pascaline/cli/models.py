@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pascaline.cli.options import add_token_argument, token_headers
 from pascaline.errors import ConfigurationError, ExitCode
+from pascaline.text_table import LEFT, RIGHT, table_lines
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
@@ -132,9 +133,8 @@ def _print(arguments: argparse.Namespace, found: list[Entry], nothing: str) -> i
     elif not found:
         print(nothing)
     else:
-        width = max(len(entry.name) for entry in found)
-        for entry in found:
-            print(f"{entry.name:<{width}}  {format_bytes(entry.bytes):>11}  {entry.state:<10}  {entry.path}")
+        rows = [(entry.name, format_bytes(entry.bytes), entry.state, str(entry.path)) for entry in found]
+        print("\n".join(table_lines(rows, [LEFT, RIGHT, LEFT, LEFT])))
     return ExitCode.OK
 
 
@@ -169,8 +169,9 @@ def _gc(arguments: argparse.Namespace, store: Path) -> int:
     if arguments.json:
         print(json.dumps([{"path": str(w.path), "bytes": w.bytes, "reason": w.reason} for w in found], indent=2))
         return ExitCode.OK
-    for waste in found:
-        print(f"{format_bytes(waste.bytes):>11}  {waste.path}  ({waste.reason})")
+    rows = [(format_bytes(waste.bytes), str(waste.path), f"({waste.reason})") for waste in found]
+    for line in table_lines(rows, [RIGHT, LEFT, LEFT]):
+        print(line)
     freed = format_bytes(sum(waste.bytes for waste in found))
     print(f"{freed} {'would be freed' if arguments.dry_run else 'freed'}")
     return ExitCode.OK

@@ -19,6 +19,7 @@ from pascaline.models.spec import ModelSpec, TensorSpec
 from pascaline.planning.mixtures import requantized
 from pascaline.planning.plan import make_plan
 from pascaline.planning.request import request_from_settings
+from pascaline.text_table import LEFT, RIGHT, Column, table_lines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -269,23 +270,27 @@ def _with_type(tensor: TensorSpec, name: str) -> TensorSpec:
 
 
 def catalog_table(rows: Sequence[CatalogRow]) -> str:
-    """Return one line per model."""
-    lines = [f"{'model':<30}{'file GiB':>9}  {'engine':<10}{'where':<34}{'tok/s':>14}{'prompt tok/s':>15}"]
-    lines += [_line(row) for row in rows]
+    """Return one line per model; those that do not fit come last, with the reason."""
+    titles = ("model", "file GiB", "engine", "where", "tok/s", "prompt tok/s")
+    fitting = [titles, *(_fitting_cells(row) for row in rows if row.plan.fits)]
+    others = [(*_model_cells(row), f"does not fit: {row.plan.reasons[0]}") for row in rows if not row.plan.fits]
+    model, size = Column(min_width=max(len(_model_cells(row)[0]) for row in rows)), Column(right=True, min_width=8)
+    lines = table_lines(fitting, [model, size, LEFT, LEFT, RIGHT, RIGHT])
+    lines += table_lines(others, [model, size, LEFT])
     if not all(row.confirmed for row in rows):
         lines.append("* part of the shape was not read for this model")
     return "\n".join(lines)
 
 
-def _line(row: CatalogRow) -> str:
-    name = row.name + ("" if row.confirmed else " *")
-    start = f"{name:<30}{row.file_bytes / 2**30:>9.1f}  "
-    if not row.plan.fits:
-        return f"{start}{'-':<10}does not fit: {row.plan.reasons[0]}"
+def _model_cells(row: CatalogRow) -> tuple[str, str]:
+    return row.name + ("" if row.confirmed else " *"), f"{row.file_bytes / 2**30:.1f}"
+
+
+def _fitting_cells(row: CatalogRow) -> tuple[str, ...]:
     speed = row.plan.speed
     decode = f"{speed.single.low:,.0f} to {speed.single.high:,.0f}" if speed else "-"
     prompt = f"{speed.prefill.low:,.0f} to {speed.prefill.high:,.0f}" if speed else "-"
-    return f"{start}{row.plan.request.engine:<10}{_where(row.plan):<34}{decode:>14}{prompt:>15}"
+    return *_model_cells(row), row.plan.request.engine, _where(row.plan), decode, prompt
 
 
 def _where(plan: Plan) -> str:

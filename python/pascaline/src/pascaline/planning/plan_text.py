@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pascaline.planning.speed import host_speed
+from pascaline.text_table import LEFT, RIGHT, Column, table_lines
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from pascaline.engines.memory_model import Part
     from pascaline.planning.nearest import Change
     from pascaline.planning.plan import Plan
     from pascaline.planning.search import Choice
-    from pascaline.planning.speed import Rate
+    from pascaline.planning.speed import Rate, Speed
 
 BAR_WIDTH = 64
 BAR_LETTERS = {
@@ -33,27 +34,14 @@ BAR_LETTERS = {
     "fragmentation": "f",
 }
 """Letter of each part in the bar."""
+_SIZE = Column(right=True, min_width=12)
 
 
 def table(plan: Plan) -> str:
     """Return the memory table: each part, what is free, the verdict, and what to expect."""
-    place = "card" if plan.request.device == "cuda" else "host"
-    rows = [
-        (part.name, part.n_bytes, BAR_LETTERS.get(part.key, "?"), part.origin) for part in plan.parts if part.n_bytes
-    ]
-    width = max(len(name) for name, *_ in rows) + 2
     lines = [f"{plan.model} on {plan.card}: {_settings_words(plan)}", ""]
-    lines += [f"  {letter} {name:<{width}}{_size(n_bytes):>12}  {origin}" for name, n_bytes, letter, origin in rows]
-    lines.append(f"    {'together':<{width}}{_size(plan.total_bytes):>12}")
-    if plan.request.used_bytes:
-        lines.append(f"  x {'used by others':<{width}}{_size(plan.request.used_bytes):>12}")
-    lines += [
-        f"    {'the ' + place + ' has':<{width}}{_size(plan.card_bytes):>12}",
-        f"    {'headroom' if plan.headroom_bytes >= 0 else 'missing':<{width}}{_size(abs(plan.headroom_bytes)):>12}",
-        "",
-        f"  [{bar(plan)}]",
-        "",
-    ]
+    lines += table_lines(list(_card_rows(plan)), [LEFT, _SIZE, LEFT])
+    lines += ["", f"  [{bar(plan)}]", ""]
     if plan.fits:
         lines.append(f"fits: a KV cache of {plan.kv_tokens:,} tokens, {format_bytes(plan.kv_bytes_per_token)} each")
     lines += [f"cannot be served: {reason}" for reason in plan.refusals]
@@ -63,21 +51,33 @@ def table(plan: Plan) -> str:
     return "\n".join([*lines, *_speed_lines(plan)])
 
 
+def _card_rows(plan: Plan) -> Iterable[tuple[str, ...]]:
+    yield from _part_rows(plan.parts)
+    yield "    together", _size(plan.total_bytes)
+    if plan.request.used_bytes:
+        yield "  x used by others", _size(plan.request.used_bytes)
+    yield f"    the {'card' if plan.request.device == 'cuda' else 'host'} has", _size(plan.card_bytes)
+    yield "    headroom" if plan.headroom_bytes >= 0 else "    missing", _size(abs(plan.headroom_bytes))
+
+
+def _part_rows(parts: Iterable[Part], *, letters: bool = True) -> Iterable[tuple[str, ...]]:
+    """Yield name, size and origin of each part that holds something, with its letter in the bar if there is one."""
+    for part in parts:
+        if part.n_bytes:
+            letter = BAR_LETTERS.get(part.key, "?") if letters else " "
+            yield f"  {letter} {part.name}", _size(part.n_bytes), part.origin
+
+
 def _host_lines(plan: Plan) -> list[str]:
     """The table of the host's memory, if it holds more than the input embedding."""
     if len(plan.host_parts) < 2:
         return []
-    width = max(len(part.name) for part in plan.host_parts) + 2
     free = plan.request.host_memory_bytes
+    rows = [*_part_rows(plan.host_parts, letters=False), ("    together", _size(plan.host_bytes))]
     return [
         "",
         f"in the host's memory{'' if free is None else f', of which {format_bytes(free)} are free'}:",
-        *(
-            f"    {part.name:<{width}}{_size(part.n_bytes):>12}  {part.origin}"
-            for part in plan.host_parts
-            if part.n_bytes
-        ),
-        f"    {'together':<{width}}{_size(plan.host_bytes):>12}",
+        *table_lines(rows, [LEFT, _SIZE, LEFT]),
         *_rate_lines(plan),
     ]
 
@@ -115,29 +115,30 @@ def _speed_lines(plan: Plan) -> list[str]:
         if speed.basis == "measured"
         else "estimated: this engine was not measured with such a model on such a card, or at too few points"
     )
+    rows = _generation_rows(plan, speed) if plan.generates else [("  prompt", _rate(speed.prefill))]
+    return ["", f"expected speed ({basis}):", *table_lines(rows, [Column(min_width=20), LEFT])]
+
+
+def _generation_rows(plan: Plan, speed: Speed) -> list[tuple[str, str]]:
     decode = speed.decode
-    if not plan.generates:
-        return ["", f"expected speed ({basis}):", f"  prompt              {_rate(speed.prefill)}"]
+    each = f"{decode.tokens_per_second / decode.batch:,.0f} each"
+    first = f"first token of {plan.context_length:,} after {speed.ttft_seconds:,.1f} s"
     return [
-        "",
-        f"expected speed ({basis}):",
-        f"  one request         {_rate(speed.single)}",
-        *_speculation_lines(plan),
-        f"  {decode.batch} at {decode.context:,} tokens{'':<{max(0, 9 - len(f'{decode.batch}{decode.context:,}'))}}"
-        f"{_rate(decode)}, {decode.tokens_per_second / decode.batch:,.0f} each",
-        f"  prompt              {_rate(speed.prefill)}, first token of {plan.context_length:,} after "
-        f"{speed.ttft_seconds:,.1f} s",
+        ("  one request", _rate(speed.single)),
+        *_speculation_rows(plan),
+        (f"  {decode.batch} at {decode.context:,} tokens", f"{_rate(decode)}, {each}"),
+        ("  prompt", f"{_rate(speed.prefill)}, {first}"),
     ]
 
 
-def _speculation_lines(plan: Plan) -> list[str]:
+def _speculation_rows(plan: Plan) -> list[tuple[str, str]]:
     """The range by acceptance: no draft is right, or all are."""
     speed, drafts = plan.speed, plan.request.speculation
     if speed is None or speed.repeating is None:
         return []
     low, high = speed.single.tokens_per_second, speed.repeating.tokens_per_second
     ends = f"no draft is right, or all {drafts.tokens} of each step are"
-    return [f"  with {drafts.method:<15}{low:,.0f} to {high:,.0f} tok/s: {ends}"]
+    return [(f"  with {drafts.method}", f"{low:,.0f} to {high:,.0f} tok/s: {ends}")]
 
 
 def _rate(rate: Rate) -> str:
@@ -203,44 +204,52 @@ def refusal(plan: Plan, changes: Sequence[Change]) -> str:
 
 def sweep_table(plans: Sequence[Plan], over: str) -> str:
     """Return one line per plan."""
-    titles = {"context": "context", "requests": "requests", "quant": "quant"}
-    lines = [
-        f"{titles[over]:>10}{'weights':>13}{'KV cache':>13}{'tokens':>11}{'total':>13}{'headroom':>13}"
-        f"{'tok/s':>8}{'prompt tok/s':>14}  verdict"
-    ]
-    for plan in plans:
-        value = {
-            "context": f"{plan.context_length:,}",
-            "requests": str(plan.request.max_running_requests),
-            "quant": plan.model,
-        }[over]
-        speed = plan.speed
-        decode = f"{speed.decode.tokens_per_second:,.0f}" if speed and plan.fits else "-"
-        prompt = f"{speed.prefill.tokens_per_second:,.0f}" if speed and plan.fits else "-"
-        lines.append(
-            f"{value:>10}{_size(plan.weights_bytes):>13}{_size(plan.kv_bytes):>13}{plan.kv_tokens:>11,}"
-            f"{_size(plan.total_bytes):>13}{_size(plan.headroom_bytes):>13}{decode:>8}{prompt:>14}"
-            f"  {'fits' if plan.fits else 'does not fit'}"
-        )
-    return "\n".join(lines)
+    titles = (over, "weights", "KV cache", "tokens", "total", "headroom", "tok/s", "prompt tok/s", "verdict")
+    rows = [titles, *(_sweep_row(plan, over) for plan in plans)]
+    return "\n".join(table_lines(rows, [RIGHT] * 8 + [LEFT]))
+
+
+def _sweep_row(plan: Plan, over: str) -> tuple[str, ...]:
+    value = {
+        "context": f"{plan.context_length:,}",
+        "requests": str(plan.request.max_running_requests),
+        "quant": plan.model,
+    }[over]
+    speed = plan.speed if plan.fits else None
+    return (
+        value,
+        _size(plan.weights_bytes),
+        _size(plan.kv_bytes),
+        f"{plan.kv_tokens:,}",
+        _size(plan.total_bytes),
+        _size(plan.headroom_bytes),
+        f"{speed.decode.tokens_per_second:,.0f}" if speed else "-",
+        f"{speed.prefill.tokens_per_second:,.0f}" if speed else "-",
+        "fits" if plan.fits else "does not fit",
+    )
 
 
 def choices_table(choices: Sequence[Choice]) -> str:
     """Return one line per choice, the best first."""
-    lines = [
-        f"{'quant':<8}{'KV':<10}{'context':>9}{'requests':>10}{'chunk':>7}{'tok/s':>8}{'latency':>10}"
-        f"{'loss':>8}{'total':>13}{'headroom':>13}"
-    ]
-    for choice in choices:
-        request = choice.plan.request
-        rate = "-" if choice.throughput is None else f"{choice.throughput:,.0f}"
-        latency = "-" if choice.latency_seconds is None else f"{choice.latency_seconds:,.1f} s"
-        lines.append(
-            f"{choice.file_type:<8}{request.kv_dtype:<10}{request.context_length:>9,}{request.max_running_requests:>10}"
-            f"{request.chunked_prefill_tokens:>7}{rate:>8}{latency:>10}"
-            f"{choice.loss:>8.3f}{_size(choice.plan.total_bytes):>13}{_size(choice.plan.headroom_bytes):>13}"
-        )
-    return "\n".join(lines)
+    titles = ("quant", "KV", "context", "requests", "chunk", "tok/s", "latency", "loss", "total", "headroom")
+    rows = [titles, *map(_choice_row, choices)]
+    return "\n".join(table_lines(rows, [LEFT, LEFT] + [RIGHT] * 8))
+
+
+def _choice_row(choice: Choice) -> tuple[str, ...]:
+    plan, request = choice.plan, choice.plan.request
+    return (
+        choice.file_type,
+        request.kv_dtype,
+        f"{request.context_length:,}",
+        str(request.max_running_requests),
+        str(request.chunked_prefill_tokens),
+        "-" if choice.throughput is None else f"{choice.throughput:,.0f}",
+        "-" if choice.latency_seconds is None else f"{choice.latency_seconds:,.1f} s",
+        f"{choice.loss:.3f}",
+        _size(plan.total_bytes),
+        _size(plan.headroom_bytes),
+    )
 
 
 def _size(n_bytes: int) -> str:

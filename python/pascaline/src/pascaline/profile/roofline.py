@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pascaline.profile.timeline import KV_CACHE, read_by
+from pascaline.text_table import Column, table_lines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -195,15 +196,16 @@ def to_text(summary: Summary) -> str:
 
 
 NAME_WIDTH = 60
+"""Characters of a kernel's name; C++ templates go on for hundreds."""
+_COLUMNS = [Column(width=NAME_WIDTH), *(Column(right=True, min_width=width) for width in (7, 9, 6, 7, 5))]
 
 
 def _table(title: str, rows: tuple[Row, ...]) -> list[str]:
-    lines = [f"{title:<{NAME_WIDTH}} {'calls':>7} {'ms':>9} {'share':>6} {'GB/s':>7} {'roof':>5}"]
-    for row in rows:
-        speed = f"{row.bytes_per_second / 1e9:.1f}" if row.bytes_per_second else "-"
-        ratio = f"{row.roof_ratio:.0%}" if row.roof_ratio else "-"
-        name = row.name if len(row.name) <= NAME_WIDTH else row.name[: NAME_WIDTH - 1] + "…"
-        lines.append(
-            f"{name:<{NAME_WIDTH}} {row.count:>7} {row.seconds * 1e3:>9.2f} {row.share:>6.1%} {speed:>7} {ratio:>5}"
-        )
-    return lines
+    titles = (title, "calls", "ms", "share", "GB/s", "roof")
+    return table_lines([titles, *map(_cells, rows)], _COLUMNS, gap=1)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    speed = f"{row.bytes_per_second / 1e9:.1f}" if row.bytes_per_second else "-"
+    ratio = f"{row.roof_ratio:.0%}" if row.roof_ratio else "-"
+    return row.name, str(row.count), f"{row.seconds * 1e3:.2f}", f"{row.share:.1%}", speed, ratio

@@ -11,7 +11,7 @@ checksum    one checksum for a model of several files
 
 from __future__ import annotations
 
-from .checksum import combined_sha256
+from .checksum import combined_sha256, file_sha256
 from .dimensions import check_tensors, read_dimensions
 from .header import Header, Tensor, Unread, Verdict
 from .keys import ARCHITECTURES, check_keys
@@ -19,7 +19,17 @@ from .parts import foreign_part
 from .rope import check_rope
 from .vocabulary import check_vocabulary
 
-__all__ = ["ARCHITECTURES", "Header", "Tensor", "Unread", "Verdict", "accept", "combined_sha256", "foreign_part"]
+__all__ = [
+    "ARCHITECTURES",
+    "Header",
+    "Tensor",
+    "Unread",
+    "Verdict",
+    "accept",
+    "combined_sha256",
+    "file_sha256",
+    "foreign_part",
+]
 
 
 def accept(header: Header) -> Verdict:

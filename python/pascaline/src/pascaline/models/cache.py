@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from contextlib import contextmanager
@@ -46,11 +45,3 @@ def writing(folder: Path, needed: int) -> Iterator[None]:
         raise StorageError(
             f"failed to write to {folder}: {error.strerror}; set cache_dir to a folder of this user"
         ) from error
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file; other processes wait for it."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

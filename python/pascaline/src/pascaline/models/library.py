@@ -11,19 +11,21 @@ A split model has several such files, its parts, which are added and verified to
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+from gguf_acceptance import file_sha256
+
+from pascaline import file_locks
 from pascaline.digests import parse_sha256s
 from pascaline.errors import ConfigurationError, ModelError, NotFetchedError, StorageError
 from pascaline.models.download import CHUNK_BYTES, Download, OnBytes, full_disk, storage_error
@@ -470,17 +472,6 @@ def delete(waste: Garbage) -> None:
         raise StorageError(f"failed to delete {waste.path}: {error.strerror}") from error
 
 
-def file_sha256(path: Path, on_bytes: Callable[[int, int], None] = unwatched) -> str:
-    """Return the sha256 of a file, read now."""
-    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-            done += len(chunk)
-            on_bytes(done, total)
-    return digest.hexdigest()
-
-
 def _existing(store: Path, name: str) -> Path:
     folder = store / name
     if not _NAME.fullmatch(name) or not folder.is_dir():
@@ -539,27 +530,22 @@ def _json(path: Path) -> dict[str, str]:
 @contextmanager
 def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
     """Hold a model's lock. Raises StorageError if it cannot be written, ModelError if another process holds it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("w")
-    except OSError as error:
-        raise StorageError(
-            f"failed to write to {folder}: {error.strerror}; name a folder of this user with --store"
-        ) from error
-    with file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_locks.locked(folder / LOCK, wait=wait))
         except BlockingIOError as error:
             raise ModelError(f"{folder} is in use by another pascaline models; wait until it ends") from error
+        except OSError as error:
+            raise StorageError(
+                f"failed to write to {folder}: {error.strerror}; name a folder of this user with --store"
+            ) from error
         yield
 
 
 def _is_locked(folder: Path) -> bool:
     try:
         with (folder / LOCK).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+            return file_locks.is_held(file)
     except OSError:
         return False
-    return False

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from gguf_acceptance import file_sha256
+
 from pascaline.errors import ConfigurationError, MissingError, ModelError
 from pascaline.models import library
 from pascaline.models.cache import cache_folder, writing
@@ -173,7 +175,7 @@ def cached_sha256(path: Path, cache: Path, on_bytes: OnBytes | None = None) -> s
             return str(known["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    digest = library.file_sha256(path, on_bytes or library.unwatched)
+    digest = file_sha256(path, on_bytes or library.unwatched)
     if _identity(path) != identity:
         raise ModelError(f"{path} changed while its sha256 was computed; wait until nothing writes to it")
     _remember(note, {"identity": identity, "read_at": now, "sha256": digest})

@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gguf_acceptance import file_sha256
+
 from pascaline.errors import ModelError, PascalineError, StorageError
-from pascaline.models.library import file_sha256
 from pascaline.models.reader import read_model
 from pascaline.quantize.tools import Ended, Tools, run
 

@@ -8,13 +8,14 @@ the process ends.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import stat
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pascaline import file_locks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +73,7 @@ def _make() -> tuple[Path, int]:
     unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=parent))
     lock = os.open(unfinished, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file_locks.acquire(lock, wait=False)
         path = unfinished.with_name(PREFIX + unfinished.name.removeprefix(_UNFINISHED))
         unfinished.rename(path)
     except OSError:
@@ -93,9 +94,6 @@ def left_behind() -> Iterator[Path]:
 def _is_locked(path: Path) -> bool:
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return file_locks.is_held(folder)
     finally:
         os.close(folder)
-    return False

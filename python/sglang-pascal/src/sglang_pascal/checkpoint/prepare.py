@@ -8,17 +8,17 @@ are found beside it.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from gguf_acceptance import Header, Tensor, accept, combined_sha256
+from gguf_acceptance import Header, Tensor, accept, combined_sha256, file_sha256
 
 from sglang_pascal.checkpoint.chat_template import write_chat_templates
 from sglang_pascal.checkpoint.config import generation_config, model_config
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 FORMAT: Final = 2
 """Version of the folder's layout; a folder of another version is refused."""
 MANIFEST: Final = "pascal.json"
-_READ_BYTES: Final = 4 * 1024 * 1024
 _FULL_DISK: Final = (errno.ENOSPC, errno.EDQUOT)
 _FOLDER_MODE: Final = 0o755
 
@@ -142,27 +141,18 @@ def _checked_sha256(file: GgufFile, expected: str | None, on_progress: Callable[
                 f'"{file.path}" is a model of {len(file.parts)} files, but {len(wanted)} checksums are given; each '
                 "covers one file alone: give one for each, in order, separated by commas"
             )
-    digests, done = [], 0
+    digests, before = [], 0
     for part, digest in zip(file.parts, wanted, strict=True):
-        digests.append(_file_sha256(part.path, digest, done, file.size, on_progress))
-        done += len(part.data)
+        found = file_sha256(part.path, partial(_report, on_progress, before, file.size) if on_progress else None)
+        if digest not in (None, found):
+            raise CheckpointError(f'"{part.path}" has sha256 {found}, expected {digest}; copy or download it again')
+        digests.append(found)
+        before += len(part.data)
     return combined_sha256(digests)
 
 
-def _file_sha256(
-    path: Path, expected: str | None, done: int, total: int, on_progress: Callable[[int, int], None] | None
-) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as source:
-        while chunk := source.read(_READ_BYTES):
-            digest.update(chunk)
-            done += len(chunk)
-            if on_progress is not None:
-                on_progress(done, total)
-    found = digest.hexdigest()
-    if expected is not None and found != expected:
-        raise CheckpointError(f'"{path}" has sha256 {found}, expected {expected}; copy or download it again')
-    return found
+def _report(on_progress: Callable[[int, int], None], before: int, total: int, done: int, _part_total: int) -> None:
+    on_progress(before + done, total)
 
 
 def _is_replaceable(folder: Path) -> bool:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from pascaline.child import with_parent
 from pascaline.errors import MissingError, ModelError, PascalineError, StorageError
+from pascaline.file_locks import locked
 from pascaline.inherited import inherited
-from pascaline.models.cache import cache_folder, locked, writing
+from pascaline.models.cache import cache_folder, writing
 from pascaline.plugin import PLUGIN
 
 if TYPE_CHECKING:

@@ -6,60 +6,13 @@ import math
 
 import pytest
 from gguf_acceptance import ARCHITECTURES, Header, Tensor, Unread, accept
-from gguf_acceptance.dimensions import NO_WEIGHTS, read_dimensions, wanted_tensors
+from gguf_acceptance.dimensions import NO_WEIGHTS, read_dimensions
 from gguf_acceptance.header import Verdict
 from gguf_acceptance.keys import ARCHITECTURE_KEYS, OTHER_KEYS
 from gguf_acceptance.rope import RopeError, llama3_factors, llama3_scaling, rope_scaling
 from gguf_acceptance.vocabulary import PRE_TOKENIZERS, control_ids, end_ids, special_id
 from sglang_pascal.checkpoint.tokenizer import PRE_TOKENIZERS as RULES
-
-SIZES = {
-    "block_count": 2,
-    "context_length": 512,
-    "embedding_length": 64,
-    "feed_forward_length": 96,
-    "attention.head_count": 4,
-    "attention.head_count_kv": 2,
-    "attention.key_length": 32,
-    "attention.value_length": 32,
-    "attention.layer_norm_rms_epsilon": 1e-5,
-    "rope.freq_base": 10000.0,
-}
-TOKENS = ["<s>", "</s>", "a", "b", "ab", "c", "abc", "<|im_end|>"]
-VOCABULARY = {
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.pre": "qwen2",
-    "tokenizer.ggml.tokens": TOKENS,
-    "tokenizer.ggml.token_type": [3, 3, 1, 1, 1, 1, 1, 3],
-    "tokenizer.ggml.merges": ["a b", "ab c"],
-    "tokenizer.ggml.bos_token_id": 0,
-    "tokenizer.ggml.eos_token_id": 1,
-    "tokenizer.ggml.add_bos_token": False,
-    "tokenizer.ggml.add_eos_token": False,
-}
-WINDOW = {"attention.sliding_window": 128, "final_logit_softcapping": 30.0}
-FURTHER = {
-    "gemma2": WINDOW | {"attn_logit_softcapping": 50.0},
-    "gemma3": WINDOW | {"rope.freq_base_swa": 10000.0, "attention.sliding_window_pattern": 6},
-}
-
-
-def whole(architecture: str = "llama") -> tuple[dict, dict]:
-    """Metadata and tensors of a sound model."""
-    sizes = SIZES | FURTHER.get(architecture, {})
-    metadata = {
-        "general.architecture": architecture,
-        **{f"{architecture}.{key}": value for key, value in sizes.items()},
-    }
-    metadata |= VOCABULARY
-    dimensions = read_dimensions(Header(metadata, {}), architecture, Verdict())
-    assert dimensions is not None
-    tensors = {
-        each.name: Tensor("F32" if len(each.shape) == 1 else "Q8_0", each.shape)
-        for each in wanted_tensors(architecture, dimensions, biased=False)
-        if each.name != "rope_freqs.weight"
-    }
-    return metadata, tensors
+from support.sound_headers import TOKENS, WINDOW, whole
 
 
 def refusals(changes: dict | None = None, drop: tuple[str, ...] = (), architecture: str = "llama", **tensors) -> str:

@@ -1,55 +1,20 @@
 """Mutations of sound headers: no crash, and none that changes what is served is accepted without a word.
 
-ACCEPTANCE_MUTATIONS sets how many are tried (100000 takes a few minutes); the same seed gives the same ones.
+The same seed gives the same mutations. tests/models/test_damaged_files.py does the same with the bytes of whole files.
 """
 
 from __future__ import annotations
 
-import os
 import random
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import pytest
-from gguf_acceptance import Header, Tensor, Unread, Verdict, accept
-from gguf_acceptance.dimensions import NO_WEIGHTS, ROPE_FREQS, TIED, read_dimensions, wanted_tensors
-from gguf_acceptance.rope import llama3_factors
+from gguf_acceptance import Header, Tensor, Unread, accept
+from gguf_acceptance.dimensions import NO_WEIGHTS, ROPE_FREQS
 from sglang_pascal.checkpoint.chat_template import chat_templates, has_template
-from sglang_pascal.checkpoint.config import generation_config, model_config
 from sglang_pascal.checkpoint.gguf_file import GgufFile
-from sglang_pascal.checkpoint.tokenizer import tokenizer_config
 from sglang_pascal.errors import CheckpointError
+from support.sound_headers import MAY_BE_ABSENT, is_another_value, seeds, served
 
-sys.path.insert(0, str(Path(__file__).parent))
-from test_acceptance import FURTHER, SIZES, VOCABULARY
-
-MUTATIONS = int(os.environ.get("ACCEPTANCE_MUTATIONS", "3000"))
-SENTENCEPIECE = {
-    "tokenizer.ggml.model": "llama",
-    "tokenizer.ggml.scores": [0.0, -1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0],
-    "tokenizer.ggml.unknown_token_id": 0,
-    "tokenizer.ggml.add_space_prefix": True,
-}
-SCALINGS = (
-    {},
-    {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
-    {"rope.scale_linear": 2.0},
-    {
-        "rope.scaling.type": "yarn",
-        "rope.scaling.factor": 4.0,
-        "rope.scaling.original_context_length": 128,
-        "rope.scaling.attn_factor": 0.5,
-        "rope.scaling.yarn_beta_fast": 64.0,
-        "rope.scaling.yarn_beta_slow": 2.0,
-    },
-)
-MAY_BE_ABSENT = frozenset(
-    {f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eot", "eom", "unknown", "padding")}
-    | {"tokenizer.ggml.eos_token_ids", "gemma3.final_logit_softcapping", ROPE_FREQS}
-)
-"""Most sound files lack these, and their absence says that there is no such token, no cap, no scaling."""
 VALUES = (
     0,
     1,
@@ -71,45 +36,6 @@ VALUES = (
     [1],
     [[1]],
 )
-
-
-@dataclass
-class Fake:
-    """What the conversion reads of a file."""
-
-    metadata: dict
-    tensors: dict
-
-    def rows(self, name: str) -> np.ndarray:
-        assert name == ROPE_FREQS
-        return np.array(llama3_factors(32, 10000.0, 8.0), np.float32).view(np.uint8).reshape(1, -1)
-
-
-def seeds() -> list[tuple[dict, dict]]:
-    """Sound headers of every architecture, vocabulary and scaling."""
-    found = []
-    for architecture in ("llama", "qwen2", "qwen3", "gemma2", "gemma3"):
-        for number, scaling in enumerate(SCALINGS if architecture != "gemma2" else SCALINGS[:1]):
-            sizes = SIZES | FURTHER.get(architecture, {}) | scaling
-            metadata = {"general.architecture": architecture}
-            metadata |= {f"{architecture}.{key}": value for key, value in sizes.items()}
-            metadata |= VOCABULARY | (SENTENCEPIECE if number % 2 else {"tokenizer.ggml.eot_token_id": 7})
-            if number % 2:
-                del metadata["tokenizer.ggml.pre"], metadata["tokenizer.ggml.merges"]
-            metadata |= {"tokenizer.chat_template": "{{ messages }}", "general.name": "seed"}
-            found.append((metadata, tensors_of(metadata, architecture, biased=architecture == "llama" and number == 2)))
-    return found
-
-
-def tensors_of(metadata: dict, architecture: str, *, biased: bool) -> dict:
-    dimensions = read_dimensions(Header(metadata, {}), architecture, Verdict())
-    assert dimensions is not None
-    has_scaling = any("rope.scal" in key for key in metadata)
-    return {
-        each.name: Tensor("F32" if len(each.shape) == 1 else "Q8_0", each.shape)
-        for each in wanted_tensors(architecture, dimensions, biased=biased)
-        if (each.name != ROPE_FREQS or not has_scaling) and (each.name != "output.weight" or architecture not in TIED)
-    }
 
 
 def mutated(metadata: dict, tensors: dict, rng: random.Random) -> tuple[dict, dict, str]:
@@ -152,25 +78,6 @@ def reshaped(shape: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
     return rng.choice([shape[::-1], (*shape, 1), shape[1:], (shape[0] + 1, *shape[1:]), (shape[0] // 2, *shape[1:])])
 
 
-def served(metadata: dict, tensors: dict) -> list:
-    """All that the engine is told."""
-    file = Fake(metadata, tensors)
-    tokenizer = {
-        key: metadata.get(f"tokenizer.ggml.{key}")
-        for key in ("model", "pre", "tokens", "token_type", "scores", "merges", "add_space_prefix")
-    }
-    if metadata.get("tokenizer.ggml.model") == "llama":
-        tokenizer.pop("pre")  # SentencePiece splits nothing before it merges
-    config, generation = model_config(file), generation_config(file)  # type: ignore[arg-type]
-    return [config, generation, tokenizer_config(metadata), tokenizer, {**tensors}]
-
-
-def is_another_value(before: object, after: object) -> bool:
-    """Whether it is of the same kind: no one but its maker can know that a file says another number."""
-    kinds = (bool, int | float, str, list)
-    return any(isinstance(before, kind) and isinstance(after, kind) for kind in kinds) and before != after
-
-
 def prepared(metadata: dict, tensors: dict) -> None:
     """Whatever is accepted can be prepared; what the data of a tensor say, no header shows."""
     chat_templates(metadata)
@@ -181,12 +88,15 @@ def prepared(metadata: dict, tensors: dict) -> None:
             raise
 
 
-def test_no_mutation_changes_what_is_served_without_a_word():
-    rng = random.Random(1)
+@pytest.mark.parametrize(
+    "mutations", [3000, pytest.param(100_000, marks=pytest.mark.slow("100,000 mutations, 15 seconds of one core"))]
+)
+def test_no_mutation_changes_what_is_served_without_a_word(mutations):
+    rng = random.Random(mutations)
     sound = [(header, accept(Header(*header)), served(*header)) for header in seeds()]
     assert [verdict.refusals for _, verdict, _ in sound] == [[]] * len(sound)
     accepted = 0
-    for number in range(MUTATIONS):
+    for number in range(mutations):
         header, before, right = sound[number % len(sound)]
         metadata, tensors, what = mutated(*header, rng)
         verdict = accept(Header(metadata, tensors))
@@ -199,7 +109,7 @@ def test_no_mutation_changes_what_is_served_without_a_word():
             assert served(metadata, tensors) == right, f"mutation {number}: {what} -> {metadata.get(what)!r}"
         if not any(isinstance(value, Unread) for value in metadata.values()):
             prepared(metadata, tensors)
-    assert 0 < accepted < MUTATIONS / 2
+    assert 0 < accepted < mutations / 2
 
 
 @pytest.mark.parametrize(

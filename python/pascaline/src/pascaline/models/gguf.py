@@ -9,9 +9,10 @@ from pathlib import Path
 
 from pascaline.errors import ModelError
 from pascaline.models.ggml_types import FILE_TYPES, GUESSED_FILE_TYPE
-from pascaline.models.gguf_header import GgufHeader, Metadata, printable, read_header, shown
+from pascaline.models.gguf_header import GgufHeader, Metadata, read_header
 from pascaline.models.gguf_split import check_hidden_size, check_parts, part_names
 from pascaline.models.layers import differing, has_keys, has_state, layer_parts, most_common_heads, sliding_layer_ids
+from pascaline.models.refusal import printable, shown
 from pascaline.models.roles import ENCODERS, POOLINGS
 from pascaline.models.source import Source, file_mode, open_file
 from pascaline.models.spec import ModelSpec, TensorSpec

@@ -15,7 +15,9 @@ from gguf_acceptance import Unread
 from pascaline.errors import ModelError
 from pascaline.models.ggml_types import REMOVED_TENSOR_TYPES, TENSOR_TYPES
 from pascaline.models.impostors import head_of, impostor
+from pascaline.models.refusal import MOST_SHOWN, refuse, shown
 from pascaline.models.spec import TensorSpec
+from pascaline.models.tensor_checks import check_extents, check_unique_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,7 +89,7 @@ class _Cursor:
 
     def fail(self, cause: str) -> NoReturn:
         """Refuse the file."""
-        raise ModelError(f"failed to read {self.source.name}: {cause}")
+        refuse(self.source.name, cause)
 
     def require(self, size: int, what: str) -> None:
         """Refuse the file if fewer than `size` bytes are left in it."""
@@ -193,7 +195,7 @@ class Metadata:
 
     def fail(self, cause: str) -> NoReturn:
         """Refuse the file that this metadata comes from."""
-        raise ModelError(f"failed to read {self._source.name}: {cause}")
+        refuse(self._source.name, cause)
 
     def value(self, key: str) -> Value | None:
         """The decoded value; None if the key is absent. Works for large values only while the file is open."""
@@ -267,46 +269,11 @@ def read_header(source: Source, file_index: int = 0) -> GgufHeader:
     return GgufHeader(version, metadata, tensors, alignment, source.size)
 
 
-def check_unique_names(file: str, tensors: tuple[TensorSpec, ...]) -> None:
-    """Refuse two tensors of one name."""
-    seen: set[str] = set()
-    for tensor in tensors:
-        if tensor.name in seen:
-            raise ModelError(f"failed to read {file}: two tensors are named {shown(tensor.name)}")
-        seen.add(tensor.name)
-
-
-def check_extents(file: str, size: int, tensors: tuple[TensorSpec, ...]) -> None:
-    """Refuse tensors of one file that share bytes or reach beyond its end."""
-    end, before = 0, ""
-    for tensor in sorted(tensors, key=lambda tensor: tensor.data_offset):
-        if tensor.data_offset < end:
-            raise ModelError(f"failed to read {file}: tensors {shown(before)} and {shown(tensor.name)} overlap")
-        end, before = tensor.data_offset + tensor.n_bytes, tensor.name
-    if end > size:
-        first = min((t for t in tensors if t.data_offset + t.n_bytes > size), key=lambda tensor: tensor.data_offset)
-        raise ModelError(
-            f"failed to read {file}: it is truncated: {end - size} bytes are missing, from tensor "
-            f"{shown(first.name)} on; download it again"
-        )
-
-
-def shown(text: str) -> str:
-    """A name from a file as messages show it: quoted, escaped, and cut if it is long."""
-    return ascii(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
-
-
-def printable(text: str) -> str:
-    """A name from a file as tables and pictures show it: control characters are replaced."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
-
-
-_SHOWN = 80
 _TYPE_NUMBERS = {name: number for number, name in _VALUE_TYPES.items()}
 
 
 def _shown(data: bytes) -> str:
-    return ascii(data[:_SHOWN])
+    return ascii(data[:MOST_SHOWN])
 
 
 def _read_version(cursor: _Cursor) -> int:

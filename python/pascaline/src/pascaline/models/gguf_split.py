@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from gguf_acceptance import Tensor, foreign_part
 
-from pascaline.errors import ModelError
-from pascaline.models.gguf_header import shown
+from pascaline.models.refusal import refuse, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -147,12 +146,16 @@ def _check_tensors(headers: Sequence[GgufHeader], names: Sequence[str]) -> None:
     for index, header in enumerate(headers):
         for tensor in header.tensors:
             if tensor.name in holder:
-                _fail(names[index], f"tensor {shown(tensor.name)} is in part {holder[tensor.name] + 1} too; {AGAIN}")
+                _refuse_split(
+                    names[index], f"tensor {shown(tensor.name)} is in part {holder[tensor.name] + 1} too; {AGAIN}"
+                )
             holder[tensor.name] = index
     # llama.cpp reads only the first part's count; the comparison of the other keys checks that all counts are equal.
     declared = split_number(headers[0].metadata, TENSORS)
     if declared != len(holder):
-        _fail(names[0], f"the {len(headers)} parts hold {len(holder)} tensors, must be {declared} ({TENSORS}); {AGAIN}")
+        _refuse_split(
+            names[0], f"the {len(headers)} parts hold {len(holder)} tensors, must be {declared} ({TENSORS}); {AGAIN}"
+        )
 
 
 def _check_quantization(headers: Sequence[GgufHeader]) -> None:
@@ -176,5 +179,5 @@ def split_number(metadata: Metadata, key: str) -> int:
     return value
 
 
-def _fail(name: str, cause: str) -> NoReturn:
-    raise ModelError(f"failed to read the split model of {name}: {cause}")
+def _refuse_split(name: str, cause: str) -> NoReturn:
+    refuse(f"the split model of {name}", cause)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from pascaline.errors import ModelError
-from pascaline.models.gguf_header import printable, shown
 from pascaline.models.layers import sliding_layer_ids
+from pascaline.models.refusal import printable, refuse, shown
 
 MAX_LAYERS = 1024
 MAX_SIZE = (1 << 31) - 1
@@ -174,7 +173,7 @@ class HfConfig:
         return value
 
     def _fail(self, cause: str) -> NoReturn:
-        raise ModelError(f"failed to read {self._file}: {cause}")
+        refuse(self._file, cause)
 
 
 def _given(values: Json) -> Json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import NoReturn
 
-from pascaline.errors import ModelError
+from pascaline.models.refusal import refuse
 
 MAX_JSON_BYTES = 32 << 20
 """Largest config.json, index or safetensors header that is read; the index of a model of 92,000 tensors has 9 MiB."""
@@ -17,7 +17,7 @@ def parse_object(name: str, data: bytes) -> dict[str, object]:
     """The JSON object in `data`; `name` is what messages call it."""
     containers = data.count(b"{") + data.count(b"[")
     if len(data) > MAX_JSON_BYTES or containers > MAX_CONTAINERS:
-        _fail(
+        refuse(
             name,
             f"it has {len(data)} bytes and {containers} objects and lists, at most {MAX_JSON_BYTES} and "
             f"{MAX_CONTAINERS} are read",
@@ -25,13 +25,13 @@ def parse_object(name: str, data: bytes) -> dict[str, object]:
     try:
         value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except RecursionError:
-        _fail(name, "its JSON is nested too deep")
+        refuse(name, "its JSON is nested too deep")
     except UnicodeDecodeError as error:
-        _fail(name, f"it is not UTF-8 at byte {error.start}")
+        refuse(name, f"it is not UTF-8 at byte {error.start}")
     except ValueError as error:
-        _fail(name, f"it is not sound JSON: {error}")
+        refuse(name, f"it is not sound JSON: {error}")
     if not isinstance(value, dict):
-        _fail(name, "it is not a JSON object")
+        refuse(name, "it is not a JSON object")
     return value
 
 
@@ -46,7 +46,3 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a JSON number")
-
-
-def _fail(name: str, cause: str) -> NoReturn:
-    raise ModelError(f"failed to read {name}: {cause}")

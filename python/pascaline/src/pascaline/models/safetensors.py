@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from pascaline.errors import ModelError
-from pascaline.models.gguf_header import check_extents, printable, shown
 from pascaline.models.hf_config import HfConfig
 from pascaline.models.impostors import head_of, impostor, text_impostor
 from pascaline.models.json_file import MAX_JSON_BYTES, parse_object
 from pascaline.models.layers import differing, most_common_heads
+from pascaline.models.refusal import printable, refuse, shown
 from pascaline.models.roles import ENCODERS, folder_pooling
 from pascaline.models.source import Source, file_mode, open_file
 from pascaline.models.spec import ModelSpec, TensorSpec
+from pascaline.models.tensor_checks import check_extents
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -110,7 +111,7 @@ def _check_other_files(directory: Path) -> None:
         if file_mode(directory / name) is not None:
             with open_file(directory / name) as source:
                 if what := text_impostor(head_of(source), is_json=name.endswith(".json")):
-                    _fail(source, what)
+                    refuse(source.name, what)
 
 
 def read_safetensors_parts(
@@ -182,21 +183,24 @@ def _refuse_twice(place: str, tensor: str, one: str, other: str) -> NoReturn:
 def read_header(source: Source, file_index: int = 0) -> list[TensorSpec]:
     """Read the positions of the tensors in one safetensors file, without their data."""
     if what := impostor(head_of(source)):
-        _fail(source, what)
+        refuse(source.name, what)
     if source.size < 8:
-        _fail(
-            source,
+        refuse(
+            source.name,
             f"it is truncated: it has {source.size} bytes, the length of its header alone needs 8; download it again",
         )
     (length,) = struct.unpack("<Q", source.read_at(0, 8))
     if length > MAX_JSON_BYTES:
-        _fail(source, f"its header has {length} bytes, at most {MAX_JSON_BYTES} are read: it is not safetensors")
+        refuse(source.name, f"its header has {length} bytes, at most {MAX_JSON_BYTES} are read: it is not safetensors")
     if length > source.size - 8:
-        _fail(source, f"it is truncated: {length + 8 - source.size} bytes of its header are missing; download it again")
+        refuse(
+            source.name,
+            f"it is truncated: {length + 8 - source.size} bytes of its header are missing; download it again",
+        )
     header = parse_object(f"the header of {source.name}", source.read_at(8, length))
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
-        _fail(source, f"it has {len(header)} tensors, at most {MAX_TENSORS} are read")
+        refuse(source.name, f"it has {len(header)} tensors, at most {MAX_TENSORS} are read")
     tensors = tuple(_tensor(source, name, entry, 8 + length, file_index) for name, entry in header.items())
     check_extents(source.name, source.size, tensors)
     _check_covered(source, tensors, 8 + length)
@@ -208,30 +212,31 @@ def _check_covered(source: Source, tensors: Sequence[TensorSpec], data_start: in
     end = data_start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.data_offset, tensor.n_bytes)):
         if tensor.data_offset != end:
-            _fail(
-                source, f"{tensor.data_offset - end} bytes before tensor {shown(tensor.name)} belong to none; {_AGAIN}"
+            refuse(
+                source.name,
+                f"{tensor.data_offset - end} bytes before tensor {shown(tensor.name)} belong to none; {_AGAIN}",
             )
         end += tensor.n_bytes
     if end != source.size:
-        _fail(source, f"{source.size - end} bytes at its end belong to no tensor; {_AGAIN}")
+        refuse(source.name, f"{source.size - end} bytes at its end belong to no tensor; {_AGAIN}")
 
 
 def _tensor(source: Source, name: str, entry: object, data_start: int, file_index: int) -> TensorSpec:
     what = f"tensor {shown(name)}"
     if not isinstance(entry, dict):
-        _fail(source, f"{what} is not described by an object")
+        refuse(source.name, f"{what} is not described by an object")
     dtype = entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         kind = shown(dtype) if isinstance(dtype, str) else "missing or not a string"
-        _fail(source, f"the dtype of {what} is {kind}, must be one of {', '.join(DTYPE_BITS)}")
+        refuse(source.name, f"the dtype of {what} is {kind}, must be one of {', '.join(DTYPE_BITS)}")
     shape = _numbers(source, entry.get("shape"), f"the shape of {what}", MAX_DIMENSIONS)
     offsets = _numbers(source, entry.get("data_offsets"), f"data_offsets of {what}", 2)
     bits = DTYPE_BITS[dtype]
     for dimension in shape:
         bits *= dimension
     if len(offsets) != 2 or (offsets[1] - offsets[0]) * 8 != bits:
-        _fail(
-            source,
+        refuse(
+            source.name,
             f"{what} of shape {list(shape)} in {dtype} needs {bits // 8} bytes, its data_offsets are {list(offsets)}",
         )
     return TensorSpec(name, shape, dtype, offsets[1] - offsets[0], data_start + offsets[0], file_index)
@@ -240,10 +245,10 @@ def _tensor(source: Source, name: str, entry: object, data_start: int, file_inde
 def _numbers(source: Source, value: object, what: str, limit: int) -> tuple[int, ...]:
     """A list of whole numbers that fit in 63 bits."""
     if not isinstance(value, list) or len(value) > limit:
-        _fail(source, f"{what} must be a list of at most {limit} numbers")
+        refuse(source.name, f"{what} must be a list of at most {limit} numbers")
     for number in value:
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << 63:
-            _fail(source, f"{what} must hold whole numbers from 0 to 2^63 - 1")
+            refuse(source.name, f"{what} must hold whole numbers from 0 to 2^63 - 1")
     return tuple(value)
 
 
@@ -281,10 +286,10 @@ def _indexed_places(open_part: OpenPart) -> dict[str, str]:
 def _read_json(open_part: OpenPart, name: str) -> tuple[str, dict[str, object]]:
     with open_part(name) as source:
         if source.size > MAX_JSON_BYTES:
-            _fail(source, f"it has {source.size} bytes, at most {MAX_JSON_BYTES} are read")
+            refuse(source.name, f"it has {source.size} bytes, at most {MAX_JSON_BYTES} are read")
         head = head_of(source)
         if not head.lstrip().startswith(b"{") and (what := impostor(head)):
-            _fail(source, what)
+            refuse(source.name, what)
         return source.name, parse_object(source.name, source.read_at(0, source.size))
 
 
@@ -357,7 +362,3 @@ def _ssm_inner_size(config: HfConfig, heads: int) -> int | None:
 def _is_tied(config: HfConfig, tensors: tuple[TensorSpec, ...]) -> bool:
     has_head = any(tensor.name.endswith("lm_head.weight") for tensor in tensors)
     return not has_head or config.flag("tie_word_embeddings", default=False)
-
-
-def _fail(source: Source, cause: str) -> NoReturn:
-    raise ModelError(f"failed to read {source.name}: {cause}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from pascaline.models.gguf_header import shown
+from pascaline.models.refusal import shown
 from pascaline.models.safetensors import NAMED_TENSORS
 from pascaline.plugin import PLUGIN
 

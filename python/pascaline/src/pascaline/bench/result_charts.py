@@ -130,36 +130,40 @@ def _quant_charts(document: dict[str, Any]) -> list[str]:
 
 def _quant_speed(document: dict[str, Any], names: list[str]) -> list[str]:
     """Return tokens/s per type and batch size, and the guide's claims."""
-    by_name = {entry["name"]: entry["summary"] for entry in document["points"] if entry["summary"]}
-    sizes = sorted({name.rpartition(" ")[2] for name in by_name}, key=int)
-    series = []
-    for size in sizes:
-        marks = [
-            Mark(n, by_name[key]["output_throughput"]["value"])
-            for n, name in enumerate(names)
-            if (key := f"{name} batch {size}") in by_name
-        ]
-        series.append(Series(f"batch {size}", marks))
-    if not series:
+    rates = {
+        entry["name"]: entry["summary"]["output_throughput"]["value"]
+        for entry in document["points"]
+        if "output_throughput" in entry["summary"]
+    }
+    sizes = sorted({name.rpartition(" ")[2] for name in rates}, key=int)
+    if not sizes:
         return []
-    claims = claims_beside(document, "output_throughput")
-    points, least = (document.get("reference") or {}).get("points", {}), f"batch {sizes[0]}"
-    for words, values in (
-        (GUIDE_NAME, [claims.get(name) for name in names]),
-        *(
-            (f"{words}, {least}", [_expected(points, f"{name} {least}", source, "output_throughput") for name in names])
-            for words, source in ((PLAN_NAME, "plan"), (ROOFLINE_NAME, "roofline"))
-        ),
-    ):
-        marks = [Mark(n, value) for n, value in enumerate(values) if value is not None]
-        if marks:
-            series.append(Series(words, marks, dashed=True))
+    series = [
+        Series(f"batch {size}", _known_marks([rates.get(f"{name} batch {size}") for name in names])) for size in sizes
+    ]
+    series += _quant_limits(document, names, f"batch {sizes[0]}")
     return [bar_chart(Chart("Speed", AXES["quant"], "output tokens/s", series, names))]
 
 
+def _quant_limits(document: dict[str, Any], names: list[str], point: str) -> list[Series]:
+    """Return the guide's claims, and plan and roofline at a point, for the types for which they are known."""
+    claims = claims_beside(document, "output_throughput")
+    points = (document.get("reference") or {}).get("points", {})
+    limits = {GUIDE_NAME: [claims.get(name) for name in names]}
+    for words, source in ((PLAN_NAME, "plan"), (ROOFLINE_NAME, "roofline")):
+        limits[f"{words}, {point}"] = [
+            _expected(points, f"{name} {point}", source, "output_throughput") for name in names
+        ]
+    return [Series(words, marks, dashed=True) for words, values in limits.items() if (marks := _known_marks(values))]
+
+
+def _known_marks(values: Sequence[float | None]) -> list[Mark]:
+    return [Mark(n, value) for n, value in enumerate(values) if value is not None]
+
+
 def _column(name: str, types: list[dict[str, Any]], key: str, factor: float) -> Series:
-    values = [(n, entry.get(key)) for n, entry in enumerate(types)]
-    return Series(name, [Mark(n, value * factor) for n, value in values if value is not None])
+    values = [entry.get(key) for entry in types]
+    return Series(name, _known_marks([None if value is None else value * factor for value in values]))
 
 
 def _measured(document: dict[str, Any], key: str) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from pascaline.text_table import GAP, LEFT, RIGHT, Column, table_lines
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pascaline.bench.metrics import Figure
 
 ABSENT = "-"
@@ -52,7 +54,7 @@ def with_interval(figure: Figure, summary: dict[str, Any]) -> str:
     return f"{text} ± {shown(figure, half)}"
 
 
-HELD_HEADING = ("guide", "plan", "roofline")
+EXPECTED_HEADING = ("guide", "plan", "roofline")
 QUALITY_HEADING = (
     "",
     "file",
@@ -73,19 +75,36 @@ def results_table(document: dict[str, Any], width: int = WIDTH) -> str:
     Figures that no point has are left out; latencies are in ms, ± 95 % interval. The last columns are the guide's
     claim, the plan's estimate and the card's roofline, in output tokens/s.
     """
-    measured = [entry for entry in document["points"] if entry["summary"]]
-    keys = [key for key in COLUMNS if any(key in entry["summary"] for entry in measured)]
-    if "error_ratio" in keys and not any(entry["summary"]["error_ratio"]["value"] for entry in measured):
-        keys.remove("error_ratio")
-    held = {each.name: (each.claim, each.plan, each.roofline) for each in throughputs(document)}
-    known = [n for n in range(len(HELD_HEADING)) if any(values[n] is not None for values in held.values())]
-    rows = [["", *(COLUMNS[key] for key in keys), *(HELD_HEADING[n] for n in known)]]
-    for entry in measured:
-        limits = [ABSENT if (value := held[entry["name"]][n]) is None else f"{value:.1f}" for n in known]
-        rows.append([entry["name"], *(_cell(key, entry["summary"]) for key in keys), *limits])
+    summaries = {entry["name"]: entry["summary"] for entry in document["points"] if entry["summary"]}
+    keys = _shown_keys(list(summaries.values()))
+    heading, expected = _expected_columns(document)
+    rows = [["", *(COLUMNS[key] for key in keys), *heading]]
+    for name, summary in summaries.items():
+        rows.append([name, *(_cell(key, summary) for key in keys), *expected[name]])
     skipped = [[entry["name"], f"skipped: {entry['skipped']}"] for entry in document["points"] if entry["skipped"]]
     tables = [*_quality_tables(document, width), *folded(rows, skipped, width)]
     return "\n\n".join("\n".join(lines) for lines in tables)
+
+
+def _shown_keys(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the columns that some point has; errors only if there are any."""
+    return [
+        key
+        for key in COLUMNS
+        if any(key in each and (key != "error_ratio" or each[key]["value"]) for each in summaries)
+    ]
+
+
+def _expected_columns(document: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """Return what is known of claim, plan and roofline: the headings, and the cells by the point's name."""
+    limits = {each.name: (each.claim, each.plan, each.roofline) for each in throughputs(document)}
+    known = [n for n in range(len(EXPECTED_HEADING)) if any(values[n] is not None for values in limits.values())]
+    cells = {name: [_rate(values[n]) for n in known] for name, values in limits.items()}
+    return [EXPECTED_HEADING[n] for n in known], cells
+
+
+def _rate(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.1f}"
 
 
 def _quality_tables(document: dict[str, Any], width: int) -> list[list[str]]:

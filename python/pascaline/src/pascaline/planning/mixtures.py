@@ -75,16 +75,19 @@ def _matrix_type(name: str, spec: ModelSpec, mixture: str) -> str:
         return "Q6_K"
     match = _LAYER.search(name)
     layer, layers = int(match.group(1)) if match else 0, spec.num_hidden_layers
-    if mixture in ("Q4_K_M", "Q5_K_M") and (_ATTENTION_V.search(name) or _DOWN.search(name)):
-        return "Q6_K" if _gets_more_bits(layer, layers) else base
     if mixture == "Q3_K_M":
-        if _ATTENTION_V.search(name):
-            return "Q5_K" if layer < 2 else "Q4_K"
-        if _DOWN.search(name):
-            return "Q5_K" if layer < layers // 16 else "Q4_K"
-        if _ATTENTION_OUTPUT.search(name):
-            return "Q4_K"
-    return base
+        return _q3_k_m_type(name, layer, layers) or base
+    is_precise = mixture in ("Q4_K_M", "Q5_K_M") and (_ATTENTION_V.search(name) or _DOWN.search(name))
+    return "Q6_K" if is_precise and _gets_more_bits(layer, layers) else base
+
+
+def _q3_k_m_type(name: str, layer: int, layers: int) -> str | None:
+    """Return the type of a matrix that Q3_K_M makes more precise than its base; None for any other."""
+    if _ATTENTION_V.search(name):
+        return "Q5_K" if layer < 2 else "Q4_K"
+    if _DOWN.search(name):
+        return "Q5_K" if layer < layers // 16 else "Q4_K"
+    return "Q4_K" if _ATTENTION_OUTPUT.search(name) else None
 
 
 def _gets_more_bits(layer: int, layers: int) -> bool:

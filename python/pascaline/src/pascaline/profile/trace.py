@@ -69,14 +69,19 @@ def read_trace(path: Path, steps: int = 0) -> Timeline:
     operators = [event for event in spans if event.get("cat") == "cpu_op"]
     if not device and not operators:
         raise TraceError(f"{path} holds neither kernels nor operators: nothing ran while it was recorded")
-    if device:
-        kernels = _gpu_kernels(device, operators)
-        name = next((str(d.get("name")) for d in document.get("deviceProperties", []) if d.get("name")), "GPU")
-    else:
-        kernels, name = _cpu_kernels(operators), CPU
-    start = min(kernel.start for kernel in kernels)
-    shifted = tuple(_shift(kernel, start) for kernel in sorted(kernels, key=lambda kernel: kernel.start))
-    return Timeline(name, shifted, _steps(spans) or steps)
+    kernels = _gpu_kernels(device, operators) if device else _cpu_kernels(operators)
+    return Timeline(_device_name(document) if device else CPU, _from_zero(kernels), _steps(spans) or steps)
+
+
+def _device_name(document: dict[str, Any]) -> str:
+    names = (properties.get("name") for properties in document.get("deviceProperties", []))
+    return next((str(name) for name in names if name), "GPU")
+
+
+def _from_zero(kernels: Iterable[Kernel]) -> tuple[Kernel, ...]:
+    """Return the kernels by their start, the first of which is time 0."""
+    ordered = sorted(kernels, key=lambda kernel: kernel.start)
+    return tuple(replace(kernel, start=kernel.start - ordered[0].start) for kernel in ordered)
 
 
 def is_whole(path: Path) -> bool:
@@ -102,10 +107,6 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise TraceError(f"{path} is not a trace: it holds a {type(document).__name__}")
     return document
-
-
-def _shift(kernel: Kernel, start: float) -> Kernel:
-    return replace(kernel, start=kernel.start - start)
 
 
 def _gpu_kernels(events: list[dict[str, Any]], operators: Iterable[dict[str, Any]]) -> list[Kernel]:
@@ -164,17 +165,8 @@ def _kernel(event: dict[str, Any], microseconds: float, moved: int | None, strea
 
 def _bytes(event: dict[str, Any]) -> int | None:
     """Return the bytes of an operator's inputs and, for a matrix product, its result; None without recorded shapes."""
-    arguments = event.get("args", {})
-    shapes, types = arguments.get("Input Dims"), arguments.get("Input type")
-    name = str(event.get("name"))
-    if not isinstance(shapes, list) or not isinstance(types, list) or VIEWS.match(name):
-        return None
-    sizes: list[tuple[list[int], int]] = [
-        (shape, DTYPE_BYTES[kind.lower()])
-        for shape, kind in zip(shapes, types, strict=False)
-        if isinstance(kind, str) and kind.lower() in DTYPE_BYTES and shape and all(isinstance(n, int) for n in shape)
-    ]
-    if not sizes:
+    name, sizes = str(event.get("name")), _input_sizes(event.get("args", {}))
+    if not sizes or VIEWS.match(name):
         return None
     total = sum(math.prod(shape) * width for shape, width in sizes)
     matrices = [(shape, width) for shape, width in sizes if len(shape) >= 2]
@@ -183,6 +175,19 @@ def _bytes(event: dict[str, Any]) -> int | None:
         return total + math.prod(left[:-1]) * right[-1] * width
     # An element-wise operator writes as many bytes as its largest input has.
     return total + max(math.prod(shape) * width for shape, width in sizes)
+
+
+def _input_sizes(arguments: dict[str, Any]) -> list[tuple[list[int], int]]:
+    """Return (shape, bytes of an element) of each tensor among an operator's inputs; empty without recorded shapes."""
+    shapes, types = arguments.get("Input Dims"), arguments.get("Input type")
+    if not isinstance(shapes, list) or not isinstance(types, list):
+        return []
+    widths = [DTYPE_BYTES.get(kind.lower()) if isinstance(kind, str) else None for kind in types]
+    return [
+        (shape, width)
+        for shape, width in zip(shapes, widths, strict=False)
+        if width is not None and shape and all(isinstance(n, int) for n in shape)
+    ]
 
 
 def _steps(spans: Iterable[dict[str, Any]]) -> int:

@@ -158,6 +158,11 @@ let
         RestrictAddressFamilies = hardening.RestrictAddressFamilies ++ [ "AF_NETLINK" ];
       }
       // lib.optionalAttrs (instance.memoryMax != null) { MemoryMax = instance.memoryMax; }
+      // lib.optionalAttrs (instance.numaNode != null) {
+        NUMAPolicy = "bind";
+        NUMAMask = toString instance.numaNode;
+        CPUAffinity = "numa";
+      }
       // lib.optionalAttrs (instance.gpus != [ ]) {
         # The driver's devices, and no others.
         PrivateDevices = false;
@@ -284,6 +289,13 @@ in
               default = null;
               example = "24G";
               description = "Host memory that the instance may use (`MemoryMax`). `null`: no limit.";
+            };
+
+            numaNode = mkOption {
+              type = types.nullOr types.ints.unsigned;
+              default = null;
+              example = 1;
+              description = "NUMA node whose CPUs and memory alone the instance uses (`NUMAPolicy=bind`, `CPUAffinity=numa`): that of its GPU (`/sys/bus/pci/devices/*/numa_node`), where weights stay in the host's memory and the node has room for them (`pascaline plan`). `null`: the program runs beside its GPU by itself, and the kernel may take memory elsewhere once the node's is full.";
             };
 
             stopTimeoutSec = mkOption {

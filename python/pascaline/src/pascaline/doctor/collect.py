@@ -12,10 +12,11 @@ from pascaline.doctor.evidence.driver import collect_driver, collect_gpu, find_l
 from pascaline.doctor.evidence.engine import collect_engine
 from pascaline.doctor.evidence.instance import Question, collect_instance
 from pascaline.doctor.evidence.logs import collect_logs
+from pascaline.doctor.evidence.memory import collect_memory
 from pascaline.doctor.evidence.model import collect_model
 from pascaline.doctor.evidence.plan import make_host_plan
 from pascaline.doctor.evidence.system import collect_system
-from pascaline.doctor.host import Driver, Host, Instance, Logs, ModelFacts, System
+from pascaline.doctor.host import Driver, Host, HostMemory, Instance, Logs, ModelFacts, System
 from pascaline.engines.installation import Installation
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def collect(machine: Machine, question: Question, on_part: Callable[[str], None]
         libcuda=find_libcuda(machine, instance.environment),
         nvcc=nvcc_release(machine),
         system=_collected(machine, "system", lambda: collect_system(machine, instance), System()),
+        memory=_collected(machine, "memory", lambda: collect_memory(machine, instance), HostMemory()),
         engine=engine,
         model=model,
         instance=instance,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pascaline.cards import Card
     from pascaline.configuration import Configuration
     from pascaline.engines import Engine
+    from pascaline.gpu.host_bandwidth import HostBandwidth
     from pascaline.gpu.reading import DeviceReading, Reading
     from pascaline.models.spec import ModelSpec
     from pascaline.planning.plan import Plan
@@ -34,6 +35,8 @@ class PciGpu:
     """PCI device number, such as 0x1bb3."""
     driver: str
     """Kernel driver that is bound to it; empty if none is."""
+    numa_node: int | None = None
+    """None if the kernel names none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +132,8 @@ class GpuProcess:
     name: str
     unit: str
     """Its systemd unit; empty if it has none, or if this user may not see it."""
+    cpus: frozenset[int] = frozenset()
+    """CPUs that it may run on; empty if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +237,44 @@ class System:
 
 
 @dataclass(frozen=True, slots=True)
+class NumaNode:
+    """Memory with the CPUs that are nearest to it."""
+
+    number: int
+    cpus: frozenset[int]
+    distances: Mapping[int, int]
+    """Node -> the firmware's figure for its distance; 10 is the node itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySlot:
+    """A place for a memory module, as the firmware describes it."""
+
+    locator: str
+    """The firmware's name for the slot."""
+    channel: str
+    """Socket and channel; empty if the firmware's names do not tell them."""
+    bytes: int
+    """Size of the module; 0 if there is none."""
+    speed: str
+    """Such as 2400 MT/s; empty if unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """The host's memory, from which a CPU computes what the GPU's does not hold."""
+
+    nodes: tuple[NumaNode, ...] = ()
+    slots: tuple[MemorySlot, ...] = ()
+    slots_error: str = "the firmware was not asked"
+    """Why the slots are unknown."""
+    swapped_bytes: int | None = None
+    """Memory of the instance's unit that is in swap; None if unknown."""
+    bandwidth: HostBandwidth | None = None
+    """What `pascaline plan --measure-host` found; None if it was not measured on this CPU."""
+
+
+@dataclass(frozen=True, slots=True)
 class Logs:
     """Lines of the journal; None if it cannot be read."""
 
@@ -254,6 +297,7 @@ class Host:
     nvcc: str = ""
     """Release of the CUDA toolkit on PATH or under CUDA_PATH, such as 11.8; empty without one."""
     system: System = System()
+    memory: HostMemory = HostMemory()
     engine: Installation = field(default_factory=Installation)
     model: ModelFacts = ModelFacts()
     instance: Instance = Instance()

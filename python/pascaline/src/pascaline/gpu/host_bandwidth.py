@@ -148,7 +148,12 @@ def _size(text: str) -> int:
 
 def cpu_model(cpu_info: Path = CPU_INFO) -> str:
     """Return the CPU's model name as the kernel reports it, or the machine's architecture if it reports none."""
-    match = re.search(r"^model name\s*:\s*(.+?)\s*$", _text(cpu_info), re.MULTILINE)
+    return model_name(_text(cpu_info))
+
+
+def model_name(cpu_info: str) -> str:
+    """Return the model name of the first CPU in the text of /proc/cpuinfo, else this machine's architecture."""
+    match = re.search(r"^model name\s*:\s*(.+?)\s*$", cpu_info, re.MULTILINE)
     return match[1] if match else platform.machine()
 
 
@@ -233,10 +238,19 @@ def load(folder: Path, cpu: str | None = None) -> HostBandwidth | None:
     cpu: model name of this host's CPU; None means ask the kernel.
     """
     try:
-        entry = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        text = (folder / FILE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return parse(text, cpu_model() if cpu is None else cpu)
+
+
+def parse(text: str, cpu: str) -> HostBandwidth | None:
+    """Return the measurement in the text of a kept file; None as for `load`."""
+    try:
+        entry = json.loads(text)
         nodes = tuple(NodeBandwidth(**node) for node in entry["nodes"])
         found = HostBandwidth(str(entry["measured_at"]), str(entry["cpu"]), nodes)
         valid = all(math.isfinite(node.bytes_per_second) and node.bytes_per_second > 0 for node in nodes)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
-    return found if nodes and valid and found.cpu == (cpu_model() if cpu is None else cpu) else None
+    return found if nodes and valid and found.cpu == cpu else None

@@ -178,11 +178,17 @@ def link_rate(address: str, devices: Path = PCI_DEVICES) -> float | None:
 
 
 def node_cpus(node: int, nodes: Path = NUMA_NODES) -> frozenset[int]:
-    """Return the CPUs of a NUMA node; empty if the kernel does not list them. Its format is 0-15,32-47."""
+    """Return the CPUs of a NUMA node; empty if the kernel does not list them."""
     try:
-        ranges = [
-            part.partition("-") for part in (nodes / f"node{node}/cpulist").read_text().strip().split(",") if part
-        ]
+        return parse_cpus((nodes / f"node{node}/cpulist").read_text())
+    except OSError:
+        return frozenset()
+
+
+def parse_cpus(text: str) -> frozenset[int]:
+    """Return the CPUs of a list as the kernel writes it (0-15,32-47); empty if it is none."""
+    ranges = [part.partition("-") for part in text.strip().split(",") if part]
+    try:
         return frozenset(cpu for first, _, last in ranges for cpu in range(int(first), int(last or first) + 1))
-    except (OSError, ValueError):
+    except ValueError:
         return frozenset()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pascaline.cards import card_for_device
 from pascaline.doctor.host import NVIDIA_VENDOR, Driver, Gpu, GpuProcess, Node, PciGpu
 from pascaline.gpu.devices import PROC_GPUS, driver_gpus
+from pascaline.gpu.memory import numa_node, parse_cpus
 from pascaline.gpu.processes import identify
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def _pci_gpus(machine: Machine) -> Iterator[PciGpu]:
         read = {name: (machine.read(f"{bus}/{address}/{name}") or "").strip() for name in ("vendor", "device", "class")}
         if read["vendor"] == NVIDIA_VENDOR and read["class"].startswith(_DISPLAY_CLASSES):
             link = machine.path(f"{bus}/{address}/driver")
-            yield PciGpu(address, read["device"], link.readlink().name if link.is_symlink() else "")
+            bound = link.readlink().name if link.is_symlink() else ""
+            yield PciGpu(address, read["device"], bound, numa_node(address.rpartition(".")[0], machine.path(bus)))
 
 
 def _nodes(machine: Machine) -> dict[str, Node]:
@@ -72,7 +74,8 @@ def _pairs(value: object) -> list[tuple[int, int | None]]:
 
 def _process(machine: Machine, pid: int, size: int | None) -> GpuProcess:
     identity = identify(pid, machine.path("/proc"))
-    return GpuProcess(pid, size, identity.name, identity.unit)
+    match = re.search(r"^Cpus_allowed_list:\s*(\S+)", machine.read(f"/proc/{pid}/status") or "", re.MULTILINE)
+    return GpuProcess(pid, size, identity.name, identity.unit, parse_cpus(match[1]) if match else frozenset())
 
 
 def find_libcuda(machine: Machine, environment: Mapping[str, str]) -> str:

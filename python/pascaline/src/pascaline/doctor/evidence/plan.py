@@ -52,6 +52,7 @@ def facts_of(host: Host) -> HostFacts:
         gpu_memory=lambda visible: _gpu_memory(host, visible),
         host_memory=lambda: _host_memory(host),
         cpu_flags=lambda: host.system.cpu_flags,
+        bandwidth=lambda: host.memory.bandwidth,
     )
 
 

@@ -60,18 +60,27 @@ def _glibc(machine: Machine) -> str:
 
 def _cgroup_limits(machine: Machine, instance: Instance) -> tuple[int | None, float | None, str]:
     """Return the tightest memory and CPU limits of the instance's process or, without one, of this process."""
-    pid = instance.unit.get("MainPID", "0")
-    whose, source = (f"the unit of {instance.name}", pid) if pid not in ("", "0") else ("this process", "self")
-    match = re.search(r"^0::(/.*)$", machine.read(f"/proc/{source}/cgroup") or "", re.MULTILINE)
-    if match is None:
-        return None, None, whose
-    parts = [part for part in match[1].split("/") if part]
-    folders = ["/sys/fs/cgroup/" + "/".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+    pid = unit_pid(instance)
+    whose, source = (f"the unit of {instance.name}", pid) if pid else ("this process", "self")
+    folders = cgroup_folders(machine, source)
     memory = [
         int(text) for folder in folders if (text := (machine.read(f"{folder}/memory.max") or "").strip()).isdigit()
     ]
     cpus = [limit for folder in folders if (limit := _cpus(machine.read(f"{folder}/cpu.max") or "")) is not None]
     return min(memory, default=None), min(cpus, default=None), whose
+
+
+def unit_pid(instance: Instance) -> str:
+    """Return the number of the unit's main process; empty if it does not run."""
+    pid = instance.unit.get("MainPID", "0")
+    return "" if pid == "0" else pid
+
+
+def cgroup_folders(machine: Machine, process: str) -> list[str]:
+    """Return the folders of a process's cgroup and of those above it, outermost first; empty if unknown."""
+    match = re.search(r"^0::(/.*)$", machine.read(f"/proc/{process}/cgroup") or "", re.MULTILINE)
+    parts = [part for part in match[1].split("/") if part] if match else []
+    return ["/sys/fs/cgroup/" + "/".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
 def _cpus(text: str) -> float | None:

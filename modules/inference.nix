@@ -244,7 +244,7 @@ in
                 max_running_requests = 4;
                 kv_cache.dtype = "int8";
               };
-              description = "Settings of `pascaline serve`, in the names of its configuration file (docs/configuration.md). The build fails where the program would refuse them.";
+              description = "Settings of `pascaline serve`, in the names of its configuration file (docs/configuration.md): `placement.experts`, `placement.layers` and `placement.weights` say what stays in the host's memory with llama.cpp. The build fails where the program would refuse them.";
             };
 
             checkSettings = mkOption {

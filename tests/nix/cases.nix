@@ -98,6 +98,31 @@ rec {
     llamaCpp = on (
       instance "second" (lib.recursiveUpdate builtinModel { settings.engine = "llama.cpp"; })
     );
+    # A mixture with experts in the host's memory beside its card, and a second instance on the other socket.
+    sockets = on [
+      (instance "card" (
+        lib.recursiveUpdate builtinModel {
+          numaNode = 0;
+          memoryMax = "40G";
+          settings = {
+            engine = "llama.cpp";
+            placement.experts = "auto";
+          };
+        }
+      ))
+      (instance "host" (
+        lib.recursiveUpdate builtinModel {
+          gpus = [ ];
+          numaNode = 1;
+          settings = {
+            engine = "llama.cpp";
+            device = "cpu";
+            port = 30010;
+            agent_port = 30011;
+          };
+        }
+      ))
+    ];
     exporter = on {
       services.pascaline.exporter = {
         enable = true;

@@ -83,6 +83,16 @@ class TestInstance:
         assert (limited["MemoryMax"], limited["Slice"]) == ("8G", "pascaline.slice")
         assert "MemoryMax" not in host("p4")["services"]["pascaline-emily"]["serviceConfig"]
 
+    def test_each_instance_has_a_socket_where_asked_for(self, host: Any, evaluated: Any) -> None:
+        units = host("sockets")["services"]
+        for name, node in (("card", "0"), ("host", "1")):
+            service = units[f"pascaline-{name}"]["serviceConfig"]
+            assert (service["NUMAPolicy"], service["NUMAMask"], service["CPUAffinity"]) == ("bind", node, "numa")
+            assert service["LimitMEMLOCK"] == "infinity"
+        assert "NUMAPolicy" not in host("p4")["services"]["pascaline-emily"]["serviceConfig"]
+        placements = [settings.get("placement") for settings in evaluated("settings")["sockets"].values()]
+        assert placements == [{"experts": "auto"}, None]
+
     def test_key_comes_as_a_credential(self, host: Any, evaluated: Any) -> None:
         """The settings, which everyone may read in the Nix store, name systemd's copy."""
         service = host("p4")["services"]["pascaline-emily"]["serviceConfig"]

@@ -37,7 +37,7 @@ def _numa_distance(host: Host) -> Result:
     nodes = {node.number: node for node in host.memory.nodes}
     if len(nodes) < 2:
         return ok("one NUMA node") if nodes else skipped("the kernel lists no NUMA nodes")
-    seen = [(gpu, nodes.get(node)) for gpu in host.gpus if (node := _node_of(gpu, host)) is not None]
+    seen = [(gpu, nodes.get(number)) for gpu in host.gpus if (number := _node_of(gpu, host)) is not None]
     if not seen:
         return skipped("the kernel names no NUMA node of a GPU")
     words, far = [], False
@@ -111,7 +111,8 @@ def _memory_bandwidth(host: Host) -> Result:
     measured = host.memory.bandwidth
     if measured is None:
         return skipped("not measured on this CPU; pascaline plan --measure-host does, on an idle host")
-    node = measured.of_node(next((node for gpu in host.gpus if (node := _node_of(gpu, host)) is not None), None))
+    numbers = (number for gpu in host.gpus if (number := _node_of(gpu, host)) is not None)
+    node = measured.of_node(next(numbers, None))
     words = f"{node.bytes_per_second / 1e9:,.0f} GB/s on NUMA node {node.node}, measured {measured.measured_at[:10]}"
     assumed = _assumed(host)
     if assumed is None:

@@ -6,12 +6,19 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pascaline.cli import main
 from pascaline.errors import ConfigurationError
+from pascaline.planning import Plan, make_plan
+from pascaline.planning.placement import Placement, place_on_card
+from pascaline.planning.unit_limits import MARGIN_BYTES, UnitLimits, unit_limits
 from pascaline.service import Unit
+from pascaline.settings import Settings
+from support.mixtures import QWEN_3_30B_A3B, mixture_spec
+from support.planning import P4, request
 
 ROOT = Path(__file__).parents[3]
 RENDERED = ROOT / "tests/systemd/root/etc/systemd/system"
@@ -159,3 +166,46 @@ def test_systemd_takes_every_line(tmp_path: Path) -> None:
     newer = re.compile("Unknown key '(RestartSteps|RestartMaxDelaySec)' in section")
     wrong = [line for line in done.stderr.splitlines() if "Unknown" in line and not newer.search(line)]
     assert wrong == []
+
+
+class TestLimits:
+    """Where experts stay in the host's memory, the unit follows the plan."""
+
+    def plan(self, **changes: object) -> Plan:
+        values = {"engine": "llama.cpp", "max_running_requests": 1, "expert_layers_on_host": None} | changes
+        return make_plan(mixture_spec(QWEN_3_30B_A3B), P4, request(P4, **values))
+
+    def placement(self) -> Placement:
+        return replace(place_on_card(Settings(), P4), numa_node=1, cpus=frozenset(range(10, 20)))
+
+    def test_memory_and_node(self) -> None:
+        plan = self.plan()
+        limits = unit_limits(plan, self.placement(), 96 * 2**30)
+        assert limits.numa_node == 1
+        assert limits.memory_max_bytes is not None
+        assert limits.memory_max_bytes - MARGIN_BYTES == pytest.approx(1.5 * plan.host_bytes, abs=1)
+        service = settings(unit(limits=limits).text())
+        assert service["MemoryMax"] == {str(limits.memory_max_bytes)}
+        assert (service["NUMAPolicy"], service["NUMAMask"], service["CPUAffinity"]) == ({"bind"}, {"1"}, {"numa"})
+
+    @pytest.mark.parametrize("node_bytes", [None, 8 * 2**30])
+    def test_a_node_without_room_is_not_bound_to(self, node_bytes: int | None) -> None:
+        assert unit_limits(self.plan(), self.placement(), node_bytes).numa_node is None
+
+    def test_an_unbound_placement_stays_so(self) -> None:
+        placement = replace(self.placement(), cpus=frozenset())
+        assert unit_limits(self.plan(), placement, 96 * 2**30).numa_node is None
+
+    def test_a_mapped_file_is_not_limited(self) -> None:
+        assert unit_limits(self.plan(mapped=True), self.placement(), 96 * 2**30).memory_max_bytes is None
+
+    def test_nothing_if_all_is_on_the_card_or_nothing_fits(self) -> None:
+        for plan in (self.plan(card_bytes=24 * 2**30), self.plan(card_bytes=2**30)):
+            assert unit_limits(plan, self.placement(), 96 * 2**30) == UnitLimits()
+        assert "NUMAPolicy" not in unit().text()
+
+    def test_without_a_plan_the_reader_is_told(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        file = tmp_path / "emily.toml"
+        file.write_text('engine = "llama.cpp"\nmodel = "/absent.gguf"\ncard = "tesla-p4"\n')
+        main(["service", "show", "emily", "--config", str(file)])
+        assert "no limits of memory and NUMA node, as there is no plan: " in capsys.readouterr().err

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pascaline.errors import ConfigurationError
+from pascaline.planning.unit_limits import NO_LIMITS, UnitLimits
 
 UNIT_FOLDER = Path("/etc/systemd/system")
 HIDDEN = (Path("/home"), Path("/root"), Path("/run/user"), Path("/tmp"), Path("/var/tmp"))  # noqa: S108 # named, not used
@@ -55,7 +56,7 @@ RuntimeDirectory={name}
 RuntimeDirectoryMode=0700
 LimitMEMLOCK=infinity
 LimitNOFILE=65536
-
+{limits}
 {devices}AmbientCapabilities=
 CapabilityBoundingSet=
 LockPersonality=true
@@ -103,6 +104,15 @@ PrivateUsers=true
 """
 
 
+def _limit_lines(limits: UnitLimits) -> str:
+    lines = []
+    if limits.memory_max_bytes is not None:
+        lines.append(f"MemoryMax={limits.memory_max_bytes}")
+    if limits.numa_node is not None:
+        lines += ["NUMAPolicy=bind", f"NUMAMask={limits.numa_node}", "CPUAffinity=numa"]
+    return "".join(f"{line}\n" for line in lines)
+
+
 @dataclass(frozen=True)
 class Unit:
     """The values that make up the unit of an instance."""
@@ -122,6 +132,8 @@ class Unit:
     """Name of the model in the API according to the settings file; None: the instance's name."""
     drain_seconds: float = 60.0
     """The instance's drain_timeout."""
+    limits: UnitLimits = NO_LIMITS
+    """What follows from the plan."""
 
     @property
     def name(self) -> str:
@@ -143,6 +155,7 @@ class Unit:
             stop_seconds=round(self.drain_seconds) + 30,
             gpus=self.gpus,
             devices=_GPU_DEVICES if self.gpus else _NO_DEVICES,
+            limits=_limit_lines(self.limits),
             credential=f"LoadCredential=api-key:{self.api_key_file}\n" if self.api_key_file else "",
         )
 

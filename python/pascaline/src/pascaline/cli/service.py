@@ -6,16 +6,22 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pascaline.configuration import load
 from pascaline.errors import ConfigurationError, ExitCode, MissingError, PascalineError, StorageError
+from pascaline.gpu.devices import VISIBLE_DEVICES
+from pascaline.planning.unit_limits import NO_LIMITS, unit_limits
 from pascaline.service import Unit
 from pascaline.settings import BUILTIN_MODEL
 
 if TYPE_CHECKING:
     import argparse
+
+    from pascaline.configuration import Configuration
+    from pascaline.planning.unit_limits import UnitLimits
 
 DESCRIPTION = """Run an instance as a systemd unit on a host without NixOS.
 
@@ -25,7 +31,9 @@ DESCRIPTION = """Run an instance as a systemd unit on a host without NixOS.
 
 The unit is pascaline-NAME.service, with the sandbox of the NixOS module. It runs as its own user (DynamicUser), so the
 program, the settings and the model must be readable by everyone, and outside /home and /root. The file of api_key_file
-may be readable by root alone: systemd passes its content to the unit.
+may be readable by root alone: systemd passes its content to the unit. Where llama.cpp keeps weights in the host's
+memory, MemoryMax follows from the plan, and the unit is bound to the NUMA node of its GPU if that has room; install it
+again after a change of the settings.
 
 exit codes: 0 done, 2 settings or paths that the unit cannot use, 8 no systemd here, 9 the unit cannot be written"""
 
@@ -84,17 +92,49 @@ def _unit(arguments: argparse.Namespace) -> Unit:
             "--config: no settings are named; write them to a file such as /etc/pascaline/NAME.toml"
         )
     config = Path(os.path.abspath(arguments.config))  # noqa: PTH100 # a symbolic link stays one
-    settings = load(config_file=config, environment={}).settings
+    configuration = load(config_file=config, environment={})
+    settings = configuration.settings
+    gpus = _gpus(arguments.gpus, settings.device)
     return Unit(
         arguments.instance,
         executable=_program(),
         config=config,
         model=None if settings.model == BUILTIN_MODEL else Path(settings.model),
-        gpus=_gpus(arguments.gpus, settings.device),
+        gpus=gpus,
         served_model_name=settings.served_model_name,
         api_key_file=settings.api_key_file,
         drain_seconds=settings.drain_timeout,
+        limits=_limits(configuration, gpus),
     )
+
+
+def _limits(configuration: Configuration, gpus: str) -> UnitLimits:
+    """Plan the instance as its unit would run it; without a plan nothing is limited, and the reader is told why.
+
+    Only an engine that keeps weights on the host needs this.
+    """
+    from pascaline.gpu.memory import node_bytes
+    from pascaline.models import store
+    from pascaline.models.reader import read_model
+    from pascaline.planning import make_plan
+    from pascaline.planning.placement import place
+    from pascaline.planning.request import request_from_placement
+    from pascaline.serving.task import this_host
+
+    settings = configuration.settings
+    if not gpus or settings.engine != "llama.cpp":
+        return NO_LIMITS
+    host = this_host(settings)
+    host = replace(host, environment={**host.environment, VISIBLE_DEVICES: gpus})
+    try:
+        placement = place(settings, configuration.card, host)
+        spec = read_model(store.locate(settings)[0])
+        plan = make_plan(spec, placement.card, request_from_placement(settings, spec, placement))
+    except PascalineError as error:
+        print(f"pascaline service: no limits of memory and NUMA node, as there is no plan: {error}", file=sys.stderr)
+        return NO_LIMITS
+    node = placement.numa_node
+    return unit_limits(plan, placement, None if node is None else node_bytes(node))
 
 
 def _gpus(chosen: str | None, device: str) -> str:

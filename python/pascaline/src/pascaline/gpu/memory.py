@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,6 +184,15 @@ def node_cpus(node: int, nodes: Path = NUMA_NODES) -> frozenset[int]:
         return parse_cpus((nodes / f"node{node}/cpulist").read_text())
     except OSError:
         return frozenset()
+
+
+def node_bytes(node: int, nodes: Path = NUMA_NODES) -> int | None:
+    """Return the memory of a NUMA node; None if the kernel does not report it (Node 0 MemTotal: 98304 kB)."""
+    try:
+        match = re.search(r"MemTotal:\s+(\d+) kB", (nodes / f"node{node}/meminfo").read_text())
+    except OSError:
+        return None
+    return int(match[1]) * 1024 if match else None
 
 
 def parse_cpus(text: str) -> frozenset[int]:

@@ -1,0 +1,39 @@
+"""What the systemd unit of an instance is given where weights stay in the host's memory: a NUMA node and a limit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pascaline.planning.placement import Placement
+    from pascaline.planning.plan import Plan
+
+MARGIN_BYTES, MARGIN_SHARE = 4 * 2**30, 0.5
+"""What the unit may take beyond the plan's part of the host: the supervisor, the driver's own buffers, and a plan of
+the next start that finds less of the card free."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnitLimits:
+    """None: the unit is not limited in this."""
+
+    numa_node: int | None = None
+    """Node to whose CPUs and memory it is bound."""
+    memory_max_bytes: int | None = None
+
+
+NO_LIMITS = UnitLimits()
+
+
+def unit_limits(plan: Plan, placement: Placement, node_bytes: int | None) -> UnitLimits:
+    """Return the limits that follow from a plan; none if nothing but the input embedding is on the host.
+
+    node_bytes: memory of the placement's NUMA node, None if unknown. Without room for everything the unit is not bound:
+    its kernel would kill it while other nodes have memory. A mapped file is page cache, which a limit would push out.
+    """
+    if not plan.fits or len(plan.host_parts) < 2:
+        return NO_LIMITS
+    most = round(plan.host_bytes * (1 + MARGIN_SHARE)) + MARGIN_BYTES
+    bound = bool(placement.cpus) and node_bytes is not None and most <= node_bytes
+    return UnitLimits(placement.numa_node if bound else None, None if plan.request.mapped else most)

@@ -182,6 +182,12 @@ def fill_disk(scene: Scene) -> None:
     scene.tell(crash_now=1)
 
 
+def remove_folder_on_disk(scene: Scene) -> None:
+    """Remove the instance's folder for temporary files where it has a file system of its own."""
+    for path in (own_disk(scene) / "tmp").glob("pascaline-serve-*"):
+        shutil.rmtree(path)
+
+
 def empty_disk(scene: Scene) -> None:
     """Make room again."""
     (own_disk(scene) / "filler").unlink()

@@ -379,6 +379,21 @@ class TestChecksum:
         assert _hashed(model, tmp_path)
         assert not _hashed(model, tmp_path)
 
+    def test_a_note_that_cannot_be_renewed_is_no_failure(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On a full disk an engine starts again as long as the model is the same; the first checksum has to be kept."""
+
+        def full(*_: object) -> None:
+            raise StorageError("no space")
+
+        digest = store.cached_sha256(model, tmp_path / "cache")
+        os.utime(model)
+        monkeypatch.setattr(store, "_remember", full)
+        assert store.cached_sha256(model, tmp_path / "cache") == digest
+        with pytest.raises(StorageError, match="no space"):
+            store.cached_sha256(model, tmp_path / "another")
+
     def test_many_at_once(self, model: Path, tmp_path: Path) -> None:
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(lambda _: store.cached_sha256(model, tmp_path / "cache"), range(8)))

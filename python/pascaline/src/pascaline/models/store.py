@@ -5,6 +5,7 @@ Checksums of files that have not changed since are kept in the cache folder.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gguf_acceptance import file_sha256
 
-from pascaline.errors import ConfigurationError, MissingError, ModelError
+from pascaline.errors import ConfigurationError, MissingError, ModelError, StorageError
 from pascaline.models import library
 from pascaline.models.cache import cache_folder, writing
 from pascaline.models.gguf_split import whole_name
@@ -168,17 +169,20 @@ def cached_sha256(path: Path, cache: Path, on_bytes: OnBytes | None = None) -> s
     One that had changed within SETTLED_SECONDS is read again: a later change may have the same time.
     """
     note = cache / "checksums" / (hashlib.sha256(str(path).encode()).hexdigest() + ".json")
-    identity, now = _identity(path), time.time()
+    identity, now, noted = _identity(path), time.time(), None
     try:
         known = json.loads(note.read_text())
+        noted = str(known["sha256"])
         if known["identity"] == identity and known["read_at"] - path.stat().st_ctime >= SETTLED_SECONDS:
-            return str(known["sha256"])
+            return noted
     except (OSError, ValueError, KeyError, TypeError):
         pass
     digest = file_sha256(path, on_bytes or library.unwatched)
     if _identity(path) != identity:
         raise ModelError(f"{path} changed while its sha256 was computed; wait until nothing writes to it")
-    _remember(note, {"identity": identity, "read_at": now, "sha256": digest})
+    # Without a renewed note the file is only read again next time: no reason to fail on a full disk.
+    with contextlib.suppress(*[StorageError] if noted == digest else []):
+        _remember(note, {"identity": identity, "read_at": now, "sha256": digest})
     return digest
 
 

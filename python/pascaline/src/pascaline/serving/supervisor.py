@@ -25,7 +25,7 @@ from pascaline.control_groups import memory_limit, oom_kills
 from pascaline.digests import shown_sha256s
 from pascaline.engines import ENGINES, Task
 from pascaline.engines.served import read_served
-from pascaline.errors import EngineError, ExitCode, GaveUpError, PascalineError
+from pascaline.errors import EngineError, ExitCode, GaveUpError, PascalineError, StorageError
 from pascaline.gpu import loss
 from pascaline.models import store
 from pascaline.models.chat_template import chat_templates
@@ -331,8 +331,8 @@ class Supervisor:
             try:
                 task = await self._as_verified(task)
                 served, failure = await self._run_once(task)
-            except OSError as error:
-                if not is_own_failure(error):
+            except (OSError, StorageError) as error:
+                if not (is_own_failure(error) if isinstance(error, OSError) else was_ready):
                     raise
                 served, failure = 0.0, Failure(FailureKind.HOST, f"this host lacks what a start needs: {error}")
             if self._stop.is_set():

@@ -97,8 +97,11 @@ def _log_arguments(settings: Settings) -> list[str]:
 def _write_key_file(task: Task) -> str:
     """Write SGLang's configuration file with the key, readable by this user alone. JSON is YAML too."""
     path = task.runtime_dir / "sglang.yaml"
+    text = json.dumps({"api-key": task.api_key})
     path.touch(mode=0o600)
-    path.write_text(json.dumps({"api-key": task.api_key}))
+    # A full disk does not prevent a restart if nothing has to be written.
+    if path.read_bytes() != text.encode():
+        path.write_text(text)
     return str(path)
 
 

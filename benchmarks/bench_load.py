@@ -260,7 +260,7 @@ def free_port() -> int:
 @contextlib.contextmanager
 def prepared_tokenizer() -> Iterator[Path]:
     """Give the built-in model's tokenizer as a folder, with which bench_serving makes prompts."""
-    from pascaline.models.store import builtin_model
+    from pascaline.models.resolve import builtin_model
 
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "prepared"

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import psutil
 from faults.scene import DEFAULT_STALL_SECONDS, IMPATIENT, STALL_SECONDS, Fault, run
 from faults.table import FAULTS, SEED
-from pascaline.models.store import builtin_model
+from pascaline.models.resolve import builtin_model
 from support.instance import FAKE_ENGINE, http, wait_until
 from support.ledger import Load, Outcome
 from support.models import tiny, write_gguf

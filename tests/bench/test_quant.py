@@ -10,7 +10,7 @@ import pytest
 from pascaline.bench.quant import DEFAULT_TYPES, default_types
 from pascaline.errors import ExitCode
 from pascaline.gpu.fake_nvml import DEMO_SCENARIO, fake_nvml_environment
-from pascaline.models.store import builtin_model
+from pascaline.models.resolve import builtin_model
 from pascaline.settings import Settings
 from support.hf_models import write_folder
 from support.instance import FAKE_ENGINE, wait_until

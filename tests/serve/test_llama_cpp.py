@@ -15,7 +15,7 @@ import psutil
 import pytest
 from pascaline.engines.llama_cpp import LlamaCppEngine
 from pascaline.errors import ExitCode
-from pascaline.models.store import builtin_model
+from pascaline.models.resolve import builtin_model
 from pascaline.serving.supervisor import POLL_TIMEOUT_SECONDS
 from support.instance import Instance, running, wait_until
 

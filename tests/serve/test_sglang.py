@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 from pascaline.errors import ExitCode
-from pascaline.models.store import builtin_model
+from pascaline.models.resolve import builtin_model
 from pascaline.plugin import PLUGIN
 from support.instance import Answer, Instance, running, wait_until
 

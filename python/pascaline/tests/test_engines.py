@@ -21,8 +21,8 @@ from pascaline.engines.sglang import SglangEngine
 from pascaline.engines.speculation import NO_SPECULATION, Speculation
 from pascaline.errors import ConfigurationError, MissingError
 from pascaline.gpu.devices import GpuIdentity, device_variables
+from pascaline.models.resolve import ResolvedModel
 from pascaline.models.spec import ModelSpec
-from pascaline.models.store import ResolvedModel
 from pascaline.serving.console import try_command
 from pascaline.settings import PlacementSettings, Settings
 from support.instance import FAKE_ENGINE

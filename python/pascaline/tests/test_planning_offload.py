@@ -12,7 +12,7 @@ from pascaline.configuration import load
 from pascaline.engines import ENGINES, Task
 from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.errors import ConfigurationError
-from pascaline.models.store import ResolvedModel
+from pascaline.models.resolve import ResolvedModel
 from pascaline.planning import make_plan
 from pascaline.planning.plan_text import explanation, table
 from pascaline.planning.request import request_from_settings

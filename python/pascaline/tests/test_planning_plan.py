@@ -15,8 +15,8 @@ from pascaline.configuration import load
 from pascaline.engines import ENGINES, Task
 from pascaline.errors import ConfigurationError
 from pascaline.gpu.memory import GpuRates
+from pascaline.models.resolve import ResolvedModel
 from pascaline.models.spec import ModelSpec, TensorSpec
-from pascaline.models.store import ResolvedModel
 from pascaline.planning import PlanRequest, make_plan, nearest_fits, other_engine_fits, request_from_settings
 from pascaline.planning.mixtures import MIXTURES, requantized
 from pascaline.planning.nearest import longest_context

@@ -146,7 +146,7 @@ class TestRealTools:
     @pytest.mark.skipif(not shutil.which("convert_hf_to_gguf.py"), reason="convert_hf_to_gguf.py is not on PATH")
     def test_hugging_face_folder(self, tmp_path: Path) -> None:
         """A folder is converted once, quantised, and the conversion does not stay."""
-        from pascaline.models.store import builtin_model
+        from pascaline.models.resolve import builtin_model
 
         vocabulary = 49152
         source = tmp_path / "emily"

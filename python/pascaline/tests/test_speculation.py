@@ -14,8 +14,8 @@ from pascaline.engines.sglang import speculation as sglang
 from pascaline.engines.speculation import NO_SPECULATION, Speculation
 from pascaline.errors import ConfigurationError
 from pascaline.models.reader import read_model
+from pascaline.models.resolve import builtin_model
 from pascaline.models.spec import ModelSpec
-from pascaline.models.store import builtin_model
 from pascaline.planning import make_plan, table
 from pascaline.planning.plan_text import explanation
 from pascaline.planning.request import request_from_settings

@@ -26,7 +26,7 @@ from pascaline.bench.server import make_prompts
 from pascaline.bench.sweep import LOG_NAME, Target, check_same_target, describe_model
 from pascaline.engines import engine_named
 from pascaline.errors import ConfigurationError, EngineError
-from pascaline.models import store
+from pascaline.models import resolve
 from pascaline.models.reader import read_model
 from pascaline.plugin import PLUGIN
 from pascaline.quantize import Tools
@@ -76,7 +76,7 @@ class Comparison:
 
 def run_quant(target: Target, comparison: Comparison, folder: Path) -> Results:
     """Compare the types; keep what an earlier call left in the folder."""
-    path, name = store.locate(target.configuration.settings)
+    path, name = resolve.locate(target.configuration.settings)
     results = create_or_resume(folder, "quant", asdict(comparison.experiment()) | _identity(comparison, name))
     progress = Progress(len(comparison.types) * (1 + comparison.repeats * len(comparison.sizes)))
     try:

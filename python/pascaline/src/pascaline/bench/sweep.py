@@ -20,7 +20,7 @@ from pascaline.bench.stream import parse_endpoint
 from pascaline.configuration import DEFAULT, setting_fields
 from pascaline.engines.served import read_served
 from pascaline.errors import ConfigurationError, PascalineError
-from pascaline.models import store
+from pascaline.models import resolve
 from pascaline.models.reader import read_model
 
 if TYPE_CHECKING:
@@ -194,5 +194,5 @@ def spec_of(target: Target, instance: Instance) -> ModelSpec | None:
 
 def _named_spec(target: Target) -> ModelSpec:
     settings = target.configuration.settings
-    path, _ = store.locate(settings)
+    path, _ = resolve.locate(settings)
     return read_served(settings, path)

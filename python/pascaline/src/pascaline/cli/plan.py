@@ -15,7 +15,7 @@ from pascaline.cli.options import add_settings_arguments, add_token_argument, lo
 from pascaline.engines import engine_named
 from pascaline.engines.plan_request import UNKNOWN_RATES
 from pascaline.errors import ConfigurationError, ExitCode, ModelError, StorageError
-from pascaline.models import store
+from pascaline.models import resolve
 from pascaline.models.chat_template import chat_templates
 from pascaline.models.reader import read_model
 from pascaline.planning import make_plan, nearest_fits, other_engine_fits, refusal, table
@@ -176,8 +176,8 @@ def read_spec(configuration: Configuration, headers: Mapping[str, str] | None = 
             f"--token-file: {settings.model} is not an http(s) address and needs none; leave it out"
         )
     else:
-        spec = read_model(store.locate(settings)[0])
-    if problem := store.checksum_problem(settings, spec):
+        spec = read_model(resolve.locate(settings)[0])
+    if problem := resolve.checksum_problem(settings, spec):
         raise ConfigurationError(problem)
     return spec
 

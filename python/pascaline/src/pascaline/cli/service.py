@@ -114,7 +114,7 @@ def _limits(configuration: Configuration, gpus: str) -> UnitLimits:
     Only an engine that keeps weights on the host needs this.
     """
     from pascaline.gpu.memory import node_bytes
-    from pascaline.models import store
+    from pascaline.models import resolve
     from pascaline.models.reader import read_model
     from pascaline.planning import make_plan
     from pascaline.planning.placement import place
@@ -128,7 +128,7 @@ def _limits(configuration: Configuration, gpus: str) -> UnitLimits:
     host = replace(host, environment={**host.environment, VISIBLE_DEVICES: gpus})
     try:
         placement = place(settings, configuration.card, host)
-        spec = read_model(store.locate(settings)[0])
+        spec = read_model(resolve.locate(settings)[0])
         plan = make_plan(spec, placement.card, request_from_placement(settings, spec, placement))
     except PascalineError as error:
         print(f"pascaline service: no limits of memory and NUMA node, as there is no plan: {error}", file=sys.stderr)

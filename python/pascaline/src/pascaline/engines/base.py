@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from pascaline.engines.installation import Installation, Probe
     from pascaline.engines.memory_model import MemoryModel
     from pascaline.engines.server import Server
+    from pascaline.models.resolve import ResolvedModel
     from pascaline.models.spec import ModelSpec
-    from pascaline.models.store import ResolvedModel
     from pascaline.settings import Role, Settings
 
     Ask = Callable[[str], tuple[int, bytes]]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pascaline.engines.registry import engine_named, engines
 from pascaline.errors import ModelError
-from pascaline.models import store
+from pascaline.models import resolve
 from pascaline.models.roles import own_role
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def refusal_of_all(spec: ModelSpec) -> str | None:
 
 def read_served(settings: Settings, path: Path) -> ModelSpec:
     """Read the model's header. ModelError: the engine cannot serve it; ConfigurationError: settings exceed it."""
-    spec = store.read_header(path)
+    spec = resolve.read_header(path)
     if sentence := engine_named(settings.engine).judge_as(spec, settings.role).sentence:
         raise ModelError(f"{path}: {sentence}")
-    store.check_settings(settings, spec)
+    resolve.check_settings(settings, spec)
     return spec

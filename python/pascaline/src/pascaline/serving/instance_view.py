@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pascaline.engines import Progress
     from pascaline.engines.base import Parsers
     from pascaline.gpu.devices import GpuIdentity
-    from pascaline.models.store import ResolvedModel
+    from pascaline.models.resolve import ResolvedModel
     from pascaline.serving.engine_api import EngineApi, Probe
     from pascaline.serving.health import Health
     from pascaline.serving.history import History

@@ -27,7 +27,7 @@ from pascaline.engines import ENGINES, Task
 from pascaline.engines.served import read_served
 from pascaline.errors import EngineError, ExitCode, GaveUpError, PascalineError, StorageError
 from pascaline.gpu import loss
-from pascaline.models import store
+from pascaline.models import resolve
 from pascaline.models.chat_template import chat_templates
 from pascaline.redaction import read_secret
 from pascaline.serving import ports, shrink
@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from pascaline.engines import Progress
     from pascaline.engines.base import Parsers
     from pascaline.gpu.devices import GpuIdentity
+    from pascaline.models.resolve import ResolvedModel
     from pascaline.models.spec import ModelSpec
-    from pascaline.models.store import ResolvedModel
     from pascaline.planning import Plan
     from pascaline.planning.placement import Placement
     from pascaline.serving.console import Console
@@ -270,15 +270,15 @@ class Supervisor:
     async def _prepare(self) -> Task:
         settings = self.settings
         with self._console.stage("resolve") as stage:
-            path, name = await self._in_thread(store.locate, settings)
+            path, name = await self._in_thread(resolve.locate, settings)
             spec = await self._in_thread(read_served, settings, path)
-            files = store.model_files(spec, path)
+            files = resolve.model_files(spec, path)
             path = files[0]
             stage.note = f": {path} ({spec.architecture}, {spec.n_parameters / 1e6:.0f} M parameters)"
         self._record_stage("resolve", stage.seconds)
         plan = await self._plan(spec)
         with self._console.stage("verify") as stage:
-            digests = await self._in_thread(store.verify, settings, files, stage.progress)
+            digests = await self._in_thread(resolve.verify, settings, files, stage.progress)
             prepared = None
             if digests:
                 prepared = await self._in_thread(self._engine.prepare, settings, path, combined_sha256(digests))
@@ -288,7 +288,7 @@ class Supervisor:
         if not templates and settings.role == "generate":
             self._console.line("WARNING", "pascaline", NO_CHAT_TEMPLATE)
         self._choose_parsers(templates, spec)
-        self.model = store.ResolvedModel(
+        self.model = resolve.ResolvedModel(
             "gguf" if digests else "huggingface", path, spec, name, digests, prepared, bool(templates), templates
         )
         task = make_task(self._configuration, self.model, plan, self._runtime_folder.path(), self._placement)
@@ -374,7 +374,7 @@ class Supervisor:
         Raises ModelError if they do not match model_sha256. Cheap if nothing changed.
         """
         model = task.model
-        digests = await self._in_thread(store.verify, self.settings, store.model_files(model.spec, model.path))
+        digests = await self._in_thread(resolve.verify, self.settings, resolve.model_files(model.spec, model.path))
         if digests == model.sha256:
             if model.prepared_dir is not None:
                 await self._in_thread(self._engine.prepare, self.settings, model.path, combined_sha256(digests))

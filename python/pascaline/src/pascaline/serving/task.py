@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pascaline.configuration import Configuration
+    from pascaline.models.resolve import ResolvedModel
     from pascaline.models.spec import ModelSpec
-    from pascaline.models.store import ResolvedModel
     from pascaline.settings import Settings
 
 

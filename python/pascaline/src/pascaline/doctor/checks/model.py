@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pascaline.digests import shown_sha256s
 from pascaline.doctor.verdicts import Checks, Remedy, Result, failure, info, ok, skipped, warning
 from pascaline.engines import engine_named
-from pascaline.models.store import checksum_problem
+from pascaline.models.resolve import checksum_problem
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:

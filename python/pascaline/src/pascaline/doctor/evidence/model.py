@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pascaline.doctor.host import ModelFacts
 from pascaline.errors import PascalineError
-from pascaline.models import store
+from pascaline.models import resolve
 from pascaline.models.cache import cache_folder
 from pascaline.models.chat_template import has_chat_template
 from pascaline.models.gguf import open_gguf
@@ -23,10 +23,10 @@ def collect_model(machine: Machine, settings: Settings | None) -> ModelFacts:
     if settings is None:
         return ModelFacts()
     try:
-        named, _ = store.locate(settings)
+        named, _ = resolve.locate(settings)
         path = machine.path(named) if machine.root != Path("/") and not named.exists() else named
         spec = read_model(path)
-        files = store.model_files(spec, path)
+        files = resolve.model_files(spec, path)
         tokenizer, template = _has_tokenizer(files[0]), has_chat_template(spec, files[0])
     except PascalineError as error:
         return ModelFacts(path=settings.model, error=str(error))
@@ -53,10 +53,10 @@ def _has_tokenizer(path: Path) -> bool:
 
 
 def _checksum(settings: Settings, files: tuple[Path, ...], cache: Path) -> tuple[tuple[str, ...], str]:
-    """Return (sha256 of each file, error), cached by the store; empty if no checksum is required."""
+    """Return (sha256 of each file, error), cached by the resolver; empty if no checksum is required."""
     if settings.model_sha256 is None or files[0].is_dir():
         return (), ""
     try:
-        return tuple(store.cached_sha256(file, cache) for file in files), ""
+        return tuple(resolve.cached_sha256(file, cache) for file in files), ""
     except (PascalineError, OSError) as error:
         return (), str(error)

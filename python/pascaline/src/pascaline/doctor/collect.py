@@ -89,4 +89,6 @@ def _note_settings(machine: Machine, instance: Instance) -> None:
     machine.transcript.append((f"environment of {instance.environment_source}", "\n".join(lines)))
     if instance.configuration is not None:
         document = instance.configuration.settings.model_dump_json(indent=1)
-        machine.transcript.append(("settings", f"{document}\n{json.dumps(instance.configuration.origins, indent=1)}"))
+        machine.transcript.append(
+            ("settings", f"{document}\n{json.dumps(dict(instance.configuration.origins), indent=1)}")
+        )

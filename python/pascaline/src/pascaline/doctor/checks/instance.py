@@ -44,8 +44,9 @@ def _configuration(host: Host) -> Result:
             f"this host has several instances ({', '.join(instance.others)}); the defaults were checked instead",
             Remedy("name one of them", f"pascaline doctor --instance {instance.others[0]}"),
         )
-    chosen = sum(origin != "default" for origin in instance.configuration.origins.values())
-    return ok(f"{chosen} settings chosen, card profile {instance.configuration.card or 'none'}")
+    return ok(
+        f"{instance.configuration.origins.chosen} settings chosen, card profile {instance.configuration.card or 'none'}"
+    )
 
 
 @check(

@@ -162,9 +162,10 @@ def test_nothing_that_was_asked_for_is_left_out_in_silence(llama: Path, flags: l
 
 @pytest.mark.parametrize(("name", "begin"), [("a.svg", b"<svg"), ("A.SVG", b"<svg"), ("a.png", b"\x89PNG")])
 def test_pictures(llama: Path, tmp_path: Path, name: str, begin: bytes) -> None:
-    if name.endswith(".png"):
-        pytest.importorskip("matplotlib", reason="PNG needs matplotlib")
-    assert plan(llama, "--card", "tesla-p4", "--picture", tmp_path / name).returncode == OK
+    result = plan(llama, "--card", "tesla-p4", "--picture", tmp_path / name)
+    if "PNG needs a font" in result.stderr:
+        pytest.skip("PNG needs a font, and this host has none")
+    assert result.returncode == OK
     assert (tmp_path / name).read_bytes().startswith(begin)
 
 

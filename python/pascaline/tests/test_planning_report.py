@@ -6,8 +6,9 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
 import pytest
+from pascaline.errors import MissingError
 from pascaline.planning import Plan, make_plan, nearest_fits, refusal, table
-from pascaline.planning.picture import WIDTH, Words, drawing, pieces, svg
+from pascaline.planning.picture import WIDTH, Words, drawing, pieces, rendered, svg
 from pascaline.planning.plan_text import BAR_WIDTH, bar, choices_table, explanation, sweep_table
 from pascaline.planning.search import optimize, sweep
 from support.planning import LLAMA_2_7B, LLAMA_3_8B, P4, request
@@ -103,6 +104,13 @@ class TestPicture:
     def test_pieces_fill_the_card(self) -> None:
         assert sum(piece.n_bytes for piece in pieces(FITS)) == FITS.card_bytes
         assert sum(piece.n_bytes for piece in pieces(SHARED)) == SHARED.card_bytes
+
+    def test_a_png_without_words_is_never_written(self) -> None:
+        """resvg leaves out words that it has no font for."""
+        with pytest.raises(MissingError) as caught:
+            rendered(svg(FITS), fonts=False)
+        message = "--picture: PNG needs a font, and this host has none; install DejaVu Sans, or write .svg"
+        assert str(caught.value) == message
 
     def test_names_are_escaped(self) -> None:
         assert "&lt;b&gt;" in svg(replace(FITS, model="<b>"))

@@ -315,7 +315,7 @@ def draw(plan: Plan, path: Path) -> None:
         if path.suffix.lower() == ".svg":
             path.write_text(svg(plan), encoding="utf-8")
         elif path.suffix.lower() == ".png":
-            png(plan, path)
+            path.write_bytes(png(plan))
         else:
             raise ConfigurationError(f"--picture: {path} must end in .svg or .png")
     except OSError as error:

@@ -1,6 +1,7 @@
 """The card's memory as a picture: one bar with a legend.
 
-`drawing` is the design, as boxes, lines and words at pixels from the top left; `svg` and `png` write the same ones.
+`drawing` is the design, as boxes, lines and words at pixels from the top left; `svg` writes it, and `png` renders the
+SVG by resvg.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from pascaline.errors import MissingError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pascaline.planning.plan import Plan
 
 COLOURS = {
@@ -37,11 +36,7 @@ WIDTH, BAR_HEIGHT, ROW_HEIGHT, MARGIN = 760, 44, 22, 24
 """Pixels."""
 LEGEND_COLUMNS, COLUMN_GAP = 2, 40
 INK, QUIET, PAPER = "#1c2321", "#5b6661", "#ffffff"
-FONT = "DejaVu Sans"
-"""What matplotlib brings with it; the SVG names others for readers without it."""
-_ALIGNED: dict[str, Literal["left", "center", "right"]] = {"start": "left", "middle": "center", "end": "right"}
-"""SVG's name for where a text is anchored -> matplotlib's."""
-_FONTS = f"{FONT}, Verdana, sans-serif"
+_FONTS = "DejaVu Sans, Verdana, sans-serif"
 
 
 class Piece(NamedTuple):
@@ -188,27 +183,25 @@ def _element(shape: Shape) -> str:
             return f"<text {place}>{escape(text)}</text>"
 
 
-def png(plan: Plan, path: Path) -> None:
-    """Write the picture as PNG, two pixels for each of the SVG's. Raises MissingError without matplotlib, OSError."""
+def png(plan: Plan) -> bytes:
+    """Return the SVG as PNG, two pixels for each of its own. Raises MissingError without resvg-py or any font."""
     try:
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-        from matplotlib.patches import Rectangle
+        import resvg_py  # noqa: F401
     except ImportError as error:
-        raise MissingError("--picture: PNG needs matplotlib; run: pip install matplotlib, or write .svg") from error
-    height, shapes = drawing(plan)
-    figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=144, facecolor=PAPER)
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0))
-    axes.axis("off")
-    for shape in shapes:
-        match shape:
-            case Box(x, y, wide, high, colour):
-                axes.add_artist(Rectangle((x, y), wide, high, facecolor=colour, linewidth=0))
-            case Line(x, top, bottom, colour):
-                axes.add_artist(Line2D((x, x), (top, bottom), color=colour, linewidth=2))
-            case Words(x, y, text, colour, bold, anchor):
-                drawn = axes.text(x, y, text, family=FONT, size=13, color=colour, ha=_ALIGNED[anchor], va="baseline")
-                drawn.set_fontweight("bold" if bold else "normal")
-                # A name may hold $, which would begin a formula.
-                drawn.set_parse_math(False)
-    figure.savefig(path, format="png")
+        raise MissingError("--picture: PNG needs resvg-py; run: pip install resvg-py, or write .svg") from error
+    return rendered(svg(plan))
+
+
+def rendered(document: str, *, fonts: bool = True) -> bytes:
+    """Return an SVG as PNG. fonts: whether to use those of the host. Raises MissingError if there is none."""
+    import resvg_py
+
+    # resvg leaves out texts for which it has no font, and does not report it.
+    probe = '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20">{}</svg>'
+    empty, word = (
+        resvg_py.svg_to_bytes(svg_string=probe.format(content), skip_system_fonts=not fonts)
+        for content in ("", f'<text y="15" font-family="{_FONTS}">M</text>')
+    )
+    if empty == word:
+        raise MissingError("--picture: PNG needs a font, and this host has none; install DejaVu Sans, or write .svg")
+    return resvg_py.svg_to_bytes(svg_string=document, zoom=2, skip_system_fonts=not fonts)

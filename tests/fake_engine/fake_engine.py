@@ -99,6 +99,11 @@ ERRORS = {
         "Scheduler hit an exception: Traceback (most recent call last):\n"
         "torch.AcceleratorError: CUDA error: unspecified launch failure",
     ),
+    "ecc": (
+        -signal.SIGKILL,
+        "Scheduler hit an exception: Traceback (most recent call last):\n"
+        "torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered",
+    ),
     "driver": (
         1,
         "RuntimeError: The NVIDIA driver on your system is too old: CUDA driver version is insufficient for CUDA runtime"

@@ -296,6 +296,11 @@ GPU = [
                                              i.tell(crash_error="cuda-unknown", crash_now=1)), "Xid .*: 62"),
     gpu("Xid 31: a kernel's bad address", i.both(i.xid(31), i.tell(crash_error="cuda-launch-failure", crash_now=1)),
         "Xid .*: 31", lost=False),
+    gpu("Xid 48: uncorrectable ECC error", i.both(i.xid(48, "DBE (double bit error)"), i.tell(crash_error="ecc", crash_now=1)),
+        "uncorrectable ECC error.*Xid .*: 48", lost=False),
+    gpu("thermal shutdown: the card leaves the bus",
+        i.both(i.xid(79, "GPU has fallen off the bus."), i.nvml(i.LOST_P4), i.tell(hang=1)),
+        "NVML finds GPU 0 .* lost", stalls=True, states="unresponsive gpu-lost starting ready", detect=STALL_DETECT_SECONDS),
     gpu("Xid 13: a kernel's exception", i.both(i.xid(13), i.tell(crash_error="cuda-launch-failure", crash_now=1)),
         "Xid .*: 13", lost=False),
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pascaline.errors import ExitCode
 from support.instance import FAKE_ENGINE, PATIENCE
+from support.ports import free_port
 from support.privileges import ordinary
 from support.raw_models import CONFIG, LLAMA, folder_tensors, gguf_file, safetensors_file, value
 
@@ -253,7 +254,12 @@ class TestHost:
         small.mkdir()
         script = 'mount -t tmpfs -o size=1M none "$0" && shift 0 && exec "$@"'
         command = [sys.executable, "-m", "pascaline", "serve", f"--model={model}", f"--cache-dir={small}"]
-        command += [f"--engine-executable={FAKE_ENGINE}", "--device=cpu", "--port=39998", "--agent-port=39999"]
+        command += [
+            f"--engine-executable={FAKE_ENGINE}",
+            "--device=cpu",
+            f"--port={free_port()}",
+            f"--agent-port={free_port()}",
+        ]
         unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(small)]
         if subprocess.run([*unshare, "true"], capture_output=True).returncode:
             pytest.skip("this machine allows no user namespace with a mount of its own")

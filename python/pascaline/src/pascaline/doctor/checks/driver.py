@@ -221,7 +221,8 @@ def _nvml(host: Host) -> Result:
 @check(
     "gpu-lost",
     "Every GPU on the bus answers",
-    "power-cycle the host: a warm reboot often does not bring a lost card back; then try another slot or cable",
+    "power-cycle the host: a warm reboot often does not bring a lost card back; then try another slot or cable. A card "
+    "that ran hot may have switched itself off: give it air first",
     command="journalctl -k -g 'NVRM|Xid' -n 50",
 )
 def _gpu_lost(host: Host) -> Result:

@@ -29,6 +29,8 @@ SLOWDOWN_REASONS = {
     HARDWARE_SLOWDOWN: "the card halves its clocks",
     POWER_BRAKE: "the power supply asks for lower clocks",
 }
+NEAR_CELSIUS = 3
+"""Distance to a threshold at which the next minutes may reach it."""
 HOT_CELSIUS = 85
 """The guide's limit, and the limit of the alert HighGPUTemp."""
 WARM_PASSIVE_CELSIUS = 75
@@ -146,14 +148,19 @@ def _throttling(host: Host) -> Result:
     option="hardware.pascaline.driver.powerLimitWatts = 60;",
 )
 def _temperature(host: Host) -> Result:
-    """Compares the core's temperature with 85 °C (the guide's limit) and with the slowdown threshold, if reported."""
+    """Compares the core's temperature with 85 °C (the guide's limit), and with the thresholds of slowdown and shutdown
+    if they are reported. At the shutdown threshold the card switches itself off, and is lost.
+    """
 
     def judge(gpu: Gpu) -> Result | None:
         now, slowdown = gpu.number("nvmlDeviceGetTemperature 0"), gpu.number("nvmlDeviceGetTemperatureThreshold 1")
+        shutdown = gpu.number("nvmlDeviceGetTemperatureThreshold 0")
         if now is None:
             return None
+        if shutdown and now >= shutdown - NEAR_CELSIUS:
+            return failure(f"{now} °C, the card switches itself off at {shutdown} °C")
         words = f"{now} °C" + (f", slows down at {slowdown} °C" if slowdown else "")
-        return warning(words) if now > HOT_CELSIUS or (slowdown and now >= slowdown - 3) else ok(words)
+        return warning(words) if now > HOT_CELSIUS or (slowdown and now >= slowdown - NEAR_CELSIUS) else ok(words)
 
     return _each(host, judge, "no GPU reports its temperature")
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pascaline.bench.html_page import page
 from pascaline.bench.svg_chart import Chart, Mark, Series, bar_chart
 
 TITLES = {
@@ -30,18 +31,8 @@ TITLES = {
 }
 """Part of the report -> heading; others are named as they are."""
 UNITS = {"us": "µs", "bytes": "bytes", "seconds": "s"}
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem;
-  background: light-dark(#f4f6f5, #101514); color: light-dark(#17211e, #e4eae7); font-variant-numeric: tabular-nums; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0; } h2 { font-size: 1.05rem; margin: 2.25rem 0 .5rem; }
-p { max-width: 60rem; } summary { cursor: pointer; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 32rem), 1fr)); gap: 1rem; }
-.charts svg { width: 100%; height: auto; border: 1px solid #8884; border-radius: 8px; }
-.scroll { overflow-x: auto; border: 1px solid #8884; border-radius: 8px; background: light-dark(#fff, #181f1d); }
-table { border-collapse: collapse; font-size: 13px; }
-td, th { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #8884; vertical-align: top; }
-td:first-child, th:first-child { text-align: left; } table table { margin: 0; }
+STYLE = """p { max-width: 60rem; } summary { cursor: pointer; }
+td, th { vertical-align: top; } table table { margin: 0; }
 """
 
 
@@ -58,11 +49,7 @@ def as_html(report: dict[str, Any]) -> str:
         f'<div class="charts">{"".join(charts(report))}</div>',
         *(part for name, value in report.items() for part in _section(name, value)),
     ]
-    head = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>Kernels on {card}</title><style>{STYLE}</style>"
-    )
-    return head + "\n".join(body) + "</html>\n"
+    return page(f"Kernels on {place['card']}", body, STYLE)
 
 
 def findings(report: dict[str, Any]) -> list[str]:

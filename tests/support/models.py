@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -397,10 +397,11 @@ def _add_metadata(
     if shape.sliding_window:
         values[f"{arch}.attention.sliding_window"] = shape.sliding_window
     for key, value in (values | extra).items():
-        _add_value(writer, key, value)
+        add_value(writer, key, value)
 
 
-def _add_value(writer: GGUFWriter, key: str, value: int | float | str | list[int]) -> None:
+def add_value(writer: GGUFWriter, key: str, value: Any) -> None:
+    """Add a key: a number in the 32-bit type that llama.cpp's converter gives it, a text or a list."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):

@@ -6,14 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from pascaline.cards import Card, load_card
-from pascaline.models.ggml_types import TENSOR_TYPES
 from pascaline.models.spec import ModelSpec, TensorSpec
 from pascaline.planning import PlanRequest
 from pascaline.planning.mixtures import requantized
 from support.models import SHAPES, Shape, tensor_shapes
 
 P4 = load_card("tesla-p4")
-_BLOCKS = {kind.name: (kind.block_elements, kind.block_bytes) for kind in TENSOR_TYPES.values()}
 
 
 def spec_of(shape: Shape, mixture: str = "Q4_K_M", **changes: Any) -> ModelSpec:

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from support.differential.vocabularies import Keys, byte_level
-from support.models import BLOCK_SCALES, random_tensor
+from support.models import BLOCK_SCALES, add_value, random_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -117,7 +117,7 @@ def write(path: Path, model: Tiny) -> Path:
     random = np.random.default_rng(model.seed)
     writer = GGUFWriter(path, model.architecture)
     for key, value in metadata(model).items():
-        _add(writer, key, value)
+        add_value(writer, key, value)
     for name, shape in shapes(model).items():
         values = shape if isinstance(shape, np.ndarray) else weights(random, name, shape)
         _add_tensor(writer, name, values, _type(model, name, values), random)
@@ -169,16 +169,3 @@ def _random_blocks(random: np.random.Generator, values: np.ndarray, kind: str) -
             (blocks[:, at : at + 2].copy().view(np.float16) * scale).astype(np.float16).view(np.uint8)
         )
     return blocks.reshape(rows.shape)
-
-
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pascaline.bench.claims import guide_applies
 from pascaline.bench.expectations import expectations, throughputs
+from pascaline.bench.html_page import page
 from pascaline.bench.metrics import FIGURES, readable
 from pascaline.bench.result_charts import charts
 from pascaline.bench.results import REPORT_NAME
@@ -25,21 +26,11 @@ if TYPE_CHECKING:
 
 TITLES = {"batch": "Batch sweep", "context": "Context sweep", "serve": "Arrival rates", "quant": "Types of weights"}
 
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem;
-  background: light-dark(#f4f6f5, #101514); color: light-dark(#17211e, #e4eae7); font-variant-numeric: tabular-nums; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
-h1:not(:first-child) { margin-top: 4rem; }
-h2 { font-size: 1.05rem; margin: 2.25rem 0 .5rem; }
-table { border-collapse: collapse; font-size: 13px; }
-th, td { padding: .35rem .75rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: inherit; }
-.scroll { overflow-x: auto; margin: .75rem 0; } .scroll, .scroll table, .scroll tr { background: inherit; }
-.scroll, .charts svg, dl { border: 1px solid #8884; border-radius: 8px; }
+_STYLE = """h1:not(:first-child) { margin-top: 4rem; }
+td, th { white-space: nowrap; } td:first-child, th:first-child { position: sticky; left: 0; background: inherit; }
+.scroll { margin: .75rem 0; } .scroll, .scroll table, .scroll tr { background: inherit; }
+dl { border: 1px solid #8884; border-radius: 8px; }
 .scroll, dl { background: light-dark(#fff, #181f1d); } tr:last-child td { border-bottom: 0; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 32rem), 1fr)); gap: 1rem; }
-.charts svg { width: 100%; height: auto; }
 small { color: light-dark(#56645f, #9caba5); }
 dl { display: grid; grid-template-columns: minmax(8rem, max-content) minmax(0, 1fr); gap: .3rem 1.25rem; }
 dl { padding: 1rem; }
@@ -65,14 +56,8 @@ def write_page(path: Path, documents: Sequence[dict[str, Any]]) -> None:
 
 def render(*documents: dict[str, Any]) -> str:
     """Return the page, with a section for each result."""
-    title = "; ".join(map(_title, documents))
-    head = [
-        "<!doctype html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>',
-    ]
-    sections = [part for document in documents for part in _section(document)]
-    return "\n".join(part for part in (*head, *sections, "</body></html>") if part) + "\n"
+    sections = (part for document in documents for part in _section(document))
+    return page("; ".join(map(_title, documents)), sections, _STYLE)
 
 
 def _title(document: dict[str, Any]) -> str:

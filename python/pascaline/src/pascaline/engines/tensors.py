@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from pascaline.models.ggml_types import TENSOR_TYPES
-
 if TYPE_CHECKING:
     from pascaline.models.spec import TensorSpec
 
@@ -14,8 +12,6 @@ DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 """Bytes of a value in each type of the computation."""
 DTYPE_TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 """Type of the computation -> the name that model files have for it."""
-BLOCKS = {kind.name: (kind.block_elements, kind.block_bytes) for kind in TENSOR_TYPES.values()}
-"""Type in model files -> (values, bytes) of one of its blocks."""
 
 _EXPERTS = re.compile(r"_exps\.weight$|\.experts\.")
 _EMBEDDING = re.compile(r"^token_embd\.weight$|(^|\.)(embed_tokens|wte|word_embeddings)\.weight$")

@@ -52,6 +52,9 @@ TENSOR_TYPES = {
 }
 """GGML's number of each tensor type (`enum ggml_type`); a test holds it against the gguf package's table."""
 
+BLOCKS = {kind.name: (kind.block_elements, kind.block_bytes) for kind in TENSOR_TYPES.values()}
+"""Name of a tensor type -> (weights, bytes) of one of its blocks."""
+
 REMOVED_TENSOR_TYPES = {
     4: "Q4_2",
     5: "Q4_3",

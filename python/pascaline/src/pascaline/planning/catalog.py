@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pascaline.engines import ENGINES
 from pascaline.engines.plan_request import UNKNOWN_RATES, HostRates
 from pascaline.errors import ConfigurationError
-from pascaline.models.ggml_types import TENSOR_TYPES
+from pascaline.models.ggml_types import BLOCKS
 from pascaline.models.spec import ModelSpec, TensorSpec
 from pascaline.planning.mixtures import requantized
 from pascaline.planning.plan import make_plan
@@ -265,8 +265,8 @@ def _mxfp4_type(tensor: TensorSpec) -> str:
 
 
 def _with_type(tensor: TensorSpec, name: str) -> TensorSpec:
-    kind = next(kind for kind in TENSOR_TYPES.values() if kind.name == name)
-    return replace(tensor, tensor_type=name, n_bytes=tensor.n_elements // kind.block_elements * kind.block_bytes)
+    elements, n_bytes = BLOCKS[name]
+    return replace(tensor, tensor_type=name, n_bytes=tensor.n_elements // elements * n_bytes)
 
 
 def catalog_table(rows: Sequence[CatalogRow]) -> str:

@@ -10,7 +10,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pascaline.models.ggml_types import TENSOR_TYPES
+from pascaline.models.ggml_types import BLOCKS
 
 if TYPE_CHECKING:
     from pascaline.models.spec import ModelSpec, TensorSpec
@@ -33,7 +33,6 @@ MIXTURES = tuple(PERPLEXITY_LOSS)
 _BASE = {"Q5_K_M": "Q5_K", "Q4_K_M": "Q4_K", "Q3_K_M": "Q3_K", "Q3_K_S": "Q3_K"}
 # The type that replaces one whose blocks do not divide a row.
 _FALLBACK = {"Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-_BLOCKS = {kind.name: (kind.block_elements, kind.block_bytes) for kind in TENSOR_TYPES.values()}
 
 _EMBEDDING = re.compile(r"^token_embd\.weight$|(^|\.)embed_tokens\.weight$")
 _OUTPUT = re.compile(r"^output\.weight$|(^|\.)lm_head\.weight$")
@@ -59,11 +58,11 @@ def _is_duplicate(tensor: TensorSpec, spec: ModelSpec) -> bool:
 def _converted(tensor: TensorSpec, spec: ModelSpec, mixture: str) -> TensorSpec:
     kind = "F32" if len(tensor.shape) < 2 or _KEPT.search(tensor.name) else _matrix_type(tensor.name, spec, mixture)
     columns = tensor.shape[-1] if tensor.shape else 1
-    if columns % _BLOCKS[kind][0]:
+    if columns % BLOCKS[kind][0]:
         kind = _FALLBACK.get(kind, "F16")
-    if columns % _BLOCKS[kind][0]:
+    if columns % BLOCKS[kind][0]:
         kind = "F16"
-    elements, n_bytes = _BLOCKS[kind]
+    elements, n_bytes = BLOCKS[kind]
     return replace(tensor, tensor_type=kind, n_bytes=tensor.n_elements // elements * n_bytes)
 
 

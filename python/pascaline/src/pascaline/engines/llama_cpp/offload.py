@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pascaline.engines.plan_request import ALL_LAYERS
-from pascaline.engines.tensors import BLOCKS, is_embedding, is_matrix, padded
+from pascaline.engines.tensors import is_embedding, is_matrix, padded
+from pascaline.models.ggml_types import BLOCKS
 
 if TYPE_CHECKING:
     from pascaline.engines.plan_request import PlanRequest

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from pascaline.engines.memory_model import HeldTensor
 from pascaline.engines.tensors import (
-    BLOCKS,
     DTYPE_BYTES,
     DTYPE_TYPES,
     is_matrix,
@@ -16,6 +15,7 @@ from pascaline.engines.tensors import (
     matrix_shape,
     padded,
 )
+from pascaline.models.ggml_types import BLOCKS
 from pascaline.plugin import PLUGIN
 from pascaline.units import format_bytes
 

@@ -31,11 +31,11 @@ from pascaline.gpu.host_bandwidth import (
     save,
     usable_nodes,
 )
-from pascaline.gpu.memory import DeviceMemory, link_rate
+from pascaline.gpu.memory import DeviceMemory, link_rate, physical_cores
 from pascaline.planning import make_plan
 from pascaline.planning.hybrid import expected, host_seconds, hybrid_points, weights_of
 from pascaline.planning.placement import HostFacts, place
-from pascaline.planning.report import table
+from pascaline.planning.plan_text import table
 from pascaline.planning.speed import host_speed
 from pascaline.settings import Settings
 from support.mixtures import QWEN_3_30B_A3B, mixture_spec
@@ -88,6 +88,14 @@ class TestNodes:
         write(tmp_path / "cpuinfo", "processor\t: 0\nmodel name\t: Intel(R) Xeon(R) Silver 4114 CPU\n")
         assert cpu_model(tmp_path / "cpuinfo") == "Intel(R) Xeon(R) Silver 4114 CPU"
         assert cpu_model(tmp_path / "absent")
+
+
+def test_threads_of_a_core_count_once(tmp_path: Path) -> None:
+    for cpu, siblings in enumerate(("0,4", "1,5", "2,6", "3,7") * 2):
+        write(tmp_path / f"cpu{cpu}/topology/thread_siblings_list", siblings + "\n")
+    assert physical_cores(range(8), tmp_path) == {0, 1, 2, 3}
+    assert physical_cores({1, 4, 5}, tmp_path) == {1, 4}
+    assert physical_cores({0, 9}, tmp_path) == {0, 9}
 
 
 class TestBlocks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.errors import ConfigurationError
 from pascaline.models.resolve import ResolvedModel
 from pascaline.planning import make_plan
+from pascaline.planning.hints import with_hints
 from pascaline.planning.plan_text import explanation, table
 from pascaline.planning.request import request_from_settings
 from pascaline.settings import Settings
@@ -137,6 +139,33 @@ class TestChoice:
         assert found == pytest.approx([8, 15.5, 29.1, 51.6, 82.4], abs=0.05)
 
 
+class TestChunkHint:
+    """A larger chunk copies the host's weights less often; the plan says so where it fits."""
+
+    def notes(self, **changes: Any) -> list[str]:
+        wanted = offloading(**changes)
+        plan = with_hints(make_plan(QWEN, P4, wanted), QWEN, P4, wanted)
+        return [note for note in plan.notes if note.startswith("chunked_prefill_tokens 2048 fits too")]
+
+    def test_where_experts_are_on_the_host(self) -> None:
+        (note,) = self.notes()
+        larger, smaller = re.findall(r"prompts at (\d+) instead of (\d+) tok/s, as", note)[0]
+        assert int(larger) > 1.2 * int(smaller)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"card_bytes": P40.memory_bytes},
+            {"chunked_prefill_tokens": 2048},
+            {"context_length": 1024},
+            {"card_bytes": 2**30},
+        ],
+        ids=["all on the card", "large already", "short context", "does not fit"],
+    )
+    def test_nowhere_else(self, changes: dict[str, Any]) -> None:
+        assert self.notes(**changes) == []
+
+
 class TestHostMemory:
     def test_too_little_is_refused_with_both_numbers(self) -> None:
         plan = make_plan(QWEN, P4, offloading(host_memory_bytes=4 * 2**30))
@@ -243,6 +272,15 @@ class TestCommand:
         found = tuple(word for word in command if word in {"--fit", "off", "--load-mode", "none", "--no-mmap"})
         assert found == expected
 
+    def test_threads_of_a_bound_engine_keep_to_their_node(self, tmp_path: Path) -> None:
+        for build, is_there in (("--numa TYPE  distribute, isolate or numactl\n", True), ("--threads N\n", False)):
+            program = tmp_path / f"llama-server-{is_there}"
+            program.write_text(f"#!/bin/sh\ncat <<'END'\n{build}END\n")
+            program.chmod(0o755)
+            bound = self.command(program, "mapped", 12, tmp_path, cpus=frozenset({0, 1}))
+            assert ("numactl" in bound) == ("--numa" in bound) == is_there
+            assert "--numa" not in self.command(program, "mapped", 12, tmp_path)
+
     def test_a_program_is_not_asked_if_nothing_is_on_the_host(self, tmp_path: Path) -> None:
         program = tmp_path / "llama-server"
         program.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\n")
@@ -250,7 +288,9 @@ class TestCommand:
         assert "--n-cpu-moe" not in self.command(program, "pinned", 0, tmp_path)
         assert not (tmp_path / "asked").exists()
 
-    def command(self, program: Path, weights: str, experts: int, folder: Path) -> tuple[str, ...]:
+    def command(
+        self, program: Path, weights: str, experts: int, folder: Path, cpus: frozenset[int] = frozenset()
+    ) -> tuple[str, ...]:
         settings = Settings.model_validate(
             {"engine": "llama.cpp", "engine_executable": str(program), "placement": {"weights": weights}}
         )
@@ -267,5 +307,6 @@ class TestCommand:
             decode_bits=16,
             expert_layers_on_host=experts,
             runtime_dir=folder,
+            cpus=cpus,
         )
         return ENGINES["llama.cpp"].launch(task).command

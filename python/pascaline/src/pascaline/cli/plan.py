@@ -20,6 +20,7 @@ from pascaline.models.chat_template import chat_templates
 from pascaline.models.reader import read_model
 from pascaline.planning import make_plan, nearest_fits, other_engine_fits, refusal, table
 from pascaline.planning.catalog import catalog, catalog_table
+from pascaline.planning.hints import with_hints
 from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
 from pascaline.planning.plan_text import choices_table, explanation, sweep_table
 from pascaline.units import parse_bytes
@@ -234,7 +235,7 @@ def _plan(
     arguments: argparse.Namespace, configuration: Configuration, spec: ModelSpec, card: Card, request: PlanRequest
 ) -> int:
     verdict = engine_named(request.engine).judge_as(spec, request.role)
-    plan = make_plan(spec, card, request)
+    plan = with_hints(make_plan(spec, card, request), spec, card, request)
     changes = []
     if not plan.fits:
         changes = nearest_fits(spec, card, request)

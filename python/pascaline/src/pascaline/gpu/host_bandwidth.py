@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pascaline.errors import MissingError
-from pascaline.gpu.memory import NUMA_NODES, node_cpus
+from pascaline.gpu.memory import CPUS, NUMA_NODES, node_cpus
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ FREE_SHARE = 0.5
 """Most of the free memory that is taken."""
 IDLE_SHARE = 0.9
 """Share of the time that the threads must get on their CPUs; below, other work has disturbed the measurement."""
-CPU_CACHES = Path("/sys/devices/system/cpu")
 CPU_INFO = Path("/proc/cpuinfo")
 _ABSENT, _PRESENT = 0, 1
 
@@ -117,7 +116,7 @@ def usable_nodes(cpus: Iterable[int], nodes: Path = NUMA_NODES) -> dict[int, fro
     return found or {0: usable}
 
 
-def cache_bytes(cpus: Iterable[int], folder: Path = CPU_CACHES) -> int:
+def cache_bytes(cpus: Iterable[int], folder: Path = CPUS) -> int:
     """Return the bytes of the last-level caches of these CPUs, each counted once; 0 if the kernel lists none."""
     sizes: dict[str, int] = {}
     for cpu in cpus:

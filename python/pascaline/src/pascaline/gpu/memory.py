@@ -23,13 +23,14 @@ from pascaline.gpu.metrics import (
 from pascaline.gpu.reader import Reader
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from pascaline.gpu.devices import GpuIdentity
     from pascaline.gpu.reading import Reading
 
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 NUMA_NODES = Path("/sys/devices/system/node")
+CPUS = Path("/sys/devices/system/cpu")
 MEMINFO = Path("/proc/meminfo")
 TRANSFERS_PER_CYCLE = 2
 """Double data rate of the clock that NVML reports: 2 x 3003 MHz x 256 bit is the 192 GB/s of a P4's data sheet."""
@@ -184,6 +185,19 @@ def node_cpus(node: int, nodes: Path = NUMA_NODES) -> frozenset[int]:
         return parse_cpus((nodes / f"node{node}/cpulist").read_text())
     except OSError:
         return frozenset()
+
+
+def physical_cores(cpus: Iterable[int], folder: Path = CPUS) -> frozenset[int]:
+    """Return one CPU of each core among `cpus`; a CPU whose core the kernel does not report counts as one."""
+    wanted = frozenset(cpus)
+    first = {}
+    for cpu in sorted(wanted):
+        try:
+            siblings = parse_cpus((folder / f"cpu{cpu}/topology/thread_siblings_list").read_text())
+        except OSError:
+            siblings = frozenset()
+        first.setdefault(min((siblings & wanted) | {cpu}), cpu)
+    return frozenset(first)
 
 
 def node_bytes(node: int, nodes: Path = NUMA_NODES) -> int | None:

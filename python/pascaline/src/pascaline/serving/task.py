@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,10 +13,11 @@ from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.errors import DoesNotFitError
 from pascaline.gpu import host_bandwidth
 from pascaline.gpu.devices import driver_gpus
-from pascaline.gpu.memory import gpu_memory, host_memory, link_rate, node_cpus, numa_node
+from pascaline.gpu.memory import gpu_memory, host_memory, link_rate, node_cpus, numa_node, physical_cores
 from pascaline.models.cache import cache_folder
 from pascaline.planning import Plan, make_plan, nearest_fits, other_engine_fits, refusal
 from pascaline.planning import placement as placement_rules
+from pascaline.planning.hints import with_hints
 from pascaline.planning.placement import CPU_INFO, HostFacts, Placement, place
 from pascaline.planning.request import request_from_placement
 from pascaline.redaction import read_secret
@@ -61,7 +61,7 @@ def plan_instance(configuration: Configuration, spec: ModelSpec, placement: Plac
     settings = configuration.settings
     placement = placement or place_instance(configuration)
     request = request_from_placement(settings, spec, placement)
-    plan = make_plan(spec, placement.card, request)
+    plan = with_hints(make_plan(spec, placement.card, request), spec, placement.card, request)
     if not plan.fits and not settings.allow_overcommit:
         changes = nearest_fits(spec, placement.card, request)
         changes += other_engine_fits(settings, spec, placement.card, request)
@@ -80,12 +80,15 @@ def make_task(
     """Build the engine's task. placement: None means all visible GPUs, if the plan's device is a GPU."""
     settings, request = configuration.settings, plan.request
     cpus = placement.cpus if placement else frozenset()
+    most = cpus or frozenset(os.sched_getaffinity(0))
+    # Both threads of a core wait for the same memory when it holds experts.
+    cores = len(physical_cores(most)) if len(plan.host_parts) > 1 else len(most)
     return Task(
         settings=settings,
         model=model,
         device=request.device,
         dtype=request.dtype,
-        threads=settings.threads or min(usable_cpus(), len(cpus) or sys.maxsize),
+        threads=settings.threads or min(usable_cpus(), cores),
         context_length=plan.context_length,
         max_total_tokens=plan.kv_tokens,
         mem_fraction_static=plan.mem_fraction_static,

@@ -18,7 +18,7 @@ from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.engines.installation import Installation, Probe
 from pascaline.engines.llama_cpp import speculation
 from pascaline.engines.llama_cpp.memory import LlamaCppMemory, memory_arguments
-from pascaline.engines.llama_cpp.options import options_of, own_placement_arguments, pinned_arguments
+from pascaline.engines.llama_cpp.options import numa_arguments, options_of, own_placement_arguments, pinned_arguments
 from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.engines.rope_factors import factor_refusals
 from pascaline.engines.series import Selector, Series
@@ -280,7 +280,7 @@ def _offload_arguments(task: Task, program: str) -> tuple[str, ...]:
         return ()
     options = options_of(program)
     pinned = () if task.settings.placement.weights == "mapped" else pinned_arguments(options)
-    return (*own_placement_arguments(options), *pinned)
+    return (*own_placement_arguments(options), *pinned, *numa_arguments(options, is_bound=bool(task.cpus)))
 
 
 def _memory_arguments(task: Task, memory: LlamaCppMemory) -> tuple[str, ...]:

@@ -40,6 +40,12 @@ def pinned_arguments(options: frozenset[str]) -> tuple[str, ...]:
     return ("--no-mmap",) if "--no-mmap" in options else ()
 
 
+def numa_arguments(options: frozenset[str], *, is_bound: bool) -> tuple[str, ...]:
+    """Return the flags for an engine that is bound to the CPUs of a NUMA node: its threads keep to them, and a mapped
+    file is not read ahead by whichever node has a free CPU."""
+    return ("--numa", "numactl") if is_bound and "--numa" in options else ()
+
+
 def own_placement_arguments(options: frozenset[str]) -> tuple[str, ...]:
     """Return the flags that keep llama-server from changing the placement that it is given."""
     return ("--fit", "off") if "--fit" in options else ()

@@ -190,13 +190,13 @@ def node_cpus(node: int, nodes: Path = NUMA_NODES) -> frozenset[int]:
 def physical_cores(cpus: Iterable[int], folder: Path = CPUS) -> frozenset[int]:
     """Return one CPU of each core among `cpus`; a CPU whose core the kernel does not report counts as one."""
     wanted = frozenset(cpus)
-    first = {}
+    first = set()
     for cpu in sorted(wanted):
         try:
             siblings = parse_cpus((folder / f"cpu{cpu}/topology/thread_siblings_list").read_text())
         except OSError:
             siblings = frozenset()
-        first.setdefault(min((siblings & wanted) | {cpu}), cpu)
+        first.add(min((siblings & wanted) | {cpu}))
     return frozenset(first)
 
 

@@ -16,7 +16,7 @@ from pascaline.bench.compare import compare, comparison_table
 from pascaline.bench.experiment import Experiment, batch_points
 from pascaline.bench.html_report import render, write_report
 from pascaline.bench.load import Record
-from pascaline.bench.metrics import FIGURES, figures_of_run, summarize
+from pascaline.bench.metrics import METRICS, metrics_of_run, summarize
 from pascaline.bench.result_charts import charts
 from pascaline.bench.results import SCHEMA, Results, create_or_resume, load
 from pascaline.bench.results_table import folded, results_table
@@ -50,7 +50,7 @@ def test_figures_of_a_run_are_what_their_names_say() -> None:
         Sample(0.0, gpu_memory_bytes=4e9, gpu_utilization_ratio=0.5, power_watts=40.0),
         Sample(0.5, gpu_memory_bytes=5e9, gpu_utilization_ratio=1.0, power_watts=60.0),
     )
-    found = figures_of_run(run_of(record(), record(ttft=1.5), record(error="refused"), samples=samples))
+    found = metrics_of_run(run_of(record(), record(ttft=1.5), record(error="refused"), samples=samples))
     assert found == pytest.approx(
         {
             "generator_cpu_ratio": 0.005,
@@ -75,7 +75,7 @@ def test_figures_of_a_run_are_what_their_names_say() -> None:
 
 
 def test_what_was_not_read_is_absent_and_not_zero() -> None:
-    found = figures_of_run(run_of(record(error="refused")))
+    found = metrics_of_run(run_of(record(error="refused")))
     assert found == pytest.approx({"generator_cpu_ratio": 0.005, "late_seconds": 0.0, "error_ratio": 1.0})
 
 
@@ -86,7 +86,7 @@ def test_a_summary_has_a_value_an_interval_and_the_runs_of_each_figure() -> None
     assert throughput["value"] == pytest.approx(1.05)
     assert throughput["low"] < 1.0 < 1.1 < throughput["high"]
     assert summary["ttft_p50"] == {"value": 0.5, "low": 0.5, "high": 0.5, "runs": [0.5, 0.5]}
-    assert summary.keys() <= FIGURES.keys()
+    assert summary.keys() <= METRICS.keys()
 
 
 times = st.floats(0, 1e4).map(lambda value: round(value, 6))
@@ -443,7 +443,7 @@ def test_claims_are_the_guides() -> None:
     """Rows 3, 5 and 13 of what the guide says."""
     assert claims_for("batch", "output_throughput") == {1: 3, 2: 5, 4: 8, 8: 10}
     assert claims_for("quant", "output_throughput") == {"Q8_0": 5, "Q6_K": 7, "Q4_K_M": 10}
-    assert all(claim.key in FIGURES for claim in GUIDE_CLAIMS)
+    assert all(claim.key in METRICS for claim in GUIDE_CLAIMS)
 
 
 def test_schema_is_part_of_the_file(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ class Claim:
     axis: float | str
     """Batch size, or type of the weights."""
     key: str
-    """Key in figures.FIGURES."""
+    """Key in metrics.METRICS."""
     value: float
     """In the figure's base unit."""
     source: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pascaline.bench.metrics import FIGURES
+from pascaline.bench.metrics import METRICS
 from pascaline.bench.results_table import shown
 from pascaline.bench.statistics import CONFIDENCE, holm, welch
 from pascaline.errors import ConfigurationError
@@ -60,11 +60,11 @@ def comparison_table(differences: dict[str, Any]) -> str:
     lines = [f"not alike: {text}" for text in differences["unlike"]]
     table = [["", "", "A", "B", "B/A", "p", ""]]
     for row in differences["rows"]:
-        figure = FIGURES[row["figure"]]
+        metric = METRICS[row["figure"]]
         ratio = f"{row['ratio']:.3f}" if row["ratio"] is not None else "-"
         p_value = f"{row['p_value']:.3f}" if row["p_value"] is not None else "-"
-        values = [f"{shown(figure, row[side])} {figure.unit}" for side in ("a", "b")]
-        table.append([row["point"], figure.title, *values, ratio, p_value, row["verdict"]])
+        values = [f"{shown(metric, row[side])} {metric.unit}" for side in ("a", "b")]
+        table.append([row["point"], metric.title, *values, ratio, p_value, row["verdict"]])
     return "\n".join([*lines, *table_lines(table, [LEFT, LEFT, RIGHT, RIGHT, RIGHT, RIGHT, LEFT])])
 
 
@@ -92,7 +92,7 @@ def _verdict(row: dict[str, Any]) -> str:
         return "unknown: one run cannot show what is chance; use --repeats 3 or more"
     if row["p_value"] >= 1 - CONFIDENCE:
         return "no significant difference"
-    better = FIGURES[row["figure"]].better
+    better = METRICS[row["figure"]].better
     larger = row["b"] > row["a"]
     if not better:
         return "B is higher" if larger else "B is lower"

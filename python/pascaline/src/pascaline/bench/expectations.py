@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pascaline.bench.claims import EXPECTED, EXPECTED_BATCH, EXPECTED_LOAD_SECONDS, claims_beside, guide_applies
-from pascaline.bench.metrics import FIGURES, readable
+from pascaline.bench.metrics import METRICS, readable
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,9 @@ def expectations(document: dict[str, Any]) -> list[Expectation]:
     summary: dict[str, Any] = next((point["summary"] for point in document["points"] if point["name"] == name), {})
     for key, claim in EXPECTED.items():
         if key in summary:
-            figure = readable(FIGURES[key], (summary[key]["value"],))
-            words = f"{figure.title} at {name}, {figure.unit}"
-            found.append(Expectation(words, summary[key]["value"] * figure.factor, claim * figure.factor))
+            metric = readable(METRICS[key], (summary[key]["value"],))
+            words = f"{metric.title} at {name}, {metric.unit}"
+            found.append(Expectation(words, summary[key]["value"] * metric.factor, claim * metric.factor))
     started = (document.get("instance") or {}).get("start_seconds")
     if started is not None:
         found.append(Expectation("from start to ready, s", started, EXPECTED_LOAD_SECONDS))

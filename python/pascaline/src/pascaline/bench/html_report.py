@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pascaline.bench.claims import guide_applies
 from pascaline.bench.expectations import expectations, throughputs
 from pascaline.bench.html_page import page
-from pascaline.bench.metrics import FIGURES, readable
+from pascaline.bench.metrics import METRICS, readable
 from pascaline.bench.result_charts import charts
 from pascaline.bench.results import REPORT_NAME
 from pascaline.bench.results_table import ABSENT, quality_rows, shown
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pascaline.bench.expectations import Throughput
-    from pascaline.bench.metrics import Figure
+    from pascaline.bench.metrics import Metric
     from pascaline.bench.results import Results
 
 TITLES = {"batch": "Batch sweep", "context": "Context sweep", "serve": "Arrival rates", "quant": "Types of weights"}
@@ -74,7 +74,7 @@ def _section(document: dict[str, Any]) -> list[str]:
         "<p><small>Small: 95 % confidence interval. Latencies pool the requests of all runs (bootstrap over runs and "
         "requests), other figures are means over runs (Student's t). TTFT: time to first token; ITL: gap between "
         "tokens; TPOT: mean time per token after the first; E2E: whole answer.</small></p>",
-        _figures(document),
+        _metrics(document),
         *_quality(document),
         *_beside_expectations(document),
         "<h2>How it was measured</h2>",
@@ -101,25 +101,25 @@ def _where(document: dict[str, Any]) -> str:
     return " · ".join(part for part in (card, driver, engine, version, day) if part)
 
 
-def _figures(document: dict[str, Any]) -> str:
+def _metrics(document: dict[str, Any]) -> str:
     entries = document["points"]
     rows = [["", *(entry["name"] for entry in entries)]]
-    for key, figure in FIGURES.items():
+    for key, metric in METRICS.items():
         if any(key in entry["summary"] for entry in entries):
             values = [entry["summary"][key]["value"] for entry in entries if key in entry["summary"]]
-            figure = readable(figure, values)
-            rows.append([f"{figure.title}, {figure.unit}", *(_cell(figure, entry) for entry in entries)])
+            metric = readable(metric, values)
+            rows.append([f"{metric.title}, {metric.unit}", *(_cell(metric, entry) for entry in entries)])
     return _table(rows)
 
 
-def _cell(figure: Figure, entry: dict[str, Any]) -> str:
-    key, found = figure.key, entry["summary"].get(figure.key)
+def _cell(metric: Metric, entry: dict[str, Any]) -> str:
+    key, found = metric.key, entry["summary"].get(metric.key)
     if found is None:
         return html.escape(f"skipped: {entry['skipped']}") if entry["skipped"] and key == "output_throughput" else "-"
-    text = shown(figure, found["value"])
+    text = shown(metric, found["value"])
     if found["low"] is None:
         return text
-    return f"{text}<br><small>{shown(figure, max(0.0, found['low']))} … {shown(figure, found['high'])}</small>"
+    return f"{text}<br><small>{shown(metric, max(0.0, found['low']))} … {shown(metric, found['high'])}</small>"
 
 
 def _quality(document: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The figures of a benchmark: what each one is, and how it is computed from one run and from all runs of a point."""
+"""The metrics of a benchmark: what each one is, and how it is computed from one run and from all runs of a point."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """One figure, and how tables and plots show it."""
+class Metric:
+    """One metric, and how tables and plots show it."""
 
     key: str
     title: str
@@ -36,35 +36,35 @@ LONG_SECONDS = 10.0
 """From here on a duration is shown in seconds: 12345.6 ms say less than 12.35 s."""
 
 
-def readable(figure: Figure, values: Iterable[float]) -> Figure:
-    """Return the figure in the unit in which values, in its base unit, are read best: seconds if one is long."""
-    if figure.unit == "ms" and max(values, default=0.0) >= LONG_SECONDS:
-        return replace(figure, unit="s", factor=1.0, digits=2)
-    return figure
+def readable(metric: Metric, values: Iterable[float]) -> Metric:
+    """Return the metric in the unit in which values, in its base unit, are read best: seconds if one is long."""
+    if metric.unit == "ms" and max(values, default=0.0) >= LONG_SECONDS:
+        return replace(metric, unit="s", factor=1.0, digits=2)
+    return metric
 
 
-def _latencies(key: str, title: str) -> list[Figure]:
-    return [Figure(f"{key}_{name}", f"{title} {name}", "ms", "lower", 1e3) for name in PERCENTILES]
+def _latencies(key: str, title: str) -> list[Metric]:
+    return [Metric(f"{key}_{name}", f"{title} {name}", "ms", "lower", 1e3) for name in PERCENTILES]
 
 
-FIGURES: dict[str, Figure] = {
-    figure.key: figure
-    for figure in (
-        Figure("output_throughput", "output throughput", "tok/s", "higher"),
-        Figure("input_throughput", "prompt throughput", "tok/s", "higher"),
-        Figure("request_throughput", "request throughput", "1/s", "higher", digits=2),
+METRICS: dict[str, Metric] = {
+    metric.key: metric
+    for metric in (
+        Metric("output_throughput", "output throughput", "tok/s", "higher"),
+        Metric("input_throughput", "prompt throughput", "tok/s", "higher"),
+        Metric("request_throughput", "request throughput", "1/s", "higher", digits=2),
         *_latencies("ttft", "TTFT"),
         *_latencies("itl", "ITL"),
         *_latencies("tpot", "TPOT"),
         *_latencies("e2e", "E2E"),
-        Figure("error_ratio", "errors", "%", "lower", 100),
-        Figure("gpu_memory_bytes", "GPU memory, peak", "GiB", "lower", 2**-30, 2),
-        Figure("host_memory_bytes", "engine's host memory, peak", "GiB", "lower", 2**-30, 2),
-        Figure("gpu_utilization_ratio", "GPU busy", "%", "", 100),
-        Figure("power_watts", "power", "W", "lower"),
-        Figure("tokens_per_joule", "output tokens/J", "tok/J", "higher", digits=3),
-        Figure("generator_cpu_ratio", "generator's CPU", "% of a core", "", 100, 2),
-        Figure("late_seconds", "sent late, most", "ms", "", 1e3),
+        Metric("error_ratio", "errors", "%", "lower", 100),
+        Metric("gpu_memory_bytes", "GPU memory, peak", "GiB", "lower", 2**-30, 2),
+        Metric("host_memory_bytes", "engine's host memory, peak", "GiB", "lower", 2**-30, 2),
+        Metric("gpu_utilization_ratio", "GPU busy", "%", "", 100),
+        Metric("power_watts", "power", "W", "lower"),
+        Metric("tokens_per_joule", "output tokens/J", "tok/J", "higher", digits=3),
+        Metric("generator_cpu_ratio", "generator's CPU", "% of a core", "", 100, 2),
+        Metric("late_seconds", "sent late, most", "ms", "", 1e3),
     )
 }
 LATENCIES: dict[str, Callable[[Record], Sequence[float]]] = {
@@ -75,8 +75,8 @@ LATENCIES: dict[str, Callable[[Record], Sequence[float]]] = {
 }
 
 
-def figures_of_run(run: Run) -> dict[str, float]:
-    """Return every figure that this run has; a figure without data is absent, never zero."""
+def metrics_of_run(run: Run) -> dict[str, float]:
+    """Return every metric that this run has; a metric without data is absent, never zero."""
     good = [record for record in run.records if record.error is None]
     found = _throughputs(run, good) | _readings(run, good)
     for key, values_of in LATENCIES.items():
@@ -87,13 +87,13 @@ def figures_of_run(run: Run) -> dict[str, float]:
 
 
 def summarize(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """Return each figure's value over all runs, the ends of its 95 % interval, and its value in each run.
+    """Return each metric's value over all runs, the ends of its 95 % interval, and its value in each run.
 
     A latency pools the requests of all runs, and its interval is bootstrapped. Other figures are means over the runs.
     """
-    per_run = [figures_of_run(run) for run in runs]
+    per_run = [metrics_of_run(run) for run in runs]
     summary = {}
-    for key in FIGURES:
+    for key in METRICS:
         values = [figures[key] for figures in per_run if key in figures]
         if values:
             summary[key] = asdict(mean_estimate(values)) | {"runs": values}

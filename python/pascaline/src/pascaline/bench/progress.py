@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, TextIO
 
-from pascaline.bench.metrics import FIGURES, figures_of_run
+from pascaline.bench.metrics import METRICS, metrics_of_run
 
 if TYPE_CHECKING:
     from pascaline.bench.run_result import Run
@@ -59,11 +59,11 @@ class Progress:
     def finished(self, label: str, run: Run) -> None:
         """Show the outcome of a run."""
         self._done += 1
-        figures = figures_of_run(run)
+        found = metrics_of_run(run)
         shown = [
-            f"{FIGURES[key].title} {figures[key] * FIGURES[key].factor:.1f} {FIGURES[key].unit}"
+            f"{METRICS[key].title} {found[key] * METRICS[key].factor:.1f} {METRICS[key].unit}"
             for key in _SHOWN
-            if key in figures and (key != "error_ratio" or figures[key] > 0)
+            if key in found and (key != "error_ratio" or found[key] > 0)
         ]
         self.say(f"{label}: {', '.join(shown)}")
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pascaline.bench.claims import claims_beside
-from pascaline.bench.metrics import FIGURES, readable
+from pascaline.bench.metrics import METRICS, readable
 from pascaline.bench.svg_chart import Chart, Mark, Series, bar_chart, line_chart, pareto_front
 
 if TYPE_CHECKING:
@@ -61,34 +61,34 @@ def _with_references(document: dict[str, Any], key: str, title: str) -> str:
     entries = _measured(document, key)
     if not entries:
         return ""
-    figure = readable(FIGURES[key], _values(document, key))
+    metric = readable(METRICS[key], _values(document, key))
     axes = [_axis(document, entry["name"]) for entry in document["points"]]
     claims = claims_beside(document, key)
     expected = (document.get("reference") or {}).get("points", {})
-    series = [Series("measured", _marks(document, key, figure.factor))]
+    series = [Series("measured", _marks(document, key, metric.factor))]
     for name, values in (
         (GUIDE_NAME, [claims.get(axis) for axis in axes]),
         (PLAN_NAME, [_expected(expected, entry["name"], "plan", key) for entry in document["points"]]),
         (ROOFLINE_NAME, [_expected(expected, entry["name"], "roofline", key) for entry in document["points"]]),
     ):
-        marks = [Mark(n, value * figure.factor) for n, value in enumerate(values) if value is not None]
+        marks = [Mark(n, value * metric.factor) for n, value in enumerate(values) if value is not None]
         if marks:
             series.append(Series(name, marks, dashed=True))
-    return line_chart(Chart(title, AXES[document["kind"]], f"{figure.title}, {figure.unit}", series, _names(document)))
+    return line_chart(Chart(title, AXES[document["kind"]], f"{metric.title}, {metric.unit}", series, _names(document)))
 
 
 def _several(document: dict[str, Any], keys: Sequence[str], title: str) -> str:
     found = [key for key in keys if _measured(document, key)]
     if not found:
         return ""
-    shown = readable(FIGURES[found[0]], [value for key in found for value in _values(document, key)])
-    series = [Series(FIGURES[key].title, _marks(document, key, shown.factor)) for key in found]
+    shown = readable(METRICS[found[0]], [value for key in found for value in _values(document, key)])
+    series = [Series(METRICS[key].title, _marks(document, key, shown.factor)) for key in found]
     return line_chart(Chart(title, AXES[document["kind"]], shown.unit, series, _names(document)))
 
 
 def _pareto(document: dict[str, Any]) -> str:
     """Return throughput against latency: further left and higher is better."""
-    speed, latency = FIGURES["output_throughput"], readable(FIGURES["e2e_p50"], _values(document, "e2e_p50"))
+    speed, latency = METRICS["output_throughput"], readable(METRICS["e2e_p50"], _values(document, "e2e_p50"))
     marks = [
         Mark(
             entry["summary"]["e2e_p50"]["value"] * latency.factor,

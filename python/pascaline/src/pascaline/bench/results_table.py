@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pascaline.bench.expectations import throughputs
-from pascaline.bench.metrics import FIGURES
+from pascaline.bench.metrics import METRICS
 from pascaline.text_table import GAP, LEFT, RIGHT, Column, table_lines
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pascaline.bench.metrics import Figure
+    from pascaline.bench.metrics import Metric
 
 ABSENT = "-"
 """Shown for an unknown value, which is not zero."""
@@ -40,18 +40,18 @@ COLUMNS = {
 }
 
 
-def shown(figure: Figure, value: float) -> str:
-    """Return a value in the figure's unit, without the unit."""
-    return f"{value * figure.factor:.{figure.digits}f}"
+def shown(metric: Metric, value: float) -> str:
+    """Return a value in the metric's unit, without the unit."""
+    return f"{value * metric.factor:.{metric.digits}f}"
 
 
-def with_interval(figure: Figure, summary: dict[str, Any]) -> str:
+def with_interval(metric: Metric, summary: dict[str, Any]) -> str:
     """Return a value with half the width of its interval, if it has one."""
-    text = shown(figure, summary["value"])
+    text = shown(metric, summary["value"])
     if summary["low"] is None:
         return text
     half = (summary["high"] - summary["low"]) / 2
-    return f"{text} ± {shown(figure, half)}"
+    return f"{text} ± {shown(metric, half)}"
 
 
 EXPECTED_HEADING = ("guide", "plan", "roofline")
@@ -176,4 +176,4 @@ def _cell(key: str, summary: dict[str, Any]) -> str:
     if key not in summary:
         return ABSENT
     precise = {"output_throughput", "ttft_p50", "itl_p50"}
-    return with_interval(FIGURES[key], summary[key]) if key in precise else shown(FIGURES[key], summary[key]["value"])
+    return with_interval(METRICS[key], summary[key]) if key in precise else shown(METRICS[key], summary[key]["value"])

@@ -247,7 +247,7 @@ def write_gguf(
     chosen = tensor_types(shape, mixture) | (types or {})
     writer = GGUFWriter(path, shape.architecture)
     _add_metadata(writer, shape, mixture, metadata or {})
-    _add_tokenizer(writer, shape)
+    add_tokenizer(writer, shape)
     for name, size in tensor_shapes(shape).items():
         kind = GGMLQuantizationType[chosen[name]]
         row = gguf.quant_shape_to_byte_shape(size, kind)
@@ -414,7 +414,7 @@ def add_value(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _add_tokenizer(writer: GGUFWriter, shape: Shape) -> None:
+def add_tokenizer(writer: GGUFWriter, shape: Shape) -> None:
     """A vocabulary of the right length whose first tokens are the bytes, so that any text can be encoded."""
     if shape.merges:
         writer.add_tokenizer_model("gpt2")

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,10 @@ import pytest
 from pascaline.engines.served import refusal_of_all
 from pascaline.errors import ConfigurationError, ModelError, StorageError
 from pascaline.models import library
-from pascaline.models.library import add, entries, garbage, problems, remove, verify
+from pascaline.models.folder_files import folder_files, folder_sha256
+from pascaline.models.library import add, entries, find, garbage, problems, remove, verify
+from pascaline.models.reader import read_model
+from support.hf_models import write_folder
 from support.models import split_gguf, tiny, write_gguf
 
 WRONG = "0" * 64
@@ -351,6 +355,68 @@ class TestSplitModels:
         assert problem.startswith("part 3 of 3 of the split model cannot be read: ")
 
 
+class TestFolders:
+    """Hugging Face folders: one checksum for every file that decides what is served."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        path = write_folder(tmp_path / "source", tiny("qwen3"))
+        (path / "1_Pooling").mkdir()
+        (path / "1_Pooling/config.json").write_text('{"pooling_mode_lasttoken": true}')
+        (path / "README.md").write_text("not read by an engine")
+        return path
+
+    def digest(self, folder: Path) -> str:
+        names = folder_files(folder)
+        assert names == ("1_Pooling/config.json", "config.json", "model.safetensors")
+        return folder_sha256(names, [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names])
+
+    def test_all_files_are_brought(self, store: Path, folder: Path) -> None:
+        added = add(store, "emily", str(folder), self.digest(folder))
+        assert (added.path, added.sha256, added.verified) == (store / "emily", self.digest(folder), True)
+        assert read_model(added.path).pooling == "last"
+        assert find(store, "emily") == added.path
+        assert add(store, "emily", str(folder)).was_there
+        assert {entry.state for entry in verify(store, "emily")} == {"verified"}
+
+    def test_another_checksum(self, store: Path, folder: Path) -> None:
+        with pytest.raises(ModelError) as raised:
+            add(store, "emily", str(folder), "0" * 64)
+        assert str(raised.value) == (
+            f"{folder} has sha256 {self.digest(folder)} over its 3 files, must be {'0' * 64}; `pascaline models checksum "
+            f"{folder}` lists the files; to begin again: pascaline models remove emily"
+        )
+
+    def test_a_folder_that_is_not_whole(self, store: Path, folder: Path) -> None:
+        (folder / "config.json").unlink()
+        with pytest.raises(ModelError, match=r"it has no config\.json"):
+            add(store, "emily", str(folder))
+        assert find(store, "emily") is None
+
+    def test_what_differs_is_replaced_only_on_request(self, store: Path, folder: Path) -> None:
+        add(store, "emily", str(folder))
+        (folder / "1_Pooling/config.json").write_text('{"pooling_mode_mean_tokens": true}')
+        with pytest.raises(ModelError, match="is there already, and differs from"):
+            add(store, "emily", str(folder))
+        assert add(store, "emily", str(folder), replace=True).path == store / "emily"
+        assert read_model(store / "emily").pooling == "mean"
+
+    def test_damage_is_found(self, store: Path, folder: Path) -> None:
+        add(store, "emily", str(folder))
+        assert [entry.state for entry in verify(store, "emily", self.digest(folder))] == ["verified"] * 3
+        (store / "emily/config.json").write_text((folder / "config.json").read_text() + " ")
+        assert [entry.state for entry in verify(store, "emily")] == ["verified", "changed", "verified"]
+        with pytest.raises(ModelError, match="over its 3 files, must be"):
+            verify(store, "emily", self.digest(folder))
+
+    def test_a_folder_is_judged_as_serve_does(self, store: Path, folder: Path) -> None:
+        add(store, "emily", str(folder))
+        assert problems(verify(store, "emily"), lambda _spec: None) == []
+        found = verify(store, "emily")
+        (store / "emily/model.safetensors").unlink()
+        assert "it has no .safetensors file" in problems(found, lambda _spec: None)[0]
+
+
 class TestDamagedBeginning:
     """A power cut leaves a partial file that does not hold what was fetched."""
 
@@ -503,10 +569,11 @@ class TestGarbage:
 
 
 class TestCommand:
-    def run(self, store: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"XDG_CACHE_HOME": str(store.parent / "cache")}
+    def run(self, store: Path | None, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | ({"XDG_CACHE_HOME": str(store.parent / "cache")} if store else {})
+        place = ("--store", str(store)) if store else ()
         return subprocess.run(
-            [sys.executable, "-m", "pascaline", "models", *arguments, "--store", str(store)],
+            [sys.executable, "-m", "pascaline", "models", *arguments, *place],
             capture_output=True,
             text=True,
             timeout=120,
@@ -552,6 +619,18 @@ class TestCommand:
         assert done.stderr.splitlines()[-1].startswith(
             f'pascaline models: {added}: engine sglang cannot serve it: "llama.rope.scaling.type" is "su", which is not'
         )
+
+    def test_checksum_of_each_kind_of_model(self, store: Path, model: Path, digest: str, tmp_path: Path) -> None:
+        """What model_sha256 takes is on standard output, the list of a folder's files on standard error."""
+        assert self.run(None, "checksum", str(model)).stdout == f"{digest}\n"
+        folder = write_folder(tmp_path / "folder", tiny("llama"))
+        done = self.run(None, "checksum", str(folder))
+        lines = [line for line in done.stderr.splitlines(keepends=True) if re.match("[0-9a-f]{64}  ", line)]
+        assert hashlib.sha256("".join(lines).encode()).hexdigest() == done.stdout.strip()
+        parts = split_gguf(Path(shutil.copy(model, tmp_path)), 2)
+        both = [hashlib.sha256(part.read_bytes()).hexdigest() for part in parts]
+        found = json.loads(self.run(None, "checksum", str(parts[1]), "--json").stdout)
+        assert (found["sha256"], list(found["files"])) == (",".join(both), [part.name for part in parts])
 
     def test_dry_run_deletes_nothing(self, store: Path, model: Path) -> None:
         """gc first shows what it would do."""

@@ -47,6 +47,12 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def printed_checksum(path: Path, *names: str) -> str:
+    """What a person computes: `sha256sum NAME… | sha256sum`."""
+    printed = subprocess.run(["sha256sum", *names], cwd=path, capture_output=True, check=True, timeout=60).stdout
+    return hashlib.sha256(printed).hexdigest()
+
+
 def folder(path: Path, **changes: Any) -> Path:
     """A Hugging Face folder that can be read."""
     missing, tensors = changes.pop("missing", ()), changes.pop("tensors", {})
@@ -256,10 +262,12 @@ class TestRead:
             f"context_length: {longest + 1} is above the model's, must be at most {longest}"
         )
 
-    def test_a_checksum_for_a_folder(self, tmp_path: Path) -> None:
+    def test_two_checksums_for_a_folder(self, tmp_path: Path) -> None:
         path = folder(tmp_path / "m")
-        assert refusal(ConfigurationError, read_served, settings(model_sha256="0" * 64), path) == (
-            "model_sha256: a checksum needs a GGUF file, must be left out for a folder"
+        read_served(settings(model_sha256="0" * 64), path)
+        assert refusal(ConfigurationError, read_served, settings(model_sha256=["0" * 64] * 2), path) == (
+            "model_sha256: 2 checksums are given, and the model is a folder; set the one that `pascaline models checksum "
+            "FOLDER` prints"
         )
 
     @pytest.mark.parametrize(
@@ -337,9 +345,27 @@ class TestChecksum:
         assert _hashed(model, tmp_path)
         assert _hashed(model, tmp_path)
 
-    def test_a_folder_has_none(self, tmp_path: Path) -> None:
-        assert resolve.verify(settings(cache_dir=tmp_path / "cache"), [folder(tmp_path / "m")]) == ()
-        assert not (tmp_path / "cache").exists()
+    def test_a_folder_has_none_unless_it_must_have_one(self, tmp_path: Path) -> None:
+        path, cache = folder(tmp_path / "m"), tmp_path / "cache"
+        assert resolve.verify(settings(cache_dir=cache), [path]) == ()
+        digest = printed_checksum(path, "config.json", "model.safetensors")
+        assert resolve.verify(settings(cache_dir=cache, model_sha256=digest), [path]) == (digest,)
+
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "1_Pooling/config.json"])
+    def test_any_file_of_a_folder_that_changed_is_found(self, tmp_path: Path, name: str) -> None:
+        """Changed or new: config.json and the tokeniser decide what is served, as the weights do."""
+        path, cache = folder(tmp_path / "m"), tmp_path / "cache"
+        digest = printed_checksum(path, "config.json", "model.safetensors")
+        (path / "README.md").write_text("not read by an engine")
+        resolve.verify(settings(cache_dir=cache, model_sha256=digest), [path])
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text("{}")
+        count = 2 if name == "config.json" else 3
+        found = printed_checksum(path, *sorted({"config.json", "model.safetensors", name}))
+        assert refusal(ModelError, resolve.verify, settings(cache_dir=cache, model_sha256=digest), [path]) == (
+            f"{path} has sha256 {found} over its {count} files, must be {digest} (model_sha256); `pascaline models "
+            f"checksum {path}` lists the files; copy or download them again"
+        )
 
     def test_another_is_refused(self, model: Path, tmp_path: Path) -> None:
         wanted = settings(cache_dir=tmp_path / "cache", model_sha256="0" * 64)

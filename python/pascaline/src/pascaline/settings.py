@@ -163,7 +163,7 @@ class Settings(BaseModel):
     model_sha256: Sha256s = Field(
         None,
         description="Checksum that the GGUF file must have at every start of the engine; for a split model a list, one "
-        "for each part in order",
+        "for each part in order; for a folder, the one that `pascaline models checksum FOLDER` prints",
     )
     served_model_name: str | None = Field(
         None,

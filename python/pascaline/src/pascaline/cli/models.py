@@ -25,13 +25,15 @@ DESCRIPTION = """Download, verify, list and delete model files.
   pascaline models list
   pascaline models verify [NAME]             read the files again, compare their checksums, and check them as serve does
   pascaline models remove NAME
+  pascaline models checksum PATH             print what model_sha256 and --sha256 take: of a file, its parts or a folder
   pascaline models gc [--keep NAME …]        delete what nothing needs; --dry-run only shows it
 
 Each model is a folder of the library: /var/lib/pascaline/models if that exists (the NixOS module creates it), otherwise
 ~/.local/share/pascaline/models. An interrupted download continues if the server proves that its file is unchanged. Take
 the --sha256 from another source than the server: whoever can replace the file can also replace its checksum. For a
 split model (NAME-00001-of-0000N.gguf) name any part: `add` brings all parts, and --sha256 takes one checksum for each,
-in order, separated by commas. `serve --model` and `plan` accept NAME."""
+in order, separated by commas. FILE may be a Hugging Face folder; its one checksum covers every file that decides what
+is served. `serve --model` and `plan` accept NAME."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify.add_argument(
         "--sha256", metavar="HEX[,HEX…]", help="expected checksum of each file, in order; stored if it matches"
     )
+    checksum = actions.add_parser("checksum", help="print the checksum of a model that is anywhere on this host")
+    checksum.add_argument("path", type=Path, metavar="PATH", help="GGUF file, any part of a split model, or a folder")
+    checksum.add_argument("--json", action="store_true", help="also the checksum of each file")
     remove = actions.add_parser("remove", help="delete a model")
     remove.add_argument("name", metavar="NAME", help="name of the model")
     collect = actions.add_parser("gc", help="delete what nothing needs")
@@ -66,8 +71,30 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the action."""
     from pascaline.models.library import default_store
 
-    store = arguments.store or default_store()
+    store = getattr(arguments, "store", None) or default_store()
     return _ACTIONS[arguments.action](arguments, store)
+
+
+def _checksum(arguments: argparse.Namespace, _store: Path) -> int:
+    """Print the checksum of a model; of a folder also the list that it is taken of, on standard error."""
+    from gguf_acceptance import file_sha256
+
+    from pascaline.cli.progress import ByteBar
+    from pascaline.models.folder_files import folder_files, folder_sha256, listing
+    from pascaline.models.reader import read_model
+
+    path: Path = arguments.path
+    files = [Path(file) for file in read_model(path).files]
+    names = folder_files(path) if path.is_dir() else tuple(file.name for file in files)
+    folder = path if path.is_dir() else path.parent
+    digests = {name: file_sha256(folder / name, ByteBar(name)) for name in names}
+    whole = folder_sha256(names, tuple(digests.values())) if path.is_dir() else ",".join(digests.values())
+    if arguments.json:
+        print(json.dumps({"path": str(path), "sha256": whole, "files": digests}, indent=2))
+        return ExitCode.OK
+    print(listing(digests), end="", file=sys.stderr)
+    print(whole)
+    return ExitCode.OK
 
 
 def _add(arguments: argparse.Namespace, store: Path) -> int:
@@ -177,4 +204,4 @@ def _gc(arguments: argparse.Namespace, store: Path) -> int:
     return ExitCode.OK
 
 
-_ACTIONS = {"add": _add, "list": _list, "verify": _verify, "remove": _remove, "gc": _gc}
+_ACTIONS = {"add": _add, "checksum": _checksum, "list": _list, "verify": _verify, "remove": _remove, "gc": _gc}

@@ -26,9 +26,10 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from gguf_acceptance import file_sha256
 
 from pascaline import file_locks
-from pascaline.digests import parse_sha256s
+from pascaline.digests import parse_sha256s, shown_sha256s
 from pascaline.errors import ConfigurationError, ModelError, NotFetchedError, StorageError
 from pascaline.models.download import CHUNK_BYTES, Download, OnBytes, full_disk, storage_error
+from pascaline.models.folder_files import SUBFOLDERS, folder_files, folder_sha256, is_model_folder
 from pascaline.models.gguf import open_gguf
 from pascaline.models.gguf_split import sibling_names
 from pascaline.models.reader import read_model
@@ -72,9 +73,9 @@ class Added:
     """Result of `add`."""
 
     path: Path
-    """The file, or the first part of a split model."""
+    """The file, the first part of a split model, or the folder."""
     sha256: str
-    """Checksum of the file; for a split model those of its parts in order, separated by commas, as in --sha256."""
+    """Checksum of the file or the folder; for a split model those of its parts in order, separated by commas."""
     was_there: bool
     verified: bool
     """Whether a checksum was given for each file, and each file has it."""
@@ -107,7 +108,7 @@ def add(
 ) -> Added:
     """Bring a model, with all parts of a split one, into the library from a URL or a path. Return where it is.
 
-    source: the file, or any part of a split model; the other parts are taken from beside it.
+    source: the file, or any part of a split model; the other parts are taken from beside it. Or the path of a folder.
     target: where the file, or that part, goes instead of the model's folder. replace: bring a file again if the one
     that is there has another checksum than it must have, which is an error otherwise.
     sha256: the checksum of each file, from a source other than the server. Without it they count as unverified.
@@ -115,6 +116,8 @@ def add(
     """
     digests = _check_arguments(name, sha256)
     source = _without_file_scheme(source)
+    if not _is_url(source) and Path(source).is_dir():
+        return _add_folder(store, name, Path(source), digests, on_bytes, target=target, replace=replace)
     file_name = _file_name(source)
     folder, target_name = (target.parent, target.name) if target else (store / name, file_name)
     names, places = (sibling_names(each) or [each] for each in (file_name, target_name))
@@ -141,6 +144,60 @@ def add(
         was_there=all(each.was_there for each in added),
         verified=all(each.verified for each in added),
     )
+
+
+def _add_folder(
+    store: Path,
+    name: str,
+    source: Path,
+    digests: tuple[str, ...] | None,
+    on_bytes: OnBytes,
+    *,
+    target: Path | None,
+    replace: bool,
+) -> Added:
+    """Copy the files of a Hugging Face folder that decide what is served, and read the model that they make."""
+    read_model(source)
+    folder, names = target or store / name, folder_files(source)
+    with _locked(folder, wait=True):
+        added = [_place(source / each, folder / each, on_bytes, replace=replace) for each in names]
+        found = folder_sha256(names, [each.sha256 for each in added])
+        if digests not in (None, (found,)):
+            raise ModelError(f"{_of_folder(source, found, names, digests or ())}; {_begin_again(name)}")
+        if further := set(folder_files(folder)) - set(names):
+            raise ModelError(f"{folder} holds {min(further)} too, which {source} does not have; {_begin_again(name)}")
+        for each in added:
+            _stamp(each.path, each.sha256, SEEN if digests is None else VERIFIED)
+    return Added(folder, found, all(each.was_there for each in added), digests is not None)
+
+
+def _place(source: Path, target: Path, on_bytes: OnBytes, *, replace: bool) -> Added:
+    """Copy a file of a folder, unless it is there."""
+    if target.exists():
+        digest = file_sha256(target)
+        if digest == file_sha256(source):
+            return Added(target, digest, was_there=True, verified=False)
+        if not replace:
+            raise ModelError(
+                f"{target} is there already, and differs from {source}; {_begin_again(target.parent.name)}"
+            )
+    target.parent.mkdir(exist_ok=True)
+    partial = target.with_name(target.name + PARTIAL)
+    digest = _copy(source, partial, on_bytes)
+    partial.replace(target)
+    _sync(target.parent)
+    return Added(target, digest, was_there=False, verified=False)
+
+
+def _of_folder(folder: Path, found: str, names: Sequence[str], expected: Sequence[str]) -> str:
+    return (
+        f"{folder} has sha256 {found} over its {len(names)} files, must be {shown_sha256s(expected)}; "
+        f"`pascaline models checksum {folder}` lists the files"
+    )
+
+
+def _begin_again(name: str) -> str:
+    return f"to begin again: pascaline models remove {name}"
 
 
 def _add_file(
@@ -217,7 +274,7 @@ def _require_one_model(first: Path) -> None:
     try:
         read_model(first)
     except ModelError as error:
-        raise ModelError(f"{error}; to begin again: pascaline models remove {first.parent.name}") from error
+        raise ModelError(f"{error}; {_begin_again(first.parent.name)}") from error
 
 
 def _without_file_scheme(source: str) -> str:
@@ -336,12 +393,14 @@ def _entry(name: str, file: Path) -> Entry:
 
 
 def find(store: Path, name: str) -> Path | None:
-    """Return the file of a model of the library, the first part of a split one; None if there is no such model.
+    """Return the file of a model of the library, the first part of a split one, or the folder; None if there is none.
 
     Raises ModelError if the folder holds several models.
     """
     if not _NAME.fullmatch(name) or not (store / name).is_dir():
         return None
+    if is_model_folder(store / name):
+        return store / name
     files = [file for file in sorted(_files(store / name)) if not file.name.endswith(PARTIAL)]
     first = {(sibling_names(file.name) or [file.name])[0] for file in files}
     if len(first) > 1:
@@ -356,7 +415,9 @@ def problems(found: Sequence[Entry], refusal: Refusal) -> list[str]:
 
     Files with another checksum are not judged further. A split model is judged once.
     """
-    models: dict[Path, Path] = {}
+    changed = {entry.path.parent for entry in found if entry.state == "changed"}
+    folders = {entry.path.parent for entry in found if entry.path.parent.name not in SUBFOLDERS} - changed
+    models = {folder: folder for folder in sorted(folders) if is_model_folder(folder)}
     for entry in found:
         if entry.path.suffix == ".gguf" and entry.state != "changed":
             names = sibling_names(entry.path.name) or [entry.path.name]
@@ -381,11 +442,14 @@ def verify(
 ) -> list[Entry]:
     """Read every file of a model again, and return its state: `changed` if the checksum differs.
 
-    sha256: compare with it and, if it is equal, remember it; one for each file, in the order of their names.
+    sha256: compare with it and, if it is equal, remember it; one for each file, in the order of their names, or the one
+    of a whole folder (folder_files.py).
     """
     digests = _check_arguments(name, sha256)
     folder = _existing(store, name)
     with _locked(folder, wait=True):
+        if is_model_folder(folder):
+            return _verify_folder(name, folder, digests, on_bytes)
         files = [file for file in sorted(_files(folder)) if not file.name.endswith(PARTIAL)]
         _require_one_each(digests, [file.name for file in files])
         expected = digests or (None,) * len(files)
@@ -402,6 +466,19 @@ def _verify(name: str, file: Path, sha256: str | None, on_bytes: OnBytes) -> Ent
         _stamp(file, digest, VERIFIED if vouched else SEEN)
     state: State = "changed" if expected not in (None, digest) else "verified" if vouched else "unverified"
     return Entry(name, file, file.stat().st_size, state, digest)
+
+
+def _verify_folder(name: str, folder: Path, expected: tuple[str, ...] | None, on_bytes: OnBytes) -> list[Entry]:
+    names = folder_files(folder)
+    found = [_verify(name, folder / each, None, on_bytes) for each in names]
+    if expected is None:
+        return found
+    digest = folder_sha256(names, [entry.sha256 or "" for entry in found])
+    if expected != (digest,):
+        raise ModelError(_of_folder(folder, digest, names, expected))
+    for entry in found:
+        _stamp(entry.path, entry.sha256 or "")
+    return [Entry(name, entry.path, entry.bytes, "verified", entry.sha256) for entry in found]
 
 
 def remove(store: Path, name: str) -> int:

@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gguf_acceptance import file_sha256
 
+from pascaline.digests import shown_sha256s
 from pascaline.errors import ConfigurationError, MissingError, ModelError, StorageError
 from pascaline.models import library
 from pascaline.models.cache import cache_folder, writing
+from pascaline.models.folder_files import folder_files, folder_sha256
 from pascaline.models.gguf_split import whole_name
 from pascaline.models.reader import read_model
 from pascaline.settings import BUILTIN_MODEL, Settings
@@ -48,7 +50,7 @@ class ResolvedModel:
     spec: ModelSpec
     served_name: str
     sha256: tuple[str, ...] = ()
-    """Checksum of each file of a GGUF model, in order; empty for a folder."""
+    """Checksum of each file of a GGUF model, in order; of a folder the one of all its files if it must have one."""
     prepared_dir: Path | None = None
     """Folder with the configuration and tokenizer of a GGUF file; None if the engine reads the file itself."""
     has_chat_template: bool = True
@@ -115,7 +117,12 @@ def checksum_problem(settings: Settings, spec: ModelSpec) -> str | None:
     if given is None:
         return None
     if spec.format == "safetensors":
-        return "model_sha256: a checksum needs a GGUF file, must be left out for a folder"
+        if len(given) == 1:
+            return None
+        return (
+            f"model_sha256: {len(given)} checksums are given, and the model is a folder; set the one that `pascaline "
+            "models checksum FOLDER` prints"
+        )
     if len(given) == parts:
         return None
     covered = "one checksum covers one part only" if len(given) == 1 else f"{len(given)} checksums are given"
@@ -133,13 +140,15 @@ def model_files(spec: ModelSpec, path: Path) -> tuple[Path, ...]:
 
 
 def verify(settings: Settings, files: Sequence[Path], on_bytes: OnBytes | None = None) -> tuple[str, ...]:
-    """Return the sha256 of each GGUF file, compared with model_sha256 if that is set; empty for a folder.
+    """Return the sha256 of each GGUF file, compared with model_sha256 if that is set.
+
+    For a folder it is the one of all its files (folder_files.py) if model_sha256 is set, else there is none.
 
     A file is read again only if its size, inode or time of change moved, so this is cheap enough for every start of
     an engine. on_bytes: called with the bytes of all files together.
     """
     if files[0].is_dir():
-        return ()
+        return _verified_folder(settings, files[0], on_bytes) if settings.model_sha256 else ()
     try:
         sizes = [file.stat().st_size for file in files]
         digests = []
@@ -150,6 +159,31 @@ def verify(settings: Settings, files: Sequence[Path], on_bytes: OnBytes | None =
     except OSError as error:
         raise ModelError(f"failed to read {error.filename or files[0]}: {error.strerror}") from error
     return tuple(digests)
+
+
+def folder_digests(folder: Path, cache: Path, on_bytes: OnBytes | None = None) -> dict[str, str]:
+    """Return the sha256 of each file of a folder that decides what is served, by name, in order."""
+    names = folder_files(folder)
+    sizes = [(folder / name).stat().st_size for name in names]
+    digests = {}
+    for index, name in enumerate(names):
+        report = partial(_report_from, on_bytes, sum(sizes[:index]), sum(sizes)) if on_bytes else None
+        digests[name] = cached_sha256(folder / name, cache, report)
+    return digests
+
+
+def _verified_folder(settings: Settings, folder: Path, on_bytes: OnBytes | None) -> tuple[str, ...]:
+    try:
+        digests = folder_digests(folder, cache_folder(settings), on_bytes)
+    except OSError as error:
+        raise ModelError(f"failed to read {error.filename or folder}: {error.strerror}") from error
+    found, expected = folder_sha256(tuple(digests), tuple(digests.values())), settings.model_sha256
+    if expected != (found,):
+        raise ModelError(
+            f"{folder} has sha256 {found} over its {len(digests)} files, must be {shown_sha256s(expected or ())} "
+            f"(model_sha256); `pascaline models checksum {folder}` lists the files; copy or download them again"
+        )
+    return (found,)
 
 
 def _report_from(on_bytes: OnBytes, before: int, total: int, done: int, _file_total: int) -> None:

@@ -280,7 +280,7 @@ class Supervisor:
         with self._console.stage("verify") as stage:
             digests = await self._in_thread(resolve.verify, settings, files, stage.progress)
             prepared = None
-            if digests:
+            if spec.format == "gguf":
                 prepared = await self._in_thread(self._engine.prepare, settings, path, combined_sha256(digests))
             stage.note = f": sha256 {shown_sha256s(digests)}" if digests else ""
         self._record_stage("verify", stage.seconds)
@@ -289,7 +289,14 @@ class Supervisor:
             self._console.line("WARNING", "pascaline", NO_CHAT_TEMPLATE)
         self._choose_parsers(templates, spec)
         self.model = resolve.ResolvedModel(
-            "gguf" if digests else "huggingface", path, spec, name, digests, prepared, bool(templates), templates
+            "gguf" if spec.format == "gguf" else "huggingface",
+            path,
+            spec,
+            name,
+            digests,
+            prepared,
+            bool(templates),
+            templates,
         )
         task = make_task(self._configuration, self.model, plan, self._runtime_folder.path(), self._placement)
         self.metrics.set_task(task, self._configuration.card)

@@ -113,7 +113,8 @@ def _model_checksum(host: Host) -> Result:
     if problem := checksum_problem(settings, host.model.spec):
         return failure(problem)
     found = host.model.sha256
-    for file, digest, expected in zip(host.model.spec.files, found, settings.model_sha256, strict=True):
+    files = host.model.spec.files if host.model.spec.format == "gguf" else (host.model.path,)
+    for file, digest, expected in zip(files, found, settings.model_sha256, strict=True):
         if digest != expected:
             return failure(f"{file} has sha256 {digest}, must be {expected}")
     return ok(f"sha256 {shown_sha256s(found)}")

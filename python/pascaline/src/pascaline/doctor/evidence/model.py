@@ -10,6 +10,7 @@ from pascaline.errors import PascalineError
 from pascaline.models import resolve
 from pascaline.models.cache import cache_folder
 from pascaline.models.chat_template import has_chat_template
+from pascaline.models.folder_files import folder_sha256
 from pascaline.models.gguf import open_gguf
 from pascaline.models.reader import read_model
 
@@ -53,10 +54,13 @@ def _has_tokenizer(path: Path) -> bool:
 
 
 def _checksum(settings: Settings, files: tuple[Path, ...], cache: Path) -> tuple[tuple[str, ...], str]:
-    """Return (sha256 of each file, error), cached by the resolver; empty if no checksum is required."""
-    if settings.model_sha256 is None or files[0].is_dir():
+    """Return (sha256 of each file, or of a folder; error), cached by the resolver; empty if no checksum is required."""
+    if settings.model_sha256 is None:
         return (), ""
     try:
+        if files[0].is_dir():
+            digests = resolve.folder_digests(files[0], cache)
+            return (folder_sha256(tuple(digests), tuple(digests.values())),), ""
         return tuple(resolve.cached_sha256(file, cache) for file in files), ""
     except (PascalineError, OSError) as error:
         return (), str(error)

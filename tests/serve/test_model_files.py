@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from pascaline.errors import ExitCode
+from pascaline.models.folder_files import folder_files, folder_sha256
+from support.hf_models import write_folder
 from support.instance import FAKE_ENGINE
-from support.models import split_gguf
+from support.models import split_gguf, tiny
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,6 +51,20 @@ class TestChangedInPlace:
             f"{own} has sha256 {sha256(own)}, must be {before} (model_sha256); copy or download it again"
         )
         assert instance.states[-2:] == ["restarting", "failed"]
+
+    def test_the_checksum_of_a_folder_holds_too(self, serve: Serve, tmp_path: Path) -> None:
+        folder = write_folder(tmp_path / "folder", tiny("llama"))
+        names = folder_files(folder)
+        before = folder_sha256(names, [sha256(folder / name) for name in names])
+        instance = serve(model=folder, model_sha256=before)
+        instance.wait_for_state("ready")
+        overwrite(folder / "model.safetensors")
+        instance.fault(crash_now=1)
+        assert instance.wait() == ExitCode.MODEL
+        after = folder_sha256(names, [sha256(folder / name) for name in names])
+        assert instance.error.startswith(
+            f"{folder} has sha256 {after} over its 2 files, must be {before} (model_sha256)"
+        )
 
     def test_a_change_while_the_engine_loads_is_noticed_before_it_serves(self, serve: Serve, own: Path) -> None:
         before = sha256(own)

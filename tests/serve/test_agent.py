@@ -134,7 +134,8 @@ class TestInterface:
         assert set(description["paths"]["/readyz"]["get"]["responses"]) == {"200", "503"}
         fields = description["components"]["schemas"]["HealthReport"]["properties"]
         assert set(fields) == set(instance.health())
-        assert instance.agent("/docs").status == 200
+        assert instance.agent("/openapi.json").status == 200
+        assert instance.agent("/docs").status == 404, "its page would load scripts from another server"
 
     def test_plan_is_what_the_engine_was_given(self, serve: Serve) -> None:
         instance = serve(context_length=512, max_running_requests=3)

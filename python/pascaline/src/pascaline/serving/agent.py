@@ -95,6 +95,9 @@ def create_app(instance: InstanceView, connections: int = MOST_CONNECTIONS) -> F
         title="pascaline agent",
         version=__version__,
         default_response_class=RedactedResponse,
+        # FastAPI's pages of the API load their scripts from another server.
+        docs_url=None,
+        redoc_url=None,
         summary="Health, metrics and control of one instance. The model's API is on the engine's own port.",
     )
 

@@ -134,7 +134,7 @@ class Console:
         self._write(
             f"\n{task.model.served_name} is ready after {seconds:.1f} s\n"
             f"  API    http://{_bracketed(host)}:{port}/v1\n"
-            f"  agent  http://{_bracketed(agent_host)}:{agent_port}  (/health, /metrics, /plan, /docs)\n"
+            f"  agent  http://{_bracketed(agent_host)}:{agent_port}  (/, /health, /metrics, /plan, /openapi.json)\n"
             f"  try    {try_command(task)}\n\n"
         )
         self._flush()

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pascaline.bench.plot import Chart, Mark, Series, bar_chart
+from pascaline.bench.svg_chart import Chart, Mark, Series, bar_chart
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import psutil
 import pytest
 from pascaline.errors import ExitCode
 from pascaline.gpu.exporter import ChangeLog, Exporter, Quiet, Readings
@@ -212,13 +213,11 @@ def test_livez_answers_while_the_driver_hangs(exporter: RunningExporter) -> None
 def test_a_signal_ends_it_with_success_and_leaves_no_child(tmp_path: Path, number: signal.Signals) -> None:
     exporter = RunningExporter(tmp_path / "scenario.nvml", "--interval=0.05")
     exporter.scrape_until(temperature(50))
-    threads = Path(f"/proc/{exporter.process.pid}/task").iterdir()
-    children = [child for thread in threads for child in (thread / "children").read_text().split()]
-    assert len(children) == 1
+    (child,) = psutil.Process(exporter.process.pid).children()
     exporter.process.send_signal(number)
     assert exporter.process.wait(PATIENCE) == ExitCode.OK
     exporter.stop()
-    assert not Path(f"/proc/{children[0]}").exists()
+    assert not child.is_running()
 
 
 def test_a_signal_ends_it_while_the_driver_hangs_without_a_word(tmp_path: Path) -> None:

@@ -84,9 +84,11 @@ def serve(
     with _running(model, log) as (process, url):
         if not _wait_until_ready(process, url):
             return Served(error=_last_words(log))
-        served = Served(ids=[_tokens(url, text) for text in texts], end_ids=_end_ids(log))
+        served = Served(ids=[_tokens(url, text) for text in texts])
         served.logprobs = _logprobs(url, ids, lengths, tokens)
-        return served
+    # A thread of its own writes the log, which is whole when the program has ended.
+    served.end_ids = _end_ids(log)
+    return served
 
 
 @contextmanager
@@ -113,8 +115,12 @@ def _running(model: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], 
     try:
         yield process, f"http://127.0.0.1:{port}"
     finally:
-        process.kill()
-        process.wait()
+        process.terminate()
+        try:
+            process.wait(READY_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> bool:

@@ -103,7 +103,7 @@ def create_app(instance: InstanceView, connections: int = MOST_CONNECTIONS) -> F
 
     @app.get("/livez", summary="Whether the supervisor runs; says nothing about the engine")
     async def livez() -> Verdict:
-        return Verdict(ok=True, state=instance.health.state, reason="the instance answers")
+        return Verdict(ok=True, state=instance.health.state, reason="the supervisor answers")
 
     @app.get(
         "/readyz",

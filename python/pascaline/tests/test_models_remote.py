@@ -271,6 +271,17 @@ class TestSafetensors:
         assert remote.tensors == local.tensors
         assert remote.files == tuple(f"{site.url}/{file.name}" for file in map(_path, local.files))
 
+    def test_the_pooling_of_an_embedding_model_is_read(self, site: Site) -> None:
+        self._write(site.folder, index=False)
+        assert read_model(f"{site.url}/").pooling is None
+        (site.folder / "1_Pooling").mkdir()
+        (site.folder / "1_Pooling/config.json").write_text('{"pooling_mode_lasttoken": true}')
+        assert read_model(f"{site.url}/").pooling == "last"
+        (site.folder / "1_Pooling/config.json").write_text("{}")
+        assert refusal(site, "/") == (
+            "failed to read URL/1_Pooling/config.json: it names no single pooling of mean, cls and last token"
+        )
+
     def test_an_index_that_may_not_be_read_is_no_missing_index(self, site: Site) -> None:
         self._write(site.folder, index=True)
         site.fault = "status 403"

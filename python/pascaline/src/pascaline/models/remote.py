@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
@@ -12,11 +13,11 @@ import httpx
 
 from pascaline.errors import ModelError
 from pascaline.models.gguf import read_gguf_parts
-from pascaline.models.safetensors import INDEX_NAME, SINGLE_NAME, read_safetensors_parts
+from pascaline.models.safetensors import INDEX_NAME, POOLING_NAME, SINGLE_NAME, read_pooling, read_safetensors_parts
 from pascaline.models.server_words import shown_url, status_words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Container, Iterator, Mapping
     from contextlib import AbstractContextManager
 
     from pascaline.models.source import Source
@@ -143,7 +144,10 @@ def read_remote_model(url: str, headers: Mapping[str, str] | None = None) -> Mod
         if name.endswith(".gguf"):
             return read_gguf_parts(unquote(name), open_part, locate)
         names = [SINGLE_NAME] if _is_absent(client, locate(INDEX_NAME)) else None
-        return read_safetensors_parts(shown_url(locate("")), open_part, locate, names)
+        spec = read_safetensors_parts(shown_url(locate("")), open_part, locate, names)
+        # Some servers answer 403 for what is not there; of this folder, config.json was read just now.
+        has_none = _is_absent(client, locate(POOLING_NAME), (httpx.codes.NOT_FOUND, httpx.codes.FORBIDDEN))
+        return spec if has_none else replace(spec, pooling=read_pooling(open_part))
 
 
 @contextmanager
@@ -151,11 +155,11 @@ def _open(client: httpx.Client, url: str) -> Iterator[HttpSource]:
     yield HttpSource(client, url)
 
 
-def _is_absent(client: httpx.Client, url: str) -> bool:
+def _is_absent(client: httpx.Client, url: str, statuses: Container[int] = (httpx.codes.NOT_FOUND,)) -> bool:
     try:
         HttpSource(client, url)
     except _StatusError as error:
-        if error.status == httpx.codes.NOT_FOUND:
+        if error.status in statuses:
             return True
         raise
     return False

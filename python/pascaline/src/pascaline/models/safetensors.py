@@ -90,16 +90,13 @@ def read_safetensors(directory: Path | str) -> ModelSpec:
         )
     spec = read_safetensors_parts(str(directory), open_part, lambda name: directory / name, _file_names(directory))
     _check_other_files(directory)
-    return replace(spec, pooling=_pooling(directory))
+    return replace(spec, pooling=None if file_mode(directory / POOLING_NAME) is None else read_pooling(open_part))
 
 
-def _pooling(directory: Path) -> str | None:
-    """How the folder says that its vectors become one, as sentence-transformers writes it; None if it says nothing."""
-    file = directory / POOLING_NAME
-    if file_mode(file) is None:
-        return None
-    with open_file(file) as source:
-        pooling = folder_pooling(parse_object(source.name, source.read_at(0, min(source.size, MAX_JSON_BYTES))))
+def read_pooling(open_part: OpenPart) -> str:
+    """How the folder says that its vectors become one, as sentence-transformers writes it, in POOLING_NAME."""
+    file, config = _read_json(open_part, POOLING_NAME)
+    pooling = folder_pooling(config)
     if pooling is None:
         raise ModelError(f"failed to read {file}: it names no single pooling of mean, cls and last token")
     return pooling

@@ -214,12 +214,13 @@ def steal_port(scene: Scene) -> None:
     """Crash the engine, and listen on its port before the next one does."""
     port = scene.port
     scene.tell(crash_now=1)
-    thief = wait_until("the port is free", lambda: _listener(port), every=0.01)
+    thief = wait_until("the port is free", lambda: listener(port), every=0.01)
     scene.notes["thief"] = thief
     scene.after.callback(thief.close)
 
 
-def _listener(port: int) -> socket.socket | None:
+def listener(port: int) -> socket.socket | None:
+    """Listen on a port, or return None while another program does."""
     with contextlib.suppress(OSError):
         return socket.create_server(("127.0.0.1", port))
     return None
@@ -235,10 +236,10 @@ def take_ports(*names: str) -> Inject:
 
     def prepare(scene: Scene) -> None:
         for name in names:
-            listener = socket.create_server(("127.0.0.1", 0))
-            scene.notes["thief"] = listener
-            scene.after.callback(listener.close)
-            scene.settings[name] = listener.getsockname()[1]
+            taken = socket.create_server(("127.0.0.1", 0))
+            scene.notes["thief"] = taken
+            scene.after.callback(taken.close)
+            scene.settings[name] = taken.getsockname()[1]
 
     return prepare
 

@@ -1,0 +1,124 @@
+"""The worst faults of the table, done to the real SGLang: one instance under load bears them one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from faults.injectors import listener
+from faults.scene import Watcher
+from pascaline.errors import ExitCode
+from support.instance import Instance, running, wait_until
+from support.ledger import Load, Outcome, stretch
+from support.models import tiny, write_gguf
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.slow("starts and restarts a real engine five times"),
+    pytest.mark.timeout(1800),
+]
+
+START_SECONDS = 400
+"""A start takes 20 s on two idle cores; on a machine under load many times that."""
+STALL_SECONDS = 10.0
+DETECT_SECONDS = STALL_SECONDS + 12.0
+"""As in the table: with the default of stall_timeout it is below 60 s."""
+SMALL = {"device": "cpu", "context_length": 256, "max_running_requests": 4, "threads": 1, "served_model_name": "m"}
+SETTINGS = SMALL | {"start_timeout": START_SECONDS, "probe_interval": 1, "drain_timeout": 60, "max_restarts": 20}
+
+
+@pytest.fixture(scope="module")
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    """One instance for all tests, in the order in which they stand: the last one ends it."""
+    folder = tmp_path_factory.mktemp("sglang")
+    model = write_gguf(folder / "tiny.gguf", tiny("llama"), "Q8_0")
+    with running(folder, model=model, stall_timeout=STALL_SECONDS * stretch(), **SETTINGS) as started:
+        started.wait_for_state("ready", seconds=START_SECONDS)
+        yield started
+
+
+@contextlib.contextmanager
+def under_load(instance: Instance) -> Iterator[Load]:
+    """Send requests while the block runs; each must be answered whole, refused, or cut with an end that its client sees."""
+    with Load(instance.settings["port"]) as load:
+        wait_until("a load", lambda: load.ledger.count(Outcome.WHOLE) >= 2, seconds=START_SECONDS)
+        yield load
+    assert load.ledger.is_balanced, load.ledger
+    assert load.ledger.count(Outcome.SILENT) == 0, load.ledger
+
+
+def engine_process(instance: Instance, name: str) -> psutil.Process:
+    """Return SGLang's process of this role by its title, which the kernel cuts to 15 characters."""
+    found: psutil.Process = wait_until(
+        name,
+        lambda: next((each for each in instance.descendants() if each.name().startswith(f"sglang::{name}")), None),
+        seconds=START_SECONDS,
+    )
+    return found
+
+
+def recovers(instance: Instance, load: Load) -> None:
+    """Wait until a request that is sent from now on is answered whole."""
+    instance.wait_for_state("starting", "ready", "busy", seconds=START_SECONDS)
+    began = time.monotonic()
+    wait_until("an answer", lambda: load.ledger.whole_since(began), seconds=START_SECONDS)
+    instance.wait_for_state("ready", "busy", seconds=START_SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "said"),
+    [
+        ("sched", signal.SIGSTOP, "no token for"),
+        ("detok", signal.SIGSTOP, "no token for"),
+        ("sched", signal.SIGKILL, "the engine ended"),
+    ],
+    ids=["scheduler-stopped", "detokenizer-stopped", "scheduler-killed"],
+)
+def test_a_process_of_the_engine(instance: Instance, name: str, number: signal.Signals, said: str) -> None:
+    """One that is stopped is found by silence, one that is killed by its end; both are replaced."""
+    lines, restarts = len(instance.lines), instance.health()["restarts"]
+    with under_load(instance) as load, Watcher(instance.settings["agent_port"]) as watcher:
+        process, began = engine_process(instance, name), time.monotonic()
+        process.send_signal(number)
+        limit = DETECT_SECONDS * stretch()
+        wait_until("detection", lambda: watcher.first(began, False), seconds=limit)
+        instance.wait_for_state("restarting", "starting", "ready", "busy", seconds=START_SECONDS)
+        recovers(instance, load)
+    assert instance.health()["restarts"] == restarts + 1
+    assert any(said in line for line in instance.lines[lines:])
+
+
+def test_a_stolen_port_and_a_kill_while_it_loads(instance: Instance) -> None:
+    """The tokenizer's process is killed, its port taken before the restart, and then the kernel's OOM killer ends the load."""
+    lines = len(instance.lines)
+    with under_load(instance) as load:
+        psutil.Process(instance.health()["engine_pid"]).kill()
+        with wait_until("the port", lambda: listener(instance.settings["port"]), seconds=30, every=0.01):
+            named = "is in use by"
+            wait_until(named, lambda: any(named in line for line in instance.lines[lines:]), seconds=60 * stretch())
+        engine_process(instance, "sched").kill()
+        recovers(instance, load)
+    said = "\n".join(instance.lines[lines:])
+    assert said.count("→ restarting: ") >= 3, said
+    assert "gave up" not in said
+
+
+def test_sigterm_under_load(instance: Instance) -> None:
+    """What was accepted is answered whole, new work is refused, and nothing is left."""
+    with under_load(instance) as load:
+        signalled = time.monotonic()
+        instance.process.send_signal(signal.SIGTERM)
+        assert instance.wait(START_SECONDS) == ExitCode.OK
+    # A later connection may meet the end of the listener.
+    accepted = [each for each in load.ledger.entries if each.began < signalled]
+    assert {each.outcome for each in accepted} == {Outcome.WHOLE}, load.ledger
+    assert instance.descendants() == []
+    assert "draining → stopped" in instance.text
+    assert " pascaline: Traceback" not in instance.text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import struct
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,6 +33,26 @@ def test_a_merge_of_no_tokens_and_a_token_twice_are_refused_by_name(tmp_path: Pa
         f"tokenizer.ggml.tokens[{len(vocabulary['tokens']) - 1}] is 'th', which is token {first} too; "
         "convert the model again",
     ]
+
+
+def test_a_score_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    """The header shows only that there is a list of floats."""
+    path, marker = tmp_path / "m.gguf", 1234.5
+    vocabulary = sentencepiece()
+    write(path, Tiny(vocabulary=vocabulary | {"scores": [marker, *vocabulary["scores"][1:]]}))
+    path.write_bytes(path.read_bytes().replace(struct.pack("<f", marker), struct.pack("<f", math.nan), 1))
+    (found,) = ENGINE.judge(read_gguf(path)).refusals
+    assert found.startswith('metadata key "tokenizer.ggml.scores" is [nan, ')
+    assert found.endswith(", must be an array of numbers")
+
+
+def test_a_token_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write(path, Tiny(vocabulary=with_tokens(sentencepiece(), {"<|unlikely|>": NORMAL})))
+    path.write_bytes(path.read_bytes().replace(b"<|unlikely|>", b"<|unl\xffkely|>", 1))
+    (found,) = ENGINE.judge(read_gguf(path)).refusals
+    assert found.startswith(f"failed to read {path}: ")
+    assert "UTF-8" in found
 
 
 def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from .header import Unread, is_int, is_number, quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from .header import Header, Verdict
 
@@ -213,6 +213,13 @@ def check_keys(header: Header, architecture: str, verdict: Verdict) -> None:
     for key, value in DEFAULTS.get(architecture, {}).items():
         if f"{architecture}.{key}" not in header.metadata:
             verdict.default(f"{architecture}.{key}", f"{value:g}")
+
+
+def check_common_keys(metadata: Mapping[str, Any], verdict: Verdict) -> None:
+    """Refuse values of the wrong type under keys that every architecture has, element by element."""
+    for key, value in metadata.items():
+        if key in OTHER_KEYS:
+            _check_value(key, OTHER_KEYS[key], value, verdict)
 
 
 def _check_pattern(header: Header, architecture: str, verdict: Verdict) -> None:

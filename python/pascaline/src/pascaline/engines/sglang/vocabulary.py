@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gguf_acceptance import Header, Unread, Verdict
+from gguf_acceptance.keys import check_common_keys
 from gguf_acceptance.vocabulary import PREFIX, check_vocabulary
 
 from pascaline.errors import ModelError
@@ -27,8 +28,10 @@ def vocabulary_refusals(spec: ModelSpec) -> tuple[str, ...]:
     try:
         state = spec.files[0].stat()
         return _refusals((spec.files[0], state.st_size, state.st_mtime_ns))
-    except (OSError, ModelError):
+    except OSError:
         return ()
+    except ModelError as error:
+        return (str(error),)
 
 
 @functools.lru_cache(maxsize=4)
@@ -37,5 +40,6 @@ def _refusals(state: tuple[Path, int, int]) -> tuple[str, ...]:
     with open_gguf(state[0]) as header:
         values = {key: header.metadata.value(key) for key in header.metadata if key.startswith(PREFIX)}
     verdict = Verdict()
+    check_common_keys(values, verdict)
     check_vocabulary(Header(values, {}), verdict)
     return tuple(verdict.refusals)

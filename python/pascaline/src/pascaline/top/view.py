@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from pascaline.text_table import Column as Layout
+from pascaline.text_table import table_lines
 from pascaline.top.history import sparkline
 
 if TYPE_CHECKING:
@@ -119,26 +121,15 @@ def _table(columns: tuple[Column, ...], rows: list[_Row], width: int) -> Iterato
     shown = tuple(column for column in columns if width >= column.least_width)
     fixed = sum(column.width for column in shown) + len(shown) - 1
     spark = min(max(width - fixed, _MIN_SPARK), _MAX_SPARK)
-    yield Text()
-    yield _line(shown, tuple(column.heading for column in shown), spark, "reverse")
+    cells = [[column.heading for column in shown]]
     for row in rows:
         drawn = sparkline(row.values, spark, row.top)
-        cells = (
-            cell if column.width else drawn for column, cell in zip(columns, row.cells, strict=True) if column in shown
-        )
-        yield _line(shown, tuple(cells), spark, row.style)
-
-
-def _line(columns: tuple[Column, ...], cells: tuple[str, ...], spark: int, style: str) -> Text:
-    fitted = (_fit(cell, column.width or spark, column.right) for column, cell in zip(columns, cells, strict=True))
-    return Text(" ".join(fitted), style=style)
-
-
-def _fit(text: str, width: int, right: bool) -> str:
-    """Cut a text that is too long with an ellipsis, or pad one that is too short."""
-    if cell_len(text) > width:
-        return set_cell_size(text, width - 1) + "…"
-    return text.rjust(width) if right else set_cell_size(text, width)
+        pairs = zip(columns, row.cells, strict=True)
+        cells.append([cell if column.width else drawn for column, cell in pairs if column in shown])
+    lines = table_lines(cells, [Layout(column.right, column.width or spark) for column in shown], gap=1)
+    yield Text()
+    for line, style in zip(lines, ["reverse", *(row.style for row in rows)], strict=True):
+        yield Text(set_cell_size(line, fixed + spark), style=style)
 
 
 def _gpu_row(host: str, gpu: GpuReading, history: History) -> _Row:

@@ -1,4 +1,6 @@
-"""Percentiles, confidence intervals and significance. Does not need numpy, which the control plane does without.
+"""Percentiles, confidence intervals and significance.
+
+Not scipy: with numpy it takes 200 MB, and the control plane needs neither for anything else.
 
 The requests of one run share a server, so they are not independent. Intervals therefore come from a two-level bootstrap
 (runs, then the requests of each run), and a comparison takes the run as its unit: Welch's t-test on one figure per run.

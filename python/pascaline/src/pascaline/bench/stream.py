@@ -1,6 +1,7 @@
 """A streamed HTTP request with a time stamp for each event. Written by hand because general clients cost too much.
 
-At the 200 events a second that a Tesla P4 can send, this takes half of httpx's CPU time (benchmarks/bench_load.py).
+At the 200 events a second that a Tesla P4 can send, this takes half of httpx's CPU time, and h11 in the place of
+ResponseParser takes a third more than this (benchmarks/bench_load.py, docs/results/bench-load.md).
 One connection per request, HTTP/1.1, chunked or not; server-sent events as OpenAI's API defines them.
 """
 

@@ -1,6 +1,9 @@
-"""Charts as SVG text: lines with intervals, and bars. Written by hand because a report must need no other program.
+"""Charts as SVG text: lines with intervals, and bars.
 
 Each chart carries its own style, follows the reader's light or dark setting, and gives every value as a tooltip.
+
+Not matplotlib, whose SVG has fixed colours and no tooltips, nor plotly, which needs a script: a report is one file that
+loads nothing.
 """
 
 from __future__ import annotations

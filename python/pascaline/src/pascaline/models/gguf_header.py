@@ -2,6 +2,9 @@
 
 Tensor data is never read. Arrays of the metadata (a vocabulary of 150,000 strings) are skipped without creating
 Python objects for their elements. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+Not gguf-py's reader, which needs numpy and makes an array for every string of every list. Here a file that was made
+to harm costs bounded time and memory, which tests/fuzz checks.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Never blocks: a manager that restarts or does not read gets the missed values with the next message.
 
+Not a package: the protocol is one datagram, and what happens to one that is not taken must be decided here.
+
 Source: sd_notify(3), sd_watchdog_enabled(3).
 """
 

@@ -14,10 +14,9 @@ from gguf_acceptance import Verdict
 from pascaline.engines.base import Engine, Launch, Progress, Task, text_of
 from pascaline.engines.client import json_object
 from pascaline.engines.data import read_data
-from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.engines.installation import Installation, Probe
 from pascaline.engines.memory_model import HeldTensor, MemoryModel, Part, Pool
-from pascaline.engines.series import Selector, Series
+from pascaline.engines.series import Selector, Series, samples_of
 from pascaline.engines.server import Server
 
 if TYPE_CHECKING:
@@ -109,14 +108,12 @@ class FakeEngine(Engine):
 
     def progress(self, metrics: str) -> Progress | None:
         """Read the counters."""
-        try:
-            samples = Samples(metrics, {SERIES.running.name, SERIES.queued.name, SERIES.generated.name})
-        except MalformedPageError:
+        names = [each.name for each in (SERIES.generated, SERIES.running, SERIES.queued)]
+        samples = samples_of(metrics, SERIES, names)
+        if samples is None:
             return None
-        running = samples.sum(SERIES.running.name)
-        if running is None:
-            return None
-        return Progress(samples.total(SERIES.generated.name), int(running), int(samples.total(SERIES.queued.name)))
+        generated, running, queued = (samples.total(name) for name in names)
+        return Progress(generated, int(running), int(queued))
 
     def version(self, ask: Ask) -> str:
         """Ask the running engine."""

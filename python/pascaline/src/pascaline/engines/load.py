@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.engines.registry import engines
+from pascaline.engines.series import samples_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +23,7 @@ def load_of(page: str) -> Load | None:
     for engine in engines().values():
         series = engine.series
         names = [selector.name for selector in (series.running, series.queued, series.kv_usage) if selector]
-        try:
-            samples = Samples(page, names)
-        except MalformedPageError:
-            continue
-        if (running := samples.sum(series.running.name)) is not None:
+        if (samples := samples_of(page, series, names)) is not None:
             usage = samples.total(series.kv_usage.name) if series.kv_usage else 0.0
-            return Load(running, samples.total(series.queued.name), usage)
+            return Load(samples.total(series.running.name), samples.total(series.queued.name), usage)
     return None

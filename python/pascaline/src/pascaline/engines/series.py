@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pascaline.engines.exposition import MalformedPageError, Samples
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,18 @@ class Vitals:
     """Number of those."""
     kv_ratio: float | None = None
     """Share of the KV cache in use."""
+
+
+def samples_of(page: str, series: Series, names: Collection[str]) -> Samples | None:
+    """Read series, those of running requests among them, from an engine's /metrics.
+
+    None if the page is malformed, or has none of running requests: it is no engine's page.
+    """
+    try:
+        samples = Samples(page, names)
+    except MalformedPageError:
+        return None
+    return samples if samples.sum(series.running.name) is not None else None
 
 
 def vitals_of(page: str, series: Series) -> Vitals:

@@ -14,14 +14,13 @@ from pascaline.engines.base import Engine, Launch, Progress, Task, text_of
 from pascaline.engines.causes import Cause, Explanation
 from pascaline.engines.client import json_object
 from pascaline.engines.data import read_data
-from pascaline.engines.exposition import MalformedPageError, Samples
 from pascaline.engines.installation import Installation, Probe
 from pascaline.engines.llama_cpp import speculation
 from pascaline.engines.llama_cpp.memory import LlamaCppMemory, memory_arguments
 from pascaline.engines.llama_cpp.options import numa_arguments, options_of, own_placement_arguments, pinned_arguments
 from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.engines.rope_factors import factor_refusals
-from pascaline.engines.series import Selector, Series
+from pascaline.engines.series import Selector, Series, samples_of
 from pascaline.engines.server import Server
 from pascaline.errors import ConfigurationError, MissingError
 
@@ -212,14 +211,11 @@ class LlamaCppEngine(Engine):
 
     def progress(self, metrics: str) -> Progress | None:
         """Read the progress; the counter of decode calls grows with every batch of prompt or answer tokens."""
-        try:
-            samples = Samples(metrics, _PROGRESS_SERIES)
-        except MalformedPageError:
+        samples = samples_of(metrics, SERIES, _PROGRESS_SERIES)
+        if samples is None:
             return None
-        running = samples.sum(SERIES.running.name)
-        if running is None:
-            return None
-        return Progress(samples.total(*_STEPS), int(running), int(samples.total(SERIES.queued.name)))
+        running, queued = (int(samples.total(each.name)) for each in (SERIES.running, SERIES.queued))
+        return Progress(samples.total(*_STEPS), running, queued)
 
     def server(self, entry: dict[str, Any], facts: dict[str, Any]) -> Server | None:
         """Read /props."""

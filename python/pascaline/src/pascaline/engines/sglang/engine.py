@@ -10,8 +10,7 @@ from pascaline.engines.base import Engine, Progress, WorkLimits, sum_of_series, 
 from pascaline.engines.causes import Cause, Diagnosis, Explanation, cuda_fault
 from pascaline.engines.client import json_object
 from pascaline.engines.data import read_data
-from pascaline.engines.exposition import MalformedPageError, Samples
-from pascaline.engines.series import Selector, Series
+from pascaline.engines.series import Selector, Series, samples_of
 from pascaline.engines.server import Server
 from pascaline.engines.sglang import acceptance, activations, installation, speculation
 from pascaline.engines.sglang.launch import HELD_BACK_TOKENS, launch
@@ -243,16 +242,12 @@ class SglangEngine(Engine):
 
         The detokenizer is between the two: if it stops, the scheduler goes on but no answer leaves.
         """
-        try:
-            samples = Samples(metrics, _PROGRESS_SERIES)
-        except MalformedPageError:
-            return None
-        running = samples.sum(SERIES.running.name)
-        if running is None:
+        samples = samples_of(metrics, SERIES, _PROGRESS_SERIES)
+        if samples is None:
             return None
         return Progress(
             tokens=samples.total(SERIES.generated.name),
-            running=int(running),
+            running=int(samples.total(SERIES.running.name)),
             queued=int(samples.total(SERIES.queued.name)),
             answers=samples.total(*_ANSWERS),
             prefill=samples.sum(SERIES.generated.name, 'mode="prefill_compute"') or 0.0,

@@ -1,4 +1,7 @@
-"""Builds the task of an engine, which is everything that it is started with, from settings, model and host."""
+"""From settings and model to the task of an engine, which is everything that it is started with.
+
+`planning.placement` decides where an instance runs; the functions that it asks about this host are named here.
+"""
 
 from __future__ import annotations
 

@@ -54,7 +54,8 @@ INTRO = f"""# Reliability
 What goes wrong, what pascaline does about it, and how long that takes. Each row is a test (`tests/faults/table.py`),
 which also holds the limits; `benchmarks/reliability.py` measured the figures and wrote this page. The engine is a
 stand-in with SGLang's command line, interface, output and faults (`tests/fake_engine`), so that a fault can be repeated
-at will; `tests/serve/test_sglang.py` and `tests/serve/test_llama_cpp.py` do the most important ones to real engines.
+at will; `tests/faults/test_real_sglang.py` and `tests/serve/test_llama_cpp.py` do the most important ones to real
+engines.
 
 Clients ask all the time, every second one for a stream. **Every request is accounted for:** answered whole, refused
 (no connection, or a status from 400 on), cut (the client is told by a closed connection or an error), or silent (no

@@ -21,7 +21,20 @@ from pascaline.engines.served import refusal_of_all
 from pascaline.errors import ConfigurationError, ModelError, StorageError
 from pascaline.models import library
 from pascaline.models.folder_files import folder_files, folder_sha256
-from pascaline.models.library import add, entries, find, garbage, problems, remove, verify
+from pascaline.models.library import (
+    LOCK,
+    PARTIAL,
+    SEEN,
+    VERIFIED,
+    add,
+    delete,
+    entries,
+    find,
+    garbage,
+    problems,
+    remove,
+    verify,
+)
 from pascaline.models.reader import read_model
 from support.hf_models import write_folder
 from support.models import split_gguf, tiny, write_gguf
@@ -353,6 +366,64 @@ class TestSplitModels:
         add(store, "emily", str(parts[0])).path.with_name(parts[2].name).unlink()
         [problem] = problems(entries(store), refusal_of_all)
         assert problem.startswith("part 3 of 3 of the split model cannot be read: ")
+
+
+class TestLinks:
+    """A link in the store may lead anywhere; what it points to is neither written to nor deleted."""
+
+    @pytest.fixture
+    def precious(self, tmp_path: Path) -> Path:
+        path = tmp_path / "outside/precious"
+        path.parent.mkdir()
+        path.write_text("precious")
+        return path
+
+    @pytest.mark.parametrize("name", [PARTIAL, VERIFIED, SEEN])
+    def test_in_place_of_a_file_beside_the_model(self, store: Path, model: Path, precious: Path, name: str) -> None:
+        path = add(store, "emily", str(model)).path
+        for each in (path, path.with_name(path.name + name)):
+            each.unlink(missing_ok=True)
+        path.with_name(path.name + name).symlink_to(precious)
+        added = add(store, "emily", str(model), hashlib.sha256(model.read_bytes()).hexdigest())
+        assert added.path.read_bytes() == model.read_bytes()
+        verify(store, "emily")
+        assert precious.read_text() == "precious"
+
+    def test_in_place_of_the_lock(self, store: Path, model: Path, precious: Path) -> None:
+        add(store, "emily", str(model))
+        (store / "emily" / LOCK).unlink()
+        (store / "emily" / LOCK).symlink_to(precious)
+        with pytest.raises(StorageError) as caught:
+            verify(store, "emily")
+        assert str(caught.value) == (
+            f"failed to write to {store / 'emily'}: Too many levels of symbolic links; "
+            "name a folder of this user with --store"
+        )
+        assert precious.read_text() == "precious"
+
+    def test_in_place_of_the_model(self, store: Path, model: Path, precious: Path) -> None:
+        path = add(store, "emily", str(model)).path
+        path.unlink()
+        path.symlink_to(precious)
+        assert [entry.state for entry in verify(store, "emily")] == ["changed"]
+        remove(store, "emily")
+        assert not (store / "emily").exists()
+        assert precious.read_text() == "precious"
+
+    def test_in_place_of_the_folder(self, store: Path, precious: Path) -> None:
+        store.mkdir()
+        (store / "emily").symlink_to(precious.parent)
+        with pytest.raises(ModelError) as caught:
+            remove(store, "emily")
+        assert str(caught.value) == (
+            f"{store / 'emily'} is a link to {precious.parent}, which is not deleted; "
+            f"to remove the link: rm {store / 'emily'}"
+        )
+        (precious.parent / LOCK).touch()
+        [waste] = garbage(store, store.parent / "cache", keep=frozenset())
+        delete(waste)
+        assert not (store / "emily").is_symlink()
+        assert precious.read_text() == "precious"
 
 
 class TestFolders:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,13 @@ def is_held(file: IO[str] | int) -> bool:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock file, which is made if it is missing. Raises OSError if it cannot be, and as `acquire` does."""
-    with path.open("w") as file:
+    """Hold a lock file, which is made if it is missing. Raises OSError if it cannot be, and as `acquire` does.
+
+    A symbolic link is not followed, and nothing is truncated: the folder may be one that others can write to.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
         acquire(file, wait=wait)
         yield
+    finally:
+        os.close(file)

@@ -136,6 +136,9 @@ class Download:
 
     def _take_up(self) -> None:
         """Continue from the data of an earlier process, if the server proves that it is a part of the file."""
+        for path in (self._partial, self._note):
+            if path.is_symlink():
+                path.unlink()
         try:
             version = Version(**json.loads(self._note.read_text()))
             size = self._partial.stat().st_size
@@ -220,8 +223,9 @@ class Download:
         size = self._version.size
         self._require_space((size - self._done) if size is not None else 0)
         try:
-            self._note.write_text(json.dumps(asdict(self._version)))
-            with self._partial.open("ab") as file:
+            with open(self._note, "w", opener=_not_through_links) as note:
+                note.write(json.dumps(asdict(self._version)))
+            with open(self._partial, "ab", opener=_not_through_links) as file:
                 self._on_bytes(self._done, size)
                 # Pieces as they arrive: a piece of a fixed size would be lost if the connection breaks.
                 for chunk in response.iter_raw():
@@ -235,8 +239,8 @@ class Download:
                 os.fsync(file.fileno())
         finally:
             # The hashed bytes and those on disk must be the same when the next attempt continues from here.
-            with contextlib.suppress(OSError):
-                os.truncate(self._partial, self._done)
+            with contextlib.suppress(OSError), open(self._partial, "r+b", opener=_not_through_links) as file:
+                file.truncate(self._done)
 
     def _require_space(self, needed: int) -> None:
         free = shutil.disk_usage(self._partial.parent).free
@@ -245,6 +249,11 @@ class Download:
 
     def _fail(self, cause: str) -> Any:
         raise NotFetchedError(f"failed to download {shown_url(self._url)}: {cause}")
+
+
+def _not_through_links(path: str, flags: int) -> int:
+    """Open a file that this module made itself. The folder may be one in which others can put links."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def full_disk(folder: Path, free: int, needed: int) -> StorageError:

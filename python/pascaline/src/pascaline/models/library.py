@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, BinaryIO, Literal, cast
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from gguf_acceptance import file_sha256
@@ -323,7 +323,7 @@ def _copy(source: Path, partial: Path, on_bytes: OnBytes) -> str:
     digest, done = hashlib.sha256(), 0
     with reader:
         try:
-            with partial.open("wb") as writer:
+            with new_file(partial) as writer:
                 while chunk := reader.read(CHUNK_BYTES):
                     writer.write(chunk)
                     digest.update(chunk)
@@ -484,10 +484,20 @@ def _verify_folder(name: str, folder: Path, expected: tuple[str, ...] | None, on
 def remove(store: Path, name: str) -> int:
     """Delete a model and return the bytes that this gave back; a process that has it open keeps its copy."""
     folder = _existing(store, name)
+    if folder.is_symlink():
+        raise ModelError(
+            f"{folder} is a link to {folder.readlink()}, which is not deleted; to remove the link: rm {folder}"
+        )
     with _locked(folder, wait=False):
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         shutil.rmtree(folder)
     return size
+
+
+def new_file(path: Path) -> BinaryIO:
+    """Open a file that takes the place of whatever has this name. What a symbolic link points to is left as it is."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
 
 
 @dataclass(frozen=True, slots=True)
@@ -544,7 +554,8 @@ def _waste(path: Path, reason: str) -> Garbage:
 def delete(waste: Garbage) -> None:
     """Delete one piece of garbage."""
     try:
-        shutil.rmtree(waste.path) if waste.path.is_dir() else waste.path.unlink(missing_ok=True)
+        is_folder = waste.path.is_dir() and not waste.path.is_symlink()
+        shutil.rmtree(waste.path) if is_folder else waste.path.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"failed to delete {waste.path}: {error.strerror}") from error
 
@@ -567,7 +578,8 @@ def _stamp_text(file: Path, digest: str) -> str:
 def _stamp(file: Path, digest: str, kind: str = VERIFIED) -> None:
     """Remember a digest; a verified file needs no record of its first state."""
     try:
-        file.with_name(file.name + kind).write_text(_stamp_text(file, digest))
+        with new_file(file.with_name(file.name + kind)) as stamp:
+            stamp.write(_stamp_text(file, digest).encode())
         if kind == VERIFIED:
             file.with_name(file.name + SEEN).unlink(missing_ok=True)
     except OSError as error:

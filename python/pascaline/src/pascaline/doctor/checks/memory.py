@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from pascaline.doctor.verdicts import Checks, Result, info, ok, skipped, warning
@@ -12,7 +13,7 @@ from pascaline.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pascaline.doctor.host import Gpu, Host, NumaNode
+    from pascaline.doctor.host import Gpu, Host, MemorySlot, NumaNode
 
 CHECKS = Checks("Host memory")
 check = CHECKS.check
@@ -82,20 +83,26 @@ def _memory_channels(host: Host) -> Result:
     slots = host.memory.slots
     if not slots:
         return skipped(host.memory.slots_error)
+    words = _modules(slots)
+    if not all(slot.channel for slot in slots):
+        return ok(f"{words}; the names of the slots do not tell their channels")
+    filled = Counter[str]()
+    for slot in slots:
+        filled[slot.channel] += slot.bytes
+    empty = sorted(channel for channel, size in filled.items() if not size)
+    if empty:
+        return warning(f"{words}; {len(empty)} of {len(filled)} channels are empty ({', '.join(empty)})")
+    if len(set(filled.values())) > 1:
+        return info(f"{words}; the {len(filled)} channels hold different amounts, so part of them is slower")
+    return ok(f"{words}, on {len(filled)} channels alike")
+
+
+def _modules(slots: Sequence[MemorySlot]) -> str:
+    """Return how many modules there are, their bytes, and their speeds if they are known."""
     modules = [slot for slot in slots if slot.bytes]
     speeds = sorted({slot.speed for slot in modules if slot.speed})
     words = f"{len(modules)} modules in {len(slots)} slots, {format_bytes(sum(slot.bytes for slot in modules))}"
-    words += f" at {' and '.join(speeds)}" if speeds else ""
-    channels = {slot.channel for slot in slots if slot.channel}
-    if not channels or any(not slot.channel for slot in slots):
-        return ok(f"{words}; the names of the slots do not tell their channels")
-    filled = {channel: sum(slot.bytes for slot in modules if slot.channel == channel) for channel in channels}
-    empty = sorted(channel for channel, size in filled.items() if not size)
-    if empty:
-        return warning(f"{words}; {len(empty)} of {len(channels)} channels are empty ({', '.join(empty)})")
-    if len(set(filled.values())) > 1:
-        return info(f"{words}; the {len(channels)} channels hold different amounts, so part of them is slower")
-    return ok(f"{words}, on {len(channels)} channels alike")
+    return f"{words} at {' and '.join(speeds)}" if speeds else words
 
 
 @check(

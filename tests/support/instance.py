@@ -265,8 +265,9 @@ class Instance:
         for process in self.descendants():
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        self._reader.join(5)
         assert self.process.stderr is not None
+        # Nobody holds the other end any more, so the reader comes to the end, be it late.
+        self._reader.join(PATIENCE)
         self.process.stderr.close()
         return left
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sglang_pascal.kernels import static, table
+from sglang_pascal.kernels import bounds, static
 from sglang_pascal.kernels.build import ToolchainError
 from sglang_pascal.kernels.formats import FORMATS
 from sglang_pascal.kernels.static import Instruction, KernelReport, Loop, innermost_loops, parse_code, parse_resources
@@ -124,11 +124,11 @@ class TestDecodeProducts:
 
     @pytest.mark.parametrize(("bits", "n"), [(16, 8), (8, 16)])
     def test_q4_k_stays_within_a_p4s_budget(self, reports, bits, n):
-        assert decode_reports(reports, "Q4_K")[bits, n].slots_per_weight < 0.8 * table.budget("Q4_K")
+        assert decode_reports(reports, "Q4_K")[bits, n].slots_per_weight < 0.8 * bounds.budget("Q4_K")
 
     @pytest.mark.parametrize(("bits", "n"), [(16, 12), (8, 16)])
     def test_q4_k_takes_a_p4s_whole_budget_for_the_most_rows_that_cost_nothing(self, reports, bits, n):
-        assert decode_reports(reports, "Q4_K")[bits, n].slots_per_weight < 1.03 * table.budget("Q4_K")
+        assert decode_reports(reports, "Q4_K")[bits, n].slots_per_weight < 1.03 * bounds.budget("Q4_K")
 
 
 class TestOtherKernels:
@@ -171,9 +171,9 @@ class TestOtherKernels:
 class TestTheDocument:
     def test_it_holds_the_table_that_the_compiler_gives(self, reports):
         text = DOCUMENT.read_text()
-        between = text.split(table.BEGIN)[1].split(table.END)[0].strip()
-        products_60 = [report for report in reports["60"].values() if report.module.startswith(table.PRODUCTS_60)]
-        assert between == table.as_markdown(list(reports["61"].values()), products_60).strip(), (
+        between = text.split(bounds.BEGIN)[1].split(bounds.END)[0].strip()
+        products_60 = [report for report in reports["60"].values() if report.module.startswith(bounds.PRODUCTS_60)]
+        assert between == bounds.as_markdown(list(reports["61"].values()), products_60).strip(), (
             "run: sglang-pascal kernels --update docs/kernels.md"
         )
 
@@ -192,8 +192,8 @@ class TestBounds:
             *(product("decode_matmul", kind, bits, n) for kind in ("Q4_K", "Q6_K") for bits, n in PRODUCTS),
             *(product("tile_matmul", kind, bits, n) for kind in ("Q4_K", "Q6_K") for bits, n in TILES),
         ]
-        found = {(b.bits, b.batch): b for b in table.bounds(reports) if b.model == "Llama-3.1-8B"}
-        assert sorted(found) == [(bits, batch) for bits in (8, 16) for batch in table.BATCHES]
+        found = {(b.bits, b.batch): b for b in bounds.bounds(reports) if b.model == "Llama-3.1-8B"}
+        assert sorted(found) == [(bits, batch) for bits in (8, 16) for batch in bounds.BATCHES]
         by_memory = {key: bound.memory_tokens_per_second for key, bound in found.items()}
         assert by_memory[16, 8] == by_memory[8, 8] == pytest.approx(8 * by_memory[16, 1])
         assert by_memory[16, 24] == pytest.approx(24 * by_memory[16, 1])
@@ -202,7 +202,7 @@ class TestBounds:
         by_slots = {key: bound.issue_tokens_per_second for key, bound in found.items()}
         for bits, rows in ((8, 1), (16, 2)):
             each = [slots for (of, _), slots in by_slots.items() if of == bits]
-            assert each == pytest.approx([table.P4.lane_instructions / (rows * 7.51e9)] * len(table.BATCHES))
+            assert each == pytest.approx([bounds.P4.lane_instructions / (rows * 7.51e9)] * len(bounds.BATCHES))
 
 
 class TestReading:

@@ -255,6 +255,7 @@ class Instance:
 
     def end(self) -> list[str]:
         """End all that is left; return the command lines of what should not have been there any more."""
+        self._reads.set()
         if self.process.poll() is None:
             self.process.kill()
             self.wait()

@@ -221,7 +221,7 @@ async def httpx_cpu_ratio(endpoint: Endpoint, requests: list[Any]) -> float:
     stamps: list[float] = []
 
     def record(line: str) -> None:
-        if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["text"]:
+        if line.startswith("data: {") and any(choice["text"] for choice in json.loads(line[6:])["choices"]):
             stamps.append(time.perf_counter())
 
     async def worker(client: httpx.AsyncClient) -> None:

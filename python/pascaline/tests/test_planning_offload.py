@@ -16,8 +16,9 @@ from pascaline.errors import ConfigurationError
 from pascaline.models.resolve import ResolvedModel
 from pascaline.planning import make_plan
 from pascaline.planning.hints import with_hints
-from pascaline.planning.plan_text import explanation, table
+from pascaline.planning.plan_text import choices_table, explanation, table
 from pascaline.planning.request import request_from_settings
+from pascaline.planning.search import optimize
 from pascaline.settings import Settings
 from support.mixtures import QWEN_3_30B_A3B, SMALL_MIXTRAL, mixture_spec
 from support.planning import LLAMA_2_7B, request
@@ -310,3 +311,37 @@ class TestCommand:
             cpus=cpus,
         )
         return ENGINES["llama.cpp"].launch(task).command
+
+
+class TestOptimize:
+    """The search also decides what is on the host."""
+
+    def test_placement_and_quantisation_for_a_stated_aim(self) -> None:
+        choices = optimize(QWEN, P4, offloading(host_memory_bytes=64 * 2**30), "latency", 0.1)
+        assert {choice.file_type for choice in choices} >= {"Q5_K_M", "Q6_K"}
+        best = choices[0]
+        assert best.plan.fits
+        assert best.latency_seconds == min(choice.latency_seconds or 0.0 for choice in choices)
+        assert best.plan.request.chunked_prefill_tokens > 512
+        entry = best.to_json()
+        assert entry["where"] == f"experts of {entry['expert_layers_on_host']} layers on the host"
+        assert entry["where"] in choices_table(choices)
+        # Coarser files leave more of the experts on the card.
+        moved = {choice.file_type: choice.plan.request.expert_layers_on_host or 0 for choice in reversed(choices)}
+        assert moved["Q5_K_M"] < moved["Q6_K"]
+
+    def test_what_the_host_cannot_hold_is_left_out(self) -> None:
+        assert optimize(QWEN, P4, offloading(host_memory_bytes=4 * 2**30), "latency", 0.2) == []
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ({"card_bytes": P40.memory_bytes, "expert_layers_on_host": 0}, "card"),
+            ({"expert_layers_on_host": 12}, "experts of 12 layers on the host"),
+            ({"gpu_layers": 40, "expert_layers_on_host": 0}, "9 layers on the host"),
+            ({"gpu_layers": 40, "expert_layers_on_host": 48}, "9 layers and experts of 39 layers on the host"),
+            ({"device": "cpu", "expert_layers_on_host": 0}, "host"),
+        ],
+    )
+    def test_where_in_words(self, changes: dict[str, Any], expected: str) -> None:
+        assert make_plan(QWEN, P4, offloading(**changes)).where == expected

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimize",
         choices=("throughput", "latency", "context"),
-        help="find the best combinations of quantisation, KV type, context, requests and chunk",
+        help="find the best combinations of quantisation, placement, KV type, context, requests and chunk",
     )
     parser.add_argument(
         "--min-quant",

@@ -105,6 +105,8 @@ class Weights:
     """Bytes of the experts there that one token uses."""
     host_expert_bytes: int
     """Bytes of all experts there."""
+    host_largest_matrix_bytes: int
+    """Largest matrix there, the input embedding left out, which is not multiplied with."""
     matrix_read_bytes: Mapping[str, int]
     """Matrices that a decode step of one request multiplies with, by the type in which the engine holds them: what
     read_bytes(1) counts without the vectors (norms, biases)."""

@@ -290,11 +290,4 @@ def _fitting_cells(row: CatalogRow) -> tuple[str, ...]:
     speed = row.plan.speed
     decode = f"{speed.single.low:,.0f} to {speed.single.high:,.0f}" if speed else "-"
     prompt = f"{speed.prefill.low:,.0f} to {speed.prefill.high:,.0f}" if speed else "-"
-    return *_model_cells(row), row.plan.request.engine, _where(row.plan), decode, prompt
-
-
-def _where(plan: Plan) -> str:
-    if plan.request.device == "cpu":
-        return "host"
-    moved = plan.request.expert_layers_on_host or 0
-    return f"experts of {moved} layers on the host" if moved else "card"
+    return *_model_cells(row), row.plan.request.engine, row.plan.where, decode, prompt

@@ -11,14 +11,13 @@ from pascaline.errors import ConfigurationError
 from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
 from pascaline.planning.plan import Plan, make_plan
 from pascaline.planning.request import request_from_settings
-from pascaline.planning.weights import weights_on_device
+from pascaline.planning.weights import WeightsByPlacement, weights_on_device
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pascaline.cards import Card
-    from pascaline.engines.memory_model import Weights
     from pascaline.engines.plan_request import PlanRequest
     from pascaline.models.spec import ModelSpec
     from pascaline.settings import Settings
@@ -148,7 +147,7 @@ def _candidates(spec: ModelSpec, card: Card, request: PlanRequest) -> Iterator[C
         _files(spec, request), _kv_types(request), _fractions(request)
     ):
         model = requantized(spec, mixture) if mixture else spec
-        weights = weights_on_device(model, request)
+        weights = WeightsByPlacement(model)
         base: dict[str, Any] = {"file_type": mixture} if mixture else {}
         if kv_dtype != request.kv_dtype:
             base["kv_cache.dtype"] = kv_dtype
@@ -193,7 +192,7 @@ def _fractions(request: PlanRequest) -> list[tuple[float | None, float]]:
     return found
 
 
-def _variants(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights) -> Iterator[_Variant]:
+def _variants(spec: ModelSpec, card: Card, request: PlanRequest, weights: WeightsByPlacement) -> Iterator[_Variant]:
     """The same file and KV type, unchanged and with one other number changed."""
     yield {}, request, 0.0
     yield from _other_pools(spec, card, request, weights)
@@ -208,7 +207,7 @@ def _variants(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weight
         yield from _first_that_fits(spec, card, request, weights, "max_running_requests", fewer, REQUESTS_WEIGHT)
 
 
-def _other_pools(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights) -> Iterator[_Variant]:
+def _other_pools(spec: ModelSpec, card: Card, request: PlanRequest, weights: WeightsByPlacement) -> Iterator[_Variant]:
     """Instead of a pool of a fixed size: the memory that the card has left, and just enough for one request."""
     if request.max_total_tokens is None and request.max_kv_bytes is None:
         return
@@ -222,7 +221,13 @@ def _other_pools(spec: ModelSpec, card: Card, request: PlanRequest, weights: Wei
 
 
 def _first_that_fits(
-    spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights, key: str, values: list[int], weight: float
+    spec: ModelSpec,
+    card: Card,
+    request: PlanRequest,
+    weights: WeightsByPlacement,
+    key: str,
+    values: list[int],
+    weight: float,
 ) -> Iterator[_Variant]:
     """The first of some values of a setting that fits."""
     for value in values:
@@ -234,13 +239,18 @@ def _first_that_fits(
 
 
 def longest_context(
-    spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights | None = None, *, all_at_once: bool = False
+    spec: ModelSpec,
+    card: Card,
+    request: PlanRequest,
+    weights: WeightsByPlacement | None = None,
+    *,
+    all_at_once: bool = False,
 ) -> int | None:
     """Return the longest context that fits, in steps of CONTEXT_STEP, at most the model's; None if none fits.
 
     all_at_once: all requests together must have room for it, not only one.
     """
-    weights = weights or weights_on_device(spec, request)
+    weights = weights or WeightsByPlacement(spec)
 
     def fits(steps: int) -> bool:
         context = steps * CONTEXT_STEP

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pascaline.engines import engine_named
 from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.planning.speed import Speed, absent_share, estimate_speed, host_speed
-from pascaline.planning.weights import weights_on_device
+from pascaline.planning.weights import WeightsByPlacement
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Plan:
     """The matrices among these weights, by the type in which the engine holds them (Q4_K, F16, NF4)."""
     speed: Speed | None
     """None if the card's data do not give its speed."""
+    num_hidden_layers: int
     refusals: tuple[str, ...] = ()
     """Why the engine would refuse the model even with enough memory, one sentence each."""
 
@@ -72,6 +73,19 @@ class Plan:
     def host_bytes(self) -> int:
         """Bytes in the host's memory while a GPU computes."""
         return sum(part.n_bytes for part in self.host_parts)
+
+    @property
+    def where(self) -> str:
+        """Where the weights are, in words: card, host, or what of them is on the host."""
+        request = self.request
+        if request.device == "cpu":
+            return "host"
+        gpu_layers, experts = request.gpu_layers or ALL_LAYERS, request.expert_layers_on_host or 0
+        # The output layer counts as one more; these are on the host whole, and the others in part.
+        whole = max(0, self.num_hidden_layers + 1 - gpu_layers)
+        words = [f"{whole} layers"] if whole else []
+        words += [f"experts of {experts - whole} layers"] if experts > whole else []
+        return f"{' and '.join(words)} on the host" if words else "card"
 
     @property
     def weights_bytes(self) -> int:
@@ -143,6 +157,7 @@ class Plan:
             "host_bytes": self.host_bytes,
             "host_rates": _rates_json(request),
             "host_parts": [part.to_json() for part in self.host_parts],
+            "where": self.where,
             "expert_layers_on_host": request.expert_layers_on_host,
             "gpu_layers": None if request.gpu_layers == ALL_LAYERS else request.gpu_layers,
             "parts": [part.to_json() for part in self.parts],
@@ -164,27 +179,28 @@ def _rates_json(request: PlanRequest) -> dict[str, Any] | None:
     }
 
 
-def make_plan(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights | None = None) -> Plan:
+def make_plan(spec: ModelSpec, card: Card, request: PlanRequest, weights: WeightsByPlacement | None = None) -> Plan:
     """Plan one model on one card. A plan that does not fit is a result, not an exception.
 
     What the request leaves to the plan becomes the fastest choice that fits, or the smallest if none does.
-    weights: the result of weights_on_device for this request, to save time if the same model is planned many times.
+    weights: those of this model, to save time if it is planned many times.
     Raises ConfigurationError if the engine lacks the KV type.
     """
     engine = engine_named(request.engine).memory
     engine.check_kv_type(request)
+    weights = weights or WeightsByPlacement(spec)
     first, *others = engine.candidates(spec, request)
     plan = _plan(spec, card, first, weights)
     if plan.fits or not others:
         return plan
     # From the second candidate on, each needs less of the card.
-    index = bisect_left(others, True, key=lambda other: _plan(spec, card, other).headroom_bytes >= 0)
-    return _plan(spec, card, others[min(index, len(others) - 1)])
+    index = bisect_left(others, True, key=lambda other: _plan(spec, card, other, weights).headroom_bytes >= 0)
+    return _plan(spec, card, others[min(index, len(others) - 1)], weights)
 
 
-def _plan(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights | None = None) -> Plan:
+def _plan(spec: ModelSpec, card: Card, request: PlanRequest, by_placement: WeightsByPlacement) -> Plan:
     engine = engine_named(request.engine).memory
-    weights = weights or weights_on_device(spec, request)
+    weights = by_placement.of(request)
     dynamic = engine.dynamic_parts(spec, request, weights, card)
     pool = engine.pool(spec, request, weights, dynamic)
     parts = [*engine.static_parts(spec, request, weights, pool), *dynamic]
@@ -194,6 +210,7 @@ def _plan(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights | 
         request=request,
         card=card.name,
         model=spec.name or spec.architecture,
+        num_hidden_layers=spec.num_hidden_layers,
         parts=tuple(parts),
         kv_bytes_per_token=per_token,
         kv_tokens=pool.tokens,

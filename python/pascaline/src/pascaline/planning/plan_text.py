@@ -231,9 +231,9 @@ def _sweep_row(plan: Plan, over: str) -> tuple[str, ...]:
 
 def choices_table(choices: Sequence[Choice]) -> str:
     """Return one line per choice, the best first."""
-    titles = ("quant", "KV", "context", "requests", "chunk", "tok/s", "latency", "loss", "total", "headroom")
+    titles = ("quant", "KV", "context", "requests", "chunk", "where", "tok/s", "latency", "loss", "total", "headroom")
     rows = [titles, *map(_choice_row, choices)]
-    return "\n".join(table_lines(rows, [LEFT, LEFT] + [RIGHT] * 8))
+    return "\n".join(table_lines(rows, [LEFT, LEFT, RIGHT, RIGHT, RIGHT, LEFT] + [RIGHT] * 5))
 
 
 def _choice_row(choice: Choice) -> tuple[str, ...]:
@@ -244,6 +244,7 @@ def _choice_row(choice: Choice) -> tuple[str, ...]:
         f"{request.context_length:,}",
         str(request.max_running_requests),
         str(request.chunked_prefill_tokens),
+        plan.where,
         "-" if choice.throughput is None else f"{choice.throughput:,.0f}",
         "-" if choice.latency_seconds is None else f"{choice.latency_seconds:,.1f} s",
         f"{choice.loss:.3f}",

@@ -6,18 +6,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pascaline.engines import engine_named
+from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.errors import ConfigurationError
+from pascaline.planning.hints import LARGE_CHUNK
 from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
 from pascaline.planning.nearest import CHUNKS, longest_context, together
 from pascaline.planning.plan import Plan, make_plan
 from pascaline.planning.speed import is_speed_known
-from pascaline.planning.weights import weights_on_device
+from pascaline.planning.weights import WeightsByPlacement
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pascaline.cards import Card
-    from pascaline.engines.memory_model import Weights
     from pascaline.engines.plan_request import PlanRequest
     from pascaline.models.spec import ModelSpec
 
@@ -54,6 +55,9 @@ class Choice:
             "context_length": request.context_length,
             "max_running_requests": request.max_running_requests,
             "chunked_prefill_tokens": request.chunked_prefill_tokens,
+            "where": self.plan.where,
+            "expert_layers_on_host": request.expert_layers_on_host,
+            "gpu_layers": None if request.gpu_layers == ALL_LAYERS else request.gpu_layers,
             "kv_tokens": self.plan.kv_tokens,
             "total_bytes": self.plan.total_bytes,
             "headroom_bytes": self.plan.headroom_bytes,
@@ -87,15 +91,21 @@ def _choices(spec: ModelSpec, card: Card, request: PlanRequest, goal: Goal, max_
         if PERPLEXITY_LOSS[mixture] > max_loss:
             continue
         model = requantized(spec, mixture)
-        weights = weights_on_device(model, request)
+        weights = WeightsByPlacement(model)
         for kv_dtype, kv_loss in _searched_kv_types(request):
             loss = PERPLEXITY_LOSS[mixture] + kv_loss
             if loss > max_loss:
                 continue
-            for chunk in CHUNKS:
+            for chunk in _searched_chunks(request):
                 base = replace(request, kv_dtype=kv_dtype, chunked_prefill_tokens=chunk)
                 for plan in _plans(model, card, base, weights, goal):
                     yield Choice(mixture, plan, loss, latency_seconds(plan))
+
+
+def _searched_chunks(request: PlanRequest) -> tuple[int, ...]:
+    """Where weights may be on the host, a larger one copies them less often."""
+    may_offload = request.expert_layers_on_host != 0 or request.gpu_layers != ALL_LAYERS
+    return (*CHUNKS, LARGE_CHUNK) if may_offload else CHUNKS
 
 
 def _searched_kv_types(request: PlanRequest) -> list[tuple[str, float]]:
@@ -108,7 +118,9 @@ def _searched_kv_types(request: PlanRequest) -> list[tuple[str, float]]:
     ]
 
 
-def _plans(spec: ModelSpec, card: Card, request: PlanRequest, weights: Weights, goal: Goal) -> Iterator[Plan]:
+def _plans(
+    spec: ModelSpec, card: Card, request: PlanRequest, weights: WeightsByPlacement, goal: Goal
+) -> Iterator[Plan]:
     """The plans of one file, KV type and chunk that fit, for every number of requests."""
     if goal == "context":
         longest = longest_context(spec, card, request, weights, all_at_once=True)
@@ -172,7 +184,7 @@ def sweep(
             model = requantized(spec, mixture)
             found.append(replace(make_plan(model, card, request), model=mixture))
         return found
-    weights = weights_on_device(spec, request)
+    weights = WeightsByPlacement(spec)
     if over == "requests":
         return [make_plan(spec, card, replace(request, max_running_requests=n), weights) for n in REQUESTS]
     most = max(spec.context_length, request.context_length)

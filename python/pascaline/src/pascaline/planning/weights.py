@@ -23,6 +23,25 @@ def weights_on_device(spec: ModelSpec, request: PlanRequest) -> Weights:
     return sums.result()
 
 
+class WeightsByPlacement:
+    """The weights of one model for requests that differ in nothing that its tensors depend on but their placement.
+
+    A search plans one file hundreds of times, and each plan tries several placements.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        """Start with none."""
+        self._spec = spec
+        self._found: dict[tuple[int | None, int | None], Weights] = {}
+
+    def of(self, request: PlanRequest) -> Weights:
+        """Return what `weights_on_device` does."""
+        key = request.gpu_layers, request.expert_layers_on_host
+        if key not in self._found:
+            self._found[key] = weights_on_device(self._spec, request)
+        return self._found[key]
+
+
 class _Sums:
     """Adds up tensors."""
 
@@ -31,7 +50,7 @@ class _Sums:
         self._has_output = any(is_output(tensor.name) for tensor in spec.tensors)
         self._bytes = self._host = self._rounding = 0
         self._dense = self._experts = self._macs = self._output_macs = self._largest = 0
-        self._expert_macs = self._host_dense = self._host_experts = 0
+        self._expert_macs = self._host_dense = self._host_experts = self._host_largest = 0
         # Of the experts, one token uses this part.
         self._used = (spec.num_experts_per_token or 0) / spec.num_experts if spec.num_experts else 1.0
         self._by_type: dict[str, int] = {}
@@ -72,6 +91,8 @@ class _Sums:
                 self._output_macs += tensor.n_elements
 
     def _count_host_work(self, tensor: TensorSpec, held: HeldTensor) -> None:
+        if is_matrix(tensor):
+            self._host_largest = max(self._host_largest, tensor.n_bytes)
         if is_experts(tensor.name):
             self._host_experts += held.n_bytes
             self._expert_macs += tensor.n_elements
@@ -98,6 +119,7 @@ class _Sums:
             host_dense_read_bytes=self._host_dense,
             host_expert_read_bytes=int(self._host_experts * self._used),
             host_expert_bytes=self._host_experts,
+            host_largest_matrix_bytes=self._host_largest,
             matrix_read_bytes={kind: math.ceil(size / share) for kind, size in self._matrices.items()},
             macs=int((self._macs + self._expert_macs * self._used) / share),
             output_macs=self._output_macs // share,

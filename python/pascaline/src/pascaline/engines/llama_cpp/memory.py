@@ -13,7 +13,6 @@ from pascaline.engines.llama_cpp.offload import (
     host_bytes,
     is_offloading,
     is_on_host,
-    largest_copied_bytes,
     layers_on_host,
 )
 from pascaline.engines.llama_cpp.states import recurrent_bytes
@@ -131,7 +130,6 @@ class LlamaCppMemory(MemoryModel):
 
         Prompts multiply with the host's weights on the GPU too, and the buffer holds the largest of these then.
         """
-        del weights
         batch, inner = physical_batch(request), _inner(spec)
         n_bytes = batch * (inner + VECTORS * spec.hidden_size + _state_vectors(spec)) * 4
         text = f"batch of {batch} x (MLP {inner:,} + {VECTORS} x hidden {spec.hidden_size:,}"
@@ -145,7 +143,8 @@ class LlamaCppMemory(MemoryModel):
         logits = _logits_bytes(spec, request)
         if logits > n_bytes + mask:
             n_bytes, mask, text = logits, 0, f"logits of {request.max_running_requests} x {spec.vocab_size:,} x 4 B"
-        copied = largest_copied_bytes(spec, request)
+        # One at a time (ggml-backend.cpp; on for batches of 32 tokens and more).
+        copied = weights.host_largest_matrix_bytes
         if copied:
             text += f" + largest matrix on the host {copied:,} B"
         source = "llama-server's own log of its compute buffers (tests/planning/test_llama_cpp_log.py)"

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pascaline.engines.plan_request import ALL_LAYERS
-from pascaline.engines.tensors import is_embedding, is_matrix, padded
+from pascaline.engines.tensors import is_embedding, padded
 from pascaline.models.ggml_types import BLOCKS
 
 if TYPE_CHECKING:
@@ -69,19 +69,6 @@ def device_bytes(tensor: TensorSpec) -> int:
 def host_bytes(tensor: TensorSpec) -> int:
     """Return what a tensor takes in the host's memory."""
     return padded(tensor.n_bytes, HOST_ALIGNMENT)
-
-
-def largest_copied_bytes(spec: ModelSpec, request: PlanRequest) -> int:
-    """Return the largest matrix on the host: prompts copy one at a time to the GPU, which multiplies with it there.
-
-    (ggml-backend.cpp; on for batches of 32 tokens and more. The input embedding is not multiplied with.)
-    """
-    sizes = (
-        tensor.n_bytes
-        for tensor in spec.tensors
-        if is_matrix(tensor) and layer_of(tensor.name) is not None and is_on_host(tensor.name, spec, request)
-    )
-    return max(sizes, default=0)
 
 
 def expert_layers(spec: ModelSpec) -> int:

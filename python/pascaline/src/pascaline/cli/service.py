@@ -113,6 +113,7 @@ def _limits(configuration: Configuration, gpus: str) -> UnitLimits:
 
     Only an engine that keeps weights on the host needs this.
     """
+    from pascaline.engines import engine_named
     from pascaline.gpu.memory import node_bytes
     from pascaline.models import resolve
     from pascaline.models.reader import read_model
@@ -122,7 +123,7 @@ def _limits(configuration: Configuration, gpus: str) -> UnitLimits:
     from pascaline.serving.task import this_host
 
     settings = configuration.settings
-    if not gpus or settings.engine != "llama.cpp":
+    if not gpus or not engine_named(settings.engine).keeps_weights_on_host:
         return NO_LIMITS
     host = this_host(settings)
     host = replace(host, environment={**host.environment, VISIBLE_DEVICES: gpus})

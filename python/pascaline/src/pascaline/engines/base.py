@@ -178,6 +178,8 @@ class Engine(ABC):
     """Methods by which it quantises a folder of safetensors while it loads it."""
     has_profiler: ClassVar[bool] = False
     """Whether its API records a profile (/start_profile)."""
+    keeps_weights_on_host: ClassVar[bool] = False
+    """Whether it can compute a part of the weights in the host's memory while it uses a GPU."""
     decides_itself: ClassVar[bool] = False
     """Whether it may load architectures that `judge` cannot know, and refuses others itself."""
     setting_flags: ClassVar[Mapping[str, str]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pascaline.engines import engine_named
+from pascaline.engines import ENGINES, engine_named
 from pascaline.engines.plan_request import PlanRequest
 from pascaline.planning.catalog import catalog_spec, shapes
 from pascaline.planning.mixtures import requantized
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from pascaline.engines.data import HybridPoint
     from pascaline.engines.memory_model import Weights
 
-ENGINE = "llama.cpp"
+ENGINE = next(name for name, engine in ENGINES.items() if engine.keeps_weights_on_host)
+"""All points are of this engine."""
 NEWER_CARD_SHARE = 0.35
 """Share of the bandwidth that decode of a mixture reaches on the cards of the points, all newer than Pascal: estimated,
 between the 0.21 fitted on a P40 and the 0.58 of dense models."""

@@ -93,6 +93,7 @@ class LlamaCppEngine(Engine):
     required = (DATA.name,)
     processes = ("llama",)
     variable_prefixes = ("LLAMA_", "GGML_")
+    keeps_weights_on_host = True
     decides_itself = True
     setting_flags: ClassVar[Mapping[str, str]] = {
         "-m": "model",

@@ -59,6 +59,7 @@ def measure(reader: str, path: Path, *, trace: bool = False) -> dict[str, float]
 
 def main() -> None:
     """Make the file, read it with both, print the table."""
+    from pascaline.text_table import LEFT, RIGHT, table_lines
     from support.models import SHAPES, write_gguf
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,7 +70,7 @@ def main() -> None:
         path = write_gguf(Path(folder) / "model.gguf", shape, "Q4_K_M", sparse=True)
         print(f"file: {path.stat().st_size:,} bytes, of them {path.stat().st_blocks * 512 / MIB:.1f} MiB on disk")
         titles = ("median s", "slowest s", "resident MiB", "allocated MiB", "process MiB")
-        print(f"{'reader':<10}" + "".join(f"{title:>15}" for title in titles))
+        rows = [("reader", *titles)]
         for reader in ("pascaline", "gguf"):
             runs = [measure(reader, path) for _ in range(arguments.runs)]
             traced = measure(reader, path, trace=True)
@@ -77,7 +78,8 @@ def main() -> None:
             resident = max(run["resident_bytes"] for run in runs) / MIB
             process = max(run["process_bytes"] for run in runs) / MIB
             numbers = (statistics.median(seconds), max(seconds), resident, traced["allocated_bytes"] / MIB, process)
-            print(f"{reader:<10}" + "".join(f"{number:>15.3f}" for number in numbers))
+            rows.append((reader, *(f"{number:.3f}" for number in numbers)))
+        print("\n".join(table_lines(rows, [LEFT, *[RIGHT] * len(titles)])))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pascaline.errors import ExitCode
 from pascaline.gpu.host_bandwidth import FILE, HostBandwidth, NodeBandwidth, measure, save, usable_nodes
 from pascaline.gpu.memory import host_memory
 from pascaline.models.cache import cache_folder, writing
+from pascaline.text_table import LEFT, RIGHT, table_lines
 
 if TYPE_CHECKING:
     from pascaline.settings import Settings
@@ -37,10 +38,9 @@ def measure_host(settings: Settings, *, as_json: bool) -> ExitCode:
 
 
 def _table(measured: HostBandwidth) -> str:
-    lines = [f"{measured.cpu}, {measured.measured_at}", f"{'NUMA node':>9}{'GB/s':>8}{'threads':>9}"]
-    return "\n".join([*lines, *map(_line, measured.nodes)])
+    rows = [("NUMA node", "GB/s", "threads"), *map(_cells, measured.nodes)]
+    return "\n".join([f"{measured.cpu}, {measured.measured_at}", *table_lines(rows, [RIGHT, RIGHT, RIGHT, LEFT])])
 
 
-def _line(node: NodeBandwidth) -> str:
-    remarks = "".join(f"  {note}" for note in node.notes)
-    return f"{node.node:>9}{node.bytes_per_second / 1e9:>8,.1f}{node.threads:>9}{remarks}"
+def _cells(node: NodeBandwidth) -> tuple[str, ...]:
+    return str(node.node), f"{node.bytes_per_second / 1e9:,.1f}", str(node.threads), "  ".join(node.notes)

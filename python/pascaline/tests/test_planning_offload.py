@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import pytest
 from pascaline.cards import load_card
 from pascaline.configuration import load
 from pascaline.engines import ENGINES, Task
+from pascaline.engines.llama_cpp.locking import check_limit
 from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.errors import ConfigurationError
 from pascaline.models.resolve import ResolvedModel
@@ -140,6 +142,12 @@ class TestChoice:
         assert found == pytest.approx([8, 15.5, 29.1, 51.6, 82.4], abs=0.05)
 
 
+def test_locked_weights_need_memory_and_are_copied_like_mapped_ones() -> None:
+    assert not make_plan(QWEN, P4, offloading(host_memory_bytes=4 * 2**30, locked=True)).fits
+    locked, mapped = (make_plan(QWEN, P4, offloading(**{how: True})).speed for how in ("locked", "mapped"))
+    assert locked == mapped
+
+
 class TestChunkHint:
     """A larger chunk copies the host's weights less often; the plan says so where it fits."""
 
@@ -242,6 +250,7 @@ def test_every_engine_makes_every_decision() -> None:
         assert first.gpu_layers == ALL_LAYERS
 
 
+FLAGS = {"--fit", "off", "--load-mode", "none", "mmap+mlock", "--no-mmap", "--mlock"}
 HELP = {
     "newer": "--fit [on|off]  adjust\n-lm, --load-mode MODE  none, mmap or mlock\n",
     "older": "--mlock  lock\n--no-mmap  do not map\n",
@@ -260,9 +269,14 @@ class TestCommand:
             ("older", "pinned", ("--no-mmap",)),
             ("older", "mapped", ()),
             ("silent", "pinned", ()),
+            ("newer", "locked", ("--fit", "off", "--load-mode", "mmap+mlock")),
+            ("older", "locked", ("--mlock",)),
         ],
     )
-    def test_follows_the_build(self, build: str, weights: str, expected: tuple[str, ...], tmp_path: Path) -> None:
+    def test_follows_the_build(
+        self, build: str, weights: str, expected: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pascaline.engines.llama_cpp.engine.check_limit", lambda _: None)
         program = tmp_path / "llama-server"
         program.write_text(f"#!/bin/sh\ncat <<'END'\n{HELP[build]}END\n")
         program.chmod(0o755)
@@ -270,8 +284,23 @@ class TestCommand:
         start = command.index("--n-cpu-moe")
         assert command[start + 1] == "12"
         assert command[start - 2 : start] == ("--n-gpu-layers", "999")
-        found = tuple(word for word in command if word in {"--fit", "off", "--load-mode", "none", "--no-mmap"})
+        found = tuple(word for word in command if word in FLAGS)
         assert found == expected
+
+    def test_a_limit_of_locked_memory_is_met_before_the_start(self, tmp_path: Path) -> None:
+        """llama-server itself only warns, and then serves from memory that may swap."""
+        status = tmp_path / "status"
+        status.write_text("CapInh:\t0000000000000000\nCapEff:\t0000000000000000\n")
+        check_limit(2**30, 2**30, status)
+        check_limit(2**40, resource.RLIM_INFINITY, status)
+        with pytest.raises(ConfigurationError) as caught:
+            check_limit(2**30, 8 * MIB, status)
+        assert str(caught.value) == (
+            "placement.weights: locked needs 1.00 GiB of locked memory, the limit is 8.00 MiB; raise it (systemd: "
+            "LimitMEMLOCK=infinity, a shell: ulimit -l unlimited), or set placement.weights to pinned or mapped"
+        )
+        status.write_text("CapEff:\t0000000000004000\n")
+        check_limit(2**30, 8 * MIB, status)
 
     def test_threads_of_a_bound_engine_keep_to_their_node(self, tmp_path: Path) -> None:
         for build, is_there in (("--numa TYPE  distribute, isolate or numactl\n", True), ("--threads N\n", False)):

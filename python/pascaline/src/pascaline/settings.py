@@ -119,10 +119,11 @@ class PlacementSettings(BaseModel):
         description="Whole layers that the host's memory holds and its CPU computes, which is slow: gpu: none; a "
         "number: that number of first layers; auto: as few as the card's memory requires",
     )
-    weights: Literal["pinned", "mapped"] = Field(
+    weights: Literal["pinned", "mapped", "locked"] = Field(
         "pinned",
         description="How the host holds its part of the weights: pinned in memory, or mapped from the file, which "
-        "also serves a file larger than the memory but computes prompts several times slower",
+        "also serves a file larger than the memory but computes prompts several times slower; locked: mapped, and kept "
+        "in memory, for which the limit of locked memory must allow it (also on a CPU)",
     )
 
 

@@ -71,6 +71,8 @@ class PlanRequest:
     others are on the host. None: as many as fit."""
     mapped: bool = False
     """Whether the host maps its weights from the file instead of holding them in memory."""
+    locked: bool = False
+    """Whether it maps them and locks them in memory."""
     host_memory_bytes: int | None = None
     """Free memory of the host; None: unknown, and not checked."""
     host_rates: HostRates = UNKNOWN_RATES

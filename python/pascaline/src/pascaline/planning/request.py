@@ -61,6 +61,7 @@ def request_from_settings(
         expert_layers_on_host=_expert_layers(settings, spec),
         gpu_layers=_gpu_layers(settings, spec),
         mapped=settings.placement.weights == "mapped",
+        locked=settings.placement.weights == "locked",
         host_memory_bytes=host_memory_bytes,
         host_rates=host_rates,
         tensor_parallel=settings.tensor_parallel,

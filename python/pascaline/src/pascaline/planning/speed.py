@@ -224,12 +224,13 @@ def host_speed(request: PlanRequest) -> HostSpeed | None:
         return None
     is_known = given.memory_bytes_per_second is not None
     memory = given.memory_bytes_per_second or known["host_memory_bytes_per_second"].value
+    pageable = known["mapped_link_bytes_per_second"].value
     link = given.link_bytes_per_second or known["link_bytes_per_second"].value
     return HostSpeed(
         memory_bytes_per_second=memory,
         source=given.source if is_known else "assumed",
         cpu_bytes_per_second=memory * known["host_share"].value,
-        link_bytes_per_second=min(link, known["mapped_link_bytes_per_second"].value) if request.mapped else link,
+        link_bytes_per_second=min(link, pageable) if request.mapped or request.locked else link,
         disk_bytes_per_second=known["disk_bytes_per_second"].value,
         cpu_error=known["host_error_known" if is_known else "host_error"].value,
         link_error=known["host_error" if given.link_bytes_per_second is None else "host_error_known"].value,

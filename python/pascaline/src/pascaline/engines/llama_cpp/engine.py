@@ -16,9 +16,17 @@ from pascaline.engines.client import json_object
 from pascaline.engines.data import read_data
 from pascaline.engines.installation import Installation, Probe
 from pascaline.engines.llama_cpp import speculation
+from pascaline.engines.llama_cpp.locking import check_limit
 from pascaline.engines.llama_cpp.memory import LlamaCppMemory, memory_arguments
-from pascaline.engines.llama_cpp.options import numa_arguments, options_of, own_placement_arguments, pinned_arguments
-from pascaline.engines.plan_request import ALL_LAYERS
+from pascaline.engines.llama_cpp.offload import host_weights_bytes
+from pascaline.engines.llama_cpp.options import (
+    locked_arguments,
+    numa_arguments,
+    options_of,
+    own_placement_arguments,
+    pinned_arguments,
+)
+from pascaline.engines.plan_request import ALL_LAYERS, PlanRequest
 from pascaline.engines.rope_factors import factor_refusals
 from pascaline.engines.series import Selector, Series, samples_of
 from pascaline.engines.server import Server
@@ -145,6 +153,8 @@ class LlamaCppEngine(Engine):
         "--ubatch-size": "chunked_prefill_tokens",
         "-lm": "placement.weights",
         "--load-mode": "placement.weights",
+        "--mlock": "placement.weights",
+        "--no-mmap": "placement.weights",
         "--spec-type": "speculative.method",
         "--spec-draft-n-max": "speculative.tokens",
         "--spec-ngram-simple-size-m": "speculative.tokens",
@@ -273,11 +283,30 @@ def _program(task: Task) -> str:
 
 def _offload_arguments(task: Task, program: str) -> tuple[str, ...]:
     """Return the flags for weights in the host's memory. They depend on the build, which is asked only if needed."""
-    if not task.expert_layers_on_host and task.gpu_layers == ALL_LAYERS:
+    weights = task.settings.placement.weights
+    is_whole = not task.expert_layers_on_host and task.gpu_layers == ALL_LAYERS
+    if is_whole and not (weights == "locked" and task.device == "cpu"):
         return ()
     options = options_of(program)
-    pinned = () if task.settings.placement.weights == "mapped" else pinned_arguments(options)
-    return (*own_placement_arguments(options), *pinned, *numa_arguments(options, is_bound=bool(task.cpus)))
+    held: tuple[str, ...] = ()
+    if weights == "pinned":
+        held = pinned_arguments(options)
+    elif weights == "locked":
+        _check_locked(task)
+        held = locked_arguments(options)
+    return (*own_placement_arguments(options), *held, *numa_arguments(options, is_bound=bool(task.cpus)))
+
+
+def _check_locked(task: Task) -> None:
+    request = PlanRequest(
+        card_bytes=0,
+        engine=DATA.name,
+        device="cuda" if task.device == "cuda" else "cpu",
+        context_length=task.context_length,
+        gpu_layers=task.gpu_layers,
+        expert_layers_on_host=task.expert_layers_on_host,
+    )
+    check_limit(host_weights_bytes(task.model.spec, request))
 
 
 def _memory_arguments(task: Task, memory: LlamaCppMemory) -> tuple[str, ...]:

@@ -159,7 +159,8 @@ class LlamaCppMemory(MemoryModel):
         on_host = self._pool(_without_layers(spec, range(layers, spec.num_hidden_layers)), request)
         batch, kv_bytes = physical_batch(request), on_host.n_bytes if layers else 0
         compute = batch * 2 * spec.hidden_size * 4 + _mask_bytes(spec, request)
-        how = "mapped from the file" if request.mapped else "pinned"
+        how = "mapped from the file" if request.mapped or request.locked else "pinned"
+        how += " and locked" if request.locked else ""
         source = "llama-server's own log"
         return [
             Part("host_weights", "weights", weights.host_bytes, f"sum over the tensors there, {how}", "exact"),

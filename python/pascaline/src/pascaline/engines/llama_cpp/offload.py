@@ -71,6 +71,12 @@ def host_bytes(tensor: TensorSpec) -> int:
     return padded(tensor.n_bytes, HOST_ALIGNMENT)
 
 
+def host_weights_bytes(spec: ModelSpec, request: PlanRequest) -> int:
+    """Return the bytes of the weights in the host's memory; all of them on a CPU."""
+    tensors = (tensor for tensor in spec.tensors if request.device == "cpu" or is_on_host(tensor.name, spec, request))
+    return sum(map(host_bytes, tensors))
+
+
 def expert_layers(spec: ModelSpec) -> int:
     """Return the value of --n-cpu-moe that moves all experts: one more than the last layer with experts, or 0."""
     layers = (layer_of(tensor.name) for tensor in spec.tensors if _EXPERTS.search(tensor.name))

@@ -40,6 +40,13 @@ def pinned_arguments(options: frozenset[str]) -> tuple[str, ...]:
     return ("--no-mmap",) if "--no-mmap" in options else ()
 
 
+def locked_arguments(options: frozenset[str]) -> tuple[str, ...]:
+    """Return the flags that map the file and lock it in memory."""
+    if "--load-mode" in options:
+        return ("--load-mode", "mmap+mlock")
+    return ("--mlock",) if "--mlock" in options else ()
+
+
 def numa_arguments(options: frozenset[str], *, is_bound: bool) -> tuple[str, ...]:
     """Return the flags for an engine that is bound to the CPUs of a NUMA node: its threads keep to them, and a mapped
     file is not read ahead by whichever node has a free CPU."""

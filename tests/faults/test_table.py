@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 6
 """Rows mostly wait, so more of them run at once than there are cores."""
-SLOW = pytest.mark.slow("a minute or two: the whole table of faults")
+SLOW = pytest.mark.slow("a few minutes: the whole table of faults")
 
 
 def _parameters() -> list[object]:

@@ -23,7 +23,10 @@ FILE_BYTES = 64 * 1024
 def measure_host(settings: Settings, *, as_json: bool) -> ExitCode:
     """Measure, print, and keep the result unless other work disturbed it."""
     nodes = usable_nodes(os.sched_getaffinity(0))
-    print(f"pascaline plan: measuring {len(nodes)} NUMA nodes, some seconds each", file=sys.stderr)
+    print(
+        f"pascaline plan: measuring the memory of NUMA node {', '.join(map(str, nodes))}, some seconds each",
+        file=sys.stderr,
+    )
     measured = measure(nodes, host_memory().total_bytes)
     folder, kept = cache_folder(settings), None
     if not any(node.is_disturbed for node in measured.nodes):

@@ -44,6 +44,7 @@ def test_rows_of_a_device_and_a_stage():
         "logit soft cap",
         "attention backend",
         "load format",
+        "no parameter without weights",
         "the file's own tokenizer",
         "no file left in /dev/shm",
         "imports once",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sglang_pascal.checkpoint.completeness import Completeness
+from sglang_pascal.checkpoint.completeness import Completeness, load_completely
 from sglang_pascal.errors import CheckpointError
 
 SHARDS = {"qkv_proj": ("q", "k", "v"), "gate_up_proj": (0, 1)}
@@ -77,4 +77,21 @@ def test_a_tensor_that_is_fused_on_disk_fills_all_shards():
     load(whole, ("layer.qkv_proj.weight",))
     parameter = whole["layer"]["qkv_proj"].weight
     parameter.weight_loader(parameter, torch.ones(3, 2))
+    completeness.require()
+
+
+@pytest.mark.filterwarnings("ignore:Only CUDA")  # of SGLang's imports
+def test_a_load_by_sglang_itself_is_watched():
+    whole = model()
+    assert load_completely(lambda model, weights: load(model, weights) or "done", whole, ()) == "done"
+    with pytest.raises(CheckpointError, match=r'"layer\.norm\.weight" got no weights'):
+        load_completely(lambda model, weights: load(model, weights), model(), ("layer.norm.weight",))
+
+
+def test_experts_are_loaded_by_name_and_number():
+    mixture = torch.nn.ModuleDict({"experts": torch.nn.Linear(2, 2, bias=False)})
+    parameter = mixture["experts"].weight
+    parameter.weight_loader = lambda parameter, loaded, name, shard_id, expert_id: parameter.data.copy_(loaded)
+    completeness = Completeness(mixture, copy)
+    parameter.weight_loader(parameter, torch.ones(2, 2), "w1.weight", shard_id="w1", expert_id=0)
     completeness.require()

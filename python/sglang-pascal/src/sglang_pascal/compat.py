@@ -476,6 +476,15 @@ def _last_name(target: str) -> str:
     return target.rpartition(".")[2]
 
 
+_LOAD_WEIGHTS: Final = "sglang.srt.model_loader.loader.DefaultModelLoader.load_weights_and_postprocess"
+
+
+def _register_completeness() -> None:
+    from sglang_pascal.checkpoint.completeness import load_completely
+
+    _hook(_LOAD_WEIGHTS, load_completely, "AROUND")
+
+
 _SET_ENVIRONMENT: Final = "sglang.srt.entrypoints.engine._set_envs_and_config"
 
 
@@ -621,6 +630,16 @@ SHIMS: Final = (
         is_needed=_always,
         apply=_register_load_format,
         is_applied=lambda: _is_hooked(_VERIFY_LOAD_FORMAT),
+    ),
+    Shim(
+        name="no parameter without weights",
+        what=f"{_LOAD_WEIGHTS} refuses a model of which a parameter got nothing",
+        why="SGLang fills what a folder's files name and serves the rest as it was allocated",
+        devices=("cpu", "cuda"),
+        stage="register",
+        is_needed=_always,
+        apply=_register_completeness,
+        is_applied=lambda: _is_hooked(_LOAD_WEIGHTS),
     ),
     Shim(
         name="the file's own tokenizer",

@@ -47,19 +47,35 @@ class Completeness:
             result = load(parameter, loaded, *shard, **named)
             ids = [*shard, *named.values()]
             name = self._names[id(parameter)]
-            self._missing[name] -= {ids[0]} if ids and ids[0] is not None else self._missing[name]
+            # A mixture's loader is told names and experts, not a shard; a fused layer may also be loaded at once.
+            is_shard = _layer(name) in MERGED and ids and ids[0] is not None
+            self._missing[name] -= {ids[0]} if is_shard else self._missing[name]
             return result
 
         return loader
 
 
+def load_completely(load: Callable[..., Any], model: torch.nn.Module, *arguments: Any, **named: Any) -> Any:
+    """Hook around SGLang's `load_weights_and_postprocess`. Raises CheckpointError as `Completeness.require`."""
+    from sglang.srt.model_loader.weight_utils import default_weight_loader
+
+    completeness = Completeness(model, default_weight_loader)
+    result = load(model, *arguments, **named)
+    completeness.require()
+    return result
+
+
+def _layer(parameter: str) -> str:
+    return parameter.rpartition(".")[0].rpartition(".")[2]
+
+
 def _shards(parameter: str) -> set[str | int]:
     """Return the shards that must be loaded into a parameter of this name."""
-    layer = parameter.rpartition(".")[0].rpartition(".")[2]
+    layer = _layer(parameter)
     return {shard for _, shard in MERGED[layer]} if layer in MERGED else {_ALL}
 
 
 def _described(parameter: str, missing: set[str | int]) -> str:
-    layer = parameter.rpartition(".")[0].rpartition(".")[2]
+    layer = _layer(parameter)
     parts = [name for name, shard in MERGED.get(layer, ()) if shard in missing]
     return f'"{parameter}"' + (f" (its {', '.join(parts)})" if parts else "")

@@ -79,7 +79,8 @@ def task(tmp_path: Path) -> Callable[..., Task]:
 
 
 def llama_task(task: Callable[..., Task], **settings: Any) -> Task:
-    return task(ResolvedModel("gguf", Path("/m/emily.gguf"), SPEC, "emily"), engine_executable=FAKE_ENGINE, **settings)
+    model = ResolvedModel("gguf", Path("/m/emily.gguf"), SPEC, "emily")
+    return task(model, **({"engine_executable": FAKE_ENGINE} | settings))
 
 
 class TestTryCommand:
@@ -226,6 +227,33 @@ class TestLlamaCppCommand:
         assert str(raised.value) == (
             "kv_cache.dtype: llama.cpp has no 'fp8_e5m2', must be one of: auto, fp16, bf16, int8"
         )
+
+    @pytest.mark.parametrize(
+        ("answer", "seen"),
+        [
+            ("Available devices:\n  (none)", "none"),
+            ("Available devices:\n  Vulkan0: Intel (4096 MiB)", "Vulkan0"),
+            ("Available devices:\n  CUDA0: Tesla P4 (7611 MiB, 7500 MiB free)", ""),
+            ("error: invalid argument: --list-devices", ""),
+        ],
+    )
+    def test_a_build_that_would_compute_on_the_cpu(
+        self, task: Callable[..., Task], tmp_path: Path, answer: str, seen: str
+    ) -> None:
+        program = tmp_path / "llama-server"
+        program.write_text(f"#!/bin/sh\necho '{answer}'\n")
+        program.chmod(0o755)
+        asked = llama_task(task, device="cuda", engine_executable=str(program))
+        if not seen:
+            assert LLAMA_CPP.launch(asked).command[0] == str(program)
+            return
+        with pytest.raises(MissingError) as raised:
+            LLAMA_CPP.launch(asked)
+        assert str(raised.value) == (
+            f"engine_executable: {program} sees no NVIDIA GPU ({program} --list-devices: {seen}) and would compute "
+            "on the CPU; install a llama.cpp that is built with CUDA, repair the driver, or set device to cpu"
+        )
+        assert LLAMA_CPP.launch(llama_task(task, device="cpu", engine_executable=str(program))).command
 
     def test_a_program_that_is_not_on_path(self, task: Callable[..., Task], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "/none")

@@ -311,12 +311,12 @@ class TestCommand:
             assert ("numactl" in bound) == ("--numa" in bound) == is_there
             assert "--numa" not in self.command(program, "mapped", 12, tmp_path)
 
-    def test_a_program_is_not_asked_if_nothing_is_on_the_host(self, tmp_path: Path) -> None:
+    def test_options_are_not_asked_for_if_nothing_is_on_the_host(self, tmp_path: Path) -> None:
         program = tmp_path / "llama-server"
-        program.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\n")
+        program.write_text(f"#!/bin/sh\necho $1 >>{tmp_path}/asked\n")
         program.chmod(0o755)
         assert "--n-cpu-moe" not in self.command(program, "pinned", 0, tmp_path)
-        assert not (tmp_path / "asked").exists()
+        assert (tmp_path / "asked").read_text() == "--list-devices\n"
 
     def command(
         self, program: Path, weights: str, experts: int, folder: Path, cpus: frozenset[int] = frozenset()

@@ -435,7 +435,9 @@ class Supervisor:
         """Start the engine. Raises OSError if the machine lacks what that needs, such as processes or disk space."""
         task = replace(task, runtime_dir=self._runtime_folder.path())
         on_dropped = partial(self.metrics.count_dropped, "flood")
-        return await EngineProcess.start(self._engine.launch(task), self._show_line, on_dropped, task.cpus)
+        # llama-server is asked what it has, which takes a second or more.
+        launch = await self._in_thread(self._engine.launch, task)
+        return await EngineProcess.start(launch, self._show_line, on_dropped, task.cpus)
 
     async def _wait_until_ready(self, task: Task, process: EngineProcess, api: EngineApi) -> bool:
         """Wait for the first generation; return False if the engine ended or took too long."""

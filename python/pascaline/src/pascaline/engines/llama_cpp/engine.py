@@ -20,6 +20,7 @@ from pascaline.engines.llama_cpp.locking import check_limit
 from pascaline.engines.llama_cpp.memory import LlamaCppMemory, memory_arguments
 from pascaline.engines.llama_cpp.offload import host_weights_bytes
 from pascaline.engines.llama_cpp.options import (
+    devices_of,
     locked_arguments,
     numa_arguments,
     options_of,
@@ -184,7 +185,7 @@ class LlamaCppEngine(Engine):
     ]
 
     def launch(self, task: Task) -> Launch:
-        """Return the command line. Raises MissingError if llama-server cannot be found."""
+        """Return the command line. Raises MissingError if llama-server cannot be found, or would leave out the GPU."""
         settings = task.settings
         self.check_extra_args(settings.extra_args)
         arguments = [
@@ -201,6 +202,8 @@ class LlamaCppEngine(Engine):
             arguments += ["--api-key-file", str(settings.api_key_file)]
         if settings.debug:
             arguments.append("--verbose")
+        if task.device == "cuda":
+            _require_cuda(_program(task), task.variables)
         return Launch((_program(task), *arguments, *settings.extra_args), task.variables)
 
     def problems(self, settings: Settings) -> list[tuple[str, str]]:
@@ -279,6 +282,17 @@ def _program(task: Task) -> str:
             f"engine_executable: {where}; install llama.cpp, or name its llama-server in engine_executable"
         )
     return found
+
+
+def _require_cuda(program: str, variables: Mapping[str, str]) -> None:
+    """Refuse a build that sees no NVIDIA GPU: it would compute everything on the CPU and say nothing."""
+    devices = devices_of(program, variables)
+    if devices is not None and not any(device.startswith("CUDA") for device in devices):
+        seen = ", ".join(devices) or "none"
+        raise MissingError(
+            f"engine_executable: {program} sees no NVIDIA GPU ({program} --list-devices: {seen}) and would compute on "
+            "the CPU; install a llama.cpp that is built with CUDA, repair the driver, or set device to cpu"
+        )
 
 
 def _offload_arguments(task: Task, program: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Options that a build of llama-server has: they come and go between versions, and an unknown one ends it."""
+"""What a build of llama-server has: options, which come and go between versions, and devices."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ import re
 import subprocess
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pascaline.inherited import inherited
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 HELP_SECONDS = 30.0
+_DEVICES = "Available devices:"
+_DEVICE = re.compile(r"^\s+(\w+):", re.MULTILINE)
 _OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
 
 
@@ -31,6 +39,23 @@ def _read(program: str, changed: int) -> frozenset[str]:
     except (OSError, subprocess.SubprocessError):
         return frozenset()
     return frozenset(_OPTION.findall(done.stdout))
+
+
+def devices_of(program: str, variables: Mapping[str, str]) -> tuple[str, ...] | None:
+    """Return the devices that `program --list-devices` names, as CUDA0; None if it names neither devices nor none.
+
+    variables: those of the engine, which may hide GPUs.
+    """
+    try:
+        done = subprocess.run(
+            [program, "--list-devices"],
+            capture_output=True, text=True, errors="replace", timeout=HELP_SECONDS, check=False,
+            stdin=subprocess.DEVNULL, env={**inherited(), **variables},
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    _, found, names = done.stdout.partition(_DEVICES)
+    return tuple(_DEVICE.findall(names)) if found and done.returncode == 0 else None
 
 
 def pinned_arguments(options: frozenset[str]) -> tuple[str, ...]:

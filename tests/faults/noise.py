@@ -97,7 +97,7 @@ class _Hostile(asyncio.Protocol):
 
 
 async def _send(port: int, count: int, seed: int) -> None:
-    """Open connections until the server has dealt with so many requests."""
+    """Open connections until the server has dealt with `count` requests."""
     rng = random.Random(seed)
     loop = asyncio.get_running_loop()
     handled = 0

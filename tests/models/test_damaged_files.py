@@ -84,7 +84,7 @@ class Case:
 
 
 def sound(metadata: dict[str, Any], tensors: dict[str, Tensor], parts: int) -> Case:
-    """A model in so many parts."""
+    """A model that is split into the given number of parts."""
     entries = tuple(entry_of(key, content) for key, content in metadata.items())
     listed = tuple(tensors.items())
     if parts == 1:

@@ -30,7 +30,7 @@ MIXTRAL = {
 
 
 def shape_named(name: str, layers: int) -> dict[str, Any]:
-    """Return a shape of the catalogue, or MIXTRAL, with so many layers."""
+    """Return a shape of the catalogue, or MIXTRAL, reduced to the given number of layers."""
     known = next((shape for shape in shapes() if shape["name"] == name), MIXTRAL)
     return {**known, "layers": layers}
 

@@ -255,7 +255,7 @@ class MemorySlot:
     channel: str
     """Socket and channel; empty if the firmware's names do not tell them."""
     bytes: int
-    """Size of the module; 0 if there is none."""
+    """Size of the module; 0 if the slot is empty."""
     speed: str
     """Such as 2400 MT/s; empty if unknown."""
 

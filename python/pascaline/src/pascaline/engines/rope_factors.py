@@ -24,7 +24,7 @@ MOST_BYTES = 1 << 16
 
 
 def rope_factors(spec: ModelSpec, name: str = ROPE_FREQS) -> tuple[float, ...] | None:
-    """Return the factors in the tensor of this name; None if there is none, or it cannot be read here."""
+    """Return the factors in the tensor of this name; None if the file lacks it or it cannot be read here."""
     tensor = next((each for each in spec.tensors if each.name == name), None)
     if tensor is None or tensor.tensor_type != "F32" or not 0 < tensor.n_bytes <= MOST_BYTES:
         return None

@@ -232,7 +232,7 @@ def save(measured: HostBandwidth, folder: Path) -> Path:
 
 
 def load(folder: Path, cpu: str | None = None) -> HostBandwidth | None:
-    """Return the kept measurement; None if there is none, if it cannot be read, or if it is of another CPU model.
+    """Return the kept measurement; None if the file is missing, unreadable, or from another CPU model.
 
     cpu: model name of this host's CPU; None means ask the kernel.
     """

@@ -210,7 +210,7 @@ def node_bytes(node: int, nodes: Path = NUMA_NODES) -> int | None:
 
 
 def parse_cpus(text: str) -> frozenset[int]:
-    """Return the CPUs of a list as the kernel writes it (0-15,32-47); empty if it is none."""
+    """Return the CPUs of a list as the kernel writes it (0-15,32-47); empty if the text is not such a list."""
     ranges = [part.partition("-") for part in text.strip().split(",") if part]
     try:
         return frozenset(cpu for first, _, last in ranges for cpu in range(int(first), int(last or first) + 1))

@@ -393,7 +393,7 @@ def _entry(name: str, file: Path) -> Entry:
 
 
 def find(store: Path, name: str) -> Path | None:
-    """Return the file of a model of the library, the first part of a split one, or the folder; None if there is none.
+    """Return the file of a model in the library, its first part or its folder; None if the library lacks the model.
 
     Raises ModelError if the folder holds several models.
     """

@@ -142,7 +142,7 @@ def model_files(spec: ModelSpec, path: Path) -> tuple[Path, ...]:
 def verify(settings: Settings, files: Sequence[Path], on_bytes: OnBytes | None = None) -> tuple[str, ...]:
     """Return the sha256 of each GGUF file, compared with model_sha256 if that is set.
 
-    For a folder it is the one of all its files (folder_files.py) if model_sha256 is set, else there is none.
+    For a folder it is the one of all its files (folder_files.py) if model_sha256 is set; otherwise it is None.
 
     A file is read again only if its size, inode or time of change moved, so this is cheap enough for every start of
     an engine. on_bytes: called with the bytes of all files together.

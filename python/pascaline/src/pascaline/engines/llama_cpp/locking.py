@@ -15,7 +15,7 @@ CAP_IPC_LOCK = 14
 
 
 def check_limit(n_bytes: int, limit: int | None = None, status: Path = STATUS) -> None:
-    """Raise ConfigurationError if this process may not lock so many bytes. limit: None means the process's own."""
+    """Raise ConfigurationError if the limit forbids locking n_bytes. limit: None means this process's limit."""
     allowed = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] if limit is None else limit
     if allowed == resource.RLIM_INFINITY or n_bytes <= allowed or _is_exempt(status):
         return

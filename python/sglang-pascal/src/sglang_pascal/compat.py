@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from sglang_pascal.checkpoint.completeness import load_completely
 from sglang_pascal.errors import UnsupportedVersionError
 from sglang_pascal.names import ATTENTION_BACKENDS, LOAD_FORMAT, LOOKUP
+from sglang_pascal.orphans import SPAWNED, fork_workers
 from sglang_pascal.versions import SUPPORTED_SGLANG
 
 if TYPE_CHECKING:
@@ -394,8 +396,6 @@ def _divide_tool_streams() -> None:
 
 def _is_server() -> bool:
     """Whether this process may listen: a worker that SGLang spawned does not, and need not import the server."""
-    from sglang_pascal.orphans import SPAWNED
-
     return SPAWNED not in sys.orig_argv
 
 
@@ -479,19 +479,7 @@ def _last_name(target: str) -> str:
 _LOAD_WEIGHTS: Final = "sglang.srt.model_loader.loader.DefaultModelLoader.load_weights_and_postprocess"
 
 
-def _register_completeness() -> None:
-    from sglang_pascal.checkpoint.completeness import load_completely
-
-    _hook(_LOAD_WEIGHTS, load_completely, "AROUND")
-
-
 _SET_ENVIRONMENT: Final = "sglang.srt.entrypoints.engine._set_envs_and_config"
-
-
-def _fork_workers(*_: object) -> None:
-    from sglang_pascal.orphans import fork_workers
-
-    fork_workers()
 
 
 _DRAW: Final = "sglang.srt.layers.sampler.multinomial_with_seed"
@@ -537,6 +525,30 @@ def _variable(
         is_needed=is_needed,
         apply=lambda: _set_unless_chosen(variable, value),
         is_applied=lambda: variable in os.environ,
+    )
+
+
+def _hooked(
+    target: str,
+    hook: Callable[..., Any],
+    kind: Literal["AROUND", "AFTER", "REPLACE"],
+    *,
+    name: str,
+    what: str,
+    why: str,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
+    is_needed: Callable[[], bool] = _always,
+) -> Shim:
+    """Return the shim that consists of one hook, for all processes."""
+    return Shim(
+        name=name,
+        what=what,
+        why=why,
+        devices=devices,
+        stage="register",
+        is_needed=is_needed,
+        apply=lambda: _hook(target, hook, kind),
+        is_applied=lambda: _is_hooked(target),
     )
 
 
@@ -591,25 +603,24 @@ SHIMS: Final = (
         apply=_watch_for_is_cuda,
         is_applied=_is_cuda_replaced_or_awaited,
     ),
-    Shim(
+    _hooked(
+        f"{_GUARD_MODULE}.{_GUARD}",
+        use_float16,
+        "REPLACE",
         name="sm75 guard",
         what=f"{_GUARD_MODULE}.{_GUARD} chooses float16 and refuses nothing",
         why='it raises "SGLang only supports sm75 and above" on Pascal, which its kernels need and ours do not',
         devices=("cuda",),
-        stage="register",
         is_needed=lambda: hasattr(importlib.import_module(_GUARD_MODULE), _GUARD),
-        apply=lambda: _hook(f"{_GUARD_MODULE}.{_GUARD}", use_float16, "REPLACE"),
-        is_applied=lambda: _is_hooked(f"{_GUARD_MODULE}.{_GUARD}"),
     ),
-    Shim(
+    _hooked(
+        f"{_SOFTCAP}._softcap_logits",
+        softcap_logits,
+        "REPLACE",
         name="logit soft cap",
         what=f"{_SOFTCAP}._softcap_logits in plain torch",
         why="it is a Triton kernel without another form (Gemma 2 needs it); Triton needs compute capability 7.0",
-        devices=("cpu", "cuda"),
-        stage="register",
         is_needed=lambda: hasattr(importlib.import_module(_SOFTCAP), "_softcap_logits"),
-        apply=lambda: _hook(f"{_SOFTCAP}._softcap_logits", softcap_logits, "REPLACE"),
-        is_applied=lambda: _is_hooked(f"{_SOFTCAP}._softcap_logits"),
     ),
     Shim(
         name="attention backend",
@@ -631,15 +642,13 @@ SHIMS: Final = (
         apply=_register_load_format,
         is_applied=lambda: _is_hooked(_VERIFY_LOAD_FORMAT),
     ),
-    Shim(
+    _hooked(
+        _LOAD_WEIGHTS,
+        load_completely,
+        "AROUND",
         name="no parameter without weights",
         what=f"{_LOAD_WEIGHTS} refuses a model of which a parameter got nothing",
         why="SGLang fills what a folder's files name and serves the rest as it was allocated",
-        devices=("cpu", "cuda"),
-        stage="register",
-        is_needed=_always,
-        apply=_register_completeness,
-        is_applied=lambda: _is_hooked(_LOAD_WEIGHTS),
     ),
     Shim(
         name="the file's own tokenizer",
@@ -651,25 +660,23 @@ SHIMS: Final = (
         apply=_register_tokenizer,
         is_applied=lambda: _is_hooked(*_TOKENIZER_TARGETS),
     ),
-    Shim(
+    _hooked(
+        _LOAD_PATH,
+        temporary_load_path,
+        "AROUND",
         name="no file left in /dev/shm",
         what=f"{_LOAD_PATH} names a file in the folder of temporary files (TMPDIR)",
         why="SGLang ends its workers with SIGKILL, and nothing removes the file in which they report their load",
-        devices=("cpu", "cuda"),
-        stage="register",
-        is_needed=_always,
-        apply=lambda: _hook(_LOAD_PATH, temporary_load_path, "AROUND"),
-        is_applied=lambda: _is_hooked(_LOAD_PATH),
     ),
-    Shim(
+    _hooked(
+        _SET_ENVIRONMENT,
+        fork_workers,
+        "AFTER",
         name="imports once",
         what=f"{_SET_ENVIRONMENT} ends with the start method fork",
         why="each of three processes would take a dozen seconds of CPU for the same imports",
         devices=("cpu",),
-        stage="register",
         is_needed=_is_server,
-        apply=lambda: _hook(_SET_ENVIRONMENT, _fork_workers, "AFTER"),
-        is_applied=lambda: _is_hooked(_SET_ENVIRONMENT),
     ),
     Shim(
         name="refusal while draining",

@@ -193,7 +193,7 @@ def png(plan: Plan) -> bytes:
 
 
 def rendered(document: str, *, fonts: bool = True) -> bytes:
-    """Return an SVG as PNG. fonts: whether to use the fonts of the host. Raises MissingError if the host has no font."""
+    """Return an SVG as PNG. fonts: whether to use those of the host. Raises MissingError if the host has none."""
     import resvg_py
 
     # resvg leaves out texts for which it has no font, and does not report it.

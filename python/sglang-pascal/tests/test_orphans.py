@@ -93,7 +93,7 @@ def work():
 if __name__ == "__main__":
     from sglang_pascal.orphans import die_with_parent, fork_workers
     die_with_parent()
-    fork_workers()
+    fork_workers(None, "arguments as of SGLang's hooks")
     sys.modules["heavy"] = sys
     multiprocessing.Process(target=work).start()
     time.sleep(600)

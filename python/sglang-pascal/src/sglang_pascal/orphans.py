@@ -28,8 +28,8 @@ def die_with_parent() -> None:
     os.environ[PARENT_VARIABLE] = str(os.getpid())
 
 
-def fork_workers() -> None:
-    """Start SGLang's workers as copies of this process, which has imported what they need, instead of anew.
+def fork_workers(*_: object) -> None:
+    """Hook after SGLang's `_set_envs_and_config`: start workers as copies of this process, which has their imports.
 
     Only for a process without CUDA, which a copy cannot use, and without threads, which a copy lacks.
     """

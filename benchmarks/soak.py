@@ -13,6 +13,7 @@ import argparse
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -182,6 +183,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**9), help="default: a new one")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", file=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the instance and removes the folder
     folder = Path(tempfile.mkdtemp(prefix="pascaline-soak-"))
     try:
         model = write_gguf(folder / "tiny.gguf", tiny("llama"), "Q8_0")

@@ -1,8 +1,14 @@
-"""The table of faults, row by row, each against a real instance on the fake engine; prints what was measured."""
+"""The table of faults, row by row, each against a real instance on the fake engine; prints what was measured.
+
+Beside it runs the soak (`benchmarks/soak.py`), which mostly waits, as the rows do.
+"""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +23,8 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 6
 """Rows mostly wait, so more of them run at once than there are cores."""
 SLOW = pytest.mark.slow("a few minutes: the whole table of faults")
+SOAK = Path(__file__).parents[2] / "benchmarks/soak.py"
+SOAK_SECONDS = 300
 
 
 def _parameters() -> list[object]:
@@ -24,10 +32,24 @@ def _parameters() -> list[object]:
 
 
 @pytest.fixture(scope="module")
+def soak(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str] | None]:
+    """The running soak, started before the first row; None if its test is not selected."""
+    if test_nothing_is_unexplained_and_nothing_grows.__name__ not in {item.name for item in request.session.items}:
+        yield None
+        return
+    command = [sys.executable, str(SOAK), f"--seconds={SOAK_SECONDS}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        yield process
+        process.terminate()
+
+
+@pytest.fixture(scope="module")
 def records(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    soak: subprocess.Popen[str] | None,
 ) -> Iterator[dict[str, Future[Record]]]:
-    """Run all selected rows at once; each test waits for its own."""
+    """Run all selected rows at once, beside the soak; each test waits for its own."""
     model = write_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", tiny("llama"), "Q8_0")
     selected = [
         item.callspec.params["fault"]
@@ -62,3 +84,14 @@ def test_the_table_is_whole() -> None:
 
 def test_the_default_is_the_settings() -> None:
     assert Settings().stall_timeout == DEFAULT_STALL_SECONDS
+
+
+@pytest.mark.slow("five minutes, beside the table: mixed load with random faults")
+def test_nothing_is_unexplained_and_nothing_grows(
+    soak: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last test of this file, since it waits. Its seed is printed: with it the same faults come again."""
+    report, _ = soak.communicate(timeout=590)
+    with capsys.disabled():
+        print(f"\n{report}")
+    assert soak.returncode == 0, report

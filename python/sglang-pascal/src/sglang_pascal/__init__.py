@@ -31,6 +31,18 @@ def _decision() -> Decision:
     return decide(visible_devices(), os.environ, torch.version.hip)
 
 
+def _check_torch() -> None:
+    """Refuse a torch without code for a visible card now: it would fail in the middle of loading a model."""
+    import torch
+
+    from sglang_pascal.card_code import check_torch
+    from sglang_pascal.device import visible_devices
+
+    # get_arch_list would first initialise CUDA.
+    built_for = (torch._C._cuda_getArchFlags() or "").split() if torch.version.cuda else []
+    check_torch(torch.__version__, built_for, {device.compute_capability for device in visible_devices()})
+
+
 def activate() -> str | None:
     """Entry point of `sglang.srt.platforms`: return the platform class to use, or None to change nothing.
 
@@ -43,6 +55,8 @@ def activate() -> str | None:
     if device is None:
         return None
     check_sglang_version()
+    if device == "cuda":
+        _check_torch()
     die_with_parent()
     apply_shims(device, "activate")
     return _PLATFORM_CLASSES[device]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ EXIT_CODES = """exit codes:
   2  wrong usage
   3  the model is missing, damaged, has another checksum or is not supported
   5  a kernel could not be loaded or started
-  8  SGLang, or a compiler of CUDA 11.8, is missing or has a version that this plugin was not made for
+  8  SGLang, torch or a compiler of CUDA 11.8 is missing, or has a version that this plugin or the card cannot use
   9  a disk is full, or a folder may not be written"""
 
 
@@ -69,12 +70,27 @@ def _progress_printer() -> Callable[[int, int], None] | None:
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable output")
+    parser.add_argument(
+        "--card",
+        metavar="X.Y",
+        type=_capability,
+        help="suppose a card of this compute capability instead of what is in the machine: 6.1 for a Tesla P4 or P40 "
+        "or a GTX 10xx, 6.0 for a P100",
+    )
 
 
 def _run_info(args: argparse.Namespace) -> int:
     from sglang_pascal.info import print_info
 
-    return print_info(as_json=args.json)
+    return print_info(as_json=args.json, card=args.card)
+
+
+def _capability(text: str) -> tuple[int, int]:
+    """Return 6.1 as (6, 1)."""
+    match = re.fullmatch(r"(\d{1,2})\.(\d)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a compute capability such as 6.1")
+    return int(match[1]), int(match[2])
 
 
 def _add_facts(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""What the plugin would do on this machine, and why: `sglang-pascal info`."""
+"""What the plugin would do on this machine, or with another card in it, and why: `sglang-pascal info`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from sglang_pascal.errors import PluginError
 from sglang_pascal.versions import SUPPORTED_SGLANG
 
 
-def collect() -> dict[str, Any]:
-    """Return everything that `info` prints, as plain values."""
+def collect(card: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Return everything that `info` prints, as plain values. card: compute capability of a card to suppose instead."""
     import torch
 
-    devices = visible_devices()
+    devices = visible_devices() if card is None else [Device(0, "--card", card)]
     decision = decide(devices, os.environ, torch.version.hip)
     shims = shims_for(decision.device) if decision.device else []
     return {
@@ -31,6 +31,7 @@ def collect() -> dict[str, Any]:
         "sglang_supported": list(SUPPORTED_SGLANG),
         "torch": torch.__version__,
         "kernels": describe_kernels(devices if decision.device == "cuda" else []),
+        "cards": describe_cards(devices if decision.device == "cuda" else []),
         "cpu": recommended_cpu_settings().describe(),
         "shims": [{"name": shim.name, "stage": shim.stage, "what": shim.what, "why": shim.why} for shim in shims],
     }
@@ -59,26 +60,57 @@ def describe_kernels(devices: list[Device]) -> str:
     return text
 
 
-def print_info(*, as_json: bool) -> int:
-    """Print it; return exit code 0 if SGLang's version is supported."""
-    facts = collect()
+def describe_cards(devices: list[Device]) -> list[dict[str, Any]]:
+    """Return for each kind of card which code the installed libraries hold for it, and what will run on it.
+
+    devices: the devices to serve on; none on a CPU.
+    """
+    from sglang_pascal.card_code import describe_card
+
+    described = []
+    for capability in dict.fromkeys(device.compute_capability for device in devices):
+        try:
+            described.append(describe_card(capability))
+        except PluginError as exc:
+            described.append({"compute_capability": ".".join(map(str, capability)), "error": str(exc)})
+    return described
+
+
+def print_info(*, as_json: bool, card: tuple[int, int] | None = None) -> int:
+    """Print it; return exit code 0 if SGLang's version is supported, and torch has code for every card."""
+    facts = collect(card)
     sys.stdout.write(json.dumps(facts, indent=2) + "\n" if as_json else _as_text(facts))
-    return 0 if facts["sglang"] in SUPPORTED_SGLANG else 8
+    libraries = [each for described in facts["cards"] for each in described.get("libraries", ())]
+    has_code = all(each["runs"] or each["compiles"] for each in libraries if each["name"] == "torch")
+    return 0 if facts["sglang"] in SUPPORTED_SGLANG and has_code else 8
 
 
 def _as_text(facts: dict[str, Any]) -> str:
     state = f"active on {facts['device']}" if facts["active"] else "not active"
     cpu = ", ".join(f"{key}={value}" for key, value in facts["cpu"].items())
     lines = [
-        f"plugin   {state}: {facts['reason']}",
-        f"devices  {', '.join(facts['devices']) or 'none'}",
-        f"sglang   {facts['sglang']} (supported: {', '.join(facts['sglang_supported'])})",
-        f"torch    {facts['torch']}",
-        f"kernels  {facts['kernels']}",
-        f"cpu      {cpu}",
-        *(f"shim     {shim['name']} ({shim['stage']}): {shim['what']}" for shim in facts["shims"]),
+        f"plugin    {state}: {facts['reason']}",
+        f"devices   {', '.join(facts['devices']) or 'none'}",
+        f"sglang    {facts['sglang']} (supported: {', '.join(facts['sglang_supported'])})",
+        f"torch     {facts['torch']}",
+        f"kernels   {facts['kernels']}",
+        *(line for described in facts["cards"] for line in _card_lines(described)),
+        f"cpu       {cpu}",
+        *(f"shim      {shim['name']} ({shim['stage']}): {shim['what']}" for shim in facts["shims"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _card_lines(described: dict[str, Any]) -> list[str]:
+    card = f"card      compute capability {described['compute_capability']}"
+    if "error" in described:
+        return [f"{card}: {described['error']}"]
+    return [
+        card,
+        *(f"code      {sentence}" for sentence in described["code"]),
+        f"at start  compiles {'; '.join(described['compiled_at_start']) or 'nothing'}",
+        *(f"{part:9} {described[part]}" for part in ("attention", "products", "widths")),
+    ]
 
 
 def _version(package: str) -> str:

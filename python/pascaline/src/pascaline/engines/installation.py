@@ -31,6 +31,8 @@ class Installation:
     """CUDA version that torch was built for; empty if built without CUDA."""
     torch_architectures: tuple[str, ...] = ()
     """Such as sm_60, compute_90."""
+    library_code: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Library (torch, cuBLAS, cuBLASLt, bitsandbytes) -> architectures of the GPU code that its file holds."""
     supported: tuple[str, ...] = ()
     """Versions of the engine that the plugin was made for."""
     kernel_architectures: tuple[str, ...] = ()

@@ -12,8 +12,6 @@ import functools
 import os
 from typing import Any, Final
 
-from sglang.srt.model_executor import forward_context
-
 from sglang_pascal.errors import PluginError
 from sglang_pascal.kernels.formats import ACTIVATION_BITS
 from sglang_pascal.names import DECODE_BITS_VARIABLE, PREFILL_BITS_VARIABLE
@@ -40,6 +38,8 @@ def activations_are_16_bit() -> bool:
 
 def _is_decode() -> bool:
     """Our attention backends know what they planned last; another's passes, and none, count as decode steps."""
+    from sglang.srt.model_executor import forward_context  # here, because `sglang-pascal info` reads the variables too
+
     if not forward_context.has_forward_context():
         return True
     backend: Any = forward_context.get_attn_backend()

@@ -60,6 +60,7 @@ CASES: Mapping[str, tuple[str, tuple[str, ...]]] = {
             "uvm",
             "driver-cuda",
             "torch-architectures",
+            "library-architectures",
             "engine",
             "bitsandbytes",
         ),

@@ -127,13 +127,43 @@ def _torch_architectures(host: Host) -> Result:
     return failure(f"{words}: none runs on {', '.join(missing)}") if missing else ok(words)
 
 
+@check(
+    "library-architectures",
+    "The libraries that torch calls have machine code for this card",
+    "install the locked packages again: those of CUDA 12 hold code for sm_60, those of CUDA 13 do not",
+    command="pip install torch==2.7.1 (which brings its cuBLAS)",
+    option="services.pascaline.enginePackage = pkgs.pascaline-engine;",
+)
+def _library_architectures(host: Host) -> Result:
+    """Reads which GPU code the files of torch, cuBLAS and, if it is installed, bitsandbytes really hold, and compares
+    it with the card. A file that only has PTX for it works, but the driver compiles it at the first start."""
+    if reason := _absent(host, "torch"):
+        return skipped(reason)
+    libraries = host.engine.library_code
+    if not host.capabilities or not libraries:
+        return skipped("no GPU reports its compute capability" if libraries else "no library could be read; see engine")
+    words = [f"{name} for {' '.join(code)}" for name, code in libraries.items()]
+    for capability in host.capabilities:
+        lacking = [name for name, code in libraries.items() if not _runs_on(code, capability)]
+        if lacking:
+            return failure(f"{', '.join(lacking)}: no code for {capability}; {'; '.join(words)}")
+        compiled = [name for name, code in libraries.items() if not _runs_on(_machine_code(code), capability)]
+        if compiled:
+            return warning(f"{', '.join(compiled)}: only PTX for {capability}, which the driver compiles once")
+    return ok("; ".join(words))
+
+
+def _machine_code(built: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in built if name.startswith("sm_"))
+
+
 def _runs_on(built: tuple[str, ...], capability: str) -> bool:
     """Whether code for one of the architectures runs: sm_XY on X.Z with Z >= Y, PTX on anything not older."""
     major, minor = map(int, capability.split("."))
     for name in built:
         kind, _, number = name.partition("_")
         if not number.isdigit():
-            continue
+            continue  # also sm_90a and its like, which are for one newer card each
         first, second = divmod(int(number), 10)
         if kind == "compute" and (first, second) <= (major, minor):
             return True

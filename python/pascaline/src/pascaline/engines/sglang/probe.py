@@ -27,7 +27,7 @@ def main() -> None:
     # The answer must not contain what imports print.
     with contextlib.redirect_stdout(sys.stderr):
         answer: dict[str, Any] = {"versions": dict(_versions()), "entry_points": _entry_points()}
-        for part in (_torch, _plugin, _kernels):
+        for part in (_torch, _plugin, _kernels, _libraries):
             try:
                 answer |= part()
             except Exception as error:
@@ -69,6 +69,12 @@ def _kernels() -> dict[str, Any]:
     names = {file.name for folder in folders if folder.is_dir() for file in folder.iterdir()}
     found = {match[1] for name in names if (match := re.search(r"\.((?:sm|compute)_\d+)\.(?:cubin|ptx)$", name))}
     return {"kernel_architectures": sorted(found), "kernel_formats": sorted(FORMATS)}
+
+
+def _libraries() -> dict[str, Any]:
+    from sglang_pascal.card_code import installed_code
+
+    return {"library_code": installed_code()}
 
 
 def _unknown(variables: Sequence[str]) -> list[str]:

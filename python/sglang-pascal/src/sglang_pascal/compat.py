@@ -77,6 +77,7 @@ def apply_shims(device: str, stage: str) -> None:
 _ROPE_FP32: Final = "SGLANG_ROPE_CACHE_FP32"
 _NO_DLPACK_BUILD: Final = "TVM_FFI_DISABLE_TORCH_C_DLPACK"
 _LOGPROB_CHUNK: Final = "SGLANG_LOGPROB_CHUNK_SIZE"
+_WRITE_BARRIER: Final = "SGLANG_ENABLE_WAR_BARRIER"
 _LOGPROB_ROWS: Final = "8"
 """Rows of logits at once when a request asks for log-probabilities of its prompt. SGLang's 2048 are a whole prefill
 chunk: 512 rows of 152,064 float32, four times over in plain torch, are 1.2 GB that no plan has. Eight, two int8 each,
@@ -572,6 +573,13 @@ SHIMS: Final = (
         why="log-probabilities of a prompt would take the logits of a whole prefill chunk, more than a plan leaves",
         devices=("cuda",),
         value=_LOGPROB_ROWS,
+    ),
+    _variable(
+        _WRITE_BARRIER,
+        name="barrier between steps",
+        why="SGLang's overlap scheduler prepares a step while the last one still reads the same tables; the barrier "
+        "that keeps its writes behind those reads depends on is_cuda. It waits on the device only",
+        devices=("cuda",),
     ),
     Shim(
         name="symbolic-shape guards",

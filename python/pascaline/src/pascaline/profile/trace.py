@@ -61,9 +61,7 @@ def read_trace(path: Path, steps: int = 0) -> Timeline:
     Raises TraceError if the file is cut off, is not a trace, or holds no operator.
     """
     document = _load(path)
-    events = document.get("traceEvents")
-    if not isinstance(events, list):
-        raise TraceError(f"{path} is not a trace: it has no traceEvents")
+    events = _events(path, document)
     spans = [event for event in events if event.get("ph") == "X" and "dur" in event]
     device = [event for event in spans if event.get("cat") in GPU_CATEGORIES]
     operators = [event for event in spans if event.get("cat") == "cpu_op"]
@@ -71,6 +69,18 @@ def read_trace(path: Path, steps: int = 0) -> Timeline:
         raise TraceError(f"{path} holds neither kernels nor operators: nothing ran while it was recorded")
     kernels = _gpu_kernels(device, operators) if device else _cpu_kernels(operators)
     return Timeline(_device_name(document) if device else CPU, _from_zero(kernels), _steps(spans) or steps)
+
+
+def load_events(path: Path) -> list[dict[str, Any]]:
+    """Return a trace's events as they are. Raises TraceError if the file is cut off or is not a trace."""
+    return _events(path, _load(path))
+
+
+def _events(path: Path, document: dict[str, Any]) -> list[dict[str, Any]]:
+    events = document.get("traceEvents")
+    if not isinstance(events, list):
+        raise TraceError(f"{path} is not a trace: it has no traceEvents")
+    return events
 
 
 def _device_name(document: dict[str, Any]) -> str:

@@ -1,0 +1,442 @@
+"""Records the name of every GPU kernel that serving launches, feature by feature, for `docs/results/kernel-names.json`.
+
+    python benchmarks/kernel_names.py MODEL.gguf [FILE.json] [--smoke] [--device cuda] [--only CONFIGURATION …]
+
+MODEL.gguf is the built-in model; the others are made on the spot, tiny and random. Each configuration is a real SGLang
+with the plugin. torch's profiler (CUPTI) records its scheduler process twice: while it loads and records its steps as
+CUDA graphs, and during each feature's requests. A name is kept with what launched it: the operator of torch, if there
+was one, and whether it ran as part of a recorded step. All configurations run at once (--parallel), on any NVIDIA card
+with 8 GB for each; with --device cpu torch's operators take the kernels' place, which shows that the program works.
+
+`tests/gpu/test_kernel_names.py` holds the names against the locked wheels. Exit codes: 0 done, 1 a configuration or a
+feature failed (the file says which), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from pascaline.profile.trace import is_whole, load_events
+from support.hf_models import write_folder
+from support.models import tiny, write_gguf
+from support.ports import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+READY_SECONDS = {"cuda": 240, "cpu": 900}
+REQUEST_SECONDS, TRACE_SECONDS = 60, 60
+CONTEXT = 4096
+COMMON = ("--host", "127.0.0.1", "--mem-fraction-static", "0.2", "--max-total-tokens", "20480", "--max-running-requests")
+COMMON += ("16", "--chunked-prefill-size", "512", "--sleep-on-idle", "--log-level-http", "warning")
+GGUF = ("--load-format", "pascal_gguf")
+TOKENS = "--skip-tokenizer-init"
+RECORDER = '''
+"""A plugin of SGLang for one measurement: records what a scheduler launches while it starts."""
+import os
+
+def record(original, scheduler, *arguments, **named):
+    import torch
+
+    activities = torch.profiler.ProfilerActivity
+    kinds = [activities.CPU] + ([activities.CUDA] if torch.cuda.is_available() else [])
+    with torch.profiler.profile(activities=kinds) as profiler:
+        original(scheduler, *arguments, **named)
+    profiler.export_chrome_trace(os.environ["KERNEL_NAMES_START"])
+
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", record, HookType.AROUND)
+'''
+METADATA = "Metadata-Version: 2.1\nName: kernel-names\nVersion: 0\n"
+ENTRY_POINTS = "[sglang.srt.plugins]\nkernel_names = kernel_names_recorder:register\n"
+SCHEMA = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+NESTED = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One engine: which model, how SGLang is started, and what is asked of it."""
+
+    model: str
+    """builtin, gguf ARCHITECTURE MIXTURE, or hf ARCHITECTURE."""
+    options: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+class Engine:
+    """A running SGLang, by its HTTP API."""
+
+    def __init__(self, url: str, client: httpx.Client) -> None:
+        self.url, self._client = url, client
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        answer = self._client.post(path, json=body)
+        if answer.status_code != httpx.codes.OK:
+            raise RuntimeError(f"{path} answered {answer.status_code}: {answer.text[:300]}")
+        return answer
+
+    def chat(self, text: str = "Tell me a story.", **options: Any) -> dict[str, Any]:
+        body = {"model": "default", "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 12}
+        return self.post("/v1/chat/completions", body | options).json()
+
+    def generate(self, ids: Sequence[int], n_tokens: int = 12, more: dict[str, Any] | None = None, **sampling: Any) -> Any:
+        parameters = {"temperature": 0, "max_new_tokens": n_tokens, "ignore_eos": True} | sampling
+        return self.post("/generate", {"input_ids": list(ids), "sampling_params": parameters} | (more or {})).json()
+
+    def stream(self, body: dict[str, Any], path: str, lines: int | None = None) -> None:
+        """Read a stream to its end, or hang up after this number of lines."""
+        with self._client.stream("POST", path, json=body | {"stream": True}) as answer:
+            for number, _ in enumerate(answer.iter_lines()):
+                if lines is not None and number >= lines:
+                    return
+
+    def together(self, count: int, n_tokens: int = 12, **sampling: Any) -> None:
+        """Ask for so many answers at once, to prompts of different lengths."""
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(lambda i: self.generate(prompt(5 + 9 * i, i), n_tokens + i, **sampling), range(count)))
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Token ids that every vocabulary here has."""
+    return [(7 * number + 31 * seed) % 180 + 10 for number in range(length)]
+
+
+def concurrency(engine: Engine) -> None:
+    for count in (2, 3, 4, 5, 6, 8, 9, 12, 13, 16):
+        engine.together(count)
+
+
+def chunked(engine: Engine) -> None:
+    engine.generate(prompt(2200, 1), 4)
+
+
+def cached(engine: Engine) -> None:
+    engine.generate(prompt(700, 2), 4)
+    engine.generate([*prompt(700, 2), 11, 12, 13], 4)
+
+
+def whole_context(engine: Engine) -> None:
+    engine.generate(prompt(3500, 3), 40)
+
+
+def abort(engine: Engine) -> None:
+    body = {"input_ids": prompt(40, 4), "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
+    engine.stream(body, "/generate", lines=10)
+    engine.generate(prompt(20, 5), 4)
+
+
+def stream(engine: Engine) -> None:
+    engine.stream({"input_ids": prompt(30), "sampling_params": {"max_new_tokens": 12, "ignore_eos": True}}, "/generate")
+
+
+def sampled(engine: Engine) -> None:
+    for more in ({}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}, {"top_p": 0.9, "top_k": 20, "min_p": 0.05}):
+        engine.generate(prompt(20), 6, temperature=0.8, **more)
+    engine.together(4, temperature=0.7, top_p=0.9)
+
+
+def logprobs(engine: Engine) -> None:
+    wanted = {"return_logprob": True, "top_logprobs_num": 3}
+    engine.generate(prompt(20), 6, wanted)
+    engine.generate(prompt(20), 6, wanted | {"token_ids_logprob": [11, 12]}, temperature=0.8, top_p=0.9)
+
+
+def prompt_logprobs(engine: Engine) -> None:
+    wanted = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2, "token_ids_logprob": [11, 12]}
+    engine.generate(prompt(700, 6), 2, wanted)
+    engine.generate(prompt(30, 7), 2, {"return_logprob": True, "logprob_start_len": 5})
+
+
+def penalties(engine: Engine) -> None:
+    wanted = {"frequency_penalty": 0.5, "presence_penalty": 0.5, "repetition_penalty": 1.2, "min_new_tokens": 5}
+    engine.generate(prompt(20), 8, **wanted)
+    engine.together(3, temperature=0.8, **wanted)
+
+
+def embed(engine: Engine) -> None:
+    for length in (8, 700):
+        engine.post("/v1/embeddings", {"model": "default", "input": prompt(length)})
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: engine.post("/v1/embeddings", {"model": "default", "input": prompt(9 * i + 5)}), range(4)))
+
+
+def repeated(engine: Engine) -> None:
+    engine.generate(prompt(60) * 4, 60)
+    engine.generate(prompt(60) * 4, 30, temperature=0.8, top_p=0.9)
+    engine.generate(prompt(60) * 4, 20, {"return_logprob": True, "top_logprobs_num": 2})
+    engine.together(4, 30)
+
+
+FEATURES: dict[str, Callable[[Engine], Any]] = {
+    "chat": lambda engine: engine.chat(),
+    "generate": lambda engine: engine.generate(prompt(20)),
+    "stream": stream,
+    "sampled": sampled,
+    "seeds": lambda engine: engine.generate(prompt(20), 8, temperature=0.8, sampling_seed=7, top_p=0.9),
+    "logprobs": logprobs,
+    "prompt logprobs": prompt_logprobs,
+    "penalties": penalties,
+    "logit bias": lambda engine: engine.generate(prompt(20), 8, logit_bias={"15": 5.0, "16": -100.0}),
+    "choices": lambda engine: engine.generate(prompt(20), 6, n=3, temperature=0.8),
+    "json schema": lambda engine: engine.chat("Answer as JSON.", response_format=NESTED, max_tokens=24),
+    "sampled json schema": lambda engine: engine.chat(
+        "Answer.", response_format=NESTED, max_tokens=24, temperature=0.7, top_k=20
+    ),
+    "regex": lambda engine: engine.chat("Which year?", regex="[12][0-9]{3}"),
+    "concurrency": concurrency,
+    "chunked prefill": chunked,
+    "cached prefill": cached,
+    "whole context": whole_context,
+    "abort": abort,
+    "embeddings": embed,
+    "repeated text": repeated,
+}
+PLAIN = ("generate", "stream", "sampled", "logprobs", "prompt logprobs", "penalties", "concurrency", "chunked prefill")
+PLAIN += ("cached prefill", "abort")
+ALL = tuple(name for name in FEATURES if name not in ("embeddings", "repeated text"))
+MIXED = ("generate", "concurrency", "chunked prefill", "cached prefill", "prompt logprobs")
+CONFIGURATIONS = {
+    "builtin": Configuration("builtin", GGUF, ALL),
+    "prompt lookup": Configuration(
+        "builtin", (*GGUF, "--speculative-algorithm", "PASCAL_LOOKUP"), ("repeated text", *PLAIN, "json schema")
+    ),
+    "gemma2": Configuration("gguf gemma2 Q4_K_M", (*GGUF, TOKENS), (*PLAIN, "whole context")),
+    "int8 KV": Configuration("builtin", (*GGUF, "--kv-cache-dtype", "int8"), MIXED),
+    "fp8 KV": Configuration("builtin", (*GGUF, "--kv-cache-dtype", "fp8_e5m2"), MIXED),
+    "NF4": Configuration(
+        "hf llama", (TOKENS, "--quantization", "bitsandbytes", "--load-format", "bitsandbytes"), ("generate", *MIXED)
+    ),
+    "embeddings": Configuration("gguf qwen3 Q8_0", (*GGUF, TOKENS, "--is-embedding"), ("embeddings",)),
+    "no graphs": Configuration("builtin", (*GGUF, "--cuda-graph-backend-decode=disabled"), ALL),
+    "8 bits": Configuration(
+        "builtin",
+        GGUF,
+        MIXED,
+        (("SGLANG_PASCAL_PREFILL_BITS", "8"), ("SGLANG_PASCAL_DECODE_BITS", "8")),
+    ),
+    "qwen2 Q4_K_M": Configuration("gguf qwen2 Q4_K_M", (*GGUF, TOKENS), MIXED),
+    "llama Q5_K_M": Configuration("gguf llama Q5_K_M", (*GGUF, TOKENS), MIXED),
+    "gemma3 Q4_0": Configuration("gguf gemma3 Q4_0", (*GGUF, TOKENS), MIXED),
+    "float16": Configuration("hf qwen3", (TOKENS,), MIXED),
+}
+SMOKE = ("builtin", "prompt lookup", "gemma2", "embeddings")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("builtin", type=Path, metavar="MODEL.gguf")
+    parser.add_argument("output", type=Path, nargs="?", default=Path("kernel-names.json"), metavar="FILE.json")
+    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, metavar="CONFIGURATION", help="default: all")
+    parser.add_argument("--smoke", action="store_true", help=f"two features of {', '.join(SMOKE)}")
+    parser.add_argument("--parallel", type=int, default=8, metavar="N", help="engines at once (default: 8)")
+    parser.add_argument("--logs", type=Path, help="folder for the logs of engines that failed")
+    args = parser.parse_args()
+    if not args.builtin.is_file():
+        parser.error(f"there is no file {args.builtin}")
+    names = args.only or (SMOKE if args.smoke else tuple(CONFIGURATIONS))
+    found: dict[str, Any] = {"environment": environment(args.device), "configurations": {}, "kernels": {}}
+
+    def one(name: str) -> None:
+        result = measure(name, args)
+        merge(found, name, result)
+        write(args.output, found)
+        print(f"{name}: {result['state']}", file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(args.parallel) as pool:
+        list(pool.map(one, names))
+    states = [each["state"] for each in found["configurations"].values()]
+    return 0 if states and all(state == "done" for state in states) else 1
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Where and when the names were recorded."""
+    import torch
+
+    on_gpu = device == "cuda" and torch.cuda.is_available()
+    return {
+        "card": torch.cuda.get_device_name(0) if on_gpu else "CPU",
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def merge(found: dict[str, Any], name: str, result: dict[str, Any]) -> None:
+    """Add one configuration's kernels to the table of all."""
+    for feature, kernels in result.pop("kernels").items():
+        for kernel, (operators, recorded, unrecorded) in kernels.items():
+            entry = found["kernels"].setdefault(kernel, {"operators": [], "recorded": 0, "unrecorded": 0, "features": []})
+            entry["operators"] = sorted({*entry["operators"], *operators})
+            entry["recorded"] += recorded
+            entry["unrecorded"] += unrecorded
+            entry["features"].append(f"{name}: {feature}")
+    found["configurations"][name] = result
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    text = json.dumps(found | {"kernels": dict(sorted(found["kernels"].items()))}, indent=1)
+    path.with_suffix(".part").write_text(text + "\n")
+    path.with_suffix(".part").replace(path)
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Run one configuration. Returns its state, failed features, and feature -> kernels."""
+    configuration = CONFIGURATIONS[name]
+    features = configuration.features[:2] if args.smoke else configuration.features
+    result: dict[str, Any] = {"state": "done", "failed": {}, "kernels": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "engine.log"
+        try:
+            with running(configuration, args, Path(folder), log) as engine:
+                result["kernels"]["start"] = names_in(Path(folder) / "start.json")
+                for feature in features:
+                    try:
+                        result["kernels"][feature] = record(engine, FEATURES[feature], Path(folder), feature)
+                    except Exception as error:
+                        result["failed"][feature] = f"{type(error).__name__}: {error}"[:600]
+        except Exception as error:
+            result["state"] = f"failed: {type(error).__name__}: {error}"[:600]
+        if result["failed"]:
+            result["state"] = f"{len(result['failed'])} features failed"
+        if result["state"] != "done" and args.logs and log.is_file():
+            (args.logs / f"{name.replace(' ', '-')}.log").write_text(log.read_text(errors="replace")[-30000:])
+    return result
+
+
+@contextlib.contextmanager
+def running(configuration: Configuration, args: argparse.Namespace, folder: Path, log: Path) -> Iterator[Engine]:
+    """Start SGLang with the recorder of its start, wait until it has answered once, and stop it with all its processes."""
+    port = free_port()
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model(configuration, args, folder))]
+    command += ["--device", args.device, "--port", str(port), "--context-length", str(CONTEXT)]
+    command += [*COMMON, *configuration.options]
+    if args.device == "cpu" and "--kv-cache-dtype" not in command:
+        command += ["--dtype", "float32"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=variables(configuration, args, folder), start_new_session=True
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=REQUEST_SECONDS if args.device == "cuda" else 600, trust_env=False) as client:
+            wait_until_ready(process, client, log, READY_SECONDS[args.device])
+            yield Engine(f"http://127.0.0.1:{port}", client)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def model(configuration: Configuration, args: argparse.Namespace, folder: Path) -> Path:
+    """Make the configuration's model, and return the folder to serve."""
+    from sglang_pascal.checkpoint.prepare import prepare
+
+    kind, *words = configuration.model.split()
+    if kind == "hf":
+        return write_folder(folder / "model", tiny(words[0], context_length=CONTEXT))
+    file = args.builtin
+    if kind == "gguf":
+        file = write_gguf(folder / "model.gguf", tiny(words[0], context_length=CONTEXT), words[1])
+    prepare(file, folder / "model")
+    return folder / "model"
+
+
+def variables(configuration: Configuration, args: argparse.Namespace, folder: Path) -> dict[str, str]:
+    """Return the engine's environment, with the recorder as one more plugin of SGLang."""
+    plugin = folder / "plugin"
+    information = plugin / "kernel_names-0.dist-info"
+    information.mkdir(parents=True)
+    (plugin / "kernel_names_recorder.py").write_text(RECORDER)
+    (information / "METADATA").write_text(METADATA)
+    (information / "entry_points.txt").write_text(ENTRY_POINTS)
+    path = os.pathsep.join(filter(None, [str(plugin), os.environ.get("PYTHONPATH")]))
+    chosen = {
+        "SGLANG_PLATFORM": "pascal",
+        "HF_HUB_OFFLINE": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python",
+        "KERNEL_NAMES_START": str(folder / "start.json"),
+        "PYTHONPATH": path,
+    }
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
+    return os.environ | chosen | hidden | dict(configuration.environment)
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], client: httpx.Client, log: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"SGLang ended with {process.returncode}: {log.read_text(errors='replace')[-400:]}")
+        with contextlib.suppress(httpx.TransportError):
+            if client.get("/health").status_code == httpx.codes.OK:
+                return
+        time.sleep(0.3)
+    raise RuntimeError(f"SGLang was not ready after {seconds:g} s: {log.read_text(errors='replace')[-400:]}")
+
+
+def record(engine: Engine, ask: Callable[[Engine], Any], folder: Path, name: str) -> dict[str, Any]:
+    """Return the kernels of one feature's requests."""
+    output = folder / f"trace-{name.replace(' ', '-')}"
+    output.mkdir()
+    wanted = {"output_dir": str(output), "activities": ["CPU", "GPU"], "with_stack": False, "record_shapes": False}
+    engine.post("/start_profile", wanted)
+    try:
+        ask(engine)
+    finally:
+        engine.post("/stop_profile", {})
+    deadline = time.monotonic() + TRACE_SECONDS
+    while not any(is_whole(path) for path in output.rglob("*.trace.json*")):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no trace within {TRACE_SECONDS} s")
+        time.sleep(0.1)
+    (path,) = output.rglob("*.trace.json*")
+    return names_in(path)
+
+
+def names_in(trace: Path) -> dict[str, tuple[list[str], int, int]]:
+    """Return kernel -> (operators that launched it, launches in recorded steps, other launches).
+
+    On the CPU, where there is no kernel, operators of torch are returned in their place.
+    """
+    events = [event for event in load_events(trace) if event.get("ph") == "X"]
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    if not kernels:
+        return {event["name"]: ([], 0, 1) for event in events if event.get("cat") == "cpu_op"}
+    graphs = {event["args"].get("correlation") for event in events if event["name"].startswith("cudaGraphLaunch")}
+    operators = {event["args"].get("External id"): event["name"] for event in events if event.get("cat") == "cpu_op"}
+    found: dict[str, tuple[set[str], list[int]]] = {}
+    for event in kernels:
+        by, counts = found.setdefault(event["name"], (set(), [0, 0]))
+        is_recorded = event["args"].get("correlation") in graphs
+        counts[0 if is_recorded else 1] += 1
+        operator = operators.get(event["args"].get("External id"))
+        if operator and not is_recorded:
+            by.add(operator)
+    return {name: (sorted(by), recorded, other) for name, (by, (recorded, other)) in found.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

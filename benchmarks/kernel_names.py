@@ -44,7 +44,15 @@ if TYPE_CHECKING:
 READY_SECONDS = {"cuda": 240, "cpu": 900}
 REQUEST_SECONDS, TRACE_SECONDS = 60, 60
 CONTEXT = 4096
-COMMON = ("--host", "127.0.0.1", "--mem-fraction-static", "0.2", "--max-total-tokens", "20480", "--max-running-requests")
+COMMON = (
+    "--host",
+    "127.0.0.1",
+    "--mem-fraction-static",
+    "0.2",
+    "--max-total-tokens",
+    "20480",
+    "--max-running-requests",
+)
 COMMON += ("16", "--chunked-prefill-size", "512", "--sleep-on-idle", "--log-level-http", "warning")
 GGUF = ("--load-format", "pascal_gguf")
 TOKENS = "--skip-tokenizer-init"
@@ -99,7 +107,9 @@ class Engine:
         body = {"model": "default", "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 12}
         return self.post("/v1/chat/completions", body | options).json()
 
-    def generate(self, ids: Sequence[int], n_tokens: int = 12, more: dict[str, Any] | None = None, **sampling: Any) -> Any:
+    def generate(
+        self, ids: Sequence[int], n_tokens: int = 12, more: dict[str, Any] | None = None, **sampling: Any
+    ) -> Any:
         parameters = {"temperature": 0, "max_new_tokens": n_tokens, "ignore_eos": True} | sampling
         return self.post("/generate", {"input_ids": list(ids), "sampling_params": parameters} | (more or {})).json()
 
@@ -177,7 +187,11 @@ def embed(engine: Engine) -> None:
     for length in (8, 700):
         engine.post("/v1/embeddings", {"model": "default", "input": prompt(length)})
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda i: engine.post("/v1/embeddings", {"model": "default", "input": prompt(9 * i + 5)}), range(4)))
+        list(
+            pool.map(
+                lambda i: engine.post("/v1/embeddings", {"model": "default", "input": prompt(9 * i + 5)}), range(4)
+            )
+        )
 
 
 def repeated(engine: Engine) -> None:
@@ -286,7 +300,9 @@ def merge(found: dict[str, Any], name: str, result: dict[str, Any]) -> None:
     """Add one configuration's kernels to the table of all."""
     for feature, kernels in result.pop("kernels").items():
         for kernel, (operators, recorded, unrecorded) in kernels.items():
-            entry = found["kernels"].setdefault(kernel, {"operators": [], "recorded": 0, "unrecorded": 0, "features": []})
+            entry = found["kernels"].setdefault(
+                kernel, {"operators": [], "recorded": 0, "unrecorded": 0, "features": []}
+            )
             entry["operators"] = sorted({*entry["operators"], *operators})
             entry["recorded"] += recorded
             entry["unrecorded"] += unrecorded
@@ -326,7 +342,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def running(configuration: Configuration, args: argparse.Namespace, folder: Path, log: Path) -> Iterator[Engine]:
-    """Start SGLang with the recorder of its start, wait until it has answered once, and stop it with all its processes."""
+    """Start SGLang with the recorder of its start, wait until it answers, and end all its processes."""
     port = free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model(configuration, args, folder))]
     command += ["--device", args.device, "--port", str(port), "--context-length", str(CONTEXT)]
@@ -338,7 +354,11 @@ def running(configuration: Configuration, args: argparse.Namespace, folder: Path
             command, stdout=output, stderr=output, env=variables(configuration, args, folder), start_new_session=True
         )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=REQUEST_SECONDS if args.device == "cuda" else 600, trust_env=False) as client:
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{port}",
+            timeout=REQUEST_SECONDS if args.device == "cuda" else 600,
+            trust_env=False,
+        ) as client:
             wait_until_ready(process, client, log, READY_SECONDS[args.device])
             yield Engine(f"http://127.0.0.1:{port}", client)
     finally:

@@ -14,8 +14,12 @@ from support.kernel_classes import Index, Match, classify, own_kernels, parts, p
 
 RECORD = Path(__file__).parents[2] / "docs/results/kernel-names.json"
 
-COPY = "at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)::{lambda()#3}::operator()() const::{lambda(float)#1}"
-ELEMENTWISE = "void at::native::vectorized_elementwise_kernel<4, %s, std::array<char*, 2ul> >(int, %s, std::array<char*, 2ul>)"
+COPY = (
+    "at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)::{lambda()#3}::operator()() const::{lambda(float)#1}"
+)
+ELEMENTWISE = (
+    "void at::native::vectorized_elementwise_kernel<4, %s, std::array<char*, 2ul> >(int, %s, std::array<char*, 2ul>)"
+)
 
 
 class TestParts:
@@ -43,7 +47,9 @@ class TestParts:
 
 
 class TestClasses:
-    INDEX = Index([ELEMENTWISE % (COPY, COPY), "void at::native::reduce_kernel<128, 4, at::native::MaxOps<float> >(int)"])
+    INDEX = Index(
+        [ELEMENTWISE % (COPY, COPY), "void at::native::reduce_kernel<128, 4, at::native::MaxOps<float> >(int)"]
+    )
 
     @pytest.mark.parametrize(
         ("name", "operators", "expected"),
@@ -66,7 +72,12 @@ class TestClasses:
 
     def test_the_locked_torch_has_the_kernels_of_every_step(self):
         index = torch_index()
-        for base in ("CatArrayBatchedCopy", "index_elementwise_kernel", "vectorized_elementwise_kernel", "reduce_kernel"):
+        for base in (
+            "CatArrayBatchedCopy",
+            "index_elementwise_kernel",
+            "vectorized_elementwise_kernel",
+            "reduce_kernel",
+        ):
             assert any(base == name for name, _ in index._parts), base
         assert index.find("void at::native::reduce_kernel<1, 1, at::native::NoSuchOps<float> >(int)") == ""
 
@@ -109,4 +120,6 @@ class TestRecord:
         assert launched <= held
 
     def test_every_configuration_was_served(self, recorded):
-        assert {name: each["state"] for name, each in recorded["configurations"].items() if each["state"] != "done"} == {}
+        assert {
+            name: each["state"] for name, each in recorded["configurations"].items() if each["state"] != "done"
+        } == {}

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 PASCAL = Code("sm", 60)
 FORBIDDEN = re.compile(r"flash|fmha|cudnn|cutlassF|triton|_fwd_kernel|bfloat16|wgmma", re.IGNORECASE)
 PRODUCTS = re.compile(r"aten::(mm|addmm|bmm|baddbmm|linear|matmul|mv|addmv|dot)$")
-BITSANDBYTES = re.compile(r"^(void )?k(gemm_4bit_inference_naive|QuantizeBlockwise\w*|DequantizeBlockwise|gemmm?_\w+)\b")
+BITSANDBYTES = re.compile(
+    r"^(void )?k(gemm_4bit_inference_naive|QuantizeBlockwise\w*|DequantizeBlockwise|gemmm?_\w+)\b"
+)
 _KERNELS_PAGE = Path(__file__).parents[2] / "docs/kernels.md"
 _NAME = re.compile(r"(?<!\w)[A-Za-z_]\w*(?:::[A-Za-z_~]\w*)*")
 _TYPES = re.compile(
@@ -126,10 +128,9 @@ def demangled(names: Iterable[str]) -> list[str]:
 def torch_index() -> Index:
     """Return the kernels that the installed torch holds for sm_60, in about three seconds."""
     spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.origin is not None, "torch is not installed; run ./dev sync"
-    folder = Path(spec.origin).parent / "lib"
-    names = [kernel_names(folder / file, [PASCAL])[PASCAL] for file in ("libtorch_cuda.so",)]
-    return Index(demangled(frozenset().union(*names)))
+    assert spec is not None, "torch is not installed; run ./dev sync"
+    library = Path(str(spec.origin)).parent / "lib/libtorch_cuda.so"
+    return Index(demangled(kernel_names(library, [PASCAL])[PASCAL]))
 
 
 @functools.cache

@@ -120,7 +120,10 @@ class TestCode:
 
 def entry(kind: int, number: int, payload: bytes, flags: int = 0, packed: int = 0) -> bytes:
     """One entry of a container, as nvcc's fatbinary writes it."""
-    return struct.pack("<HHIQIIHHIIIQQQ", kind, 257, 64, len(payload), packed, 0, 7, 1, number, 0, 0, flags, 0, 0) + payload
+    return (
+        struct.pack("<HHIQIIHHIIIQQQ", kind, 257, 64, len(payload), packed, 0, 7, 1, number, 0, 0, flags, 0, 0)
+        + payload
+    )
 
 
 def container(*entries: bytes) -> bytes:
@@ -185,7 +188,9 @@ class TestReading:
     def test_a_missing_file_says_so(self, tmp_path):
         with pytest.raises(MachineCodeError) as caught:
             architectures(tmp_path / "none.so")
-        assert str(caught.value) == f"{tmp_path}/none.so cannot be read: No such file or directory; reinstall its package"
+        assert (
+            str(caught.value) == f"{tmp_path}/none.so cannot be read: No such file or directory; reinstall its package"
+        )
 
     @pytest.mark.parametrize(
         ("text", "message"),

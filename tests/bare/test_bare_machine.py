@@ -1,7 +1,8 @@
 """Both commands of the README on a Debian that has nothing but python3 and ca-certificates, from a clone, without caches.
 
 The root file system is an overlay over an image by debootstrap, in mount and process namespaces of its own; it has the
-machine's network, certificates and settings of package indexes, and nothing else of the machine.
+machine's network, certificates and settings of package indexes, and nothing else of the machine. The commands run as an
+ordinary user; with `PASCALINE_BARE_USER=root` in the environment they run as root.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 RELEASE = "bookworm"
 """Debian 12, whose python3 is 3.11."""
 IMAGE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pascaline" / "bare" / RELEASE
-USER = "visitor"
-UID = 1000
+USER = os.environ.get("PASCALINE_BARE_USER", "visitor")
+UID, HOME = {"visitor": (1000, "/home/visitor"), "root": (0, "/root")}[USER]
 SERVE_SECONDS = 1200.0
 TEST_SECONDS = 3000.0
 WAYS_OUT = re.compile(r"(PIP|UV)_(?!FIND_LINKS|CACHE_DIR|PYTHON).*|.*_(proxy|PROXY)|SSL_CERT_FILE|REQUESTS_CA_BUNDLE")
@@ -60,10 +61,10 @@ ln -s pts/ptmx dev/ptmx
 ln -s /proc/self/fd dev/fd
 pivot_root . .
 umount -l .
-user=$3 uid=$4
-shift 4
-cd "/home/$user/pascaline"
-exec setpriv --reuid "$uid" --regid "$uid" --clear-groups env -i HOME="/home/$user" USER="$user" \
+user=$3 uid=$4 home=$5
+shift 5
+cd "$home/pascaline"
+exec setpriv --reuid "$uid" --regid "$uid" --clear-groups env -i HOME="$home" USER="$user" \
   PATH=/usr/local/bin:/usr/bin:/bin "$@"
 """
 
@@ -87,7 +88,7 @@ def make_image() -> None:
 
 
 class BareMachine:
-    """The root with a clone in the home folder of an ordinary user."""
+    """The root with a clone in the home folder of the user."""
 
     def __init__(self, folder: Path) -> None:
         """Lay out the changes over the image in a folder."""
@@ -103,12 +104,12 @@ class BareMachine:
             if "Acquire" in settings.read_text():
                 (upper / "etc/apt/apt.conf.d").mkdir(parents=True, exist_ok=True)
                 shutil.copy(settings, upper / "etc/apt/apt.conf.d")
-        (upper / "etc/passwd").write_text(
-            f"{(IMAGE / 'etc/passwd').read_text()}{USER}:x:{UID}:{UID}::/home/{USER}:/bin/sh\n"
-        )
-        (upper / "etc/group").write_text(f"{(IMAGE / 'etc/group').read_text()}{USER}:x:{UID}:\n")
-        self.clone = clone(upper / "home" / USER / "pascaline")
-        subprocess.run(["chown", "-R", f"{UID}:{UID}", str(upper / "home" / USER)], check=True)
+        if UID:
+            passwd = f"{(IMAGE / 'etc/passwd').read_text()}{USER}:x:{UID}:{UID}::{HOME}:/bin/sh\n"
+            (upper / "etc/passwd").write_text(passwd)
+            (upper / "etc/group").write_text(f"{(IMAGE / 'etc/group').read_text()}{USER}:x:{UID}:\n")
+        self.clone = clone(upper / HOME[1:] / "pascaline")
+        subprocess.run(["chown", "-R", f"{UID}:{UID}", str(upper / HOME[1:])], check=True)
 
     def command(self, *arguments: str) -> list[str]:
         """Return the command that runs another one in the clone, as the user."""
@@ -116,7 +117,7 @@ class BareMachine:
         return [
             *("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child"),
             *("--propagation", "private", "sh", "-c", _ENTER, "sh"),
-            *(str(IMAGE), str(self.folder), USER, str(UID), *out, *arguments),
+            *(str(IMAGE), str(self.folder), USER, str(UID), HOME, *out, *arguments),
         ]
 
 

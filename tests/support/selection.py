@@ -4,7 +4,8 @@ A pytest plugin (`-p support.selection` in python/pyproject.toml). Three rules:
 
 - `--fast` leaves out what is marked `slow`, and the summary counts it by the marker's reason.
 - With pytest-xdist, the tests of a file share a worker, as its fixtures are made once; tests that start a real engine
-  share two workers, as each needs a core and gigabytes of memory.
+  share two workers, as each needs a core and gigabytes of memory; files that run scripts in the fixture `in_sglang`
+  share one, as it imports SGLang once.
 - Files start in the order of their recorded time, longest first, so that no worker ends with a long one.
 """
 
@@ -24,6 +25,8 @@ TIMES = ROOT / "docs/results/tests.json"
 ENGINES_AT_ONCE = 2
 UNKNOWN_SECONDS = 240.0
 """Assumed of a file with a real engine whose time is not recorded yet."""
+IN_SGLANG = "in_sglang"
+"""Group of the files that use the fixture of this name."""
 _left_out = pytest.StashKey[Counter[str]]()
 _OUTPUT_KEY = "left_out"
 
@@ -81,7 +84,9 @@ def group_of(file: str) -> str:
     if found is None:
         return file
     name = str(found.relative_to(ROOT))
-    return _engine_groups().get(name, name)
+    if name in _engine_groups():
+        return _engine_groups()[name]
+    return IN_SGLANG if f"({IN_SGLANG})" in found.read_text() else name
 
 
 @functools.cache

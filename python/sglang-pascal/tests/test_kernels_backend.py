@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 SCRIPT = """
@@ -146,13 +141,9 @@ print(json.dumps(facts))
 
 
 @pytest.fixture(scope="module")
-def facts():
-    """A fresh interpreter: SGLang reads the platform once, at import."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "SGLANG_PLATFORM": "pascal"}
-    command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def facts(in_sglang):
+    """A process of its own: the script changes SGLang for its whole life."""
+    return in_sglang.run(SCRIPT, timeout=500)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -59,14 +54,9 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def facts():
-    """A fresh interpreter: the platform is chosen for its whole life."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "SGLANG_PLATFORM": "pascal"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def facts(in_sglang):
+    """A process of its own: the script changes SGLang for its whole life."""
+    return in_sglang.run(SCRIPT)
 
 
 def test_products_are_those_of_the_plain_layer(facts):

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from sglang_pascal.plain_torch import (
@@ -91,15 +86,9 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def facts():
-    """A fresh interpreter: SGLang's functions are replaced for its whole life."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "SGLANG_PLATFORM": "pascal"}
-    environment.pop("TORCHDYNAMO_DISABLE", None)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def facts(in_sglang):
+    """A process of its own: the script changes SGLang for its whole life."""
+    return in_sglang.run(SCRIPT)
 
 
 def test_every_launcher_is_there_and_gets_replaced(facts):

@@ -26,8 +26,8 @@ def run_python(script):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_platform_gives_its_own_and_allows_pascal():
-    facts = run_python("""
+def test_the_platform_gives_its_own_and_allows_pascal(in_sglang):
+    facts = in_sglang.run("""
 import json
 from sglang.srt.platforms import current_platform
 current_platform.device_name

@@ -5,9 +5,15 @@ from __future__ import annotations
 import importlib.util
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.warm_sglang import WORKER, warm_sglang
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -15,6 +21,29 @@ import plan_error
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow("starts a real engine of its own")]
 needs_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed")
+
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from sglang.benchmark import one_batch
+from sglang_allocations import measure
+print(json.dumps(measure(one_batch, sys.argv[2:])))
+"""
+if TYPE_CHECKING:
+    Compare = Callable[..., plan_error.Row]
+
+
+@pytest.fixture(scope="module")
+def compare() -> Iterator[Compare]:
+    """plan_error.compare on the CPU; all models are loaded in forks of one process."""
+    support = str(Path(__file__).parents[1] / "support")
+    with warm_sglang(WORKER) as process:
+
+        def measure(model: Path, flags: list[str]) -> Any:
+            return process.run(SCRIPT, support, "--model-path", str(model), "--device", "cpu", *flags)
+
+        yield partial(plan_error.compare, device="cpu", card=None, measure=measure)
 
 
 def has_gpu() -> bool:
@@ -28,39 +57,39 @@ def has_gpu() -> bool:
 
 @needs_sglang
 @pytest.mark.parametrize(("name", "context"), [("qwen2", 512), ("gemma2", 1024), ("qwen3-moe", 2048)])
-def test_on_the_cpu_everything_is_equal_to_the_byte(name: str, context: int, tmp_path: Path) -> None:
+def test_on_the_cpu_everything_is_equal_to_the_byte(name: str, context: int, compare: Compare, tmp_path: Path) -> None:
     """A padded vocabulary; soft caps and two kinds of layers; experts."""
     shape = replace(plan_error.shapes(large=False)[name], context_length=2048)
     place = plan_error.write_model(tmp_path, name, shape, gguf=None)
-    row = plan_error.compare(place, name, context, device="cpu", card=None)
+    row = compare(place, name, context)
     assert (row.weights_plan, row.kv_plan, row.tables_plan) == (row.weights_true, row.kv_true, row.tables_true)
 
 
 @needs_sglang
-def test_a_gguf_file_is_planned_as_the_plugin_loads_it(tmp_path: Path) -> None:
+def test_a_gguf_file_is_planned_as_the_plugin_loads_it(compare: Compare, tmp_path: Path) -> None:
     """On the CPU: dequantised, the output tied."""
     shape = plan_error.shapes(large=False)["qwen3"]
     place = plan_error.write_model(tmp_path, "qwen3", shape, gguf="Q4_K_M")
-    row = plan_error.compare(place, "qwen3", 1024, device="cpu", card=None)
+    row = compare(place, "qwen3", 1024)
     assert (row.weights_plan, row.kv_plan, row.tables_plan) == (row.weights_true, row.kv_true, row.tables_true)
 
 
 @needs_sglang
 @pytest.mark.parametrize("mixture", ["Q4_K_M", "Q3_K_M"])
-def test_weights_that_stay_quantised_take_what_was_planned(mixture: str, tmp_path: Path) -> None:
+def test_weights_that_stay_quantised_take_what_was_planned(mixture: str, compare: Compare, tmp_path: Path) -> None:
     """As on a GPU: Q3_K is held as Q6_K, rows and columns are padded."""
     shape = replace(plan_error.shapes(large=False)["qwen2"], vocab_size=500)
     place = plan_error.write_model(tmp_path, "qwen2", shape, gguf=mixture)
-    row = plan_error.compare(place, "qwen2", 512, device="cpu", card=None, quantization="gguf")
+    row = compare(place, "qwen2", 512, quantization="gguf")
     assert row.weights_plan == row.weights_true
 
 
 @needs_sglang
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8_e5m2"])
-def test_a_small_kv_type_takes_what_was_planned(kv_dtype: str, tmp_path: Path) -> None:
+def test_a_small_kv_type_takes_what_was_planned(kv_dtype: str, compare: Compare, tmp_path: Path) -> None:
     """int8 with its scales."""
     place = plan_error.write_model(tmp_path, "llama", plan_error.shapes(large=False)["llama"], gguf=None)
-    row = plan_error.compare(place, "llama", 512, device="cpu", card=None, kv_dtype=kv_dtype)
+    row = compare(place, "llama", 512, kv_dtype=kv_dtype)
     assert (row.kv_plan, row.weights_plan) == (row.kv_true, row.weights_true)
 
 

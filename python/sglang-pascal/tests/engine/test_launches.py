@@ -3,13 +3,11 @@ two. A kernel that is there but not called, or an operation too many per layer, 
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
 import pytest
+from support.warm_sglang import WORKER, warm_sglang
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow("starts a real engine of its own"), pytest.mark.timeout(900)]
 BENCHMARKS = Path(__file__).parents[4] / "benchmarks"
@@ -55,16 +53,20 @@ print(json.dumps(facts))
 """
 
 
+@pytest.fixture(scope="module")
+def worker():
+    """A process that has imported what a worker imports."""
+    with warm_sglang(WORKER) as process:
+        yield process
+
+
 @pytest.fixture
-def launches(build_model, tmp_path):
+def launches(worker, build_model, tmp_path):
     """launches(model, tensor type, dtype) -> phase -> operation -> calls."""
 
     def get(name: str, kind: str, dtype: str) -> dict[str, dict[str, int]]:
         build_model(name, tmp_path / "m.gguf", tensor_type=gguf.GGMLQuantizationType[kind])
-        command = [sys.executable, "-c", SCRIPT, str(BENCHMARKS), str(tmp_path / "m.gguf"), dtype]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=800)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout.splitlines()[-1])
+        return worker.run(SCRIPT, str(BENCHMARKS), str(tmp_path / "m.gguf"), dtype, timeout=800)
 
     return get
 

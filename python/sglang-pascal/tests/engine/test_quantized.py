@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
 import pytest
 from sglang_pascal.checkpoint.prepare import MANIFEST, prepare
+from support.warm_sglang import WORKER, warm_sglang
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow("starts a real engine of its own"), pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[4]
@@ -36,23 +35,24 @@ def test_weights_and_keys_are_held_in_their_few_bytes(quantized_engine):
     assert "K size: 0.09 GB, V size: 0.09 GB" in log
 
 
-def numerics(path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "numerics.py"), str(path), *flags]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
+@pytest.fixture(scope="module")
+def numerics():
+    """numerics(path, *flags) -> what benchmarks/numerics.py prints; it fails if the program does."""
+    script = "import sys\nsys.path.insert(0, sys.argv[1])\nimport numerics\nsys.exit(numerics.main(sys.argv[2:]))"
+    with warm_sglang(WORKER) as process:
+        yield lambda path, *flags: process.output(script, str(ROOT / "benchmarks"), str(path), *flags, timeout=1500)
 
 
-def test_the_builtin_model_is_as_good_as_in_float32(builtin_gguf):
-    done = numerics(builtin_gguf, "--tokens", "256", "--steps", "4", "--batch", "2")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert "2 of 2 sequences of 4 tokens are the same alone and together" in done.stdout
+def test_the_builtin_model_is_as_good_as_in_float32(builtin_gguf, numerics):
+    printed = numerics(builtin_gguf, "--tokens", "256", "--steps", "4", "--batch", "2")
+    assert "2 of 2 sequences of 4 tokens are the same alone and together" in printed
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_every_way_to_hold_a_matrix_is_as_good_as_float32(name, build_model, tmp_path):
+def test_every_way_to_hold_a_matrix_is_as_good_as_float32(name, build_model, numerics, tmp_path):
     kind, *flags = TINY[name]
     build_model(name, tmp_path / "m.gguf", tensor_type=gguf.GGMLQuantizationType[kind])
-    done = numerics(tmp_path / "m.gguf", "--tokens", "200", "--steps", "16", "--batch", "8", *flags)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    numerics(tmp_path / "m.gguf", "--tokens", "200", "--steps", "16", "--batch", "8", *flags)
 
 
 def test_a_file_that_changed_since_it_was_prepared_is_refused(build_model, tmp_path, start_engine):

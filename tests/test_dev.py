@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +41,19 @@ def test_compiling_says_how_much_it_compiles(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert done.stderr == "dev: compiling 2 modules to bytecode; every later start is faster for it\n"
     assert [path.name.partition(".")[0] for path in (site / "__pycache__").iterdir()] == ["good"]
+
+
+@pytest.mark.parametrize(("found", "expected"), [("Success: no issues", 0), ("m.py:1: error: of a type", 2)])
+def test_types_are_checked_beside_the_tests(found: str, expected: int, tmp_path: Path) -> None:
+    """A wrong type is no failed test: CI runs those once more, and forgives them if they pass alone."""
+    (tmp_path / "mypy.py").write_text(f"print({found!r})\nraise SystemExit({expected})\n")
+    (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "-c", tmp_path / "pytest.ini", "-p", "support.type_check", "--types"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'tests'}"}
+    done = subprocess.run(
+        [*command, tmp_path], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == expected, done.stdout
+    assert re.search(rf"^=+ types =+\n{re.escape(found)}\n", done.stdout, re.MULTILINE)
+    assert done.stdout.splitlines()[-1].strip("= ").startswith("1 passed")

@@ -333,6 +333,7 @@ class TestProgress:
         assert_nobody_is_blamed(instance)
         assert set(instance.states) == {"starting", "ready"}
 
+    @pytest.mark.slow("repeats what a stop between two questions shows")
     def test_a_supervisor_that_was_stopped_while_it_asked_blames_nobody(self, serve: Serve) -> None:
         instance = serve()
         instance.wait_for_state("ready")
@@ -344,7 +345,9 @@ class TestProgress:
         instance.process.send_signal(signal.SIGCONT)
         assert_nobody_is_blamed(instance)
 
-    @pytest.mark.parametrize("every", [0.0, 0.2, 1.0])
+    @pytest.mark.parametrize(
+        "every", [0.0, pytest.param(0.2, marks=pytest.mark.slow("repeats it with requests of another pace")), 1.0]
+    )
     def test_an_engine_whose_answers_never_leave(self, serve: Serve, every: float) -> None:
         """SGLang's detokenizer stands still: its scheduler goes on and counts, with and without requests."""
         instance = serve()
@@ -357,6 +360,7 @@ class TestProgress:
         assert report["reason"].startswith("the engine was unresponsive (no token for ")
         instance.wait_for_state("ready")
 
+    @pytest.mark.slow("repeats what an engine that hangs shows, by timeouts")
     def test_an_engine_that_answers_nothing_at_all(self, serve: Serve) -> None:
         instance = serve()
         instance.wait_for_state("ready")
@@ -420,6 +424,7 @@ class TestProgress:
         assert instance.stop() == ExitCode.OK
         assert max(map(len, instance.lines)) < MAX_LINE_BYTES + 100
 
+    @pytest.mark.slow("fills the pipe of a log twice")
     def test_a_log_that_nobody_reads_stops_nothing(self, serve: Serve) -> None:
         instance = serve(faults="flood_lines_per_second=400 flood_line_bytes=500")
         instance.wait_for_state("ready")
@@ -455,7 +460,9 @@ class TestGpuLost:
         instance.wait_for_line("the GPU is lost; restart 1 in 300 s")
         assert instance.stop(seconds=10) == ExitCode.OK
 
-    @pytest.mark.parametrize("words", ["cuda-unknown", "silent"])
+    @pytest.mark.parametrize(
+        "words", ["cuda-unknown", pytest.param("silent", marks=pytest.mark.slow("repeats what CUDA's words show"))]
+    )
     def test_nvml_is_asked_when_the_engine_ends(self, serve: Serve, tmp_path: Path, words: str) -> None:
         """CUDA never says that a GPU is lost. When NVML reads the card again, so does the engine start again."""
         host = tmp_path / "host.nvml"

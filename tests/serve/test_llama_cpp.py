@@ -156,6 +156,7 @@ def test_a_killed_engine_comes_back(own: Callable[..., Instance]) -> None:
     assert instance.stop() == ExitCode.OK
 
 
+@pytest.mark.slow("repeats with llama-server what the fake engine shows, by timeouts")
 def test_a_stopped_engine_is_found_killed_and_comes_back(tmp_path: Path) -> None:
     settings = _settings(model=builtin_model(), context_length=1024, stall_timeout=6)
     with running(tmp_path, **settings) as instance:
@@ -165,6 +166,7 @@ def test_a_stopped_engine_is_found_killed_and_comes_back(tmp_path: Path) -> None
         assert instance.stop() == ExitCode.OK
 
 
+@pytest.mark.slow("repeats with an API key what a drain without one shows")
 def test_an_api_key_keeps_drain_and_probes_working(tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("sesame\n")

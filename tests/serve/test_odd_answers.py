@@ -52,6 +52,10 @@ COMPLETIONS = {
     "escape sequences": {"raw_answer": ok("\x1b[2J\x07\r\n")},
 }
 
+FAST = {"a deep body", "infinitely many tokens", "no text"}
+SLOW = pytest.mark.slow("repeats with other answers how an engine is restarted that generates nothing")
+"""Parsing alone is tested in python/pascaline/tests/test_engines_client.py."""
+
 
 def assert_lives(instance: Instance) -> None:
     """The agent answers at once, and nothing happened that nothing foresaw."""
@@ -76,7 +80,7 @@ def test_metrics(serve: Serve, name: str) -> None:
     assert instance.stop() == ExitCode.OK
 
 
-@pytest.mark.parametrize("name", COMPLETIONS)
+@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=SLOW) for name in COMPLETIONS])
 def test_completions(serve: Serve, name: str) -> None:
     """No generation succeeds: the engine is restarted, and is well then."""
     instance = serve()

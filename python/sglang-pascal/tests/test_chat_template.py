@@ -75,7 +75,10 @@ def test_what_is_no_template_is_refused():
 @pytest.mark.parametrize(
     "endless",
     [
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        pytest.param(
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            marks=pytest.mark.slow("takes all the seconds that a template may have"),
+        ),
         "{% for a in range(99999) %}{{ 'x' * 99999999 }}{% endfor %}",
     ],
 )

@@ -254,6 +254,18 @@ class TestReading:
         report = KernelReport("m", "k", architecture, 128, registers, shared, 0, {}, ())
         assert report.warps_per_sm == warps
 
+    def test_reports_are_kept_until_a_source_changes(self, monkeypatch, tmp_path):
+        made = KernelReport("probe", "k", "61", 128, 40, 1, 2, {"LDL": 3}, (Loop(90, 20, {"IDP": 48}), Loop(2, 0, {})))
+        calls = []
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(static, "find_nvdisasm", lambda: Path("/bin/true"))
+        monkeypatch.setattr(static, "_analyse", lambda *module: calls.append(module) or [made])
+        assert [static.analyse("61", ("probe",)) for _ in range(2)] == [[made], [made]]
+        assert len(calls) == 1
+        monkeypatch.setattr(static.Module, "key", lambda *_: "another")
+        assert static.analyse("61", ("probe",)) == [made]
+        assert len(calls) == 2
+
     def test_a_missing_disassembler_is_named_with_remedies(self, monkeypatch):
         monkeypatch.setattr(static, "candidates", lambda *_: iter(()))
         monkeypatch.setattr(static, "_of_triton", list)

@@ -8,6 +8,8 @@ or power. Two instructions that nvdisasm joins by braces are issued together and
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -15,11 +17,20 @@ import subprocess
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from sglang_pascal.kernels.build import MODULES, Module, ToolchainError, artifact, assemble, candidates
+from sglang_pascal.kernels.build import (
+    MODULES,
+    Module,
+    ToolchainError,
+    artifact,
+    assemble,
+    cache_folder,
+    candidates,
+    store,
+)
 from sglang_pascal.kernels.formats import STEP_COLUMNS, TILE_COLUMNS
 
 NVDISASM_VARIABLE: Final = "CUDA_NVDISASM"
@@ -146,13 +157,31 @@ def _multiplications(loop: Loop) -> int:
 
 
 def analyse(architecture: str, names: tuple[str, ...] = ()) -> list[KernelReport]:
-    """Return reports for the modules whose name starts with one of `names` (all modules if empty)."""
+    """Return reports for the modules whose name starts with one of `names` (all modules if empty).
+
+    Reports are kept in the user's cache beside the kernels, by the hash of a kernel's sources and of this program.
+    """
     modules = [module for module in MODULES.values() if not names or module.name.startswith(names)]
     find_nvdisasm()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = [report for reports in pool.map(lambda m: _analyse(m, architecture), modules) for report in reports]
+        found = [report for reports in pool.map(lambda m: _reports(m, architecture), modules) for report in reports]
     order = {module.name: i for i, module in enumerate(modules)}
     return sorted(found, key=lambda r: (order[r.module], r.columns))
+
+
+def _reports(module: Module, architecture: str) -> list[KernelReport]:
+    """Return a module's reports from the cache, or make them."""
+    program = hashlib.sha256(Path(__file__).read_bytes() + repr(_release_of(find_nvdisasm())).encode()).hexdigest()[:16]
+    kept = cache_folder() / f"{module.name}-{module.key(architecture)}.{program}.report.json"
+    if kept.is_file():
+        return [_report_of(each) for each in json.loads(kept.read_text())]
+    reports = _analyse(module, architecture)
+    store(kept, json.dumps([asdict(each) for each in reports]).encode())
+    return reports
+
+
+def _report_of(fields: dict[str, Any]) -> KernelReport:
+    return KernelReport(**fields | {"loops": tuple(Loop(**loop) for loop in fields["loops"])})
 
 
 def _analyse(module: Module, architecture: str) -> list[KernelReport]:
@@ -280,6 +309,7 @@ def _of_triton() -> list[Path]:
     return [Path(root, "backends/nvidia/bin/nvdisasm") for root in roots]
 
 
+@functools.cache
 def _release_of(program: Path) -> tuple[int, int]:
     run = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
     found = re.search(r"release (\d+)\.(\d+)", run.stdout)

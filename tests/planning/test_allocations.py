@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.warm_sglang import WORKER, warm_sglang
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+
+    from support.warm_sglang import WarmSGLang
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -34,16 +35,15 @@ if TYPE_CHECKING:
     Compare = Callable[..., plan_error.Row]
 
 
-@pytest.fixture(scope="module")
-def compare() -> Iterator[Compare]:
+@pytest.fixture
+def compare(sglang_worker: WarmSGLang) -> Compare:
     """plan_error.compare on the CPU; all models are loaded in forks of one process."""
     support = str(Path(__file__).parents[1] / "support")
-    with warm_sglang(WORKER) as process:
 
-        def measure(model: Path, flags: list[str]) -> Any:
-            return process.run(SCRIPT, support, "--model-path", str(model), "--device", "cpu", *flags)
+    def measure(model: Path, flags: list[str]) -> Any:
+        return sglang_worker.run(SCRIPT, support, "--model-path", str(model), "--device", "cpu", *flags)
 
-        yield partial(plan_error.compare, device="cpu", card=None, measure=measure)
+    return partial(plan_error.compare, device="cpu", card=None, measure=measure)
 
 
 def has_gpu() -> bool:

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from support.warm_sglang import WarmSGLang, warm_sglang
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -260,13 +255,6 @@ def tiny_model(tmp_path_factory):
 def build_model():
     """build_model(name, path, tensor_type=...) -> TinyModel, made anew."""
     return build
-
-
-@pytest.fixture(scope="session")
-def in_sglang() -> Iterator[WarmSGLang]:
-    """Runs scripts in a real SGLang whose platform is the plugin; it is imported once."""
-    with warm_sglang() as process:
-        yield process
 
 
 @pytest.fixture(scope="session")

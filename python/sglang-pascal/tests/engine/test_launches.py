@@ -7,7 +7,6 @@ from pathlib import Path
 
 import gguf
 import pytest
-from support.warm_sglang import WORKER, warm_sglang
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow("starts a real engine of its own"), pytest.mark.timeout(900)]
 BENCHMARKS = Path(__file__).parents[4] / "benchmarks"
@@ -53,20 +52,13 @@ print(json.dumps(facts))
 """
 
 
-@pytest.fixture(scope="module")
-def worker():
-    """A process that has imported what a worker imports."""
-    with warm_sglang(WORKER) as process:
-        yield process
-
-
 @pytest.fixture
-def launches(worker, build_model, tmp_path):
+def launches(sglang_worker, build_model, tmp_path):
     """launches(model, tensor type, dtype) -> phase -> operation -> calls."""
 
     def get(name: str, kind: str, dtype: str) -> dict[str, dict[str, int]]:
         build_model(name, tmp_path / "m.gguf", tensor_type=gguf.GGMLQuantizationType[kind])
-        return worker.run(SCRIPT, str(BENCHMARKS), str(tmp_path / "m.gguf"), dtype, timeout=800)
+        return sglang_worker.run(SCRIPT, str(BENCHMARKS), str(tmp_path / "m.gguf"), dtype, timeout=800)
 
     return get
 

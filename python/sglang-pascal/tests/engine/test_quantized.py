@@ -7,7 +7,6 @@ from pathlib import Path
 import gguf
 import pytest
 from sglang_pascal.checkpoint.prepare import MANIFEST, prepare
-from support.warm_sglang import WORKER, warm_sglang
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow("starts a real engine of its own"), pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[4]
@@ -35,12 +34,12 @@ def test_weights_and_keys_are_held_in_their_few_bytes(quantized_engine):
     assert "K size: 0.09 GB, V size: 0.09 GB" in log
 
 
-@pytest.fixture(scope="module")
-def numerics():
+@pytest.fixture
+def numerics(sglang_worker):
     """numerics(path, *flags) -> what benchmarks/numerics.py prints; it fails if the program does."""
     script = "import sys\nsys.path.insert(0, sys.argv[1])\nimport numerics\nsys.exit(numerics.main(sys.argv[2:]))"
-    with warm_sglang(WORKER) as process:
-        yield lambda path, *flags: process.output(script, str(ROOT / "benchmarks"), str(path), *flags, timeout=1500)
+    folder = str(ROOT / "benchmarks")
+    return lambda path, *flags: sglang_worker.output(script, folder, str(path), *flags, timeout=1500)
 
 
 def test_the_builtin_model_is_as_good_as_in_float32(builtin_gguf, numerics):

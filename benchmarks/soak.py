@@ -155,7 +155,7 @@ def page(found: Soak) -> str:
         "# Soak\n",
         f"`benchmarks/soak.py --seconds {found.seconds:g} --seed {found.seed}`, {datetime.now(UTC).date()}, "
         f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.0f}; one instance on the fake engine, 4 clients.\n",
-        f"- restarts: {found.restarts}, of which the injected faults explain {found.expected}",
+        f"- restarts: {found.restarts}; the injected faults explain {found.expected}",
         f"- requests: {found.ledger}",
         f"- problems: {'; '.join(found.problems) or 'none'}\n",
         "| of the supervisor | first | last | growth after the first third | slope, per hour |",

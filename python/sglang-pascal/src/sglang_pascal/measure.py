@@ -33,7 +33,7 @@ _PROBE_THREADS: Final = 1024
 _PROBE_INSTRUCTIONS: Final = 256 * 16
 """Instructions of a thread: ITERATIONS x UNROLL in probe.cu."""
 CODE_PROBES: Final = {"code_11k": 1024 * 48, "code_33k": 3072 * 16, "code_49k": 4608 * 11}
-"""Loops of so many KB of code -> instructions of a thread."""
+"""Probe, named by the KB of code in its loop -> instructions of a thread."""
 PROBES: Final = ("ffma", "dp4a", "integer_to_float", "half_to_float", "shuffle", "shared_broadcast", *CODE_PROBES)
 SHAPES: Final = {
     "Qwen3-4B qkv": ("Q4_K", 6144, 2560),

@@ -72,7 +72,7 @@ class Outcome:
     """Difference from the reference as a share of the limit; NaN = the comparison itself is broken."""
     seconds: float
     failure: str = ""
-    """What was raised instead of a result: a kernel that the driver refuses, a launch that fails."""
+    """The exception instead of a result: the driver refused a kernel, or a launch failed."""
 
     @property
     def passed(self) -> bool:

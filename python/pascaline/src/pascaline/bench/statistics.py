@@ -36,7 +36,7 @@ class Estimate:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """Return the value below which that share lies, linear between neighbours. ordered: ascending, not empty."""
+    """Return the quantile `share`, linear between neighbours. ordered: ascending, not empty."""
     position = (len(ordered) - 1) * share
     below = math.floor(position)
     above = min(below + 1, len(ordered) - 1)

@@ -51,7 +51,7 @@ class Target:
 
     @property
     def model_name(self) -> str:
-        """Name of the model before the server is asked for it."""
+        """Name of the model until the server reports one."""
         if self.url is not None:
             return "server"
         settings = self.configuration.settings

@@ -205,7 +205,7 @@ class MemoryModel(ABC):
 
     @abstractmethod
     def activation_columns(self, bits: int | None) -> int:
-        """Return how many int8 columns an activation of so many bits is in a matrix product."""
+        """Return how many int8 columns an activation of this many bits takes in a matrix product."""
 
     @abstractmethod
     def held(self, tensor: TensorSpec, spec: ModelSpec, request: PlanRequest, *, tied: bool) -> HeldTensor | None:

@@ -45,7 +45,7 @@ class Standing(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """A standing and the observation behind it."""
+    """The state of a GPU and the observation behind it."""
 
     standing: Standing
     text: str = ""
@@ -68,7 +68,7 @@ def examine(gpus: Sequence[GpuIdentity], since: float, environment: Mapping[str,
 
 
 def judge(gpus: Sequence[GpuIdentity], reading: Reading, kernel_lines: Iterable[str] = ()) -> Evidence:
-    """Return the worst standing of the GPUs. A GPU that NVML can read now is well, even if the log has errors."""
+    """Return the worst state of the GPUs. A GPU that NVML can read now is well, even if the log has errors."""
     events = xid_events(kernel_lines)
     found = [_judge_one(gpu, reading, events) for gpu in gpus]
     return max(found, key=lambda evidence: evidence.standing.severity, default=NOTHING_KNOWN)

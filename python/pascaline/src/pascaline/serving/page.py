@@ -52,7 +52,7 @@ HEADERS = {
 }
 LEAST_PAGES, MOST_PAGES = 1, 16
 CONNECTIONS_PER_PAGE = 4
-"""Of the agent's connections, at most one in so many is a page's: probes and scrapers come first."""
+"""Connections of the agent for each one that a page may hold: probes and scrapers come first."""
 _TEXT = re.compile(r'(<[^<>]* data-text="([\w-]+)"[^<>]*>)(?=</)')
 _ROWS = re.compile(r'(<tbody data-rows="(\w+)"[^<>]*>)(?=</)')
 

@@ -173,7 +173,7 @@ class Supervisor:
         self._is_warming_up = False
         """Whether that engine has loaded its model and has not generated yet."""
         self._smaller_helps = False
-        """Whether the last run ended for lack of memory of which a smaller plan needs less."""
+        """Whether the last run ended because memory ran out that a smaller plan uses less of."""
         self._starts = Starts.from_environment()
         self._signalled = False
 

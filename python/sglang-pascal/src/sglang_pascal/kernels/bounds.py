@@ -1,8 +1,8 @@
 """What the compiler made of each kernel on Pascal, and upper bounds of their speed, as a table.
 
 The bounds are of products as they are served, with either width of the activations (`activation_bits`). They are
-estimates by arithmetic, no measurements: of cards at their base clocks, with full memory bandwidth and every issue
-slot used. No Pascal card reaches them; what they show is which of both limits a kernel meets first.
+estimates by arithmetic, not measurements, for cards at their base clocks with full memory bandwidth and every issue
+slot used. No Pascal card reaches them; they show which of the two limits a kernel meets first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Card:
 
     name: str
     architecture: str
-    """Digits of sm_60 or sm_61: whose code it runs."""
+    """Digits of sm_60 or sm_61, whose code the card runs."""
     bandwidth: float
     """Bytes per second."""
     lanes: int
@@ -37,7 +37,7 @@ class Card:
     clock: float
     """Base clock in hertz."""
     published: str
-    """What was published of llama.cpp on it; sources in docs/results/plan_speed.md."""
+    """Published speeds of llama.cpp on the card; sources in docs/results/plan_speed.md."""
 
     @property
     def lane_instructions(self) -> float:

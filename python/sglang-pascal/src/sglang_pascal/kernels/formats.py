@@ -102,7 +102,7 @@ FORMATS: Final = {
 }
 """Type name -> format. Block sizes: ggml's `ggml-common.h`."""
 SPECULATIVE_COLUMNS: Final = 16
-"""int8 columns of x that a step may have which verifies drafts: products of up to so many take about the time of
-reading the weights. Activations of 16 bits are two columns each."""
+"""Most int8 columns of x in a step that verifies drafts: up to this number, a product takes about as long as
+reading the weights. An activation of 16 bits takes two columns."""
 SPECULATIVE_WIDTHS: Final = (1, 2, 4, 8, 16)
 """Rows of one request in a step: what is recorded as CUDA graphs, up to the most that is configured."""

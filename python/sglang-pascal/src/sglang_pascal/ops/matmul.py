@@ -48,7 +48,7 @@ where no weights are loaded ahead."""
 TILE_CLOCKS: Final = {8: {32: 211.0, 48: 310.0, 64: 410.0, 128: 807.0}, 16: {32: 372.0, 64: 737.0}}
 """Bits of x -> tile -> clocks: issue slots of the inner loop, and 12 to 15 % for all else."""
 _SM60: Final = 2
-"""Most rows of the weight a lane, and tiles a multiprocessor, where there is no dp4a: its bytes take more registers."""
+"""Most weight rows per lane, and tiles per multiprocessor, without dp4a: separate bytes take more registers."""
 _WIDE: Final = 24
 """Rows of x beyond which sm_60 has room for one row of a type with scales and minima in each step."""
 _MANY: Final = 20
@@ -203,7 +203,7 @@ def cost(part: Part, bits: int) -> float:
 
 @functools.cache
 def fitting_width(n: int, bits: int, rows: int, splits: int, device: int | None) -> int:
-    """The tile that takes least time for n rows of x and so many of a weight; the last round of CTAs counts whole."""
+    """Return the tile that is fastest for n rows of x and `rows` of a weight; the last round of CTAs counts whole."""
 
     def clocks(width: int) -> float:
         tiles, room = _tiles(n, width, rows), _room(width, bits, device)
@@ -325,7 +325,7 @@ def _are_apart(splits: int, tiles: int, room: int) -> bool:
 
 
 def tile_threads(width: int, bits: int) -> int:
-    """Threads of the tile kernel for so many rows of x."""
+    """Return the threads of the tile kernel for `width` rows of x."""
     return _TILE_THREADS * (2 if width * bits // 8 > _TILE_COLUMNS else 1)
 
 
@@ -334,7 +334,7 @@ def matmul_half(
 ) -> torch.Tensor:
     """`[n, rows]` = x `[n, columns]` x weight `[rows, columns]`, both float16, summed in float32; result float16.
 
-    Up to 16 rows of x our kernel reads the weight once, whatever n is; more go to torch (cuBLAS), whose bits depend on
+    Up to 16 rows of x, our kernel reads the weight once for all; more go to torch (cuBLAS), whose bits depend on
     n. bias: float32 `[rows]`. columns: a multiple of 8.
     """
     n, columns = x.shape

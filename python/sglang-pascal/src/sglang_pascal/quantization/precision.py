@@ -1,9 +1,10 @@
-"""With how many bits activations are multiplied, for prompts and for decode steps.
+"""The number of bits with which activations are multiplied, for prompts and for decode steps.
 
-8 bits: one int8 with a scale for 32 values, as llama.cpp has everywhere. A small model shows it: on SmolLM2-135M 4 % of
-the most likely tokens of a prompt change. 16 bits: a second int8 for what the rounding of the first lost; no token
-changes. While few requests decode that is free, as the time goes into reading the weights; prompts, and many requests,
-take nearly twice as long. `pascaline` decides it for a model and a card (`activation_bits`); 16 is the default here.
+8 bits: one int8 with a scale for 32 values, as llama.cpp has everywhere. A small model loses by it: 4 % of the most
+likely tokens of a prompt change on SmolLM2-135M. 16 bits: a second int8 holds what the rounding of the first lost; no
+token changes. This is free while few requests decode, because reading the weights takes the time; prompts, and many
+requests, take nearly twice as long. `pascaline` decides it for a model and a card (`activation_bits`); 16 is the
+default here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _DEFAULT: Final = "16"
 
 @functools.cache
 def activation_bits(variable: str) -> int:
-    """What a variable says, for the life of the process."""
+    """Return the bits that a variable names; it is read once per process."""
     value = os.environ.get(variable, _DEFAULT)
     if value not in map(str, ACTIVATION_BITS):
         raise PluginError(f"{variable} is {value!r}, must be 8 or 16; unset it for {_DEFAULT}")
@@ -31,7 +32,7 @@ def activation_bits(variable: str) -> int:
 def activations_are_16_bit() -> bool:
     """Whether activations of the forward pass that runs now have 16 bits.
 
-    It depends on nothing but the pass being a decode step or not, so that a row's bits do not depend on the batch.
+    It depends only on whether the pass is a decode step, so a row's bits do not depend on the batch.
     """
     return activation_bits(DECODE_BITS_VARIABLE if _is_decode() else PREFILL_BITS_VARIABLE) == 16
 

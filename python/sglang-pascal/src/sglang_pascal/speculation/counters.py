@@ -23,7 +23,7 @@ class Counters:
         self._steps = Counter(STEPS, "Decode steps by rows per request; 1 = nothing was checked", ["width"])
 
     def step(self, width: int, n_drafts: Sequence[int]) -> None:
-        """Count a step of that width with so many drafts of each request."""
+        """Count a step of `width` rows per request; n_drafts: drafted tokens of each request."""
         self._steps.labels(width=str(width)).inc()
         self._drafted.inc(sum(n_drafts))
 

@@ -26,7 +26,7 @@ class ChainGraphRunner(decode_cuda_graph_runner.DecodeCudaGraphRunner):  # type:
     def __init__(
         self, model_runner: Any, *, speculative_num_draft_tokens: int | None = None, most_rows: int = 0, **more: Any
     ) -> None:
-        """most_rows: record only the batch sizes that have at most so many rows; 0 = all."""
+        """most_rows: record only batch sizes with at most this many rows; 0 = all."""
         width = speculative_num_draft_tokens or (1 if model_runner.spec_algorithm.is_speculative() else None)
         sizes = getattr(decode_cuda_graph_runner, _BATCH_SIZES)
 

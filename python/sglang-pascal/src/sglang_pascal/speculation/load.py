@@ -1,7 +1,7 @@
 """What a further row of a step costs on a device, and how many rows one step may have.
 
-Up to so many rows a product takes the time of reading the weights; beyond, each row takes its own. `pascaline` plans
-the number for a card and a model and passes it on.
+Up to this number of rows, a product takes the time of reading the weights; each further row adds its own time.
+`pascaline` plans the number for a card and a model and passes it on.
 """
 
 from __future__ import annotations

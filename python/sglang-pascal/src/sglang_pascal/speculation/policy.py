@@ -26,9 +26,9 @@ _PRIOR_WEIGHT: Final = 2.0
 _KEPT_PER_DRAFT: Final = 0.9
 _SAMPLES: Final = 7
 _LEAST_SAMPLES: Final = 3
-"""Steps of a kind of which the median is taken, and from how many on."""
+"""The median is taken over the last _SAMPLES steps of a kind, once there are _LEAST_SAMPLES."""
 _STEPS_UNTIL_RETRY: Final = 1024
-"""Plain steps after which what wider ones cost is measured anew: three slow ones in so many are nothing."""
+"""Plain steps after which the cost of wider steps is measured again: three slow steps among these do not matter."""
 _KEPT_PER_STEP: Final = 0.995
 """A record fades, so that a request that begins to quote is tried again."""
 
@@ -77,7 +77,7 @@ class Acceptance:
         return Draft(n_tokens, match_length, first, self._next.rate(_PRIOR_NEXT))
 
     def note(self, n_drafted: int, match_length: int, n_right: int) -> None:
-        """Count a checked draft, of which the first n_right tokens were right."""
+        """Count a checked draft whose first n_right tokens were right."""
         record = self._first[match_length >= LONG_MATCH]
         record.fade(_KEPT_PER_DRAFT)
         if not n_right:

@@ -61,7 +61,7 @@ def _placed(gpu: Gpu, node: NumaNode | None, nodes: Sequence[NumaNode]) -> tuple
     cpus = frozenset().union(*(process.cpus for process in gpu.processes))
     words = f"{gpu.label} is at NUMA node {node.number}"
     if not cpus:
-        return f"{words}, no process of which the CPUs are known uses it", False
+        return f"{words}; the CPUs of the processes that use it are unknown", False
     apart = [other for other in nodes if other is not node and cpus & other.cpus]
     if not apart:
         return f"{words}, as are the CPUs of its processes", False

@@ -19,7 +19,7 @@ WITH_MODEL = ("draft", "eagle3")
 DEFAULT_TOKENS = {"lookup": 15, "draft": 3, "eagle3": 3, "mtp": 3}
 """Its default with a model (--spec-draft-n-max). A quoted passage is long, and drafting it costs nothing."""
 MATCH = "4"
-"""Tokens that must be alike. Its default of 12 finds nothing in most texts."""
+"""Tokens that must match. Its default of 12 finds nothing in most texts."""
 VOCABULARY_SLACK = 128
 """Most tokens by which the vocabularies may differ (common/speculative.cpp, SPEC_VOCAB_MAX_SIZE_DIFFERENCE)."""
 

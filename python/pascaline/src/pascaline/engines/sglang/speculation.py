@@ -18,7 +18,7 @@ takes some milliseconds (docs/results/speculation.md). On a CPU auto is none: th
 DEFAULT_TOKENS = 7
 """Drafted tokens of a request: accepted runs are all or nothing, so a long one wins most where text repeats."""
 RESERVED_STEPS = 2
-"""SGLang holds slots for so many steps of each running request (mem_cache/allocation_sizing.py)."""
+"""Steps for which SGLang reserves slots of each running request (mem_cache/allocation_sizing.py)."""
 VARIABLE = PLUGIN.variables["speculative_rows"]
 """The variable that passes the rows to sglang-pascal."""
 

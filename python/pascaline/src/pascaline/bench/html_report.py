@@ -143,7 +143,7 @@ def _beside_expectations(document: dict[str, Any]) -> list[str]:
 
 
 def _throughputs(points: Sequence[Throughput]) -> str:
-    """Return the table of measured points; nothing if there is nothing to hold any of them against."""
+    """Return the table of measured points; empty if no point has a reference."""
     if all((point.claim, point.plan, point.roofline) == (None, None, None) for point in points):
         return ""
     rows = [["", "measured tok/s", "guide claims", "plan expects", "roofline", "of the roofline"]]

@@ -27,7 +27,7 @@ class Selector:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """An engine's series; None: it has none of this meaning."""
+    """An engine's series; None if it has no series with this meaning."""
 
     running: Selector
     """Requests that are being computed."""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pascaline.gpu.calls import Raw
 
 MAX_ABANDONED = 3
-"""Number of unkillable children from which on no further one is started."""
+"""No further child is started once this many cannot be killed."""
 _PROGRESS_BYTES = 128
 _KILL_SECONDS = 1.0
 """Time after SIGKILL before the child counts as unkillable."""

@@ -20,7 +20,7 @@ LEAST_GAIN = 1.2
 
 
 def with_hints(plan: Plan, spec: ModelSpec, card: Card, request: PlanRequest) -> Plan:
-    """Return the plan with such a remark, if there is one. request: as the plan was asked for."""
+    """Return the plan with such a remark, if there is one. request: what the plan was made from."""
     larger = _with_larger_chunk(plan, spec, card, request)
     if larger is None or larger.speed is None or plan.speed is None:
         return plan

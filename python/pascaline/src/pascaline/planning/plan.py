@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def where(self) -> str:
-        """Where the weights are, in words: card, host, or what of them is on the host."""
+        """Where the weights are, in words: card, host, or which part is on the host."""
         request = self.request
         if request.device == "cpu":
             return "host"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 MIN_MATCH: Final = 3
-"""Fewest tokens that must be alike."""
+"""Least number of tokens that must match."""
 MAX_MATCH: Final = 32
 """Tokens after which a match is not compared further: a longer one is not more certain."""
 MAX_INDEXED: Final = 32768

@@ -22,7 +22,7 @@ class Rule(NamedTuple):
     marks: tuple[str, ...]
     """Texts that the template must all contain."""
     families: tuple[str, ...] = ()
-    """Beginnings of architectures to which the rule is limited; empty: any."""
+    """Prefixes of architecture names to which the rule applies; empty = all."""
     pattern: re.Pattern[str] | None = None
     """What the template must contain besides."""
     in_prompt: re.Pattern[str] | None = None

@@ -1,10 +1,11 @@
 """Shows where the time of a test run goes: a table by area, and the seconds per file that order the next run.
 
     ./dev test --all --junitxml times.xml
+    PYTEST_ADDOPTS=--junitxml=fast.xml ./dev test
     ./dev exec python benchmarks/test_times.py times.xml [fast.xml]
 
 Writes docs/results/tests.json, which tests/support/selection.py reads to start the longest files first, and
-docs/results/tests.md. The second file is from `./dev test`. Exit codes: 0 written, 2 a file is not a JUnit report.
+docs/results/tests.md. Exit codes: 0 written, 2 a file is not a JUnit report.
 """
 
 from __future__ import annotations

@@ -41,6 +41,13 @@ def test_compiling_says_how_much_it_compiles(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert done.stderr == "dev: compiling 2 modules to bytecode; every later start is faster for it\n"
     assert [path.name.partition(".")[0] for path in (site / "__pycache__").iterdir()] == ["good"]
+    (site / "template.py").unlink()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert again.stderr == ""
+    (site / "good.py").write_text("x = 2\n")
+    os.utime(site / "good.py", (1e9, 1e9))
+    changed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert changed.stderr.startswith("dev: compiling 1 modules")
 
 
 @pytest.mark.parametrize(("found", "expected"), [("Success: no issues", 0), ("m.py:1: error: of a type", 2)])

@@ -1,0 +1,629 @@
+"""Checks a plan with weights in the host's memory on a GPU of which only a small card's memory is free.
+
+    python benchmarks/placement_held.py --server PATH --json FILE [--cases 1,2] [--layers N] [--seconds 240]
+    python benchmarks/placement_held.py --page FILE > docs/results/placement.md
+
+Another process takes the card's memory but for what a Tesla P4 or P40 has. The models have their true shapes: sparse
+files, whose weights are zeros except that embeddings and routers are random, so that tokens choose their own experts.
+`pascaline` plans for the small card and the host's free memory, and llama-server is started with the flags that follow.
+Its log is compared with the plan, then requests of the whole context are sent on all slots at once.
+
+The context of another GPU is larger than a Pascal card's: what a server with a tiny model takes beside the buffers of
+its log is measured first, and what the plan has for it is replaced by that. A case is kept if every request was
+answered whole and no buffer is larger than planned. Without NVML (a CPU build of llama-server) nothing is held, and
+the buffers on the card are those that the log names for the CPU. Exit code 1 if a case is not kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import numpy as np
+from gguf import GGUFReader
+from pascaline.cards import load_card, unknown_card
+from pascaline.configuration import Configuration
+from pascaline.engines import engine_named
+from pascaline.errors import MissingError, PascalineError
+from pascaline.gpu import host_bandwidth
+from pascaline.gpu.memory import gpu_memory, host_memory, memory_of_visible
+from pascaline.gpu.reader import Reader
+from pascaline.models.gguf import read_gguf
+from pascaline.models.resolve import ResolvedModel
+from pascaline.planning import make_plan
+from pascaline.planning.request import HostRates, request_from_settings
+from pascaline.serving.task import make_task
+from pascaline.settings import Settings
+from support.catalog_files import shape_named, write_catalog_file
+from support.instance import http
+from support.ports import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from pascaline.planning import Plan
+
+MIB = 2**20
+ENGINE = "llama.cpp"
+ANSWER_TOKENS = 16
+START_SECONDS, REQUEST_SECONDS, SAMPLE_SECONDS = 150, 150, 0.05
+CASE_SECONDS = 25
+"""Least time of a case: none is begun with less left."""
+HOLDER = Path(__file__).with_name("hold_gpu_memory.py")
+SPEED_PROMPT, SPEED_ANSWER = 2048, 48
+_BUFFER = re.compile(r"(\S+) +(model|KV|RS|compute|output) buffer size = +([0-9.]+) MiB")
+_LOADING = "loading model tensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model on a card under settings."""
+
+    card: str
+    model: str
+    layers: int
+    """Of the whole model."""
+    context: int
+    requests: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    has_speed: bool = False
+    """Whether speeds are measured too."""
+    experts: int | None = None
+    """Of a smaller file, for a trial."""
+
+
+CASES = (
+    Case("tesla-p4", "Qwen3-30B-A3B", 48, 8192, 2, has_speed=True),
+    Case("tesla-p4", "Qwen3-14B", 40, 8192, 2, {"placement": {"layers": "auto"}, "kv_cache": {"dtype": "int8"}}),
+    Case("tesla-p4", "gpt-oss-20b", 24, 8192, 4),
+    Case("tesla-p4", "DeepSeek-V2-Lite", 27, 8192, 2, {"chunked_prefill_tokens": 2048}),
+    Case("tesla-p40", "Mixtral", 32, 8192, 2, {"chunked_prefill_tokens": 2048}),
+    Case("tesla-p40", "Qwen3.6-35B-A3B", 40, 16384, 4, {"kv_cache": {"dtype": "int8"}}),
+)
+
+
+def main() -> int:
+    """Run the cases, or write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", default="llama-server", help="llama-server (default: the one on PATH)")
+    parser.add_argument("--json", type=Path, help="write the results there, after each case")
+    parser.add_argument("--cases", default="", help="numbers from 1 on, separated by commas (default: all)")
+    parser.add_argument("--layers", type=int, help="reduce the models to this number of layers, for a trial")
+    parser.add_argument("--context", type=int, help="tokens of a request instead of the case's, for a trial")
+    parser.add_argument("--settings", default="{}", help="JSON of further settings, for a trial")
+    parser.add_argument("--seconds", type=float, default=900.0, help="begin no case after this time (default: 900)")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="print the page of these results instead")
+    args = parser.parse_args()
+    if args.page:
+        print(page(json.loads(args.page.read_text(encoding="utf-8"))))
+        return 0
+    numbers = [int(part) for part in args.cases.split(",") if part] or range(1, len(CASES) + 1)
+    cases = [_reduced(CASES[number - 1], args) for number in numbers]
+    server = shutil.which(args.server)
+    if server is None:
+        parser.error(f"--server: {args.server} is not a program")
+    results = measure(cases, server, args.json, args.seconds)
+    return 0 if results["rows"] and all(row["kept"] for row in results["rows"]) else 1
+
+
+def _reduced(case: Case, args: argparse.Namespace) -> Case:
+    if args.context:
+        case = replace(case, context=args.context)
+    if not args.layers:
+        return case
+    # llama.cpp knows the model without a low-rank query by its number of layers.
+    layers = case.layers if case.model == "DeepSeek-V2-Lite" else min(case.layers, args.layers)
+    return replace(case, layers=layers, experts=16, settings={**case.settings, **json.loads(args.settings)})
+
+
+def measure(cases: Sequence[Case], server: str, output: Path | None, seconds: float) -> dict[str, Any]:
+    """Return the results; they are also written after each case, so that an end in between loses one."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        results: dict[str, Any] = {"machine": machine(server, folder), "rows": []}
+        results["beside_buffers_bytes"] = beside = beside_buffers(server, folder)
+        for case in cases:
+            if time.monotonic() - began > seconds - CASE_SECONDS:
+                print(f"{case.model}: left out, no time", flush=True)
+                continue
+            row = one(case, server, folder, beside, results["machine"])
+            results["rows"].append(row)
+            print(summary(row), flush=True)
+            if output:
+                output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results
+
+
+def machine(server: str, folder: Path) -> dict[str, Any]:
+    """Return what the figures depend on."""
+    try:
+        gpu = gpu_memory()
+        name, total = gpu.name, gpu.total_bytes
+    except MissingError:
+        name, total = None, 0
+    done = subprocess.run([server, "--version"], capture_output=True, text=True, check=False)
+    version = re.search(r"^version: (.+)$", done.stdout + done.stderr, re.MULTILINE)
+    began = time.monotonic()
+    command = [sys.executable, "-m", "pascaline", "plan", "--measure-host", "--json", "--cache-dir", str(folder)]
+    measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "gpu": name,
+        "gpu_bytes": total,
+        "cpu": host_bandwidth.cpu_model(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "host_bytes": host_memory().total_bytes,
+        "host_bytes_per_second": [node["bytes_per_second"] for node in measured["nodes"]],
+        "host_measured_seconds": round(time.monotonic() - began, 1),
+        "server": version[1] if version else None,
+    }
+
+
+# --- The card's memory
+
+
+def used_bytes(reader: Reader | None = None) -> int:
+    """Return the bytes in use on the first card, 0 without NVML."""
+    try:
+        memory = memory_of_visible(reader.read()) if reader else gpu_memory()
+    except MissingError:
+        return 0
+    return memory.used_bytes
+
+
+@contextlib.contextmanager
+def held(free_bytes: int) -> Iterator[int]:
+    """Leave this much of the card to others while the block runs; yield what is left, by NVML."""
+    command = [sys.executable, str(HOLDER), str(free_bytes)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            answer = process.stdout.readline()
+            if not answer.startswith("free "):
+                raise RuntimeError(f"the holder of the card's memory says {answer.strip()!r}, not what it left free")
+            yield int(answer.split()[1])
+        finally:
+            process.stdin.close()
+            process.wait(timeout=60)
+
+
+class Peak:
+    """The most that the card had in use while a block ran."""
+
+    def __init__(self) -> None:
+        self.used = 0
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        with Reader() as reader:
+            while not self._ends.wait(SAMPLE_SECONDS):
+                self.used = max(self.used, used_bytes(reader))
+
+    def __enter__(self) -> Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        self._thread.join(30)
+
+
+# --- The server
+
+
+class Server:
+    """A llama-server and its log."""
+
+    def __init__(self, command: Sequence[str], variables: dict[str, str], port: int) -> None:
+        self.port, self.lines = port, list[str]()
+        self._process = subprocess.Popen(
+            [*command, "--verbosity", "4"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", env={**os.environ, **variables},
+        )  # fmt: skip
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join(10)
+
+    def wait(self, seconds: float) -> float | None:
+        """Return the seconds until it answered; None if it ended or did not in time."""
+        began = time.monotonic()
+        while time.monotonic() - began < seconds and self._process.poll() is None:
+            with contextlib.suppress(OSError):
+                if http(f"http://127.0.0.1:{self.port}/health", timeout=5).status == 200:
+                    return time.monotonic() - began
+            time.sleep(0.1)
+        return None
+
+    def complete(self, tokens: Sequence[int], n_predict: int) -> dict[str, Any]:
+        """Return the answer to a prompt of token ids, or what went wrong."""
+        body = {
+            "prompt": list(tokens), "n_predict": n_predict, "temperature": 0, "ignore_eos": True, "cache_prompt": False
+        }  # fmt: skip
+        try:
+            answer = http(f"http://127.0.0.1:{self.port}/completion", body, timeout=REQUEST_SECONDS)
+            found = answer.json if answer.status == 200 else {"error": answer.text[:300]}
+        except (OSError, urllib.error.URLError, ValueError) as error:
+            found = {"error": repr(error)}
+        timings = found.get("timings", {})
+        return {
+            "prompt_tokens": timings.get("prompt_n"),
+            "answer_tokens": timings.get("predicted_n"),
+            "prompt_per_second": timings.get("prompt_per_second"),
+            "answer_per_second": timings.get("predicted_per_second"),
+            "error": found.get("error"),
+        }
+
+    @property
+    def ending(self) -> str:
+        """Its exit code in words."""
+        code = self._process.poll()
+        return "still running" if code is None else f"exit code {code}"
+
+    @property
+    def buffers(self) -> dict[str, float]:
+        """MiB by place and purpose: {"CUDA0 model": 9154.43}; what it only tried before it loaded is left out."""
+        text = "\n".join(self.lines).rpartition(_LOADING)[2]
+        found: dict[str, float] = {}
+        for place, what, size in _BUFFER.findall(text):
+            key = f"{'card' if place.startswith('CUDA') and 'Host' not in place else 'host'} {what}"
+            found[key] = round(found.get(key, 0.0) + float(size), 2)
+        return found
+
+
+def prompt(number: int, length: int, vocabulary: int) -> list[int]:
+    """Return token ids that differ from those of other requests from the first one on."""
+    draw = np.random.default_rng(number)
+    return [int(token) for token in draw.integers(3, min(vocabulary, 20000), length)]
+
+
+def beside_buffers(server: str, folder: Path) -> int:
+    """Return what a server with a tiny model takes of the card beside the buffers of its log; 0 without NVML."""
+    before = used_bytes()
+    if not before and gpu_is_absent():
+        return 0
+    path = write_catalog_file(folder / "tiny.gguf", shape_named("Qwen3-14B", 1))
+    port = free_port()
+    command = [server, "--model", str(path), "--port", str(port), "--ctx-size", "1024", "--parallel", "1"]
+    with Server([*command, "--n-gpu-layers", "999", "--ubatch-size", "512"], {}, port) as running:
+        if running.wait(START_SECONDS) is None:
+            raise RuntimeError("the tiny model does not start:\n" + "\n".join(running.lines[-20:]))
+        running.complete(prompt(1, 700, 1000), 4)
+        used = used_bytes() - before
+        buffers = sum(size for key, size in running.buffers.items() if key.startswith("card")) * MIB
+    path.unlink()
+    return max(0, round(used - buffers))
+
+
+def gpu_is_absent() -> bool:
+    """Whether NVML shows no GPU."""
+    try:
+        gpu_memory()
+    except MissingError:
+        return True
+    return False
+
+
+# --- One case
+
+
+def one(case: Case, server: str, folder: Path, beside: int, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of a case."""
+    shape = shape_named(case.model, case.layers)
+    if case.experts and "experts" in shape:
+        shape |= {"experts": min(case.experts, shape["experts"])}
+    path = write_catalog_file(folder / "model.gguf", shape)
+    fill(path)
+    card = load_card(case.card)
+    settings = settings_of(case, path, server)
+    plan = plan_of(settings, path, card.memory_bytes, case.card, facts)
+    constants = sum(part.n_bytes for part in plan.parts if part.key == "context_bytes")
+    row: dict[str, Any] = {
+        "case": asdict(case), "plan": plan.to_json(), "card_bytes": card.memory_bytes, "beside": beside, "kept": False,
+    }  # fmt: skip
+    try:
+        if not plan.fits:
+            row["error"] = plan.reasons[0]
+        elif gpu_is_absent():
+            row |= serve(case, settings, path, plan, shape["vocab"])
+        else:
+            with held(card.memory_bytes + max(0, beside - constants)) as free:
+                row |= {"free_bytes": free} | serve(case, settings, path, plan, shape["vocab"])
+    except (RuntimeError, PascalineError, OSError) as error:
+        row["error"] = str(error)
+    finally:
+        path.unlink()
+    row["kept"] = is_kept(row)
+    return row
+
+
+def settings_of(case: Case, path: Path, server: str) -> Settings:
+    """Return the settings of an instance."""
+    return Settings.model_validate(
+        {
+            "model": str(path),
+            "engine": ENGINE,
+            "device": "cuda",
+            "engine_executable": server,
+            "context_length": case.context,
+            "max_running_requests": case.requests,
+            "port": free_port(),
+            **case.settings,
+        }
+    )
+
+
+def plan_of(settings: Settings, path: Path, free: int, card: str | None, facts: dict[str, Any]) -> Plan:
+    """Plan for a card of this much memory; card None: for the speed of the GPU that is here."""
+    spec = read_gguf(path)
+    found = load_card(card) if card else _this_card()
+    rates = HostRates(
+        memory_bytes_per_second=min(facts["host_bytes_per_second"]), source=f"measured {facts['date']}",
+        link_bytes_per_second=None if card else link(),
+    )  # fmt: skip
+    request = request_from_settings(
+        settings, spec, device="cuda", dtype="float16", card_bytes=free, host_memory_bytes=host_memory().total_bytes,
+        host_rates=rates,
+    )  # fmt: skip
+    return make_plan(spec, found, request)
+
+
+def _this_card() -> Any:
+    memory = gpu_memory()
+    return unknown_card(memory.name, memory.total_bytes, memory.rates)
+
+
+def link() -> float | None:
+    """Return the rate of the first GPU's PCIe link as the kernel reports it."""
+    from pascaline.gpu.memory import link_rate
+
+    gpus = gpu_memory().gpus
+    return link_rate(gpus[0].address) if gpus and gpus[0].address else None
+
+
+def serve(case: Case, settings: Settings, path: Path, plan: Plan, vocabulary: int) -> dict[str, Any]:
+    """Start the server as the plan says, fill all of its slots, and return what was seen."""
+    model = ResolvedModel("gguf", path, read_gguf(path), case.model)
+    configuration = Configuration(settings, {}, case.card)
+    launch = engine_named(ENGINE).launch(make_task(configuration, model, plan, path.parent))
+    before = used_bytes()
+    with Peak() as peak, Server(launch.command, dict(launch.environment), settings.port) as server:
+        row: dict[str, Any] = {"command": list(launch.command[1:]), "ready_seconds": server.wait(START_SECONDS)}
+        row["buffers"] = server.buffers
+        if row["ready_seconds"] is None:
+            return row | {"error": f"it did not start: {server.ending}", "log": server.lines[-25:]}
+        row["used_when_ready"] = used_bytes() - before
+        if case.has_speed and not gpu_is_absent():
+            row["speed"] = speed(server, settings, path, plan, vocabulary)
+        began = time.monotonic()
+        with ThreadPoolExecutor(case.requests) as pool:
+            prompts = [
+                prompt(number, case.context - ANSWER_TOKENS, vocabulary) for number in range(1, case.requests + 1)
+            ]
+            row["answers"] = list(pool.map(lambda tokens: server.complete(tokens, ANSWER_TOKENS), prompts))
+        row["seconds"] = round(time.monotonic() - began, 1)
+        if any(answer["error"] for answer in row["answers"]):
+            row |= {"error": f"not answered whole: {server.ending}", "log": server.lines[-25:]}
+    return row | {"used_at_peak": max(0, peak.used - before)}
+
+
+def speed(server: Server, settings: Settings, path: Path, plan: Plan, vocabulary: int) -> dict[str, Any]:
+    """Return tok/s of one request, beside the range for this GPU and this host with the same placement."""
+    own = settings.model_copy(
+        update={
+            "context_length": SPEED_PROMPT,
+            "max_running_requests": 1,
+            "placement": settings.placement.model_copy(update={"experts": plan.request.expert_layers_on_host}),
+        }
+    )
+    facts = {"host_bytes_per_second": [plan.request.host_rates.memory_bytes_per_second], "date": ""}
+    expected = plan_of(own, path, 2**40, None, facts).speed
+    server.complete(prompt(90, 64, vocabulary), 2)
+    short = server.complete(prompt(91, 16, vocabulary), SPEED_ANSWER)
+    long = server.complete(prompt(92, SPEED_PROMPT, vocabulary), 1)
+    found = {"decode": short["answer_per_second"], "prefill": long["prompt_per_second"], "link": link()}
+    if expected is None:
+        return found
+    return found | {
+        "decode_range": [expected.single.low, expected.single.high],
+        "prefill_range": [expected.prefill.low, expected.prefill.high],
+        "decode_formula": expected.single.formula,
+        "prefill_formula": expected.prefill.formula,
+    }
+
+
+def is_kept(row: dict[str, Any]) -> bool:
+    """Whether every request was answered whole, and no buffer is larger than planned."""
+    wanted = [row["case"]["context"] - ANSWER_TOKENS, ANSWER_TOKENS]
+    answers = [[answer["prompt_tokens"], answer["answer_tokens"]] for answer in row.get("answers", [])]
+    whole = len(answers) == row["case"]["requests"] and all(answer == wanted for answer in answers)
+    return whole and all(logged <= planned + 0.02 for _, planned, logged in compared(row))
+
+
+def compared(row: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """Return each buffer's name, planned MiB and MiB of the log."""
+    parts = {part["key"]: part["bytes"] / MIB for part in row["plan"]["parts"] + row["plan"]["host_parts"]}
+    log = row.get("buffers", {})
+    pairs = [
+        ("card: weights", parts.get("weights", 0.0), log.get("card model", 0.0)),
+        ("card: KV cache", parts.get("kv_pool", 0.0), log.get("card KV", 0.0) + log.get("card RS", 0.0)),
+        ("card: compute buffer", parts.get("activations", 0.0), log.get("card compute", 0.0)),
+        ("host: weights", parts.get("host_weights", 0.0), log.get("host model", 0.0)),
+        ("host: KV cache", parts.get("host_kv", 0.0), log.get("host KV", 0.0) + log.get("host RS", 0.0)),
+        ("host: compute buffer", parts.get("host_compute", 0.0), log.get("host compute", 0.0)),
+    ]
+    # A build for the CPU has everything on the host.
+    return pairs if any(key.startswith("card") for key in log) else []
+
+
+def fill(path: Path) -> None:
+    """Give embeddings and routers random values and norms ones, so that each token chooses experts of its own."""
+    draw = np.random.default_rng(1)
+    for tensor in GGUFReader(path, "r+").tensors:
+        data, kind = tensor.data, tensor.tensor_type.name
+        if tensor.name.endswith("norm.weight"):
+            data[:] = 1.0
+        elif ".ffn_gate_inp.weight" in tensor.name:
+            data[:] = draw.standard_normal(data.shape, dtype=np.float32)
+        elif tensor.name == "token_embd.weight" and kind in SCALES:
+            _fill_blocks(data, kind, draw)
+
+
+SCALES = {"Q4_K": (144, (0,)), "Q6_K": (210, (208,)), "Q8_0": (34, (0,))}
+"""Bytes of a block, and where it has its scale in half precision (ggml-common.h)."""
+_ROWS = 20000
+"""Of the embedding, as many as prompts use."""
+
+
+def _fill_blocks(data: Any, kind: str, draw: np.random.Generator) -> None:
+    size, places = SCALES[kind]
+    rows = data[:_ROWS]
+    blocks = draw.integers(0, 256, (rows.shape[0], rows.shape[1] // size, size), dtype=np.uint8)
+    for place in places:
+        blocks[:, :, place : place + 2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+    if kind == "Q4_K":
+        blocks[:, :, 2:4] = 0
+    rows[:] = blocks.reshape(rows.shape)
+
+
+# --- What was found
+
+
+def summary(row: dict[str, Any]) -> str:
+    """Return plan beside log in lines of text."""
+    case, planned = row["case"], row["plan"]
+    lines = [
+        f"{case['model']} on {case['card']}, {case['requests']} x {case['context']} tokens, KV {planned['kv_dtype']}: "
+        f"{planned['where']}: {'kept' if row['kept'] else 'NOT KEPT'}"
+    ]
+    lines += [
+        f"  {name:22} planned {planned:10,.2f}   log {logged:10,.2f} MiB" for name, planned, logged in compared(row)
+    ]
+    if "used_at_peak" in row:
+        free = row.get("free_bytes", 0) / MIB
+        lines.append(
+            f"  at the peak {row['used_at_peak'] / MIB:,.0f} MiB of {free:,.0f} that were free, "
+            f"when ready {row['used_when_ready'] / MIB:,.0f}; pools {pools(row) / MIB:,.0f}; "
+            f"{row['seconds']} s for the requests, {row['ready_seconds']:.0f} s to start"
+        )
+        lines.append("  " + json.dumps(row["answers"]))
+    if "speed" in row:
+        lines.append("  " + json.dumps(row["speed"]))
+    if "error" in row:
+        lines += ["  " + row["error"], *("  | " + line for line in row.get("log", []))]
+    return "\n".join(lines)
+
+
+def pools(row: dict[str, Any]) -> int:
+    """Return what it took at the peak beside the buffers of its log and what a tiny model takes, bytes."""
+    buffers = sum(size for key, size in row["buffers"].items() if key.startswith("card")) * MIB
+    return round(row["used_at_peak"] - buffers - row["beside"])
+
+
+def page(results: dict[str, Any]) -> str:
+    """Return the page."""
+    facts, rows = results["machine"], results["rows"]
+    bandwidth = " and ".join(f"{rate / 1e9:,.0f}" for rate in facts["host_bytes_per_second"])
+    lines = [
+        "# Plans with weights in the host's memory, on a GPU held to a small card's memory",
+        "",
+        f"{facts['gpu']}, {facts['cpu']} with {facts['cpus']} CPUs that read {bandwidth} GB/s, llama-server "
+        f"{facts['server']} built as code for compute capability 6.1, {facts['date']}; "
+        "`benchmarks/placement_held.py`. Another process holds all of the GPU's memory except what the card of the "
+        "plan has. The files have the models' true shapes.",
+        "",
+        f"A server with a tiny model takes {results['beside_buffers_bytes'] / MIB:,.0f} MiB of this GPU beside the "
+        "buffers of its log (context, kernels, pools). That much is free here instead of the CUDA context in the plan, "
+        "which is an estimate for Pascal cards.",
+        "",
+        "MiB, planned / in llama-server's log:",
+        "",
+        "| model | card | requests | on the host | weights, card | KV cache, card | compute, card | weights, host "
+        "| KV cache, host |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        case, found = row["case"], {name: (a, b) for name, a, b in compared(row)}
+        cells = [f"{a:,.1f} / {b:,.1f}" for a, b in (found.get(name, (0.0, 0.0)) for name in _COLUMNS)]
+        kv = row["plan"]["kv_dtype"]
+        head = f"{case['model']} | {case['card']} | {case['requests']} x {case['context']:,}, KV {kv}, chunk "
+        head += f"{row['plan']['chunked_prefill_tokens']:,} | {row['plan']['where'].removesuffix(' on the host')}"
+        lines.append(f"| {head} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Then every slot got a prompt that fills its context but for "
+        f"{ANSWER_TOKENS} tokens, all at once, with {ANSWER_TOKENS} tokens to answer:",
+        "",
+        "| model | card | answered whole | in use at the peak, MiB | free before, MiB "
+        "| beyond buffers and a tiny model | seconds, all requests |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        case, wanted = row["case"], [row["case"]["context"] - ANSWER_TOKENS, ANSWER_TOKENS]
+        answers = row.get("answers", [])
+        whole = sum([answer["prompt_tokens"], answer["answer_tokens"]] == wanted for answer in answers)
+        if answers:
+            figures = f"{row['used_at_peak'] / MIB:,.0f} | {row.get('free_bytes', 0) / MIB:,.0f}"
+            figures += f" | {pools(row) / MIB:,.0f} | {row['seconds']}"
+        else:
+            figures = f"{row.get('error', '')} | | |"
+        lines.append(f"| {case['model']} | {case['card']} | {whole} of {case['requests']} | {figures} |")
+    for row in rows:
+        lines += ["", *speed_lines(row)] if "speed" in row else []
+    return "\n".join(lines)
+
+
+_COLUMNS = ("card: weights", "card: KV cache", "card: compute buffer", "host: weights", "host: KV cache")
+
+
+def speed_lines(row: dict[str, Any]) -> list[str]:
+    """Return the paragraph about the speed of one placement."""
+    found = row["speed"]
+
+    def beside(phase: str) -> str:
+        low, high = found.get(f"{phase}_range", (0.0, 0.0))
+        return f"{found[phase]:,.0f} tok/s, the plan for this GPU and host says {low:,.0f} to {high:,.0f}"
+
+    return [
+        f"Speed of {row['case']['model']} with {row['plan']['where']}, one request: decode {beside('decode')}; a "
+        f"prompt of {SPEED_PROMPT:,} tokens {beside('prefill')}.",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,10 +8,10 @@ files, whose weights are zeros except that embeddings and routers are random, so
 `pascaline` plans for the small card and the host's free memory, and llama-server is started with the flags that follow.
 Its log is compared with the plan, then requests of the whole context are sent on all slots at once.
 
-The context of another GPU is larger than a Pascal card's: what a server with a tiny model takes beside the buffers of
-its log is measured first, and what the plan has for it is replaced by that. A case is kept if every request was
-answered whole and no buffer is larger than planned. Without NVML (a CPU build of llama-server) nothing is held, and
-the buffers on the card are those that the log names for the CPU. Exit code 1 if a case is not kept.
+The context of another GPU is larger than a Pascal card's: what a server with a small model of the same kind takes
+beside the buffers of its log is measured first, and what the plan has for it is replaced by that. A case is kept if
+every request was answered whole and no buffer is larger than planned. Without NVML (a CPU build of llama-server)
+nothing is held and nothing compared. Exit code 1 if a case is not kept.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ MIB = 2**20
 ENGINE = "llama.cpp"
 ANSWER_TOKENS = 16
 START_SECONDS, REQUEST_SECONDS, SAMPLE_SECONDS = 150, 150, 0.05
-CASE_SECONDS = 25
+CASE_SECONDS = 15
 """Least time of a case: none is begun with less left."""
+STARTED = time.monotonic()
 HOLDER = Path(__file__).with_name("hold_gpu_memory.py")
 SPEED_PROMPT, SPEED_ANSWER = 2048, 48
 _BUFFER = re.compile(r"(\S+) +(model|KV|RS|compute|output) buffer size = +([0-9.]+) MiB")
@@ -108,7 +109,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="reduce the models to this number of layers, for a trial")
     parser.add_argument("--context", type=int, help="tokens of a request instead of the case's, for a trial")
     parser.add_argument("--settings", default="{}", help="JSON of further settings, for a trial")
-    parser.add_argument("--seconds", type=float, default=900.0, help="begin no case after this time (default: 900)")
+    parser.add_argument("--seconds", type=float, default=900.0, help="begin no case later than this (default: 900)")
     parser.add_argument("--page", type=Path, metavar="FILE", help="print the page of these results instead")
     args = parser.parse_args()
     if args.page:
@@ -128,25 +129,33 @@ def _reduced(case: Case, args: argparse.Namespace) -> Case:
         case = replace(case, context=args.context)
     if not args.layers:
         return case
-    # llama.cpp knows the model without a low-rank query by its number of layers.
-    layers = case.layers if case.model == "DeepSeek-V2-Lite" else min(case.layers, args.layers)
+    layers = case.layers if case.model in WHOLE else min(case.layers, args.layers)
     return replace(case, layers=layers, experts=16, settings={**case.settings, **json.loads(args.settings)})
+
+
+def say(text: str) -> None:
+    """Print it with the seconds since the start."""
+    print(f"{time.monotonic() - STARTED:6.1f} s  {text}", flush=True)
 
 
 def measure(cases: Sequence[Case], server: str, output: Path | None, seconds: float) -> dict[str, Any]:
     """Return the results; they are also written after each case, so that an end in between loses one."""
-    began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         results: dict[str, Any] = {"machine": machine(server, folder), "rows": []}
-        results["beside_buffers_bytes"] = beside = beside_buffers(server, folder)
+        say(f"host measured: {results['machine']}")
+        began = time.monotonic()
         for case in cases:
             if time.monotonic() - began > seconds - CASE_SECONDS:
-                print(f"{case.model}: left out, no time", flush=True)
+                say(f"{case.model}: left out, no time")
                 continue
-            row = one(case, server, folder, beside, results["machine"])
+            try:
+                row = one(case, server, folder, results["machine"])
+            except RuntimeError as error:
+                say(f"{case.model}: {error}")
+                continue
             results["rows"].append(row)
-            print(summary(row), flush=True)
+            say(summary(row))
             if output:
                 output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
@@ -312,22 +321,39 @@ def prompt(number: int, length: int, vocabulary: int) -> list[int]:
     return [int(token) for token in draw.integers(3, min(vocabulary, 20000), length)]
 
 
-def beside_buffers(server: str, folder: Path) -> int:
-    """Return what a server with a tiny model takes of the card beside the buffers of its log; 0 without NVML."""
-    before = used_bytes()
-    if not before and gpu_is_absent():
-        return 0
-    path = write_catalog_file(folder / "tiny.gguf", shape_named("Qwen3-14B", 1))
-    port = free_port()
+def beside_buffers(case: Case, server: str, folder: Path) -> int:
+    """Return what a server takes of the card beside the buffers of its log, with a small model of the case's kind.
+
+    It has computed in small batches: its context and the kernels for such a model, but next to nothing in pools.
+    """
+    small = replace(case, layers=case.layers if case.model in WHOLE else TINY_LAYERS)
+    path = write_catalog_file(folder / "tiny.gguf", shape_of(replace(small, experts=TINY_EXPERTS)))
+    before, port = used_bytes(), free_port()
+    kv_cache = "q8_0" if case.settings.get("kv_cache") else "f16"
     command = [server, "--model", str(path), "--port", str(port), "--ctx-size", "1024", "--parallel", "1"]
-    with Server([*command, "--n-gpu-layers", "999", "--ubatch-size", "512"], {}, port) as running:
+    command += ["--ubatch-size", str(TINY_BATCH), "--cache-type-k", kv_cache, "--cache-type-v", kv_cache]
+    command += ["--n-gpu-layers", "999", *(["--n-cpu-moe", "2"] if "experts" in shape_of(case) else [])]
+    with Server(command, {}, port) as running:
         if running.wait(START_SECONDS) is None:
             raise RuntimeError("the tiny model does not start:\n" + "\n".join(running.lines[-20:]))
-        running.complete(prompt(1, 700, 1000), 4)
+        running.complete(prompt(1, 200, 1000), 4)
         used = used_bytes() - before
         buffers = sum(size for key, size in running.buffers.items() if key.startswith("card")) * MIB
     path.unlink()
     return max(0, round(used - buffers))
+
+
+TINY_LAYERS, TINY_EXPERTS, TINY_BATCH = 4, 16, 64
+WHOLE = ("DeepSeek-V2-Lite",)
+"""llama.cpp knows it, which has no low-rank query, by its number of layers."""
+
+
+def shape_of(case: Case) -> dict[str, Any]:
+    """Return the shape of a case's file."""
+    shape = shape_named(case.model, case.layers)
+    if case.experts and "experts" in shape:
+        shape |= {"experts": min(case.experts, shape["experts"])}
+    return shape
 
 
 def gpu_is_absent() -> bool:
@@ -342,17 +368,17 @@ def gpu_is_absent() -> bool:
 # --- One case
 
 
-def one(case: Case, server: str, folder: Path, beside: int, facts: dict[str, Any]) -> dict[str, Any]:
+def one(case: Case, server: str, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Return the row of a case."""
-    shape = shape_named(case.model, case.layers)
-    if case.experts and "experts" in shape:
-        shape |= {"experts": min(case.experts, shape["experts"])}
+    shape = shape_of(case)
+    beside = 0 if gpu_is_absent() else beside_buffers(case, server, folder)
+    say(f"{case.model}: beside its buffers a small one takes {beside / MIB:,.0f} MiB")
     path = write_catalog_file(folder / "model.gguf", shape)
     fill(path)
     card = load_card(case.card)
     settings = settings_of(case, path, server)
     plan = plan_of(settings, path, card.memory_bytes, case.card, facts)
-    constants = sum(part.n_bytes for part in plan.parts if part.key == "context_bytes")
+    constants = sum(part.n_bytes for part in plan.parts if part.key == "context")
     row: dict[str, Any] = {
         "case": asdict(case), "plan": plan.to_json(), "card_bytes": card.memory_bytes, "beside": beside, "kept": False,
     }  # fmt: skip
@@ -423,6 +449,7 @@ def serve(case: Case, settings: Settings, path: Path, plan: Plan, vocabulary: in
     launch = engine_named(ENGINE).launch(make_task(configuration, model, plan, path.parent))
     before = used_bytes()
     with Peak() as peak, Server(launch.command, dict(launch.environment), settings.port) as server:
+        say(f"{case.model}: {' '.join(launch.command[1:])}")
         row: dict[str, Any] = {"command": list(launch.command[1:]), "ready_seconds": server.wait(START_SECONDS)}
         row["buffers"] = server.buffers
         if row["ready_seconds"] is None:
@@ -567,9 +594,9 @@ def page(results: dict[str, Any]) -> str:
         "`benchmarks/placement_held.py`. Another process holds all of the GPU's memory except what the card of the "
         "plan has. The files have the models' true shapes.",
         "",
-        f"A server with a tiny model takes {results['beside_buffers_bytes'] / MIB:,.0f} MiB of this GPU beside the "
-        "buffers of its log (context, kernels, pools). That much is free here instead of the CUDA context in the plan, "
-        "which is an estimate for Pascal cards.",
+        "The context and the kernels of this GPU are larger than a Pascal card's: what a server with a small model of "
+        "the same kind takes beside the buffers of its log is measured, and that much is free instead of the CUDA "
+        "context in the plan, which is an estimate for Pascal cards.",
         "",
         "MiB, planned / in llama-server's log:",
         "",
@@ -590,8 +617,9 @@ def page(results: dict[str, Any]) -> str:
         f"{ANSWER_TOKENS} tokens, all at once, with {ANSWER_TOKENS} tokens to answer:",
         "",
         "| model | card | answered whole | in use at the peak, MiB | free before, MiB "
-        "| beyond buffers and a tiny model | seconds, all requests |",
-        "|---|---|---|---|---|---|---|",
+        "| of it a small model, MiB | beyond that and the buffers, MiB | the plan for pools and fragmentation, MiB "
+        "| seconds, all requests |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         case, wanted = row["case"], [row["case"]["context"] - ANSWER_TOKENS, ANSWER_TOKENS]
@@ -599,9 +627,12 @@ def page(results: dict[str, Any]) -> str:
         whole = sum([answer["prompt_tokens"], answer["answer_tokens"]] == wanted for answer in answers)
         if answers:
             figures = f"{row['used_at_peak'] / MIB:,.0f} | {row.get('free_bytes', 0) / MIB:,.0f}"
-            figures += f" | {pools(row) / MIB:,.0f} | {row['seconds']}"
+            spare = sum(part["bytes"] for part in row["plan"]["parts"] if part["key"] in ("workspace", "fragmentation"))
+            figures += (
+                f" | {row['beside'] / MIB:,.0f} | {pools(row) / MIB:,.0f} | {spare / MIB:,.0f} | {row['seconds']}"
+            )
         else:
-            figures = f"{row.get('error', '')} | | |"
+            figures = f"{row.get('error', '')} | | | | |"
         lines.append(f"| {case['model']} | {case['card']} | {whole} of {case['requests']} | {figures} |")
     for row in rows:
         lines += ["", *speed_lines(row)] if "speed" in row else []
@@ -617,6 +648,8 @@ def speed_lines(row: dict[str, Any]) -> list[str]:
 
     def beside(phase: str) -> str:
         low, high = found.get(f"{phase}_range", (0.0, 0.0))
+        if found[phase] is None:
+            return "not measured"
         return f"{found[phase]:,.0f} tok/s, the plan for this GPU and host says {low:,.0f} to {high:,.0f}"
 
     return [

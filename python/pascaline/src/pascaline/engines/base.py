@@ -59,6 +59,8 @@ class Task:
     """Layers on the GPU, counted from the last one and with the output layer as one more."""
     expert_layers_on_host: int = 0
     """Number of first layers that keep their experts in the host's memory."""
+    prompt_cache_bytes: int | None = None
+    """Limit of what the host's memory keeps of prompts beside weights; None: the engine's own."""
     numa_node: int | None = None
     """The GPU's NUMA node; None if the host has one node only, or the node is unknown."""
     speculation: Speculation = NO_SPECULATION

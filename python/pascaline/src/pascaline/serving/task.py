@@ -100,6 +100,7 @@ def make_task(
         decode_bits=request.decode_bits or 16,
         gpu_layers=request.gpu_layers or ALL_LAYERS,
         expert_layers_on_host=request.expert_layers_on_host or 0,
+        prompt_cache_bytes=next((part.n_bytes for part in plan.host_parts if part.key == "host_prompts"), None),
         numa_node=placement.numa_node if placement else None,
         speculation=request.speculation,
         runtime_dir=runtime_dir,

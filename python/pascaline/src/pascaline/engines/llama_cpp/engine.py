@@ -16,11 +16,13 @@ from pascaline.engines.client import json_object
 from pascaline.engines.data import read_data
 from pascaline.engines.installation import Installation, Probe
 from pascaline.engines.llama_cpp import speculation
+from pascaline.engines.llama_cpp.host_caches import checkpoints
 from pascaline.engines.llama_cpp.locking import check_limit
 from pascaline.engines.llama_cpp.memory import LlamaCppMemory, memory_arguments
 from pascaline.engines.llama_cpp.offload import host_weights_bytes
 from pascaline.engines.llama_cpp.options import (
     devices_of,
+    host_cache_arguments,
     locked_arguments,
     numa_arguments,
     options_of,
@@ -308,7 +310,8 @@ def _offload_arguments(task: Task, program: str) -> tuple[str, ...]:
     elif weights == "locked":
         _check_locked(task)
         held = locked_arguments(options)
-    return (*own_placement_arguments(options), *held, *numa_arguments(options, is_bound=bool(task.cpus)))
+    kept = host_cache_arguments(options, task.prompt_cache_bytes, checkpoints(task.context_length))
+    return (*own_placement_arguments(options), *held, *numa_arguments(options, is_bound=bool(task.cpus)), *kept)
 
 
 def _check_locked(task: Task) -> None:

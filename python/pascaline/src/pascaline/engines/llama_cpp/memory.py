@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pascaline.engines.kv_layers import layer_groups
 from pascaline.engines.llama_cpp import speculation
+from pascaline.engines.llama_cpp.host_caches import FREE_PARTS, checkpoint_bytes, checkpoints, prompt_cache_bytes
 from pascaline.engines.llama_cpp.offload import (
     candidates,
     device_bytes,
@@ -15,6 +16,7 @@ from pascaline.engines.llama_cpp.offload import (
     is_on_host,
     layers_on_host,
 )
+from pascaline.engines.llama_cpp.pool import HALF_BYTES, kernel_pool
 from pascaline.engines.llama_cpp.states import recurrent_bytes
 from pascaline.engines.memory_model import HeldTensor, MemoryModel, Part, Pool
 from pascaline.engines.plan_request import ALL_LAYERS
@@ -24,6 +26,8 @@ from pascaline.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pascaline.cards import Card
+    from pascaline.engines.kv_layers import KvType
     from pascaline.engines.memory_model import Weights
     from pascaline.engines.plan_request import PlanRequest
     from pascaline.engines.speculation import Speculation
@@ -140,16 +144,27 @@ class LlamaCppMemory(MemoryModel):
             wide = batch * padded(request.context_length, CELLS) * WIDE_HEAD_BYTES
             mask += wide
             text += f" + attention of wide heads {wide:,} B"
+        if copies := _half_precision_bytes(spec, request, self.kv_types[request.kv_dtype]):
+            mask += copies
+            text += f" + keys and values of a layer in half precision {copies:,} B"
         logits = _logits_bytes(spec, request)
         if logits > n_bytes + mask:
             n_bytes, mask, text = logits, 0, f"logits of {request.max_running_requests} x {spec.vocab_size:,} x 4 B"
         # One at a time (ggml-backend.cpp; on for batches of 32 tokens and more).
         copied = weights.host_largest_matrix_bytes
         if copied:
-            text += f" + largest matrix on the host {copied:,} B"
+            inputs = batch * spec.hidden_size * 4
+            text += f" + largest matrix on the host {copied:,} B and its inputs {inputs:,} B"
+            copied += inputs
         source = "llama-server's own log of its compute buffers (tests/planning/test_llama_cpp_log.py)"
         n_bytes += mask + copied + SMALL_TENSORS_BYTES
         return [Part("activations", "compute buffer", n_bytes, f"{text} + 1 MiB", "measured", source)]
+
+    def dynamic_parts(self, spec: ModelSpec, request: PlanRequest, weights: Weights, card: Card) -> list[Part]:
+        """The graph buffer, what kernels take from their pool while they run, and the constants."""
+        buffers, *constants = super().dynamic_parts(spec, request, weights, card)
+        pool = [kernel_pool(spec, physical_batch(request), card)] if request.device == "cuda" else []
+        return [buffers, *pool, *constants]
 
     def host_parts(self, spec: ModelSpec, request: PlanRequest, weights: Weights) -> list[Part]:
         """Weights, KV cache of whole layers there, and the buffers beside them."""
@@ -158,11 +173,11 @@ class LlamaCppMemory(MemoryModel):
         layers = layers_on_host(spec, request)
         on_host = self._pool(_without_layers(spec, range(layers, spec.num_hidden_layers)), request)
         batch, kv_bytes = physical_batch(request), on_host.n_bytes if layers else 0
-        compute = batch * 2 * spec.hidden_size * 4 + _mask_bytes(spec, request)
+        compute = batch * 2 * spec.hidden_size * 4 + _mask_bytes(spec, request) + SMALL_TENSORS_BYTES
         how = "mapped from the file" if request.mapped or request.locked else "pinned"
         how += " and locked" if request.locked else ""
         source = "llama-server's own log"
-        return [
+        parts = [
             Part("host_weights", "weights", weights.host_bytes, f"sum over the tensors there, {how}", "exact"),
             Part("host_kv", "KV cache", kv_bytes, on_host.formula if kv_bytes else "all on the GPU", "exact"),
             Part(
@@ -177,11 +192,23 @@ class LlamaCppMemory(MemoryModel):
                 "host_compute",
                 "compute buffer",
                 compute,
-                f"batch of {batch} x 2 x hidden {spec.hidden_size:,} x 4 B + mask",
+                f"batch of {batch} x 2 x hidden {spec.hidden_size:,} x 4 B + mask + 1 MiB",
                 "measured",
                 source,
             ),
         ]
+        return [*parts, *self._host_caches(spec, request, parts)]
+
+    def _host_caches(self, spec: ModelSpec, request: PlanRequest, others: Sequence[Part]) -> list[Part]:
+        """What it keeps of prompts, beside the other parts of the host's memory."""
+        states = checkpoint_bytes(spec, request, self.kv_types[request.kv_dtype])
+        n, source = request.max_running_requests, "llama.cpp, common.h"
+        text = f"{n} requests x {checkpoints(request.context_length)} checkpoints of states and windows"
+        held = [Part("host_checkpoints", "checkpoints", states, text, "estimated", source)] if states else []
+        needed = sum(part.n_bytes for part in (*others, *held) if not (request.mapped and part.key == "host_weights"))
+        limit = prompt_cache_bytes(request.host_memory_bytes, needed)
+        text = f"limit of prompts that are kept: at most 8 GiB and 1/{FREE_PARTS} of what is free beside the rest"
+        return [*held, Part("host_prompts", "kept prompts", limit, text, "exact", source)]
 
     def check(self, settings: Settings, spec: ModelSpec) -> None:
         """Refuse to keep experts on the host that the model does not have."""
@@ -285,6 +312,22 @@ def _mask_bytes(spec: ModelSpec, request: PlanRequest) -> int:
     cells, window = _cells(spec, request)
     masks = (cells, window) if spec.sliding_window and spec.sliding_layers else (cells,)
     return physical_batch(request) * 2 * sum(masks)
+
+
+def _half_precision_bytes(spec: ModelSpec, request: PlanRequest, kind: KvType) -> int:
+    """Return the bytes of the half-precision copies that attention makes on a GPU of another KV type.
+
+    One layer's keys and values of all requests at once, since a batch may hold tokens of each (fattn.cu,
+    ggml_cuda_flash_attn_ext_get_alloc_size; Pascal computes prompts by its tile kernel, which needs them).
+    """
+    if request.device != "cuda" or kind.flag == "f16":
+        return 0
+    cells, window = _cells(spec, request)
+    held = (
+        (window if group.sliding and spec.sliding_window else cells) * group.heads * (group.head_dim + group.v_head_dim)
+        for group in layer_groups(spec)
+    )
+    return request.max_running_requests * max(held, default=0) * HALF_BYTES
 
 
 def _logits_bytes(spec: ModelSpec, request: PlanRequest) -> int:

@@ -81,3 +81,12 @@ def numa_arguments(options: frozenset[str], *, is_bound: bool) -> tuple[str, ...
 def own_placement_arguments(options: frozenset[str]) -> tuple[str, ...]:
     """Return the flags that keep llama-server from changing the placement that it is given."""
     return ("--fit", "off") if "--fit" in options else ()
+
+
+def host_cache_arguments(options: frozenset[str], prompt_bytes: int | None, checkpoints: int) -> tuple[str, ...]:
+    """Return the flags that limit what it keeps of prompts in the host's memory. prompt_bytes: None = its default."""
+    if prompt_bytes is None:
+        return ()
+    prompts = ("--cache-ram", str(prompt_bytes // 2**20)) if "--cache-ram" in options else ()
+    states = ("--ctx-checkpoints", str(checkpoints)) if "--ctx-checkpoints" in options else ()
+    return (*prompts, *states)

@@ -49,18 +49,15 @@ def collect_errors() -> dict[str, str]:
 
 
 def simulate_p4() -> None:
-    """Let torch and the plugin see one Tesla P4, and Triton a driver."""
+    """Let torch and the plugin see one Tesla P4."""
     import sglang_pascal.device as device
     import torch
-    import triton
-    from sglang_pascal.compat import HostTritonDriver
 
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_capability = lambda device=None: (6, 1)
     torch.cuda.get_device_name = lambda device=None: "Tesla P4"
     torch.cuda.device_count = lambda: 1
-    device.visible_devices = lambda: [device.Device(0, "Tesla P4", (6, 1))]
-    triton.runtime.driver.set_active(HostTritonDriver())
+    device.devices = lambda: (device.Device(0, "Tesla P4", (6, 1)),)
 
 
 def start() -> None:

@@ -12,8 +12,10 @@ import tempfile
 import pytest
 import torch
 from sglang_pascal import compat
+from sglang_pascal.checkpoint.prepare import prepare
 from sglang_pascal.compat import SHIMS, SUPPORTED_SGLANG, check_sglang_version, shims_for, softcap_logits
 from sglang_pascal.errors import UnsupportedVersionError
+from support.models import tiny, write_gguf
 
 
 def run_python(script, **environment):
@@ -62,7 +64,6 @@ def test_rows_of_a_device_and_a_stage():
         "sampler",
     ]
     assert "is_cuda" not in [shim.name for shim in shims_for("cpu")]
-    assert "Triton driver" not in [shim.name for shim in shims_for("cuda")]
 
 
 SUPPORTED = SUPPORTED_SGLANG[-1]
@@ -218,10 +219,8 @@ torch.cuda.get_device_capability = lambda device=None: (6, 1)
 torch.cuda.get_device_name = lambda device=None: "Tesla P4"
 torch.cuda.device_count = lambda: 1
 import sglang_pascal.device as device
-device.visible_devices = lambda: [device.Device(0, "Tesla P4", (6, 1))]
-from sglang_pascal.compat import HostTritonDriver, is_not_cuda, shims_for
-import triton
-triton.runtime.driver.set_active(HostTritonDriver())  # there is no GPU under this test
+device.devices = lambda: (device.Device(0, "Tesla P4", (6, 1), 8 << 30),)
+from sglang_pascal.compat import is_not_cuda, shims_for
 from sglang.srt.utils import common
 from sglang.srt.platforms import current_platform
 from sglang.srt.plugins import load_plugins
@@ -254,6 +253,7 @@ print(json.dumps({
     "runner": current_platform.get_graph_runner_cls().__name__,
     "device": str(current_platform.get_group_coordinator_device(1)),
     "backend": current_platform.get_torch_distributed_backend_str(),
+    "bytes": current_platform.get_device_total_memory(0),
     "graphs": current_platform.capabilities.graph_capture,
     "triton": current_platform.capabilities.supports_triton,
     "decode_sizes": list(free.decode.bs),
@@ -270,6 +270,7 @@ class TestPascal:
         assert (on_pascal["graphs"], on_pascal["triton"]) == (True, False)
         assert (on_pascal["device"], on_pascal["backend"]) == ("cuda:1", "nccl")
         assert on_pascal["runner"] == "ChainGraphRunner"
+        assert on_pascal["bytes"] == 8 << 30
 
     def test_is_cuda_is_false_everywhere_and_the_finder_is_gone(self, on_pascal):
         assert (on_pascal["is_cuda"], on_pascal["is_ours"]) == (False, True)
@@ -292,11 +293,57 @@ class TestPascal:
         assert on_pascal["kept"]
 
 
+SERVER_START = """
+import json, multiprocessing.process, os, runpy, sys
+import torch
+
+calls = []
+
+def noted(name, answer):
+    def call(*arguments, **options):
+        calls.append(name)
+        return answer
+    return call
+
+# What a P4 and its driver answer. The first three are how every use of CUDA begins.
+torch._C._cuda_getDeviceCount = noted("_cuda_getDeviceCount", 1)
+torch.cuda._lazy_init = noted("_lazy_init", None)
+torch.cuda.get_device_properties = noted("get_device_properties", None)
+torch.cuda._device_count_nvml = lambda: 1
+torch.cuda._get_nvml_device_index = lambda device=0: 0
+import pynvml
+pynvml.nvmlInit = pynvml.nvmlShutdown = lambda: None
+pynvml.nvmlDeviceGetHandleByIndex = lambda index: index
+pynvml.nvmlDeviceGetCudaComputeCapability = lambda handle: (6, 1)
+import sglang_pascal.device as device
+device.devices = lambda: (device.Device(0, "Tesla P4", (6, 1), 8 << 30),)
+
+def start(process):
+    print(json.dumps({"calls": calls, "method": multiprocessing.get_start_method(), "target": process._target.__name__}))
+    sys.stdout.flush()
+    os._exit(0)
+
+multiprocessing.process.BaseProcess.start = start
+sys.argv = ["sglang.launch_server", "--model-path", os.environ["MODEL"], "--load-format", "pascal_gguf", "--device", "cuda",
+            "--max-total-tokens", "1024", "--port", "1", "--log-level", "error"]
+runpy.run_module("sglang.launch_server", run_name="__main__")
+"""
+
+
+@pytest.mark.slow("imports all of SGLang")
+def test_a_server_on_a_gpu_starts_its_first_worker_before_it_has_touched_cuda(tmp_path):
+    """Only then it can fork them."""
+    write_gguf(tmp_path / "m.gguf", tiny("llama"), "Q4_0")
+    prepare(tmp_path / "m.gguf", tmp_path / "model")
+    facts = run_python(SERVER_START, MODEL=str(tmp_path / "model"), SGLANG_PLATFORM="pascal", HF_HUB_OFFLINE="1")
+    assert facts == {"calls": [], "method": "fork", "target": "run_scheduler_process"}
+
+
 def test_on_a_newer_card_sglang_keeps_its_own_platform():
     facts = run_python("""
 import json
 import sglang_pascal.device as device
-device.visible_devices = lambda: [device.Device(0, "Tesla T4", (7, 5))]
+device.devices = lambda: (device.Device(0, "Tesla T4", (7, 5)),)
 import sglang_pascal
 from sglang_pascal.compat import shims_for
 sglang_pascal.register()

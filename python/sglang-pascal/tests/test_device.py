@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 
 import pytest
 from sglang_pascal import device as module
-from sglang_pascal.device import Decision, Device, decide, visible_devices
+from sglang_pascal.device import Decision, Device, decide, devices, is_cuda_initialized, visible_devices
 from sglang_pascal.errors import PluginError
 
-P4 = Device(0, "Tesla P4", (6, 1))
-P100 = Device(1, "Tesla P100-PCIE-16GB", (6, 0))
+P4 = Device(0, "Tesla P4", (6, 1), 7_975_600_128)
+P100 = Device(1, "Tesla P100-PCIE-16GB", (6, 0), 17_066_885_120)
 TURING = Device(0, "Tesla T4", (7, 5))
 VOLTA = Device(0, "Tesla V100", (7, 0))
 MAXWELL = Device(0, "Tesla M40", (5, 2))
@@ -59,13 +60,15 @@ class FakeDriver:
 
     def __init__(self, devices, init=0):
         self.devices, self.init = devices, init
+        self.is_initialized = False
 
     def cuInit(self, flags):  # noqa: N802  # the driver's own name
+        self.is_initialized = True
         return self.init
 
     def cuDeviceGetCount(self, count):  # noqa: N802  # the driver's own name
         count._obj.value = len(self.devices)
-        return 0
+        return 0 if self.is_initialized else 3
 
     def cuDeviceGet(self, handle, index):  # noqa: N802  # the driver's own name
         handle._obj.value = index
@@ -77,6 +80,10 @@ class FakeDriver:
 
     def cuDeviceGetName(self, buffer, length, handle):  # noqa: N802  # the driver's own name
         buffer.value = self.devices[handle.value].name.encode()
+        return 0
+
+    def cuDeviceTotalMem_v2(self, total, handle):  # noqa: N802  # the driver's own name
+        total._obj.value = self.devices[handle.value].total_bytes
         return 0
 
 
@@ -112,3 +119,70 @@ class TestVisibleDevices:
             "failed to initialise the CUDA driver: error 999; "
             "check nvidia-smi, or set CUDA_VISIBLE_DEVICES= to serve on the CPU"
         )
+
+
+class TestDevices:
+    """The devices by way of another process: this one leaves the driver uninitialised."""
+
+    @pytest.fixture
+    def answer(self, monkeypatch, capfd):
+        """Let this process have a driver, and the other one print what this returns."""
+        driver = FakeDriver([P4, P100])
+        monkeypatch.setattr(module, "_driver", lambda: driver)
+        devices.cache_clear()
+        yield lambda done: monkeypatch.setattr(subprocess, "run", lambda command, **options: done(command))
+        devices.cache_clear()
+        assert not driver.is_initialized
+
+    def test_they_are_what_the_other_process_sees(self, answer, monkeypatch, capfd):
+        with monkeypatch.context() as other:
+            other.setattr(module, "_driver", lambda: FakeDriver([P4, P100]))
+            assert module._print_devices() == 0
+        printed = capfd.readouterr().out
+        answer(lambda command: subprocess.CompletedProcess(command, 0, printed, ""))
+        assert devices() == (P4, P100)
+        assert not is_cuda_initialized()
+
+    def test_its_error_is_passed_on(self, answer, monkeypatch, capfd):
+        with monkeypatch.context() as other:
+            other.setattr(module, "_driver", lambda: FakeDriver([], init=999))
+            assert module._print_devices() == 1
+        printed = capfd.readouterr().err
+        answer(lambda command: subprocess.CompletedProcess(command, 1, "", printed))
+        with pytest.raises(PluginError, match="failed to initialise the CUDA driver: error 999"):
+            devices()
+
+    def test_its_end_without_a_word_is_an_error(self, answer):
+        answer(lambda command: subprocess.CompletedProcess(command, -11, "", ""))
+        with pytest.raises(PluginError) as error:
+            devices()
+        assert str(error.value) == (
+            "the CUDA driver cannot be asked: exit code -11; "
+            "check nvidia-smi, or set CUDA_VISIBLE_DEVICES= to serve on the CPU"
+        )
+
+    def test_its_silence_is_an_error(self, answer):
+        def hang(command):
+            raise subprocess.TimeoutExpired(command, 120)
+
+        answer(hang)
+        with pytest.raises(PluginError) as error:
+            devices()
+        assert str(error.value) == (
+            "the CUDA driver did not answer within 120 s; "
+            "check nvidia-smi, or set CUDA_VISIBLE_DEVICES= to serve on the CPU"
+        )
+
+    def test_the_real_process_runs_and_finds_no_driver_here(self, answer, monkeypatch):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert devices() == ()
+
+
+def test_a_process_tells_whether_cuda_is_initialized(monkeypatch):
+    driver = FakeDriver([P4])
+    monkeypatch.setattr(module, "_driver", lambda: driver)
+    assert not is_cuda_initialized()
+    assert visible_devices() == [P4]
+    assert is_cuda_initialized()
+    monkeypatch.setattr(module, "_driver", lambda: None)
+    assert not is_cuda_initialized()

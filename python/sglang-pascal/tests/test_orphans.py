@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from sglang_pascal import orphans
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,3 +113,14 @@ def test_a_forked_worker_imports_nothing_anew_and_ends_with_its_server(tmp_path:
         process.kill()
         process.wait()
         wait_until(lambda: not is_alive(int(worker)))
+
+
+def test_a_server_that_has_initialised_cuda_does_not_fork(monkeypatch, caplog) -> None:
+    before = multiprocessing.get_start_method(allow_none=True)
+    monkeypatch.setattr(orphans, "is_cuda_initialized", lambda: True)
+    orphans.fork_workers()
+    assert multiprocessing.get_start_method(allow_none=True) == before
+    assert caplog.messages == [
+        "workers import everything anew, which takes some dozen seconds longer: "
+        "something has initialised CUDA in the server's process, so it cannot fork them"
+    ]

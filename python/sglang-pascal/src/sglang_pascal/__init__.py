@@ -26,9 +26,9 @@ def _decision() -> Decision:
     """Return the decision, which stays the same for the life of a process."""
     import torch
 
-    from sglang_pascal.device import decide, visible_devices
+    from sglang_pascal.device import decide, devices
 
-    return decide(visible_devices(), os.environ, torch.version.hip)
+    return decide(list(devices()), os.environ, torch.version.hip)
 
 
 def _check_torch() -> None:

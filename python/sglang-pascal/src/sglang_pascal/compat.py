@@ -76,6 +76,7 @@ def apply_shims(device: str, stage: str) -> None:
 
 _ROPE_FP32: Final = "SGLANG_ROPE_CACHE_FP32"
 _NO_DLPACK_BUILD: Final = "TVM_FFI_DISABLE_TORCH_C_DLPACK"
+_NVML_CHECK: Final = "PYTORCH_NVML_BASED_CUDA_CHECK"
 _LOGPROB_CHUNK: Final = "SGLANG_LOGPROB_CHUNK_SIZE"
 _WRITE_BARRIER: Final = "SGLANG_ENABLE_WAR_BARRIER"
 _LOGPROB_ROWS: Final = "8"
@@ -125,7 +126,7 @@ def _has_guards() -> bool:
 
 
 class HostTritonDriver:
-    """A Triton driver for hosts without a GPU: modules with Triton kernels can be imported; none is ever launched."""
+    """A Triton driver with which modules with Triton kernels can be imported; none is ever launched."""
 
     def is_active(self) -> bool:
         """Always report itself as active."""
@@ -158,11 +159,6 @@ def _triton_driver() -> Any:
 
 def _set_host_triton_driver() -> None:
     _triton_driver().set_active(HostTritonDriver())
-
-
-def _triton_has_no_driver() -> bool:
-    drivers = importlib.import_module("triton.backends").backends.values()
-    return not any(backend.driver.is_active() for backend in drivers)
 
 
 def _is_host_triton_driver() -> bool:
@@ -568,6 +564,12 @@ SHIMS: Final = (
         is_needed=_builds_dlpack_exchange,
     ),
     _variable(
+        _NVML_CHECK,
+        name="GPUs counted without CUDA",
+        why="torch.cuda.is_available would initialise CUDA in the server, whose workers are then not forked",
+        devices=("cuda",),
+    ),
+    _variable(
         _LOGPROB_CHUNK,
         name="few rows of logits at once",
         why="log-probabilities of a prompt would take the logits of a whole prefill chunk, more than a plan leaves",
@@ -594,10 +596,11 @@ SHIMS: Final = (
     Shim(
         name="Triton driver",
         what="a driver object that is never asked to launch becomes Triton's active one",
-        why='modules with Triton kernels ask for the target at import and fail with "0 active drivers" without a GPU',
-        devices=("cpu",),
+        why='modules with Triton kernels ask for a driver at import: without a GPU they fail with "0 active drivers", '
+        "with one Triton compiles its driver by the host's C compiler and initialises CUDA before workers are forked",
+        devices=("cpu", "cuda"),
         stage="activate",
-        is_needed=_triton_has_no_driver,
+        is_needed=_always,
         apply=_set_host_triton_driver,
         is_applied=_is_host_triton_driver,
     ),
@@ -681,9 +684,8 @@ SHIMS: Final = (
         fork_workers,
         "AFTER",
         name="imports once",
-        what=f"{_SET_ENVIRONMENT} ends with the start method fork",
+        what=f"{_SET_ENVIRONMENT} ends with the start method fork, unless CUDA is initialised by then",
         why="each of three processes would take a dozen seconds of CPU for the same imports",
-        devices=("cpu",),
         is_needed=_is_server,
     ),
     Shim(

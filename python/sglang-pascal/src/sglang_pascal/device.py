@@ -1,14 +1,19 @@
 """Which NVIDIA devices this process may use, and whether the plugin serves them.
 
 The CUDA driver is asked by ctypes: it applies CUDA_VISIBLE_DEVICES and the device order itself, makes no context,
-takes no VRAM, and needs no torch.
+takes no VRAM, and needs no torch. A server leaves the asking to a short process of its own (`devices`), since a process
+that has initialised the driver cannot fork workers that use it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import json
 import os
-from dataclasses import dataclass
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 from sglang_pascal.errors import PluginError
@@ -21,6 +26,8 @@ PLUGIN_NAME: Final = "pascal"
 PASCAL_MAJOR: Final = 6
 """Compute capabilities 6.0, 6.1 and 6.2."""
 DRIVER_LIBRARY: Final = "libcuda.so.1"
+_NOT_INITIALIZED: Final = 3
+"""CUDA_ERROR_NOT_INITIALIZED of cuda.h: nothing has called cuInit in this process."""
 _NO_DEVICE: Final = 100
 _STUB_LIBRARY: Final = 34
 """CUDA_ERROR_NO_DEVICE and CUDA_ERROR_STUB_LIBRARY of cuda.h."""
@@ -28,6 +35,9 @@ _MAJOR_ATTRIBUTE: Final = 75
 _MINOR_ATTRIBUTE: Final = 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h."""
 _NAME_BYTES: Final = 256
+_PROBE_SECONDS: Final = 120
+"""Longest that the driver may take to initialise: it does this for every GPU of the host, without persistence mode
+anew each time."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,8 @@ class Device:
     """Index in this process."""
     name: str
     compute_capability: tuple[int, int]
+    total_bytes: int = 0
+    """All memory of the device; 0 = not asked for."""
 
     @property
     def is_pascal(self) -> bool:
@@ -85,13 +97,40 @@ def decide(devices: list[Device], environment: Mapping[str, str], torch_hip: str
     return Decision("cpu", "no NVIDIA device is visible")
 
 
-def visible_devices() -> list[Device]:
-    """Return the devices that the CUDA driver shows this process; none without a driver or visible device."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return []
+@functools.cache
+def devices() -> tuple[Device, ...]:
+    """Return `visible_devices` as another process sees them, so that the driver stays uninitialised in this one."""
+    if _driver() is None:
+        return ()
+    command = [sys.executable, "-m", __name__]
     try:
-        driver = ctypes.CDLL(DRIVER_LIBRARY)
-    except OSError:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PROBE_SECONDS)
+    except subprocess.TimeoutExpired as exc:
+        raise PluginError(f"the CUDA driver did not answer within {_PROBE_SECONDS} s; {_REMEDY}") from exc
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise PluginError(
+            lines[-1] if _REMEDY in lines[-1] else f"the CUDA driver cannot be asked: {lines[-1]}; {_REMEDY}"
+        )
+    return tuple(
+        Device(**fields | {"compute_capability": tuple(fields["compute_capability"])})
+        for fields in json.loads(done.stdout)
+    )
+
+
+def is_cuda_initialized() -> bool:
+    """Whether anything in this process has initialised the CUDA driver; asking does not."""
+    driver = _driver()
+    return driver is not None and driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != _NOT_INITIALIZED
+
+
+def visible_devices() -> list[Device]:
+    """Return the devices that the CUDA driver shows this process; none without a driver or visible device.
+
+    This initialises the driver.
+    """
+    driver = _driver()
+    if driver is None:
         return []
     code = driver.cuInit(0)
     if code in (_NO_DEVICE, _STUB_LIBRARY):
@@ -102,20 +141,45 @@ def visible_devices() -> list[Device]:
     return [_device(driver, index) for index in range(count.value)]
 
 
+def _driver() -> ctypes.CDLL | None:
+    """Load the driver's library; None without one, or if this process may use no device."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    try:
+        return ctypes.CDLL(DRIVER_LIBRARY)
+    except OSError:
+        return None
+
+
 def _device(driver: ctypes.CDLL, index: int) -> Device:
-    handle, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    handle, major, minor, total = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
     name = ctypes.create_string_buffer(_NAME_BYTES)
     _check(driver.cuDeviceGet(ctypes.byref(handle), index), f"open device {index} of")
     _check(driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR_ATTRIBUTE, handle), f"ask device {index} of")
     _check(driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR_ATTRIBUTE, handle), f"ask device {index} of")
     _check(driver.cuDeviceGetName(name, _NAME_BYTES, handle), f"name device {index} of")
-    return Device(index, name.value.decode(errors="replace"), (major.value, minor.value))
+    _check(driver.cuDeviceTotalMem_v2(ctypes.byref(total), handle), f"ask device {index} of")
+    return Device(index, name.value.decode(errors="replace"), (major.value, minor.value), total.value)
+
+
+_REMEDY: Final = "check nvidia-smi, or set CUDA_VISIBLE_DEVICES= to serve on the CPU"
 
 
 def _check(code: int, action: str) -> None:
     """Raise if the driver is there but fails: to continue without the GPU would hide the fault."""
     if code:
-        raise PluginError(
-            f"failed to {action} the CUDA driver: error {code}; "
-            "check nvidia-smi, or set CUDA_VISIBLE_DEVICES= to serve on the CPU"
-        )
+        raise PluginError(f"failed to {action} the CUDA driver: error {code}; {_REMEDY}")
+
+
+def _print_devices() -> int:
+    """Print the devices as JSON, or one line on standard error."""
+    try:
+        sys.stdout.write(json.dumps([asdict(device) for device in visible_devices()]))
+    except PluginError as exc:
+        sys.stderr.write(f"{exc}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_print_devices())

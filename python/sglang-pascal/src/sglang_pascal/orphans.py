@@ -7,16 +7,23 @@ detokenizer of a gigabyte stays behind and waits for ever.
 from __future__ import annotations
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
 import sys
 from pathlib import Path
 
+from sglang_pascal.device import is_cuda_initialized
+
+logger = logging.getLogger(__name__)
+
 PR_SET_PDEATHSIG = 1
 """<linux/prctl.h>"""
 PARENT_VARIABLE = "SGLANG_PASCAL_PARENT_PID"
 """Gives a spawned process its parent's number, which multiprocessing passes on only after the imports."""
+NUMA_BY_COMMAND = "SGLANG_NUMA_BIND_V2"
+"""Whether SGLang binds a worker to a NUMA node by the command that spawns it; else the worker does so itself."""
 SPAWNED = "--multiprocessing-fork"
 """Argument of every process that multiprocessing spawns."""
 
@@ -31,8 +38,16 @@ def die_with_parent() -> None:
 def fork_workers(*_: object) -> None:
     """Hook after SGLang's `_set_envs_and_config`: start workers as copies of this process, which has their imports.
 
-    Only for a process without CUDA, which a copy cannot use, and without threads, which a copy lacks.
+    Only for a process without threads, which a copy lacks, and that has not initialised CUDA, which a copy cannot use:
+    such a process spawns its workers, as SGLang does.
     """
+    if is_cuda_initialized():
+        logger.warning(
+            "workers import everything anew, which takes some dozen seconds longer: "
+            "something has initialised CUDA in the server's process, so it cannot fork them"
+        )
+        return
+    os.environ[NUMA_BY_COMMAND] = "0"
     multiprocessing.set_start_method("fork", force=True)
     os.register_at_fork(after_in_child=_end_copy_with_parent)
 

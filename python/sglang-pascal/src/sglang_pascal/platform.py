@@ -14,6 +14,7 @@ from sglang.srt.platforms.cuda import CudaDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
+from sglang_pascal.device import devices
 from sglang_pascal.kernels.formats import RECORDED_BATCH_SIZES
 from sglang_pascal.names import ATTENTION_BACKENDS, LOAD_FORMAT, QUANTIZATION
 
@@ -126,6 +127,10 @@ class PascalCudaPlatform(CudaDeviceMixin, _PascalPlatform):  # type: ignore[misc
         server_args.cuda_graph_config = graph_config(
             server_args.cuda_graph_config, server_args._cuda_graph_config_locked
         )
+
+    def get_device_total_memory(self, device_id: int = 0) -> int:
+        """Return a device's bytes without initialising CUDA, so that a server can still fork its workers."""
+        return devices()[device_id].total_bytes
 
     def get_graph_runner_cls(self) -> type:
         """Return SGLang's own runner of recorded decode steps, of width 1 with speculation."""

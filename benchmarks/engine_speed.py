@@ -1,10 +1,13 @@
 """Measures a model in SGLang on this device: loading, memory, prefill, and decode by batch size.
 
-    python benchmarks/engine_speed.py MODEL.gguf [--device cuda] [--memory-gib 7.5] [--torch-only] [--json FILE] [FLAGS]
+    python benchmarks/engine_speed.py MODEL.gguf [--device cuda] [--memory-gib 7.5] [--torch-only] [--bits 16,8]
+        [--json FILE] [FLAGS]
 
 One request per row of a batch, without HTTP and without the scheduler. `--memory-gib` limits torch's allocations, as on
 a smaller card. `--torch-only` serves the same file without our kernels: weights dequantised to float16, attention in
-plain torch. FLAGS are SGLang's. Times are medians; a decode step includes the choice of the next token.
+plain torch. `--bits` measures each width of the activations in turn. FLAGS are SGLang's. Times are medians; a decode
+step includes the choice of the next token. Batches of similar size are the same requests, of which some end: the
+smaller ones have up to 96 more tokens before them.
 On a GPU, launched Triton kernels are counted by name: on a Pascal card there are none. Exit code 1 if reading the
 weights took more than 1.5 GiB of the host's memory above the mapped file.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -24,13 +28,19 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_in_process import InProcessEngine
 from sglang_pascal.checkpoint.prepare import prepare
+from sglang_pascal.names import DECODE_BITS_VARIABLE, PREFILL_BITS_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 BATCHES = (1, 2, 4, 8, 16)
-DECODE_STEPS = 64
+DECODE_STEPS = 24
+GROUP = 4
+"""Batches that are the same requests."""
+REPEATS = 3
+"""Measured prompts of each length, after one that is not."""
 PREFILL_TOKENS = (128, 512, 2048)
+BITS_VARIABLES = (PREFILL_BITS_VARIABLE, DECODE_BITS_VARIABLE)
 HOST_LIMIT_BYTES = 3 * 2**29
 """Most host memory above the mapped file that reading weights to a GPU may take."""
 
@@ -47,6 +57,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         text = "requests that decode together" if name == "--batches" else "tokens of the prompts"
         words = ",".join(map(str, default))
         parser.add_argument(name, type=_numbers, default=default, metavar="N,N", help=f"{text} (default: {words})")
+    parser.add_argument("--bits", type=_numbers, default=(), metavar="N,N", help="of the activations (default: as set)")
     parser.add_argument("--memory-gib", type=float, help="most that torch may allocate")
     parser.add_argument("--torch-only", action="store_true", help="float16 weights and attention in plain torch")
     parser.add_argument("--json", type=Path, help="also write the results there")
@@ -71,6 +82,8 @@ def main(arguments: Sequence[str]) -> int:
         folder = Path(scratch) / "model"
         prepare(args.model, folder)
         launches = _count_triton_launches() if on_cuda else Counter[str]()
+        if args.bits:
+            os.environ |= dict.fromkeys(BITS_VARIABLES, str(args.bits[0]))
         start = time.monotonic()
         flags = ["--device", args.device, "--random-seed", "1", *args.flags]
         if args.torch_only:
@@ -88,14 +101,20 @@ def main(arguments: Sequence[str]) -> int:
             "torch_only": args.torch_only,
             "max_total_tokens": engine.runner.max_total_num_tokens,
         }
-        _measure(engine, args, results)
+        for bits in args.bits:
+            _set_bits(engine, bits)
+            results[f"bits_{bits}"] = _speeds(engine, args)
+            _write(args.json, results)
+        if not args.bits:
+            results |= _speeds(engine, args)
+        if on_cuda:
+            results["host_waits_in_a_decode_step"] = _host_waits(engine, args.context)
     if on_cuda:
         results["peak_bytes"] = torch.cuda.max_memory_allocated()
         results["reserved_bytes"] = torch.cuda.max_memory_reserved()
     results["triton_launches"] = dict(launches)
     print(json.dumps(results, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    _write(args.json, results)
     above = engine.weights_host_bytes - results["file_bytes"]
     if on_cuda and above > HOST_LIMIT_BYTES:
         sys.stderr.write(
@@ -121,16 +140,32 @@ def _count_triton_launches() -> Counter[str]:
     return counts
 
 
-def _measure(engine: InProcessEngine, args: argparse.Namespace, results: dict[str, Any]) -> None:
-    wait = _waiter(args.device)
-    results["prefill_tokens_per_second"] = {n: round(_prefill(engine, n, wait), 1) for n in args.prompts}
-    results["decode_tokens_per_second"] = {
-        n: round(n / _decode(engine, n, args.context, wait), 1)
-        for n in args.batches
-        if n * (args.context + DECODE_STEPS) <= results["max_total_tokens"]
+def _write(path: Path | None, results: dict[str, Any]) -> None:
+    if path:
+        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _set_bits(engine: InProcessEngine, bits: int) -> None:
+    """Multiply activations with so many bits from now on; recorded steps are recorded again."""
+    from sglang_pascal.quantization.precision import activation_bits
+
+    if any(activation_bits(variable) != bits for variable in BITS_VARIABLES):
+        os.environ |= dict.fromkeys(BITS_VARIABLES, str(bits))
+        activation_bits.cache_clear()
+        engine.runner.init_cuda_graphs()
+
+
+def _speeds(engine: InProcessEngine, args: argparse.Namespace) -> dict[str, dict[int, float]]:
+    """Return tokens/s of prompts, by their length, and of decode steps, by the number of requests."""
+    wait, room = _waiter(args.device), engine.runner.max_total_num_tokens
+    batches = sorted((n for n in args.batches if n * (args.context + GROUP * DECODE_STEPS) <= room), reverse=True)
+    decoded: dict[int, float] = {}
+    for first in range(0, len(batches), GROUP):
+        decoded |= _decode(engine, batches[first : first + GROUP], args.context, wait)
+    return {
+        "prefill_tokens_per_second": {n: round(_prefill(engine, n, wait), 1) for n in args.prompts},
+        "decode_tokens_per_second": {n: round(n / decoded[n], 1) for n in sorted(decoded)},
     }
-    if args.device == "cuda":
-        results["host_waits_in_a_decode_step"] = _host_waits(engine, args.context)
 
 
 def _host_waits(engine: InProcessEngine, context: int) -> dict[str, int]:
@@ -155,7 +190,7 @@ def _host_waits(engine: InProcessEngine, context: int) -> dict[str, int]:
 def _prefill(engine: InProcessEngine, n_tokens: int, wait: Callable[[], None]) -> float:
     """Return the tokens per second of one request."""
     seconds = []
-    for repeat in range(4):
+    for repeat in range(REPEATS + 1):
         wait()
         start = time.monotonic()
         engine.prefill([_prompt(engine, n_tokens, repeat)])
@@ -165,17 +200,21 @@ def _prefill(engine: InProcessEngine, n_tokens: int, wait: Callable[[], None]) -
     return n_tokens / statistics.median(seconds[1:])
 
 
-def _decode(engine: InProcessEngine, batch_size: int, context: int, wait: Callable[[], None]) -> float:
-    """Return the seconds per step."""
-    logits, batch = engine.prefill([_prompt(engine, context, seed) for seed in range(batch_size)])
-    seconds = []
-    for _ in range(DECODE_STEPS):
-        start = time.monotonic()
-        logits = engine.decode(logits.argmax(-1), batch)
-        wait()
-        seconds.append(time.monotonic() - start)
+def _decode(engine: InProcessEngine, sizes: Sequence[int], context: int, wait: Callable[[], None]) -> dict[int, float]:
+    """Return the seconds per step of batches, the largest first; the smaller ones are some of its requests."""
+    logits, batch = engine.prefill([_prompt(engine, context, seed) for seed in range(sizes[0])])
+    found = {}
+    for size in sizes:
+        batch.filter_batch(keep_indices=list(range(size)))
+        logits, seconds = logits[:size], []
+        for _ in range(DECODE_STEPS):
+            start = time.monotonic()
+            logits = engine.decode(logits.argmax(-1), batch)
+            wait()
+            seconds.append(time.monotonic() - start)
+        found[size] = statistics.median(seconds)
     engine.clear()
-    return statistics.median(seconds)
+    return found
 
 
 def _prompt(engine: InProcessEngine, n_tokens: int, seed: int) -> list[int]:

@@ -1,12 +1,14 @@
 """Races this project's engine against llama.cpp on one card and one file, and writes the ratios as JSON and as a page.
 
     python benchmarks/race.py MODEL.gguf --llama-bench PATH --llama-batched-bench PATH [--output FOLDER]
-        [--prompts 512,2048,8192] [--requests 1,2,4,8,16,24,32] [--context 256] [--bits 16,8]
+        [--prompts 512,2048,8192] [--requests 1,2,4,8,16,24,32] [--context 256] [--bits 16,8] [--llama-env NAME=VALUE]
 
-Ours is SGLang in one process without HTTP (`engine_speed.py`), once for each width of the activations; theirs is
-llama-bench for prompts and llama-batched-bench for decode steps, each with and without flash attention, of which the
-faster counts. Both run one after the other on the first visible card; nothing else should run on it. The page names
-card, driver, dates, llama.cpp's build and every command.
+Ours is SGLang in one process without HTTP (`engine_speed.py`), with each width of the activations in turn; "default" is
+the width that `pascaline serve` chooses for as many requests. Theirs is llama-bench for prompts and llama-batched-bench
+for decode steps, each with and without flash attention, of which the faster counts. A number of requests with which
+llama-batched-bench fails is run again without CUDA graphs and without --llama-env; the page says so. Both run one after
+the other on the first visible card; nothing else should run on it. The page names card, driver, dates, llama.cpp's
+build and every command. If one of them fails, what was measured is written, and the exit code says so.
 
 So that a newer card stands in for a Pascal card, both programs must be Pascal code. Ours is: PTX for compute_61 by
 default. docs/results/engine.md ("A race") says in words how a ggml that has no other path is built.
@@ -30,10 +32,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pascaline.bench.svg_chart import Chart, Mark, Series, bar_chart
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 HERE = Path(__file__).parent
 ANSWER_TOKENS = 64
+WITHOUT_GRAPHS = {"GGML_CUDA_DISABLE_GRAPHS": "1"}
 """Tokens of each answer of llama-batched-bench."""
 UBATCH = 512
 """llama.cpp's own default of tokens in one pass."""
@@ -54,6 +57,8 @@ class Row:
     """Bits of the activations -> tokens/s."""
     llama_cpp: float | None
     """Tokens/s; None if it was not measured."""
+    default_bits: int | None = None
+    """Bits that `pascaline serve` chooses for as many requests."""
 
     def ratio(self, bits: int) -> float | None:
         """Ours over theirs."""
@@ -71,20 +76,29 @@ def fail(code: int, message: str) -> NoReturn:
     sys.exit(code)
 
 
-def run(command: Sequence[str], environment: dict[str, str] | None = None) -> str:
+def run(command: Sequence[str], environment: dict[str, str] | None = None, *, seconds: float = SECONDS) -> str:
     """Return a program's standard output; end the race if it fails."""
+    text, error = attempt(command, environment or {}, seconds)
+    if error:
+        fail(10, error)
+    return text
+
+
+def attempt(command: Sequence[str], environment: dict[str, str], seconds: float) -> tuple[str, str]:
+    """Return a program's standard output, and why it failed or an empty string."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=SECONDS, env=os.environ | (environment or {})
+            command, capture_output=True, text=True, check=False, timeout=seconds, env=os.environ | environment
         )
     except OSError as exc:
         fail(8, f"{command[0]} cannot be started: {exc.strerror}; name a built program")
-    except subprocess.TimeoutExpired:
-        fail(10, f"{command[0]} did not end within {SECONDS} s")
-    if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
-        fail(10, f"{' '.join(command)} ended with exit code {done.returncode}:\n{tail}")
-    return done.stdout
+    except subprocess.TimeoutExpired as exc:
+        text = exc.stdout.decode(errors="replace") if isinstance(exc.stdout, bytes) else exc.stdout or ""
+        return text, f"{command[0]} did not end within {seconds:g} s"
+    if not done.returncode:
+        return done.stdout, ""
+    tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
+    return done.stdout, f"{' '.join(command)} ended with exit code {done.returncode}:\n{tail}"
 
 
 def read_llama_bench(text: str) -> dict[int, float]:
@@ -107,51 +121,125 @@ def fastest(pairs: Iterable[tuple[int, float]]) -> dict[int, float]:
     return best
 
 
-def llama_commands(args: argparse.Namespace) -> dict[str, list[list[str]]]:
-    """Return what is run of llama.cpp: prompts, then decode."""
-    model = ["-m", str(args.model), "-ngl", "99"]
-    prompts = ",".join(map(str, args.prompts))
-    bench = [args.llama_bench, *model, "-p", prompts, "-n", "0", "-ub", str(UBATCH), "-fa", "0,1", "-o", "json"]
-    context = max(args.requests) * (args.context + ANSWER_TOKENS)
-    batched = [
-        *(args.llama_batched_bench, *model, "-c", str(context), "-npp", str(args.context), "-ntg", str(ANSWER_TOKENS)),
-        *("-npl", ",".join(map(str, args.requests)), "-ub", str(UBATCH), "--output-format", "jsonl"),
+def bench_command(args: argparse.Namespace) -> list[str]:
+    """Return llama-bench's command line: prompts."""
+    prompts, attention = ",".join(map(str, args.prompts)), ",".join("01"[value == "on"] for value in FLASH_ATTENTION)
+    settings = ["-n", "0", "-ub", str(UBATCH), "-fa", attention, "-r", str(args.repetitions), "-o", "json"]
+    return [args.llama_bench, "-m", str(args.model), "-ngl", "99", "-p", prompts, *settings]
+
+
+def batched_command(args: argparse.Namespace, requests: Sequence[int], flash_attention: str) -> list[str]:
+    """Return llama-batched-bench's command line: decode steps."""
+    context = max(requests) * (args.context + ANSWER_TOKENS)
+    return [
+        *(args.llama_batched_bench, "-m", str(args.model), "-ngl", "99", "-c", str(context)),
+        *("-npp", str(args.context), "-ntg", str(ANSWER_TOKENS), "-npl", ",".join(map(str, requests))),
+        *("-ub", str(UBATCH), "-fa", flash_attention, "--output-format", "jsonl"),
     ]
-    return {
-        "prompt": [bench] if args.llama_bench else [],
-        "decode": [[*batched, "-fa", value] for value in FLASH_ATTENTION] if args.llama_batched_bench else [],
-    }
 
 
-def run_ours(args: argparse.Namespace, bits: int) -> dict[str, dict[int, float]]:
-    """Return tokens/s of prompts and decode steps of SGLang in one process."""
+@dataclass
+class LlamaCpp:
+    """What llama.cpp's programs reached."""
+
+    speeds: dict[str, dict[int, float]]
+    """prompt or decode -> number -> tokens/s."""
+    commands: list[str]
+    notes: list[str]
+
+
+def run_llama_cpp(args: argparse.Namespace) -> LlamaCpp:
+    """Run both programs with each setting."""
+    found = LlamaCpp({"prompt": {}, "decode": {}}, [], [])
+    if args.llama_bench:
+        command = bench_command(args)
+        found.commands.append(" ".join(command))
+        text, error = attempt(command, args.llama_env, args.seconds)
+        if error:
+            found.notes.append(error)
+        else:
+            found.speeds["prompt"] = read_llama_bench(text)
+    for value in FLASH_ATTENTION if args.llama_batched_bench else ():
+        found.commands.append(" ".join(batched_command(args, args.requests, value)))
+        speeds = decode_speeds(args, value, found.notes)
+        found.speeds["decode"] = fastest([*found.speeds["decode"].items(), *speeds.items()])
+    return found
+
+
+def decode_speeds(args: argparse.Namespace, flash_attention: str, notes: list[str]) -> dict[int, float]:
+    """Return requests -> tokens/s. Where the program fails, it is tried once without CUDA graphs."""
+    left, found = sorted(args.requests), {}
+    while left:
+        text, error = attempt(batched_command(args, left, flash_attention), args.llama_env, args.seconds)
+        found |= read_batched_bench(text)
+        left = [n for n in left if n not in found]
+        if not left:
+            break
+        # The program ends at the first number that it cannot do. Without any answer, nobody knows which that is.
+        tried = left[:1] if found else left
+        text, again = attempt(batched_command(args, tried, flash_attention), WITHOUT_GRAPHS, args.seconds)
+        speeds = read_batched_bench(text)
+        names = ", ".join(map(str, tried))
+        notes.append(f"{names} requests, flash attention {flash_attention}: " + _one_line(error))
+        notes.append(
+            f"{names} requests: run without CUDA graphs" + (f", which failed: {_one_line(again)}" if again else "")
+        )
+        found |= speeds
+        left = [n for n in left if n not in tried]
+    return found
+
+
+def _one_line(error: str) -> str:
+    return " / ".join(error.splitlines()[:1] + error.splitlines()[-2:])
+
+
+def run_ours(args: argparse.Namespace) -> tuple[dict[int, dict[str, dict[int, float]]], str]:
+    """Return bits -> prompt or decode -> number -> tokens/s of SGLang in one process, and what failed."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "ours.json"
         command = [
             *(sys.executable, str(HERE / "engine_speed.py"), str(args.model), "--json", str(path)),
             *("--prompts", ",".join(map(str, args.prompts)), "--batches", ",".join(map(str, args.requests))),
-            *("--context", str(args.context), "--context-length", str(max(args.prompts) + 1024)),
-            *("--max-running-requests", str(max(args.requests))),
+            *("--bits", ",".join(map(str, args.bits)), "--context", str(args.context)),
+            *("--context-length", str(max(args.prompts) + 1024), "--max-running-requests", str(max(args.requests))),
+            *("--max-total-tokens", str(max(max(args.requests) * (args.context + 128), max(args.prompts) + 128))),
         ]
-        width = {f"SGLANG_PASCAL_{phase}_BITS": str(bits) for phase in ("PREFILL", "DECODE")}
-        run(command, width)
-        found = json.loads(path.read_text(encoding="utf-8"))
+        _, error = attempt(command, {}, args.seconds)
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    names = {"prompt": "prefill_tokens_per_second", "decode": "decode_tokens_per_second"}
     return {
-        "prompt": {int(n): value for n, value in found["prefill_tokens_per_second"].items()},
-        "decode": {int(n): value for n, value in found["decode_tokens_per_second"].items()},
-    }
+        bits: {
+            what: {int(n): value for n, value in found[f"bits_{bits}"][name].items()} for what, name in names.items()
+        }
+        for bits in args.bits
+        if f"bits_{bits}" in found
+    }, error
+
+
+def default_bits(model: Path, requests: int) -> tuple[int | None, int | None]:
+    """Return the bits of prompts and of decode steps that `pascaline serve` chooses on a GPU."""
+    from pascaline.engines.sglang.activations import activation_bits
+    from pascaline.models.gguf import read_gguf
+    from pascaline.settings import Settings
+
+    settings = Settings(model=str(model), max_running_requests=requests)
+    return activation_bits(settings, read_gguf(model), device="cuda")
 
 
 def table(
-    ours: dict[int, dict[str, dict[int, float]]], theirs: dict[str, dict[int, float]], wanted: dict[str, list[int]]
+    ours: dict[int, dict[str, dict[int, float]]],
+    theirs: dict[str, dict[int, float]],
+    wanted: dict[str, list[int]],
+    default: Callable[[str, int], int | None] = lambda _what, _n: None,
 ) -> list[Row]:
-    """Join what both reached. ours: by bits, kind and number; theirs: by kind and number."""
+    """Join what both reached. ours: by bits, kind and number; theirs: by kind and number; default: bits for a row."""
     return [
         Row(
             what,
             n,
             {bits: found[what][n] for bits, found in ours.items() if n in found[what]},
             theirs.get(what, {}).get(n),
+            default(what, n),
         )
         for what, numbers in wanted.items()
         for n in numbers
@@ -194,6 +282,8 @@ def as_markdown(rows: list[Row], bits: Sequence[int], facts: dict[str, Any], pic
         *(f"ours, {width} bits" for width in bits),
         "llama.cpp",
         *(f"ratio, {width} bits" for width in bits),
+        "default",
+        "ratio",
     ]
     lines = [
         f"# A race on an {facts['card']}",
@@ -211,7 +301,11 @@ def as_markdown(rows: list[Row], bits: Sequence[int], facts: dict[str, Any], pic
     ]
     for row in rows:
         cells = [row.name, *(_cell(row.ours.get(width)) for width in bits), _cell(row.llama_cpp)]
-        lines.append("| " + " | ".join([*cells, *(_cell(row.ratio(width), 2) for width in bits)]) + " |")
+        chosen = row.default_bits
+        default = ["" if chosen is None else f"{chosen} bits", _cell(row.ratio(chosen), 2) if chosen else ""]
+        lines.append("| " + " | ".join([*cells, *(_cell(row.ratio(width), 2) for width in bits), *default]) + " |")
+    if facts.get("notes"):
+        lines += ["", "What failed:", "", *(f"- {note}" for note in facts["notes"])]
     return "\n".join([*lines, "", "Commands of llama.cpp:", "", *(f"    {line}" for line in facts["commands"])]) + "\n"
 
 
@@ -261,41 +355,70 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--context", type=int, default=256, help="tokens before the decode steps (default: %(default)s)"
     )
     parser.add_argument("--bits", type=numbers, default=[16, 8], help="of the activations (default: 16,8)")
+    parser.add_argument("--repetitions", type=int, default=3, help="of llama-bench (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of one program (default: %(default)s)")
+    parser.add_argument(
+        "--llama-env", metavar="NAME=VALUE", action="append", default=[], help="variable of llama.cpp's programs"
+    )
+    parser.add_argument("--name", help="of the model in the names of the files (default: the file's)")
     parser.add_argument("--output", metavar="FOLDER", type=Path, default=HERE.parent / "docs" / "results")
     args = parser.parse_args(arguments)
     if not args.model.is_file():
         parser.error(f"there is no file {args.model}")
+    if wrong := [text for text in args.llama_env if "=" not in text]:
+        parser.error(f"--llama-env: {wrong[0]!r} must be NAME=VALUE")
+    args.llama_env = dict(text.split("=", 1) for text in args.llama_env)
+    args.name = args.name or args.model.stem
     return args
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run both and write the result."""
+    """Run both and write the result after each."""
     args = parse(arguments)
     facts = card_facts()
-    commands = llama_commands(args)
     facts |= {
         "model": args.model.name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "llama_cpp": build_of(args.llama_batched_bench or args.llama_bench),
-        "commands": [" ".join(command) for group in commands.values() for command in group],
+        "llama_env": args.llama_env,
     }
-    readers = {"prompt": read_llama_bench, "decode": read_batched_bench}
-    theirs = {
-        what: fastest(pair for command in group for pair in readers[what](run(command)).items())
-        for what, group in commands.items()
-    }
-    ours = {bits: run_ours(args, bits) for bits in args.bits}
-    rows = table(ours, theirs, {"prompt": args.prompts, "decode": args.requests})
-    name = "race-" + re.sub(r"[^a-z0-9]+", "-", facts["card"].lower()).strip("-")
+    theirs = run_llama_cpp(args)
+    facts |= {"commands": theirs.commands, "notes": theirs.notes}
+    write(args, facts, {}, theirs)
+    ours, error = run_ours(args)
+    if error:
+        theirs.notes.append(f"ours: {error}")
+    sys.stdout.write(write(args, facts, ours, theirs))
+    complete = set(ours) == set(args.bits) and not error
+    if not complete:
+        sys.stderr.write(f"race: error: {error or 'a width is missing'}\n")
+    return 0 if complete else 10
+
+
+def write(
+    args: argparse.Namespace,
+    facts: dict[str, Any],
+    ours: dict[int, dict[str, dict[int, float]]],
+    theirs: LlamaCpp,
+) -> str:
+    """Write JSON, picture and page; return the page."""
+    chosen = {n: default_bits(args.model, n) for n in (1, *args.requests)}
+    rows = table(
+        ours,
+        theirs.speeds,
+        {"prompt": args.prompts, "decode": args.requests},
+        lambda what, n: chosen[1][0] if what == "prompt" else chosen[n][1],
+    )
+    name = "-".join(re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") for text in ("race", facts["card"], args.name))
     args.output.mkdir(parents=True, exist_ok=True)
-    if picture := chart(rows, args.bits):
+    picture = chart(rows, args.bits)
+    if picture:
         (args.output / f"{name}.svg").write_text(picture, encoding="utf-8")
     page = as_markdown(rows, args.bits, facts, f"{name}.svg" if picture else "")
     (args.output / f"{name}.md").write_text(page, encoding="utf-8")
     content = facts | {"rows": [asdict(row) for row in rows]}
     (args.output / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(page)
-    return 0
+    return page
 
 
 if __name__ == "__main__":

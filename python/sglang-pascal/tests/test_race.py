@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.models import tiny, write_gguf
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
@@ -47,7 +48,7 @@ def programs(tmp_path):
         'echo "{\\"pp\\": 256, \\"tg\\": 64, \\"pl\\": 1, \\"speed_tg\\": $speed}"',
         'echo "{\\"pp\\": 256, \\"tg\\": 64, \\"pl\\": 8, \\"speed_tg\\": 80}"',
     )
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    write_gguf(tmp_path / "m.gguf", tiny("llama", hidden_size=2048, num_hidden_layers=1), "Q4_0", sparse=True)
     return tmp_path
 
 
@@ -64,24 +65,31 @@ def test_both_are_run_and_the_ratios_are_written(race, programs, monkeypatch, ca
         16: {"prompt": {512: 300.0}, "decode": {1: 33.0, 8: 200.0}},
         8: {"prompt": {512: 645.0}, "decode": {1: 34.0, 8: 240.0}},
     }
-    monkeypatch.setattr(race, "run_ours", lambda args, bits: ours[bits])
+    monkeypatch.setattr(race, "run_ours", lambda args: (ours, ""))
     assert race.main(arguments(programs)) == 0
     page = capsys.readouterr().out
-    assert (programs / "out" / "race-tesla-p4.md").read_text() == page
+    assert (programs / "out" / "race-tesla-p4-m.md").read_text() == page
     sentence = "With activations of 8 bits 3 of 3 rows are faster than llama.cpp: from 1.13 times its speed (1 request)"
-    assert page.index(sentence) < page.index("](race-tesla-p4.svg)") < page.index("| prompt of 512")
+    assert page.index(sentence) < page.index("](race-tesla-p4-m.svg)") < page.index("| prompt of 512")
     assert "With activations of 16 bits 2 of 3 rows" in page
-    picture = (programs / "out" / "race-tesla-p4.svg").read_text()
+    picture = (programs / "out" / "race-tesla-p4-m.svg").read_text()
     assert picture.startswith("<svg")
     assert picture.count("<rect") >= 6, "a bar for each ratio"
-    assert "| prompt of 512 | 300 | 645 | 430 | 0.70 | 1.50 |" in page, "the faster of both settings"
-    assert "| 1 request | 33 | 34 | 30 | 1.10 | 1.13 |" in page
-    assert "| 8 requests | 200 | 240 | 80 | 2.50 | 3.00 |" in page
+    assert "| prompt of 512 | 300 | 645 | 430 | 0.70 | 1.50 | 8 bits | 1.50 |" in page, "the faster of both settings"
+    assert "| 1 request | 33 | 34 | 30 | 1.10 | 1.13 | 16 bits | 1.10 |" in page
+    assert "| 8 requests | 200 | 240 | 80 | 2.50 | 3.00 | 16 bits | 2.50 |" in page
     assert "version: " not in page
     assert "5000 (abc)" in page
     assert "no Pascal card" not in page
-    content = json.loads((programs / "out" / "race-tesla-p4.json").read_text())
-    assert content["rows"][0] == {"what": "prompt", "n": 512, "ours": {"16": 300.0, "8": 645.0}, "llama_cpp": 430.0}
+    content = json.loads((programs / "out" / "race-tesla-p4-m.json").read_text())
+    assert content["rows"][0] == {
+        "what": "prompt",
+        "n": 512,
+        "ours": {"16": 300.0, "8": 645.0},
+        "llama_cpp": 430.0,
+        "default_bits": 8,
+    }
+    assert content["notes"] == []
     assert any("-npl 1,8" in command for command in content["commands"])
 
 
@@ -103,13 +111,58 @@ def test_what_was_not_measured_has_no_ratio(race):
     assert [(row.ours, row.llama_cpp, row.ratio(8)) for row in rows] == [({8: 10.0}, None, None), ({}, None, None)]
 
 
-def test_a_program_that_fails_ends_the_race_with_its_last_lines(race, programs, monkeypatch, capsys):
+def test_a_failure_of_llama_bench_is_written_beside_what_was_measured(race, programs, monkeypatch, capsys):
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
     (programs / "llama-bench").write_text("#!/bin/sh\necho 'error: failed to load model' >&2\nexit 1\n")
-    with pytest.raises(SystemExit) as caught:
-        race.main(arguments(programs))
-    assert caught.value.code == 10
-    assert "ended with exit code 1:\nerror: failed to load model" in capsys.readouterr().err
+    monkeypatch.setattr(
+        race, "run_ours", lambda args: ({bits: {"prompt": {}, "decode": {1: 60.0}} for bits in (16, 8)}, "")
+    )
+    assert race.main(arguments(programs)) == 0
+    page = capsys.readouterr().out
+    assert "ended with exit code 1:\nerror: failed to load model" in page
+    assert "| 1 request | 60 | 60 | 30 | 2.00 | 2.00 | 16 bits | 2.00 |" in page
+
+
+def test_a_failure_of_ours_leaves_the_others_figures(race, programs, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    monkeypatch.setattr(race, "run_ours", lambda args: ({}, "engine_speed.py ended with exit code 1:\nno memory"))
+    assert race.main(arguments(programs)) == 10
+    captured = capsys.readouterr()
+    assert captured.err == "race: error: engine_speed.py ended with exit code 1:\nno memory\n"
+    assert "| 1 request |  |  | 30 |  |  | 16 bits |  |" in captured.out
+
+
+def test_requests_that_fail_with_graphs_are_run_without(race, programs, monkeypatch, capsys):
+    """Those after them are run with graphs again."""
+    (programs / "llama-batched-bench").write_text(
+        """#!/bin/sh
+echo "$PASCAL_GRAPHS|$GGML_CUDA_DISABLE_GRAPHS|$*" >> "${0%/*}/calls"
+for word; do [ "$before" != -npl ] || sizes=$(echo "$word" | tr , ' '); before=$word; done
+for n in $sizes; do
+  if [ "$n" = 24 ] && [ -z "$GGML_CUDA_DISABLE_GRAPHS" ]; then echo "CUDA error" >&2; exit 134; fi
+  echo "{\\"pl\\": $n, \\"speed_tg\\": $((100 + n))}"
+done
+"""
+    )
+    args = race.parse([*arguments(programs)[:-1], "16,24,32", "--llama-env", "PASCAL_GRAPHS=1"])
+    notes: list[str] = []
+    assert race.decode_speeds(args, "on", notes) == {16: 116.0, 24: 124.0, 32: 132.0}
+    calls = (programs / "calls").read_text().splitlines()
+    assert [call.partition("|-m")[0] for call in calls] == ["1|", "|1", "1|"]
+    assert [call.partition("-npl ")[2].split()[0] for call in calls] == ["16,24,32", "24", "32"]
+    assert "exit code 134" in notes[0]
+    assert notes[1] == "24 requests: run without CUDA graphs"
+
+
+@pytest.mark.parametrize(("text", "code"), [("PASCAL_GRAPHS", 2), ("PASCAL_GRAPHS=1", None)])
+def test_a_variable_needs_a_value(race, programs, text, code):
+    words = [*arguments(programs), "--llama-env", text]
+    if code is None:
+        assert race.parse(words).llama_env == {"PASCAL_GRAPHS": "1"}
+    else:
+        with pytest.raises(SystemExit) as caught:
+            race.parse(words)
+        assert caught.value.code == code
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from sglang_pascal.device import is_cuda_initialized
+from sglang_pascal.names import WORKERS_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,10 @@ def fork_workers(*_: object) -> None:
     """Hook after SGLang's `_set_envs_and_config`: start workers as copies of this process, which has their imports.
 
     Only for a process without threads, which a copy lacks, and that has not initialised CUDA, which a copy cannot use:
-    such a process spawns its workers, as SGLang does.
+    such a process spawns its workers, as SGLang does. The variable SGLANG_PASCAL_WORKERS=spawn asks for this.
     """
+    if os.environ.get(WORKERS_VARIABLE) == "spawn":
+        return
     if is_cuda_initialized():
         logger.warning(
             "workers import everything anew, which takes some dozen seconds longer: "

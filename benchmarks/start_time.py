@@ -17,11 +17,12 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -44,6 +45,7 @@ EVENTS = {
     "first answer": r"fired up and ready",
 }
 """What happens -> the log line that says so; the first one for beginnings, else the last."""
+STOP_SECONDS = 20
 CHUNK = 16 * 2**20
 
 
@@ -114,29 +116,30 @@ def start(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
-        os.set_blocking(process.stderr.fileno(), False)
-        ready = wait(process, port, began, args.seconds, lines)
+        reader = threading.Thread(target=collect, args=(process.stderr, began, lines), daemon=True)
+        reader.start()
+        ready = wait(process, port, began, args.seconds)
         process.terminate()
         try:
-            process.wait(30)
+            process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
+        reader.join(STOP_SECONDS)
     if args.log:
         with args.log.open("a", encoding="utf-8") as file:
             file.writelines(f"[{seconds:7.2f}] {line}\n" for seconds, line in lines)
     return {"spawned": args.spawn, "cold": args.cold, "ready_seconds": ready, "events": events(lines)}
 
 
-def wait(
-    process: subprocess.Popen[str], port: int, began: float, seconds: float, lines: list[tuple[float, str]]
-) -> float | None:
-    """Collect lines until the engine answers; return the seconds, None if it did not become ready."""
-    assert process.stderr is not None
-    rest = ""
+def collect(stream: IO[str], began: float, lines: list[tuple[float, str]]) -> None:
+    """Add each line with its time."""
+    for line in stream:
+        lines.append((round(time.monotonic() - began, 2), line.rstrip("\n")))
+
+
+def wait(process: subprocess.Popen[str], port: int, began: float, seconds: float) -> float | None:
+    """Return the seconds until the engine answers; None if it did not become ready."""
     while time.monotonic() < began + seconds and process.poll() is None:
-        rest += process.stderr.read() or ""
-        *whole, rest = rest.split("\n")
-        lines += [(round(time.monotonic() - began, 2), line) for line in whole]
         if is_ready(port):
             return round(time.monotonic() - began, 2)
         time.sleep(0.05)

@@ -133,8 +133,7 @@ def start(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 def collect(stream: IO[str], began: float, lines: list[tuple[float, str]]) -> None:
     """Add each line with its time."""
-    for line in stream:
-        lines.append((round(time.monotonic() - began, 2), line.rstrip("\n")))
+    lines.extend((round(time.monotonic() - began, 2), line.rstrip("\n")) for line in stream)
 
 
 def wait(process: subprocess.Popen[str], port: int, began: float, seconds: float) -> float | None:

@@ -16,6 +16,7 @@ from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang_pascal.checkpoint.completeness import Completeness
 from sglang_pascal.checkpoint.dequantize import dequantized
 from sglang_pascal.checkpoint.prepare import open_prepared
+from sglang_pascal.checkpoint.read_ahead import ReadAhead
 from sglang_pascal.checkpoint.weights import raw_tensors
 from sglang_pascal.names import QUANTIZATION
 from sglang_pascal.quantization.binding import bind
@@ -65,5 +66,11 @@ class PascalGgufLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang publ
 
 def _streamed(file: GgufFile, keep: set[str], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the file's tensors, one after the other, with a progress bar. keep: those to yield as raw rows."""
+    read_ahead = ReadAhead(file)
     with LoadingProgress(sum(info.n_bytes for info in file.tensors.values())) as progress:
-        yield from dequantized(raw_tensors(file), dtype, keep=keep, on_bytes=progress.add)
+
+        def count(n_bytes: int) -> None:
+            progress.add(n_bytes)
+            read_ahead.add(n_bytes)
+
+        yield from dequantized(raw_tensors(file), dtype, keep=keep, on_bytes=count)

@@ -24,7 +24,7 @@ from sglang_in_process import InProcessEngine
 from sglang_pascal.checkpoint.prepare import open_prepared, prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     import torch
 
@@ -81,8 +81,24 @@ def agreement(pairs: Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]) -> 
     return Agreement(n, same / n, kl / n, math.exp(loss / n), math.exp(reference_loss / n))
 
 
-def load_reference(folder: Path, device: str) -> Callable[[list[int]], torch.Tensor]:
-    """Return a function: ids -> float32 logits `[len(ids), vocabulary]`."""
+@dataclass(frozen=True)
+class Reference:
+    """transformers' model of a file's weights in float32."""
+
+    model: torch.nn.Module
+    device: str
+
+    def __call__(self, ids: list[int]) -> torch.Tensor:
+        """Return the logits `[len(ids), vocabulary]` after each token."""
+        import torch
+
+        with torch.no_grad():
+            result: torch.Tensor = self.model(torch.tensor([ids], device=self.device)).logits[0].float()
+        return result
+
+
+def load_reference(folder: Path, device: str) -> Reference:
+    """Return the model in a prepared folder, with every tensor dequantised."""
     import torch
     import transformers
     from sglang_pascal.checkpoint.dequantize import dequantized
@@ -92,14 +108,7 @@ def load_reference(folder: Path, device: str) -> Callable[[list[int]], torch.Ten
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.load_state_dict(dict(dequantized(raw_tensors(open_prepared(folder)), torch.float32)), strict=False)
     model.tie_weights()
-    model.to(device)
-
-    def logits(ids: list[int]) -> torch.Tensor:
-        with torch.no_grad():
-            result: torch.Tensor = model(torch.tensor([ids], device=device)).logits[0].float()
-        return result
-
-    return logits
+    return Reference(model.to(device), device)
 
 
 def prefill_pairs(engine: InProcessEngine, reference: Any, ids: list[int]) -> Iterator[Any]:

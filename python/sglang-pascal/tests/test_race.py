@@ -13,14 +13,23 @@ from support.models import tiny, write_gguf
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 
-@pytest.fixture
-def race(monkeypatch):
-    """race.py as a module."""
-    spec = importlib.util.spec_from_file_location("race", BENCHMARKS / "race.py")
+def benchmark(name: str, monkeypatch):
+    """A benchmark as a module."""
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "race", module)
+    monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def race(monkeypatch):
+    return benchmark("race", monkeypatch)
+
+
+@pytest.fixture
+def race_shares(monkeypatch):
+    return benchmark("race_shares", monkeypatch)
 
 
 @pytest.fixture
@@ -175,3 +184,48 @@ def test_what_is_missing_is_named(race, programs, monkeypatch, capsys, change, c
         race.main(arguments(programs))
     assert caught.value.code == code
     assert message in capsys.readouterr().err
+
+
+class TestShares:
+    """The planner's shares are llama.cpp's, times what the race found."""
+
+    def row(self, what: str, n: int, ours: float | None, theirs: float | None, bits: int = 8) -> dict:
+        other = {"16": 1.0} if bits == 8 else {"8": 1.0}
+        return {"what": what, "n": n, "ours": other | {str(bits): ours}, "llama_cpp": theirs, "default_bits": bits}
+
+    def test_each_kind_has_its_rows(self, race_shares):
+        rows = [
+            self.row("prompt", 512, 440.0, 400.0),
+            self.row("prompt", 8192, 900.0, 100.0),
+            self.row("decode", 1, 30.0, 20.0, bits=16),
+            self.row("decode", 4, 60.0, 40.0),
+            self.row("decode", 16, 400.0, 100.0),
+            self.row("decode", 8, None, 50.0),
+        ]
+        found = race_shares.ratios(rows)
+        assert found["large_batch"] == [pytest.approx(1.1)]
+        assert found["bandwidth"] == [1.5]
+        beyond = (4 / 40 - 1 / 20) / (4 / 60 - 1 / 30)
+        assert found["small_batch"] == [pytest.approx(beyond)]
+
+    def test_a_step_that_takes_no_longer_than_one_request_says_nothing(self, race_shares):
+        rows = [self.row("decode", 1, 30.0, 20.0), self.row("decode", 2, 61.0, 30.0)]
+        assert race_shares.ratios(rows)["small_batch"] == []
+
+    def test_the_range_covers_both_races(self, race_shares):
+        races = [[self.row("decode", 1, 20.0, 20.0)], [self.row("decode", 1, 80.0, 20.0)]]
+        share, base = race_shares.shares(races), race_shares.calibration("llama.cpp").bandwidth
+        assert set(share) == {"bandwidth"}
+        assert share["bandwidth"].value == pytest.approx(2 * base)
+        assert (share["bandwidth"].low, share["bandwidth"].high) == (pytest.approx(base), pytest.approx(4 * base))
+
+    def test_a_planner_beyond_the_range_is_reported(self, race_shares, tmp_path, capsys):
+        path = tmp_path / "race.json"
+        path.write_text(json.dumps({"rows": [self.row("decode", 1, 2000.0, 20.0)]}))
+        assert race_shares.main([str(path)]) == 1
+        assert "| bandwidth |" in capsys.readouterr().out
+
+    def test_without_a_race_it_says_so(self, race_shares, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(race_shares, "RESULTS", tmp_path)
+        assert race_shares.main([]) == 2
+        assert capsys.readouterr().err == f"race_shares: error: {tmp_path} has no race; run benchmarks/race.py first\n"

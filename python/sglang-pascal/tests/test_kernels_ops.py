@@ -207,11 +207,13 @@ class TestParts:
             (17, 16, [(0, 17, 24, False)]),
             (26, 16, [(0, 13, 16, False), (13, 26, 16, False)]),
             (32, 16, [(0, 32, 32, True)]),
-            (48, 16, [(0, 32, 32, True), (32, 48, 16, False)]),
+            (40, 16, [(0, 40, 40, True)]),
+            (48, 16, [(0, 48, 48, True)]),
             (512, 16, [(0, 512, 64, True)]),
             (24, 8, [(0, 24, 24, False)]),
             (32, 8, [(0, 32, 32, True)]),
-            (33, 8, [(0, 19, 24, False), (19, 33, 16, False)]),
+            (33, 8, [(0, 33, 40, True)]),
+            (41, 8, [(0, 21, 24, False), (21, 41, 24, False)]),
             (48, 8, [(0, 48, 48, True)]),
             (512, 8, [(0, 512, 128, True)]),
             (700, 8, [(0, 636, 128, True), (636, 700, 64, True)]),
@@ -235,7 +237,8 @@ class TestParts:
         assert chosen == kernels
 
     @pytest.mark.parametrize(
-        ("bits", "largest"), [(8, {1: 0.0, 25: 0.06, 33: 0.21, 49: 0.14}), (16, {1: 0.0, 17: 0.1, 33: 0.06})]
+        ("bits", "largest"),
+        [(8, {1: 0.0, 25: 0.03, 33: 0.12, 41: 0.09, 57: 0.07}), (16, {1: 0.0, 17: 0.07, 33: 0.06, 49: 0.07})],
     )
     def test_throughput_falls_by_no_more_than_is_known(self, bits, largest):
         """On a P4, by the estimate that chooses the kernels, of the most that fewer rows reach: where a number of rows needs the

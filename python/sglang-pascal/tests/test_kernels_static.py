@@ -48,9 +48,9 @@ WARPS_PER_SM = {1: 16, 2: 12, 3: 12, 4: 12, 6: 12, 8: 8, 12: 8, 16: 8, 24: 8, 32
 """At least so many resident, by rows of x: 16 KB of loads in flight hide the memory's latency."""
 MOST_LOOP_INSTRUCTIONS = 4600
 """Of a decode product's loop, up to 32 rows of x; 3000 are some 32 KB of code, which up to 12 rows stay below."""
-TILE_DP4A_SHARE = {8: 0.68, 16: 0.77}
-"""Of the issue slots in a tile product's inner loop at least so many are dp4a, by bits of x."""
-TILE_DP4A_SHARE_OF_HALF_SCALES = {8: 0.58, 16: 0.68}
+TILE_DP4A_SHARE = {8: 0.68, 16: 0.81}
+"""Of the issue slots in a tile product's inner loop at least so many are dp4a or dp2a, by bits of x."""
+TILE_DP4A_SHARE_OF_HALF_SCALES = {8: 0.58, 16: 0.74}
 CLOCKS_PER_SLOT = 64 * 32 / 128
 """Of 64 weights of 32 rows, on a multiprocessor of 128 lanes."""
 PRODUCTS = [(bits, n) for bits, widths in DECODE_WIDTHS.items() for n in widths]
@@ -155,7 +155,9 @@ class TestOtherKernels:
         for name, report in reports["61"].items():
             if name.startswith("attention_decode"):
                 assert report.main_loop.opcodes["FFMA"], name
-                assert "XMAD" not in report.main_loop.opcodes, name
+                assert report.main_loop.opcodes.get("XMAD", 0) <= 1, (
+                    name
+                )  # one adds halves of registers; a product takes three
 
     @pytest.mark.parametrize(("bits", "n"), TILES)
     @pytest.mark.parametrize("tensor_type", FORMATS)

@@ -53,6 +53,18 @@ struct Attention {
   static constexpr int LANES = D / EIGHT;    // that share a token
   static constexpr int TOKENS = WARP / LANES; // a warp has at once
   static constexpr int PER_ROUND = WARPS * TOKENS;
+  static constexpr int AHEAD = 2, TOGETHER = 4; // rounds whose keys or values are in flight
+  typedef typename KV::Vector Vector;
+
+  // Eight elements of a key, and its scale.
+  struct Key {
+    Vector values;
+    u32 scale;
+    __device__ __forceinline__ void load(const Arguments& a, u32 vector, int part) {
+      values = __ldg(static_cast<const Vector*>(a.keys) + vector * LANES + part);
+      if (KV::HAS_SCALE) scale = __ldg(a.key_scales + vector);
+    }
+  };
 
   u32 vectors[MOST_SPLIT]; // slot * kv_heads + KV head of each position
   float scores[MOST_SPLIT][G];
@@ -80,23 +92,30 @@ struct Attention {
 #pragma unroll
       for (int d = 0; d < EIGHT; d++) q[g][d] = load_element(a.q, base + d, a.q_is_half);
     }
-    for (int round = first; round < count; round += PER_ROUND) { // the same for all lanes: they exchange below
-      const int i = min(round + token, count - 1);
-      float k[EIGHT];
-      const u32 vector = vectors[i];
-      load_eight<KV>(a.keys, vector * LANES + part, k);
-      float dot[G];
+    Key ahead[AHEAD]; // of the next rounds
 #pragma unroll
-      for (int g = 0; g < G; g++) {
-        dot[g] = 0.0f;
+    for (int r = 0; r < AHEAD; r++) ahead[r].load(a, vectors[min(first + r * PER_ROUND + token, count - 1)], part);
+#pragma unroll 1
+    for (int begin = first; begin < count; begin += AHEAD * PER_ROUND) // the same for all lanes: they exchange below
 #pragma unroll
-        for (int d = 0; d < EIGHT; d++) dot[g] = __fmaf_rn(k[d], q[g][d], dot[g]);
+      for (int r = 0; r < AHEAD; r++) {
+        const int i = begin + r * PER_ROUND + token;
+        if (r > 0 && begin + r * PER_ROUND >= count) break;
+        float k[EIGHT];
+        KV::widen(ahead[r].values, k);
+        float scale = a.scale;
+        if (KV::HAS_SCALE) scale = __fmul_rn(scale, half_to_float(ahead[r].scale));
+        ahead[r].load(a, vectors[min(i + AHEAD * PER_ROUND, count - 1)], part);
+        float dot[G];
+#pragma unroll
+        for (int g = 0; g < G; g++) {
+          dot[g] = 0.0f;
+#pragma unroll
+          for (int d = 0; d < EIGHT; d++) dot[g] = __fmaf_rn(k[d], q[g][d], dot[g]);
+        }
+        const int mine = reduce_group<G, LANES>(dot, part);
+        if (part < G && i < count) scores[i][mine] = finish_score(dot[0], scale, a.soft_cap);
       }
-      const int mine = reduce_group<G, LANES>(dot, part);
-      float scale = a.scale;
-      if (KV::HAS_SCALE) scale = __fmul_rn(scale, half_to_float(__ldg(a.key_scales + vector)));
-      if (part < G && round + token < count) scores[i][mine] = finish_score(dot[0], scale, a.soft_cap);
-    }
   }
 
   // Scores become exp2(score - max); int8 values' scales are multiplied in.
@@ -121,6 +140,26 @@ struct Attention {
     }
   }
 
+  // out += p * v of COUNT rounds from position i on.
+  template <int COUNT>
+  __device__ __forceinline__ void add_values(const Arguments& a, int i, int part, float (&out)[G][EIGHT]) {
+    Vector loaded[COUNT];
+#pragma unroll
+    for (int r = 0; r < COUNT; r++)
+      loaded[r] = __ldg(static_cast<const Vector*>(a.values) + vectors[i + r * PER_ROUND] * LANES + part);
+#pragma unroll
+    for (int r = 0; r < COUNT; r++) {
+      float v[EIGHT];
+      KV::widen(loaded[r], v);
+#pragma unroll
+      for (int g = 0; g < G; g++) {
+        const float p = scores[i + r * PER_ROUND][g];
+#pragma unroll
+        for (int d = 0; d < EIGHT; d++) out[g][d] = __fmaf_rn(p, v[d], out[g][d]);
+      }
+    }
+  }
+
   __device__ __forceinline__ void accumulate(const Arguments& a, int first, int count) {
     const int lane = threadIdx.x % WARP, part = lane % LANES, token = threadIdx.x / LANES;
     float out[G][EIGHT];
@@ -128,17 +167,11 @@ struct Attention {
     for (int g = 0; g < G; g++)
 #pragma unroll
       for (int d = 0; d < EIGHT; d++) out[g][d] = 0.0f;
-#pragma unroll 2
-    for (int i = first + token; i < count; i += PER_ROUND) {
-      float v[EIGHT];
-      load_eight<KV>(a.values, vectors[i] * LANES + part, v);
-#pragma unroll
-      for (int g = 0; g < G; g++) {
-        const float p = scores[i][g];
-#pragma unroll
-        for (int d = 0; d < EIGHT; d++) out[g][d] = __fmaf_rn(p, v[d], out[g][d]);
-      }
-    }
+    int i = first + token;
+#pragma unroll 1
+    for (; i + (TOGETHER - 1) * PER_ROUND < count; i += TOGETHER * PER_ROUND) add_values<TOGETHER>(a, i, part, out);
+#pragma unroll 1
+    for (; i < count; i += PER_ROUND) add_values<1>(a, i, part, out);
     __syncwarp();
 #pragma unroll
     for (int g = 0; g < G; g++)

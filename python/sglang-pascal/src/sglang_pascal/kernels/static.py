@@ -124,10 +124,14 @@ class KernelReport:
 
     @property
     def _weights_per_pass(self) -> int:
-        """Of the loop: dot products of 4 weights and a column."""
+        """Of the loop, from its dot products (of 4 weights and a column of int8, or of 2 weights and a row of x);
+        without them from its products.
+        """
         assert self.main_loop is not None
-        products = self.main_loop.opcodes.get("IDP", 0) * 4 or self.main_loop.opcodes.get("XMAD", 0)
-        return products // self.columns
+        if products := self.main_loop.opcodes.get("IDP", 0) * 4:
+            return products // self.columns
+        takes_pairs = self.module.startswith("tile_matmul")
+        return self.main_loop.opcodes.get("XMAD", 0) // (self.outputs if takes_pairs else self.columns)
 
     @property
     def outputs(self) -> int:

@@ -1,18 +1,19 @@
 // y[n, row] = sum over k of w[row, k] * x[n, k] for many outputs n: the product of a prefill, or of many requests.
 //
-// Compiled once per weight type and bits of x (-DTYPE=Q4_K -DBITS=16 ...), one kernel per number of outputs in a tile. Tile:
-// 128 rows x 64 or 128 columns of int8, which are as many outputs of 8 bits or both halves of half as many of 16
-// (matmul.cuh); kernels for fewer outputs leave columns out. A thread has 8 rows and PER columns of each of GROUPS groups;
-// SIDES times 128 threads share the rows:
+// Compiled once per weight type and bits of x (-DTYPE=Q4_K -DBITS=16 ...), one kernel per number of outputs in a tile: 128
+// rows x up to 64 or 128 outputs. A thread has 8 rows, columns 4 tx .. 4 tx + 3 of a group of 32 and the first SECOND of the
+// four of another one, so that kernels for fewer outputs leave columns out; SIDES times 128 threads share the rows:
 //
-//   bits       8    8    8    8   16   16
-//   outputs   32   48   64  128   32   64
-//   GROUPS     1    2    2    2    2    2    of 32 columns; of 16 bits the second holds the low halves
-//   PER        4    3    4    4    4    4    columns 4 tx .. 4 tx + PER - 1 of a group
-//   SIDES      1    1    1    2    1    2
-//   CTAs       3    2    2    1    2    1    a multiprocessor: as many as registers allow
+//   outputs   32   40   48   56   64  128 (8 bits)
+//   SECOND     0    1    2    3    4    4
+//   SIDES      1    1    1    1    1    2
+//   CTAs       3    2    2    2    2    1   a multiprocessor: as many as registers allow
 //
-// Steps of 64 weights, in shared memory as [word of 4 k][row] and [word of 4 k][column]. With one side, thread t unpacks row
+// 8 bits are multiplied by dp4a; 16 bits by dp2a, two 16-bit values of x with two bytes of the weight: as many instructions
+// as two dp4a with the two int8 of x, and one sum, which is the joined sum of matmul.cuh to the bit. Both int8 become 16-bit
+// values when they are stored in shared memory.
+//
+// Steps of 64 weights, in shared memory as [word of 4 k][row] and [word of 4 k, or of 2 with 16 bits][column]. With one side, thread t unpacks row
 // t's 64 bytes and half a column's activations; with two, the first side's threads unpack weights and the second's fetch
 // activations, so that unpacking is shared by twice the columns. Two buffers: the next step's loads are in flight while
 // this one is multiplied, and one barrier a step separates them. Shared: 25-41 KB.
@@ -24,54 +25,51 @@
 #include "matmul.cuh"
 
 constexpr int ROWS = 128, SIDE = 128, WORDS = 16; // SIDE: threads
-constexpr int HALVES = BITS / 8;
+constexpr int HALVES = BITS / 8; // int8 of a value of x, and words of x for one word of weights
 constexpr int GROUP = 32; // columns
 
 // Which of a tile's columns a kernel has.
-template <int GROUPS_, int PER_, int SIDES_>
+template <int SECOND_, int SIDES_>
 struct Shape {
-  static constexpr int GROUPS = GROUPS_, PER = PER_, SIDES = SIDES_, THREADS = SIDE * SIDES;
-  static constexpr int COLUMNS_OF_SIDE = GROUP * GROUPS, COLUMNS = COLUMNS_OF_SIDE * SIDES;
-  static constexpr int OUT = GROUPS * PER / HALVES;                         // of a row, a thread has
+  static constexpr int SECOND = SECOND_, SIDES = SIDES_, THREADS = SIDE * SIDES;
+  static constexpr int GROUPS = SECOND ? 2 : 1, COLUMNS_OF_SIDE = GROUP * GROUPS, COLUMNS = COLUMNS_OF_SIDE * SIDES;
+  static constexpr int OUT = 4 + SECOND; // of a row, a thread has
   static constexpr int OUTPUTS_OF_SIDE = 8 * OUT, OUTPUTS = OUTPUTS_OF_SIDE * SIDES;
-  static constexpr int SCALES_OF_SIDE = COLUMNS_OF_SIDE / HALVES;
-  static constexpr int VECTORS = 4 * COLUMNS / SIDE;                        // of activations, a thread fetches in a step
-  static constexpr int BLOCKS = VECTORS > 2 ? 2 : 1;                        // that these belong to
+  static constexpr int VECTORS = 4 * COLUMNS / SIDE;   // of int8, a thread fetches in a step
+  static constexpr int BLOCKS = VECTORS > 2 ? 2 : 1;   // that these belong to
+  // Columns of a thread in group g, and a thread's output, of its side, in column `in_four` of that group.
+  static __device__ __forceinline__ constexpr int count(int g) { return g ? SECOND : 4; }
+  static __device__ __forceinline__ int output(int g, int tx, int in_four) { return GROUP * g + count(g) * tx + in_four; }
 };
 
 // Read 16 bytes at a time: every array is a multiple of them.
 template <class T, class S>
 struct alignas(16) Buffer {
-  static constexpr int SCALES = T::HALF_SCALES ? 4 : 2, OUTPUTS = S::SCALES_OF_SIDE * S::SIDES;
+  static constexpr int SCALES = T::HALF_SCALES ? 4 : 2;
   int a[WORDS][ROWS];
-  int b[WORDS][S::COLUMNS];
+  int b[WORDS * HALVES][S::COLUMNS];
   float a_scale[SCALES][ROWS];
   float a_min[T::HAS_MIN ? 2 : 1][ROWS];
-  float b_scale[2][OUTPUTS];
-  float b_sum[T::HAS_MIN ? 2 : 1][OUTPUTS];
+  float b_scale[2][S::COLUMNS];
+  float b_sum[T::HAS_MIN ? 2 : 1][S::COLUMNS];
 };
 
 // What a thread fetches of a step: a column's two blocks, one, or half of one.
 template <class S>
 struct Columns {
-  int4 words[S::VECTORS];
+  int4 words[HALVES][S::VECTORS];
   float2 scale[S::BLOCKS];
 };
 
-// Thread t's part of the activations: its column, the first of its words of 4 k, and where the column's output, half and
-// scale are.
+// Thread t's part of the activations: its column, the first of its words of 4 k, and where the column's output is, or -1.
 template <class S>
 struct Place {
-  int column, first, output, half, scale;
+  int column, first, output;
   __device__ __forceinline__ Place() {
     const int t = threadIdx.x % SIDE;
     column = t % S::COLUMNS, first = t / S::COLUMNS * 4 * S::VECTORS;
     const int side = column / S::COLUMNS_OF_SIDE, group = column % S::COLUMNS_OF_SIDE / GROUP, in_group = column % GROUP;
-    half = HALVES == 2 ? group : 0;
-    scale = S::SCALES_OF_SIDE * side + (HALVES == 2 ? in_group : GROUP * group + in_group);
-    output = in_group % 4 >= S::PER ? -1
-                                    : S::OUTPUTS_OF_SIDE * side + (HALVES == 2 ? 0 : 8 * S::PER * group) +
-                                          S::PER * (in_group / 4) + in_group % 4;
+    output = in_group % 4 < S::count(group) ? S::OUTPUTS_OF_SIDE * side + S::output(group, in_group / 4, in_group % 4) : -1;
   }
 };
 
@@ -81,20 +79,25 @@ __device__ __forceinline__ Columns<S> load_columns(const Arguments& a, const Pla
   Columns<S> columns;
   if (row < 0) {
 #pragma unroll
-    for (int i = 0; i < S::VECTORS; i++) columns.words[i] = make_int4(0, 0, 0, 0);
+    for (int half = 0; half < HALVES; half++)
+#pragma unroll
+      for (int i = 0; i < S::VECTORS; i++) columns.words[half][i] = make_int4(0, 0, 0, 0);
 #pragma unroll
     for (int i = 0; i < S::BLOCKS; i++) columns.scale[i] = make_float2(0.0f, 0.0f);
     return columns;
   }
-  const size_t base = (static_cast<size_t>(row) * a.n_tiles + tile) * 8;
   constexpr int IN_BLOCK = S::VECTORS / S::BLOCKS;
 #pragma unroll
-  for (int b = 0; b < S::BLOCKS; b++) {
-    const size_t block = base + T::block(step, S::BLOCKS == 2 ? b : place.first / 8);
+  for (int half = 0; half < HALVES; half++) {
+    const size_t base = (static_cast<size_t>(row + half * a.low) * a.n_tiles + tile) * 8;
 #pragma unroll
-    for (int i = 0; i < IN_BLOCK; i++)
-      columns.words[IN_BLOCK * b + i] = __ldg(a.x + 2 * block + (IN_BLOCK == 1 ? place.first % 8 / 4 : i));
-    columns.scale[b] = __ldg(a.x_scales + block);
+    for (int b = 0; b < S::BLOCKS; b++) {
+      const size_t block = base + T::block(step, S::BLOCKS == 2 ? b : place.first / 8);
+#pragma unroll
+      for (int i = 0; i < IN_BLOCK; i++)
+        columns.words[half][IN_BLOCK * b + i] = __ldg(a.x + 2 * block + (IN_BLOCK == 1 ? place.first % 8 / 4 : i));
+      if (half == HALVES - 1) columns.scale[b] = __ldg(a.x_scales + block); // of the whole value, with its low half
+    }
   }
   return columns;
 }
@@ -120,20 +123,38 @@ __device__ __forceinline__ void store_weights(Buffer<T, S>& buffer, const typena
   }
 }
 
+__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
+  u32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+}
+
+// Four values 256 * high + low as two words of 16-bit pairs. A negative low byte takes one from the high one, which is at
+// least -127, so that no byte borrows from its neighbour.
+__device__ __forceinline__ void store_pairs(u32 high, u32 low, int* first, int* second) {
+  const u32 upper = ((high ^ 0x80808080u) - ((low >> 7) & 0x01010101u)) ^ 0x80808080u;
+  *first = static_cast<int>(permute(low, upper, 0x5140)), *second = static_cast<int>(permute(low, upper, 0x7362));
+}
+
 template <class T, class S>
 __device__ __forceinline__ void store_columns(Buffer<T, S>& buffer, const Place<S>& place, const Columns<S>& columns) {
+  constexpr int NEXT = S::COLUMNS;
 #pragma unroll
   for (int i = 0; i < S::VECTORS; i++) {
-    int* words = &buffer.b[place.first + 4 * i][place.column];
-    words[0] = columns.words[i].x, words[S::COLUMNS] = columns.words[i].y;
-    words[2 * S::COLUMNS] = columns.words[i].z, words[3 * S::COLUMNS] = columns.words[i].w;
+    int* words = &buffer.b[HALVES * (place.first + 4 * i)][place.column];
+    const int4 &high = columns.words[0][i], &low = columns.words[HALVES - 1][i];
+    if (HALVES == 1) {
+      words[0] = low.x, words[NEXT] = low.y, words[2 * NEXT] = low.z, words[3 * NEXT] = low.w;
+    } else {
+      store_pairs(high.x, low.x, words, words + NEXT), store_pairs(high.y, low.y, words + 2 * NEXT, words + 3 * NEXT);
+      store_pairs(high.z, low.z, words + 4 * NEXT, words + 5 * NEXT), store_pairs(high.w, low.w, words + 6 * NEXT, words + 7 * NEXT);
+    }
   }
-  if (HALVES == 2 && place.half == 0) return; // the scales of a value stand with its low half
 #pragma unroll
   for (int b = 0; b < S::BLOCKS; b++) {
     const int block = S::BLOCKS == 2 ? b : place.first / 8;
-    buffer.b_scale[block][place.scale] = columns.scale[b].x;
-    if (T::HAS_MIN) buffer.b_sum[block][place.scale] = columns.scale[b].y;
+    buffer.b_scale[block][place.column] = columns.scale[b].x;
+    if (T::HAS_MIN) buffer.b_sum[block][place.column] = columns.scale[b].y;
   }
 }
 
@@ -141,11 +162,10 @@ __device__ __forceinline__ void spread4(const float4& v, float* out) {
   out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
 }
 
-// Column j (of a thread's GROUPS * PER) in a buffer: in group j / PER.
-template <int PER>
+// Column j of a thread, in a buffer's words.
 __device__ __forceinline__ int word_of(const int4 (&words)[2], int j) {
-  const int4& v = words[j / PER];
-  return j % PER == 0 ? v.x : j % PER == 1 ? v.y : j % PER == 2 ? v.z : v.w;
+  const int4& v = words[j / 4];
+  return j % 4 == 0 ? v.x : j % 4 == 1 ? v.y : j % 4 == 2 ? v.z : v.w;
 }
 
 // Of a thread: rows 4 ty + i and 64 + 4 ty + i of the tile, columns 4 tx + j of its side's groups.
@@ -157,11 +177,28 @@ struct Thread {
   }
 };
 
+// sum += the products of a word of weights with word `half` of x: four int8, or a pair of 16 bits with half of the weights.
+template <bool SIGNED>
+__device__ __forceinline__ int add_word(int half, u32 weights, int x, int sum) {
+  if (HALVES == 1) return dot4<SIGNED>(weights, x, sum);
+#if __CUDA_ARCH__ >= 610
+  int d;
+  if (SIGNED && half == 0) asm("dp2a.lo.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(x), "r"(weights), "r"(sum));
+  if (SIGNED && half == 1) asm("dp2a.hi.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(x), "r"(weights), "r"(sum));
+  if (!SIGNED && half == 0) asm("dp2a.lo.s32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(x), "r"(weights), "r"(sum));
+  if (!SIGNED && half == 1) asm("dp2a.hi.s32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(x), "r"(weights), "r"(sum));
+  return d;
+#else
+  // The same two bytes as 16-bit pairs; selector digits above 7 repeat the byte's sign, 4 is a byte of zero.
+  return multiply_add_pairs(permute_bytes(weights, SIGNED ? half ? 0xb3a2 : 0x9180 : half ? 0x4342 : 0x4140), x, sum);
+#endif
+}
+
 // acc += the products of one step.
 template <class T, class S>
 __device__ __forceinline__ void multiply_step(const Buffer<T, S>& buffer, float (&acc)[8][S::OUT], const Thread& me) {
-  constexpr int WORDS_PER_SCALE = T::HALF_SCALES ? 4 : 8, GROUPS = S::GROUPS, PER = S::PER, MINE = GROUPS * PER;
-  const int ty = me.ty, column = S::COLUMNS_OF_SIDE * me.side + 4 * me.tx, scales = S::SCALES_OF_SIDE * me.side + 4 * me.tx;
+  constexpr int WORDS_PER_SCALE = T::HALF_SCALES ? 4 : 8, GROUPS = S::GROUPS, MINE = S::OUT;
+  const int ty = me.ty, column = S::COLUMNS_OF_SIDE * me.side + 4 * me.tx;
 #pragma unroll 1
   for (int part = 0; part < WORDS / WORDS_PER_SCALE; part++) {
     const int b = part * WORDS_PER_SCALE / 8;
@@ -175,20 +212,25 @@ __device__ __forceinline__ void multiply_step(const Buffer<T, S>& buffer, float 
       const int word = part * WORDS_PER_SCALE + k;
       const int4 a0 = *reinterpret_cast<const int4*>(&buffer.a[word][4 * ty]);
       const int4 a1 = *reinterpret_cast<const int4*>(&buffer.a[word][64 + 4 * ty]);
-      int4 columns[2];
-#pragma unroll
-      for (int g = 0; g < GROUPS; g++) columns[g] = *reinterpret_cast<const int4*>(&buffer.b[word][GROUP * g + column]);
       const int av[8] = {a0.x, a0.y, a0.z, a0.w, a1.x, a1.y, a1.z, a1.w};
 #pragma unroll
-      for (int i = 0; i < 8; i++)
+      for (int half = 0; half < HALVES; half++) {
+        int4 columns[2];
 #pragma unroll
-        for (int j = 0; j < MINE; j++) sums[i][j] = dot4<T::SIGNED>(av[i], word_of<PER>(columns, j), sums[i][j]);
+        for (int g = 0; g < GROUPS; g++)
+          columns[g] = *reinterpret_cast<const int4*>(&buffer.b[HALVES * word + half][GROUP * g + column]);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+#pragma unroll
+          for (int j = 0; j < MINE; j++)
+            sums[i][j] = add_word<T::SIGNED>(half, av[i], word_of(columns, j), sums[i][j]);
+      }
     }
 #pragma unroll
-    for (int g = 0; g < GROUPS / HALVES; g++) {
+    for (int g = 0; g < GROUPS; g++) {
       float d[4], d_sum[4];
-      spread4(*reinterpret_cast<const float4*>(&buffer.b_scale[b][GROUP * g + scales]), d);
-      if (T::HAS_MIN) spread4(*reinterpret_cast<const float4*>(&buffer.b_sum[b][GROUP * g + scales]), d_sum);
+      spread4(*reinterpret_cast<const float4*>(&buffer.b_scale[b][GROUP * g + column]), d);
+      if (T::HAS_MIN) spread4(*reinterpret_cast<const float4*>(&buffer.b_sum[b][GROUP * g + column]), d_sum);
 #pragma unroll
       for (int ih = 0; ih < 2; ih++) {
         float scale[4], min[4];
@@ -197,11 +239,9 @@ __device__ __forceinline__ void multiply_step(const Buffer<T, S>& buffer, float 
 #pragma unroll
         for (int i = 0; i < 4; i++)
 #pragma unroll
-          for (int j = 0; j < PER; j++) {
-            float& sum = acc[4 * ih + i][PER * g + j];
-            const int products = sums[4 * ih + i][PER * g + j];
-            const int joined = HALVES == 1 ? products : (products << 8) + sums[4 * ih + i][MINE - PER + j];
-            sum = add_products(sum, scale[i], d[j], joined);
+          for (int j = 0; j < S::count(g); j++) {
+            float& sum = acc[4 * ih + i][4 * g + j];
+            sum = add_products(sum, scale[i], d[j], sums[4 * ih + i][4 * g + j]);
             if (T::HAS_MIN) sum = __fmaf_rn(min[i], d_sum[j], sum);
           }
       }
@@ -291,7 +331,7 @@ __device__ __forceinline__ void write_tile(const Arguments& a, const float (&acc
   for (int j = 0; j < S::OUT; j++)
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      const int n = first_output + S::OUTPUTS_OF_SIDE * me.side + 8 * S::PER * (j / S::PER) + S::PER * me.tx + j % S::PER;
+      const int n = first_output + S::OUTPUTS_OF_SIDE * me.side + S::output(j / 4, me.tx, j % 4);
       const int row = first_row + 64 * (i / 4) + 4 * me.ty + i % 4;
       if (!partials)
         write_output(a, n, row, acc[i][j]);
@@ -326,7 +366,7 @@ __device__ __forceinline__ void multiply_tile(const Arguments& a, Buffer<T, S> (
   const uint4* tiles = a.weights + unit_of<T>(group, 0, a.n_steps) + lane;
   const Place<S> place;
   const int output = first_output + place.output;
-  const int row = place.output >= 0 && output < a.n ? output + place.half * a.low : -1;
+  const int row = place.output >= 0 && output < a.n ? output : -1;
   float acc[8][S::OUT];
   clear(acc);
 
@@ -397,21 +437,20 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
   }
 }
 
-#define KERNEL(OUTPUTS, GROUPS, PER, SIDES, CTAS_PER_SM)                                                                \
+#define KERNEL(OUTPUTS, SECOND, SIDES, CTAS_PER_SM)                                                                     \
   extern "C" __global__ void __launch_bounds__(SIDE* SIDES, CTAS_PER_SM) NAME(TYPE, BITS, OUTPUTS)(Arguments a) {        \
-    multiply<TYPE, Shape<GROUPS, PER, SIDES>>(a);                                                                       \
+    multiply<TYPE, Shape<SECOND, SIDES>>(a);                                                                            \
   }
 #define NAME_(T, BITS, OUTPUTS) tile_matmul_##T##_##BITS##bit_n##OUTPUTS
 #define NAME(T, BITS, OUTPUTS) NAME_(T, BITS, OUTPUTS)
 
 // Outputs, sides and CTAs also stand in ops/matmul.py.
-#if BITS == 8
 constexpr int NARROW_CTAS = __CUDA_ARCH__ >= 610 ? 3 : 2; // sm_60 spreads bytes for 16-bit products: more registers
-KERNEL(32, 1, 4, 1, NARROW_CTAS)
-KERNEL(48, 2, 3, 1, 2)
-KERNEL(64, 2, 4, 1, 2)
-KERNEL(128, 2, 4, 2, 1)
-#else
-KERNEL(32, 2, 4, 1, 2)
-KERNEL(64, 2, 4, 2, 1)
+KERNEL(32, 0, 1, NARROW_CTAS)
+KERNEL(40, 1, 1, 2)
+KERNEL(48, 2, 1, 2)
+KERNEL(56, 3, 1, 2)
+KERNEL(64, 4, 1, 2)
+#if BITS == 8
+KERNEL(128, 4, 2, 1)
 #endif

@@ -34,7 +34,7 @@ DECODE_WIDTHS: Final = {
 }
 """Bits of x -> the decode kernels: most rows of x that each takes -> rows of the weight that a lane has (N and R of
 `decode_matmul.cu`)."""
-TILE_WIDTHS: Final = {8: {32: 3, 48: 2, 64: 2, 128: 1}, 16: {32: 2, 64: 1}}
+TILE_WIDTHS: Final = {8: {32: 3, 40: 2, 48: 2, 56: 2, 64: 2, 128: 1}, 16: {32: 3, 40: 2, 48: 2, 56: 2, 64: 2}}
 """Bits of x -> the tile kernels: rows of x in a tile -> CTAs for which a multiprocessor has registers."""
 MEMORY_CLOCKS: Final = 128.0
 """Clocks in which a P4's multiprocessor gets 64 weights of 32 rows of Q4_K: 1152 bytes at 192 GB/s / 20, 1.063 GHz."""
@@ -45,10 +45,15 @@ NOT_OVERLAPPED: Final = 0.25
 ROW_CLOCKS: Final = {8: {12: 6.0, 24: 6.7, 32: 7.2}, 16: {16: 10.6, 24: 12.0}}
 """Bits of x -> widest decode kernel of a kind -> clocks a row of x: issue slots, or shared loads at four clocks; more
 where no weights are loaded ahead."""
-TILE_CLOCKS: Final = {8: {32: 211.0, 48: 310.0, 64: 410.0, 128: 807.0}, 16: {32: 372.0, 64: 737.0}}
-"""Bits of x -> tile -> clocks: issue slots of the inner loop, and 12 to 15 % for all else."""
+TILE_CLOCKS: Final = {
+    8: {32: 211.0, 40: 262.0, 48: 310.0, 56: 361.0, 64: 410.0, 128: 807.0},
+    16: {32: 362.0, 40: 447.0, 48: 527.0, 56: 605.0, 64: 684.0},
+}
+"""Bits of x -> tile -> clocks: issue slots of the inner loop, and 11 to 16 % for all else."""
 _SM60: Final = 2
 """Most weight rows per lane, and tiles per multiprocessor, without dp4a: separate bytes take more registers."""
+_SM60_TILE_BITS: Final = 512
+"""Bits of x in all rows of a tile, of which sm_60 has shared memory for two per multiprocessor."""
 _WIDE: Final = 24
 """Rows of x beyond which sm_60 has room for one row of a type with scales and minima in each step."""
 _MANY: Final = 20
@@ -65,7 +70,7 @@ _CTAS_PER_MULTIPROCESSOR: Final = 8
 _TILE_ROWS: Final = 128
 _TILE_THREADS: Final = 128
 _TILE_COLUMNS: Final = 64
-"""int8 rows of x that 128 threads of a tile multiply; wider tiles have twice the threads."""
+"""Rows of x that 128 threads of a tile multiply; wider tiles have twice the threads."""
 
 
 class _Product(NamedTuple):
@@ -302,7 +307,7 @@ def _tile(product: _Product, part: Part) -> None:
     else:
         grid = (min(tiles, room), 1, 1)
         count = grid[0] * min(splits, 2) * _TILE_ROWS * part.width
-    _launch(product, part, tile_threads(part.width, bits), grid, _partials(count, product.out))
+    _launch(product, part, tile_threads(part.width), grid, _partials(count, product.out))
 
 
 def _tiles(n: int, width: int, rows: int) -> int:
@@ -311,7 +316,8 @@ def _tiles(n: int, width: int, rows: int) -> int:
 
 def _ctas(width: int, bits: int, device: int | None) -> int:
     """Of a multiprocessor."""
-    return TILE_WIDTHS[bits][width] if has_dp4a(device) else min(TILE_WIDTHS[bits][width], _SM60)
+    most = TILE_WIDTHS[bits][width]
+    return most if has_dp4a(device) else min(most, _SM60 if width * bits <= _SM60_TILE_BITS else 1)
 
 
 def _room(width: int, bits: int, device: int | None) -> int:
@@ -324,9 +330,9 @@ def _are_apart(splits: int, tiles: int, room: int) -> bool:
     return splits > 1 and 2 * tiles <= room
 
 
-def tile_threads(width: int, bits: int) -> int:
+def tile_threads(width: int) -> int:
     """Return the threads of the tile kernel for `width` rows of x."""
-    return _TILE_THREADS * (2 if width * bits // 8 > _TILE_COLUMNS else 1)
+    return _TILE_THREADS * (2 if width > _TILE_COLUMNS else 1)
 
 
 def matmul_half(

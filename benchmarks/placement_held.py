@@ -140,17 +140,22 @@ def say(text: str) -> None:
 
 def measure(cases: Sequence[Case], server: str, output: Path | None, seconds: float) -> dict[str, Any]:
     """Return the results; they are also written after each case, so that an end in between loses one."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as workers:
         folder = Path(name)
         results: dict[str, Any] = {"machine": machine(server, folder), "rows": []}
         say(f"host measured: {results['machine']}")
         began = time.monotonic()
-        for case in cases:
+        files = [folder / f"{number}.gguf" for number in range(len(cases))]
+        writer = workers.enter_context(ThreadPoolExecutor(1))
+        written = [writer.submit(write_file, case, path) for case, path in zip(cases, files, strict=True)]
+        for case, path, done in zip(cases, files, written, strict=True):
             if time.monotonic() - began > seconds - CASE_SECONDS:
                 say(f"{case.model}: left out, no time")
+                done.cancel()
                 continue
             try:
-                row = one(case, server, folder, results["machine"])
+                done.result()
+                row = one(case, server, path, results["machine"])
             except RuntimeError as error:
                 say(f"{case.model}: {error}")
                 continue
@@ -321,13 +326,11 @@ def prompt(number: int, length: int, vocabulary: int) -> list[int]:
     return [int(token) for token in draw.integers(3, min(vocabulary, 20000), length)]
 
 
-def beside_buffers(case: Case, server: str, folder: Path) -> int:
+def beside_buffers(case: Case, server: str, path: Path) -> int:
     """Return what a server takes of the card beside the buffers of its log, with a small model of the case's kind.
 
     It has computed in small batches: its context and the kernels for such a model, but next to nothing in pools.
     """
-    small = replace(case, layers=case.layers if case.model in WHOLE else TINY_LAYERS)
-    path = write_catalog_file(folder / "tiny.gguf", shape_of(replace(small, experts=TINY_EXPERTS)))
     before, port = used_bytes(), free_port()
     kv_cache = "q8_0" if case.settings.get("kv_cache") else "f16"
     command = [server, "--model", str(path), "--port", str(port), "--ctx-size", "1024", "--parallel", "1"]
@@ -368,13 +371,18 @@ def gpu_is_absent() -> bool:
 # --- One case
 
 
-def one(case: Case, server: str, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def write_file(case: Case, path: Path) -> None:
+    """Write the file of a case, and the small one beside it."""
+    small = replace(case, layers=case.layers if case.model in WHOLE else TINY_LAYERS, experts=TINY_EXPERTS)
+    write_catalog_file(path.with_suffix(".tiny"), shape_of(small))
+    fill(write_catalog_file(path, shape_of(case)))
+
+
+def one(case: Case, server: str, path: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Return the row of a case."""
     shape = shape_of(case)
-    beside = 0 if gpu_is_absent() else beside_buffers(case, server, folder)
+    beside = 0 if gpu_is_absent() else beside_buffers(case, server, path.with_suffix(".tiny"))
     say(f"{case.model}: beside its buffers a small one takes {beside / MIB:,.0f} MiB")
-    path = write_catalog_file(folder / "model.gguf", shape)
-    fill(path)
     card = load_card(case.card)
     settings = settings_of(case, path, server)
     plan = plan_of(settings, path, card.memory_bytes, case.card, facts)

@@ -13,7 +13,7 @@ from pascaline.cards import load_card
 from pascaline.configuration import load
 from pascaline.engines import ENGINES, Task
 from pascaline.engines.llama_cpp.locking import check_limit
-from pascaline.engines.llama_cpp.options import host_cache_arguments
+from pascaline.engines.llama_cpp.options import host_cache_arguments, numa_arguments
 from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.errors import ConfigurationError
 from pascaline.models.resolve import ResolvedModel
@@ -373,6 +373,12 @@ class TestCommand:
             bound = self.command(program, "mapped", 12, tmp_path, cpus=frozenset({0, 1}))
             assert ("numactl" in bound) == ("--numa" in bound) == is_there
             assert "--numa" not in self.command(program, "mapped", 12, tmp_path)
+
+    def test_threads_of_an_engine_on_several_nodes_are_dealt_out(self) -> None:
+        known = frozenset({"--numa"})
+        assert numa_arguments(known, is_bound=False, nodes=2) == ("--numa", "distribute")
+        assert numa_arguments(known, is_bound=True, nodes=2) == ("--numa", "numactl")
+        assert numa_arguments(known, is_bound=False) == numa_arguments(frozenset(), is_bound=False, nodes=2) == ()
 
     def test_what_it_keeps_of_prompts_is_limited_as_planned(self, tmp_path: Path) -> None:
         program = tmp_path / "llama-server"

@@ -183,7 +183,9 @@ class TestLimits:
         limits = unit_limits(plan, self.placement(), 96 * 2**30)
         assert limits.numa_node == 1
         assert limits.memory_max_bytes is not None
-        assert limits.memory_max_bytes - MARGIN_BYTES == pytest.approx(1.5 * plan.host_bytes, abs=1)
+        (prompts,) = (part.n_bytes for part in plan.host_parts if part.key == "host_prompts")
+        share = 1.5 * (plan.host_bytes - prompts) + prompts
+        assert limits.memory_max_bytes - MARGIN_BYTES == pytest.approx(share, abs=1)
         service = settings(unit(limits=limits).text())
         assert service["MemoryMax"] == {str(limits.memory_max_bytes)}
         assert (service["NUMAPolicy"], service["NUMAMask"], service["CPUAffinity"]) == ({"bind"}, {"1"}, {"numa"})

@@ -74,6 +74,8 @@ class Task:
 
     cpus: frozenset[int] = frozenset()
     """CPUs that it is bound to; empty: all that this process may use."""
+    numa_nodes: int = 1
+    """How many NUMA nodes have CPUs that it may use."""
 
     @property
     def variables(self) -> dict[str, str]:

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 MARGIN_BYTES, MARGIN_SHARE = 4 * 2**30, 0.5
 """What the unit may take beyond the plan's part of the host: the supervisor, the driver's own buffers, and a plan of
-the next start that finds less of the card free."""
+the next start that finds less of the card free. The latter does not change the limit of kept prompts."""
+KEPT_PROMPTS = "host_prompts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ def unit_limits(plan: Plan, placement: Placement, node_bytes: int | None) -> Uni
     """
     if not plan.fits or len(plan.host_parts) < 2:
         return NO_LIMITS
-    most = round(plan.host_bytes * (1 + MARGIN_SHARE)) + MARGIN_BYTES
+    prompts = sum(part.n_bytes for part in plan.host_parts if part.key == KEPT_PROMPTS)
+    most = round((plan.host_bytes - prompts) * (1 + MARGIN_SHARE)) + prompts + MARGIN_BYTES
     bound = bool(placement.cpus) and node_bytes is not None and most <= node_bytes
     return UnitLimits(placement.numa_node if bound else None, None if plan.request.mapped else most)

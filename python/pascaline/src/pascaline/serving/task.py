@@ -106,6 +106,7 @@ def make_task(
         runtime_dir=runtime_dir,
         device_variables=placement.variables if placement else None,
         cpus=cpus,
+        numa_nodes=len(host_bandwidth.usable_nodes(most)),
         api_key=read_secret(settings.api_key_file) if settings.api_key_file else None,
     )
 

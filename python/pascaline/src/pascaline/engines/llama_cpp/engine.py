@@ -310,8 +310,9 @@ def _offload_arguments(task: Task, program: str) -> tuple[str, ...]:
     elif weights == "locked":
         _check_locked(task)
         held = locked_arguments(options)
+    numa = numa_arguments(options, is_bound=bool(task.cpus), nodes=task.numa_nodes)
     kept = host_cache_arguments(options, task.prompt_cache_bytes, checkpoints(task.context_length))
-    return (*own_placement_arguments(options), *held, *numa_arguments(options, is_bound=bool(task.cpus)), *kept)
+    return (*own_placement_arguments(options), *held, *numa, *kept)
 
 
 def _check_locked(task: Task) -> None:

@@ -72,10 +72,18 @@ def locked_arguments(options: frozenset[str]) -> tuple[str, ...]:
     return ("--mlock",) if "--mlock" in options else ()
 
 
-def numa_arguments(options: frozenset[str], *, is_bound: bool) -> tuple[str, ...]:
-    """Return the flags for an engine that is bound to the CPUs of a NUMA node: its threads keep to them, and a mapped
-    file is not read ahead by whichever node has a free CPU."""
-    return ("--numa", "numactl") if is_bound and "--numa" in options else ()
+def numa_arguments(options: frozenset[str], *, is_bound: bool, nodes: int = 1) -> tuple[str, ...]:
+    """Return the flags for the host's NUMA nodes.
+
+    An engine that is bound to the CPUs of a node: its threads keep to them, and a mapped file is not read ahead by
+    whichever node has a free CPU. One that uses the CPUs of several: its threads are dealt out to all of them.
+    nodes: those whose CPUs it uses.
+    """
+    if "--numa" not in options:
+        return ()
+    if is_bound:
+        return ("--numa", "numactl")
+    return ("--numa", "distribute") if nodes > 1 else ()
 
 
 def own_placement_arguments(options: frozenset[str]) -> tuple[str, ...]:

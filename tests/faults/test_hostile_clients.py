@@ -1,4 +1,7 @@
-"""Clients that mean harm, to agent and exporter: malformed requests by the thousand, slow ones, and any valid call."""
+"""Clients that mean harm, to agent and exporter: malformed requests by the thousand, slow ones, and any valid call.
+
+The agent has an API key, so that no call of a client without it may end the instance.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,13 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from faults.injectors import ONE_P4
 from faults.noise import send_noise
-from faults.scene import IMPATIENT
+from faults.scene import IMPATIENT, KEY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pascaline.errors import ExitCode
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 FEW, MANY = 2_000, 100_000
 ANSWER_SECONDS = 5.0
 """Longest wait of an honest client while others send noise."""
+SEED, CALLS = 17, 40
+"""Of schemathesis; the calls are the most for each path and method."""
 LOOK_SECONDS = 0.2
 """Pause between two requests of an honest client."""
 
@@ -39,7 +45,11 @@ LOOK_SECONDS = 0.2
 def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     folder = tmp_path_factory.mktemp("hostile")
     model = write_gguf(folder / "tiny.gguf", tiny("llama"), "Q8_0")
-    with running(folder, **IMPATIENT | {"model": model, "stall_timeout": 30, "probe_interval": 2}) as started:
+    key = folder / "key"
+    key.write_text(KEY)
+    key.chmod(0o600)
+    own = {"model": model, "api_key_file": key, "stall_timeout": 30, "probe_interval": 2}
+    with running(folder, **IMPATIENT | own) as started:
         started.wait_for_state("ready", seconds=PATIENCE * stretch())
         yield started
         assert started.health()["restarts"] == 0
@@ -129,40 +139,54 @@ def _is_closed(connection: socket.socket) -> bool:
         return True
 
 
-@pytest.fixture(scope="module")
-def interface(instance: Instance) -> dict[str, Any]:
-    found: dict[str, Any] = instance.agent("/openapi.json").json
-    return found
+def test_any_call_that_the_interface_describes(instance: Instance, tmp_path: Path) -> None:
+    """schemathesis finds no internal error and no answer that is not described, and nothing that it sends drains.
+
+    It has no key, so other methods than those described get 401, not 405.
+    """
+    url = f"http://127.0.0.1:{instance.settings['agent_port']}/openapi.json"
+    options = ["--phases=coverage,fuzzing", f"--max-examples={CALLS}", f"--seed={SEED}"]
+    options.append("--exclude-checks=unsupported_method")
+    command = [Path(sys.executable).with_name("schemathesis"), "run", url, *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert instance.health()["state"] in {"ready", "busy"}
 
 
-METHODS = st.sampled_from(["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
+METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
+WITH_KEY = {"Authorization": f"Bearer {KEY}"}
 TEXTS = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="#?"), max_size=20)
 HEADERS = st.dictionaries(
     st.sampled_from(["Accept", "Range", "If-Match", "Content-Type", "X-Forwarded-Host"]), TEXTS, max_size=2
 )
 
 
+@pytest.fixture(scope="module")
+def interface(instance: Instance) -> dict[str, Any]:
+    found: dict[str, Any] = instance.agent("/openapi.json").json
+    return found
+
+
 def test_every_path_and_method_is_answered_as_described(instance: Instance, interface: dict[str, Any]) -> None:
-    """Each pair once: the drawn calls of the next test may miss one."""
+    """Each pair once and with the key, also the methods that are not described."""
     url = f"http://127.0.0.1:{instance.settings['agent_port']}"
     for path, operations in interface["paths"].items():
-        for method in ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
+        for method in METHODS:
             if (path, method) == ("/drain", "POST"):
                 continue
-            answer = http(url + path, None if method == "GET" else {}, method=method, timeout=PATIENCE)
+            body = None if method == "GET" else {}
+            answer = http(url + path, body, method=method, headers=WITH_KEY, timeout=PATIENCE)
             described = {int(status) for status in operations.get(method.lower(), {}).get("responses", {})}
             assert answer.status in (described or {405}), (method, path, answer)
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_every_answer_is_one_that_the_interface_describes(
-    instance: Instance, interface: dict[str, Any], data: st.DataObject
-) -> None:
-    """No path, method, query, header or body leads to an internal error, or to a status that nobody describes."""
+def test_calls_that_nobody_describes(instance: Instance, interface: dict[str, Any], data: st.DataObject) -> None:
+    """The interface has no parameters, so schemathesis sends no query and no body, and it knows no other paths."""
     paths = interface["paths"]
     path = data.draw(st.sampled_from(sorted(paths)) | TEXTS.map(lambda text: f"/{text}"))
-    method = data.draw(METHODS)
+    method = data.draw(st.sampled_from(METHODS))
     if (path.partition("?")[0].rstrip("/") or "/") == "/drain" and method == "POST":
         return
     query = data.draw(st.sampled_from(["", "?a=1", "?%00", "?" + "x" * 500]))
@@ -170,7 +194,7 @@ def test_every_answer_is_one_that_the_interface_describes(
     answer = http(
         f"http://127.0.0.1:{instance.settings['agent_port']}{path}{query}",
         None if method == "GET" else body,
-        headers=data.draw(HEADERS),
+        headers=data.draw(HEADERS) | WITH_KEY,
         method=method,
         timeout=PATIENCE,
     )

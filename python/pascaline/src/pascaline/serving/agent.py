@@ -81,6 +81,21 @@ class Verdict(BaseModel):
     reason: str
 
 
+class Refused(BaseModel):
+    """Why a request was refused."""
+
+    detail: str
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Refused, "description": "A header that decides who may do this is given twice"},
+    401: {"model": Refused, "description": "The API key is missing or wrong"},
+    403: {"model": Refused, "description": "From another host without an API key, under a foreign name, or by a page"},
+    503: {"model": Refused, "description": "The API key cannot be read"},
+}
+"""The guard's answers, for the description of what it guards."""
+
+
 class RedactedResponse(JSONResponse):
     """An answer without the secrets that this process knows."""
 
@@ -137,6 +152,7 @@ def create_app(instance: InstanceView, connections: int = MOST_CONNECTIONS) -> F
         "/drain",
         summary="Stop taking requests, let the running ones finish, then exit; needs the API key if one is set",
         status_code=202,
+        responses=REFUSALS,
     )
     async def drain() -> Verdict:
         instance.stop("POST /drain")

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     App = Callable[[Any, Any, Any], Awaitable[None]]
 
-_ASKING = frozenset({"GET", "HEAD", "OPTIONS"})
-"""Methods that change nothing."""
+_ASKING = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
+"""Methods that change nothing: RFC 9110, section 9.2.1."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ import signal
 from faults import injectors as i
 from faults.scene import STALL_DETECT_SECONDS, Fault
 from pascaline.errors import ExitCode
-from pascaline.serving.supervisor import BLIND_SECONDS
 from support.ledger import Outcome
 
 NOTHING_LOST: frozenset[Outcome] = frozenset()
@@ -162,9 +161,9 @@ HEALTHY = [
             loses=frozenset({Outcome.REFUSED})),
     healthy("engine paused for 1.5 s", i.pause(1.5, "engine", "worker")),
     healthy("supervisor paused for 5 s", i.pause(5, "supervisor"), agent_may_be_silent=True),
-    # A shorter pause is not told from an engine that answers slowly: with this short stall_timeout it may count as silence.
-    healthy("host suspended and resumed", i.pause(BLIND_SECONDS + 1, "supervisor", "engine", "worker"),
+    healthy("host suspended and resumed", i.pause(11, "supervisor", "engine", "worker"),
             prepare=i.own_clock, agent_may_be_silent=True),
+    healthy("host paused for 6 s", i.pause(6, "supervisor", "engine", "worker"), agent_may_be_silent=True),
     healthy("clock jumps a year forward", i.set_clock(3.2e7), prepare=i.own_clock),
     healthy("clock jumps ten years back", i.set_clock(-3.2e8), prepare=i.own_clock),
     healthy("DNS gone", i.no_names, prepare=i.own_clock),

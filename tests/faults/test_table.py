@@ -5,6 +5,7 @@ Beside it runs the soak (`benchmarks/soak.py`), which mostly waits, as the rows 
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 6
 """Rows mostly wait, so more of them run at once than there are cores."""
 SLOW = pytest.mark.slow("a few minutes: the whole table of faults")
+MEASURED = Path(__file__).parents[2] / "docs/results/reliability.json"
 SOAK = Path(__file__).parents[2] / "benchmarks/soak.py"
 SOAK_SECONDS = 300
 
@@ -80,6 +82,19 @@ def test_the_table_is_whole() -> None:
     for fault in FAULTS:
         if fault.stalls:
             assert fault.detect + DEFAULT_STALL_SECONDS - 3 <= 60, fault.name
+
+
+def test_the_measured_table_is_whole() -> None:
+    """docs/reliability.md is written from these rows: each fault is there, and none is detected late, or never."""
+    rows = json.loads(MEASURED.read_text())["rows"]
+    assert rows.keys() == {fault.name for fault in FAULTS}
+    for name, row in rows.items():
+        assert row["problems"] == [], name
+        assert row["silent"] == 0, name
+        assert (row["detected"] is None) == (row["outcome"] == "stays"), name
+        if row["outcome"] == "recovers":
+            assert row["by_default"] <= 60, name
+            assert row["recovered"] is not None or row["states"].endswith("failed"), name
 
 
 def test_the_default_is_the_settings() -> None:

@@ -15,7 +15,7 @@ import pytest
 from pascaline.errors import ExitCode
 from pascaline.gpu.fake_nvml import fake_nvml_environment, write_scenario
 from pascaline.serving.output import MAX_LINE_BYTES
-from pascaline.serving.supervisor import BLIND_SECONDS, POLL_SECONDS, STOP_SIGNALS
+from pascaline.serving.supervisor import POLL_SECONDS, STOP_SIGNALS
 from support.instance import PATIENCE, wait_until
 from support.stuck import unkillable
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     Serve = Callable[..., Instance]
 
+PAUSE_SECONDS = 6.0
+"""Twice the stall_timeout of these tests."""
 UNREAD = 'pascaline_log_lines_dropped_total{cause="unread"}'
 ONE_P4 = """
 [library]
@@ -328,7 +330,7 @@ class TestProgress:
         instance = serve()
         instance.wait_for_state("ready")
         instance.process.send_signal(signal.SIGSTOP)
-        time.sleep(BLIND_SECONDS + 1)
+        time.sleep(PAUSE_SECONDS)
         instance.process.send_signal(signal.SIGCONT)
         assert_nobody_is_blamed(instance)
         assert set(instance.states) == {"starting", "ready"}
@@ -340,7 +342,7 @@ class TestProgress:
         instance.fault(mute=1)
         time.sleep(POLL_SECONDS + 0.3)  # it waits for a page of metrics now
         instance.process.send_signal(signal.SIGSTOP)
-        time.sleep(BLIND_SECONDS + 1)
+        time.sleep(PAUSE_SECONDS)
         instance.fault(mute=0)
         instance.process.send_signal(signal.SIGCONT)
         assert_nobody_is_blamed(instance)

@@ -28,6 +28,17 @@ life. It only excuses silence, as in a long prefill. Each step of work excuses o
 - the test generations do not fail with an error.
 
 If an engine counts only its work, that work is taken as its answers.
+
+**An engine whose answers stop is unresponsive at most DETECTED_WITHIN_SECONDS after the last one**, with the default
+stall_timeout of 45 s (after the last work that excuses its silence, if there is any). The parts, at their worst:
+
+- 7 s: the last answer is seen late. It was sent just after the engine made a page of counters; that page comes after
+  5 s (POLL_TIMEOUT_SECONDS), is taken up within 1 s, and 1 s later the next is asked for, which shows the answer.
+- 45 s: stall_timeout.
+- 2 s: the verdict. A look begins 1 s after the last one (POLL_SECONDS), and waits 1 s at most for a page.
+
+Seconds in which the supervisor's own process stands still are not counted (`awake_clock`), nor those in which its
+requests fail for lack of something on its side.
 """
 
 from __future__ import annotations
@@ -95,6 +106,8 @@ class Health:
         return Health(state, now, reason)
 
 
+DETECTED_WITHIN_SECONDS = 55.0
+"""See above; tests/test_detection_time.py searches the worst case."""
 PROBE_TOKENS = 8.0
 """The most that one test generation adds to the counters of an engine's work: its prompt and its token, which may both
 be counted only when it ends."""

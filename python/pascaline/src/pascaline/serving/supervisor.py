@@ -32,7 +32,8 @@ from pascaline.models.chat_template import chat_templates
 from pascaline.redaction import read_secret
 from pascaline.serving import ports, shrink
 from pascaline.serving.agent import create_server, serve
-from pascaline.serving.engine_api import FIRST_GENERATION_SECONDS, POLL_TIMEOUT_SECONDS, EngineApi, Probe
+from pascaline.serving.awake_clock import AwakeClock
+from pascaline.serving.engine_api import FIRST_GENERATION_SECONDS, EngineApi, Probe
 from pascaline.serving.failure import Ending, Failure, FailureKind, judge, lacks_memory
 from pascaline.serving.health import ANSWERING, Health, Judge, State, backoff_seconds
 from pascaline.serving.history import History
@@ -69,8 +70,6 @@ POLL_SECONDS = 1.0
 """Interval at which counters are read; a scrape of SGLang takes some milliseconds."""
 DRAIN_POLL_SECONDS = 0.2
 """The interval while the instance drains: somebody waits for its end."""
-BLIND_SECONDS = POLL_SECONDS + POLL_TIMEOUT_SECONDS + 4.0
-"""Longest normal time between two observations of an engine; longer means that this process or the machine slept."""
 EXTEND_SECONDS = 30.0
 """Extra start or stop time to ask the service manager for, repeatedly while there is progress."""
 BACKOFF_SECONDS = 1.0
@@ -98,15 +97,20 @@ class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
 
 @dataclass(slots=True)
 class Watch:
-    """What is known while one run of an engine is watched. Times are seconds of the monotonic clock."""
+    """What is known while one run of an engine is watched. Times are seconds of the supervisor's AwakeClock."""
 
     api: EngineApi
     judge: Judge
     began: float
     """Time at which watching began."""
-    probe: asyncio.Task[Probe] | None = None
+    page: asyncio.Task[Progress | None] | None = None
+    """The running request for the engine's counters."""
+    probe: asyncio.Task[None] | None = None
+    """The running test generation."""
     settled: bool = False
     """Whether it has served long enough for its start to count as a success."""
+    asked: float = field(init=False)
+    """Time at which the engine was last asked for its counters."""
     looked: float = field(init=False)
     """Time of the last observation."""
     understood: float = field(init=False)
@@ -114,18 +118,16 @@ class Watch:
 
     def __post_init__(self) -> None:
         """The start counts as the first observation."""
-        self.looked = self.understood = self.began
+        self.asked = self.looked = self.understood = self.began
 
-    def look(self, *, in_vain: bool) -> float:
-        """Return the time; time without observation since the last call does not count as the engine's silence.
+    def look(self, now: float, *, in_vain: bool) -> None:
+        """Record an observation. in_vain: whether a request to the engine failed since the last one because of us.
 
-        in_vain: whether a request to the engine failed since then because of this process.
+        Such time does not count as the engine's silence.
         """
-        now = time.monotonic()
-        if now - self.looked > BLIND_SECONDS or in_vain:
+        if in_vain:
             self.judge.missed(now - self.looked)
         self.looked = now
-        return now
 
 
 class Supervisor:
@@ -162,6 +164,7 @@ class Supervisor:
         """API of the engine that was started last."""
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
+        self._clock = AwakeClock(POLL_SECONDS)
         self._failed_to_ask = False
         """Whether a request since the last observation failed because of this process, not of the engine."""
         self._made_plan: Plan | None = None
@@ -488,7 +491,7 @@ class Supervisor:
 
     async def _watch(self, task: Task, process: EngineProcess, api: EngineApi) -> None:
         """Observe the engine's progress until it ends or is unresponsive, then kill what is left of it."""
-        judge = Judge(self.settings.stall_timeout, time.monotonic(), limits=self._engine.work_limits(task))
+        judge = Judge(self.settings.stall_timeout, self._clock.time(), limits=self._engine.work_limits(task))
         watch = Watch(api, judge, judge.last_sign)
         try:
             while process.exit_code is None:
@@ -498,10 +501,10 @@ class Supervisor:
                 await self._sleep(POLL_SECONDS, process)
         finally:
             # Cancelled before the engine is killed, so that the kill does not count as a failed test generation.
-            if watch.probe is not None:
-                watch.probe.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Stopped):
-                    await watch.probe
+            requests = [request for request in (watch.page, watch.probe) if request is not None]
+            for request in requests:
+                request.cancel()
+            await asyncio.gather(*requests, return_exceptions=True)
         await process.kill()
 
     async def _look_safely(self, watch: Watch) -> None:
@@ -512,33 +515,54 @@ class Supervisor:
             raise
         except Exception as error:
             self._note_mistake("the engine was not judged", error)
-            if time.monotonic() - watch.understood > self.settings.stall_timeout:
+            if self._clock.time() - watch.understood > self.settings.stall_timeout:
                 raise
         else:
-            watch.understood = time.monotonic()
+            watch.understood = self._clock.time()
 
     async def _look(self, watch: Watch) -> None:
-        judge, now = watch.judge, watch.look(in_vain=self._asked_in_vain())
+        now, before = self._observed(watch), watch.judge.last_sign
         await self._sample_memory(now)
-        judge.observe(now, await self._progress(watch.api))
-        self.history.add(time.time(), watch.api.vitals)
-        if watch.probe is not None and watch.probe.done():
-            done, watch.probe = watch.probe, None
-            probe = done.result()
-            if probe.ok:
-                judge.probed(time.monotonic())
-            else:
-                judge.probe_failed(with_error=probe.is_error)
-        if watch.probe is None and judge.wants_probe(now, self.settings.probe_interval):
-            judge.probe_sent()
-            watch.probe = asyncio.create_task(self._generate(watch.api, self.settings.stall_timeout))
-        # A second time, since this process may have been stopped while it waited for the answer.
-        self._change(*judge.verdict(watch.look(in_vain=self._asked_in_vain())))
+        await self._read_counters(watch, now)
+        self._follow_probe(watch, now)
+        if watch.judge.last_sign > before:
+            self.metrics.last_generation.set(time.time())
+        # Read again, since this process may have been stopped while it waited for the answer.
+        self._change(*watch.judge.verdict(self._observed(watch)))
         if not watch.settled and now - watch.began > STABLE_SECONDS:
             self._count_start(self._starts.settle)
             watch.settled = True
-        if judge.last_sign >= now and self.health.state is not State.UNRESPONSIVE:
-            self.metrics.last_generation.set(time.time())
+
+    def _observed(self, watch: Watch) -> float:
+        now = self._clock.time()
+        watch.look(now, in_vain=self._asked_in_vain())
+        return now
+
+    async def _read_counters(self, watch: Watch, now: float) -> None:
+        """Ask the engine for its counters, and wait a moment for them: silence is judged every second all the same."""
+        if watch.page is None:
+            watch.asked, watch.page = now, asyncio.create_task(self._progress(watch.api))
+        await asyncio.wait({watch.page}, timeout=POLL_SECONDS)
+        if watch.page.done():
+            done, watch.page = watch.page, None
+            watch.judge.observe(watch.asked, done.result())
+            self.history.add(time.time(), watch.api.vitals)
+
+    def _follow_probe(self, watch: Watch, now: float) -> None:
+        """Start a test generation if one is due and none runs."""
+        if watch.probe is not None and watch.probe.done():
+            done, watch.probe = watch.probe, None
+            done.result()
+        if watch.probe is None and watch.judge.wants_probe(now, self.settings.probe_interval):
+            watch.judge.probe_sent()
+            watch.probe = asyncio.create_task(self._probe(watch))
+
+    async def _probe(self, watch: Watch) -> None:
+        probe = await self._generate(watch.api, self.settings.stall_timeout)
+        if probe.ok:
+            watch.judge.probed(self._clock.time())
+        else:
+            watch.judge.probe_failed(with_error=probe.is_error)
 
     async def _sample_memory(self, now: float) -> None:
         if self._memory.is_due(now) and self._process is not None:
@@ -776,6 +800,7 @@ class Supervisor:
 
     def _show_life(self) -> None:
         """Report to the service manager that the main loop runs, and that a start or stop is still in progress."""
+        self._clock.time()
         self._console.settle()
         self._notifier.watchdog()
         if self.health.state in {State.PLANNED, State.STARTING, State.DRAINING}:

@@ -13,7 +13,7 @@ from pascaline.cards import load_card
 from pascaline.configuration import load
 from pascaline.engines import ENGINES, Task
 from pascaline.engines.llama_cpp.locking import check_limit
-from pascaline.engines.llama_cpp.options import host_cache_arguments, numa_arguments
+from pascaline.engines.llama_cpp.options import host_cache_arguments, mapped_arguments, numa_arguments
 from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.errors import ConfigurationError
 from pascaline.models.resolve import ResolvedModel
@@ -254,6 +254,25 @@ class TestHostMemory:
         pinned = make_plan(QWEN, P4, offloading(host_memory_bytes=64 * 2**30)).speed
         assert pinned is not None
         assert plan.speed.prefill.tokens_per_second < pinned.prefill.tokens_per_second
+
+    def test_on_a_cpu_too_only_a_mapped_file_may_be_larger(self) -> None:
+        cpu = load_card("cpu")
+        wanted = offloading(device="cpu", card_bytes=8 * 2**30)
+        pinned = make_plan(QWEN, cpu, wanted)
+        assert "set placement.weights to mapped to read from the file" in pinned.reasons[0]
+        mapped = make_plan(QWEN, cpu, replace(wanted, mapped=True))
+        assert mapped.fits
+        (note,) = (note for note in mapped.notes if "exceed the free memory" in note)
+        absent = mapped.total_bytes - 8 * 2**30
+        rate = 4e8 / (absent / mapped.weights_bytes * mapped.weights_read_bytes)
+        assert note.endswith(
+            f"at 0.4 GB/s in this estimate, and one request is answered with at most {rate:,.2g} tok/s"
+        )
+        assert not make_plan(QWEN, cpu, replace(wanted, mapped=True, card_bytes=2**28)).fits
+
+    def test_a_cpu_keeps_a_mapped_file_mapped(self) -> None:
+        assert mapped_arguments(frozenset({"--no-repack"})) == ("--no-repack",)
+        assert mapped_arguments(frozenset()) == ()
 
     def test_the_table_shows_it(self) -> None:
         plan = make_plan(QWEN, P4, offloading(host_memory_bytes=64 * 2**30))

@@ -216,7 +216,11 @@ def _plan(spec: ModelSpec, card: Card, request: PlanRequest, by_placement: Weigh
         kv_tokens=pool.tokens,
         mem_fraction_static=engine.fraction(request, parts),
         reasons=(*_reasons(request, parts, pool, per_token), *_host_reasons(request, host_parts)),
-        notes=(*_notes(spec, request, pool, host_parts), *_disk_notes(request, weights), *engine.notes(spec, request)),
+        notes=(
+            *_notes(spec, request, pool, host_parts),
+            *_disk_notes(request, weights, parts),
+            *engine.notes(spec, request),
+        ),
         host_parts=host_parts,
         weights_read_bytes=int(weights.read_bytes(1)),
         matrix_read_bytes=weights.matrix_read_bytes,
@@ -229,14 +233,26 @@ def _reasons(request: PlanRequest, parts: Sequence[Part], pool: Pool, per_token:
     if pool.tokens < request.context_length:
         reasons.append(_too_small_a_pool(request, pool, per_token))
     total = sum(part.n_bytes for part in parts)
-    if total <= request.available_bytes:
+    # A CPU reads from the file what a mapped one does not keep in memory.
+    held = total - (weights_of(parts) if request.device == "cpu" and request.mapped else 0)
+    if held <= request.available_bytes:
         return reasons + engine_named(request.engine).memory.reasons(request, parts)
     used = f", of which others use {format_bytes(request.used_bytes)}" if request.used_bytes else ""
     too_much = (
         f"it needs {format_bytes(total)}, the {_place(request)} has {format_bytes(request.card_bytes)}{used}: "
         f"{format_bytes(total - request.available_bytes)} too much"
     )
+    if request.device == "cpu" and not request.mapped and engine_named(request.engine).keeps_weights_on_host:
+        too_much += (
+            "; set placement.weights to mapped to read from the file what the memory cannot hold, which is many times "
+            "slower"
+        )
     return [*reasons, too_much]
+
+
+def weights_of(parts: Sequence[Part]) -> int:
+    """Return the bytes of the weights among the parts."""
+    return sum(part.n_bytes for part in parts if part.key == "weights")
 
 
 def _too_small_a_pool(request: PlanRequest, pool: Pool, per_token: int) -> str:
@@ -284,8 +300,10 @@ def _notes(spec: ModelSpec, request: PlanRequest, pool: Pool, host_parts: Sequen
     ]
 
 
-def _disk_notes(request: PlanRequest, weights: Weights) -> list[str]:
+def _disk_notes(request: PlanRequest, weights: Weights, parts: Sequence[Part]) -> list[str]:
     """What follows if a mapped file is larger than the memory that is free for it."""
+    if request.device == "cpu":
+        return _cpu_disk_notes(request, weights, parts)
     host = host_speed(request)
     absent = absent_share(request, weights) * weights.host_bytes
     if host is None or not absent:
@@ -293,6 +311,19 @@ def _disk_notes(request: PlanRequest, weights: Weights) -> list[str]:
     return [
         f"{format_bytes(absent)} of the host's weights exceed its free memory: as placement.weights is mapped, steps "
         f"read them from the file, at {host.disk_bytes_per_second / 1e9:,.1f} GB/s in this estimate"
+    ]
+
+
+def _cpu_disk_notes(request: PlanRequest, weights: Weights, parts: Sequence[Part]) -> list[str]:
+    absent, host = sum(part.n_bytes for part in parts) - request.available_bytes, host_speed(request)
+    if not request.mapped or host is None or absent <= 0:
+        return []
+    share = min(1.0, absent / weights.n_bytes)
+    rate = host.disk_bytes_per_second / (share * weights.read_bytes(1))
+    return [
+        f"{format_bytes(absent)} of the weights exceed the free memory: as placement.weights is mapped, steps read "
+        f"them from the file, at {host.disk_bytes_per_second / 1e9:,.1f} GB/s in this estimate, and one request is "
+        f"answered with at most {rate:,.2g} tok/s"
     ]
 
 

@@ -24,6 +24,7 @@ from pascaline.engines.llama_cpp.options import (
     devices_of,
     host_cache_arguments,
     locked_arguments,
+    mapped_arguments,
     numa_arguments,
     options_of,
     own_placement_arguments,
@@ -301,6 +302,8 @@ def _offload_arguments(task: Task, program: str) -> tuple[str, ...]:
     """Return the flags for weights in the host's memory. They depend on the build, which is asked only if needed."""
     weights = task.settings.placement.weights
     is_whole = not task.expert_layers_on_host and task.gpu_layers == ALL_LAYERS
+    if is_whole and task.device == "cpu" and weights == "mapped":
+        return mapped_arguments(options_of(program))
     if is_whole and not (weights == "locked" and task.device == "cpu"):
         return ()
     options = options_of(program)

@@ -65,6 +65,11 @@ def pinned_arguments(options: frozenset[str]) -> tuple[str, ...]:
     return ("--no-mmap",) if "--no-mmap" in options else ()
 
 
+def mapped_arguments(options: frozenset[str]) -> tuple[str, ...]:
+    """Return the flags that keep a CPU's weights in the mapped file: it copies many of them to repack them."""
+    return ("--no-repack",) if "--no-repack" in options else ()
+
+
 def locked_arguments(options: frozenset[str]) -> tuple[str, ...]:
     """Return the flags that map the file and lock it in memory."""
     if "--load-mode" in options:

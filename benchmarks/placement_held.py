@@ -48,6 +48,7 @@ from pascaline.gpu.reader import Reader
 from pascaline.models.gguf import read_gguf
 from pascaline.models.resolve import ResolvedModel
 from pascaline.planning import make_plan
+from pascaline.planning.hints import with_hints
 from pascaline.planning.request import HostRates, request_from_settings
 from pascaline.serving.task import make_task
 from pascaline.settings import Settings
@@ -434,7 +435,8 @@ def plan_of(settings: Settings, path: Path, free: int, card: str | None, facts: 
         settings, spec, device="cuda", dtype="float16", card_bytes=free, host_memory_bytes=host_memory().total_bytes,
         host_rates=rates,
     )  # fmt: skip
-    return make_plan(spec, found, request)
+    is_free = "chunked_prefill_tokens" not in settings.model_fields_set
+    return with_hints(make_plan(spec, found, request), spec, found, request, chunk_is_free=is_free)
 
 
 def _this_card() -> Any:
@@ -483,6 +485,7 @@ def speed(server: Server, settings: Settings, path: Path, plan: Plan, vocabulary
         update={
             "context_length": SPEED_PROMPT,
             "max_running_requests": 1,
+            "chunked_prefill_tokens": plan.request.chunked_prefill_tokens,
             "placement": settings.placement.model_copy(update={"experts": plan.request.expert_layers_on_host}),
         }
     )

@@ -224,6 +224,14 @@ class TestChunkHint:
         larger, smaller = re.findall(r"prompts at (\d+) instead of (\d+) tok/s, as", note)[0]
         assert int(larger) > 1.2 * int(smaller)
 
+    def test_a_chunk_that_nobody_has_set_becomes_the_larger_one(self) -> None:
+        wanted = offloading()
+        plan = with_hints(make_plan(QWEN, P4, wanted), QWEN, P4, wanted, chunk_is_free=True)
+        assert plan.request.chunked_prefill_tokens == 2048
+        assert plan.fits
+        assert "2048" in plan.engine_args
+        assert any(note.startswith("chunked_prefill_tokens 2048, as none is set, computes") for note in plan.notes)
+
     @pytest.mark.parametrize(
         "changes",
         [
@@ -236,6 +244,17 @@ class TestChunkHint:
     )
     def test_nowhere_else(self, changes: dict[str, Any]) -> None:
         assert self.notes(**changes) == []
+
+
+def test_a_chunk_is_free_if_neither_user_nor_a_lack_of_memory_has_set_it() -> None:
+    def is_chosen(flags: dict[str, Any]) -> bool:
+        return load(flags=flags, environment={}, check_host=False).origins.is_chosen("chunked_prefill_tokens")
+
+    assert not is_chosen({})
+    assert not is_chosen({"card": "tesla-p4"})
+    assert is_chosen({"card": "tesla-p4", "chunked_prefill_tokens": "512"})
+    origins = load(environment={}, check_host=False).origins.with_origin("chunked_prefill_tokens", 512, "on_oom")
+    assert origins.is_chosen("chunked_prefill_tokens")
 
 
 class TestHostMemory:

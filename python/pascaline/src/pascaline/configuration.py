@@ -45,6 +45,7 @@ OTHER_VARIABLES = frozenset(
     }
 )
 DEFAULT = "default"
+PROFILE = "profile "
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,14 @@ class Origins(Mapping[str, str]):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def is_chosen(self, key: str) -> bool:
+        """Whether somebody has set it: it has neither its default nor a card profile's value."""
+        return key in self._values and not self[key].startswith(PROFILE)
+
+    def with_origin(self, key: str, raw: Any, origin: str) -> Origins:
+        """Return these with another value's origin."""
+        return Origins({**self._values, key: Value(raw, origin)})
 
     @property
     def chosen(self) -> int:
@@ -278,7 +287,7 @@ def _profile_values(card: str | None) -> dict[str, Value]:
     if card is None:
         return {}
     keys = dict(setting_fields())
-    return {".".join(names): Value(raw, f"profile {card}") for names, raw in _leaves(load_card(card).settings, keys)}
+    return {".".join(names): Value(raw, f"{PROFILE}{card}") for names, raw in _leaves(load_card(card).settings, keys)}
 
 
 def _validate(values: Mapping[str, Value], problems: list[str]) -> Settings | None:

@@ -235,7 +235,8 @@ def _plan(
     arguments: argparse.Namespace, configuration: Configuration, spec: ModelSpec, card: Card, request: PlanRequest
 ) -> int:
     verdict = engine_named(request.engine).judge_as(spec, request.role)
-    plan = with_hints(make_plan(spec, card, request), spec, card, request)
+    is_free = not configuration.origins.is_chosen("chunked_prefill_tokens")
+    plan = with_hints(make_plan(spec, card, request), spec, card, request, chunk_is_free=is_free)
     changes = []
     if not plan.fits:
         changes = nearest_fits(spec, card, request)

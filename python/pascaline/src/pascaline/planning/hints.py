@@ -1,4 +1,4 @@
-"""Remarks on a plan that fits: settings that would serve the same model faster."""
+"""Settings that serve the same model faster: taken where nobody has set them, else named in a remark."""
 
 from __future__ import annotations
 
@@ -19,18 +19,35 @@ were 2.5 times as fast as 512 (run 2026-11-29, Qwen3-30B-A3B)."""
 LEAST_GAIN = 1.2
 
 
-def with_hints(plan: Plan, spec: ModelSpec, card: Card, request: PlanRequest) -> Plan:
-    """Return the plan with such a remark, if there is one. request: what the plan was made from."""
+MOST_LOSS = 0.95
+"""Least part of the speed of one request's answer that a chunk which nobody has set may leave: it also moves weights
+to the host."""
+
+
+def with_hints(plan: Plan, spec: ModelSpec, card: Card, request: PlanRequest, *, chunk_is_free: bool = False) -> Plan:
+    """Return the plan with a remark about a larger chunk, or with that chunk, if prompts are faster then.
+
+    request: as the plan was asked for. chunk_is_free: whether its chunk is a default.
+    """
     larger = _with_larger_chunk(plan, spec, card, request)
     if larger is None or larger.speed is None or plan.speed is None:
         return plan
     prompts = (f"{speed.prefill.tokens_per_second:,.0f}" for speed in (larger.speed, plan.speed))
     answers = (f"{speed.single.tokens_per_second:,.0f}" for speed in (larger.speed, plan.speed))
+    taken = chunk_is_free and _answer_share(larger, plan) >= MOST_LOSS
+    what = f"chunked_prefill_tokens {LARGE_CHUNK}"
+    what += ", as none is set, computes" if taken else " fits too and computes"
     note = (
-        f"chunked_prefill_tokens {LARGE_CHUNK} fits too and computes prompts at {' instead of '.join(prompts)} tok/s, "
-        f"as each chunk copies the weights on the host; one request is answered at {' instead of '.join(answers)} tok/s"
+        f"{what} prompts at {' instead of '.join(prompts)} tok/s, as each chunk copies the weights on the host; "
+        f"one request is answered at {' instead of '.join(answers)} tok/s"
     )
-    return replace(plan, notes=(*plan.notes, note))
+    return replace(larger if taken else plan, notes=(*(larger if taken else plan).notes, note))
+
+
+def _answer_share(larger: Plan, plan: Plan) -> float:
+    assert larger.speed is not None
+    assert plan.speed is not None
+    return larger.speed.single.tokens_per_second / plan.speed.single.tokens_per_second
 
 
 def _with_larger_chunk(plan: Plan, spec: ModelSpec, card: Card, request: PlanRequest) -> Plan | None:

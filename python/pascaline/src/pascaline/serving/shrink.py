@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pascaline.serving.failure import Ending
     from pascaline.settings import Settings
 
+CHUNK = "chunked_prefill_tokens"
+
 
 def helps(ending: Ending, device: str) -> bool:
     """Whether a smaller plan can help: the memory that ran out is the planned device's, and no leak used it up."""
@@ -30,8 +32,11 @@ def shrunk(
     change = next_smaller(spec, placement.card, plan)
     if change is None:
         return None
-    settings = with_values(configuration.settings, change.settings)
-    return replace(configuration, settings=settings), change.sentence
+    # The next plan may no longer choose it: that would undo the change.
+    chunk = {CHUNK: plan.request.chunked_prefill_tokens}
+    settings = with_values(configuration.settings, chunk | change.settings)
+    origins = configuration.origins.with_origin(CHUNK, settings.chunked_prefill_tokens, "on_oom")
+    return replace(configuration, settings=settings, origins=origins), change.sentence
 
 
 def with_values(settings: Settings, values: dict[str, Any]) -> Settings:

@@ -64,7 +64,9 @@ def plan_instance(configuration: Configuration, spec: ModelSpec, placement: Plac
     settings = configuration.settings
     placement = placement or place_instance(configuration)
     request = request_from_placement(settings, spec, placement)
-    plan = with_hints(make_plan(spec, placement.card, request), spec, placement.card, request)
+    is_free = not configuration.origins.is_chosen("chunked_prefill_tokens")
+    plan = make_plan(spec, placement.card, request)
+    plan = with_hints(plan, spec, placement.card, request, chunk_is_free=is_free)
     if not plan.fits and not settings.allow_overcommit:
         changes = nearest_fits(spec, placement.card, request)
         changes += other_engine_fits(settings, spec, placement.card, request)
@@ -81,7 +83,10 @@ def make_task(
     placement: Placement | None = None,
 ) -> Task:
     """Build the engine's task. placement: None means all visible GPUs, if the plan's device is a GPU."""
-    settings, request = configuration.settings, plan.request
+    request = plan.request
+    # The plan may have chosen it.
+    chunk = {"chunked_prefill_tokens": request.chunked_prefill_tokens}
+    settings = configuration.settings.model_copy(update=chunk)
     cpus = placement.cpus if placement else frozenset()
     most = cpus or frozenset(os.sched_getaffinity(0))
     # Both threads of a core wait for the same memory when it holds experts.

@@ -1,6 +1,7 @@
 """Records the name of every GPU kernel that serving launches, feature by feature, for `docs/results/kernel-names.json`.
 
     python benchmarks/kernel_names.py MODEL.gguf [FILE.json] [--smoke] [--device cuda] [--only CONFIGURATION …]
+    python benchmarks/kernel_names.py --page docs/results/kernel-names.json > docs/results/kernel-names.md
 
 MODEL.gguf is the built-in model; the others are made on the spot, tiny and random. Each configuration is a real SGLang
 with the plugin. torch's profiler (CUPTI) records its scheduler process twice: while it loads and records its steps as
@@ -19,6 +20,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -258,7 +260,10 @@ SMOKE = ("builtin", "prompt lookup", "gemma2", "embeddings")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("builtin", type=Path, metavar="MODEL.gguf")
+    parser.add_argument("builtin", type=Path, metavar="MODEL.gguf", help="with --page: the record")
+    parser.add_argument(
+        "--page", action="store_true", help="print the page of a record instead; needs the locked torch"
+    )
     parser.add_argument("output", type=Path, nargs="?", default=Path("kernel-names.json"), metavar="FILE.json")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, metavar="CONFIGURATION", help="default: all")
@@ -268,6 +273,9 @@ def main() -> int:
     args = parser.parse_args()
     if not args.builtin.is_file():
         parser.error(f"there is no file {args.builtin}")
+    if args.page:
+        print(page(json.loads(args.builtin.read_text())), end="")
+        return 0
     names = args.only or (SMOKE if args.smoke else tuple(CONFIGURATIONS))
     found: dict[str, Any] = {"environment": environment(args.device), "configurations": {}, "kernels": {}}
 
@@ -281,6 +289,70 @@ def main() -> int:
         list(pool.map(one, names))
     states = [each["state"] for each in found["configurations"].values()]
     return 0 if states and all(state == "done" for state in states) else 1
+
+
+def page(found: dict[str, Any]) -> str:
+    """Return the page of docs/results about a record."""
+    from support.kernel_classes import classify, own_kernels, parts, plain, torch_index
+
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for name, entry in found["kernels"].items():
+        match = classify(name, entry["operators"], torch_index(), own_kernels())
+        base, functors = parts(plain(name))
+        label = f"{base}<{', '.join(sorted(functors))}>" if functors else base
+        row = rows.setdefault(
+            (match.owner, label, match.how), {"recorded": 0, "unrecorded": 0, "by": set(), "of": set()}
+        )
+        row["recorded"] += entry["recorded"]
+        row["unrecorded"] += entry["unrecorded"]
+        row["by"] |= set(entry["operators"])
+        row["of"] |= {feature.partition(":")[0] for feature in entry["features"]}
+    where = found["environment"]
+    states = {name: each["state"] for name, each in found["configurations"].items() if each["state"] != "done"}
+    lines = [
+        PAGE.format(kernels=len(found["kernels"]), configurations=len(found["configurations"]), **where),
+        *(f"- **{name}** did not complete: {' '.join(state.split())[:200]}" for name, state in sorted(states.items())),
+        "" if states else "Every configuration and feature completed.\n",
+        "| owner | kernels | in recorded steps | elsewhere |",
+        "|---|---|---|---|",
+    ]
+    for owner in sorted({key[0] for key in rows}):
+        of_it = [row for key, row in rows.items() if key[0] == owner]
+        sums = (sum(row[part] for row in of_it) for part in ("recorded", "unrecorded"))
+        lines.append(f"| {owner} | {len(of_it)} | " + " | ".join(f"{number:,}" for number in sums) + " |")
+    lines += [
+        "",
+        "| owner | kernel | recognised by | launches in recorded steps | elsewhere | operators | configurations |",
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+    for (owner, label, how), row in sorted(rows.items()):
+        by, of = ", ".join(sorted(row["by"])), ", ".join(sorted(row["of"]))
+        of = "all" if len(row["of"]) == len(found["configurations"]) else of
+        counts = f"{row['recorded']:,} | {row['unrecorded']:,}"
+        lines.append(f"| {owner} | `{label.replace('|', '/')}` | {how} | {counts} | {by} | {of} |")
+    return "\n".join(lines) + "\n"
+
+
+PAGE = """# The kernels that serving launches, and whether Pascal has them
+
+{kernels} kernels, launched by {configurations} configurations of the server on {card}, torch {torch}, Python
+{python}, {date}. `benchmarks/kernel_names.py` recorded [their names](kernel-names.json) with torch's profiler in
+the scheduler process, while it started and during each feature's requests, and wrote this page.
+`tests/gpu/test_kernel_names.py` holds the names against the locked wheels, without a GPU.
+
+- *ours*: compiled for sm_60 and sm_61 ([kernels.md](../kernels.md)).
+- *torch*: the locked torch holds this kernel as machine code for sm_60, which 6.1 runs. Recognised by its whole
+  *name*, or, because the card's torch is a newer release with other template parameters, by its *parts*: the
+  kernel's own name and the functions and functors among its parameters.
+- *cuBLAS*: launched by a matrix product of torch. cuBLAS chooses its kernels by card, so these names do not exist
+  on Pascal; the locked cuBLAS has machine code for sm_60 and sm_61 (`sglang-pascal info --card 6.1`). It multiplies
+  weights that are not quantised, and whatever bitsandbytes expands. No recorded decode step may contain one.
+- *bitsandbytes*: its library for CUDA 12.6 holds it for sm_60.
+- *forbidden* (flash attention, cuDNN, Triton, bfloat16) and *unknown* are failures.
+
+What this cannot show: that a kernel of the same name computes the same on Pascal, and which kernel cuBLAS chooses
+there.
+"""
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -409,12 +481,19 @@ def wait_until_ready(process: subprocess.Popen[bytes], client: httpx.Client, log
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RuntimeError(f"SGLang ended with {process.returncode}: {log.read_text(errors='replace')[-400:]}")
+            raise RuntimeError(f"SGLang ended with {process.returncode}: {last_words(log)}")
         with contextlib.suppress(httpx.TransportError):
             if client.get("/health").status_code == httpx.codes.OK:
                 return
         time.sleep(0.3)
-    raise RuntimeError(f"SGLang was not ready after {seconds:g} s: {log.read_text(errors='replace')[-400:]}")
+    raise RuntimeError(f"SGLang was not ready after {seconds:g} s: {last_words(log)}")
+
+
+def last_words(log: Path) -> str:
+    """Return the last error in an engine's log, else its last line."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"\S*(Error|Exception)\b", line)]
+    return (errors or lines or ["no output"])[-1][:400]
 
 
 def record(engine: Engine, ask: Callable[[Engine], Any], folder: Path, name: str) -> dict[str, Any]:

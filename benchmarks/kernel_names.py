@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 READY_SECONDS = {"cuda": 240, "cpu": 900}
 REQUEST_SECONDS, TRACE_SECONDS = 60, 60
 CONTEXT = 4096
+HEAD_DIM = 64
+"""The smallest head that attention has a kernel for."""
 COMMON = (
     "--host",
     "127.0.0.1",
@@ -267,6 +269,7 @@ def main() -> int:
     parser.add_argument("output", type=Path, nargs="?", default=Path("kernel-names.json"), metavar="FILE.json")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, metavar="CONFIGURATION", help="default: all")
+    parser.add_argument("--add", action="store_true", help="keep what FILE.json holds of other configurations")
     parser.add_argument("--smoke", action="store_true", help=f"two features of {', '.join(SMOKE)}")
     parser.add_argument("--parallel", type=int, default=8, metavar="N", help="engines at once (default: 8)")
     parser.add_argument("--logs", type=Path, help="folder for the logs of engines that failed")
@@ -278,6 +281,8 @@ def main() -> int:
         return 0
     names = args.only or (SMOKE if args.smoke else tuple(CONFIGURATIONS))
     found: dict[str, Any] = {"environment": environment(args.device), "configurations": {}, "kernels": {}}
+    if args.add and args.output.is_file():
+        found |= without(json.loads(args.output.read_text()), names)
 
     def one(name: str) -> None:
         result = measure(name, args)
@@ -344,6 +349,8 @@ the scheduler process, while it started and during each feature's requests, and 
 - *torch*: the locked torch holds this kernel as machine code for sm_60, which 6.1 runs. Recognised by its whole
   *name*, or, because the card's torch is a newer release with other template parameters, by its *parts*: the
   kernel's own name and the functions and functors among its parameters.
+  A *successor* is a kernel that only newer releases have: the locked torch computes the same operator by an older
+  one, which `SUCCESSORS` of `tests/support/kernel_classes.py` names and which it holds for sm_60.
 - *cuBLAS*: launched by a matrix product of torch. cuBLAS chooses its kernels by card, so these names do not exist
   on Pascal; the locked cuBLAS has machine code for sm_60 and sm_61 (`sglang-pascal info --card 6.1`). It multiplies
   weights that are not quantised, and whatever bitsandbytes expands. No recorded decode step may contain one.
@@ -366,6 +373,20 @@ def environment(device: str) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def without(record: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return a record's configurations and kernels without these, which are measured again.
+
+    A kernel's launches are counted for all configurations together, so those of the others keep the whole number.
+    """
+    kernels = {}
+    for kernel, entry in record["kernels"].items():
+        features = [feature for feature in entry["features"] if feature.partition(":")[0] not in names]
+        if features:
+            kernels[kernel] = entry | {"features": features}
+    configurations = {name: each for name, each in record["configurations"].items() if name not in names}
+    return {"configurations": configurations, "kernels": kernels}
 
 
 def merge(found: dict[str, Any], name: str, result: dict[str, Any]) -> None:
@@ -448,10 +469,10 @@ def model(configuration: Configuration, args: argparse.Namespace, folder: Path) 
 
     kind, *words = configuration.model.split()
     if kind == "hf":
-        return write_folder(folder / "model", tiny(words[0], context_length=CONTEXT))
+        return write_folder(folder / "model", tiny(words[0], context_length=CONTEXT, head_dim=HEAD_DIM))
     file = args.builtin
     if kind == "gguf":
-        file = write_gguf(folder / "model.gguf", tiny(words[0], context_length=CONTEXT), words[1])
+        file = write_gguf(folder / "model.gguf", tiny(words[0], context_length=CONTEXT, head_dim=HEAD_DIM), words[1])
     prepare(file, folder / "model")
     return folder / "model"
 

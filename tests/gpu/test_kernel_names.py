@@ -34,6 +34,11 @@ class TestParts:
             ),
             ("void at_cuda_detail::cub::DeviceScanKernel<int>(int)", ("DeviceScanKernel", set())),
             ("attention_combine", ("attention_combine", set())),
+            (
+                "void at_cuda_detail::cub::detail::scan::DeviceScanKernel<at_cuda_detail::cub::detail::scan::"
+                "policy_hub<long, std::plus<long> >::Policy1000, long const*>(long const*)",
+                ("DeviceScanKernel", set()),
+            ),
         ],
     )
     def test_kernel_and_functors_are_told_from_types(self, name, expected):

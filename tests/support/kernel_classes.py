@@ -31,6 +31,15 @@ PRODUCTS = re.compile(r"aten::(mm|addmm|bmm|baddbmm|linear|matmul|mv|addmv|dot)$
 BITSANDBYTES = re.compile(
     r"^(void )?k(gemm_4bit_inference_naive|QuantizeBlockwise\w*|DequantizeBlockwise|gemmm?_\w+)\b"
 )
+SUCCESSORS = {
+    "CatArrayBatchedCopy_alignedK_contig": "CatArrayBatchedCopy_aligned16_contig",
+    "CatArrayBatchedCopy_vectorized": "CatArrayBatchedCopy_aligned16_contig",
+    "computeBlockDigitCounts": "radixFindKthValues",
+    "computeDigitCumSum": "radixFindKthValues",
+    "vectorized_gather_kernel": "index_elementwise_kernel",
+}
+"""Kernel that only newer releases of torch have -> the one by which the locked torch computes the same operator
+(aten::cat, topk and index)."""
 _KERNELS_PAGE = Path(__file__).parents[2] / "docs/kernels.md"
 _NAME = re.compile(r"(?<!\w)[A-Za-z_]\w*(?:::[A-Za-z_~]\w*)*")
 _TYPES = re.compile(
@@ -48,7 +57,8 @@ class Match:
     owner: str
     """ours, torch, cuBLAS, bitsandbytes, forbidden or unknown."""
     how: str
-    """name: the same whole name; parts: the same kernel and functors; operator: by what launched it."""
+    """name: the same whole name; parts: the same kernel and functors; operator: by what launched it; successor: the
+    locked torch computes the operator by the kernel that SUCCESSORS names."""
 
 
 def classify(name: str, operators: Iterable[str], torch_names: Index, own: frozenset[str]) -> Match:
@@ -72,12 +82,16 @@ class Index:
     def __init__(self, names: Iterable[str]) -> None:
         self._whole = {plain(name) for name in names}
         self._parts = {parts(name) for name in self._whole}
+        self.kernels = {base for base, _ in self._parts}
+        """Without parameters."""
 
     def find(self, name: str) -> str:
-        """Return how a name was found, name or parts; empty if it was not."""
+        """Return how a name was found: name, parts or successor; empty if it was not."""
         if plain(name) in self._whole:
             return "name"
-        return "parts" if parts(plain(name)) in self._parts else ""
+        if parts(plain(name)) in self._parts:
+            return "parts"
+        return "successor" if SUCCESSORS.get(parts(plain(name))[0]) in self.kernels else ""
 
 
 def plain(name: str) -> str:
@@ -92,9 +106,11 @@ def parts(name: str) -> tuple[str, frozenset[str]]:
     base = base.partition("(")[0]
     parameters = rest[: _end_of_parameters(rest)]
     words = {word.rpartition("::")[2] for word in _NAME.findall(parameters) if not _TYPES.match(word)}
-    return base.rpartition("::")[2], frozenset(words - _IGNORED)
+    return base.rpartition("::")[2], frozenset(word for word in words - _IGNORED if not _TUNING.fullmatch(word))
 
 
+_TUNING = re.compile(r"Policy\d+|Device\w+Policy|policy_hub")
+"""CUB's tables of tile sizes, of which each release and card has its own."""
 _IGNORED = {"TensorIteratorBase", "TensorIterator", "OffsetCalculator", "TrivialOffsetCalculator", "LoadWithoutCast"}
 _IGNORED |= {"StoreWithoutCast", "LoadWithCast", "StoreWithCast", "Array", "uint4", "ulonglong2", "half", "__half"}
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,6 +180,22 @@ def test_the_soft_cap_is_plain_torch_in_place_or_into_float32():
 
 def test_cuda_is_not_initialised(on_cpu):
     assert on_cpu["cuda_initialised"] is False
+
+
+def test_the_barrier_of_the_overlap_scheduler_is_on_unless_the_user_chose(monkeypatch):
+    """SGLang itself has it on wherever its own is_cuda, which we replace, returns True."""
+    (shim,) = (shim for shim in SHIMS if shim.name == "barrier between steps")
+    assert shim.devices == ("cuda",)
+    package = Path(next(iter(importlib.util.find_spec("sglang").submodule_search_locations)))
+    scheduler = (package / "srt/managers/scheduler.py").read_text()
+    assert "self._war_barrier_enabled = is_cuda() or envs.SGLANG_ENABLE_WAR_BARRIER.get()" in scheduler
+    monkeypatch.setenv("SGLANG_ENABLE_WAR_BARRIER", "")
+    monkeypatch.delenv("SGLANG_ENABLE_WAR_BARRIER")
+    shim.apply()
+    assert os.environ["SGLANG_ENABLE_WAR_BARRIER"] == "1"
+    monkeypatch.setenv("SGLANG_ENABLE_WAR_BARRIER", "0")
+    shim.apply()
+    assert os.environ["SGLANG_ENABLE_WAR_BARRIER"] == "0"
 
 
 def test_a_variable_that_the_user_chose_stays(monkeypatch):

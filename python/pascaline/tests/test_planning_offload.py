@@ -117,6 +117,17 @@ class TestBeyondTheLog:
         assert plan.part("workspace") == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, "--load-mode none"), ({"locked": True}, "--load-mode mmap+mlock"), ({"mapped": True}, "--fit off, --cache")],
+)
+def test_the_plan_names_the_flags_that_only_the_start_decides(changes: dict[str, Any], expected: str) -> None:
+    (note,) = (note for note in make_plan(QWEN, P4, offloading(**changes)).notes if "as far as its build" in note)
+    assert expected in note
+    on_card = make_plan(QWEN, P40, offloading(card_bytes=P40.memory_bytes))
+    assert not any("as far as its build" in note for note in on_card.notes)
+
+
 class TestHostCaches:
     """Prompts and states that llama-server keeps in the host's memory, to limits that its flags set."""
 

@@ -210,6 +210,16 @@ class LlamaCppMemory(MemoryModel):
         text = f"limit of prompts that are kept: at most 8 GiB and 1/{FREE_PARTS} of what is free beside the rest"
         return [*held, Part("host_prompts", "kept prompts", limit, text, "exact", source)]
 
+    def notes(self, spec: ModelSpec, request: PlanRequest) -> list[str]:
+        """Flags that depend on the build of llama-server and on the host, so that only its start decides them."""
+        if not is_offloading(spec, request):
+            return []
+        held = "" if request.mapped else f" --load-mode {'mmap+mlock' if request.locked else 'none'},"
+        return [
+            f"llama-server also gets, as far as its build has them: --fit off,{held} --cache-ram and --ctx-checkpoints "
+            "as the host's memory allows, --numa on a host with several nodes"
+        ]
+
     def check(self, settings: Settings, spec: ModelSpec) -> None:
         """Refuse to keep experts on the host that the model does not have."""
         experts = settings.placement.experts

@@ -1,7 +1,8 @@
 """What the next step checks: drafts of each request, and how many rows all of them get. Pure, but for one question.
 
 The host waits for the device only if that can pay: after a check, whose outcome it does not know, and if the text
-before the newest token has occurred before. Text that never repeats is decoded without a wait.
+before the newest token has occurred before. Text that never repeats is decoded without a wait, and where lookup does
+not win (`account`), nothing is looked for at all.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sglang_pascal.speculation.policy import Draft, Pace, choose_width
+from sglang_pascal.speculation.account import Accounts
+from sglang_pascal.speculation.policy import Draft, choose_width
 from sglang_pascal.speculation.texts import Text, Texts, most_drafts
 
 if TYPE_CHECKING:
@@ -36,6 +38,15 @@ class Step:
     """`[n][width - 1]`, padded."""
 
 
+@dataclass(frozen=True)
+class _Launch:
+    """The step before."""
+
+    at: float
+    requests: list[str]
+    width: int
+
+
 class Drafter:
     """Plans the steps of a model's running requests."""
 
@@ -49,12 +60,18 @@ class Drafter:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """most_rows, row_cost: as `choose_width` and `Pace` take them. context_length: most tokens of a request."""
-        self._widths, self._most_rows, self._pace = widths, most_rows, Pace(row_cost)
+        self._widths, self._most_rows, self._accounts = widths, most_rows, Accounts(row_cost)
         self._clock = clock
-        self._launched: tuple[float, int, int] | None = None
-        """When the last step was launched, its requests and its width; None after a prompt."""
+        self._launched: _Launch | None = None
+        """None after a prompt."""
         self._context_length = context_length
         self._texts = Texts(context_length)
+        self._waited = False
+
+    @property
+    def won_seconds(self) -> float:
+        """What speculation has won so far, seconds; negative if it has lost."""
+        return self._accounts.won_seconds
 
     def clear(self) -> None:
         """Forget the running requests."""
@@ -67,40 +84,61 @@ class Drafter:
 
     def plan(self, requests: Sequence[Any], wait: Wait) -> Step:
         """Return the next step of a batch; it counts as launched."""
-        texts = self._texts.running(requests)
-        if any(text.missing is None for text in texts):
-            _learn(texts, wait())
+        self._waited = False
+        looks = self._looks(len(requests))
+        texts: list[Text] = []
+        if looks or self._after_check:
+            texts = self._texts.running(requests)
+            if any(text.missing is None for text in texts):
+                self._learn(texts, wait)
+        n_right = sum(text.n_right for text in texts) if self._after_check else 0
+        step = self._looked_up(requests, texts, wait) if looks else self._plain(requests)
+        self._measure(requests, step.width, n_right, looks)
+        return step
+
+    @property
+    def _after_check(self) -> bool:
+        return self._launched is not None and self._launched.width > 1
+
+    def _looks(self, n: int) -> bool:
+        """Return whether drafts are looked for. The time of the first step after a prompt is the prompt's."""
+        return self._launched is not None and 2 * n <= self._most_rows and self._accounts.allows(n)
+
+    def _plain(self, requests: Sequence[Any]) -> Step:
+        """Return a step without drafts, for next to no time of the host."""
+        self._texts.advanced(requests)
+        return Step(1, [0] * len(requests), [[] for _ in requests])
+
+    def _looked_up(self, requests: Sequence[Any], texts: list[Text], wait: Wait) -> Step:
         found, width = self._choose(requests, texts)
         if width > 1 and any(text.missing for text in texts):
-            _learn(texts, wait())
+            self._learn(texts, wait)
             found, width = self._choose(requests, texts)
-        self._measure(len(texts), width)
         return _launched(texts, found, width)
 
-    def _measure(self, n: int, width: int) -> None:
-        """Note how long the last step took: until this one is launched."""
-        now = self._clock()
-        if self._launched is not None:
-            then, last_n, last_width = self._launched
-            self._pace.note(last_n, last_width, now - then)
-        self._launched = (now, n, width)
+    def _learn(self, texts: Sequence[Text], wait: Wait) -> None:
+        """Take what the device knows; this waits for it."""
+        self._waited = True
+        for text, (total, newest) in zip(texts, wait(), strict=True):
+            text.learn(total, newest)
+
+    def _measure(self, requests: Sequence[Any], width: int, n_right: int, looked: bool) -> None:
+        """Note how long the last step took: until this one is launched. One with other requests is not comparable."""
+        now, last = self._clock(), self._launched
+        launch = self._launched = _Launch(now, [request.rid for request in requests], width)
+        n = len(launch.requests)
+        if last is not None and last.requests == launch.requests and 2 * n <= self._most_rows:
+            self._accounts.note(n, last.width, now - last.at, n_right, looked=looked, waited=self._waited)
 
     def _choose(self, requests: Sequence[Any], texts: Sequence[Text]) -> tuple[list[Found], int]:
         """Return each request's draft, and the width. No row may be beyond the context: there are no angles for it."""
-        if 2 * len(texts) > self._most_rows:
-            return [(None, [])] * len(texts), 1
         longest = max(text.total or 0 for text in texts)
         widths = [width for width in self._widths(len(texts)) if longest + width - 1 <= self._context_length]
         found: list[Found] = [
             text.draft(most_drafts(request, text, max(widths, default=1))) or (None, [])
             for request, text in zip(requests, texts, strict=True)
         ]
-        return found, choose_width([draft for draft, _ in found], widths, self._most_rows, self._pace)
-
-
-def _learn(texts: Sequence[Text], facts: Sequence[tuple[int, Sequence[int]]]) -> None:
-    for text, (total, newest) in zip(texts, facts, strict=True):
-        text.learn(total, newest)
+        return found, choose_width([draft for draft, _ in found], widths, self._most_rows, self._accounts.pace)
 
 
 def _launched(texts: Sequence[Text], found: Sequence[Found], width: int) -> Step:

@@ -10,7 +10,7 @@ from array import array
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
 MIN_MATCH: Final = 3
 """Least number of tokens that must match."""
@@ -20,7 +20,9 @@ MAX_INDEXED: Final = 32768
 """Positions of one request that are indexed, the latest ones: 8 bytes each. A power of two."""
 MAX_CANDIDATES: Final = 8
 """Earlier occurrences that are compared, the latest ones."""
-_MULTIPLIERS: Final = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
+_FIRST: Final = 0x9E3779B1
+_SECOND: Final = 0x85EBCA77
+_THIRD: Final = 0xC2B2AE3D
 """Odd numbers near 2^32 divided by irrational ones (Knuth's multiplicative hashing; the last two are xxHash's)."""
 _NOWHERE: Final = 0
 
@@ -95,9 +97,9 @@ class NgramIndex:
 
     def _bucket(self, position: int) -> int:
         """Hash of the run that ends at a position."""
-        run: Sequence[int] = self.tokens[position - MIN_MATCH : position]
-        mixed = sum(token * multiplier for token, multiplier in zip(run, _MULTIPLIERS, strict=True))
-        return (mixed * _MULTIPLIERS[0] & 0xFFFFFFFF) >> self._shift
+        first, second, third = self.tokens[position - MIN_MATCH : position]
+        mixed = first * _FIRST + second * _SECOND + third * _THIRD
+        return (mixed * _FIRST & 0xFFFFFFFF) >> self._shift
 
     def _common(self, position: int) -> int:
         """Return how many tokens before a position are those at the end of the text."""

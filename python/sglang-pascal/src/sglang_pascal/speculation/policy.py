@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -95,34 +95,32 @@ class Acceptance:
 
 
 class Pace:
-    """How long steps take, as the host sees them: a check also waits for the device, which a fast card shows."""
+    """How long checks take, as the host sees them: it also waits for the device, which a fast card shows."""
 
     def __init__(self, row_cost: float) -> None:
         """row_cost: time of a further row as a share of a step's, for what was not measured yet."""
         self._row_cost = row_cost
-        self._plain: dict[int, deque[float]] = {}
-        """Number of requests -> seconds of their last steps of width 1."""
         self._ratios: dict[tuple[int, int], deque[float]] = {}
         """Requests and width -> the last steps' times, as multiples of plain ones at that time: the load changes."""
         self._plain_steps = 0
 
-    def note(self, n: int, width: int, seconds: float) -> None:
-        """Count a step of n requests with that width. What is slow is measured again after many steps without it."""
-        plain = self._plain.setdefault(n, deque(maxlen=_SAMPLES))
-        if width == 1:
-            plain.append(seconds)
-        elif len(plain) >= _LEAST_SAMPLES:
-            self._ratios.setdefault((n, width), deque(maxlen=_SAMPLES)).append(seconds / median(plain))
+    def note(self, n: int, width: int, ratio: float) -> None:
+        """Count a check of n requests with that width, which took `ratio` times a plain step."""
+        self._ratios.setdefault((n, width), deque(maxlen=_SAMPLES)).append(ratio)
+
+    def step(self, width: int) -> None:
+        """Count a step of any kind. What is slow is measured again after many steps without it."""
         self._plain_steps = self._plain_steps + 1 if width == 1 else 0
         if self._plain_steps == _STEPS_UNTIL_RETRY:
             self._plain_steps = 0
             self._ratios.clear()
 
     def cost(self, n: int, width: int) -> float:
-        """Return the time of such a step as a multiple of one of width 1."""
+        """Return the time of such a step as a multiple of one of width 1. What is assumed is a first sample."""
+        assumed = 1 + self._row_cost * n * (width - 1)
         ratios = self._ratios.get((n, width), ())
-        if width == 1 or len(ratios) < _LEAST_SAMPLES:
-            return 1 + self._row_cost * n * (width - 1)
+        if len(ratios) < _LEAST_SAMPLES:
+            return fmean((assumed, *ratios))
         return max(1.0, median(ratios))
 
 

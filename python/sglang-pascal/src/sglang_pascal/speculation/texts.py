@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 INDEXED_PER_STEP: Final = 1024
 """Positions indexed in one step, of all requests together: about a millisecond of the host."""
+INDEXED_PER_PROMPT: Final = 8192
+"""The same while the device computes prompts, which takes longer for each of their tokens."""
 
 
 @dataclass
@@ -32,6 +34,8 @@ class Text:
     """In the last step, until its outcome is noted."""
     before_check: int = 0
     """Tokens when it was checked."""
+    n_right: int = 0
+    """Drafted tokens of the last step that were right, as far as is known."""
 
     @property
     def missing(self) -> int | None:
@@ -51,8 +55,8 @@ class Text:
         """Take the true number of tokens; note what it says about the last check."""
         self.total = total
         if self.checked is not None:
-            n_right = total - self.before_check - 1
-            self.acceptance.note(self.checked.n_tokens, self.checked.match_length, max(0, n_right))
+            self.n_right = max(0, total - self.before_check - 1)
+            self.acceptance.note(self.checked.n_tokens, self.checked.match_length, self.n_right)
             self.checked = None
 
     def draft(self, most: int) -> tuple[Draft, list[int]] | None:
@@ -70,6 +74,7 @@ class Text:
     def launched(self, width: int, checked: Draft | None) -> None:
         """Note that a step of that width started. The number of tokens must be known."""
         assert self.total is not None
+        self.n_right = 0
         if width == 1 or checked is None:
             self.acceptance.step()
             self.total += 1
@@ -95,33 +100,51 @@ class Texts:
             text = self._texts.get(request.rid)
             if text is None or len(text.index) > known:  # new; or retracted, so that a step's tokens were dropped
                 text = self._texts[request.rid] = self._new(request)
-            text.checked, text.total = None, known + 1
+            text.checked, text.total, text.n_right = None, known + 1, 0
+            _extend(text, request)
+        self._index(INDEXED_PER_PROMPT)
 
     def running(self, requests: Sequence[Any]) -> list[Text]:
         """Return the texts of a batch with what SGLang has processed; requests that left are forgotten."""
         self._texts = {request.rid: self._updated(request) for request in requests}
-        budget = INDEXED_PER_STEP
+        self._index(INDEXED_PER_STEP)
+        return list(self._texts.values())
+
+    def _index(self, budget: int) -> None:
         for text in self._texts.values():
             budget -= text.index.index(budget)
-        return list(self._texts.values())
+
+    def advanced(self, requests: Sequence[Any]) -> None:
+        """Note a step that checks nothing, without a look at the texts; requests that left are forgotten."""
+        if len(self._texts) > len(requests):
+            running = {request.rid for request in requests}
+            self._texts = {rid: text for rid, text in self._texts.items() if rid in running}
+        for request in requests:
+            text = self._texts.get(request.rid)
+            if text is not None and text.total is not None:
+                text.total += 1
+                text.n_right = 0
 
     def _new(self, request: Any) -> Text:
         answer = request.sampling_params.max_new_tokens or self._context_length
         return Text(NgramIndex(min(self._context_length, len(request.origin_input_ids_unpadded) + answer)), None)
 
     def _updated(self, request: Any) -> Text:
-        prompt, output = request.origin_input_ids_unpadded, request.output_ids
-        text = self._texts.get(request.rid)
-        if text is None:
-            text = self._new(request)
-        known = len(text.index)
-        if known < len(prompt):
-            text.index.extend(prompt[known:])
-        text.index.extend(output[max(0, known - len(prompt)) :])
-        processed = len(prompt) + len(output)
+        text = self._texts.get(request.rid) or self._new(request)
+        _extend(text, request)
+        processed = len(request.origin_input_ids_unpadded) + len(request.output_ids)
         if text.total is None and text.checked is not None and processed > text.before_check:
             text.settle(processed)
         return text
+
+
+def _extend(text: Text, request: Any) -> None:
+    """Append what SGLang has processed of a request."""
+    prompt, output = request.origin_input_ids_unpadded, request.output_ids
+    known = len(text.index)
+    if known < len(prompt):
+        text.index.extend(prompt[known:])
+    text.index.extend(output[max(0, known - len(prompt)) :])
 
 
 def most_drafts(request: Any, text: Text, width: int) -> int:

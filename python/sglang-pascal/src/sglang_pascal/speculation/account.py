@@ -1,0 +1,129 @@
+"""Whether lookup may work at all: by what it has won and lost so far, in measured time. Pure.
+
+Every interval between two launches is either a sample of what a plain step takes (nothing was looked for, and no wait
+shortens or lengthens it), or it is booked: the tokens that it gave, against the plain steps that would have fitted into
+its time. So whatever speculation costs is counted: rows, looking for drafts, waiting for the device. An account for
+each number of running requests may be spent down to zero; it earns a small share of all steps, which bounds the loss.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Final
+
+from sglang_pascal.speculation.policy import Pace
+
+ALLOWANCE: Final = 0.01
+"""Steps earned per step: the share of time that lookup may lose in the long run. Half of the two percent promised."""
+CREDIT: Final = 2.0
+"""Steps with which an account begins, and the most that it keeps of what it won: what the next text may lose."""
+PROBE: Final = 1.0
+"""Steps that must be in an account before lookup is tried again: with the allowance, after a hundred plain steps."""
+WORST: Final = 16.0
+"""Most plain steps' time that a check is booked with: a pause of the machine is not the fault of a check."""
+CLIPPED: Final = 3.0
+"""The same for a step without a check, booked or sampled."""
+LEAST_SAMPLES: Final = 3
+MOST_SAMPLES: Final = 32
+RENEWED: Final = 8
+"""Samples of plain steps: how many there must be, how many the mean is of, and after how many it is taken anew."""
+STEPS_PER_CALIBRATION: Final = 512
+"""Booked steps after which some plain ones are taken: a longer text makes all steps slower."""
+SETTLING: Final = 2
+"""Intervals after a wait that are no sample. A wait empties the device's queue; until it is full again, the time
+between launches is the host's only."""
+
+
+@dataclass
+class _Plain:
+    """Steps of one number of requests without speculation."""
+
+    samples: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_SAMPLES))
+    seconds: float | None = None
+    """Their mean, without what is far off."""
+    n_samples: int = 0
+    is_warm: bool = False
+    """The first step of a number of requests is slow: the device's code is loaded."""
+
+    def note(self, seconds: float) -> None:
+        if not self.is_warm:
+            self.is_warm = True
+            return
+        self.samples.append(seconds)
+        self.n_samples += 1
+        is_due = self.n_samples % RENEWED == 0 or len(self.samples) < MOST_SAMPLES
+        if is_due and len(self.samples) >= LEAST_SAMPLES:
+            most = CLIPPED * median(self.samples)
+            self.seconds = fmean(min(sample, most) for sample in self.samples)
+
+
+@dataclass
+class _Account:
+    """Of one number of requests."""
+
+    plain: _Plain = field(default_factory=_Plain)
+    balance: float = CREDIT
+    """Plain steps."""
+    is_open: bool = True
+    booked_steps: int = 0
+    """Since the last calibration."""
+    samples_wanted: int = LEAST_SAMPLES
+
+    def note(self, change: float) -> None:
+        self.balance = min(CREDIT, self.balance + change + ALLOWANCE)
+        if self.balance <= 0:
+            self.is_open = False
+        elif self.balance >= PROBE:
+            self.is_open = True
+
+
+class Accounts:
+    """By number of running requests."""
+
+    def __init__(self, row_cost: float) -> None:
+        """row_cost: as `Pace` takes it."""
+        self.pace = Pace(row_cost)
+        self.won_seconds = 0.0
+        """What speculation has won so far, seconds; negative if it has lost."""
+        self._accounts: dict[int, _Account] = {}
+        self._unsettled = 0
+
+    def allows(self, n: int) -> bool:
+        """Return whether drafts may be looked for, with n running requests."""
+        account = self._accounts.setdefault(n, _Account())
+        return account.is_open and not account.samples_wanted
+
+    def note(self, n: int, width: int, seconds: float, won: int, *, looked: bool, waited: bool) -> None:
+        """Count the time from a launch to the next one.
+
+        n, width: of the step that was launched. won: drafted tokens of it that were right. looked, waited: whether
+        drafts were looked for, and the device was waited for, before the next launch.
+        """
+        account = self._accounts.setdefault(n, _Account())
+        self._unsettled = SETTLING if waited else max(0, self._unsettled - 1)
+        self.pace.step(width)
+        if width == 1 and not looked and not self._unsettled:
+            self._sample(account, seconds)
+        elif account.plain.seconds is not None:
+            self._book(account, n, width, seconds, won)
+
+    def _sample(self, account: _Account, seconds: float) -> None:
+        account.plain.note(seconds)
+        account.note(0.0)
+        if account.plain.samples:
+            account.samples_wanted = max(0, account.samples_wanted - 1)
+
+    def _book(self, account: _Account, n: int, width: int, seconds: float, won: int) -> None:
+        plain = account.plain.seconds
+        assert plain is not None
+        took = min(seconds / plain, CLIPPED if width == 1 else WORST)
+        if width > 1:
+            self.pace.note(n, width, took)
+        change = (n + won) / n - took
+        self.won_seconds += change * plain
+        account.note(change)
+        account.booked_steps += 1
+        if account.booked_steps == STEPS_PER_CALIBRATION:
+            account.booked_steps, account.samples_wanted = 0, LEAST_SAMPLES

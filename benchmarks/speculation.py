@@ -1,21 +1,26 @@
 """Tokens per second with prompt lookup and without, on text that repeats and on text that does not.
 
     python benchmarks/speculation.py [MODEL.gguf] [--device cpu] [--requests 1,2,4,8] [--tokens 160] [--runs 3] \
-        [--json FILE] [--logs DIR] [FLAGS]
+        [--llama-server PROGRAM] [--step-ms 25 [--row-ms 0.5]] [--json FILE] [--logs DIR] [FLAGS]
 
 Two servers run at once and are asked in turns, so that what else the machine does meets both: SGLang with the plugin,
 and the same with `--speculative-algorithm PASCAL_LOOKUP`. FLAGS go to both. Each request has a prompt of its own, its
-beginning is in the prefix cache, and the answer is greedy. The best of the runs counts.
+beginning is in the prefix cache, and the answer is greedy. The best of the runs counts. With --llama-server, its server
+is asked too, on the same file, without speculation and with its own lookup (`ngram-simple`).
 
 Kinds of text: `copy` continues a text that was there twice; `edit` repeats a paragraph; `find` answers from a text;
 `free` is a story. Columns: tokens/s of all requests together, their ratio, tokens per step, and whether all tokens are
 the same. Exit code 1 if a token differs, or if `free` is slower by more than --slack (default: not checked).
+
+--step-ms makes each of SGLang's steps longer on the device by so much, and --row-ms for each row beyond the first: what
+the host's work for a check means beside a slower card or a larger model can be seen on any GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -29,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import slower_device
 from pascaline.bench.workload import shipped_text
 from sglang_pascal.checkpoint.prepare import prepare
 from sglang_pascal.cpu import recommended_cpu_settings
@@ -37,7 +43,9 @@ from sglang_pascal.names import LOOKUP
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-PORTS = {"plain": 31790, "lookup": 31791}
+PORTS = {"plain": 31790, "lookup": 31791, "llama": 31792, "llama-lookup": 31793}
+OURS, THEIRS = ("plain", "lookup"), ("llama", "llama-lookup")
+LLAMA_LOOKUP = ("--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", "4", "--spec-ngram-simple-size-m", "15")
 START_SECONDS = 600
 FLAGS = {
     "cpu": (
@@ -74,30 +82,30 @@ TOPICS = (
 def main(arguments: Sequence[str]) -> int:
     """Measure and print."""
     args = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the servers must end too
     model = args.model or builtin_model()
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as servers:
         folder = Path(scratch) / "model"
         prepare(model, folder)
         logs = args.logs or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)
-        for name in PORTS:
-            more = ["--speculative-algorithm", LOOKUP] if name == "lookup" else []
-            command = [
-                *("--model-path", str(folder), "--device", args.device),
-                *FLAGS[args.device],
-                *args.flags,
-                *more,
-            ]
-            servers.enter_context(server(name, command, logs / f"{name}.log", args.device))
-        rows = [
-            measure(prompts(folder, kind, n), kind, args.tokens, args.runs)
-            for kind in args.kinds
-            for n in args.requests
-        ]
-    print(f"{model.name} on {args.device}, answers of {args.tokens} tokens, best of {args.runs}\n")
-    print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        environment = sglang_environment(args, Path(scratch))
+        programs = {name: sglang_command(name, folder, args) for name in OURS}
+        if args.llama_server:
+            programs |= {name: llama_command(name, model, args) for name in THEIRS}
+        started = {
+            name: servers.enter_context(process(command, logs / f"{name}.log", environment))
+            for name, command in programs.items()
+        }
+        for name, each in started.items():
+            wait(name, each, logs / f"{name}.log")
+        for kind, n in itertools.product(args.kinds, args.requests):
+            rows.append(measure(prompts(folder, kind, n), kind, args.tokens, args.runs, list(started)))
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=1) + "\n")
+            print(table(rows[-1:], with_head=len(rows) == 1), flush=True)
+    print(f"\n{model.name} on {args.device}, answers of {args.tokens} tokens, best of {args.runs}")
     slow = [row for row in rows if row["kind"] == "free" and row["ratio"] < 1 - args.slack] if args.slack else []
     return int(bool(slow) or not all(row["same"] for row in rows))
 
@@ -121,6 +129,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         default=0.0,
         help="most by which `free` may be slower, for example 0.02",
     )
+    parser.add_argument("--llama-server", type=Path, help="ask this program too")
+    parser.add_argument("--step-ms", type=float, default=0.0, help="make each step of SGLang longer on the device")
+    parser.add_argument("--row-ms", type=float, default=0.0, help="and each row of it beyond the first")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--logs", type=Path, help="folder for the servers' logs (default: a temporary one)")
     args, args.flags = parser.parse_known_args(arguments)
@@ -135,46 +146,49 @@ def builtin_model() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-@contextlib.contextmanager
-def server(name: str, flags: Sequence[str], log: Path, device: str) -> Iterator[None]:
-    """Run a server until the block ends."""
-    command = [
-        sys.executable,
-        "-m",
-        "sglang.launch_server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(PORTS[name]),
-        *flags,
-    ]
+def sglang_command(name: str, folder: Path, args: argparse.Namespace) -> list[str]:
+    """Return the command of one of our servers."""
+    command = [sys.executable, "-m", "sglang.launch_server", "--host", "127.0.0.1", "--port", str(PORTS[name])]
+    command += ["--model-path", str(folder), "--device", args.device, *FLAGS[args.device], *args.flags]
     command += ["--load-format", "pascal_gguf", "--sleep-on-idle", "--random-seed", "1"]
+    return [*command, *(["--speculative-algorithm", LOOKUP] if name == "lookup" else [])]
+
+
+def sglang_environment(args: argparse.Namespace, scratch: Path) -> dict[str, str]:
+    """Return the environment of all servers."""
     environment = os.environ | recommended_cpu_settings().environment
-    environment |= {
-        "SGLANG_PLATFORM": "pascal",
-        "HF_HUB_OFFLINE": "1",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-    }
+    environment |= {"SGLANG_PLATFORM": "pascal", "HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     environment |= {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"}
-    if device == "cpu":
+    if args.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    if args.step_ms or args.row_ms:
+        plugin = scratch / "slower"
+        plugin.mkdir()
+        environment |= slower_device.installed(plugin, args.step_ms, args.row_ms)
+    return environment
+
+
+def llama_command(name: str, model: Path, args: argparse.Namespace) -> list[str]:
+    """Return the command of one of llama.cpp's servers."""
+    n = max(args.requests)
+    command = [str(args.llama_server), "--host", "127.0.0.1", "--port", str(PORTS[name]), "-m", str(model)]
+    command += ["-c", str(2048 * n), "-np", str(n), "-ngl", "99" if args.device == "cuda" else "0"]
+    return [*command, *(LLAMA_LOOKUP if name == "llama-lookup" else ())]
+
+
+@contextlib.contextmanager
+def process(command: Sequence[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server until the block ends."""
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=output,
-            env=environment,
-            start_new_session=True,
-        )
+        started = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     try:
-        wait(name, process, log)
-        yield
+        yield started
     finally:
-        process.send_signal(signal.SIGTERM)
+        started.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(60)
+            started.wait(60)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(started.pid, signal.SIGKILL)
 
 
 def wait(name: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -213,29 +227,24 @@ def prompts(folder: Path, kind: str, n: int) -> list[list[int]]:
     return [one(number) for number in range(n)]
 
 
-def measure(ids: list[list[int]], kind: str, tokens: int, runs: int) -> dict[str, Any]:
-    """Ask both servers in turns."""
+def measure(ids: list[list[int]], kind: str, tokens: int, runs: int, names: Sequence[str]) -> dict[str, Any]:
+    """Ask all servers in turns."""
     best: dict[str, tuple[float, list[Any]]] = {}
     with ThreadPoolExecutor(len(ids)) as pool:
-        for name in PORTS:
+        for name in names:
             list(pool.map(lambda each, name=name: ask(name, each, 1), ids))
         for _ in range(runs):
-            for name in PORTS:
+            for name in names:
                 start = time.perf_counter()
                 answers = list(pool.map(lambda each, name=name: ask(name, each, tokens), ids))
                 found = len(ids) * tokens / (time.perf_counter() - start)
-                best[name] = max(
-                    best.get(name, (0.0, answers)),
-                    (found, answers),
-                    key=lambda each: each[0],
-                )
+                best[name] = max(best.get(name, (0.0, answers)), (found, answers), key=lambda each: each[0])
     plain, lookup = best["plain"], best["lookup"]
     steps = sum(answer["meta_info"]["spec_verify_ct"] for answer in lookup[1])
     return {
         "kind": kind,
         "requests": len(ids),
-        "plain": plain[0],
-        "lookup": lookup[0],
+        **{name.replace("-", "_"): found[0] for name, found in best.items()},
         "ratio": lookup[0] / plain[0],
         "tokens_per_step": len(ids) * (tokens - 1) / steps,
         "same": [each["output_ids"] for each in plain[1]] == [each["output_ids"] for each in lookup[1]],
@@ -244,30 +253,29 @@ def measure(ids: list[list[int]], kind: str, tokens: int, runs: int) -> dict[str
 
 def ask(name: str, ids: list[int], tokens: int) -> Any:
     """Return a greedy answer of this number of tokens."""
-    body = {
-        "input_ids": ids,
-        "sampling_params": {
-            "temperature": 0,
-            "max_new_tokens": tokens,
-            "ignore_eos": True,
-        },
-    }
-    answer = httpx.post(f"http://127.0.0.1:{PORTS[name]}/generate", json=body, timeout=600)
+    base = f"http://127.0.0.1:{PORTS[name]}"
+    if name in THEIRS:
+        path, body = "completion", {"prompt": ids, "n_predict": tokens, "temperature": 0, "ignore_eos": True}
+    else:
+        sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+        path, body = "generate", {"input_ids": ids, "sampling_params": sampling}
+    answer = httpx.post(f"{base}/{path}", json=body, timeout=600)
     answer.raise_for_status()
     return answer.json()
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[dict[str, Any]], *, with_head: bool = True) -> str:
     """Return the figures as Markdown."""
-    lines = [
-        "| text | requests | plain tok/s | lookup tok/s | ratio | tokens per step | same tokens |",
-        "|" + "---|" * 7,
-    ]
-    lines += [
-        f"| {row['kind']} | {row['requests']} | {row['plain']:.1f} | {row['lookup']:.1f} | {row['ratio']:.2f} | "
-        f"{row['tokens_per_step']:.2f} | {'yes' if row['same'] else 'NO'} |"
-        for row in rows
-    ]
+    has_theirs = "llama" in rows[0]
+    theirs = "llama.cpp tok/s | with its lookup | " if has_theirs else ""
+    head = f"| text | requests | without tok/s | with lookup | ratio | tokens per step | {theirs}same tokens |"
+    lines = [head, "|" + "---|" * (head.count("|") - 1)] if with_head else []
+    for row in rows:
+        figures = f"{row['llama']:.0f} | {row['llama_lookup']:.0f} | " if has_theirs else ""
+        lines.append(
+            f"| {row['kind']} | {row['requests']} | {row['plain']:.1f} | {row['lookup']:.1f} | {row['ratio']:.2f} | "
+            f"{row['tokens_per_step']:.2f} | {figures}{'yes' if row['same'] else 'NO'} |"
+        )
     return "\n".join(lines)
 
 

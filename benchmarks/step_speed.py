@@ -1,6 +1,6 @@
 """Times the operations of whole decode steps and prompts in CUDA graphs, and each product kernel by itself.
 
-    python benchmarks/step_speed.py [FILE.json] [--model llama-3.1-8b|qwen2.5-7b]
+    python benchmarks/step_speed.py [FILE.json] [--model llama-3.1-8b|qwen2.5-7b|gemma-2-9b]
         [--parts steps,prompts,kernels,attention] [--bits 8,16] [--requests 1-64] [--prompts 512,2048,8192]
         [--context 256] [--kv F16] [--seconds 400]
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model with grouped heads of 128."""
+    """A model, without what is special to its layers (windows, soft caps, further norms)."""
 
     layers: int
     hidden: int
@@ -58,6 +58,7 @@ class Shape:
 MODELS = {
     "llama-3.1-8b": Shape(32, 4096, 14336, 32, 8, 128256),
     "qwen2.5-7b": Shape(28, 3584, 18944, 28, 4, 152064),
+    "gemma-2-9b": Shape(42, 3584, 14336, 16, 8, 256000, head_dim=256),
 }
 """From the models' configurations."""
 KV_DTYPES = {"F16": torch.float16, "E5M2": torch.float8_e5m2, "INT8": torch.int8}

@@ -232,7 +232,13 @@ class TestPicture:
         assert any("62%" in line for line in drawn([reading], 108))
         assert not any("62%" in line for line in drawn([reading], 107))
 
-    @pytest.mark.parametrize("width", [80, 81, 99, 100, 107, 108, 120, 200])
+    def test_a_still_wider_one_shows_what_a_check_gives_and_what_was_won(self) -> None:
+        reading = HostReading("h", 0.0, None, (), (replace(instance(), accept_length=3.456, won_seconds=-12.3),))
+        for essential in ("ACCEPT", "3.46", "WON", "-12s"):
+            assert any(essential in line for line in drawn([reading], 123)), essential
+            assert not any(essential in line for line in drawn([reading], 122)), essential
+
+    @pytest.mark.parametrize("width", [80, 81, 99, 100, 107, 108, 120, 122, 123, 200])
     def test_no_line_is_wider_than_the_terminal(self, width: int) -> None:
         reading = HostReading(
             "a-host-with-a-very-long-name.example.org", 0.0, None, (gpu(name="G" * 60),), (instance("n" * 60),)

@@ -41,6 +41,10 @@ class Series:
     """Tokens that were drafted and verified, a counter."""
     accepted: Selector | None = None
     """Those that were right."""
+    checks: Selector | None = None
+    """Checks of one request's drafts in one step, a counter."""
+    won: Selector | None = None
+    """Seconds that speculation has won, less what it has lost."""
     kv_usage: Selector | None = None
     """Used share of the KV pool."""
     ttft: str | None = None

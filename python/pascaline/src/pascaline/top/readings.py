@@ -73,6 +73,10 @@ class InstanceReading:
     """The same for the gap between two tokens."""
     accepted_ratio: float | None = None
     """Share of the drafted tokens that were right since the engine started; None without any."""
+    accept_length: float | None = None
+    """Mean tokens that a check of a request's drafts gave, its own one included; None without any."""
+    won_seconds: float | None = None
+    """What speculation has won since the engine started; negative if it has lost; None if the engine does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +158,8 @@ def _instance(
         generated_tokens=generated,
         tokens_per_second=_selected(engine, series.throughput) if series and rate is None else rate,
         accepted_ratio=_accepted(engine, series) if series else None,
+        accept_length=_accept_length(engine, series) if series else None,
+        won_seconds=_selected(engine, series.won) if series else None,
         kv_cache_ratio=_selected(engine, series.kv_usage) if series else None,
         planned_bytes=_total(agent, "pascaline_plan_total_bytes"),
         actual_bytes=_memory_of(pages, name),
@@ -196,6 +202,11 @@ def _selected(page: Page | None, selector: Selector | None) -> float | None:
 def _accepted(page: Page | None, series: Series) -> float | None:
     drafted, accepted = _selected(page, series.drafted), _selected(page, series.accepted)
     return accepted / drafted if drafted and accepted is not None else None
+
+
+def _accept_length(page: Page | None, series: Series) -> float | None:
+    checks, accepted = _selected(page, series.checks), _selected(page, series.accepted)
+    return 1 + accepted / checks if checks and accepted is not None else None
 
 
 def _observed(page: Page | None, histogram: str | None) -> Observed | None:

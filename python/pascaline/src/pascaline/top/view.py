@@ -21,6 +21,7 @@ UNKNOWN = "-"
 _MIN_WIDTH = 80
 _WIDE = 100
 _WIDEST = 108
+_FOR_SPECULATION = 123
 """From this width on, columns are drawn that have no room in 80."""
 _MIN_SPARK = 8
 _MAX_SPARK = 60
@@ -65,6 +66,8 @@ _INSTANCE_COLUMNS = (
     Column("TTFT", 6, right=True, least_width=_WIDE),
     Column("ITL", 6, right=True, least_width=_WIDE),
     Column("DRAFTS", 6, right=True, least_width=_WIDEST),
+    Column("ACCEPT", 6, right=True, least_width=_FOR_SPECULATION),
+    Column("WON", 7, right=True, least_width=_FOR_SPECULATION),
     Column("", 0),
     Column("KV", 4, right=True),
     Column("PLAN/USED", 13, right=True),
@@ -152,8 +155,10 @@ def _instance_row(host: str, instance: InstanceReading, history: History) -> _Ro
     speed = UNKNOWN if instance.tokens_per_second is None else f"{instance.tokens_per_second:.1f}"
     latencies = (_seconds(instance.ttft_seconds), _seconds(instance.itl_seconds))
     accepted = None if instance.accepted_ratio is None else 100 * instance.accepted_ratio
-    shares = (_number(accepted, "%"), "", _number(kv_cache, "%"))
-    cells = (host, instance.name, instance.state, requests, speed, *latencies, *shares, memory)
+    length = UNKNOWN if instance.accept_length is None else f"{instance.accept_length:.2f}"
+    drafts = (_number(accepted, "%"), length, _number(instance.won_seconds, "s"))
+    cells = (host, instance.name, instance.state, requests, speed, *latencies, *drafts, "", _number(kv_cache, "%"))
+    cells = (*cells, memory)
     style = _STATE_STYLES.get(instance.state, "bold red")
     return _Row(cells, history.of(host, "tokens", str(instance.agent_port)), None, style)
 

@@ -51,7 +51,7 @@ def rows_of(info: Any, width: int) -> Any:
     rows = copy.copy(info)
     for name in _PER_REQUEST:
         value = getattr(info, name)
-        if value is not None:
+        if width > 1 and value is not None:
             setattr(rows, name, value.repeat_interleave(width, 0))
     rows.grammar_mask = rows.logit_bias = rows.acc_additive_penalties = rows.acc_scaling_penalties = None
     return rows

@@ -47,6 +47,8 @@ class LookupWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no
             context_length=self._runner.model_config.context_len,
         )
         self._counters = Counters()
+        self._is_one_each = True
+        """Whether every request got one token in the step before; a prompt's step gives one too."""
 
     def init_cuda_graphs(self) -> None:
         """Record the steps of each width, after SGLang has recorded those of width 1."""
@@ -59,7 +61,7 @@ class LookupWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
         """Count what was right; SGLang calls it when a step's result is on the host."""
         del batch_size
-        self._counters.right(sum(num_correct_drafts_per_req))
+        self._counters.right(num_correct_drafts_per_req, self._drafter.won_seconds)
 
     def forward_batch_generation(
         self, batch: Any, on_publish: Callable[[torch.Tensor], None] | None = None, pp_proxy_tensors: Any = None
@@ -89,26 +91,30 @@ class LookupWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no
     def _decode(self, batch: Any, on_publish: Callable[[torch.Tensor], None] | None) -> Any:
         step = self._drafter.plan(batch.reqs, functools.partial(self._newest_runs, batch))
         width = step.width
-        self._counters.step(width, step.n_drafts)
-        tokens = _newest(batch.spec_info)[:, None]
+        self._counters.step(batch.reqs, width, step.n_drafts)
+        tokens = _newest(batch.spec_info, self._is_one_each)[:, None]
+        positions = batch.seq_lens[:, None]
         if width > 1:
             tokens = torch.cat((tokens, self._on_device(step.drafts)), 1)
-        positions = batch.seq_lens[:, None] + torch.arange(width, device=self._device)
+            positions = positions + torch.arange(width, device=self._device)
+        self._is_one_each = width == 1
         output, recorded = self._verify(batch, tokens, positions)
         drawn = draw(self._runner.sampler, batch, output, tokens, positions.flatten())
-        lens = (
-            accepted(tokens, drawn, self._on_device(step.n_drafts)) if width > 1 else torch.ones_like(drawn[:, 0]).int()
-        )
+        if width > 1:
+            lens = accepted(tokens, drawn, self._on_device(step.n_drafts))
+        else:
+            lens = torch.ones(len(drawn), dtype=torch.int32, device=self._device)
         lengths = batch.seq_lens + lens
         if on_publish is not None:
             on_publish(lengths)
+        reported = drawn.int()
         return GenerationBatchResult(
             logits_output=output,
-            next_token_ids=drawn.int().flatten(),
+            next_token_ids=reported.flatten(),
             can_run_cuda_graph=recorded,
             accept_lens=lens,
             new_seq_lens=lengths,
-            next_draft_input=self._carried(drawn, lens, lengths),
+            next_draft_input=self._carried(reported, lens, lengths),
             speculative_num_draft_tokens=width,
         )
 
@@ -152,8 +158,9 @@ class LookupWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no
         return [(length + 1, run[:n]) for length, n, *run in facts]
 
 
-def _newest(carried: Any) -> torch.Tensor:
+def _newest(carried: Any, is_one_each: bool) -> torch.Tensor:
     """Return the last token of each request's run, `[n]` int64."""
-    runs, lens = carried.accept_tokens, carried.accept_lens
-    last: torch.Tensor = runs.view(len(lens), -1).gather(1, lens[:, None].long() - 1)[:, 0].long()
-    return last
+    lens = carried.accept_lens
+    runs = carried.accept_tokens.view(len(lens), -1)
+    last: torch.Tensor = runs[:, 0] if is_one_each else runs.gather(1, lens[:, None].long() - 1)[:, 0]
+    return last.long()

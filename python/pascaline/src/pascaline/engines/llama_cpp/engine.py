@@ -68,6 +68,7 @@ SERIES = Series(
     throughput=Selector("llamacpp:predicted_tokens_seconds"),
     drafted=Selector("llamacpp:spec_decode_num_draft_tokens_total"),
     accepted=Selector("llamacpp:spec_decode_num_accepted_tokens_total"),
+    checks=Selector("llamacpp:spec_decode_num_drafts_total"),
     kv_usage=Selector("llamacpp:kv_cache_usage_ratio"),
 )
 # The same thread computes and sends answers, so its steps also count as answers. Its decode calls leave out those that

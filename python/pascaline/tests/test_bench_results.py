@@ -6,11 +6,13 @@ import errno
 import json
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pascaline.bench import speculation
 from pascaline.bench.claims import GUIDE_CLAIMS, claims_for, guide_applies
 from pascaline.bench.compare import compare, comparison_table
 from pascaline.bench.experiment import Experiment, batch_points
@@ -21,6 +23,7 @@ from pascaline.bench.result_charts import charts
 from pascaline.bench.results import SCHEMA, Results, create_or_resume, load
 from pascaline.bench.results_table import folded, results_table
 from pascaline.bench.run_result import Run, Sample
+from pascaline.bench.stream import Endpoint
 from pascaline.bench.svg_chart import MAX_TICKS, WIDTH, Chart, Mark, Series, line_chart, number, pareto_front, ticks
 from pascaline.errors import ConfigurationError, StorageError
 
@@ -72,6 +75,45 @@ def test_figures_of_a_run_are_what_their_names_say() -> None:
             "e2e_p99": 2.49,
         }
     )
+
+
+@pytest.mark.parametrize(
+    ("figures", "expected"),
+    [
+        ({}, {}),
+        ({"drafted": 0.0, "accepted": 0.0, "checks": 0.0, "won": 0.0}, {}),
+        ({"drafted": 8.0, "accepted": 6.0}, {"accepted_ratio": 0.75}),
+        (
+            {"drafted": 8.0, "accepted": 6.0, "checks": 2.0, "won": -0.5},
+            {"accepted_ratio": 0.75, "accept_length": 4.0, "won_seconds": -0.5},
+        ),
+    ],
+)
+def test_figures_of_speculation(figures: dict[str, float], expected: dict[str, float]) -> None:
+    found = metrics_of_run(replace(run_of(record()), speculation=figures))
+    assert {key: found[key] for key in ("accepted_ratio", "accept_length", "won_seconds") if key in found} == expected
+
+
+PAGE = """\
+sglang_pascal:spec_drafted_tokens_total{kind="greedy"} 70
+sglang_pascal:spec_drafted_tokens_total{kind="sampled"} 7.0
+sglang_pascal:spec_accepted_tokens_total{kind="greedy"} 60
+sglang_pascal:spec_checks_total{kind="greedy"} 11
+sglang_pascal:spec_won_seconds -1.5
+"""
+
+
+def test_speculation_is_read_from_the_engine_s_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [(200, PAGE), (404, ""), (200, "{")]
+    monkeypatch.setattr(speculation, "page", lambda _endpoint, _path: answers.pop(0))
+    endpoint = Endpoint("http://127.0.0.1:1")
+    found = speculation.read_speculation(endpoint, "sglang")
+    assert found == {"drafted": 77.0, "accepted": 60.0, "checks": 11.0, "won": -1.5}
+    assert speculation.difference({"drafted": 70.0, "won": 1.0}, found)["drafted"] == 7.0
+    assert speculation.difference({"won": 1.0}, found)["won"] == -2.5
+    assert speculation.read_speculation(endpoint, "sglang") == {}
+    assert speculation.read_speculation(endpoint, "sglang") == {}
+    assert speculation.read_speculation(endpoint, "unknown") == {}
 
 
 def test_what_was_not_read_is_absent_and_not_zero() -> None:

@@ -19,9 +19,12 @@ from pascaline.bench.experiment import (
     warmup_of,
 )
 from pascaline.bench.workload import (
+    BEGUN_TOKENS,
     NONCE_TOKENS,
+    REQUESTS_BY_WORKLOAD,
     SHIPPED_TEXT,
     Prompts,
+    Workload,
     arrival_times,
     make_requests,
     parse_lengths,
@@ -93,6 +96,35 @@ def test_prompts_of_text_are_as_long_as_the_density_says() -> None:
     prompt = Prompts(None, 4.0).make(random.Random(1), 200)
     assert isinstance(prompt, str)
     assert len(prompt) == 800
+
+
+REQUESTED = Prompts(TOKENS, requests={"edit": [7001, 7002], "quote": [7003]})
+
+
+@given(st.integers(40, 5000), st.integers(), st.sampled_from(["edit", "quote"]))
+def test_a_prompt_that_asks_for_its_own_text_is_as_long_as_wanted(length: int, seed: int, workload: Workload) -> None:
+    prompt = REQUESTED.make(random.Random(seed), length, workload)
+    assert isinstance(prompt, list)
+    assert len(prompt) == length
+    if workload == "edit":
+        assert prompt[-BEGUN_TOKENS:] == prompt[:BEGUN_TOKENS]
+        assert prompt[-BEGUN_TOKENS - 2 : -BEGUN_TOKENS] == [7001, 7002]
+    else:
+        assert prompt[-1] == 7003
+
+
+@pytest.mark.parametrize("workload", REQUESTS_BY_WORKLOAD)
+def test_a_prompt_of_text_ends_with_what_it_asks_for(workload: Workload) -> None:
+    prompt = Prompts(None, 4.0).make(random.Random(1), 200, workload)
+    assert isinstance(prompt, str)
+    assert len(prompt) == 800
+    assert REQUESTS_BY_WORKLOAD[workload] in prompt[-120:]
+
+
+def test_a_serve_point_names_its_workload_and_sends_it() -> None:
+    (point,) = serve_points([2.0], "fixed", "100", "8", 4, "quote")
+    assert point.name == "quote, 2 requests/s"
+    assert all(request.prompt[-1] == 7003 for request in requests_of(point, REQUESTED, "1"))
 
 
 def test_the_same_seed_sends_the_same_and_another_does_not() -> None:

@@ -11,7 +11,7 @@ from pascaline.bench.workload import arrival_times, make_requests, parse_lengths
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pascaline.bench.workload import Arrival, Prompts, Request
+    from pascaline.bench.workload import Arrival, Prompts, Request, Workload
     from pascaline.engines.server import Server
 
 ROUNDS = 4
@@ -39,6 +39,8 @@ class Point:
     rate: float | None = None
     """Requests per second."""
     arrival: Arrival = "poisson"
+    workload: Workload = "free"
+    """free: answers go on with a story; edit and quote: they repeat what the prompt has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,18 +91,24 @@ def context_points(lengths: Sequence[int], output: int, requests: int | None) ->
 
 
 def serve_points(
-    rates: Sequence[float], arrival: Arrival, prompt: str, output: str, requests: int | None
+    rates: Sequence[float],
+    arrival: Arrival,
+    prompt: str,
+    output: str,
+    requests: int | None,
+    workload: Workload = "free",
 ) -> tuple[Point, ...]:
     """Return a point per arrival rate."""
     return tuple(
         Point(
-            name=f"{rate:g} requests/s",
+            name=f"{rate:g} requests/s" if workload == "free" else f"{workload}, {rate:g} requests/s",
             axis=rate,
             prompt_tokens=prompt,
             output_tokens=output,
             requests=requests or SERVE_REQUESTS,
             rate=rate,
             arrival=arrival,
+            workload=workload,
         )
         for rate in rates
     )
@@ -113,7 +121,7 @@ def requests_of(point: Point, prompts: Prompts, seed: str) -> list[Request]:
         parse_lengths("prompt_tokens", point.prompt_tokens),
         parse_lengths("output_tokens", point.output_tokens),
     )
-    requests = make_requests(prompts, prompt, output, point.requests, source)
+    requests = make_requests(prompts, prompt, output, point.requests, source, point.workload)
     if point.rate is None:
         return requests
     times = arrival_times(point.arrival, point.rate, point.requests, source)

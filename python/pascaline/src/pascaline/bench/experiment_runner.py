@@ -10,6 +10,7 @@ from pascaline.bench.experiment import reason_to_skip, requests_of, warmup_of
 from pascaline.bench.load import run_load
 from pascaline.bench.run_result import Run
 from pascaline.bench.sampling import Sampler
+from pascaline.bench.speculation import difference, read_speculation
 from pascaline.errors import EngineError
 
 if TYPE_CHECKING:
@@ -64,9 +65,11 @@ class Runner:
 
     def _run(self, point: Point, seed: str, label: str) -> Run:
         requests = requests_of(point, self._prompts, seed)
-        started = time.time()
+        instance, started = self._instance, time.time()
+        before = read_speculation(instance.endpoint, instance.server.engine)
         with self._sampler as sampler:
             load = self._load(point, requests, label)
+        after = read_speculation(instance.endpoint, instance.server.engine)
         return Run(
             seed=seed,
             started=started,
@@ -74,6 +77,7 @@ class Runner:
             cpu_seconds=load.cpu_seconds,
             records=load.records,
             samples=sampler.samples,
+            speculation=difference(before, after),
         )
 
     def _load(self, point: Point, requests: list[Request], label: str) -> Load:

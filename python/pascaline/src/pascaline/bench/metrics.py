@@ -63,6 +63,9 @@ METRICS: dict[str, Metric] = {
         Metric("gpu_utilization_ratio", "GPU busy", "%", "", 100),
         Metric("power_watts", "power", "W", "lower"),
         Metric("tokens_per_joule", "output tokens/J", "tok/J", "higher", digits=3),
+        Metric("accepted_ratio", "drafts that were right", "%", "higher", 100),
+        Metric("accept_length", "tokens per check of drafts", "tokens", "higher", digits=2),
+        Metric("won_seconds", "time won by speculation", "s", "higher"),
         Metric("generator_cpu_ratio", "generator's CPU", "% of a core", "", 100, 2),
         Metric("late_seconds", "sent late, most", "ms", "", 1e3),
     )
@@ -78,7 +81,7 @@ LATENCIES: dict[str, Callable[[Record], Sequence[float]]] = {
 def metrics_of_run(run: Run) -> dict[str, float]:
     """Return every metric that this run has; a metric without data is absent, never zero."""
     good = [record for record in run.records if record.error is None]
-    found = _throughputs(run, good) | _readings(run, good)
+    found = _throughputs(run, good) | _readings(run, good) | _speculation(run)
     for key, values_of in LATENCIES.items():
         ordered = sorted(value for record in good for value in values_of(record))
         if ordered:
@@ -125,6 +128,18 @@ def _throughputs(run: Run, good: Sequence[Record]) -> dict[str, float]:
         found["output_throughput"] = sum(record.output_tokens for record in good) / run.seconds
         found["input_throughput"] = sum(record.prompt_tokens for record in good) / run.seconds
         found["request_throughput"] = len(good) / run.seconds
+    return found
+
+
+def _speculation(run: Run) -> dict[str, float]:
+    """Return what drafts were worth; nothing without a check, and no time won where the engine does not measure it."""
+    figures, found = run.speculation, {}
+    if figures.get("drafted"):
+        found["accepted_ratio"] = figures.get("accepted", 0.0) / figures["drafted"]
+    if figures.get("checks"):
+        found["accept_length"] = 1 + figures.get("accepted", 0.0) / figures["checks"]
+        if "won" in figures:
+            found["won_seconds"] = figures["won"]
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pascaline.bench.load import Record
@@ -37,6 +37,8 @@ class Run:
     """CPU time of the load generator."""
     records: list[Record]
     samples: list[Sample]
+    speculation: dict[str, float] = field(default_factory=dict)
+    """What the engine drafted: `bench.speculation.FIELDS`; empty if it does not say."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` takes; times in seconds, to the microsecond."""
@@ -47,6 +49,7 @@ class Run:
             "cpu_seconds": self.cpu_seconds,
             "requests": [_rounded(asdict(record)) for record in self.records],
             "samples": [_rounded(asdict(sample)) for sample in self.samples],
+            "speculation": _rounded(self.speculation),
         }
 
     @classmethod
@@ -59,6 +62,7 @@ class Run:
             cpu_seconds=document["cpu_seconds"],
             records=[Record(**record) for record in document["requests"]],
             samples=[Sample(**sample) for sample in document["samples"]],
+            speculation=document.get("speculation", {}),
         )
 
 

@@ -7,13 +7,14 @@ import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
-from pascaline.bench.workload import Prompts, shipped_text
+from pascaline.bench.workload import REQUESTS_BY_WORKLOAD, Prompts, shipped_text
 from pascaline.engines import ENGINES
 from pascaline.engines.server import Server
 from pascaline.errors import MissingError
 
 if TYPE_CHECKING:
     from pascaline.bench.stream import Endpoint
+    from pascaline.bench.workload import Workload
 
 TIMEOUT_SECONDS = 60.0
 PROBE_CHARACTERS = 2000
@@ -44,7 +45,7 @@ def make_prompts(endpoint: Endpoint, server: Server) -> Prompts:
     status, answer = ask(endpoint, "/tokenize", body)
     tokens = answer.get("tokens") if status == 200 and isinstance(answer, dict) else None
     if tokens and all(isinstance(token, int) for token in tokens):
-        return Prompts(tokens)
+        return Prompts(tokens, requests=_workload_requests(endpoint, server))
     probe = {"model": server.model, "prompt": text[:PROBE_CHARACTERS], "max_tokens": 1, "temperature": 0}
     status, answer = ask(endpoint, "/v1/completions", probe)
     usage = answer.get("usage") if status == 200 and isinstance(answer, dict) else None
@@ -56,11 +57,33 @@ def make_prompts(endpoint: Endpoint, server: Server) -> Prompts:
     return Prompts(None, PROBE_CHARACTERS / usage["prompt_tokens"])
 
 
+def _workload_requests(endpoint: Endpoint, server: Server) -> dict[Workload, list[int]]:
+    found: dict[Workload, list[int]] = {}
+    for workload, text in REQUESTS_BY_WORKLOAD.items():
+        body = {"model": server.model, "prompt": text, "content": text, "add_special_tokens": False}
+        status, answer = ask(endpoint, "/tokenize", body) if text else (200, {"tokens": []})
+        if status != 200:
+            raise MissingError(f"--url: {endpoint.url}/tokenize answered with status {status}, must be 200")
+        found[workload] = list(answer["tokens"])
+    return found
+
+
 def ask(endpoint: Endpoint, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
     """Return (status, JSON) of a GET or, with a body, of a POST. JSON is None if the answer was not JSON.
 
     Raises MissingError if nothing answers.
     """
+    status, answer = _exchanged(endpoint, path, body)
+    return status, _parsed(answer)
+
+
+def page(endpoint: Endpoint, path: str) -> tuple[int, str]:
+    """Return (status, text) of a GET. Raises MissingError if nothing answers."""
+    status, answer = _exchanged(endpoint, path, None)
+    return status, answer.decode("utf-8", "replace")
+
+
+def _exchanged(endpoint: Endpoint, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
     headers = {"Content-Type": "application/json"}
     if endpoint.api_key:
         headers["Authorization"] = f"Bearer {endpoint.api_key}"
@@ -70,10 +93,10 @@ def ask(endpoint: Endpoint, path: str, body: dict[str, Any] | None = None) -> tu
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
             request, timeout=TIMEOUT_SECONDS
         ) as answer:
-            return answer.status, _parsed(answer.read())
+            return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         with error:
-            return error.code, _parsed(error.read())
+            return error.code, error.read()
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise MissingError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -13,10 +13,11 @@ from pascaline.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 Arrival = Literal["poisson", "fixed"]
 Prompt = list[int] | str
+Workload = Literal["free", "edit", "quote"]
 Item = TypeVar("Item")
 
 NONCE_TOKENS = 4
@@ -24,6 +25,14 @@ NONCE_TOKENS = 4
 MAX_TOKENS = 2**20
 MAX_SIGMA = 10.0
 """Of lognormal lengths: ten standard deviations must still be a finite number."""
+REQUESTS_BY_WORKLOAD: dict[Workload, str] = {
+    "free": "",
+    "edit": "\n\nThe same text once more, with single quotation marks instead of double ones:\n\n",
+    "quote": "\n\nThree sentences of the text above, word for word, as a list:\n\n- ",
+}
+"""What follows the text of a prompt. Nothing: the answer goes on with the story. Else the answer repeats from it."""
+BEGUN_TOKENS = 8
+"""Tokens of the edited text that the prompt already has, so that a model without instruction training goes on too."""
 SHIPPED_TEXT = files("pascaline.bench").joinpath("texts/alice.txt")
 """In the public domain; see texts/README.md."""
 
@@ -109,14 +118,26 @@ class Prompts:
     """The text as the server's tokeniser splits it; None if the server has no such endpoint."""
     characters_per_token: float = 4.0
     """For servers without a tokeniser endpoint; measured by one request."""
+    requests: Mapping[Workload, Sequence[int]] = field(default_factory=dict)
+    """`REQUESTS_BY_WORKLOAD` as tokens."""
 
-    def make(self, source: random.Random, length: int) -> Prompt:
-        """Return a prompt of about `length` tokens, exactly `length` for token ids. No two prompts begin alike."""
+    def make(self, source: random.Random, length: int, workload: Workload = "free") -> Prompt:
+        """Return a prompt of about `length` tokens, exactly `length` for token ids. No two prompts begin alike.
+
+        A prompt that is too short for its workload's request is longer.
+        """
         if self.tokens is None:
-            return _text_prompt(source, round(length * self.characters_per_token))
-        nonce = [source.choice(self.tokens) for _ in range(min(NONCE_TOKENS, length))]
+            characters = round(length * self.characters_per_token)
+            begun = round(BEGUN_TOKENS * self.characters_per_token)
+            tail = REQUESTS_BY_WORKLOAD[workload]
+            text = _text_prompt(source, max(1, characters - len(tail) - (begun if workload == "edit" else 0)))
+            return text + tail + (text[:begun] if workload == "edit" else "")
+        request = list(self.requests.get(workload, ()))
+        rest = max(1, length - len(request) - (BEGUN_TOKENS if workload == "edit" else 0))
+        nonce = [source.choice(self.tokens) for _ in range(min(NONCE_TOKENS, rest))]
         start = source.randrange(len(self.tokens))
-        return nonce + _cycled(self.tokens, start, length - len(nonce))
+        text_tokens = nonce + _cycled(self.tokens, start, rest - len(nonce))
+        return text_tokens + request + (text_tokens[:BEGUN_TOKENS] if workload == "edit" else [])
 
 
 @cache
@@ -126,13 +147,18 @@ def shipped_text() -> str:
 
 
 def make_requests(
-    prompts: Prompts, prompt_lengths: Lengths, output_lengths: Lengths, count: int, source: random.Random
+    prompts: Prompts,
+    prompt_lengths: Lengths,
+    output_lengths: Lengths,
+    count: int,
+    source: random.Random,
+    workload: Workload = "free",
 ) -> list[Request]:
     """Return requests without arrival times."""
     requests = []
     for _ in range(count):
         length = prompt_lengths.draw(source)
-        requests.append(Request(prompts.make(source, length), length, output_lengths.draw(source)))
+        requests.append(Request(prompts.make(source, length, workload), length, output_lengths.draw(source)))
     return requests
 
 

@@ -93,6 +93,13 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         default="poisson",
         help="poisson: like many independent users; fixed: evenly spaced (default: %(default)s)",
     )
+    parser.add_argument(
+        "--workload",
+        choices=("free", "edit", "quote"),
+        default="free",
+        help="what is asked for: free (go on with a story), edit (repeat the text with a change), quote (repeat "
+        "sentences of it); the last two show what speculation wins (default: %(default)s)",
+    )
     _add_lengths(parser, prompt="lognormal:128:0.7", output="lognormal:64:0.7")
     _add_common(parser)
 
@@ -218,7 +225,12 @@ def _serve(arguments: argparse.Namespace) -> int:
         parse_lengths(flag_of(flag), getattr(arguments, flag))
     rates = _rates(arguments.rates)
     points = serve_points(
-        rates, arguments.arrival, arguments.prompt_tokens, arguments.output_tokens, arguments.requests
+        rates,
+        arguments.arrival,
+        arguments.prompt_tokens,
+        arguments.output_tokens,
+        arguments.requests,
+        arguments.workload,
     )
     return _sweep(arguments, "serve", points, {})
 

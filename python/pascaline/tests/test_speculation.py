@@ -39,6 +39,12 @@ def planned(spec: ModelSpec, given: Settings, device: str = "cuda") -> Any:
     return make_plan(spec, P4, request)
 
 
+def with_heads(spec: ModelSpec) -> ModelSpec:
+    """The model with a tensor that predicts further tokens."""
+    head = replace(spec.tensors[-1], name="blk.30.nextn.eh_proj.weight")
+    return replace(spec, tensors=(*spec.tensors, head))
+
+
 def problems(given: Settings) -> list[tuple[str, str]]:
     return engine_named(given.engine).problems(given)
 
@@ -170,7 +176,7 @@ class TestLlamaCpp:
     def test_its_own_flags(self, spec: ModelSpec, method: str, flags: list[str]) -> None:
         given = settings("llama.cpp", method=method)
         assert problems(given) == []
-        assert llama_cpp.arguments(llama_cpp.speculation(given, spec), given) == flags
+        assert llama_cpp.arguments(llama_cpp.speculation(given, with_heads(spec)), given) == flags
 
     @pytest.mark.parametrize(("method", "kind"), [("draft", "draft-simple"), ("eagle3", "draft-eagle3")])
     def test_a_draft_model_is_named_and_planned(self, spec: ModelSpec, method: str, kind: str) -> None:
@@ -186,8 +192,16 @@ class TestLlamaCpp:
         assert plan.to_json()["speculation"]["draft"] == spec.name
 
     def test_heads_in_the_model_s_file_have_a_layer_of_kv_cache(self, spec: ModelSpec) -> None:
-        plan = planned(spec, settings("llama.cpp", method="mtp"))
+        plan = planned(with_heads(spec), settings("llama.cpp", method="mtp"))
         assert plan.part("draft") == plan.part("kv_pool") // spec.num_hidden_layers
+
+    def test_a_model_without_heads_is_refused(self, spec: ModelSpec) -> None:
+        with pytest.raises(ConfigurationError) as error:
+            planned(spec, settings("llama.cpp", method="mtp"))
+        assert str(error.value) == (
+            f"speculative.method: 'mtp' needs heads that predict further tokens, and {spec.name} has no tensor with "
+            "'.nextn.' in its name; choose a file with them, or one of: auto, none, lookup, draft, eagle3"
+        )
 
     def test_another_vocabulary_is_refused(self, spec: ModelSpec) -> None:
         given = settings("llama.cpp", method="draft", draft_model=str(builtin_model()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import json
 
@@ -50,13 +51,15 @@ def sampled(engine, ids, n_tokens=40, more=None, **sampling):
 
 
 def test_greedy_tokens_are_the_same_in_fewer_steps(lookup_engine, prompts, alone):
-    steps = {}
-    for name, ids in prompts.items():
-        answer = lookup_engine.generate(ids, N_TOKENS)
+    """A busy machine can make checks look dear, so that there are none for a while: then it is asked again."""
+
+    def steps(name):
+        answer = lookup_engine.generate(prompts[name], N_TOKENS)
         assert answer["output_ids"] == alone[name], name
-        steps[name] = answer["meta_info"]["spec_verify_ct"]
-    assert steps["copy"] < N_TOKENS / 3
-    assert steps["repeat"] < N_TOKENS / 1.5
+        return answer["meta_info"]["spec_verify_ct"]
+
+    for name, most in {"copy": N_TOKENS / 3, "repeat": N_TOKENS / 1.5, "free": N_TOKENS, "short": N_TOKENS}.items():
+        assert any(steps(name) <= most for _ in range(5)), name
 
 
 def test_requests_of_all_lengths_at_once_and_aborts_change_no_token(lookup_engine, prompts, alone):
@@ -150,13 +153,17 @@ def test_an_answer_fills_the_context(engine, lookup_engine, prompts):
 def test_counters_say_what_was_drafted_and_accepted(lookup_engine, prompts):
     def counts():
         lines = httpx.get(f"{lookup_engine.url}/metrics").text.splitlines()
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+        found = collections.Counter()
+        for series, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#"):
+            found[series.partition("{")[0]] += float(value)
+        return found
 
     before = counts()
     answer = lookup_engine.generate(prompts["copy"], N_TOKENS)["meta_info"]
     after = counts()
-    grown = {name: after[name] - before.get(name, 0) for name in after if name.startswith("sglang_pascal:spec_")}
+    grown = {name: after[name] - before[name] for name in after if name.startswith("sglang_pascal:spec_")}
     assert grown["sglang_pascal:spec_accepted_tokens_total"] >= N_TOKENS - 1 - answer["spec_verify_ct"]
     assert grown["sglang_pascal:spec_drafted_tokens_total"] >= grown["sglang_pascal:spec_accepted_tokens_total"]
-    steps = sum(value for name, value in grown.items() if name.startswith("sglang_pascal:spec_steps_total"))
-    assert steps >= answer["spec_verify_ct"]
+    assert grown["sglang_pascal:spec_checks_total"] >= grown["sglang_pascal:spec_accepted_tokens_total"] / 7
+    assert grown["sglang_pascal:spec_steps_total"] >= answer["spec_verify_ct"]
+    assert "sglang_pascal:spec_won_seconds" in after

@@ -18,6 +18,8 @@ WITH_MODEL = ("draft", "eagle3")
 """Methods whose drafts come from a file of their own."""
 DEFAULT_TOKENS = {"lookup": 15, "draft": 3, "eagle3": 3, "mtp": 3}
 """Its default with a model (--spec-draft-n-max). A quoted passage is long, and drafting it costs nothing."""
+HEADS = ".nextn."
+"""In the names of the tensors that predict further tokens (llama.cpp, src/llama-arch.cpp)."""
 MATCH = "4"
 """Tokens that must match. Its default of 12 finds nothing in most texts."""
 VOCABULARY_SLACK = 128
@@ -27,11 +29,17 @@ VOCABULARY_SLACK = 128
 def speculation(settings: Settings, spec: ModelSpec) -> Speculation:
     """Return what is drafted; auto is none.
 
-    Raises ModelError if the draft model's file cannot be read, ConfigurationError if it does not fit the model.
+    Raises ModelError if the draft model's file cannot be read, ConfigurationError if it does not fit the model, or if
+    the model has no heads.
     """
     chosen = settings.speculative
     if chosen.method in ("auto", "none"):
         return NO_SPECULATION
+    if chosen.method == "mtp" and not any(HEADS in tensor.name for tensor in spec.tensors):
+        raise ConfigurationError(
+            f"speculative.method: 'mtp' needs heads that predict further tokens, and {spec.name or spec.files[0]} has no "
+            f"tensor with {HEADS!r} in its name; choose a file with them, or one of: auto, none, lookup, draft, eagle3"
+        )
     draft = None
     if chosen.draft_model is not None:
         draft = read_model(chosen.draft_model)

@@ -100,11 +100,14 @@ def main(arguments: Sequence[str]) -> int:
         }
         for name, each in started.items():
             wait(name, each, logs / f"{name}.log")
+        while args.wait_for and not args.wait_for.exists():
+            time.sleep(0.1)
         for kind, n in itertools.product(args.kinds, args.requests):
-            rows.append(measure(prompts(folder, kind, n), kind, args.tokens, args.runs, list(started)))
+            asked = [name for name in started if name in OURS or n in args.their_requests]
+            rows.append(measure(prompts(folder, kind, n), kind, args.tokens, args.runs, asked))
             if args.json:
                 args.json.write_text(json.dumps(rows, indent=1) + "\n")
-            print(table(rows[-1:], with_head=len(rows) == 1), flush=True)
+            print(table(rows[-1:], with_head=len(rows) == 1, has_theirs=bool(args.llama_server)), flush=True)
     print(f"\n{model.name} on {args.device}, answers of {args.tokens} tokens, best of {args.runs}")
     slow = [row for row in rows if row["kind"] == "free" and row["ratio"] < 1 - args.slack] if args.slack else []
     return int(bool(slow) or not all(row["same"] for row in rows))
@@ -130,11 +133,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="most by which `free` may be slower, for example 0.02",
     )
     parser.add_argument("--llama-server", type=Path, help="ask this program too")
+    parser.add_argument(
+        "--their-requests",
+        type=lambda text: [int(part) for part in text.split(",")],
+        help="numbers of requests at which it is asked (default: all)",
+    )
+    parser.add_argument("--first-port", type=int, default=31790)
+    parser.add_argument("--wait-for", type=Path, help="measure only once this file exists; the servers run before")
     parser.add_argument("--step-ms", type=float, default=0.0, help="make each step of SGLang longer on the device")
     parser.add_argument("--row-ms", type=float, default=0.0, help="and each row of it beyond the first")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--logs", type=Path, help="folder for the servers' logs (default: a temporary one)")
     args, args.flags = parser.parse_known_args(arguments)
+    args.their_requests = args.their_requests or args.requests
+    PORTS.update({name: args.first_port + i for i, name in enumerate(PORTS)})
     return args
 
 
@@ -233,8 +245,8 @@ def measure(ids: list[list[int]], kind: str, tokens: int, runs: int, names: Sequ
     with ThreadPoolExecutor(len(ids)) as pool:
         for name in names:
             list(pool.map(lambda each, name=name: ask(name, each, 1), ids))
-        for _ in range(runs):
-            for name in names:
+        for run in range(runs):
+            for name in names if run == 0 else [each for each in names if each in OURS]:
                 start = time.perf_counter()
                 answers = list(pool.map(lambda each, name=name: ask(name, each, tokens), ids))
                 found = len(ids) * tokens / (time.perf_counter() - start)
@@ -264,14 +276,13 @@ def ask(name: str, ids: list[int], tokens: int) -> Any:
     return answer.json()
 
 
-def table(rows: Sequence[dict[str, Any]], *, with_head: bool = True) -> str:
+def table(rows: Sequence[dict[str, Any]], *, with_head: bool, has_theirs: bool) -> str:
     """Return the figures as Markdown."""
-    has_theirs = "llama" in rows[0]
     theirs = "llama.cpp tok/s | with its lookup | " if has_theirs else ""
     head = f"| text | requests | without tok/s | with lookup | ratio | tokens per step | {theirs}same tokens |"
     lines = [head, "|" + "---|" * (head.count("|") - 1)] if with_head else []
     for row in rows:
-        figures = f"{row['llama']:.0f} | {row['llama_lookup']:.0f} | " if has_theirs else ""
+        figures = f"{row['llama']:.0f} | {row['llama_lookup']:.0f} | " if "llama" in row else "– | – | " * has_theirs
         lines.append(
             f"| {row['kind']} | {row['requests']} | {row['plain']:.1f} | {row['lookup']:.1f} | {row['ratio']:.2f} | "
             f"{row['tokens_per_step']:.2f} | {figures}{'yes' if row['same'] else 'NO'} |"

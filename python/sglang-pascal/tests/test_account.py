@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sglang_pascal.speculation.account import ALLOWANCE, CREDIT, PROBE, SETTLING, WORST, Accounts
+from sglang_pascal.speculation.account import ALLOWANCE, CREDIT, DEBT, PROBE, SETTLING, WORST, Accounts
 from sglang_pascal.speculation.drafting import Drafter
 
 PARAMETERS = SimpleNamespace(
@@ -209,6 +209,7 @@ def test_a_loss_switches_lookup_off_and_it_comes_back():
     assert not accounts.allows(1)  # nothing is known of plain steps yet
     plain(4)
     assert accounts.allows(1)
+    accounts.note(1, 8, 1.0, 0, looked=True, waited=True)  # the first one
     accounts.note(1, 8, 3.5, 0, looked=True, waited=True)
     assert not accounts.allows(1)
     assert accounts.won_seconds == -2.5
@@ -231,12 +232,27 @@ def test_what_was_won_is_not_kept_for_a_later_text():
     assert not accounts.allows(2)
 
 
+def test_a_slow_first_check_and_a_pause_are_forgotten():
+    accounts = Accounts(0.04)
+    for _ in range(4):
+        accounts.note(1, 1, 1.0, 0, looked=False, waited=False)
+    accounts.note(1, 8, 100.0, 0, looked=True, waited=True)
+    assert accounts.allows(1)
+    assert accounts.pace.cost(1, 8) == pytest.approx(1.28)
+    accounts.note(1, 8, 100.0, 0, looked=True, waited=True)
+    assert not accounts.allows(1)
+    for _ in range(round((DEBT + PROBE) / ALLOWANCE) + SETTLING):
+        accounts.note(1, 1, 1.0, 0, looked=False, waited=False)
+    assert accounts.allows(1)
+
+
 def test_each_number_of_requests_has_an_account_of_its_own():
     accounts = Accounts(0.04)
     for n in (1, 8):
         for _ in range(4):
             accounts.note(n, 1, 1.0, 0, looked=False, waited=False)
-    accounts.note(8, 2, 4.0, 0, looked=True, waited=True)
+    for _ in range(2):
+        accounts.note(8, 2, 4.0, 0, looked=True, waited=True)
     assert (accounts.allows(1), accounts.allows(8)) == (True, False)
 
 

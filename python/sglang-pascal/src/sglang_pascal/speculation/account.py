@@ -17,12 +17,17 @@ from sglang_pascal.speculation.policy import Pace
 
 ALLOWANCE: Final = 0.01
 """Steps earned per step: the share of time that lookup may lose in the long run. Half of the two percent promised."""
+DEBT: Final = 4.0
+"""Most steps that an account is overdrawn by: what a pause of the machine cost is forgotten after five hundred steps.
+A check that always takes so long is not repeated: `Pace` knows."""
 CREDIT: Final = 2.0
 """Steps with which an account begins, and the most that it keeps of what it won: what the next text may lose."""
 PROBE: Final = 1.0
 """Steps that must be in an account before lookup is tried again: with the allowance, after a hundred plain steps."""
 WORST: Final = 16.0
 """Most plain steps' time that a check is booked with: a pause of the machine is not the fault of a check."""
+FIRST: Final = 2.0
+"""The same for the first check of each width."""
 CLIPPED: Final = 3.0
 """The same for a step without a check, booked or sampled."""
 LEAST_SAMPLES: Final = 3
@@ -70,9 +75,11 @@ class _Account:
     booked_steps: int = 0
     """Since the last calibration."""
     samples_wanted: int = LEAST_SAMPLES
+    warm_widths: set[int] = field(default_factory=set)
+    """The first check of a width is slow too: memory is taken, a recorded step is loaded."""
 
     def note(self, change: float) -> None:
-        self.balance = min(CREDIT, self.balance + change + ALLOWANCE)
+        self.balance = max(-DEBT, min(CREDIT, self.balance + change + ALLOWANCE))
         if self.balance <= 0:
             self.is_open = False
         elif self.balance >= PROBE:
@@ -119,7 +126,10 @@ class Accounts:
         plain = account.plain.seconds
         assert plain is not None
         took = min(seconds / plain, CLIPPED if width == 1 else WORST)
-        if width > 1:
+        if width > 1 and width not in account.warm_widths:
+            account.warm_widths.add(width)
+            took = min(took, FIRST)
+        elif width > 1:
             self.pace.note(n, width, took)
         change = (n + won) / n - took
         self.won_seconds += change * plain

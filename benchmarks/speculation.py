@@ -282,7 +282,7 @@ def table(rows: Sequence[dict[str, Any]], *, with_head: bool, has_theirs: bool) 
     head = f"| text | requests | without tok/s | with lookup | ratio | tokens per step | {theirs}same tokens |"
     lines = [head, "|" + "---|" * (head.count("|") - 1)] if with_head else []
     for row in rows:
-        figures = f"{row['llama']:.0f} | {row['llama_lookup']:.0f} | " if "llama" in row else "– | – | " * has_theirs
+        figures = f"{row['llama']:.0f} | {row['llama_lookup']:.0f} | " if "llama" in row else "- | - | " * has_theirs
         lines.append(
             f"| {row['kind']} | {row['requests']} | {row['plain']:.1f} | {row['lookup']:.1f} | {row['ratio']:.2f} | "
             f"{row['tokens_per_step']:.2f} | {figures}{'yes' if row['same'] else 'NO'} |"

@@ -47,7 +47,7 @@ class Simulation:
 
     def __init__(self, costs, follow, n):
         """follow(text) -> the next token."""
-        self.costs, self.follow, self.now, self.device_free, self.processed = costs, follow, 0.0, 0.0, 0.0
+        self.costs, self.follow, self.now, self.device_free = costs, follow, 0.0, 0.0
         self.drafter = Drafter(
             widths=lambda n: [width for width in (1, 2, 4, 8) if width == 1 or n * width <= 16],
             most_rows=16,
@@ -72,7 +72,8 @@ class Simulation:
         self.runs = [[4]] * n
         self.drafter.prefilled(self.requests)
         self.late = list(zip(self.requests, self.runs, strict=True))
-        self.now = self.processed = self.device_free = max(self.now, self.device_free) + 10 * self.costs.device
+        self.now += self.costs.host
+        self.device_free = max(self.now, self.device_free) + 10 * self.costs.device
 
     def step(self):
         plan = self.drafter.plan(self.requests, self.wait)
@@ -179,6 +180,16 @@ def test_text_that_repeats_has_the_gain_of_the_widest_checks(n, best):
     check = costs.device * (1 + costs.row * n * (best - 1)) + costs.host + costs.check + costs.look
     assert simulation.run(400) == pytest.approx(400 / best * check, rel=0.06)
     assert simulation.drafter.won_seconds > 0
+
+
+def test_short_requests_one_after_the_other_have_the_gain():
+    """The time of a prompt is no step's."""
+    simulation = Simulation(Costs(25.0, row=0.01, host=2.0, check=1.0, look=0.1), repeating, 1)
+    for _ in range(30):
+        simulation.admit(1)
+        simulation.run(40)
+    assert simulation.widths.count(8) >= 3 * 28  # the text repeats after ten tokens
+    assert simulation.drafter._accounts._accounts[1].plain.seconds == pytest.approx(25.0)
 
 
 def test_a_machine_with_pauses_keeps_the_gain():

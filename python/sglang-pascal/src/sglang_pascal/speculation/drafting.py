@@ -67,6 +67,8 @@ class Drafter:
         self._context_length = context_length
         self._texts = Texts(context_length)
         self._waited = False
+        self._is_after_prompt = True
+        """Whether the time until the next launch is a prompt's: SGLang waits for its result after the first launch."""
 
     @property
     def won_seconds(self) -> float:
@@ -81,6 +83,7 @@ class Drafter:
         """Note that a step computes these requests' prompts."""
         self._texts.prefilled(requests)
         self._launched = None
+        self._is_after_prompt = True
 
     def plan(self, requests: Sequence[Any], wait: Wait) -> Step:
         """Return the next step of a batch; it counts as launched."""
@@ -127,7 +130,9 @@ class Drafter:
         now, last = self._clock(), self._launched
         launch = self._launched = _Launch(now, [request.rid for request in requests], width)
         n = len(launch.requests)
-        if last is not None and last.requests == launch.requests and 2 * n <= self._most_rows:
+        is_step = last is not None and last.requests == launch.requests and not self._is_after_prompt
+        self._is_after_prompt = self._is_after_prompt and last is None
+        if last is not None and is_step and 2 * n <= self._most_rows:
             self._accounts.note(n, last.width, now - last.at, n_right, looked=looked, waited=self._waited)
 
     def _choose(self, requests: Sequence[Any], texts: Sequence[Text]) -> tuple[list[Found], int]:

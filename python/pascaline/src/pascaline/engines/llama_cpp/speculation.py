@@ -38,7 +38,8 @@ def speculation(settings: Settings, spec: ModelSpec) -> Speculation:
     if chosen.method == "mtp" and not any(HEADS in tensor.name for tensor in spec.tensors):
         raise ConfigurationError(
             f"speculative.method: 'mtp' needs heads that predict further tokens, and {spec.name or spec.files[0]} "
-            f"has no tensor with {HEADS!r} in its name; choose a file with them, or one of: auto, none, lookup, draft, eagle3"
+            f"has no tensor with {HEADS!r} in its name; choose a file with them, or one of: "
+            "auto, none, lookup, draft, eagle3"
         )
     draft = None
     if chosen.draft_model is not None:

@@ -157,8 +157,8 @@ def _instance_row(host: str, instance: InstanceReading, history: History) -> _Ro
     accepted = None if instance.accepted_ratio is None else 100 * instance.accepted_ratio
     length = UNKNOWN if instance.accept_length is None else f"{instance.accept_length:.2f}"
     drafts = (_number(accepted, "%"), length, _number(instance.won_seconds, "s"))
-    cells = (host, instance.name, instance.state, requests, speed, *latencies, *drafts, "", _number(kv_cache, "%"))
-    cells = (*cells, memory)
+    shares = ("", _number(kv_cache, "%"))
+    cells = (host, instance.name, instance.state, requests, speed, *latencies, *drafts, *shares, memory)
     style = _STATE_STYLES.get(instance.state, "bold red")
     return _Row(cells, history.of(host, "tokens", str(instance.agent_port)), None, style)
 

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 READY_SECONDS = {"cuda": 240, "cpu": 900}
 REQUEST_SECONDS, TRACE_SECONDS = 60, 60
 CONTEXT = 4096
-HEAD_DIM = 64
-"""The smallest head that attention has a kernel for."""
+SHAPE = {"context_length": CONTEXT, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
+"""64 is the smallest head that attention has a kernel for, and hidden_size / heads, which Qwen 2 supposes."""
 COMMON = (
     "--host",
     "127.0.0.1",
@@ -469,10 +469,10 @@ def model(configuration: Configuration, args: argparse.Namespace, folder: Path) 
 
     kind, *words = configuration.model.split()
     if kind == "hf":
-        return write_folder(folder / "model", tiny(words[0], context_length=CONTEXT, head_dim=HEAD_DIM))
+        return write_folder(folder / "model", tiny(words[0], **SHAPE))
     file = args.builtin
     if kind == "gguf":
-        file = write_gguf(folder / "model.gguf", tiny(words[0], context_length=CONTEXT, head_dim=HEAD_DIM), words[1])
+        file = write_gguf(folder / "model.gguf", tiny(words[0], **SHAPE), words[1])
     prepare(file, folder / "model")
     return folder / "model"
 

@@ -40,6 +40,7 @@ import numpy as np
 from gguf import GGUFReader
 from pascaline.cards import load_card, unknown_card
 from pascaline.configuration import Configuration
+from pascaline.control_groups import CGROUP, CGROUP_ROOT, group_folders
 from pascaline.engines import engine_named
 from pascaline.errors import MissingError, PascalineError
 from pascaline.gpu import host_bandwidth
@@ -204,6 +205,15 @@ def used_bytes(reader: Reader | None = None) -> int:
     return memory.used_bytes
 
 
+def cgroup_bytes() -> int:
+    """Return what this process's control group is charged for besides page cache; 0 if it has no such file."""
+    for folder in group_folders("memory", CGROUP, CGROUP_ROOT):
+        with contextlib.suppress(OSError):
+            found = dict(re.findall(r"^(\w+) (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE))
+            return sum(int(found.get(key, 0)) for key in ("anon", "shmem", "kernel"))
+    return 0
+
+
 @contextlib.contextmanager
 def held(free_bytes: int) -> Iterator[int]:
     """Leave this much of the card to others while the block runs; yield what is left, by NVML."""
@@ -303,6 +313,11 @@ class Server:
             "answer_per_second": timings.get("predicted_per_second"),
             "error": found.get("error"),
         }
+
+    def resident(self) -> dict[str, int]:
+        """Return its resident bytes by kind: RssAnon, RssFile, RssShmem."""
+        text = Path(f"/proc/{self._process.pid}/status").read_text()
+        return {kind: int(size) * 1024 for kind, size in re.findall(r"^(Rss\w+):\s+(\d+) kB", text, re.MULTILINE)}
 
     @property
     def ending(self) -> str:
@@ -457,7 +472,7 @@ def serve(case: Case, settings: Settings, path: Path, plan: Plan, vocabulary: in
     model = ResolvedModel("gguf", path, read_gguf(path), case.model)
     configuration = Configuration(settings, {}, case.card)
     launch = engine_named(ENGINE).launch(make_task(configuration, model, plan, path.parent))
-    before = used_bytes()
+    before, group = used_bytes(), cgroup_bytes()
     with Peak() as peak, Server(launch.command, dict(launch.environment), settings.port) as server:
         say(f"{case.model}: {' '.join(launch.command[1:])}")
         row: dict[str, Any] = {"command": list(launch.command[1:]), "ready_seconds": server.wait(START_SECONDS)}
@@ -465,6 +480,7 @@ def serve(case: Case, settings: Settings, path: Path, plan: Plan, vocabulary: in
         if row["ready_seconds"] is None:
             return row | {"error": f"it did not start: {server.ending}", "log": server.lines[-25:]}
         row["used_when_ready"] = used_bytes() - before
+        row["resident"] = {**server.resident(), "cgroup": cgroup_bytes() - group}
         if case.has_speed and not gpu_is_absent():
             row["speed"] = speed(server, settings, path, plan, vocabulary)
         began = time.monotonic()
@@ -645,12 +661,24 @@ def page(results: dict[str, Any]) -> str:
         else:
             figures = f"{row.get('error', '')} | | | | |"
         lines.append(f"| {case['model']} | {case['card']} | {whole} of {case['requests']} | {figures} |")
+    lines += ["", "The host's memory when it was ready, MiB:", ""]
+    lines += ["| model | card | plan without kept prompts | shared (pinned) | anonymous | the control group's charge |"]
+    lines += ["|---|---|---|---|---|---|", *(host_line(row) for row in rows if "resident" in row)]
     for row in rows:
         lines += ["", *speed_lines(row)] if "speed" in row else []
     return "\n".join(lines)
 
 
 _COLUMNS = ("card: weights", "card: KV cache", "card: compute buffer", "host: weights", "host: KV cache")
+
+
+def host_line(row: dict[str, Any]) -> str:
+    """Return the row of a table about the host's memory."""
+    planned = sum(part["bytes"] for part in row["plan"]["host_parts"] if part["key"] != "host_prompts")
+    found = row["resident"]
+    sizes = (planned, found.get("RssShmem", 0), found.get("RssAnon", 0), found["cgroup"])
+    cells = " | ".join(f"{size / MIB:,.0f}" for size in sizes)
+    return f"| {row['case']['model']} | {row['case']['card']} | {cells} |"
 
 
 def speed_lines(row: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from sglang_pascal import compat
+from sglang_pascal.checkpoint.architectures import ARCHITECTURES
 from sglang_pascal.checkpoint.prepare import prepare
 from sglang_pascal.compat import SHIMS, SUPPORTED_SGLANG, check_sglang_version, shims_for, softcap_logits
 from sglang_pascal.errors import UnsupportedVersionError
@@ -244,6 +245,7 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.plugins import load_plugins
 load_plugins()
 import sglang.srt.model_executor.model_runner as runner
+from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.model_executor.model_runner_components import load_model_utils
 stale = [name for name, module in list(sys.modules.items())
          if name.startswith("sglang") and getattr(module, "__dict__", {}).get("_is_cuda") is True]
@@ -260,6 +262,8 @@ free = graph_config(default_cuda_graph_config(), set())
 locked = graph_config(default_cuda_graph_config(), {("decode", "bs"), ("prefill", "backend")})
 print(json.dumps({
     "platform": type(current_platform).__name__,
+    "models": sorted(ModelRegistry.models),
+    "others_imported": "sglang.srt.models.mixtral" in sys.modules,
     "is_cuda": common.is_cuda(),
     "is_ours": common.is_cuda is is_not_cuda,
     "finders": sum(type(finder).__name__ == "_IsCudaFinder" for finder in sys.meta_path),
@@ -355,6 +359,12 @@ def test_a_server_on_a_gpu_starts_its_first_worker_before_it_has_touched_cuda(tm
     prepare(tmp_path / "m.gguf", tmp_path / "model")
     facts = run_python(SERVER_START, MODEL=str(tmp_path / "model"), SGLANG_PLATFORM="pascal", HF_HUB_OFFLINE="1")
     assert facts == {"calls": [], "method": "fork", "target": "run_scheduler_process"}
+
+
+def test_only_the_modules_of_gguf_models_are_imported_for_one(on_pascal):
+    """The architectures of the table are all there; SGLang imports its others when one is asked for."""
+    assert on_pascal["models"] == sorted(arch.model_class for arch in ARCHITECTURES.values())
+    assert on_pascal["others_imported"] is False
 
 
 def test_on_a_newer_card_sglang_keeps_its_own_platform():

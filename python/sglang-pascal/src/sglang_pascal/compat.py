@@ -77,6 +77,7 @@ def apply_shims(device: str, stage: str) -> None:
 _ROPE_FP32: Final = "SGLANG_ROPE_CACHE_FP32"
 _NO_DLPACK_BUILD: Final = "TVM_FFI_DISABLE_TORCH_C_DLPACK"
 _NVML_CHECK: Final = "PYTORCH_NVML_BASED_CUDA_CHECK"
+_MODELS: Final = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 _LOGPROB_CHUNK: Final = "SGLANG_LOGPROB_CHUNK_SIZE"
 _WRITE_BARRIER: Final = "SGLANG_ENABLE_WAR_BARRIER"
 _LOGPROB_ROWS: Final = "8"
@@ -562,6 +563,13 @@ SHIMS: Final = (
         why="tvm_ffi (of xgrammar) would compile C++ at its first import: half a minute, for a faster DLPack",
         devices=("cpu", "cuda"),
         is_needed=_builds_dlpack_exchange,
+    ),
+    _variable(
+        _MODELS,
+        name="few modules of models",
+        why="SGLang would import two hundred modules of models for one: seconds of every start",
+        devices=("cpu", "cuda"),
+        value="sglang_pascal.models",
     ),
     _variable(
         _NVML_CHECK,

@@ -276,7 +276,7 @@ class TestJudgement:
         assert p4["products"] == "dp4a, four int8 products an instruction"
         assert p100["products"] == "integer products one by one: the card has no dp4a"
         assert p4["widths"] == (
-            "decode steps 16 bits, one pass over the weights for up to 24 rows; prompts 16 bits, in tiles of 32 and 64 rows"
+            "decode steps 16 bits, one pass over the weights for up to 24 rows; prompts 16 bits, in tiles of 32 to 64 rows"
         )
         with pytest.raises(KernelError, match="older than Pascal"):
             what_runs((5, 2))

@@ -138,7 +138,7 @@ def what_runs(capability: tuple[int, int]) -> dict[str, str]:
         if has_dp4a
         else "integer products one by one: the card has no dp4a",
         "widths": f"decode steps {decode} bits, one pass over the weights for up to {max(DECODE_WIDTHS[decode])} rows; "
-        f"prompts {prefill} bits, in tiles of {' and '.join(map(str, TILE_WIDTHS[prefill]))} rows",
+        f"prompts {prefill} bits, in tiles of {min(TILE_WIDTHS[prefill])} to {max(TILE_WIDTHS[prefill])} rows",
     }
 
 

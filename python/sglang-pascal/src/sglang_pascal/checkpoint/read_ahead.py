@@ -1,7 +1,7 @@
 """Keeps the disk busy while a model's weights are loaded.
 
-Weights are read through a mapping, one after the other. The kernel's own readahead covers 128 KiB, so a fast disk would
-wait for the loader and the loader for the disk. What is asked for here comes in the background, and costs nothing if it
+Weights are read through a mapping, one after the other. By default the kernel reads 128 KiB ahead, so a fast disk
+would wait for the loader and the loader for the disk. What is asked for here comes in the background, and costs nothing if it
 is in memory already.
 """
 

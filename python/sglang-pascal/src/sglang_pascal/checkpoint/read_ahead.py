@@ -1,8 +1,8 @@
 """Keeps the disk busy while a model's weights are loaded.
 
 Weights are read through a mapping, one after the other. By default the kernel reads 128 KiB ahead, so a fast disk
-would wait for the loader and the loader for the disk. What is asked for here comes in the background, and costs nothing if it
-is in memory already.
+would wait for the loader and the loader for the disk. What is asked for here comes in the background, and
+costs nothing if it is in memory already.
 """
 
 from __future__ import annotations

@@ -84,6 +84,11 @@ def run(command: Sequence[str], environment: dict[str, str] | None = None, *, se
     return text
 
 
+def shown(command: Sequence[str]) -> str:
+    """Return a command line for the page: files by their names, since folders are this machine's."""
+    return " ".join(Path(word).name if Path(word).is_absolute() else word for word in command)
+
+
 def attempt(command: Sequence[str], environment: dict[str, str], seconds: float) -> tuple[str, str]:
     """Return a program's standard output, and why it failed or an empty string."""
     try:
@@ -153,14 +158,14 @@ def run_llama_cpp(args: argparse.Namespace) -> LlamaCpp:
     found = LlamaCpp({"prompt": {}, "decode": {}}, [], [])
     if args.llama_bench:
         command = bench_command(args)
-        found.commands.append(" ".join(command))
+        found.commands.append(shown(command))
         text, error = attempt(command, args.llama_env, args.seconds)
         if error:
             found.notes.append(error)
         else:
             found.speeds["prompt"] = read_llama_bench(text)
     for value in FLASH_ATTENTION if args.llama_batched_bench else ():
-        found.commands.append(" ".join(batched_command(args, args.requests, value)))
+        found.commands.append(shown(batched_command(args, args.requests, value)))
         speeds = decode_speeds(args, value, found.notes)
         found.speeds["decode"] = fastest([*found.speeds["decode"].items(), *speeds.items()])
     return found

@@ -100,6 +100,7 @@ def test_both_are_run_and_the_ratios_are_written(race, programs, monkeypatch, ca
     }
     assert content["notes"] == []
     assert any("-npl 1,8" in command for command in content["commands"])
+    assert not any(str(programs) in command for command in content["commands"]), "a folder of this machine on the page"
 
 
 def test_another_card_is_said_to_be_none_of_pascal(race):

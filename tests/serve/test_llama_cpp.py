@@ -16,7 +16,7 @@ import pytest
 from pascaline.engines.llama_cpp import LlamaCppEngine
 from pascaline.errors import ExitCode
 from pascaline.models.resolve import builtin_model
-from pascaline.serving.supervisor import POLL_TIMEOUT_SECONDS
+from pascaline.serving.engine_api import POLL_TIMEOUT_SECONDS
 from support.instance import Instance, running, wait_until
 
 if TYPE_CHECKING:

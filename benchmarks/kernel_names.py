@@ -242,7 +242,7 @@ CONFIGURATIONS = {
     "int8 KV": Configuration("builtin", (*GGUF, "--kv-cache-dtype", "int8"), MIXED),
     "fp8 KV": Configuration("builtin", (*GGUF, "--kv-cache-dtype", "fp8_e5m2"), MIXED),
     "NF4": Configuration(
-        "hf llama", (TOKENS, "--quantization", "bitsandbytes", "--load-format", "bitsandbytes"), ("generate", *MIXED)
+        "hf llama", (TOKENS, "--quantization", "bitsandbytes", "--load-format", "bitsandbytes"), MIXED
     ),
     "embeddings": Configuration("gguf qwen3 Q8_0", (*GGUF, TOKENS, "--is-embedding"), ("embeddings",)),
     "no graphs": Configuration("builtin", (*GGUF, "--cuda-graph-backend-decode=disabled"), ALL),

@@ -8,6 +8,49 @@ from pascaline.cards import card_for_device, card_names, load_card
 GPUS = [name for name in card_names() if name != "cpu"]
 CORES_OF_A_MULTIPROCESSOR = {"6.0": 64, "6.1": 128}
 """CUDA C++ programming guide, appendix on compute capabilities."""
+MEMORY_BUS = {
+    "tesla-p4": (256, 6.0),
+    "tesla-p40": (384, 7.2),
+    "tesla-p6": (256, 6.0),
+    "tesla-p100": (3072, 1.43),
+    "tesla-p100-16gb": (4096, 1.43),
+    "tesla-p100-sxm2": (4096, 1.43),
+    "gtx-1050": (128, 7.0),
+    "gtx-1050-ti": (128, 7.0),
+    "gtx-1060-3gb": (192, 8.0),
+    "gtx-1060-6gb": (192, 8.0),
+    "gtx-1070": (256, 8.0),
+    "gtx-1070-ti": (256, 8.0),
+    "gtx-1080": (256, 10.0),
+    "gtx-1080-ti": (352, 11.0),
+    "titan-x-pascal": (384, 10.0),
+    "titan-xp": (384, 11.4),
+    "quadro-p2000": (160, 7.0),
+    "quadro-p2200": (160, 10.0),
+    "quadro-p4000": (256, 7.6),
+    "quadro-p5000": (256, 9.0),
+    "quadro-p6000": (384, 9.0),
+    "quadro-gp100": (4096, 1.4),
+    "mx150": (64, 6.0),
+    "mx350": (64, 7.0),
+}
+"""Width of the memory bus (bits) and data rate of a pin (Gbit/s), from NVIDIA's specifications of each card."""
+FP32_TERAFLOPS = {
+    "tesla-p4": 5.5,
+    "tesla-p40": 12.0,
+    "tesla-p6": 6.2,
+    "tesla-p100": 9.3,
+    "tesla-p100-16gb": 9.3,
+    "tesla-p100-sxm2": 10.6,
+    "gtx-1080": 9.0,
+    "titan-x-pascal": 11.0,
+    "quadro-p2000": 3.0,
+    "quadro-p2200": 3.8,
+    "quadro-p4000": 5.3,
+    "quadro-p5000": 8.9,
+    "quadro-gp100": 10.3,
+}
+"""Peak at the boost clock, from the data sheets that state one."""
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -27,6 +70,21 @@ def test_the_cores_are_those_of_the_multiprocessors(name: str) -> None:
     assert card.compute_capability is not None
     per = CORES_OF_A_MULTIPROCESSOR[card.compute_capability]
     assert card.number("cores") == per * card.number("multiprocessors")
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_the_bandwidth_is_that_of_the_memory_bus(name: str) -> None:
+    bits, gigabits_per_second = MEMORY_BUS[name]
+    expected = bits * gigabits_per_second * 1e9 / 8
+    assert load_card(name).number("bandwidth_bytes_per_second") == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize(("name", "teraflops"), FP32_TERAFLOPS.items())
+def test_the_boost_clock_gives_the_peak_of_the_data_sheet(name: str, teraflops: float) -> None:
+    """A core does one multiply-add, two operations, per clock."""
+    card = load_card(name)
+    boost = "max_clock_hertz" if name == "tesla-p40" else "boost_clock_hertz"
+    assert 2 * card.number("cores") * card.number(boost) == pytest.approx(teraflops * 1e12, rel=0.03)
 
 
 @pytest.mark.parametrize("name", GPUS)

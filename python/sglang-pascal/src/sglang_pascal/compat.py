@@ -1,8 +1,9 @@
 """Everything that this plugin changes in SGLang and torch, as one table.
 
-A shim is applied in `activate` (before SGLang's modules are imported: for what they read at import), in `register`
-(after that: functions and classes) or in `worker` (only in processes that run a model). SGLang only logs a hook that
-fails, so each shim can report whether it is in place; tests and `sglang-pascal info` check this.
+A shim is applied at one of three points. `activate` runs before SGLang's modules are imported and serves what they
+read at import. `register` runs after the import and replaces functions and classes. `worker` runs only in processes
+that run a model. SGLang only logs a hook that fails, so each shim can report whether it is in place; tests and
+`sglang-pascal info` check this.
 """
 
 from __future__ import annotations

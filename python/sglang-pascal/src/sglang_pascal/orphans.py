@@ -39,8 +39,8 @@ def die_with_parent() -> None:
 def fork_workers(*_: object) -> None:
     """Hook after SGLang's `_set_envs_and_config`: start workers as copies of this process, which has their imports.
 
-    Only for a process without threads, which a copy lacks, and that has not initialised CUDA, which a copy cannot use:
-    such a process spawns its workers, as SGLang does. The variable SGLANG_PASCAL_WORKERS=spawn asks for this.
+    A fork has none of its parent's threads and cannot use CUDA that its parent initialised. If CUDA is initialised, the
+    workers are spawned, as SGLang does by itself. The variable SGLANG_PASCAL_WORKERS=spawn asks for that too.
     """
     if os.environ.get(WORKERS_VARIABLE) == "spawn":
         return

@@ -1,9 +1,9 @@
 """Makes a stream of tool calls independent of where its pieces are cut.
 
-SGLang's parsers expect pieces of about one token. A busy server sends several tokens in one piece, and then most
-parsers lose the text before a call or the call's arguments: they take one step for each piece, and expect the mark that
-opens a call at a piece's end. So here each piece is divided at the parser's marks, an incomplete mark waits for the
-next piece, and the parser is asked for more steps until it has nothing left to say.
+SGLang's parsers expect pieces of about one token. A busy server sends several tokens in one piece. Most
+parsers then lose the text before a call, or the call's arguments: they take one step for each piece and expect the mark
+that opens a call at the end of a piece. This module therefore divides each piece at the parser's marks and holds an
+incomplete mark until the next piece. It then runs the parser again until the parser returns nothing more.
 """
 
 # ruff: noqa: RUF001 - tokens of models

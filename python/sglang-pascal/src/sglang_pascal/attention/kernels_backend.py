@@ -88,7 +88,7 @@ class KernelAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
         """Plan a pass anew: SGLang calls it in each warm-up of a graph, and again inside the recording.
 
         If several tokens of a request are verified, each is a sequence of its own, one position longer than the one
-        before: what it computes is bit for bit what a decode step of that token would.
+        before: its result equals that of a decode step of that token, bit for bit.
         """
         table, requests = self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices
         width, lengths = verified(forward_batch)

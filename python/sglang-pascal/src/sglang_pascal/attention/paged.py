@@ -2,9 +2,8 @@
 
 Keys and values live in a pool `[slots, kv_heads, head_dim]`; a sequence is a list of slots. Work is cut into
 rectangles: some sequences x the same number of query rows x the same number of key columns, padded and masked. Decode
-is one rectangle with one query row. Prefill cuts each prompt into blocks of query rows that see only the keys up to
-their own last row, so a chunk costs (new tokens) x (context), whatever came before it, and puts short prompts
-together.
+is one rectangle with one query row. Prefill cuts each prompt into blocks of query rows. A block reads only the
+keys up to its own last row, so a chunk costs (new tokens) x (context). Short prompts share a rectangle.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Products with weights: `y[n, row] = sum over k of x[n, k] * w[row, k]`.
 
-The bits of `y[n]` depend on `x[n]` and how many bits it has, the weight and the card only: not on how many rows of x
-are multiplied with it, nor on which of the kernels runs. float16 weights are the exception (`matmul_half`).
+The bits of `y[n]` depend only on `x[n]`, its number of bits, the weight and the card. They do not depend on how many
+rows x has, nor on which of the kernels runs. float16 weights are the exception (`matmul_half`).
 
 Few rows of x go to a decode kernel. More go to a tile kernel, or to several of either kind: to those that cost least by
 a P4's memory, issue slots and shared loads (`parts`).

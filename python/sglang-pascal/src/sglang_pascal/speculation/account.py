@@ -1,9 +1,10 @@
 """Whether lookup may work at all: by what it has won and lost so far, in measured time. Pure.
 
-Every interval between two launches is either a sample of what a plain step takes (nothing was looked for, and no wait
-shortens or lengthens it), or it is booked: the tokens that it gave, against the plain steps that would have fitted into
-its time. So whatever speculation costs is counted: rows, looking for drafts, waiting for the device. An account for
-each number of running requests may be spent down to zero; it earns a small share of all steps, which bounds the loss.
+An interval between two launches is a sample of a plain step's time if no draft was looked for and no wait changed the
+interval. Every other interval is booked: the tokens that it gave, against the plain steps that would have fitted into
+its time. All costs of speculation are therefore counted: rows, looking for drafts, waiting for the device. Each number
+of running requests has an account, which can be spent down to zero. It earns a small share of all steps, which bounds
+the loss.
 """
 
 from __future__ import annotations

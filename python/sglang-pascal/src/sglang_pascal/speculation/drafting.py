@@ -1,8 +1,8 @@
 """What the next step checks: drafts of each request, and how many rows all of them get. Pure, but for one question.
 
-The host waits for the device only if that can pay: after a check, whose outcome it does not know, and if the text
-before the newest token has occurred before. Text that never repeats is decoded without a wait, and where lookup does
-not win (`account`), nothing is looked for at all.
+The host waits for the device only if a wait can pay: after a check, because its outcome is unknown, and if the text
+before the newest token has occurred earlier. Text that never repeats is decoded without a wait. If lookup does not
+win (`account`), no draft is looked for.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What the host knows of each running request's text, though the device is a step ahead.
 
 With overlapping steps, SGLang launches a step before it has processed the result of the one before: the newest tokens
-are on the device only. After a step that checked nothing, exactly one token is missing, so a draft can be looked for
-without it, and the host waits for the device only if there is one.
+are on the device only. After a step that checked nothing, exactly one token is missing. The host looks for a draft
+without that token and waits for the device only if it finds one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """From the logits of a checked chain to its accepted tokens, exactly as if each token had been decoded alone.
 
-Row j of a request sees its text and the first j drafts. A token is drawn from every row's own distribution, and a draft
-is accepted as long as the token drawn before it equals it: drafts of the host are certain, not drawn, so what is
-reported has the distribution of decoding without drafts, for any sampling parameters and any seed.
+Row j of a request sees its text and the first j drafts. A token is drawn from every row's own distribution. A
+draft is accepted if all drafts before it were accepted and it equals the token that the row before it drew. The host's
+drafts are fixed texts, not samples, so the accepted tokens have the distribution of decoding without drafts, for any
+sampling parameters and any seed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Gives a stream that is refused before its first token the status of the refusal.
 
-If the queue is full, SGLang answers a request without a stream with status 503. A stream gets status 200 and an error as
-its first event, so neither a router nor a client's library tries again. The first event shows the right status; the
+If the queue is full, SGLang answers a request without a stream with status 503. A stream gets status 200 and an error
+as its first event, so neither a router nor a client's library tries again. The first event shows the right status; the
 start of an answer is held back until that event. SGLang's own handlers wait for their first token too.
 """
 

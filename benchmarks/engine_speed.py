@@ -146,7 +146,7 @@ def _write(path: Path | None, results: dict[str, Any]) -> None:
 
 
 def _set_bits(engine: InProcessEngine, bits: int) -> None:
-    """Multiply activations with so many bits from now on; recorded steps are recorded again."""
+    """Set the width of activations, 8 or 16 bits, and record the decode steps again."""
     from sglang_pascal.quantization.precision import activation_bits
 
     if any(activation_bits(variable) != bits for variable in BITS_VARIABLES):

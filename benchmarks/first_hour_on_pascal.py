@@ -116,7 +116,7 @@ def attention(device: torch.device) -> list[dict]:
 
 
 def sustained(device: torch.device, length: float = SUSTAINED_SECONDS) -> list[dict]:
-    """Multiply for so many seconds; return the speed and the card's state of each window."""
+    """Multiply for a number of seconds. Return the speed and the card's state in each window."""
     name, n, bits = SUSTAINED
     _, rows, columns = measure.SHAPES[name]
     work = measure.repeated_product(name, n, bits, device)

@@ -21,8 +21,6 @@ import datetime
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,11 +34,13 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from pascaline.profile.trace import is_whole, load_events
+from server_process import process
 from support.hf_models import write_folder
 from support.models import tiny, write_gguf
 from support.ports import free_port
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Iterator, Sequence
 
 READY_SECONDS = {"cuda": 240, "cpu": 900}
@@ -125,7 +125,7 @@ class Engine:
                     return
 
     def together(self, count: int, n_tokens: int = 12, **sampling: Any) -> None:
-        """Ask for so many answers at once, to prompts of different lengths."""
+        """Send a number of requests at once, with prompts of different lengths."""
         with ThreadPoolExecutor(count) as pool:
             list(pool.map(lambda i: self.generate(prompt(5 + 9 * i, i), n_tokens + i, **sampling), range(count)))
 
@@ -442,25 +442,16 @@ def running(configuration: Configuration, args: argparse.Namespace, folder: Path
     command += [*COMMON, *configuration.options]
     if args.device == "cpu" and "--kv-cache-dtype" not in command:
         command += ["--dtype", "float32"]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=variables(configuration, args, folder), start_new_session=True
-        )
-    try:
-        with httpx.Client(
+    with (
+        process(command, log, variables(configuration, args, folder), patience=5) as server,
+        httpx.Client(
             base_url=f"http://127.0.0.1:{port}",
             timeout=REQUEST_SECONDS if args.device == "cuda" else 600,
             trust_env=False,
-        ) as client:
-            wait_until_ready(process, client, log, READY_SECONDS[args.device])
-            yield Engine(f"http://127.0.0.1:{port}", client)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        ) as client,
+    ):
+        wait_until_ready(server, client, log, READY_SECONDS[args.device])
+        yield Engine(f"http://127.0.0.1:{port}", client)
 
 
 def model(configuration: Configuration, args: argparse.Namespace, folder: Path) -> Path:
@@ -539,7 +530,7 @@ def record(engine: Engine, ask: Callable[[Engine], Any], folder: Path, name: str
 def names_in(trace: Path) -> dict[str, tuple[list[str], int, int]]:
     """Return kernel -> (operators that launched it, launches in recorded steps, other launches).
 
-    On the CPU, where there is no kernel, operators of torch are returned in their place.
+    The CPU launches no kernels: there the names of torch's operators are returned.
     """
     events = [event for event in load_events(trace) if event.get("ph") == "X"]
     kernels = [event for event in events if event.get("cat") == "kernel"]

@@ -24,7 +24,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,12 +35,14 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import slower_device
 from pascaline.bench.workload import shipped_text
+from server_process import process
 from sglang_pascal.checkpoint.prepare import prepare
 from sglang_pascal.cpu import recommended_cpu_settings
 from sglang_pascal.names import LOOKUP
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    import subprocess
+    from collections.abc import Sequence
 
 PORTS = {"plain": 31790, "lookup": 31791, "llama": 31792, "llama-lookup": 31793}
 OURS, THEIRS = ("plain", "lookup"), ("llama", "llama-lookup")
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
         if args.llama_server:
             programs |= {name: llama_command(name, model, args) for name in THEIRS}
         started = {
-            name: servers.enter_context(process(command, logs / f"{name}.log", environment))
+            name: servers.enter_context(process(command, logs / f"{name}.log", environment, patience=60))
             for name, command in programs.items()
         }
         for name, each in started.items():
@@ -186,21 +187,6 @@ def llama_command(name: str, model: Path, args: argparse.Namespace) -> list[str]
     command = [str(args.llama_server), "--host", "127.0.0.1", "--port", str(PORTS[name]), "-m", str(model)]
     command += ["-c", str(2048 * n), "-np", str(n), "-ngl", "99" if args.device == "cuda" else "0"]
     return [*command, *(LLAMA_LOOKUP if name == "llama-lookup" else ())]
-
-
-@contextlib.contextmanager
-def process(command: Sequence[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server until the block ends."""
-    with log.open("wb") as output:
-        started = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
-    try:
-        yield started
-    finally:
-        started.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            started.wait(60)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(started.pid, signal.SIGKILL)
 
 
 def wait(name: str, process: subprocess.Popen[bytes], log: Path) -> None:

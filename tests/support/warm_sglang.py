@@ -112,7 +112,7 @@ def serve_forks(prelude: str, jobs: IO[str], answers: IO[str]) -> None:
 
 
 def _wait(child: int, seconds: float) -> int:
-    """Return the exit status of a process; kill it after so many seconds."""
+    """Return the exit status of a process. Kill it if it has not ended in time (seconds)."""
     deadline = time.monotonic() + seconds
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)

@@ -106,7 +106,7 @@ class Simulation:
         return list(zip(n_tokens, self.runs, strict=True))
 
     def run(self, n_tokens):
-        """Return milliseconds until every request has so many more tokens."""
+        """Return the milliseconds until every request has generated a number of further tokens."""
         start = max(self.now, self.device_free)
         wanted = [len(request.output_ids) + n_tokens for request in self.requests]
         while any(len(request.output_ids) < n for request, n in zip(self.requests, wanted, strict=True)):

@@ -49,7 +49,7 @@ WARPS_PER_SM = {1: 16, 2: 12, 3: 12, 4: 12, 6: 12, 8: 8, 12: 8, 16: 8, 24: 8, 32
 MOST_LOOP_INSTRUCTIONS = 4600
 """Of a decode product's loop, up to 32 rows of x; 3000 are some 32 KB of code, which up to 12 rows stay below."""
 TILE_DP4A_SHARE = {8: 0.68, 16: 0.81}
-"""Of the issue slots in a tile product's inner loop at least so many are dp4a or dp2a, by bits of x."""
+"""Least share of dp4a or dp2a in the issue slots of a tile product's inner loop, by bits of x."""
 TILE_DP4A_SHARE_OF_HALF_SCALES = {8: 0.58, 16: 0.74}
 CLOCKS_PER_SLOT = 64 * 32 / 128
 """Of 64 weights of 32 rows, on a multiprocessor of 128 lanes."""

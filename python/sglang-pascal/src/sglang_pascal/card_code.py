@@ -35,9 +35,9 @@ class LibraryCode:
     architectures: tuple[str, ...]
     """Such as sm_60 and compute_90, with the number of entries: `sm_60 x378`."""
     runs: str
-    """The machine code that the card runs, such as sm_60; empty if there is none."""
+    """Machine code that the card runs, such as sm_60. Empty if the library has none."""
     compiles: str
-    """The PTX that its driver would compile instead; empty if machine code runs, or if there is none."""
+    """PTX that the driver would compile. Empty if machine code runs or the library has no PTX for the card."""
 
     def describe(self) -> str:
         """Return the sentence of `sglang-pascal info`."""
@@ -95,7 +95,7 @@ def judge(name: str, path: Path, capability: tuple[int, int]) -> LibraryCode:
 
 
 def best(codes: Iterable[Code], kind: str, capability: tuple[int, int]) -> Code | None:
-    """Return the newest code of a kind that a card of this compute capability can use; None if there is none."""
+    """Return the newest code of a kind that a card of this compute capability can use, or None."""
     usable = [code for code in codes if code.kind == kind and code.runs_on(capability)]
     return max(usable, key=lambda code: code.number, default=None)
 

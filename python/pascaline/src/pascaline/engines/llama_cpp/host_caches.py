@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MOST_PROMPT_BYTES = 8 * 2**30
 """Default of --cache-ram (common.h, cache_ram_mib)."""
 FREE_PARTS = 4
-"""One of so many parts of what is free holds prompts: the file's page cache and other programs need memory too."""
+"""Kept prompts may use the free memory divided by this. The page cache and other programs need the rest."""
 MIB = 2**20
 MOST_CHECKPOINTS, CHECKPOINT_TOKENS = 32, 8192
 """Defaults of --ctx-checkpoints and --checkpoint-min-step (common.h)."""

@@ -14,6 +14,7 @@ let
   lastBranch = toString branches.last_pascal_branch;
   version = driverPackage.version or "0";
   useLast = "set hardware.pascaline.driver.branch = \"legacy_${lastBranch}\" and do not set hardware.nvidia.package";
+  hardening = import ./hardening.nix;
   nvidiaSmi = lib.getExe' (lib.getBin driverPackage) "nvidia-smi";
   limits =
     lib.optional (cfg.powerLimitWatts != null) "--power-limit=${toString cfg.powerLimitWatts}"
@@ -134,11 +135,24 @@ in
       wantedBy = [ "multi-user.target" ];
       wants = lib.optional cfg.persistence "nvidia-persistenced.service";
       after = lib.optional cfg.persistence "nvidia-persistenced.service";
-      serviceConfig = {
+      serviceConfig = hardening // {
         Type = "oneshot";
         RemainAfterExit = true;
         # nvidia-smi takes one of these settings a call.
         ExecStart = map (limit: "${nvidiaSmi} ${limit}") limits;
+        # The driver takes limits from those alone who have this capability in the host's user namespace.
+        CapabilityBoundingSet = [ "CAP_SYS_ADMIN" ];
+        PrivateUsers = false;
+        # NVML opens the NVIDIA devices, and looks for them and the driver's settings in /proc.
+        PrivateDevices = false;
+        DevicePolicy = "closed";
+        DeviceAllow = [
+          "char-nvidia rw"
+          "char-nvidia-frontend rw"
+          "/dev/nvidiactl rw"
+        ];
+        ProcSubset = "all";
+        PrivateNetwork = true;
       };
     };
   };

@@ -92,6 +92,7 @@ in
           "char-nvidia-frontend rw"
           "/dev/nvidiactl rw"
         ];
+        # The device nodes belong to root in the host's user namespace.
         PrivateUsers = false;
         # Names of the processes that hold GPU memory, and their units, come from /proc of other users.
         ProcSubset = "all";

@@ -1,4 +1,11 @@
 # Sandbox that every pascaline unit starts from. A unit that needs more overrides a line and says why.
+#
+# What `systemd-analyze security` still counts in all of them:
+# - RootDirectory, RootImage: the programs lie in the Nix store of the host.
+# - PrivateMounts: systemd implies it where it mounts anything for a unit, as ProtectSystem makes it do.
+# - IPAddressDeny: who may reach a listener, its address and the firewall say. A download goes to any host.
+# - PrivateNetwork, in units that listen or download; the others set it.
+# - DeviceAllow: ProtectClock itself lets a unit read the clock's device.
 {
   AmbientCapabilities = "";
   CapabilityBoundingSet = "";
@@ -19,6 +26,7 @@
   ProtectProc = "invisible";
   ProtectSystem = "strict";
   RemoveIPC = true;
+  # Listeners and downloads; the sockets of the service manager, of the agent and of the driver's daemon.
   RestrictAddressFamilies = [
     "AF_INET"
     "AF_INET6"
@@ -30,6 +38,7 @@
   SystemCallArchitectures = "native";
   # A library that tries a forbidden call gets an error and goes on; the default would kill the process.
   SystemCallErrorNumber = "EPERM";
+  # @resources, a part of @system-service, stays: the supervisor raises its limit of open files, and binds the engine to the CPUs of its GPU.
   SystemCallFilter = [
     "@system-service"
     "~@privileged"

@@ -146,6 +146,7 @@ in
             # A wrong checksum stays wrong, and so does a file that is no model.
             RestartPreventExitStatus = "2 3";
             ReadWritePaths = [ cfg.stateDir ];
+            # A model is downloaded, or copied from this host.
             PrivateNetwork = model.url == null;
             # A model is often given by a path under /home.
             ProtectHome = "read-only";
@@ -174,11 +175,14 @@ in
               "CAP_DAC_OVERRIDE"
               "CAP_FOWNER"
             ];
-            PrivateNetwork = true;
+            # chown is a call of @privileged.
+            SystemCallFilter = "@system-service";
+            # In a user namespace of its own root could give nothing to a user of the host.
             PrivateUsers = false;
+            # The store may be a folder under /home or on a data disk; /usr, /boot and /etc stay read-only.
             ProtectHome = false;
             ProtectSystem = "full";
-            SystemCallFilter = "@system-service";
+            PrivateNetwork = true;
           };
         };
       }

@@ -35,8 +35,30 @@ class TestDriver:
         commands = [command.split("/bin/")[1] for command in unit["serviceConfig"]["ExecStart"]]
         assert commands == ["nvidia-smi --power-limit=60", "nvidia-smi --applications-clocks=3003,1531"]
 
+    def test_limits_are_set_in_a_sandbox(self, host: Any) -> None:
+        """The driver lets those set them who have CAP_SYS_ADMIN in the host's user namespace."""
+        service = host("limits")["services"]["pascaline-gpu-limits"]["serviceConfig"]
+        assert service["CapabilityBoundingSet"] == ["CAP_SYS_ADMIN"]
+        assert "User" not in service
+        assert (service["PrivateUsers"], service["PrivateDevices"], service["ProcSubset"]) == (False, False, "all")
+        assert (service["DevicePolicy"], service["PrivateNetwork"]) == ("closed", True)
+
     def test_card_keeps_its_own_limits_where_none_are_set(self, host: Any) -> None:
         assert "pascaline-gpu-limits" not in host("p4")["services"]
+
+
+def test_every_unit_has_the_sandbox(evaluated: Any) -> None:
+    units = {
+        (case, name): unit["serviceConfig"]
+        for case, host in evaluated("units").items()
+        for name, unit in host["services"].items()
+        if name.startswith("pascaline-")
+    }
+    assert len(units) > 10
+    for where, service in units.items():
+        assert service["NoNewPrivileges"] is True, where
+        assert service["ProtectSystem"] in {"strict", "full"}, where
+        assert "@system-service" in service["SystemCallFilter"], where
 
 
 class TestCuda:

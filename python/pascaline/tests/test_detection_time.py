@@ -7,8 +7,10 @@ of the supervisor's rhythm, and an engine that answers the supervisor's question
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import itertools
+import os
 import random
 import selectors
 import time
@@ -62,6 +64,9 @@ class Engine:
     last_answer: float = 0.0
     """Time at which the last test generation was answered."""
     vitals: Vitals = field(default_factory=Vitals)
+    supervisor: Supervisor = field(
+        default_factory=lambda: Supervisor(load({}, environment={}), Console(io.StringIO()), Notifier(None, None))
+    )
 
     async def progress(self, _: object) -> Progress | None:
         asked = self.simulated.now
@@ -87,7 +92,14 @@ class Engine:
 
 def seconds_to_detect(engine: Engine) -> float:
     """Watch the engine until it is called unresponsive; return the seconds since its last answer."""
-    supervisor = Supervisor(load({}, environment={}), Console(io.StringIO()), Notifier(None, None))
+    supervisor = watch(engine)
+    assert supervisor.health.state is State.UNRESPONSIVE
+    return engine.simulated.now - (engine.broken if engine.busy else max(engine.last_answer, 1000.0))
+
+
+def watch(engine: Engine) -> Supervisor:
+    """Watch the engine until it is called unresponsive, or its process has ended; return the supervisor."""
+    supervisor = engine.supervisor
     for state in (State.STARTING, State.READY):
         supervisor.health = supervisor.health.to(state, 0.0, "")
     for name, replacement in (
@@ -104,8 +116,7 @@ def seconds_to_detect(engine: Engine) -> float:
         loop.run_until_complete(asyncio.wait_for(watching, 1000.0))
     finally:
         loop.close()
-    assert supervisor.health.state is State.UNRESPONSIVE
-    return engine.simulated.now - (engine.broken if engine.busy else max(engine.last_answer, 1000.0))
+    return supervisor
 
 
 async def _none(_: float) -> None: ...
@@ -139,3 +150,50 @@ def test_the_worst_case(monkeypatch: pytest.MonkeyPatch, latency: str, counts_on
     assert worst <= DETECTED_WITHIN_SECONDS, worst
     unseen = POLL_TIMEOUT_SECONDS + 2 * POLL_SECONDS
     assert least >= Settings().stall_timeout - unseen, least
+
+
+@dataclass
+class Unseen(Engine):
+    """No request reaches it until `seen_from`, for lack of descriptors; its process ends at `ends`."""
+
+    seen_from: float = 0.0
+    ends: float = 0.0
+    states: list[tuple[float, State]] = field(default_factory=list)
+    """When the supervisor asked, and the state at that moment."""
+
+    async def progress(self, api: object) -> Progress | None:
+        self.states.append((self.simulated.now, self.supervisor.health.state))
+        if self.simulated.now >= self.ends:
+            self.exit_code = 1
+        if self.simulated.now < self.seen_from:
+            self.supervisor._note_own_failure(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+            return None
+        return await super().progress(api)
+
+    async def generate(self, api: object, timeout: float) -> Probe:
+        if self.simulated.now < self.seen_from:
+            return Probe(0.0, ok=False, seconds=0.0, reason="")
+        return await super().generate(api, timeout)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_one_that_cannot_be_seen_is_not_ready_and_not_killed(monkeypatch: pytest.MonkeyPatch, busy: bool) -> None:
+    """For hours without descriptors; then it is seen again; at last its process ends, which needs none."""
+    simulated = SimulatedTime()
+    monkeypatch.setattr(time, "monotonic", lambda: simulated.now)
+    engine = Unseen(simulated, lambda: 0.003, 1e6, True, busy, seen_from=1700.0, ends=1800.0)
+    supervisor = watch(engine)
+    assert simulated.now < 1802.0
+    assert [change.state for change in supervisor.changes][-2:] == [State.BLIND, State.BUSY if busy else State.READY]
+    assert supervisor.changes[-2].reason.endswith("lacks something: [Errno 24] Too many open files")
+    blind = [at for at, state in engine.states if state is State.BLIND]
+    stall = Settings().stall_timeout
+    assert stall <= blind[0] - 1000.0 <= stall + 3 * POLL_SECONDS
+    assert 1700.0 <= blind[-1] <= 1700.0 + Settings().probe_interval + 3 * POLL_SECONDS
+
+
+def test_a_process_that_ends_while_it_cannot_be_seen_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulated = SimulatedTime()
+    monkeypatch.setattr(time, "monotonic", lambda: simulated.now)
+    supervisor = watch(Unseen(simulated, lambda: 0.003, 1e6, True, False, seen_from=1e6, ends=1300.0))
+    assert (supervisor.health.state, simulated.now < 1302.0) == (State.BLIND, True)

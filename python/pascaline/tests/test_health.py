@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 STATES = st.sampled_from(State)
 ENDS = {State.DRAINING, State.FAILED, State.STOPPED}
 STALL = 45.0
+LACK = "[Errno 24] Too many open files"
 
 
 def follows(before: State, after: State) -> bool:
@@ -46,7 +47,12 @@ class TestHealth:
         assert all(follows(state, end) for end in (State.DRAINING, State.FAILED, State.STOPPED, State.GPU_LOST))
 
     def test_readiness_comes_only_after_a_start(self) -> None:
-        assert {state for state in State if follows(state, State.READY)} == {State.STARTING, State.READY, State.BUSY}
+        before = {state for state in State if follows(state, State.READY)}
+        assert before == {State.STARTING, State.READY, State.BUSY, State.BLIND}
+
+    def test_blind_is_only_one_that_was_ready(self) -> None:
+        before = {state for state in State if follows(state, State.BLIND)}
+        assert before == {State.READY, State.BUSY, State.BLIND}
 
     def test_an_unresponsive_engine_never_answers_again_without_a_restart(self) -> None:
         assert not any(follows(State.UNRESPONSIVE, state) for state in ANSWERING | {State.STARTING})
@@ -224,9 +230,38 @@ class TestMissedTime:
 
     def test_it_is_not_counted_as_silence(self) -> None:
         judge = Judge(STALL, last_sign=0.0)
-        judge.missed(1000.0)
-        assert judge.verdict(1000.0 + STALL)[0] is State.READY
+        judge.missed(STALL, LACK)
+        assert judge.verdict(2 * STALL)[0] is State.READY
+        assert judge.verdict(2 * STALL + 1)[0] is State.UNRESPONSIVE
+
+    def test_for_a_stall_timeout_it_withdraws_readiness_and_kills_nothing(self) -> None:
+        judge = Judge(STALL, last_sign=0.0)
+        for now in range(1, 10_000):
+            judge.missed(1.0, LACK)
+            judge.observe(now, None)
+            assert judge.verdict(now)[0] is (State.READY if now <= STALL else State.BLIND)
+        assert judge.verdict(10_000.0)[1] == (
+            f"the engine could not be asked for 9999 s, because this process or host lacks something: {LACK}"
+        )
+        judge.observe(10_000.0, Progress(0, 0, 0))
+        assert judge.verdict(10_000.0)[0] is State.BLIND  # counters alone are no answer
+        judge.probed(10_001.0)
+        assert judge.verdict(10_001.0) == (State.READY, "a generation succeeded")
+
+    def test_an_engine_that_died_meanwhile_is_found_once_it_is_seen_again(self) -> None:
+        judge = Judge(STALL, last_sign=0.0)
+        judge.missed(1000.0, LACK)
+        assert judge.verdict(1000.0 + STALL)[0] is State.BLIND
         assert judge.verdict(1001.0 + STALL)[0] is State.UNRESPONSIVE
+
+    def test_what_is_lacking_now_and_then_blinds_nobody(self) -> None:
+        judge = Judge(STALL, last_sign=0.0, progress=Progress(0, 1, 0))
+        for now in range(1, 1000):
+            if now % 30:
+                judge.missed(1.0, LACK)
+            else:
+                judge.observe(now, Progress(now, 1, 0))
+            assert judge.verdict(now)[0] is State.BUSY
 
 
 class TestBackoff:

@@ -1,5 +1,5 @@
 """The judge beside a simulated engine, under any sequence of events: an engine whose answers do not leave does not stay
-ready, and one that answers is never called unresponsive, however long its prompts are."""
+ready, nor one that cannot be seen, and one that answers is never called unresponsive, however long its prompts are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from pascaline.engines import Progress, WorkLimits
-from pascaline.serving.health import Judge, State
+from pascaline.serving.health import ANSWERING, Judge, State
 
 STALL, INTERVAL = 45.0, 15.0
 CHUNK, POOL, MAX_RUNNING, HELD_BACK = 100, 4000, 4, 10
@@ -111,6 +111,7 @@ class Watched(RuleBasedStateMachine):
         self.broken_since: float | None = None
         self.blind = 0
         self.verdict = State.READY
+        self.seen = self.now
 
     @rule(
         prompt=st.integers(1, POOL // MAX_RUNNING),
@@ -126,15 +127,16 @@ class Watched(RuleBasedStateMachine):
         self.blind = 3
 
     @rule(seconds=st.integers(20, 500))
-    def stop_the_supervisor(self, seconds: int) -> None:
-        """It is stopped, and nothing but time passes: the engine goes on."""
+    def lack_descriptors(self, seconds: int) -> None:
+        """No request leaves the supervisor, and nothing but time passes: the engine goes on."""
         self.engine.run(seconds)
         self.now += seconds
-        self.judge.missed(seconds)
+        self.judge.missed(seconds, "descriptors")
         if self.probe is not None:
             self.probe = (self.probe[0], self.probe[1] + seconds)
         if self.broken_since is not None:
             self.broken_since += seconds
+        self.verdict = self.judge.verdict(self.now)[0]
 
     @precondition(lambda self: self.broken_since is None)
     @rule()
@@ -167,6 +169,8 @@ class Watched(RuleBasedStateMachine):
             self.probe = (Request(2, 1, stream=False), self.now)
             self.engine.queue.append(self.probe[0])
         self.verdict = self.judge.verdict(self.now)[0]
+        if self.now in (self.judge.last_sign, self.judge.last_excuse):
+            self.seen = self.now
 
     def follow_probe(self) -> None:
         if self.probe is None:
@@ -192,6 +196,12 @@ class Watched(RuleBasedStateMachine):
             return
         if self.now - self.broken_since > DETECTED_WITHIN + EXCUSING_STEPS * self.engine.step_seconds:
             assert self.verdict is State.UNRESPONSIVE, self.judge
+
+    @invariant()
+    def one_that_cannot_be_seen_does_not_stay_ready(self) -> None:
+        """Counted silence and seconds that cannot be counted have one stall_timeout each."""
+        if getattr(self, "verdict", None) in ANSWERING:
+            assert self.now - self.seen <= 2 * STALL, self.judge
 
 
 TestWatched = Watched.TestCase

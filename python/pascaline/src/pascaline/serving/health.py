@@ -7,8 +7,11 @@
 | starting | restarting | the engine ended, or was not ready within start_timeout (if it was never ready: failed) |
 | ready | busy | the engine reports that requests run or wait |
 | busy | ready | it reports that none do |
-| ready, busy | unresponsive | no answer for longer than stall_timeout, and no excuse (below); the engine is killed |
-| ready, busy | restarting | the engine's process ended |
+| ready, busy | blind | for stall_timeout no answer could be seen, for lack of something on our side (below) |
+| blind | ready | an answer is seen again |
+| blind | busy | an answer is seen again, and requests run or wait |
+| ready, busy, blind | unresponsive | no answer for over stall_timeout, and no excuse (below); the engine is killed |
+| ready, busy, blind | restarting | the engine's process ended |
 | unresponsive | restarting | the engine's process has ended |
 | restarting, gpu-lost | starting | the wait is over and the engine is started again |
 | any but the last three | gpu-lost | evidence or the engine's output shows it, or its process cannot be killed |
@@ -37,8 +40,13 @@ stall_timeout of 45 s (after the last work that excuses its silence, if there is
 - 45 s: stall_timeout.
 - 2 s: the verdict. A look begins 1 s after the last one (POLL_SECONDS), and waits 1 s at most for a page.
 
+While the page of counters fails, answers to clients are not seen when they leave. If they stop during that time, what
+passes until the page is back comes on top, at most one stall_timeout.
+
 Seconds in which the supervisor's own process stands still are not counted (`awake_clock`), nor those in which its
-requests fail for lack of something on its side.
+requests fail for lack of something on its side, such as descriptors or memory. **An engine that cannot be seen is not
+ready either**: after stall_timeout of such seconds since the last sign of life or excuse the state is blind, and
+nothing is killed.
 """
 
 from __future__ import annotations
@@ -59,6 +67,7 @@ class State(StrEnum):
     STARTING = "starting"
     READY = "ready"
     BUSY = "busy"
+    BLIND = "blind"
     UNRESPONSIVE = "unresponsive"
     RESTARTING = "restarting"
     DRAINING = "draining"
@@ -74,8 +83,9 @@ _ALWAYS = frozenset({State.DRAINING, State.STOPPED, State.FAILED, State.GPU_LOST
 _NEXT: dict[State, frozenset[State]] = {
     State.PLANNED: _ALWAYS | {State.STARTING},
     State.STARTING: _ALWAYS | {State.READY, State.RESTARTING},
-    State.READY: _ALWAYS | {State.BUSY, State.UNRESPONSIVE, State.RESTARTING},
-    State.BUSY: _ALWAYS | {State.READY, State.UNRESPONSIVE, State.RESTARTING},
+    State.READY: _ALWAYS | {State.BUSY, State.BLIND, State.UNRESPONSIVE, State.RESTARTING},
+    State.BUSY: _ALWAYS | {State.READY, State.BLIND, State.UNRESPONSIVE, State.RESTARTING},
+    State.BLIND: _ALWAYS | {State.READY, State.BUSY, State.UNRESPONSIVE, State.RESTARTING},
     State.UNRESPONSIVE: _ALWAYS | {State.RESTARTING},
     State.RESTARTING: _ALWAYS | {State.STARTING},
     State.GPU_LOST: _ALWAYS | {State.STARTING},
@@ -119,7 +129,7 @@ FAILED_PROBES = 3
 
 @dataclass(slots=True)
 class Judge:
-    """Decides from counters and test generations whether a running engine is ready, busy or unresponsive.
+    """Decides from counters and test generations whether a running engine is ready, busy, blind or unresponsive.
 
     stall_timeout: seconds without a sign of life after which it is unresponsive. All times are seconds of one monotonic
     clock.
@@ -143,6 +153,9 @@ class Judge:
     _probing: bool = field(default=False, init=False)
     _short_steps: int = field(default=0, init=False)
     """Observations since the last sign with a prefill step of less than half a chunk: each is the end of a prompt."""
+    _missed: float = field(default=0.0, init=False)
+    """Seconds since the last sign or excuse in which nothing could be observed."""
+    _lack: str = field(default="", init=False)
 
     def observe(self, now: float, progress: Progress | None) -> None:
         """Record the counters; None if they could not be read, which is not a sign of life."""
@@ -158,6 +171,7 @@ class Judge:
             self._sign(now)
         elif self._is_excused(before, progress, now - looked):
             self.last_excuse = now
+            self._missed = 0.0
 
     def probe_sent(self) -> None:
         """Record that a test generation was sent: counters that it moves are not a sign of life."""
@@ -175,8 +189,13 @@ class Judge:
         self._probing = False
         self.failed_probes = self.failed_probes + 1 if with_error else 0
 
-    def missed(self, seconds: float) -> None:
-        """Record that nothing was observed for this many seconds: they do not count as silence."""
+    def missed(self, seconds: float, lack: str) -> None:
+        """Record that nothing could be observed for this many seconds: they do not count as silence.
+
+        lack: what this process or host lacks.
+        """
+        self._missed += seconds
+        self._lack = lack
         self.last_sign += seconds
         self.last_excuse += seconds
 
@@ -190,6 +209,9 @@ class Judge:
         excused = now - self.last_excuse <= self.stall_timeout and self.failed_probes < FAILED_PROBES
         if silence > self.stall_timeout and not excused:
             return State.UNRESPONSIVE, self._complaint(silence)
+        if self._missed > self.stall_timeout:
+            text = f"the engine could not be asked for {self._missed:.0f} s, because this process or host lacks"
+            return State.BLIND, f"{text} something: {self._lack}"
         if self._requests():
             return State.BUSY, "requests are running"
         return State.READY, "a generation succeeded"
@@ -199,6 +221,7 @@ class Judge:
         self._since = self.progress
         self._probes = int(self._probing)
         self._short_steps = 0
+        self._missed = 0.0
 
     def _is_excused(self, before: Progress, progress: Progress, seconds: float) -> bool:
         """Whether the work since the previous observation, `seconds` ago, can still lead to an answer."""

@@ -32,6 +32,7 @@ STAGES = {
 """Stages of a start, in order, and what happens in each."""
 RUNBOOK = "https://github.com/pascaline/pascaline/blob/main/docs/operations.md"
 RUNBOOK_SECTIONS = {
+    State.BLIND: "enginenotready",
     State.UNRESPONSIVE: "engineunresponsive",
     State.RESTARTING: "enginerestarting",
     State.GPU_LOST: "gpulost",

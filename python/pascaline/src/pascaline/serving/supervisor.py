@@ -120,13 +120,13 @@ class Watch:
         """The start counts as the first observation."""
         self.asked = self.looked = self.understood = self.began
 
-    def look(self, now: float, *, in_vain: bool) -> None:
-        """Record an observation. in_vain: whether a request to the engine failed since the last one because of us.
+    def look(self, now: float, *, lack: str | None) -> None:
+        """Record an observation. lack: what we lacked for a request to the engine since the last one; None: nothing.
 
         Such time does not count as the engine's silence.
         """
-        if in_vain:
-            self.judge.missed(now - self.looked)
+        if lack is not None:
+            self.judge.missed(now - self.looked, lack)
         self.looked = now
 
 
@@ -165,8 +165,8 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._clock = AwakeClock(POLL_SECONDS)
-        self._failed_to_ask = False
-        """Whether a request since the last observation failed because of this process, not of the engine."""
+        self._lack: str | None = None
+        """What this process or host lacked for a request to the engine since the last look began; None: nothing."""
         self._made_plan: Plan | None = None
         """The plan that the task was made from."""
         self._memory = MemoryUse()
@@ -522,6 +522,8 @@ class Supervisor:
 
     async def _look(self, watch: Watch) -> None:
         now, before = self._observed(watch), watch.judge.last_sign
+        # Held until the engine is asked again: a request that fails at once tells nothing of the time up to the next.
+        self._lack = None
         await self._sample_memory(now)
         await self._read_counters(watch, now)
         self._follow_probe(watch, now)
@@ -535,7 +537,7 @@ class Supervisor:
 
     def _observed(self, watch: Watch) -> float:
         now = self._clock.time()
-        watch.look(now, in_vain=self._asked_in_vain())
+        watch.look(now, lack=self._lack)
         return now
 
     async def _read_counters(self, watch: Watch, now: float) -> None:
@@ -580,15 +582,10 @@ class Supervisor:
         self.requests = progress
         return progress
 
-    def _asked_in_vain(self) -> bool:
-        """Whether a request since the last call failed because of this process, not of the engine."""
-        failed, self._failed_to_ask = self._failed_to_ask, False
-        return failed
-
     def _note_own_failure(self, error: OSError) -> None:
         """Note if a request failed for lack of descriptors, memory or ports here: it says nothing about the engine."""
         if is_own_failure(error):
-            self._failed_to_ask = True
+            self._lack = str(error)
             text = f"failed to ask the engine, because this process or host lacks something: {error}"
             self._console.line("WARNING", "pascaline", text)
 

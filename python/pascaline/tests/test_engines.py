@@ -177,6 +177,17 @@ class TestSglangCommand:
         assert SGLANG.launch(task()).environment["TMPDIR"] == str(folder)
         assert list(folder.iterdir()) == []
 
+    @pytest.mark.parametrize(
+        ("chosen", "spins"),
+        [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+    )
+    def test_threads_of_llama_server_spin_shortly_unless_the_settings_say_otherwise(
+        self, task: Callable[..., Task], chosen: dict[str, str], spins: str | None
+    ) -> None:
+        environment = LLAMA_CPP.launch(llama_task(task, environment=chosen)).environment
+        assert environment.get("GOMP_SPINCOUNT") == spins
+        assert environment.get("OMP_WAIT_POLICY") == chosen.get("OMP_WAIT_POLICY")
+
     def test_variables_of_the_settings_win(self, task: Callable[..., Task]) -> None:
         chosen = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "ACTIVE", "CUDA_LAUNCH_BLOCKING": "0"}
         launch = SGLANG.launch(task(debug=True, environment=chosen))
@@ -198,7 +209,7 @@ class TestLlamaCppCommand:
             "--model /m/emily.gguf --alias emily --host 127.0.0.1 --port 30000 --threads 2 --ctx-size 8192 --parallel 4 "
             "--batch-size 512 --ubatch-size 512 --n-gpu-layers 0 --cache-type-k f16 --cache-type-v f16 --metrics"
         )
-        assert launch.environment == {"CUDA_VISIBLE_DEVICES": ""}
+        assert launch.environment == {"CUDA_VISIBLE_DEVICES": "", "GOMP_SPINCOUNT": "1000"}
 
     @pytest.mark.parametrize(
         ("settings", "expected"),

@@ -119,6 +119,7 @@ def _environment(task: Task) -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "OMP_NUM_THREADS": str(task.threads),
         # By default OpenMP's threads spin for milliseconds after every product, on cores that other programs could use.
+        # torch brings libgomp, for which PASSIVE means GOMP_SPINCOUNT=0 (its manual, GOMP_SPINCOUNT).
         "OMP_WAIT_POLICY": "PASSIVE",
         # Otherwise each of SGLang's processes forks compiler workers of more than a gigabyte that nothing uses.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",

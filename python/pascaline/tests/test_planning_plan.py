@@ -263,6 +263,19 @@ class TestOtherEngine:
         assert change.settings == {"engine": "llama.cpp"}
         assert change.sentence.startswith("engine llama.cpp: 16,384 tokens of KV cache, ")
 
+    @pytest.mark.parametrize(
+        ("spec", "settings"),
+        [(replace(LLAMA_2_7B, format="safetensors"), {}), (LLAMA_2_7B, {"attention_backend": "pascal"})],
+        ids=["a model that it cannot read", "a setting that it lacks"],
+    )
+    def test_an_engine_that_would_refuse_to_start_is_not_named(
+        self, spec: ModelSpec, settings: dict[str, Any]
+    ) -> None:
+        cpu = load_card("cpu")
+        asked = request(cpu, card_bytes=16 << 30, device="cpu", dtype="float32", kv_dtype="fp32")
+        given = Settings(device="cpu", context_length=4096, **settings)
+        assert other_engine_fits(given, spec, cpu, asked) == []
+
     def test_an_engine_that_does_not_fit_either_is_not_named(self) -> None:
         asked = request(P4, card_bytes=2 << 30)
         assert other_engine_fits(Settings(context_length=4096), LLAMA_2_7B, P4, asked) == []

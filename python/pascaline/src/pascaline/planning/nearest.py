@@ -110,9 +110,9 @@ def other_engine_fits(settings: Settings, spec: ModelSpec, card: Card, request: 
     """Return the other engines that serve the model on this card under the same settings, as changes of `engine`."""
     found = []
     for engine in ENGINES:
-        if engine == request.engine:
-            continue
         other = settings.model_copy(update={"engine": engine})
+        if engine == request.engine or not _takes(other, spec):
+            continue
         try:
             wanted = request_from_settings(
                 other,
@@ -130,6 +130,12 @@ def other_engine_fits(settings: Settings, spec: ModelSpec, card: Card, request: 
         if plan.fits:
             found.append(Change({"engine": engine}, _sentence({"engine": engine}, plan), plan, 0.0))
     return found
+
+
+def _takes(settings: Settings, spec: ModelSpec) -> bool:
+    """Whether the settings' engine accepts the other settings and the model."""
+    engine = engine_named(settings.engine)
+    return not engine.problems(settings) and not engine.judge_as(spec, settings.role).refusals
 
 
 def _does_as_much(simpler: Change, change: Change) -> bool:

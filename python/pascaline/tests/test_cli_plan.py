@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pascaline.cli import main
 from support.hf_models import write_folder
 from support.models import SHAPES, tiny, write_gguf
 
@@ -191,6 +192,13 @@ def test_a_wrong_flag_is_named_in_one_line(llama: Path) -> None:
         "",
         "pascaline plan: error: unrecognized arguments: --contxt 4096\npascaline plan --help lists all options\n",
     )
+
+
+def test_a_wrong_flag_in_place_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--frob"])
+    error = "pascaline: error: unrecognized arguments: --frob\npascaline --help lists all options\n"
+    assert (ended.value.code, capsys.readouterr().err) == (CONFIGURATION, error)
 
 
 def test_a_picture_of_another_kind(llama: Path, tmp_path: Path) -> None:

@@ -144,6 +144,7 @@ def test_install_and_remove_write_and_delete_the_unit(
     monkeypatch.setenv("PATH", f"{systemctl.parent}:/usr/bin:/bin")
     monkeypatch.setattr("pascaline.service.UNIT_FOLDER", folder)
     monkeypatch.setattr("pascaline.service.HIDDEN", ())
+    monkeypatch.setattr("pascaline.cli.service.BOOTED", tmp_path)
     config = tmp_path / "emily.toml"
     config.write_text('device = "cpu"\n')
     assert main(["service", "install", "emily", "--config", str(config)]) == 0
@@ -153,6 +154,29 @@ def test_install_and_remove_write_and_delete_the_unit(
     assert not (folder / "pascaline-emily.service").exists()
     assert log.read_text() == "daemon-reload\ndisable --now pascaline-emily\ndaemon-reload\n"
     assert main(["service", "remove", "emily"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("has_program", "problem"),
+    [(False, "systemctl is not on PATH: this host has no systemd"), (True, "is not there: systemd does not run this host")],
+)
+def test_without_systemd_nothing_is_written(
+    has_program: bool, problem: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs, folder = tmp_path / "bin", tmp_path / "units"
+    programs.mkdir()
+    folder.mkdir()
+    if has_program:
+        (programs / "systemctl").write_text("#!/bin/sh\n")
+        (programs / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setattr("pascaline.service.UNIT_FOLDER", folder)
+    monkeypatch.setattr("pascaline.service.HIDDEN", ())
+    monkeypatch.setattr("pascaline.cli.service.BOOTED", tmp_path / "none")
+    (tmp_path / "emily.toml").write_text('device = "cpu"\n')
+    assert main(["service", "install", "emily", "--config", str(tmp_path / "emily.toml")]) == 8
+    assert capsys.readouterr().err.endswith(f"{problem}; `pascaline service show` prints the unit anyway\n")
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.skipif(

@@ -74,7 +74,8 @@ def _top_parser() -> Parser:
         epilog=f"commands (for details: pascaline COMMAND --help):\n{listing}\n\nexit codes:\n{codes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    # Optional for argparse alone: otherwise an unknown flag is reported as a missing command.
+    parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     parser.add_argument("--version", action="version", version=f"pascaline {__version__}")
     return parser
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pascaline.configuration import Configuration
     from pascaline.planning.unit_limits import UnitLimits
 
+BOOTED = Path("/run/systemd/system")
+"""There if systemd is the init system (sd_booted(3))."""
 DESCRIPTION = """Run an instance as a systemd unit on a host without NixOS.
 
   pascaline service show emily --config /etc/pascaline/emily.toml      print the unit file
@@ -154,8 +156,13 @@ def _program() -> Path:
 
 
 def _need_systemd() -> None:
-    if shutil.which("systemctl") is None:
-        raise MissingError("systemctl is not on PATH: this host has no systemd; `service show` prints the unit anyway")
+    """Raise MissingError before anything is written."""
+    for problem in (
+        "systemctl is not on PATH: this host has no systemd" if shutil.which("systemctl") is None else None,
+        f"{BOOTED} is not there: systemd does not run this host" if not BOOTED.is_dir() else None,
+    ):
+        if problem:
+            raise MissingError(f"{problem}; `pascaline service show` prints the unit anyway")
 
 
 def _systemctl(*arguments: str) -> None:

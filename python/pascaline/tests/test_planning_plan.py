@@ -268,9 +268,7 @@ class TestOtherEngine:
         [(replace(LLAMA_2_7B, format="safetensors"), {}), (LLAMA_2_7B, {"attention_backend": "pascal"})],
         ids=["a model that it cannot read", "a setting that it lacks"],
     )
-    def test_an_engine_that_would_refuse_to_start_is_not_named(
-        self, spec: ModelSpec, settings: dict[str, Any]
-    ) -> None:
+    def test_an_engine_that_would_refuse_to_start_is_not_named(self, spec: ModelSpec, settings: dict[str, Any]) -> None:
         cpu = load_card("cpu")
         asked = request(cpu, card_bytes=16 << 30, device="cpu", dtype="float32", kv_dtype="fp32")
         given = Settings(device="cpu", context_length=4096, **settings)

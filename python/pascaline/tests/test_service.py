@@ -158,7 +158,10 @@ def test_install_and_remove_write_and_delete_the_unit(
 
 @pytest.mark.parametrize(
     ("has_program", "problem"),
-    [(False, "systemctl is not on PATH: this host has no systemd"), (True, "is not there: systemd does not run this host")],
+    [
+        (False, "systemctl is not on PATH: this host has no systemd"),
+        (True, "is not there: systemd does not run this host"),
+    ],
 )
 def test_without_systemd_nothing_is_written(
     has_program: bool, problem: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

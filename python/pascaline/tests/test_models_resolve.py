@@ -105,6 +105,15 @@ class TestLocate:
             "model: unknown built-in model 'builtin:gpt-9', must be builtin:smollm2-135m"
         )
 
+    def test_a_name_that_neither_the_folder_nor_the_library_has(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr("pascaline.models.library.default_store", lambda: tmp_path)
+        assert refusal(ModelError, resolve.locate, settings(model="emily")) == (
+            f"model: 'emily' is neither a file in this folder nor a model in {tmp_path}, must be a path or a name that "
+            "`pascaline models list` shows"
+        )
+
 
 class TestRead:
     @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])

@@ -60,7 +60,10 @@ class ResolvedModel:
 
 
 def locate(settings: Settings) -> tuple[Path, str]:
-    """Return the model's path and the name under which it is served; its header is not read yet."""
+    """Return the model's path and the name under which it is served; its header is not read yet.
+
+    Raises ModelError for a bare name that is neither in this folder nor in the library.
+    """
     if settings.model == BUILTIN_MODEL:
         path, name = builtin_model(), "SmolLM2-135M-Instruct"
     elif settings.model.startswith("builtin:"):
@@ -68,9 +71,22 @@ def locate(settings: Settings) -> tuple[Path, str]:
     else:
         path = Path(settings.model).expanduser().absolute()
         name = path.name if path.is_dir() else whole_name(path.name)
-        if not path.exists() and (found := library.find(library.default_store(), settings.model)) is not None:
-            path, name = found, settings.model
+        if not path.exists():
+            path, name = _in_library(settings.model) or (path, name)
     return path, settings.served_model_name or name
+
+
+def _in_library(name: str) -> tuple[Path, str] | None:
+    """Return a model of the library; None if it is not there, and the name may be that of a file."""
+    store = library.default_store()
+    if (found := library.find(store, name)) is not None:
+        return found, name
+    if "/" in name or name.lower().endswith(".gguf"):
+        return None
+    raise ModelError(
+        f"model: {name!r} is neither a file in this folder nor a model in {store}, must be a path or a name that "
+        "`pascaline models list` shows"
+    )
 
 
 def builtin_model() -> Path:

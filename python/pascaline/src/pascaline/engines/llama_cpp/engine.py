@@ -62,13 +62,13 @@ WITHOUT_COUNTERPART: dict[str, Any] = {
 PROGRAM = "llama-server"
 PROBE_SECONDS = 20.0
 SPINS = {"GOMP_SPINCOUNT": "1000"}
-"""How long a thread spins at a barrier before it sleeps, of which a decode step has a thousand.
+"""How often a thread looks at a barrier before it sleeps. A decode step has a thousand barriers.
 
-libgomp spins 300,000 times by default, which is milliseconds, on a core that the awaited thread may need. 1,000 is its own
-value for `ACTIVE` with more threads than CPUs (libgomp's manual, GOMP_SPINCOUNT): tens of microseconds, enough for
-threads that have cores of their own. On two busy cores (load average 5 to 6, SmolLM2-135M, 2 threads, llama-bench)
-300,000 gave 3.4 to 4.3 tokens/s, 1,000 gave 22 to 24, and no spin (`OMP_WAIT_POLICY=PASSIVE`) 28 to 38.
-llama-server's `--poll` does not concern barriers, and builds without OpenMP spin without a limit.
+libgomp's default, 300,000, takes milliseconds, on a core that the awaited thread may need. 1,000 takes tens of
+microseconds, enough for threads that have a core each; libgomp itself takes it for `ACTIVE` with more threads than CPUs
+(its manual, GOMP_SPINCOUNT). llama-bench on two busy cores (load average 5 to 6, SmolLM2-135M, 2 threads): 3.4 to 4.3
+tokens/s with 300,000, 22 to 24 with 1,000, 28 to 38 with none. llama-server's `--poll` does not concern barriers, and
+builds without OpenMP spin without a limit.
 """
 _WAITS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 SERIES = Series(

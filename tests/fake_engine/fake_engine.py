@@ -135,7 +135,9 @@ ANSWER = ("This", "is", "the", "fake", "engine.")
 """The words of every answer, from the first again after the last."""
 DEFAULT_MAX_TOKENS = 16
 RETRY_AFTER_SECONDS = 5
-"""What the plugin tells those whom it refuses."""
+"""What the plugin tells those whom it refuses while it drains."""
+BUSY_RETRY_AFTER_SECONDS = 1
+"""What it tells those for whom the queue is full."""
 HEALTH_TIMEOUT_SECONDS = 20.0
 """SGLANG_HEALTH_CHECK_TIMEOUT's default."""
 STEP_SECONDS = 0.02
@@ -700,7 +702,8 @@ class Handler(BaseHTTPRequestHandler):
         self._send(404, {"detail": "Not Found"})
 
     def _error(self, status: int, text: str) -> None:
-        self._send(status, {"object": "error", "message": text, "code": status})
+        extra = {"Retry-After": str(BUSY_RETRY_AFTER_SECONDS)} if status in (429, 503) else None
+        self._send(status, {"object": "error", "message": text, "code": status}, extra=extra)
 
     def _end_headers(self) -> None:
         if self.engine.terminating.is_set():

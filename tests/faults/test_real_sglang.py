@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 import time
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 from faults.injectors import listener
 from faults.scene import Watcher
 from pascaline.errors import ExitCode
-from support.instance import Instance, running, wait_until
+from support.instance import Answer, Instance, running, wait_until
 from support.ledger import Load, Outcome, stretch
 from support.models import tiny, write_gguf
 
@@ -32,6 +34,8 @@ DETECT_SECONDS = STALL_SECONDS + 12.0
 """As in the table: with the default of stall_timeout it is below 60 s."""
 SMALL = {"device": "cpu", "context_length": 256, "max_running_requests": 4, "threads": 1, "served_model_name": "m"}
 SETTINGS = SMALL | {"start_timeout": START_SECONDS, "probe_interval": 1, "drain_timeout": 60, "max_restarts": 20}
+QUEUE = 4
+"""Requests that may wait: the load's two and the test generation never fill it."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,9 @@ def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """One instance for all tests, in the order in which they stand: the last one ends it."""
     folder = tmp_path_factory.mktemp("sglang")
     model = write_gguf(folder / "tiny.gguf", tiny("llama"), "Q8_0")
-    with running(folder, model=model, stall_timeout=STALL_SECONDS * stretch(), **SETTINGS) as started:
+    with running(
+        folder, model=model, stall_timeout=STALL_SECONDS * stretch(), max_queued_requests=QUEUE, **SETTINGS
+    ) as started:
         started.wait_for_state("ready", seconds=START_SECONDS)
         yield started
 
@@ -108,6 +114,35 @@ def test_a_stolen_port_and_a_kill_while_it_loads(instance: Instance) -> None:
     said = "\n".join(instance.lines[lines:])
     assert said.count("→ restarting: ") >= 3, said
     assert "gave up" not in said
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/generate"])
+def test_a_full_queue(instance: Instance, path: str, stream: bool) -> None:
+    """Of four times as many requests as fit, each is answered whole or refused: 503 before a stream begins, and when to try again."""
+    count = 4 * (SMALL["max_running_requests"] + QUEUE)
+    at_once = threading.Barrier(count)
+    body: dict[str, Any] = {"model": "m", "prompt": "a b c", "max_tokens": 100, "ignore_eos": True}
+    if path == "/generate":
+        body = {"text": "a b c", "sampling_params": {"max_new_tokens": 100, "ignore_eos": True}}
+
+    def ask(_: int) -> Answer:
+        at_once.wait(START_SECONDS)
+        return instance.api(path, body | {"stream": stream}, timeout=START_SECONDS)
+
+    with ThreadPoolExecutor(count) as pool:
+        answers = list(pool.map(ask, range(count)))
+    refused = [answer for answer in answers if answer.status != 200]
+    assert len(refused) >= count // 4
+    assert len(answers) - len(refused) >= SMALL["max_running_requests"]
+    for answer in refused:
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert "The request queue is full." in answer.text
+        assert not answer.text.startswith("data:")
+    for answer in answers:
+        if answer.status == 200:
+            assert "queue is full" not in answer.text
+            assert not stream or answer.text.rstrip().endswith("data: [DONE]")
 
 
 def test_sigterm_under_load(instance: Instance) -> None:

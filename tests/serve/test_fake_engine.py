@@ -160,6 +160,7 @@ class TestInterface:
             wait_until("one waits", lambda: engine.sample("num_queue_reqs") == 1)
             refused = engine.complete()
             assert (refused.status, refused.json["message"]) == (503, "The request queue is full.")
+            assert refused.headers["Retry-After"] == "1"
             assert (first.result().status, second.result().status) == (200, 200)
 
     def test_many_at_once(self, fake: Any) -> None:

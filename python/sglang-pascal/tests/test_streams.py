@@ -14,12 +14,18 @@ TOKEN_EVENT = b'data: {"choices": [{"text": "error abort"}]}\n\n'
 DONE = b"data: [DONE]\n\n"
 
 
-def answered(*bodies: bytes, status: int = 200, kind: bytes = b"text/event-stream; charset=utf-8", scope: str = "http"):
+def answered(
+    *bodies: bytes,
+    status: int = 200,
+    kind: bytes = b"text/event-stream; charset=utf-8",
+    scope: str = "http",
+    more: tuple[tuple[bytes, bytes], ...] = (),
+):
     """What a client gets where the application sends these parts."""
     sent = []
 
     async def application(_scope, _receive, send):
-        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind), *more]})
         for n, body in enumerate(bodies, 1):
             await send({"type": "http.response.body", "body": body, "more_body": n < len(bodies)})
 
@@ -77,6 +83,23 @@ def test_what_is_no_refusal_is_passed_on(bodies):
 def test_other_answers_are_not_held_back(status, kind):
     start, body = answered(ERROR_EVENT, status=status, kind=kind)
     assert (start["status"], body["body"]) == (status, ERROR_EVENT)
+
+
+@pytest.mark.parametrize(
+    ("status", "more", "said"),
+    [
+        (503, (), [b"1"]),
+        (429, (), [b"1"]),
+        (503, ((b"retry-after", b"5"),), [b"5"]),
+        (500, (), []),
+        (200, (), []),
+    ],
+)
+@pytest.mark.parametrize("kind", [b"application/json", b"text/event-stream"])
+def test_a_busy_answer_says_when_to_try_again(status, more, said, kind):
+    start, body = answered(DONE, status=status, kind=kind, more=more)
+    assert [value for name, value in start["headers"] if name == b"retry-after"] == said
+    assert (start["status"], body["body"]) == (status, DONE)
 
 
 def test_a_long_event_is_no_refusal():

@@ -1,8 +1,10 @@
-"""Gives a stream that is refused before its first token the status of the refusal.
+"""Gives a stream that is refused before its first token the status of the refusal, and each busy answer a Retry-After.
 
 If the queue is full, SGLang answers a request without a stream with status 503. A stream gets status 200 and an error
 as its first event, so neither a router nor a client's library tries again. The first event shows the right status; the
 start of an answer is held back until that event. SGLang's own handlers wait for their first token too.
+
+With or without a stream, SGLang does not say when to try again; a Retry-After does (RFC 9110, section 10.2.3).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, MutableMapping
+    from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 
     Scope = MutableMapping[str, Any]
     Message = MutableMapping[str, Any]
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 RETRY_AFTER_SECONDS: Final = 1
 """A queue is full for as long as one answer takes."""
+_BUSY: Final = frozenset({429, 503})
 _EVENT_STREAM: Final = b"text/event-stream"
 _EVENT: Final = b"data: "
 _LONGEST_REFUSAL: Final = 64 * 2**10
@@ -54,6 +57,8 @@ class _Beginning:
             return
         if message["type"] == "http.response.start" and _is_stream(message):
             self._start = message
+        elif message["type"] == "http.response.start":
+            await self._send({**message, "headers": _with_retry_after(message["status"], message.get("headers", ()))})
         elif self._start is None or message["type"] != "http.response.body":
             await self._send(message)
         elif message.get("body") or not message.get("more_body"):
@@ -69,10 +74,17 @@ class _Beginning:
         self._refused = True
         body = json.dumps(refusal).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        if refusal["code"] in (429, 503):
-            headers.append((b"retry-after", str(RETRY_AFTER_SECONDS).encode()))
+        headers = _with_retry_after(refusal["code"], headers)
         await self._send({"type": "http.response.start", "status": refusal["code"], "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
+
+
+def _with_retry_after(status: int, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return the headers of an answer, with a Retry-After if it is a busy one that has none. Names in lower case."""
+    given = list(headers)
+    if status in _BUSY and not any(name == b"retry-after" for name, _ in given):
+        given.append((b"retry-after", str(RETRY_AFTER_SECONDS).encode()))
+    return given
 
 
 def _is_stream(start: Message) -> bool:

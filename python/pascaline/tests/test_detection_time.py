@@ -152,6 +152,9 @@ def test_the_worst_case(monkeypatch: pytest.MonkeyPatch, latency: str, counts_on
     assert least >= Settings().stall_timeout - unseen, least
 
 
+LACK = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
 @dataclass
 class Unseen(Engine):
     """No request reaches it until `seen_from`, for lack of descriptors; its process ends at `ends`."""
@@ -166,13 +169,13 @@ class Unseen(Engine):
         if self.simulated.now >= self.ends:
             self.exit_code = 1
         if self.simulated.now < self.seen_from:
-            self.supervisor._note_own_failure(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+            self.supervisor._note_own_failure(LACK)
             return None
         return await super().progress(api)
 
     async def generate(self, api: object, timeout: float) -> Probe:
         if self.simulated.now < self.seen_from:
-            return Probe(0.0, ok=False, seconds=0.0, reason="")
+            return Probe(0.0, ok=False, seconds=0.0, reason=str(LACK), error=LACK)
         return await super().generate(api, timeout)
 
 

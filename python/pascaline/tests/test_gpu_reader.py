@@ -122,7 +122,7 @@ def test_the_process_that_reads_never_loads_nvml(tmp_path: Path) -> None:
         (
             "[gpu 1]\nnvmlDeviceGetPowerUsage = crash",
             DriverStatus.CRASHED,
-            "the process that calls NVML died of SIGABRT in 1 nvmlDeviceGetPowerUsage",
+            "the process that calls NVML ended with signal SIGABRT in 1 nvmlDeviceGetPowerUsage",
         ),
         (
             "[gpu 1]\nnvmlDeviceGetPowerUsage = hang",
@@ -242,7 +242,7 @@ def test_a_child_that_someone_killed_between_two_readings_is_replaced(driver: Dr
     driver.reader._child.process.wait()
     reading = driver.reader.read()
     assert reading.status is DriverStatus.CRASHED
-    assert reading.message.startswith("the process that calls NVML died of SIGKILL")
+    assert reading.message.startswith("the process that calls NVML ended with signal SIGKILL")
     assert driver.read_until(is_ok).reader_starts == 2
 
 

@@ -264,6 +264,39 @@ class TestMissedTime:
             assert judge.verdict(now)[0] is State.BUSY
 
 
+class TestTestGenerationsThatWereNotSent:
+    """What never reached the engine moved no counter of it, and says nothing about it."""
+
+    @pytest.mark.parametrize("sent", [True, False])
+    def test_answers_count_in_full_after_them(self, sent: bool) -> None:
+        judge = Judge(STALL, last_sign=0.0, progress=Progress(0, 1, 0, answers=0.0))
+        for _ in range(1000):
+            judge.probe_sent()
+            if sent:
+                judge.probe_failed(with_error=False)
+            else:
+                judge.probe_not_sent()
+        judge.observe(40.0, Progress(100, 1, 0, answers=100.0))
+        judge.observe(41.0, Progress(200, 1, 0, answers=200.0))
+        assert judge.last_sign == (0.0 if sent else 41.0)
+
+    def test_they_neither_add_to_failures_nor_end_them(self) -> None:
+        judge = Judge(STALL, last_sign=0.0)
+        judge.probe_failed(with_error=True)
+        judge.probe_sent()
+        judge.probe_not_sent()
+        assert judge.failed_probes == 1
+
+    def test_one_more_than_was_sent_changes_nothing(self) -> None:
+        """A sign of life forgets those that ended before it."""
+        judge = Judge(STALL, last_sign=0.0)
+        judge.probe_sent()
+        judge.probed(1.0)
+        judge.probe_not_sent()
+        judge.probe_sent()
+        assert judge._probes == 1
+
+
 class TestBackoff:
     def test_it_doubles_up_to_the_cap(self) -> None:
         assert [backoff_seconds(n, 1.0, 60.0) for n in range(9)] == [0, 1, 2, 4, 8, 16, 32, 60, 60]

@@ -95,3 +95,11 @@ class TestMemory:
     def test_another_end_is_not_the_kernels(self, code: int | None, kills: int) -> None:
         """Another process of the group was killed, or somebody else sent the signal."""
         assert judge(Ending(exit_code=code, oom_kills=kills, last_line="x", not_ready=None)).kind is CRASH
+
+
+@pytest.mark.parametrize(
+    ("code", "ended"),
+    [(0, "exit code 0"), (3, "exit code 3"), (-9, "signal SIGKILL"), (-35, "signal 35"), (-99, "signal 99")],
+)
+def test_how_it_ended_is_said_for_any_code(code: int, ended: str) -> None:
+    assert judge(Ending(exit_code=code, last_line="bye")).text == f"the engine ended with {ended}: bye"

@@ -1,9 +1,11 @@
-"""The last resort of the supervisor: an unexpected exception."""
+"""The last resort of the supervisor: an unexpected exception; and what this process lacks is not the engine's fault."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
+import os
 import time
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,12 +14,13 @@ from pascaline.configuration import load
 from pascaline.engines import Vitals
 from pascaline.errors import ExitCode, PascalineError
 from pascaline.serving.console import Console
+from pascaline.serving.engine_api import EngineApi, Probe
 from pascaline.serving.health import Judge, State
 from pascaline.serving.notify import Notifier
-from pascaline.serving.supervisor import Supervisor, Watch
+from pascaline.serving.supervisor import Patience, Supervisor, Watch
 
 if TYPE_CHECKING:
-    from pascaline.serving.engine_api import EngineApi
+    from pascaline.serving.process import EngineProcess
 
 
 class Broken:
@@ -102,3 +105,81 @@ def test_any_other_mistake_ends_it_in_order(
     assert supervisor.health.state is State.FAILED
     assert mistakes(supervisor) == 1
     assert "pascaline: an internal error of pascaline: LookupError: of ours" in log.getvalue()
+
+
+class Unasked:
+    """An engine's API that a process without descriptors asks."""
+
+    vitals = Vitals()
+    asked = 0
+
+    def __init__(self, well_after: float = 1e9) -> None:
+        self.well_after = well_after
+
+    def _ask(self) -> None:
+        self.asked += 1
+        if self.asked <= self.well_after:
+            raise LACK
+
+    def is_loaded(self) -> bool:
+        self._ask()
+        return True
+
+    def generate(self, _: float) -> Probe:
+        return Probe(time.time(), ok=False, seconds=0.0, reason=str(LACK), error=LACK)
+
+
+LACK = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+class TestWhatThisProcessLacks:
+    def test_a_test_generation_that_was_not_sent_is_none(self, supervisor: Supervisor) -> None:
+        probe = asyncio.run(supervisor._generate(cast("EngineApi", Unasked()), 1.0))
+        assert probe.lack is LACK
+        assert supervisor.last_probe is None
+        assert "pascaline_probe_failures_total 0.0" in supervisor.metrics.page().decode()
+
+    def test_a_start_waits_as_much_longer(self, supervisor: Supervisor, log: io.StringIO) -> None:
+        api = Unasked(well_after=3)
+        process = cast("EngineProcess", Process())
+
+        async def load() -> bool:
+            patience = Patience(supervisor._clock.time() + 0.2)  # less than one pause
+            return await supervisor._poll_until(
+                process, patience, lambda: supervisor._is_loaded(cast("EngineApi", api))
+            )
+
+        assert asyncio.run(load())
+        assert api.asked == 4
+        assert "this process or host lacks something: [Errno 24]" in log.getvalue()
+
+    def test_other_errors_leave_a_start_its_time(self, supervisor: Supervisor) -> None:
+        async def no() -> bool:
+            return False
+
+        async def load() -> bool:
+            patience = Patience(supervisor._clock.time() + 0.2)
+            return await supervisor._poll_until(cast("EngineProcess", Process()), patience, no)
+
+        assert not asyncio.run(load())
+
+    def test_only_what_we_lack_is_raised_while_it_loads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        api = EngineApi.__new__(EngineApi)
+        for error, raised in ((ConnectionRefusedError(111, "refused"), False), (LACK, True)):
+            monkeypatch.setattr(EngineApi, "ask", fails_with(error))
+            if raised:
+                with pytest.raises(OSError, match="Too many open files"):
+                    api.is_loaded()
+            else:
+                assert not api.is_loaded()
+
+
+def fails_with(error: OSError) -> Any:
+    def ask(*_: Any) -> Any:
+        raise error
+
+    return ask
+
+
+class Process:
+    exit_code = None

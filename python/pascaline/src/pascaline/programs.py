@@ -1,4 +1,4 @@
-"""Runs another program to its end, within a time limit, and returns what it printed."""
+"""Runs another program to its end, within a time limit, and returns what it printed; names how a program ended."""
 
 from __future__ import annotations
 
@@ -53,3 +53,13 @@ def run_program(command: Sequence[str], text: str = "", *, timeout: float) -> Ou
             process.communicate(timeout=KILL_SECONDS)
         return Output(-1, "", f"did not end within {timeout:g} s")
     return Output(process.returncode, out, errors)
+
+
+def ending(code: int) -> str:
+    """Return how a program ended, for a message. code: as subprocess reports it; negative: ended by that signal."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"  # most real-time signals have no name

@@ -10,7 +10,6 @@ import contextlib
 import mmap
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -31,6 +30,7 @@ from pascaline.gpu.calls import (
 from pascaline.gpu.frames import read_frame, write_frame
 from pascaline.gpu.metrics import MIG_MODE, VIRTUALIZATION, VIRTUALIZATION_VGPU
 from pascaline.gpu.reading import DeviceReading, DeviceStatus, DriverStatus, Reading, XidCount
+from pascaline.programs import ending
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -294,7 +294,7 @@ class _Child:
         except subprocess.TimeoutExpired:
             return "closed its pipe"
         during = f" in {call}" if (call := self.progress()) else ""
-        return f"died of {signal.Signals(-code).name}{during}" if code < 0 else f"ended with exit code {code}{during}"
+        return f"ended with {ending(code)}{during}"
 
     def close(self) -> None:
         """Close the requests' pipe; the thread that receives ends with the process."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pascaline.child import with_parent
 from pascaline.errors import MissingError
+from pascaline.programs import ending
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -81,8 +82,7 @@ class Ended:
     def reason(self) -> str:
         """Its last line and exit code, for a message."""
         words = next((line for line in reversed(self.last_lines) if line.strip()), "it said nothing")
-        ended = f"signal {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
-        return f"{ended}: {words.strip()}"
+        return f"{ending(self.code)}: {words.strip()}"
 
 
 def run(command: Sequence[str], on_line: Callable[[str], None]) -> Ended:

@@ -16,6 +16,7 @@ from pascaline.engines import Vitals
 from pascaline.engines.client import json_object, request, stream
 from pascaline.redaction import redact
 from pascaline.serving.listener import EngineListener, ForeignListenerError
+from pascaline.serving.threads import is_own_failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,6 +56,11 @@ class Probe:
         """Whether the engine answered without a token for another reason than being busy."""
         return not self.ok and self.status is not None and self.status not in BUSY_STATUSES
 
+    @property
+    def lack(self) -> OSError | None:
+        """Why the engine was not asked: what this process or host lacks; None: it was."""
+        return self.error if self.error is not None and is_own_failure(self.error) else None
+
 
 class EngineApi:
     """The API of one run of an engine."""
@@ -90,10 +96,12 @@ class EngineApi:
         return stream(self._task.address, path, body=body, headers=headers, timeout=timeout, listener=self._listener)
 
     def is_loaded(self) -> bool:
-        """Whether it has loaded its model."""
+        """Whether it has loaded its model. Raises OSError if this process or host lacks what asking needs."""
         try:
             return self.ask("/v1/models")[0] == 200
-        except OSError:
+        except OSError as error:
+            if is_own_failure(error):
+                raise
             return False
 
     def version(self) -> str:

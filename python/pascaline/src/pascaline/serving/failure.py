@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pascaline.engines import Cause
 from pascaline.gpu.loss import NOTHING_KNOWN, Evidence, Standing
+from pascaline.programs import ending as how_it_ended
 
 if TYPE_CHECKING:
     from pascaline.engines import Diagnosis
@@ -120,9 +121,8 @@ def _text(ending: Ending) -> str:
         return f"the engine was unresponsive ({ending.silence}){'; ' if ending.stuck else ' and '}{end}"
     if ending.not_ready is not None:
         return ending.not_ready
-    code = ending.exit_code or 0
     if _was_oom_killed(ending) and ending.diagnosis is None:
         where = f"its control group allows {ending.memory_limit}" if ending.memory_limit else "the host has none left"
         return f"the kernel killed the engine for lack of memory ({where})"
-    ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    ended = how_it_ended(ending.exit_code or 0)
     return f"the engine ended with {ended}: {ending.diagnosis.text if ending.diagnosis else ending.last_line}"

@@ -184,6 +184,11 @@ class Judge:
         self.failed_probes = 0
         self._sign(now)
 
+    def probe_not_sent(self) -> None:
+        """Record that a test generation did not reach the engine, for lack of something on our side."""
+        self._probing = False
+        self._probes = max(0, self._probes - 1)
+
     def probe_failed(self, *, with_error: bool) -> None:
         """Record that a test generation failed. with_error: the engine answered, and not because it is busy."""
         self._probing = False

@@ -130,6 +130,14 @@ class Watch:
         self.looked = now
 
 
+@dataclass(slots=True)
+class Patience:
+    """How long a start may take. Seconds in which nothing could be asked, for lack of something here, are added."""
+
+    ends: float
+    """Time of the supervisor's AwakeClock."""
+
+
 class Supervisor:
     """One instance, from start to exit."""
 
@@ -444,15 +452,15 @@ class Supervisor:
 
     async def _wait_until_ready(self, task: Task, process: EngineProcess, api: EngineApi) -> bool:
         """Wait for the first generation; return False if the engine ended or took too long."""
-        started = time.monotonic()
+        patience = Patience(self._clock.time() + self.settings.start_timeout)
         with self._console.stage("load") as load:
-            load.failed = not await self._poll_until(process, started, partial(self._is_loaded, api))
+            load.failed = not await self._poll_until(process, patience, partial(self._is_loaded, api))
         if load.failed:
             return False
         self._record_stage("load", load.seconds)
         self._is_warming_up = True
         with self._console.stage("warm-up") as warm_up:
-            warm_up.failed = not await self._poll_until(process, started, partial(self._warms_up, api))
+            warm_up.failed = not await self._poll_until(process, patience, partial(self._warms_up, api))
         if warm_up.failed:
             return False
         self._record_stage("warm-up", warm_up.seconds)
@@ -480,13 +488,15 @@ class Supervisor:
             self.plan = (self.plan or {}) | {"allocated": allocated or None}
 
     async def _poll_until(
-        self, process: EngineProcess, started: float, check: Callable[[], Coroutine[Any, Any, bool]]
+        self, process: EngineProcess, patience: Patience, check: Callable[[], Coroutine[Any, Any, bool]]
     ) -> bool:
-        while process.exit_code is None and time.monotonic() - started < self.settings.start_timeout:
+        while process.exit_code is None and (asked := self._clock.time()) < patience.ends:
             if await check():
                 return True
             self._console.tick()
             await self._sleep(POLL_SECONDS / 2)
+            if self._taken_lack() is not None:
+                patience.ends += self._clock.time() - asked
         return False
 
     async def _watch(self, task: Task, process: EngineProcess, api: EngineApi) -> None:
@@ -523,7 +533,7 @@ class Supervisor:
     async def _look(self, watch: Watch) -> None:
         now, before = self._observed(watch), watch.judge.last_sign
         # Held until the engine is asked again: a request that fails at once tells nothing of the time up to the next.
-        self._lack = None
+        self._taken_lack()
         await self._sample_memory(now)
         await self._read_counters(watch, now)
         self._follow_probe(watch, now)
@@ -563,6 +573,8 @@ class Supervisor:
         probe = await self._generate(watch.api, self.settings.stall_timeout)
         if probe.ok:
             watch.judge.probed(self._clock.time())
+        elif probe.lack is not None:
+            watch.judge.probe_not_sent()
         else:
             watch.judge.probe_failed(with_error=probe.is_error)
 
@@ -589,24 +601,32 @@ class Supervisor:
             text = f"failed to ask the engine, because this process or host lacks something: {error}"
             self._console.line("WARNING", "pascaline", text)
 
+    def _taken_lack(self) -> str | None:
+        """Return and forget what was lacking for a request."""
+        lack, self._lack = self._lack, None
+        return lack
+
     async def _is_loaded(self, api: EngineApi) -> bool:
-        with contextlib.suppress(OSError):
+        try:
             return bool(await self._in_thread(api.is_loaded))
+        except OSError as error:
+            self._note_own_failure(error)
         return False
 
     async def _warms_up(self, api: EngineApi) -> bool:
         return (await self._generate(api, FIRST_GENERATION_SECONDS)).ok
 
     async def _generate(self, api: EngineApi, timeout: float) -> Probe:
-        """Let the model generate one token, and record the outcome. timeout: seconds."""
+        """Let the model generate one token, and record the outcome if the engine was asked. timeout: seconds."""
         start = time.monotonic()
         try:
             probe: Probe = await self._in_thread(api.generate, timeout)
         except OSError as error:
             # No thread could be started for the request.
             probe = Probe(time.time(), ok=False, seconds=time.monotonic() - start, reason=str(error), error=error)
-        if probe.error is not None:
-            self._note_own_failure(probe.error)
+        if probe.lack is not None:
+            self._note_own_failure(probe.lack)
+            return probe
         self.last_probe = probe
         if probe.ok:
             self.metrics.probe_seconds.observe(probe.seconds)

@@ -18,7 +18,7 @@ BLOCK: Final = 32
 """Activations that share a scale."""
 ACTIVATION_BITS: Final = (8, 16)
 """What activations can be multiplied with: one int8, or two."""
-RECORDED_BATCH_SIZES: Final = (*range(1, 13), 14, 16, 18, 20, 24, 28, 32)
+RECORDED_BATCH_SIZES: Final = (*range(1, 13), 14, 16, 18, 20, 24, 28, 32, 40, 48, 56, 64)
 """Decode batch sizes that are recorded as CUDA graphs, of those up to the most requests at once; one in between is
 padded to the next. Every size that a decode product multiplies without a padded row has its own up to 12.
 """

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -34,7 +37,7 @@ QUICK = ("repack", "dequantize", "matmul epilogue", "matmul float16", "quantize"
 def test_an_operation_agrees_with_its_reference(name, architecture, monkeypatch):
     monkeypatch.setenv(driver.ARCHITECTURE_VARIABLE, architecture)
     driver._module.cache_clear()
-    driver._kernel.cache_clear()
+    driver.kernel.cache_clear()
     assert selftest.CASES[name](torch.device("cuda", 0)) <= 1
 
 
@@ -50,6 +53,34 @@ class TestSelftest:
         )
         assert main(["selftest", "--json"]) == 1
         assert json.loads(capsys.readouterr().out)["failed"] == ["bad", "nan"]
+
+    @pytest.mark.slow("two processes import torch")
+    def test_processes_give_the_outcomes_of_one(self):
+        names = ["repack Q8_0", "repack Q4_0", "matmul epilogue"]
+        alone, spread = (selftest.run(CPU, names, jobs) for jobs in (1, 2))
+        assert [(each.name, each.error) for each in spread] == [(each.name, each.error) for each in alone]
+
+    def test_cases_of_the_same_kernels_stay_together(self):
+        groups = selftest._by_kernels(list(selftest.CASES))
+        assert sorted(itertools.chain(*groups)) == sorted(selftest.CASES)
+        places = {name: number for number, group in enumerate(groups) for name in group}
+        assert len({places[name] for name in places if " Q4_K" in name}) == 1
+        assert places["attention_decode F16 head_dim 64"] == places["attention_prefill F16 head_dim 64"]
+        assert places["attention_decode F16 head_dim 64"] != places["attention_decode F16 head_dim 128"]
+
+    def test_a_process_that_dies_fails_its_cases(self):
+        future: Future[list[selftest.Outcome]] = Future()
+        future.set_exception(BrokenProcessPool("terminated abruptly"))
+        (outcome,) = selftest._outcomes(["argmax"], future)
+        assert not outcome.passed
+        assert outcome.failure == "a process of the selftest died: terminated abruptly"
+
+    @pytest.mark.parametrize("text", ["0", "-1", "65", "two", "1.5", "²"])
+    def test_a_wrong_number_of_processes_is_refused(self, text, capsys):
+        with pytest.raises(SystemExit) as ended:
+            main(["selftest", "--jobs", text])
+        assert ended.value.code == 2
+        assert f"{text!r} must be a whole number from 1 to 64" in capsys.readouterr().err
 
     def test_no_matching_case_fails_too(self, capsys):
         assert main(["selftest", "no such case"]) == 1

@@ -24,6 +24,9 @@ EXIT_CODES = """exit codes:
   8  SGLang, torch or a compiler of CUDA 11.8 is missing, or has a version that this plugin or the card cannot use
   9  a disk is full, or a folder may not be written"""
 
+MAX_JOBS = 64
+"""Most processes of a selftest: there are no more groups of kernels."""
+
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("gguf", metavar="FILE.gguf", type=Path, help="the model; of a split model, any part")
@@ -122,13 +125,28 @@ def _run_kernels(args: argparse.Namespace) -> int:
 
 def _add_selftest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable output")
+    parser.add_argument(
+        "--jobs",
+        metavar="N",
+        type=_jobs,
+        default=1,
+        help="processes at once (default: 1): on a card newer than Pascal the driver compiles every kernel for minutes; "
+        "each process takes some hundred MB of the card's memory",
+    )
     parser.add_argument("names", metavar="NAME", nargs="*", help="only cases whose names start so; default: all")
+
+
+def _jobs(text: str) -> int:
+    """Read a number of processes."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MAX_JOBS:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 to {MAX_JOBS}")
+    return int(text)
 
 
 def _run_selftest(args: argparse.Namespace) -> int:
     from sglang_pascal.selftest import print_selftest
 
-    return print_selftest(as_json=args.json, names=args.names or None)
+    return print_selftest(as_json=args.json, names=args.names or None, jobs=args.jobs)
 
 
 COMMANDS = {

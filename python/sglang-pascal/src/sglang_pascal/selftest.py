@@ -8,6 +8,9 @@ is allowed: at most 1 passes. The limits follow from the arithmetic, not from wh
 - normed, rotated or activated values that are then quantised: an integer may differ by one where the value lies between
 - attention in float32: 2e-5 of the largest value; ex2.approx and the order of additions
 - the same product in another batch, launch or CUDA graph: the same bits
+
+On a card newer than Pascal the driver first compiles every kernel, which takes minutes in one process; `--jobs` spreads
+the cases over several. Cases that use the same kernels run in the same process.
 """
 
 from __future__ import annotations
@@ -15,9 +18,12 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -652,13 +658,41 @@ CASES: Final = _all_cases()
 """Name -> what computes the error as a share of the limit, on a device."""
 
 
-def run(device: torch.device, names: list[str] | None = None) -> list[Outcome]:
-    """Run all cases, or those whose name starts with one of `names`."""
-    outcomes = []
-    for name, case in CASES.items():
-        if names is None or name.startswith(tuple(names)):
-            outcomes.append(_outcome(name, case, device))
-    return outcomes
+def run(device: torch.device, names: list[str] | None = None, jobs: int = 1) -> list[Outcome]:
+    """Run all cases, or those whose name starts with one of `names`. jobs: processes that run at once."""
+    chosen = [name for name in CASES if names is None or name.startswith(tuple(names))]
+    if jobs == 1:
+        return _run_cases(device, chosen)
+    groups = _by_kernels(chosen)
+    # A forked process could not use CUDA that this one has initialised.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        running = [(group, pool.submit(_run_cases, device, group)) for group in groups]
+        done = {outcome.name: outcome for group, future in running for outcome in _outcomes(group, future)}
+    return [done[name] for name in chosen]
+
+
+def _run_cases(device: torch.device, names: list[str]) -> list[Outcome]:
+    return [_outcome(name, CASES[name], device) for name in names]
+
+
+def _outcomes(group: list[str], future: Future[list[Outcome]]) -> list[Outcome]:
+    """Return a group's outcomes. If a process was killed, nobody knows by which case, and what it ran is lost."""
+    try:
+        return future.result()
+    except BrokenProcessPool as exc:
+        return [Outcome(name, float("nan"), 0.0, f"a process of the selftest died: {exc}") for name in group]
+
+
+def _by_kernels(names: list[str]) -> list[list[str]]:
+    """Divide cases so that those that load the same kernels stay together; the largest group first."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        words = name.split()
+        key = next((word for word in words if word in FORMATS), "")
+        if words[0].startswith("attention"):
+            key = " ".join(words[1:])
+        groups.setdefault(key, []).append(name)
+    return sorted(groups.values(), key=len, reverse=True)
 
 
 def _outcome(name: str, case: Case, device: torch.device) -> Outcome:
@@ -671,11 +705,11 @@ def _outcome(name: str, case: Case, device: torch.device) -> Outcome:
     return Outcome(name, error, time.monotonic() - start, failure)
 
 
-def print_selftest(*, as_json: bool, names: list[str] | None = None) -> int:
+def print_selftest(*, as_json: bool, names: list[str] | None = None, jobs: int = 1) -> int:
     """Run on the first visible CUDA device, else on the CPU, where operations are the references themselves."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU (the references themselves)"
-    outcomes = run(device, names)
+    outcomes = run(device, names, jobs)
     failed = [outcome.name for outcome in outcomes if not outcome.passed]
     if as_json:
         facts = {"device": where, "failed": failed, "cases": [asdict(outcome) for outcome in outcomes]}

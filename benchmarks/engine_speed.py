@@ -6,7 +6,9 @@
 One request per row of a batch, without HTTP and without the scheduler. `--memory-gib` limits torch's allocations, as on
 a smaller card. `--torch-only` serves the same file without our kernels: weights dequantised to float16, attention in
 plain torch. `--bits` measures each width of the activations in turn. FLAGS are SGLang's. Times are medians; a decode
-step includes the choice of the next token. Batches of similar size are the same requests, of which some end: the
+step includes the choice of the next token, and is timed as SGLang's scheduler runs it: on a GPU the next step is started
+before the host has the tokens of the last one. `decode_host_milliseconds` is what the host needs to start a step; it
+counts only where a step of the device takes less. Batches of similar size are the same requests, of which some end: the
 smaller ones have up to 96 more tokens before them.
 On a GPU, launched Triton kernels are counted by name: on a Pascal card there are none. Exit code 1 if reading the
 weights took more than 1.5 GiB of the host's memory above the mapped file.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import statistics
 import sys
@@ -24,7 +27,7 @@ import time
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang_in_process import InProcessEngine
 from sglang_pascal.checkpoint.prepare import prepare
@@ -32,6 +35,8 @@ from sglang_pascal.names import DECODE_BITS_VARIABLE, PREFILL_BITS_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import torch
 
 BATCHES = (1, 2, 4, 8, 16)
 DECODE_STEPS = 24
@@ -43,6 +48,15 @@ PREFILL_TOKENS = (128, 512, 2048)
 BITS_VARIABLES = (PREFILL_BITS_VARIABLE, DECODE_BITS_VARIABLE)
 HOST_LIMIT_BYTES = 3 * 2**29
 """Most host memory above the mapped file that reading weights to a GPU may take."""
+
+
+class Step(NamedTuple):
+    """Medians of a decode step."""
+
+    seconds: float
+    """From one step's tokens on the host to the next one's."""
+    host_seconds: float
+    """What the host needs to start one."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -159,12 +173,13 @@ def _speeds(engine: InProcessEngine, args: argparse.Namespace) -> dict[str, dict
     """Return tokens/s of prompts, by their length, and of decode steps, by the number of requests."""
     wait, room = _waiter(args.device), engine.runner.max_total_num_tokens
     batches = sorted((n for n in args.batches if n * (args.context + GROUP * DECODE_STEPS) <= room), reverse=True)
-    decoded: dict[int, float] = {}
+    decoded: dict[int, Step] = {}
     for first in range(0, len(batches), GROUP):
-        decoded |= _decode(engine, batches[first : first + GROUP], args.context, wait)
+        decoded |= _decode(engine, batches[first : first + GROUP], args.context)
     return {
         "prefill_tokens_per_second": {n: round(_prefill(engine, n, wait), 1) for n in args.prompts},
-        "decode_tokens_per_second": {n: round(n / decoded[n], 1) for n in sorted(decoded)},
+        "decode_tokens_per_second": {n: round(n / decoded[n].seconds, 1) for n in sorted(decoded)},
+        "decode_host_milliseconds": {n: round(decoded[n].host_seconds * 1e3, 3) for n in sorted(decoded)},
     }
 
 
@@ -200,21 +215,44 @@ def _prefill(engine: InProcessEngine, n_tokens: int, wait: Callable[[], None]) -
     return n_tokens / statistics.median(seconds[1:])
 
 
-def _decode(engine: InProcessEngine, sizes: Sequence[int], context: int, wait: Callable[[], None]) -> dict[int, float]:
-    """Return the seconds per step of batches, the largest first; the smaller ones are some of its requests."""
+def _decode(engine: InProcessEngine, sizes: Sequence[int], context: int) -> dict[int, Step]:
+    """Return the step of batches, the largest first; the smaller ones are some of its requests."""
     logits, batch = engine.prefill([_prompt(engine, context, seed) for seed in range(sizes[0])])
-    found = {}
+    tokens, found = logits.argmax(-1), {}
     for size in sizes:
         batch.filter_batch(keep_indices=list(range(size)))
-        logits, seconds = logits[:size], []
-        for _ in range(DECODE_STEPS):
-            start = time.monotonic()
-            logits = engine.decode(logits.argmax(-1), batch)
-            wait()
-            seconds.append(time.monotonic() - start)
-        found[size] = statistics.median(seconds)
+        tokens, found[size] = _steps(engine, tokens[:size], batch)
     engine.clear()
     return found
+
+
+def _steps(engine: InProcessEngine, tokens: torch.Tensor, batch: Any) -> tuple[torch.Tensor, Step]:
+    """Decode; return the last tokens and the step's times: the host fetches a step's tokens once the next one began."""
+    host: list[float] = []
+    ends: list[float] = []
+    fetched: Callable[[], object] | None = None
+    for _ in range(DECODE_STEPS):
+        start = time.monotonic()
+        tokens = engine.step(tokens, batch)
+        host.append(time.monotonic() - start)
+        before, fetched = fetched, _fetch(tokens)
+        if before:
+            before()
+            ends.append(time.monotonic())
+    return tokens, Step(statistics.median(map(operator.sub, ends[1:], ends)), statistics.median(host))
+
+
+def _fetch(tokens: torch.Tensor) -> Callable[[], object]:
+    """Begin to copy tokens to the host; return what waits for them."""
+    import torch
+
+    if not tokens.is_cuda:
+        return tokens.tolist
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    host.copy_(tokens, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+    return done.synchronize
 
 
 def _prompt(engine: InProcessEngine, n_tokens: int, seed: int) -> list[int]:

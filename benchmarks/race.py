@@ -3,8 +3,9 @@
     python benchmarks/race.py MODEL.gguf --llama-bench PATH --llama-batched-bench PATH [--output FOLDER]
         [--prompts 512,2048,8192] [--requests 1,2,4,8,16,24,32] [--context 256] [--bits 16,8] [--llama-env NAME=VALUE]
 
-Ours is SGLang in one process without HTTP (`engine_speed.py`), with each width of the activations in turn; "default" is
-the width that `pascaline serve` chooses for as many requests. Theirs is llama-bench for prompts and llama-batched-bench
+Ours is SGLang in one process without HTTP (`engine_speed.py`), with each width of the activations in turn; a decode
+step is started before the host has the last one's tokens, as SGLang's scheduler does. "default" is the width that
+`pascaline serve` chooses for as many requests. Theirs is llama-bench for prompts and llama-batched-bench
 for decode steps, each with and without flash attention, of which the faster counts. A number of requests with which
 llama-batched-bench fails is run again without CUDA graphs and without --llama-env; the page says so. Both run one after
 the other on the first visible card; nothing else should run on it. The page names card, driver, dates, llama.cpp's

@@ -79,6 +79,11 @@ class InProcessEngine:
         _, logits = self._bench.decode(tokens, batch, self.runner)
         return logits.float().clone()  # a recorded step writes the next ones to the same memory
 
+    def step(self, tokens: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Return the token `[n]` after one more token `[n]` of each, chosen as SGLang does, without waiting for it."""
+        chosen: torch.Tensor = self._bench.decode(tokens, batch, self.runner)[0]
+        return chosen
+
     def all_logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Return logits `[len(ids), vocabulary]` after each token of one prompt, from one prefill."""
         import torch

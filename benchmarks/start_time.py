@@ -11,6 +11,7 @@ left: checksum and prepared folder; a first start of a file has to compute its c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -113,10 +114,18 @@ def start(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         environment["SGLANG_PASCAL_WORKERS"] = "spawn"
     began = time.monotonic()
     lines: list[tuple[float, str]] = []
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        reader = threading.Thread(target=collect, args=(process.stderr, began, lines), daemon=True)
+    with (
+        args.log.open("a", encoding="utf-8") if args.log else contextlib.nullcontext() as log,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        ) as process,
+    ):
+        reader = threading.Thread(target=collect, args=(process.stderr, began, lines, log), daemon=True)
         reader.start()
         ready = wait(process, port, began, args.seconds)
         process.terminate()
@@ -125,15 +134,16 @@ def start(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             process.kill()
         reader.join(STOP_SECONDS)
-    if args.log:
-        with args.log.open("a", encoding="utf-8") as file:
-            file.writelines(f"[{seconds:7.2f}] {line}\n" for seconds, line in lines)
     return {"spawned": args.spawn, "cold": args.cold, "ready_seconds": ready, "events": events(lines)}
 
 
-def collect(stream: IO[str], began: float, lines: list[tuple[float, str]]) -> None:
-    """Add each line with its time."""
-    lines.extend((round(time.monotonic() - began, 2), line.rstrip("\n")) for line in stream)
+def collect(stream: IO[str], began: float, lines: list[tuple[float, str]], log: IO[str] | None) -> None:
+    """Add each line with its time; write it to the log at once, which so survives the end of this program."""
+    for line in stream:
+        lines.append((round(time.monotonic() - began, 2), line.rstrip("\n")))
+        if log:
+            log.write(f"[{lines[-1][0]:7.2f}] {lines[-1][1]}\n")
+            log.flush()
 
 
 def wait(process: subprocess.Popen[str], port: int, began: float, seconds: float) -> float | None:

@@ -6,7 +6,7 @@
 One request per row of a batch, without HTTP and without the scheduler. `--memory-gib` limits torch's allocations, as on
 a smaller card. `--torch-only` serves the same file without our kernels: weights dequantised to float16, attention in
 plain torch. `--bits` measures each width of the activations in turn. FLAGS are SGLang's. Times are medians; a decode
-step includes the choice of the next token, and is timed as SGLang's scheduler runs it: on a GPU the next step is started
+step includes the choice of the next token, and is timed as SGLang's scheduler runs it: on a GPU the next step begins
 before the host has the tokens of the last one. `decode_host_milliseconds` is what the host needs to start a step; it
 counts only where a step of the device takes less. Batches of similar size are the same requests, of which some end: the
 smaller ones have up to 96 more tokens before them.

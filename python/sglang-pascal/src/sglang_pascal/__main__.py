@@ -130,8 +130,8 @@ def _add_selftest(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=_jobs,
         default=1,
-        help="processes at once (default: 1): on a card newer than Pascal the driver compiles every kernel for minutes; "
-        "each process takes some hundred MB of the card's memory",
+        help="processes at once (default: 1): on a card newer than Pascal the driver compiles every kernel: "
+        "minutes in one process. Each takes some hundred MB of the card's memory",
     )
     parser.add_argument("names", metavar="NAME", nargs="*", help="only cases whose names start so; default: all")
 

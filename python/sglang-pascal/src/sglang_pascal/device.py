@@ -49,7 +49,7 @@ class Device:
     name: str
     compute_capability: tuple[int, int]
     total_bytes: int = 0
-    """All memory of the device; 0 = not asked for."""
+    """Total memory of the device; 0 if it was not queried."""
 
     @property
     def is_pascal(self) -> bool:
@@ -119,7 +119,7 @@ def devices() -> tuple[Device, ...]:
 
 
 def is_cuda_initialized() -> bool:
-    """Whether anything in this process has initialised the CUDA driver; asking does not."""
+    """Whether anything in this process has initialised the CUDA driver. This check does not initialise it."""
     driver = _driver()
     return driver is not None and driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != _NOT_INITIALIZED
 

@@ -178,7 +178,7 @@ def _names_of(library: Path, data: mmap.mmap, entry: _Entry) -> set[str]:
 
 
 def _end_of_names(table: bytes | bytearray) -> int:
-    """Where the table of section names ends: the next table begins with an empty string. -1 if not reached."""
+    """Return where the table of section names ends: the next table begins with an empty string. -1 if not reached."""
     return table.find(b"\0\0", _NAMES_START + 1)
 
 

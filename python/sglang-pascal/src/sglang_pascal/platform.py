@@ -30,11 +30,11 @@ class _PascalPlatform(SRTPlatform):  # type: ignore[misc]  # SGLang publishes no
         server_args.constrained_json_disable_any_whitespace = True
 
     def get_default_attention_backend(self) -> str:
-        """Our own."""
+        """Return `pascal`, this plugin's backend."""
         return ATTENTION_BACKENDS[0]
 
     def init_backend(self) -> None:
-        """Called once per process that runs a model, when SGLang's layers are loaded."""
+        """SGLang calls this once in each process that runs a model, after it has imported its layers."""
         from sglang_pascal.compat import apply_shims
         from sglang_pascal.fused_layers import register_norm
 
@@ -42,7 +42,7 @@ class _PascalPlatform(SRTPlatform):  # type: ignore[misc]  # SGLang publishes no
         register_norm(self.get_dispatch_key_name())
 
     def post_load_model(self, model: torch.nn.Module) -> None:
-        """Once per model, when its weights are there."""
+        """SGLang calls this once per model, after its weights are loaded."""
         from sglang_pascal.fused_layers import fuse
 
         fuse(model)
@@ -52,7 +52,7 @@ class _PascalPlatform(SRTPlatform):  # type: ignore[misc]  # SGLang publishes no
         return "native"
 
     def get_quantization_config(self, name: str) -> type | None:
-        """Return ours for GGUF and bitsandbytes, SGLang's for any other."""
+        """Return this plugin's class for GGUF and bitsandbytes, SGLang's for any other method."""
         if name == "bitsandbytes":
             from sglang_pascal.quantization.nf4 import PascalNf4Config
 
@@ -64,7 +64,7 @@ class _PascalPlatform(SRTPlatform):  # type: ignore[misc]  # SGLang publishes no
         return PascalGgufConfig
 
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
-        """Return ours for dense attention, because it supports int8."""
+        """Return this plugin's pool for dense attention: it supports int8."""
         if kind != "mha":
             return None
         from sglang_pascal.attention.kv_pool import PascalKVPool
@@ -93,13 +93,13 @@ class PascalCpuPlatform(CpuDeviceMixin, _PascalPlatform):  # type: ignore[misc]
     capabilities = PlatformCapabilities(supports_triton=False)
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Our attention backend: before it asks a platform, SGLang has put in `intel_amx`, which needs sgl-kernel."""
+        """Choose this plugin's attention backend. SGLang sets `intel_amx`, which needs sgl-kernel, before it asks."""
         super().apply_server_args_defaults(server_args)
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = self.get_default_attention_backend()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
-        """Once per model, when its weights are there."""
+        """SGLang calls this once per model, after its weights are loaded."""
         from sglang_pascal.packed_products import pack_products
 
         super().post_load_model(model)
@@ -118,7 +118,7 @@ class PascalCudaPlatform(CudaDeviceMixin, _PascalPlatform):  # type: ignore[misc
     capabilities = PlatformCapabilities(supports_triton=False, graph_capture=True)
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Choose no prefill graph, few decode graphs, float16 (which the kernels read), GGUF weights as in the file."""
+        """Default to no prefill graph, few decode graphs, float16 (the kernels' type), and GGUF weights as stored."""
         super().apply_server_args_defaults(server_args)
         if server_args.dtype == "auto":
             server_args.dtype = "float16"

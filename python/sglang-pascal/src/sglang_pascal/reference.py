@@ -55,7 +55,7 @@ def unrepack_ref(packed: torch.Tensor, tensor_type: str, rows: int, columns: int
 
 
 def _plane_order(tensor_type: str, device: torch.device) -> torch.Tensor:
-    """Return for each byte of a record's row in the device's order its place in the file."""
+    """Return, for each byte of a record's row in the device's order, its index in the file."""
     form = FORMATS[tensor_type]
     if not form.short_tiles:
         return torch.arange(form.record_row_bytes, device=device)
@@ -145,8 +145,8 @@ _DEQUANTIZE: Final = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0, "Q4_K": _q4_k
 def quantize_ref(x: torch.Tensor, *, is_16_bit: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise `[n, columns]` to int8 `[n, K]` and float32 `[n, K / 32, 2]` of (d, d * sum q); K is padded to 256.
 
-    is_16_bit: twice as many rows; the second half is what the rounding of the first lost, in 256ths of its steps, with
-    the sum of both: d * (256 * sum of the high q + sum of the low q).
+    is_16_bit: the result has twice as many rows. The second half holds the rounding error of the first, in 256ths of
+    its steps; its sums are of both: d * (256 * sum of the high q + sum of the low q).
     """
     padded = torch.nn.functional.pad(x.float(), (0, tiles(x.shape[1]) * TILE_COLUMNS - x.shape[1]))
     blocks = padded.view(x.shape[0], padded.shape[1] // BLOCK, BLOCK)
@@ -185,7 +185,7 @@ def silu_mul_ref(x: torch.Tensor) -> torch.Tensor:
 def quantized_matmul_ref(
     q: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor, *, is_16_bit: bool = False
 ) -> torch.Tensor:
-    """Quantised activations x dequantised weights `[rows, columns]` -> float64 `[n, rows]`.
+    """Return quantised activations x dequantised weights `[rows, columns]`: float64 `[n, rows]`.
 
     is_16_bit: of 2n rows, the high and the low int8 of n.
     """
@@ -243,7 +243,7 @@ def attention_ref(
     window: int | None = None,
     soft_cap: float = 0.0,
 ) -> torch.Tensor:
-    """Causal attention of one sequence, in float64.
+    """Return causal attention of one sequence, in float64.
 
     query: `[new, heads, D]`, the last positions. keys, values: `[length, kv_heads, D]`. window: number of earlier
     positions that a query sees; None = all.
@@ -276,7 +276,10 @@ def top_k_top_p_filter_ref(
     top_p: torch.Tensor | None = None,
     min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Zero all outside the top k, the nucleus p and min_p x the largest. Values equal to the last kept stay; sum 1."""
+    """Zero all values outside the top k, the nucleus p and min_p x the largest; scale the rest to sum 1.
+
+    Values equal to the smallest kept value stay.
+    """
     ordered, _ = probabilities.sort(dim=-1, descending=True)
     threshold = torch.zeros_like(ordered[:, :1])
     if top_k is not None:

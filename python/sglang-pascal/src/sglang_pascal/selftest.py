@@ -1,7 +1,7 @@
-"""Every operation against its reference, on the device at hand: `sglang-pascal selftest`.
+"""Compares every operation with its reference on the first device: `sglang-pascal selftest`.
 
-A case computes something with `ops` and again with `reference`, and says how large the difference is as a share of what
-is allowed: at most 1 passes. The limits follow from the arithmetic, not from what was observed:
+A case computes a result with `ops` and again with `reference`, and returns their difference as a share of the limit: at
+most 1 passes. The limits follow from the arithmetic, not from observed results:
 
 - moving bytes, dequantising, quantising given values, argmax: the same bits
 - products: 1e-6 of the sum of |w * x|; the integers are exact, so only the additions of block sums round
@@ -71,18 +71,18 @@ _SCALE_OFFSETS: Final = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a case gave."""
+    """The result of a case."""
 
     name: str
     error: float
     """Difference from the reference as a share of the limit; NaN = the comparison itself is broken."""
     seconds: float
     failure: str = ""
-    """The exception instead of a result: the driver refused a kernel, or a launch failed."""
+    """The exception if there is no result: the driver refused a kernel, or a launch failed."""
 
     @property
     def passed(self) -> bool:
-        """Within the limit; NaN is not."""
+        """Whether the error is within the limit; NaN is not."""
         return self.error <= 1
 
 
@@ -90,7 +90,7 @@ Case = Callable[[torch.device], float]
 
 
 def random_blocks(tensor_type: str, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """Rows of a GGUF tensor with random bits and scales of about 0.01, uint8 `[rows, row_bytes]` on the CPU."""
+    """Return rows of a GGUF tensor with random bits and scales of about 0.01, uint8 `[rows, row_bytes]` on the CPU."""
     form = FORMATS[tensor_type]
     generator = torch.Generator().manual_seed(seed)
     n_blocks = rows * (columns // form.block_weights)
@@ -102,7 +102,7 @@ def random_blocks(tensor_type: str, rows: int, columns: int, seed: int = 0) -> t
 
 
 def extreme_blocks(tensor_type: str) -> torch.Tensor:
-    """One block a row: each of some bytes throughout, with each of some scales: zero, denormal, largest."""
+    """Return one block per row, filled with one byte, for some bytes and some scales: zero, denormal, largest."""
     form = FORMATS[tensor_type]
     per_row = max(1, TILE_COLUMNS // form.block_weights)
     rows = []
@@ -119,7 +119,7 @@ def _normal(*shape: int, seed: int = 1) -> torch.Tensor:
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> float:
-    """0 if equal (NaN equals NaN), infinity if not."""
+    """Return 0 if equal (NaN equals NaN), infinity if not."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return float("inf")
     a, b = a.cpu(), b.cpu()
@@ -128,7 +128,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _share(value: torch.Tensor, expected: torch.Tensor, limit: torch.Tensor | float) -> float:
-    """Largest difference as a share of the limit."""
+    """Return the largest difference as a share of the limit."""
     allowed = torch.as_tensor(limit, dtype=torch.float64)
     difference = (value.double().cpu() - expected.double().cpu()).abs()
     return float((difference / allowed.clamp(min=1e-300)).max()) if difference.numel() else 0.0
@@ -138,7 +138,7 @@ def _share(value: torch.Tensor, expected: torch.Tensor, limit: torch.Tensor | fl
 
 
 def _shapes(tensor_type: str) -> list[tuple[int, int]]:
-    """Rows not multiples of 32; columns that end within a tile where the type can."""
+    """Return row counts that are no multiples of 32, and columns that end within a tile if the type allows it."""
     return [(1, 256), (33, 768), (96, 2304), *_short_matrices(tensor_type)]
 
 
@@ -172,7 +172,7 @@ def _dequantize(device: torch.device, tensor_type: str) -> float:
 
 
 def _awkward(rows: int, columns: int) -> torch.Tensor:
-    """Normal values with a zero block, a tiny one, outliers and float16's largest."""
+    """Return normal values with a zero block, a tiny one, outliers and float16's largest number."""
     x = _normal(rows, columns)
     x[0, :32] = 0
     x[-1, :16] *= 1e-20
@@ -213,7 +213,7 @@ def _silu_mul(device: torch.device) -> float:
 
 
 def _quantize_to_16_bits(device: torch.device) -> float:
-    """Two int8 hold each value to a 256th of a step of one, whatever quantised it."""
+    """Two int8 hold each value within a 256th of a step of one, whichever operation quantised it."""
     errors = []
     for columns, dtype in itertools.product(_COLUMNS, (torch.float32, torch.float16)):
         x, weight = _normal(5, columns).to(dtype) * 3, _normal(1, columns, seed=4)[0].to(dtype)
@@ -339,7 +339,7 @@ def _product_of_extremes(device: torch.device, tensor_type: str) -> float:
 
 
 def _largest_part(raw: torch.Tensor, tensor_type: str) -> torch.Tensor:
-    """A bound of |d * q| + |m| for each row of `extreme_blocks`: scale 63, quant 31 for the types with a minimum."""
+    """Return a bound of |d * q| + |m| for each row of `extreme_blocks`: scale 63, quant 31 for types with a minimum."""
     offset = _SCALE_OFFSETS[tensor_type][0]
     d = raw[:, offset : offset + 2].contiguous().view(torch.float16).double().abs().T
     return d * (63.0 * 32 if FORMATS[tensor_type].has_min else 0.0)
@@ -443,7 +443,7 @@ def _rope(device: torch.device, kind: str) -> float:
 
 
 def _pool_error(pool: KvPool, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rounding: float) -> float:
-    """Written slots are near what they should be, within the pool type's own rounding; all others are untouched."""
+    """Return the error of the written slots, of which the pool type's rounding is allowed; others must not change."""
     errors = []
     written = slots[slots >= 0].long()
     own = {"F16": HALF_ULP, "E5M2": 2**-2, "INT8": 1.01 / 127}[pool.kind]
@@ -457,7 +457,7 @@ def _pool_error(pool: KvPool, slots: torch.Tensor, keys: torch.Tensor, values: t
 
 
 def _batch(lengths: list[int], device: torch.device) -> tuple[Sequences, int]:
-    """Sequences whose slots lie scattered over a pool; the pool's slots."""
+    """Return sequences whose slots are scattered over a pool, and the number of the pool's slots."""
     total = sum(lengths) + 7
     order = torch.randperm(total, generator=torch.Generator().manual_seed(3)).int()
     table = torch.full((len(lengths) + 2, max(lengths) + 5), 2**30, dtype=torch.int32)  # never to be read
@@ -696,7 +696,7 @@ def _by_kernels(names: list[str]) -> list[list[str]]:
 
 
 def _outcome(name: str, case: Case, device: torch.device) -> Outcome:
-    """One case. That it raises is its result: the others are still run."""
+    """Run one case. An exception is its result, so the other cases still run."""
     start, error, failure = time.monotonic(), float("nan"), ""
     try:
         error = case(device)
@@ -706,7 +706,7 @@ def _outcome(name: str, case: Case, device: torch.device) -> Outcome:
 
 
 def print_selftest(*, as_json: bool, names: list[str] | None = None, jobs: int = 1) -> int:
-    """Run on the first visible CUDA device, else on the CPU, where operations are the references themselves."""
+    """Run on the first visible CUDA device, otherwise on the CPU, whose operations are the references themselves."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU (the references themselves)"
     outcomes = run(device, names, jobs)

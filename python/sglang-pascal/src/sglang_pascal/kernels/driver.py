@@ -114,14 +114,14 @@ def _module(name: str, device: int) -> ctypes.c_void_p:
 
 @functools.cache
 def multiprocessors(device: int | None) -> int:
-    """Return a card's number of multiprocessors; without a card (None) 20, as a P4 has."""
+    """Return a card's number of multiprocessors; 20, as on a P4, if device is None."""
     if device is None:
         return P4_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def has_dp4a(device: int | None) -> bool:
-    """Whether the code that a card runs is that for sm_61, not for sm_60; without a card (None) as on a P4."""
+    """Whether a card runs the code for sm_61, which has dp4a, and not that for sm_60; True if device is None."""
     return device is None or target_of(torch.cuda.get_device_capability(device))[0] != "60"
 
 

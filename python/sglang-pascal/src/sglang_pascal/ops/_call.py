@@ -29,7 +29,7 @@ def launch(
     like: torch.Tensor,
     what: str = "",
 ) -> None:
-    """Start a kernel on the current stream of the device of `like`. what: shapes, for the text of an error."""
+    """Start a kernel on the current stream of the device of `like`. what: shapes, for the error message."""
     kernel(module, function, threads, like.device.index).launch(grid, arguments, what)
 
 

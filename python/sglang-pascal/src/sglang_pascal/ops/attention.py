@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SPLITS: Final = {512: 32, 1024: 64, 2048: 128}
 """Longest sequence -> positions that one CTA of a decode reads (`split_of` of kv.cuh)."""
 MOST_SPLIT: Final = 256
-"""Of longer sequences."""
+"""Positions that one CTA reads of longer sequences."""
 _GROUPS: Final = (1, 2, 4, 8)
 """Query heads per KV head for which the decode kernels are compiled; other numbers are padded."""
 _THREADS: Final = 128
@@ -63,7 +63,7 @@ def attention_decode(
     quantized: bool = False,
     is_16_bit: bool = False,
 ) -> torch.Tensor | Activations:
-    """Attend from query `[n, heads, D]`, each sequence's last position: `[n, heads * D]`, or int8 `Activations` of it.
+    """Return attention of query `[n, heads, D]`, each sequence's last position: `[n, heads * D]` or int8 `Activations`.
 
     max_length: at least the longest length, known on the host; constant in a CUDA graph (the context length).
     window: number of earlier positions that a token sees (SGLang's `sliding_window_size`); None = all.
@@ -116,7 +116,7 @@ def attention_decode(
 
 
 def most_splits(max_length: int) -> int:
-    """Of a sequence of any length up to max_length."""
+    """Return the largest number of splits of a sequence with at most max_length positions."""
     counts = [-(-min(max_length, longest) // split) for longest, split in SPLITS.items()]
     return max(1, *counts, -(-max_length // MOST_SPLIT))
 
@@ -184,7 +184,7 @@ def attention_prefill(
     window: int | None = None,
     soft_cap: float = 0.0,
 ) -> torch.Tensor:
-    """Attend from query `[tokens, heads, D]`, each sequence's last positions, causal: `[tokens, heads * D]`.
+    """Return causal attention of query `[tokens, heads, D]`, each sequence's last positions: `[tokens, heads * D]`.
 
     The pool already holds the new tokens' keys and values. query_starts: int32 `[n + 1]`, the first new token of each
     sequence, then their total number. max_new: at least the most new tokens of one sequence, known on the host. The

@@ -77,7 +77,7 @@ def rope_and_store(
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """Normalise (optional) and rotate queries and keys, write keys and values to their slots; return the queries.
+    """Normalise (optional) and rotate queries and keys; write keys and values to their slots; return the queries.
 
     qkv: `[n, (heads + 2 kv_heads) * D]`, float16 or float32. positions, slots: `[n]`; a negative slot is not written
     (padding of a CUDA graph). cos_sin: float32 `[max position, rotary_dim]`, cosines, then sines (SGLang's cache).

@@ -5,8 +5,8 @@ convert   rows of a type without kernels -> rows of a type that has them, withou
 matrix    one weight matrix in memory: load rows, multiply, look rows up
 staging   host rows -> device, in bounded chunks, repacked on arrival
 weight_table  the content of a GGUF file, under the names that SGLang's models use
-handover  activations that a norm has quantised already
-precision  number of bits with which activations are multiplied
+handover  passes activations that a norm has quantised to the layer that multiplies them
+precision  the number of bits of the activations in products
 method    SGLang's linear and embedding methods for these matrices
 binding   gives the file's matrices to the layers of a model
 config    SGLang's quantisation configuration `gguf`

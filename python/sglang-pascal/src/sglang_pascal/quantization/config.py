@@ -29,7 +29,7 @@ class PascalGgufConfig(QuantizationConfig):  # type: ignore[misc]  # SGLang publ
         return QUANTIZATION
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """bfloat16 on the CPU only: the kernels read float16 and float32."""
+        """Return float16 and float32, which the kernels read, and on the CPU also bfloat16."""
         return [torch.float16, torch.float32] + ([] if torch.cuda.is_available() else [torch.bfloat16])
 
     @classmethod

@@ -113,7 +113,7 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
     def apply_quantized(
         self, activations: Activations, dtype: torch.dtype, bias: torch.Tensor | None = None, *, is_16_bit: bool
     ) -> torch.Tensor:
-        """Do `apply` with n rows of activations, of 8 or 16 bits, that are already quantised; only if `is_packed`."""
+        """Like `apply`, for n rows of activations that are already quantised to 8 or 16 bits. Requires `is_packed`."""
         return self._products_of(Input(None, activations, is_16_bit=is_16_bit), dtype, bias)
 
     def _multiply(self, x: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:
@@ -133,7 +133,7 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
 
     @contextlib.contextmanager
     def _named(self, action: str) -> Iterator[None]:
-        """Add to a kernel's error what it was doing: a kernel knows shapes, not tensor names."""
+        """Add the tensors' names to a kernel's error: a kernel knows shapes only."""
         try:
             yield
         except KernelError as exc:
@@ -188,7 +188,7 @@ class QuantizedEmbeddingMethod(QuantizedLinearMethod):
 
 
 def _matrix(part: MatrixInfo, data: torch.Tensor) -> Matrix:
-    """Return a matrix in the first bytes of `data`, as `part` says that it is held."""
+    """Return a matrix in the first bytes of `data`, in the type that `part` names."""
     data = data[: part.storage.n_bytes(part.rows, part.columns)]
     if part.storage.is_dense:
         return DenseMatrix(data.view(torch.float16).view(part.rows, part.columns))

@@ -35,7 +35,7 @@ class PascalNf4Config(BitsAndBytesConfig):  # type: ignore[misc]  # SGLang publi
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """6.0, the oldest for which bitsandbytes' CUDA 12.6 library has code."""
+        """Return 60: compute capability 6.0 is the oldest for which bitsandbytes' CUDA 12.6 library has code."""
         return 60
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:

@@ -1,10 +1,10 @@
-"""The number of bits with which activations are multiplied, for prompts and for decode steps.
+"""The number of bits of the activations in products, for prompts and for decode steps.
 
-8 bits: one int8 with a scale for 32 values, as llama.cpp has everywhere. A small model loses by it: 4 % of the most
-likely tokens of a prompt change on SmolLM2-135M. 16 bits: a second int8 holds what the rounding of the first lost; no
-token changes. This is free while few requests decode, because reading the weights takes the time; prompts, and many
-requests, take nearly twice as long. `pascaline` decides it for a model and a card (`activation_bits`); 16 is the
-default here.
+8 bits: one int8 with a scale for 32 values, as in llama.cpp. A small model loses quality: 4 % of the most likely
+tokens of a prompt change on SmolLM2-135M. 16 bits: a second int8 holds the rounding error of the first; no token
+changes. This is free while few requests decode, because reading the weights takes longer; prompts, and many requests,
+take nearly twice as long. `pascaline` chooses the number for a model and a card (`activation_bits`); the default here
+is 16.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DEFAULT: Final = "16"
 
 @functools.cache
 def activation_bits(variable: str) -> int:
-    """Return the bits that a variable names; it is read once per process."""
+    """Return the number of bits in an environment variable, which is read once per process."""
     value = os.environ.get(variable, _DEFAULT)
     if value not in map(str, ACTIVATION_BITS):
         raise PluginError(f"{variable} is {value!r}, must be 8 or 16; unset it for {_DEFAULT}")
@@ -30,7 +30,7 @@ def activation_bits(variable: str) -> int:
 
 
 def activations_are_16_bit() -> bool:
-    """Whether activations of the forward pass that runs now have 16 bits.
+    """Whether activations have 16 bits in the current forward pass.
 
     It depends only on whether the pass is a decode step, so a row's bits do not depend on the batch.
     """
@@ -38,7 +38,7 @@ def activations_are_16_bit() -> bool:
 
 
 def _is_decode() -> bool:
-    """Our attention backends know what they planned last; another's passes, and none, count as decode steps."""
+    """Whether the pass is a decode step, by the plan of our attention backend; any other backend's counts as one."""
     from sglang.srt.model_executor import forward_context  # here, because `sglang-pascal info` reads the variables too
 
     if not forward_context.has_forward_context():

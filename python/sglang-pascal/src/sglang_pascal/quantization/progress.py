@@ -1,4 +1,4 @@
-"""Shows how far loading is: one line that is overwritten on a terminal, a line per tenth in a log."""
+"""Shows the progress of loading: one line that is overwritten on a terminal, ten lines in a log."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LoadingProgress:
             self._stream.flush()
 
     def add(self, n_bytes: int) -> None:
-        """Count n_bytes more as loaded."""
+        """Count n_bytes as loaded."""
         self._done += n_bytes
         if self._is_terminal:
             self._draw()

@@ -41,7 +41,7 @@ class Storage:
 
     @property
     def how(self) -> str:
-        """`native`, `lossless` or `dense`."""
+        """Return `native`, `lossless` or `dense`."""
         if self.held == self.tensor_type:
             return "native"
         return "dense" if self.held == DENSE else "lossless"

@@ -76,9 +76,9 @@ class WeightTable:
 
 
 def summary(matrices: Iterable[MatrixInfo]) -> str:
-    """Return each way of holding and its number of matrices, for the log.
+    """Return the number of matrices in each type, for the log.
 
-    Such as `Q4_K 168, Q6_K 30, Q5_0 as Q8_0 without loss 12, BF16 as F16 1`.
+    Example: `Q4_K 168, Q6_K 30, Q5_0 as Q8_0 without loss 12, BF16 as F16 1`.
     """
     counts = Counter(matrix.storage for matrix in matrices)
     return ", ".join(f"{_held(storage)} {count}" for storage, count in counts.most_common())

@@ -199,7 +199,7 @@ class _IsCudaFinder(importlib.abc.MetaPathFinder):
 
 
 def replace_everywhere(original: object, replacement: object) -> int:
-    """Put the replacement into every loaded module that holds the original by name; return the number of places."""
+    """Replace the original in every loaded module that has a name for it; return the number of replacements."""
     count = 0
     for module in list(sys.modules.values()):
         for name, value in list(getattr(module, "__dict__", {}).items()):
@@ -254,7 +254,7 @@ def verify_load_format(original: Callable[[Any], None], config: Any) -> None:
 
 
 def prepared_tokenizer(original: Callable[..., Any], name: str | Path, *arguments: Any, **options: Any) -> Any:
-    """Wrap how SGLang loads a tokenizer: that of a folder that `prepare` made is its tokenizer.json, unchanged."""
+    """Wrap how SGLang loads a tokenizer: for a folder made by `prepare`, take its tokenizer.json unchanged."""
     from sglang_pascal.checkpoint.prepare import MANIFEST
 
     if not Path(name, MANIFEST).is_file():

@@ -1,4 +1,4 @@
-"""The fastest number type and thread settings for this CPU, as measured with this package's attention backend."""
+"""The fastest dtype and thread settings for this CPU, as measured with this package's attention backend."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def collect() -> dict[str, Any]:
 
 
 def _architecture(architecture: Architecture) -> dict[str, Any]:
-    """`model_type`s of Hugging Face folders, and the tensors of one layer by the names that those have."""
+    """Return the `model_type`s of Hugging Face folders, and the tensors of one layer under the names used there."""
     wanted = [each.name for each in wanted_tensors(architecture.name, _ONE_LAYER, biased=False) if each.required]
     layer = [str(architecture.hf_name(name)) for name in wanted if name.startswith("blk.")]
     return {

@@ -1,5 +1,5 @@
-"""Layers of SGLang's models in few launches: norm and rotation with the write of keys and values; the norm before a
-product, the activation function and attention, each with the quantisation of its result.
+"""Runs layers of SGLang's models in few launches. One launch norms and rotates queries and keys and writes keys and
+values; the norm before a product, the activation function and attention each quantise their result.
 
 `fuse` wraps a layer's own `forward`. The fused code runs only if attention runs on our kernels and they can compute the
 layer; otherwise SGLang's own code runs. One device only: no reduction over ranks.

@@ -1,4 +1,4 @@
-"""What the kernels reach on this machine's GPU: bandwidth, instruction rates, products and attention, as plain values.
+"""Measures the kernels on this machine's GPU: bandwidth, instruction rates, products and attention, as plain values.
 
 Each time is the median of several replays of a CUDA graph with many launches, so launches by the host do not count.
 Weights rotate through copies that together exceed the L2 cache several times ("cold", as in a model), unless `copies`
@@ -79,7 +79,7 @@ class Product:
     """Dequantising the weights, which torch must do before each product if they stay quantised."""
     weight_bytes: int
     bits: int = 8
-    """Of x."""
+    """Bits of x."""
 
     @property
     def bandwidth(self) -> float:
@@ -153,7 +153,7 @@ def product(name: str, n: int, device: torch.device, *, bits: int = 8, with_torc
 
 
 def repeated_product(name: str, n: int, bits: int, device: torch.device) -> Callable[[], object]:
-    """Return what multiplies one of SHAPES once, for work without an end."""
+    """Return a function that multiplies one of SHAPES once, for an endless load."""
     tensor_type, rows, columns = SHAPES[name]
     weight = _random_weight(tensor_type, rows, columns, device)
     is_16_bit = bits == 16

@@ -1,8 +1,8 @@
 """Paged attention behind SGLang's interface.
 
-kernels_backend  over our kernels: the default on CUDA
+kernels_backend  uses our kernels: the default on CUDA
 backend          in plain torch: the default on the CPU, and the reference for the other
 paged            its arithmetic and the plan of a prefill, on tensors only
 kv_pool          SGLang's pool with int8 storage
-kv_types         the types of `--kv-cache-dtype` that SGLang must be told of
+kv_types         adds types to SGLang's `--kv-cache-dtype`
 """

@@ -1,7 +1,7 @@
 """SGLang's attention backend over `paged`: the default on the CPU, `pascal_torch` by name.
 
-On CUDA a decode step has static shapes (all of the context length, masked), so that a CUDA graph records it. On the
-CPU, where nothing is recorded, a step reads only up to its longest sequence.
+On CUDA a decode step has static shapes (the whole context length, masked), so that a CUDA graph can capture it. On the
+CPU, which has no graphs, a step reads only up to its longest sequence.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _View = tuple[int | None, bool]
 
 @dataclass
 class _ForwardPlan:
-    """What is the same for all layers of one forward pass; filled by the first layer that needs it."""
+    """Data that all layers of one forward pass share; the first layer that needs it fills it."""
 
     swa_write_slots: torch.Tensor | None = None
     decode_slots: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
@@ -47,7 +47,7 @@ class PascalAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
 
     needs_cpu_seq_lens = False
     is_decode = True
-    """Of the pass that was planned last."""
+    """Whether the pass that was planned last is a decode step."""
 
     def __init__(self, runner: Any) -> None:
         super().__init__()
@@ -60,20 +60,20 @@ class PascalAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
         self._plan = _ForwardPlan()
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Nothing to allocate: a recorded step makes its own tensors in the graph's pool."""
+        """Allocate nothing: a captured step makes its own tensors in the graph's pool."""
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
-        """Length of the padding rows of a recorded step."""
+        """Return the length of the padding rows of a captured step."""
         return 1
 
     def support_triton(self) -> bool:
-        """No Triton kernel is used here."""
+        """Return False: this backend has no Triton kernel."""
         return False
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """Forget the last pass; the first layer of this one plans anew.
 
-        SGLang calls this in each warm-up of a graph, and again inside the recording: the graph must not read what a
+        SGLang calls this in each warm-up of a graph, and again during the capture: the graph must not read what a
         warm-up computed, and each replay must compute it again.
         """
         self._plan, self.is_decode = _ForwardPlan(), paged.is_decode(forward_batch.forward_mode)
@@ -83,7 +83,7 @@ class PascalAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
             plan.decode_slots = self._slots(forward_batch, self._decode_columns(plan.decode_lengths))
 
     def _decode_columns(self, seq_lens: torch.Tensor) -> int:
-        """Positions that a decode step reads: the longest sequence's on the CPU, always all on a device."""
+        """Return the number of positions that a decode step reads: the longest sequence on the CPU, all on a device."""
         if not self._is_cpu:
             return self._context_length
         return max(1, int(seq_lens.max())) if len(seq_lens) else 1
@@ -91,7 +91,7 @@ class PascalAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
     def forward_decode(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **_: Any
     ) -> torch.Tensor:
-        """New tokens of answers, as many of each request: q `[n * width, heads * D]` -> `[n * width, heads * Dv]`."""
+        """Attend from `width` new tokens of each request: q `[n * width, heads * D]` -> `[n * width, heads * Dv]`."""
         self._refuse_unsupported(layer)
         if save_kv_cache and k is not None:
             self._store(layer, forward_batch, k, v)
@@ -102,7 +102,7 @@ class PascalAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
     def forward_extend(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **_: Any
     ) -> torch.Tensor:
-        """New tokens after their cached prefixes: q `[tokens, heads * D]` -> `[tokens, heads * Dv]`."""
+        """Attend from new tokens after their cached prefixes: q `[tokens, heads * D]` -> `[tokens, heads * Dv]`."""
         if self.is_decode:  # SGLang takes a verification for an extension
             return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         self._refuse_unsupported(layer)
@@ -157,7 +157,7 @@ class PascalAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
         return table
 
     def _translated(self, slots: torch.Tensor, view: _View) -> torch.Tensor:
-        """Slots of the pool that the layer reads: the sliding-window pool has numbers of its own."""
+        """Return the slots in the layer's pool: the sliding-window pool has its own numbering."""
         if self._swa_pool is None or not view[1]:
             return slots
         translated: torch.Tensor = self._swa_pool.translate_loc_from_full_to_swa(slots)
@@ -175,5 +175,5 @@ class PascalAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
 
 
 def create_backend(runner: Any) -> PascalAttentionBackend:
-    """What SGLang's registry calls."""
+    """Make the backend; SGLang's registry calls this."""
     return PascalAttentionBackend(runner)

@@ -1,7 +1,7 @@
-"""SGLang's attention backend over our kernels: the default on CUDA, `pascal_kernels` by name.
+"""SGLang's attention backend with our kernels: the default on CUDA, `pascal_kernels` by name.
 
-A decode step is the same launches whatever the lengths are, so that a CUDA graph records it. Nothing waits for the
-device. On CPU tensors the operations compute by the reference: slow, for tests.
+A decode step makes the same launches for all lengths, so that a CUDA graph can capture it. Nothing waits for the
+device. On CPU tensors the operations use the reference: slow, for tests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAME: Final = ATTENTION_BACKENDS[1]
 
 
 class Rotation(NamedTuple):
-    """What is done to queries and keys before they are stored."""
+    """Norm and rotation of queries and keys before they are stored."""
 
     positions: torch.Tensor
     cos_sin: torch.Tensor
@@ -42,12 +42,12 @@ class Rotation(NamedTuple):
 
 @dataclass
 class _ForwardPlan:
-    """What is the same for all layers of one forward pass."""
+    """Data that all layers of one forward pass share."""
 
     full: Sequences
     write_slots: torch.Tensor
     swa: Sequences | None = None
-    """As the sliding-window pool numbers its slots."""
+    """Slots in the numbering of the sliding-window pool."""
     swa_write_slots: torch.Tensor | None = None
     query_starts: torch.Tensor | None = None
     """int32 `[n + 1]`; None for a decode."""
@@ -59,7 +59,7 @@ class KernelAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
 
     needs_cpu_seq_lens = False
     is_decode = True
-    """Of the pass that was planned last."""
+    """Whether the pass that was planned last is a decode step."""
 
     def __init__(self, runner: Any) -> None:
         super().__init__()
@@ -74,18 +74,18 @@ class KernelAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
         self._plan: _ForwardPlan | None = None
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Nothing to allocate: a recorded step makes its own tensors in the graph's pool."""
+        """Allocate nothing: a captured step makes its own tensors in the graph's pool."""
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
-        """Length of the padding rows of a recorded step."""
+        """Return the length of the padding rows of a captured step."""
         return 1
 
     def support_triton(self) -> bool:
-        """No Triton kernel is used here."""
+        """Return False: this backend has no Triton kernel."""
         return False
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        """Plan a pass anew: SGLang calls it in each warm-up of a graph, and again inside the recording.
+        """Plan a pass anew: SGLang calls this in each warm-up of a graph, and again during the capture.
 
         If several tokens of a request are verified, each is a sequence of its own, one position longer than the one
         before: its result equals that of a decode step of that token, bit for bit.
@@ -121,7 +121,8 @@ class KernelAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
     ) -> torch.Tensor | Activations:
         """Norm, rotate, store and attend, from qkv `[n, (heads + 2 kv_heads) * D]` as the projection made it.
 
-        quantized: the result of a decode as the output projection multiplies it, in 8 or 16 bits; a prefill's is never.
+        quantized: return a decode's result as the output projection multiplies it, in 8 or 16 bits. A prefill's result
+        is never quantised.
         """
         plan = self._planned()
         slots = plan.swa_write_slots if self._is_swa(layer) else plan.write_slots
@@ -200,17 +201,17 @@ class KernelAttentionBackend(AttentionBackend):  # type: ignore[misc]  # SGLang 
 
 
 def _repeated(values: torch.Tensor, width: int) -> torch.Tensor:
-    """`[n]` -> contiguous `[n * width]`, each value width times; no wait for the device, as the size is known."""
+    """Return `[n * width]`, contiguous: each of `[n]` width times, without a wait for the device."""
     return values.repeat_interleave(width, output_size=len(values) * width) if width > 1 else values
 
 
 def _starts(lengths: torch.Tensor) -> torch.Tensor:
-    """`[n]` -> int32 `[n + 1]`: where each begins, and the end of the last."""
+    """Return int32 `[n + 1]` for `[n]`: the start of each sequence, and the end of the last."""
     starts = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
     torch.cumsum(lengths, 0, dtype=torch.int32, out=starts[1:])
     return starts
 
 
 def create_backend(runner: Any) -> KernelAttentionBackend:
-    """What SGLang's registry calls."""
+    """Make the backend; SGLang's registry calls this."""
     return KernelAttentionBackend(runner)

@@ -1,6 +1,6 @@
 """SGLang's paged KV pool with int8 storage: one float16 scale per token and KV head, in arrays beside the pool.
 
-float16 and float8 are SGLang's own. int8 takes 1 + 2 / head_dim bytes an element, and is more exact than e5m2.
+float16 and float8 are SGLang's own. int8 takes 1 + 2 / head_dim bytes per element, and is more exact than e5m2.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PascalKVPool(MHATokenToKVPool):  # type: ignore[misc]  # SGLang publishes 
             )
 
     def _init_kv_copy_and_warmup(self) -> None:
-        """With speculation, SGLang would launch a Triton copy here; a chain never moves its slots."""
+        """Do nothing: with speculation, SGLang would launch a Triton copy here, but a chain never moves its slots."""
         self._kv_copy_config = None
         self.use_native_move_kv_cache = True
 
@@ -69,7 +69,7 @@ class PascalKVPool(MHATokenToKVPool):  # type: ignore[misc]  # SGLang publishes 
 
 
 def kv_of_layer(pool: Any, layer_id: int) -> KvPool:
-    """Keys and values of a layer, whichever of SGLang's two pools of a sliding-window model holds them."""
+    """Return the keys and values of a layer from that of SGLang's two pools which holds them."""
     if isinstance(pool, SWAKVPool) and pool.swa_layer_nums > 0:
         layer_id, is_swa = pool.layers_mapping[layer_id]
         pool = pool.swa_kv_pool if is_swa else pool.full_kv_pool

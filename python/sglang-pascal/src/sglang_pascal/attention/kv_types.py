@@ -1,6 +1,6 @@
-"""`--kv-cache-dtype int8`, and fp8_e5m2 on the CPU: what SGLang must be told to know them.
+"""Adds `--kv-cache-dtype int8`, and fp8_e5m2 on the CPU, to SGLang.
 
-Each function stands around the one of SGLang that its name and docstring say; `compat` puts them in place.
+Each function wraps the function of SGLang that its docstring names; `compat` installs them.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class GgufPart:
 
 
 def open_parts(path: Path) -> tuple[GgufPart, ...]:
-    """Open the file and, if it is part of a split model, all others; an error if they are not parts of one model."""
+    """Open the file and, if it is part of a split model, all other parts. They must be parts of one model."""
     asked = _open_part(path, 0)
     count = _split_number(asked, "split.count", default=0)
     if count <= 1:
@@ -215,7 +215,7 @@ def _check_tensors(parts: tuple[GgufPart, ...]) -> None:
 
 
 def _check_quantization(parts: tuple[GgufPart, ...]) -> None:
-    """Refuse a part that was quantised otherwise than those before it."""
+    """Refuse a part with another quantisation than the parts before it."""
     tensors = [
         {name: Tensor(info.tensor_type.name, info.shape) for name, info in part.tensors.items()} for part in parts
     ]

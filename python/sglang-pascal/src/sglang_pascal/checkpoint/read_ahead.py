@@ -1,8 +1,8 @@
 """Keeps the disk busy while a model's weights are loaded.
 
 Weights are read through a mapping, one after the other. By default the kernel reads 128 KiB ahead, so a fast disk
-would wait for the loader and the loader for the disk. What is asked for here comes in the background, and
-costs nothing if it is in memory already.
+would wait for the loader and the loader for the disk. Pages requested here are read in the background; a request for
+pages that are already in memory costs nothing.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from sglang_pascal.checkpoint.gguf_file import GgufFile, TensorInfo
 
 AHEAD_BYTES: Final = 256 * 2**20
-"""How far ahead of the loader: more than it takes while a request of the deepest queue is served."""
+"""Distance ahead of the loader: more than the loader consumes while the deepest disk queue serves a request."""
 STEP_BYTES: Final = 128 * 2**10
 """Bytes of one request: the kernel cuts a longer one to the larger of its readahead (128 KiB by default) and the disk's
 largest request (`force_page_cache_ra` of Linux)."""
 
 
 class ReadAhead:
-    """Asks the kernel for the tensors behind those that are loaded."""
+    """Requests the tensors that follow those already loaded."""
 
     def __init__(self, file: GgufFile, ahead_bytes: int = AHEAD_BYTES) -> None:
         self._ahead = ahead_bytes
@@ -34,7 +34,7 @@ class ReadAhead:
         self.add(0)
 
     def add(self, n_bytes: int) -> None:
-        """Count n_bytes of tensors more as loaded, and ask for as many more."""
+        """Count n_bytes of tensors as loaded, and request the same number of bytes ahead."""
         self._loaded += n_bytes
         while self._asked < self._loaded + self._ahead and (step := next(self._steps, None)):
             data, start, length = step

@@ -17,10 +17,10 @@ STEP_COLUMNS: Final = 64
 BLOCK: Final = 32
 """Activations that share a scale."""
 ACTIVATION_BITS: Final = (8, 16)
-"""What activations can be multiplied with: one int8, or two."""
+"""Bits of activations: one int8, or two."""
 RECORDED_BATCH_SIZES: Final = (*range(1, 13), 14, 16, 18, 20, 24, 28, 32, 40, 48, 56, 64)
-"""Decode batch sizes that are recorded as CUDA graphs, of those up to the most requests at once; one in between is
-padded to the next. Every size that a decode product multiplies without a padded row has its own up to 12.
+"""Decode batch sizes for which CUDA graphs are captured, up to the limit of concurrent requests. A size in between is
+padded to the next. Up to 12, every size that a decode product multiplies without a padded row has its own graph.
 """
 PLANE_BYTES: Final = 16
 """Bytes of one row in one plane of a tile."""
@@ -39,7 +39,7 @@ class Format:
     half_scales: bool = False
     """16 weights share a scale, not 32."""
     most_rows_per_lane: int = 4
-    """Of a decode product, by the registers that a row's unpacked weights take."""
+    """Most rows of a weight per lane of a decode product: a row's unpacked weights take registers."""
 
     @property
     def weight_bytes(self) -> float:
@@ -105,4 +105,4 @@ SPECULATIVE_COLUMNS: Final = 16
 """Most int8 columns of x in a step that verifies drafts: up to this number, a product takes about as long as
 reading the weights. An activation of 16 bits takes two columns."""
 SPECULATIVE_WIDTHS: Final = (1, 2, 4, 8, 16)
-"""Rows of one request in a step: what is recorded as CUDA graphs, up to the most that is configured."""
+"""Rows of one request in a step for which CUDA graphs are captured, up to the configured maximum."""

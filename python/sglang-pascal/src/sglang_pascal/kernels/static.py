@@ -1,4 +1,4 @@
-"""What the compiler made of each kernel for Pascal: registers, shared memory, spills, the instructions in its loops.
+"""Static analysis of each kernel as compiled for Pascal: registers, shared memory, spills, instructions of its loops.
 
 This needs no GPU: ptxas 11.8 assembles for sm_61 (or sm_60), and nvdisasm prints the machine code. It shows whether
 instructions or memory bound a kernel on Pascal, which a newer card cannot show. It says nothing about latency, caches
@@ -109,7 +109,7 @@ class KernelReport:
     def slots_per_weight(self) -> float | None:
         """Issue slots per weight of the products (all their columns together); None for other kernels.
 
-        Of a tile product: those of its inner loop, without unpacking and staging.
+        For a tile product, those of its inner loop, without unpacking and staging.
         """
         if not self.module.startswith(("decode_matmul", "tile_matmul")) or self.main_loop is None:
             return None
@@ -117,15 +117,18 @@ class KernelReport:
 
     @property
     def rows_per_lane(self) -> int:
-        """Rows of the weight that a lane of a decode product has. One pass of its loop is a tile of each row where the
-        tile's steps are unrolled, else a step.
+        """Rows of the weight per lane of a decode product.
+
+        One pass of its loop covers a tile of each row if the tile's steps are unrolled, otherwise one step.
         """
         return max(1, self._weights_per_pass // (TILE_COLUMNS if self.columns <= UNROLLED_COLUMNS else STEP_COLUMNS))
 
     @property
     def _weights_per_pass(self) -> int:
-        """Of the loop, from its dot products (of 4 weights and a column of int8, or of 2 weights and a row of x);
-        without them from its products.
+        """Return the weights per pass of the loop.
+
+        They follow from its dot products (of 4 weights and a column of int8, or of 2 weights and a row of x), or from
+        its products if it has none.
         """
         assert self.main_loop is not None
         if products := self.main_loop.opcodes.get("IDP", 0) * 4:
@@ -141,7 +144,7 @@ class KernelReport:
 
     @property
     def bits(self) -> int:
-        """Of x, in its name; 8 where the kernel has no choice."""
+        """Bits of x, from the kernel's name; 8 if the kernel has no choice."""
         found = re.search(r"_(\d+)bit", self.name)
         return int(found[1]) if found else 8
 

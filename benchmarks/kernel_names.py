@@ -86,7 +86,7 @@ NESTED = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCH
 
 @dataclass(frozen=True)
 class Configuration:
-    """One engine: which model, how SGLang is started, and what is asked of it."""
+    """One engine: its model, how SGLang is started, and the requests that it gets."""
 
     model: str
     """builtin, gguf ARCHITECTURE MIXTURE, or hf ARCHITECTURE."""

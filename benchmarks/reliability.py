@@ -58,7 +58,7 @@ at will; `tests/faults/test_real_sglang.py` and `tests/serve/test_llama_cpp.py` 
 engines.
 
 Clients ask all the time, every second one for a stream. **Every request is accounted for:** answered whole, refused
-(no connection, or a status from 400 on), cut (the client is told by a closed connection or an error), or silent (no
+(no connection, or a status from 400 on), cut (the client sees a closed connection or an error), or silent (no
 answer and no end within 30 s). Requests that were in the engine when it died are cut: nobody can answer them any more.
 
 - **detected**: from the fault to `/readyz` saying no (or the end of the instance). Measured with `stall_timeout`

@@ -22,7 +22,7 @@ let
     grafanaPasswordFile = null;
   };
   everyone = "everyone";
-  # What a profile's hardware has without being told.
+  # Defaults of each hardware profile.
   profileGpus.c240g5 = {
     card = "tesla-p100";
     capability = "6.0";
@@ -108,7 +108,7 @@ let
     ++ unknown "host ${name} has an unknown key" (lib.attrNames hostDefaults) (
       lib.attrNames fleet.hosts.${name}
     )
-    # Firewall rules and /etc/hosts are made of it.
+    # Firewall rules and /etc/hosts are derived from it.
     ++
       lib.optional (builtins.match "[0-9]+(\\.[0-9]+){3}" (toString host.address) == null)
         "fleet: host ${name} has address '${toString host.address}', must be an IPv4 address, for example 10.10.1.1"

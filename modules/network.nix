@@ -1,4 +1,4 @@
-# The host's address on a network that hands out none, as CloudLab's experiment network does not.
+# The host's static address, for a network without DHCP such as CloudLab's experiment network.
 {
   config,
   lib,

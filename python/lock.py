@@ -1,4 +1,4 @@
-"""Resolve the workspace and write the three files that are committed of it.
+"""Resolve the workspace's requirements and write the three files that are committed.
 
 `requirements.lock` (all packages) and `requirements-dev.lock` (the tools on top) are pip's own format with hashes and
 no addresses. `wheels.json` names, for Nix (CPython 3.12, x86_64 manylinux), the one wheel of every package and which

@@ -32,7 +32,7 @@ FILES = sorted(
     if path.is_file() and not path.is_relative_to(ROOT / "tests/doctor/hosts")
 )
 TAILS = {name.split("/", n)[n] for name in FILES for n in range(name.count("/") + 1)}
-"""Every path, and what is left of it without its first folders."""
+"""Every path, and its remainders without the first folders."""
 PAGES = [name for name in FILES if name.endswith(".md") and not name.startswith("docs/results/")]
 SOURCES = [name for name in FILES if name.endswith((".py", ".cu", ".cuh", ".nix", ".sh"))]
 NAMED = re.compile(r"(?<![\w/.:-])(?<!> )(?:\.\.?/)*((?:[\w.-]+/)*[\w-]+\.(?:py|cuh?|nix|md|sh|toml))(?![\w/-])")

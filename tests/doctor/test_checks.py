@@ -134,7 +134,7 @@ class TestChecksWithoutARecordedHost:
         assert examined(host)["disk-space"].verdict is Verdict.FAILURE
 
     def test_device_nodes_that_this_user_may_not_open(self) -> None:
-        """A node that exists and is closed is told with its mode."""
+        """A node that exists and cannot be opened is reported with its mode."""
         nodes = {"/dev/nvidiactl": Node(0o660, False), "/dev/nvidia0": Node(0o666, True)}
         values = {"nvmlDeviceGetMinorNumber": 0}
         host = Host(

@@ -138,7 +138,7 @@ class TestOutput:
         assert '"context_length": 4096' in text
 
     def test_values_of_variables_that_are_none_of_the_engines_stay_out(self, tmp_path: Path) -> None:
-        """No pattern finds a secret in DB_URL or DSN; that such a variable is set is told."""
+        """No pattern finds a secret in DB_URL or DSN, so only the name of such a variable is reported."""
         machine = recorded_host(tmp_path / "host", {})
         environment = {"DSN": "correct horse", "CUDA_CACHE_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
         machine.environment = environment

@@ -135,9 +135,9 @@ ANSWER = ("This", "is", "the", "fake", "engine.")
 """The words of every answer, from the first again after the last."""
 DEFAULT_MAX_TOKENS = 16
 RETRY_AFTER_SECONDS = 5
-"""What the plugin tells those whom it refuses while it drains."""
+"""What the plugin answers to requests that it refuses while it drains."""
 BUSY_RETRY_AFTER_SECONDS = 1
-"""What it tells those for whom the queue is full."""
+"""What it answers to requests for which the queue is full."""
 HEALTH_TIMEOUT_SECONDS = 20.0
 """SGLANG_HEALTH_CHECK_TIMEOUT's default."""
 STEP_SECONDS = 0.02
@@ -740,7 +740,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def start_worker() -> subprocess.Popen[bytes]:
-    """Start the process that stands for SGLang's scheduler."""
+    """Start the process that imitates SGLang's scheduler."""
     return subprocess.Popen([sys.executable, "-I", "-S", __file__, "--worker", str(os.getpid())])
 
 
@@ -856,7 +856,7 @@ def listen(engine: Engine) -> None:
 
 
 def watch(engine: Engine, worker: subprocess.Popen[bytes]) -> NoReturn:
-    """Crash when told to, die with the worker, end once SIGTERM came and all is answered."""
+    """Crash on request, die with the worker, and end after SIGTERM once every request is answered."""
     start, faults = time.monotonic(), engine.faults
     while not (engine.terminating.is_set() and engine.in_flight == 0):
         late = 0 < faults.crash_after_seconds <= time.monotonic() - start

@@ -117,7 +117,7 @@ class Webhook:
 
 
 def post(url: str, body: dict[str, Any]) -> None:
-    """Send JSON, whatever the answer; an engine that does not answer now is none of the sender's concern."""
+    """Send JSON and ignore the answer, also if there is none."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with contextlib.suppress(OSError, http.client.HTTPException), urllib.request.urlopen(request, timeout=5) as answer:
         answer.read()

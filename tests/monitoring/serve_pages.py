@@ -2,7 +2,7 @@
 
     python serve_pages.py PAGE...     prints one port a page, in order, and serves until it is ended
 
-@NOW@ in a page stands for the time.
+@NOW@ in a page is replaced by the time.
 """
 
 from __future__ import annotations

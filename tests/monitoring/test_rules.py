@@ -1,4 +1,4 @@
-"""The alert rules as files: promtool accepts them, each alert is tested three ways and tells what to do."""
+"""The alert rules as files: promtool accepts them, each alert is tested three ways and says what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-# What `nix flake check` runs where nixpkgs is at hand: formatting, linters, option documentation, the case table against the
+# What `nix flake check` runs if nixpkgs is available: formatting, linters, option documentation, the case table against the
 # real NixOS modules, and every host's toplevel. No check's name needs a system to be evaluated, only its text does: `nix flake show`
 # lists them at once. The virtual machines (vm.nix) are an output of their own.
 { self, pkgs }:
@@ -25,7 +25,7 @@ let
         self.nixosModules.default
         module
         {
-          # The least that makes a system whole, where a case says nothing of it.
+          # The minimum that makes a system complete, unless a case sets it.
           boot.loader.grub.device = lib.mkDefault "/dev/null";
           fileSystems."/" = lib.mkDefault {
             device = "/dev/disk/by-label/root";

@@ -71,7 +71,7 @@ let
         {
           nixpkgs.pkgs = nixpkgsWithOurs;
           documentation.enable = false;
-          # The least that makes a system whole, where a case says nothing of it.
+          # The minimum that makes a system complete, unless a case sets it.
           boot.loader.grub.device = lib.mkOverride 1400 "/dev/sda";
           fileSystems."/" = {
             device = lib.mkOverride 1400 "/dev/disk/by-label/root";

@@ -299,7 +299,7 @@ class TestFleet:
         assert host["grafana"]["security"]["admin_password"] == "$__file{/etc/pascaline/grafana-password}"
 
     def test_address_of_the_inventory_is_on_an_interface(self, evaluated: Any) -> None:
-        """The network of CloudLab's experiments hands out none."""
+        """CloudLab's experiment network has no DHCP."""
         host = evaluated("hosts")["gpu-1"]
         assert host["interfaces"]["fleet0"]["addresses"] == ["10.10.1.1/24"]
         assert host["links"]["10-pascaline"] == {

@@ -247,7 +247,7 @@ class TestServedTrace:
         assert StepBytes.of_plan(json.loads(json.dumps(plan)), 54) == expected
 
     def test_plan_of_an_older_agent(self) -> None:
-        """It tells the resident weights only: the kinds have their figures, the kernels have none."""
+        """It reports the resident weights only: the kinds have figures, the kernels have none."""
         step = StepBytes.of_plan({"weights_bytes": 4_912_365_568, "kv_bytes_per_token": 131_072}, 54)
         summary = summarise(read_trace(SERVED_TRACE), step=step)
         kinds, kernels = ({row.name: row for row in rows} for rows in (summary.kinds, summary.kernels))
@@ -319,7 +319,7 @@ def database(tmp_path: Path) -> Path:
 
 class TestNvprof:
     def test_database(self, database: Path) -> None:
-        """Kernels and copies with their times, and the bandwidth that the driver tells."""
+        """Kernels and copies with their times, and the bandwidth that the driver reports."""
         assert is_nvprof(database)
         timeline = read_nvprof(database, steps=1)
         assert [(k.name, round(k.start * 1e3, 3), round(k.seconds * 1e3, 3), k.bytes) for k in timeline.kernels] == [
@@ -349,7 +349,7 @@ class TestNvprof:
         assert str(caught.value) == f"{path} holds no kernel: nothing ran on the GPU while it was recorded"
 
     def test_wrapper(self, tmp_path: Path) -> None:
-        """The server runs under nvprof, with everything in its way quoted; whatever else is asked of it runs as it is."""
+        """The server runs under nvprof, with everything quoted that needs it; any other command runs unchanged."""
         folder = tmp_path / "a folder"
         folder.mkdir()
         for name in ("nvprof", "python"):
@@ -492,7 +492,7 @@ class TestRoofline:
 
 
 class Engine(BaseHTTPRequestHandler):
-    """Streams tokens slowly, and writes a trace when it is told to record: as SGLang does, or not."""
+    """Streams tokens slowly, and writes a trace on request, as SGLang does, or does not."""
 
     protocol_version = "HTTP/1.1"
     fault = ""

@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def serve(tmp_path: Path, model: Path) -> Iterator[Callable[..., Instance]]:
-    """Start an instance with some settings; at the end nothing of it may be left."""
+    """Start an instance with some settings; at the end none of its processes and files may be left."""
     with contextlib.ExitStack() as instances:
 
         def start(**settings: Any) -> Instance:

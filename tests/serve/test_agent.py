@@ -1,4 +1,4 @@
-"""The agent's interface, what the engine is given, and what a service manager is told."""
+"""The agent's interface, what the engine is given, and what a service manager receives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fake engine is what it stands for: its series are SGLang's own, its interface is what clients of SGLang use."""
+"""The fake engine equals the real one: its series are SGLang's own, its interface is what clients of SGLang use."""
 
 from __future__ import annotations
 

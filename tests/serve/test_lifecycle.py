@@ -520,7 +520,7 @@ class TestGpuLost:
 
 @contextlib.contextmanager
 def asking(instance: Instance, every: float) -> Iterator[None]:
-    """Ask something short every so many seconds, whether or not it is answered; 0: nothing."""
+    """Send a short request at an interval in seconds, answered or not; 0: none."""
     over = threading.Event()
 
     def ask() -> None:

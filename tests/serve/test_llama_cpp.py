@@ -125,7 +125,7 @@ def test_sigterm_lets_a_request_in_flight_complete(own: Callable[..., Instance])
 
 @pytest.mark.slow("keeps a real engine busy for long")
 def test_an_engine_that_is_too_busy_to_answer_is_waited_for(own: Callable[..., Instance]) -> None:
-    """llama-server tells of its requests between two batches only, and a batch may take longer than any patience."""
+    """llama-server reports its requests between two batches only, and a batch may take longer than any time limit."""
     instance = own()
     engine = psutil.Process(instance.health()["engine_pid"])
     with ThreadPoolExecutor(1) as pool:

@@ -66,7 +66,7 @@ def test_between_a_crash_and_the_restart(serve: Serve, tmp_path: Path) -> None:
         line = instance.wait_for_line(f"is in use by {this_process()}")
         assert "port: port " in line
         assert instance.agent("/readyz").status == 503
-        wait_until("it is told as the reason", lambda: this_process() in instance.health()["reason"])
+        wait_until("it is named as the reason", lambda: this_process() in instance.health()["reason"])
         time.sleep(2)
     assert [each for each in heard if each] == []
     instance.wait_for_state("ready")

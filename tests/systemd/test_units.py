@@ -162,7 +162,7 @@ class TestStart:
 
 class TestTrouble:
     def test_engine_that_dies_is_restarted_by_the_supervisor(self, main: Container) -> None:
-        """systemd sees nothing of it."""
+        """systemd does not notice."""
         pid, restarts = main_pid(main), main.show(MAIN, "NRestarts")
         engine = health(main)["engine_pid"]
         main.run("bash", "-c", f"kill -KILL {engine}")

@@ -144,7 +144,7 @@ def test_runs_survive_json(records: list[Record]) -> None:
 
 
 def results_in(folder: Path, *values: tuple[str, float], experiment: dict[str, Any] | None = None) -> Results:
-    """Results whose runs take so many seconds."""
+    """Results whose runs take a given number of seconds."""
     results = create_or_resume(folder, "batch", experiment or EXPERIMENT)
     results.document["machine"] = {"cpu": "Test CPU", "pascaline": "0", "driver": "580.1", "gpus": ["Tesla P4"]}
     model = {"name": "tiny", "parameters": 7_241_732_096}

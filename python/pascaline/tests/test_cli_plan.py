@@ -61,7 +61,7 @@ def test_json_of_a_refusal_names_the_nearest(llama: Path) -> None:
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file whose positions are scaled in a way that SGLang is not told of."""
+    """A file whose positions are scaled in a way that SGLang cannot be given."""
     folder = tmp_path_factory.mktemp("refused")
     return write_gguf(folder / "m.gguf", tiny("qwen3"), "Q8_0", metadata={"qwen3.rope.scaling.type": "longrope"})
 

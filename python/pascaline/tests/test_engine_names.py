@@ -21,7 +21,7 @@ PACKAGES = {
     "doctor/checks/engine.py": "the Python package that a check is about",
     "plugin.py": "a key of the plugin's facts",
 }
-"""File -> what the text stands for that an engine's name happens to equal."""
+"""File -> what the text means there, although it equals an engine's name."""
 SERIES = re.compile("|".join(rf"\b{engine.series.running.name.partition(':')[0]}:\w" for engine in ENGINES.values()))
 
 

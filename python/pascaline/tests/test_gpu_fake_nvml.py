@@ -1,4 +1,4 @@
-"""The simulated NVML: nvidia-ml-py loads it unchanged, its scenarios do what its README says, its mistakes are told."""
+"""The simulated NVML: nvidia-ml-py loads it unchanged, its scenarios do what its README says, its mistakes are reported."""
 
 from __future__ import annotations
 

@@ -358,7 +358,7 @@ def test_failures_are_retried_with_growing_pauses(tmp_path: Path) -> None:
 
 @pytest.mark.slow("waits four times for the deadline of a reading")
 def test_children_that_cannot_be_killed_are_bounded_and_told(tmp_path: Path) -> None:
-    """A stopped process stands for one that waits in the kernel: neither ends by itself."""
+    """A stopped process, in place of one that waits in the kernel: neither ends by itself."""
     children: list[subprocess.Popen[bytes]] = []
 
     def stop(child: subprocess.Popen[bytes]) -> None:

@@ -150,7 +150,7 @@ class Watched(RuleBasedStateMachine):
 
     @rule(seconds=st.integers(1, 200), every=st.integers(0, 5), prompt=st.integers(1, 60), tokens=st.integers(1, 20))
     def wait(self, seconds: int, every: int, prompt: int, tokens: int) -> None:
-        """Time passes; every so many seconds somebody asks something short."""
+        """Time passes; a short request comes every few seconds."""
         for second in range(seconds):
             if every and second % every == 0 and len(self.engine.queue) < 20:
                 self.engine.queue.append(Request(prompt, tokens, stream=bool(second % 2)))

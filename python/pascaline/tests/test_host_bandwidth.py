@@ -1,4 +1,4 @@
-"""What the host reads from its memory: the measurement, what is kept of it, and the estimates that follow."""
+"""The host's memory bandwidth: the measurement, what is stored, and the estimates that follow."""
 
 from __future__ import annotations
 

@@ -296,7 +296,7 @@ class TestFailures:
         ],
     )
     def test_what_no_attempt_can_mend(self, site: Site, partial: Path, fault: str, cause: str) -> None:
-        """A refusal is told at once."""
+        """A refusal is reported at once."""
         site.faults[:] = [fault]
         with pytest.raises(ModelError) as caught:
             fetch(site, partial)
@@ -304,7 +304,7 @@ class TestFailures:
         assert len(site.requests) == 1
 
     def test_no_server(self, partial: Path) -> None:
-        """Nothing that listens is retried and then told; secrets of the URL are not."""
+        """A port without a listener is retried, then reported without the secrets of the URL."""
         with pytest.raises(ModelError) as caught:
             Download("http://user:password@127.0.0.1:9/m.gguf?sig=x", partial, sleep=lambda _: None).fetch()
         assert str(caught.value) == (
@@ -331,7 +331,7 @@ class TestFailures:
         )
 
     def test_folder_that_cannot_be_written(self, site: Site, tmp_path: Path) -> None:
-        """A file system error is told with the folder."""
+        """A file system error is reported with the folder."""
         (tmp_path / "m.gguf.partial.json").mkdir()
         with pytest.raises(StorageError) as caught:
             fetch(site, tmp_path / "m.gguf.partial")

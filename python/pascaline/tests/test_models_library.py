@@ -178,7 +178,7 @@ class TestAdd:
             add(store, "emily", source)
 
     def test_checksum_that_is_none(self, store: Path, model: Path) -> None:
-        """A mistyped checksum is told before anything is fetched."""
+        """A mistyped checksum is reported before anything is fetched."""
         with pytest.raises(ConfigurationError) as caught:
             add(store, "emily", str(model), "ABC")
         assert str(caught.value) == (
@@ -191,7 +191,7 @@ class TestAdd:
         assert add(store, "emily", str(model), digest.upper()).sha256 == digest
 
     def test_source_that_is_missing(self, store: Path) -> None:
-        """A path without a file is told as such."""
+        """A path without a file is reported as such."""
         with pytest.raises(ModelError) as caught:
             add(store, "emily", "/no/such/file.gguf")
         assert str(caught.value) == "failed to read /no/such/file.gguf: No such file or directory"
@@ -530,7 +530,7 @@ class TestVerify:
             file.seek(-1, os.SEEK_END)
             file.write(bytes([byte ^ 1]))
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        # The kernel's time of change tells of the write; of a bit that rots on the disk nothing does.
+        # The time of change shows the write; nothing shows a bit that rots on the disk.
         assert [entry.state for entry in entries(store)] == ["changed"]
         library._stamp(path, digest)
         assert [entry.state for entry in entries(store)] == ["verified"]
@@ -622,7 +622,7 @@ class TestGarbage:
         assert path.exists()
 
     def test_models_that_are_not_kept(self, store: Path, model: Path, tmp_path: Path) -> None:
-        """With a list of names all others go; a folder that the library did not make is none of its business."""
+        """With a list of names all others go; a folder that the library did not make stays."""
         add(store, "emily", str(model))
         add(store, "old", str(model))
         (store / "thesis").mkdir()

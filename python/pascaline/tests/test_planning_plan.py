@@ -127,7 +127,7 @@ class TestPromises:
 
 
 class TestOddModels:
-    """Headers may say anything; a plan is made of it all the same."""
+    """Headers may say anything; there is a plan nevertheless."""
 
     @given(
         st.integers(0, 5), st.integers(0, 3), st.integers(0, 300), st.integers(0, 70_000), st.integers(0, 4),

@@ -85,7 +85,7 @@ class TestRealTools:
             assert result.bytes <= planned <= result.bytes * 1.05
 
     def test_progress(self, model: Path, tmp_path: Path) -> None:
-        """Every tensor is told, then the generation and the checksum."""
+        """Every tensor is reported, then the generation and the checksum."""
         seen: list[tuple[str, int, int]] = []
         quantize(model, "Q6_K", tmp_path / "x.gguf", on_step=lambda *step: seen.append(step))
         tensors = [done for what, done, _ in seen if what == "Q6_K"]
@@ -305,7 +305,7 @@ class TestFailures:
         assert not (tmp_path / "ran").exists()
 
     def test_unknown_type(self, model: Path, tmp_path: Path) -> None:
-        """A type that does not exist is told with those that do."""
+        """A type that does not exist is refused, and the message lists those that do."""
         with pytest.raises(ConfigurationError, match=r"--type: unknown type 'Q4_K_X', must be one of: F32, F16, Q4_0"):
             quantize(model, "Q4_K_X", tmp_path / "x.gguf")
 

@@ -20,7 +20,7 @@ CRASH = Failure(FailureKind.CRASH, "it crashed")
 
 
 def supervise(monkeypatch: pytest.MonkeyPatch, runs: list[Any], **settings: Any) -> tuple[list[int], Exception]:
-    """Let each run of the engine end as told; return the numbers of the restarts, and what ended it all."""
+    """Let each run of the engine end in a given way; return the numbers of the restarts, and what ended the last."""
     configuration = Configuration(Settings(**settings), None, {})
     supervisor = Supervisor(configuration, Console(io.StringIO()), Notifier(None, None))
     left, restarts = iter(runs), list[int]()

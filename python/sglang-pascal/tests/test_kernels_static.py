@@ -45,7 +45,7 @@ SLOTS_PER_WEIGHT = {
 """Issue slots per weight of a decode product for all of its rows of x together, by bits and rows of x; 8.0 (Q4_K) would
 be all that a P4 has at full bandwidth."""
 WARPS_PER_SM = {1: 16, 2: 12, 3: 12, 4: 12, 6: 12, 8: 8, 12: 8, 16: 8, 24: 8, 32: 8}
-"""At least so many resident, by rows of x: 16 KB of loads in flight hide the memory's latency."""
+"""The fewest warps that must be resident, by rows of x: 16 KB of loads in flight hide the memory's latency."""
 MOST_LOOP_INSTRUCTIONS = 4600
 """Of a decode product's loop, up to 32 rows of x; 3000 are some 32 KB of code, which up to 12 rows stay below."""
 TILE_DP4A_SHARE = {8: 0.68, 16: 0.81}

@@ -34,7 +34,7 @@ def race_shares(monkeypatch):
 
 @pytest.fixture
 def programs(tmp_path):
-    """nvidia-smi, and both programs of llama.cpp with what they print, as scripts; and a file that stands for a model."""
+    """nvidia-smi, and both programs of llama.cpp with what they print, as scripts; and a file in place of a model."""
 
     def script(name: str, *lines: str) -> Path:
         path = tmp_path / name

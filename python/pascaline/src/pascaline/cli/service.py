@@ -111,7 +111,7 @@ def _unit(arguments: argparse.Namespace) -> Unit:
 
 
 def _limits(configuration: Configuration, gpus: str) -> UnitLimits:
-    """Plan the instance as its unit would run it; without a plan nothing is limited, and the reader is told why.
+    """Plan the instance as its unit would run it. Without a plan there are no limits, and a message says why.
 
     Only an engine that keeps weights on the host needs this.
     """

@@ -1,7 +1,7 @@
 """One HTTP request to an engine, blocking and bounded: the supervisor runs it in a thread.
 
-A faulty engine may send anything, at any speed, for ever. So each exchange has one deadline and one limit of bytes for
-all of it, and anything but a complete answer becomes an OSError.
+A faulty engine may send anything, at any speed, for ever. So each exchange has one deadline and one limit of bytes, and
+anything except a complete answer becomes an OSError.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def impostor(head: bytes) -> str | None:
 def text_impostor(head: bytes, *, is_json: bool) -> str | None:
     """Say what stands in place of a tokenizer or a configuration; None if the first bytes show nothing.
 
-    is_json: the file must begin with an object or a list; any other text is none of them.
+    is_json: the file must begin with an object or a list; any other text is an impostor.
     """
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not text:

@@ -1,4 +1,4 @@
-"""What the agent reads of an instance, and the one thing that it may ask of it: the supervisor is one such instance."""
+"""The interface through which the agent reads an instance and may ask it to drain. The supervisor implements it."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class MemoryUse:
         return self.last is None or now - self.last[0] >= SAMPLE_SECONDS
 
     def sampled(self, now: float, n_bytes: int) -> None:
-        """Record a sample; 0 bytes is none, since a process that ended has no pages."""
+        """Record a sample. Ignore 0 bytes: they mean that the process has ended."""
         if n_bytes:
             self.last = (now, n_bytes)
             self.first = self.first or self.last

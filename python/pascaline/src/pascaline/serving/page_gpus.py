@@ -34,7 +34,7 @@ class GpuState:
     index: int
     name: str
     trouble: str
-    """Why nothing is known of it; empty: it answers."""
+    """Why it cannot be read; empty if it answers."""
     temperature_celsius: float | None = None
     power_watts: float | None = None
     power_limit_watts: float | None = None

@@ -500,7 +500,7 @@ class Supervisor:
         return False
 
     async def _watch(self, task: Task, process: EngineProcess, api: EngineApi) -> None:
-        """Observe the engine's progress until it ends or is unresponsive, then kill what is left of it."""
+        """Observe the engine's progress until it ends or is unresponsive, then kill its remaining processes."""
         judge = Judge(self.settings.stall_timeout, self._clock.time(), limits=self._engine.work_limits(task))
         watch = Watch(api, judge, judge.last_sign)
         try:
@@ -532,7 +532,7 @@ class Supervisor:
 
     async def _look(self, watch: Watch) -> None:
         now, before = self._observed(watch), watch.judge.last_sign
-        # Held until the engine is asked again: a request that fails at once tells nothing of the time up to the next.
+        # Held until the engine is asked again: a request that fails at once says nothing about the time up to the next.
         self._taken_lack()
         await self._sample_memory(now)
         await self._read_counters(watch, now)

@@ -1,4 +1,4 @@
-"""The bits of activations in products with a GGUF file's matrices: what `auto` means, and how the plugin is told."""
+"""The bits of activations in products with a GGUF file's matrices: what `auto` means, and how the plugin gets them."""
 
 from __future__ import annotations
 

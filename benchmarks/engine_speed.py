@@ -71,7 +71,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         text = "requests that decode together" if name == "--batches" else "tokens of the prompts"
         words = ",".join(map(str, default))
         parser.add_argument(name, type=_numbers, default=default, metavar="N,N", help=f"{text} (default: {words})")
-    parser.add_argument("--bits", type=_numbers, default=(), metavar="N,N", help="of the activations (default: the configured bits)")
+    parser.add_argument(
+        "--bits", type=_numbers, default=(), metavar="N,N", help="of the activations (default: configured)"
+    )
     parser.add_argument("--memory-gib", type=float, help="most that torch may allocate")
     parser.add_argument("--torch-only", action="store_true", help="float16 weights and attention in plain torch")
     parser.add_argument("--json", type=Path, help="also write the results there")

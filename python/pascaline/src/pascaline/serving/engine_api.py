@@ -89,7 +89,7 @@ class EngineApi:
             raise
 
     def stream(self, path: str, body: dict[str, Any], headers: dict[str, str], timeout: float) -> Exchange:
-        """Send a request with these headers, whose answer is read while it comes. timeout: seconds for the whole answer.
+        """Send a request with these headers and read its answer while it comes. timeout: seconds for the whole answer.
 
         Raises OSError.
         """

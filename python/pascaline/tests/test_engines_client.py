@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
+from pascaline import redaction
 from pascaline.engines import client
 from pascaline.engines.client import json_object, request
 
@@ -86,6 +87,26 @@ def test_one_that_is_too_long_is_not_cut(monkeypatch: pytest.MonkeyPatch, limit:
 def test_what_is_no_answer(answer: str) -> None:
     with saying(answer) as address, pytest.raises(ConnectionError):
         request(address, "/metrics", timeout=PATIENCE)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"{'A' * 60_000}sk-client-0123456789\r\n\r\n",
+        f"HTTP/1.1 {'sk-client-0123456789' * 3000}\r\n\r\n",
+        f"{'A' * 170} sk-client-0123456789\r\n\r\n",
+        f"HTTP/1.1 200 OK\r\nContent-Length: {'9' * 4000}\r\n\r\nx",
+    ],
+)
+def test_a_reason_is_short_and_holds_no_secret(monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    """It is shown in `/health`, in the log and in `systemctl status`."""
+    secrets = redaction.Secrets()
+    secrets.add("sk-client-0123456789")
+    monkeypatch.setattr(redaction, "SECRETS", secrets)
+    with saying(answer) as address, pytest.raises(ConnectionError) as raised:
+        request(address, "/metrics", timeout=PATIENCE)
+    assert len(str(raised.value)) < client.MAX_REASON_CHARACTERS + 40
+    assert "sk-client" not in str(raised.value)
 
 
 def test_silence() -> None:

@@ -86,6 +86,18 @@ def test_a_manager_that_is_restarted_gets_what_it_missed(tmp_path: Path) -> None
     manager.socket.close()
 
 
+@pytest.mark.parametrize("text", ["x" * 10**6, "\x00" * 10**6, "é" * 10**6, "\udcff" * 10**6])
+def test_a_long_status_is_cut_so_that_systemd_takes_it(manager: Manager, text: str) -> None:
+    """Beyond 4096 bytes systemd ignores the whole datagram; beyond the socket's buffer nothing would ever be sent again."""
+    notifier = Notifier(manager.address, watchdog_seconds=30.0)
+    notifier.status(f"failed: {text}")
+    notifier.watchdog()
+    status, watchdog = manager.messages()
+    assert status.startswith("STATUS=failed: ")
+    assert 1900 < len(status.encode()) < 2100
+    assert watchdog == "WATCHDOG=1"
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [

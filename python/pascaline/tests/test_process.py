@@ -19,7 +19,7 @@ from pascaline.child import with_parent
 from pascaline.engines import Launch
 from pascaline.serving import process as process_module
 from pascaline.serving.output import BYTES_PER_SECOND, LINES_PER_SECOND, MAX_LINE_BYTES, Throttle
-from pascaline.serving.process import KEPT_LINES, EngineProcess
+from pascaline.serving.process import KEPT_CHARACTERS, KEPT_LINES, EngineProcess
 from pascaline.serving.threads import is_own_failure, start_in_thread
 from support.stuck import unkillable
 
@@ -63,6 +63,18 @@ class TestOutput:
     def test_both_streams_come_line_by_line(self) -> None:
         code = "import sys; print('one', flush=True); print('two', file=sys.stderr); print('three', end='')"
         assert run(code) == (0, ["one", "two", "three"])
+
+    def test_of_a_long_line_the_beginning_is_kept(self) -> None:
+        """An error of 60 KB of control characters is 240 KB as escapes, and would be the state's reason everywhere."""
+
+        async def whole() -> list[str]:
+            process = await EngineProcess.start(program(r"print('ValueError: ' + '\0' * 60_000)"), lambda _: None)
+            await process.wait()
+            return list(process.last_lines)
+
+        [line] = asyncio.run(whole())
+        assert line.startswith(r"ValueError: \x00\x00")
+        assert len(line) == KEPT_CHARACTERS
 
     def test_the_last_lines_are_kept(self) -> None:
         async def whole() -> list[str]:

@@ -11,6 +11,7 @@ import textwrap
 import time
 import urllib.parse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
@@ -22,12 +23,16 @@ from pascaline.redaction import (
     LineRedactor,
     RedactingFormatter,
     Secrets,
+    excerpt,
     protect_arguments,
     protect_named,
     read_secret,
     redact_all,
     redact_labels,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 KEY = "sk/Q+7é'\"\\&<%z=0123"
 KEYS = st.text(st.characters(min_codepoint=33, max_codepoint=0x2FF, exclude_categories=["C", "Z"]), min_size=8)
@@ -84,6 +89,25 @@ class TestForms:
         text = knowing(key).redact(f"({FORMS[form](key)})")
         assert key not in text
         assert urllib.parse.unquote_plus(text).find(key) == -1
+
+    @pytest.mark.parametrize("before", ["", "u:", "user:", "user1:"])
+    @pytest.mark.parametrize("after", ["", "@", "@h", "@ho"])
+    @pytest.mark.parametrize("code", [base64.b64encode, base64.urlsafe_b64encode])
+    def test_one_within_a_longer_text_in_base64(self, before: str, after: str, code: Callable[[bytes], bytes]) -> None:
+        """As Basic authentication has it; at most the two digits at each end stay that it shares with other text."""
+        shown = knowing(KEY).redact(f"Basic {code(f'{before}{KEY}{after}'.encode()).decode()}")
+        digits = code(f"{before}{KEY}{after}".encode()).decode()
+        assert HIDDEN in shown
+        assert len(shown) - len(f"Basic {HIDDEN}") <= len(digits) - (len(KEY.encode()) * 4 // 3 - 2)
+
+    def test_hex_in_capitals(self) -> None:
+        assert knowing(KEY).redact(KEY.encode().hex().upper()) == HIDDEN
+
+    def test_an_excerpt_cuts_none_in_two(self, secrets: Secrets) -> None:
+        secrets.add(KEY)
+        for before in range(40):
+            assert KEY[:4] not in excerpt("x" * before + KEY + "y" * 10**6, 40)
+        assert excerpt("x" * 10**6, 40) == "x" * 40
 
     def test_the_longer_of_two_is_hidden_whole(self) -> None:
         assert knowing("sesame-open", "sesame-open-wide").redact("x sesame-open-wide y") == f"x {HIDDEN} y"

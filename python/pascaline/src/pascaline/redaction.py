@@ -18,12 +18,14 @@ import urllib.parse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 HIDDEN = "(secret)"
 SHORTEST_SECRET = 4
 """Characters. A shorter value looks like an ordinary word, so it is hidden only beside its name."""
+LONGEST_SECRET = 16 * 2**10
+"""Characters of the longest secret, in any form, that a cut may not divide."""
 SHORTEST_PART = 8
 """Characters. From this length, a value is hidden inside longer words too, and a variable's value can be a secret."""
 
@@ -93,7 +95,20 @@ def _forms(value: str) -> Iterator[str]:
     encoded = value.encode()
     for code in (base64.b64encode, base64.urlsafe_b64encode):
         yield code(encoded).decode().rstrip("=")
+        yield from (part for part in _within(code, encoded) if len(part) >= SHORTEST_PART)
     yield encoded.hex()
+    yield encoded.hex().upper()
+
+
+def _within(code: Callable[[bytes], bytes], value: bytes) -> Iterator[str]:
+    """Yield what a value becomes inside a longer text in base64, such as "user:KEY".
+
+    Left out are the digits at its ends that also hold bits of the text around it. Three bytes become four digits, so
+    its place in the text decides between three forms.
+    """
+    for offset in range(3):
+        digits = code(bytes(offset) + value).decode().rstrip("=")
+        yield digits[-(-8 * offset // 6) : len(digits) - ((offset + len(value)) % 3 > 0)]
 
 
 def _escaped(value: str) -> Iterator[str]:
@@ -155,6 +170,14 @@ def read_secret(path: Path) -> str:
 def redact(text: str) -> str:
     """Return the text without secrets."""
     return SECRETS.redact(text)
+
+
+def excerpt(text: str, most: int) -> str:
+    """Return at most so many characters of a text, its beginning: secrets are hidden first, so that none is cut in two.
+
+    A text far longer than that is cut before it is searched, with room for the longest secrets.
+    """
+    return redact(text[: most + LONGEST_SECRET])[:most]
 
 
 def redact_all(value: Any) -> Any:

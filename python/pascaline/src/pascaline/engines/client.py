@@ -15,6 +15,8 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
+from pascaline.redaction import excerpt
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
@@ -27,7 +29,8 @@ MAX_ANSWER_BYTES = 4 * 2**20
 """Limit of an answer's body."""
 MAX_FRAME_BYTES = 256 * 2**10
 """Limit of everything else in an answer: status, headers, chunk sizes."""
-
+MAX_REASON_CHARACTERS = 200
+"""Limit of what an error quotes of an answer: a header may have 64 KiB, a length as many digits."""
 
 PIECE_BYTES = 16 * 2**10
 """Most bytes of an answer that are passed on at once."""
@@ -131,7 +134,7 @@ def _broken_as_os_error() -> Iterator[None]:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from error
     except Exception as error:
         # http.client's own errors, and those that it and the parsers that it uses raise for malformed input.
-        raise ConnectionError(f"broken answer: {error!r}") from error
+        raise ConnectionError(f"broken answer: {excerpt(repr(error), MAX_REASON_CHARACTERS)}") from error
 
 
 def json_object(content: bytes) -> dict[str, Any]:
@@ -193,7 +196,8 @@ def _whole(answer: http.client.HTTPResponse) -> bytes:
         raise ConnectionError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
     # A read with a size returns early without an error if the connection ends, for example if the engine was killed.
     if answer.length:
-        raise ConnectionError(f"the answer ended {answer.length} bytes early")
+        missing = excerpt(str(answer.length), MAX_REASON_CHARACTERS)
+        raise ConnectionError(f"the answer ended {missing} bytes early")
     return content
 
 

@@ -60,7 +60,7 @@ class Console:
         """Called with the number of lines that were not written because they repeat others."""
         self._stream = stream
         self._clock = clock
-        self._repeats: Repeats[tuple[str, str, str]] = Repeats()
+        self._repeats: Repeats[tuple[str, str, str, int]] = Repeats()
         self._terminal = self._stream.isatty()
         self._journal = _writes_to_journal(self._terminal)
         self._stage: str | None = None
@@ -71,15 +71,16 @@ class Console:
         """Write one line with level and source in front. Control characters are written as escapes."""
         self.settle()
         text = visible(redact(text))  # before the line is cut: redact does not find a part of a secret
-        if self._repeats.admits((level, source, text), self._clock()):
+        # Not the whole line: five hundred long ones are remembered.
+        if self._repeats.admits((level, source, text[:REPEATED_CHARACTERS], hash(text)), self._clock()):
             self._write_line(level, source, text)
         else:
             self.on_repeated(1)
 
     def settle(self) -> None:
         """Write how often lines were repeated, once their window is over. Call this regularly."""
-        for (_, source, text), times in self._repeats.settled(self._clock()):
-            line = f"repeated {times} more times within {WINDOW_SECONDS:g} s: {text[:REPEATED_CHARACTERS]}"
+        for (_, source, text, _), times in self._repeats.settled(self._clock()):
+            line = f"repeated {times} more times within {WINDOW_SECONDS:g} s: {text}"
             self._write_line("WARNING", source, line)
 
     def _write_line(self, level: str, source: str, text: str) -> None:
@@ -132,7 +133,7 @@ class Console:
         agent_host, agent_port = reachable(agent)
         self._clear()
         self._write(
-            f"\n{task.model.served_name} is ready after {seconds:.1f} s\n"
+            f"\n{visible(task.model.served_name)} is ready after {seconds:.1f} s\n"
             f"  API    http://{_bracketed(host)}:{port}/v1\n"
             f"  agent  http://{_bracketed(agent_host)}:{agent_port}  (/, /health, /metrics, /plan, /openapi.json)\n"
             f"  try    {try_command(task)}\n\n"

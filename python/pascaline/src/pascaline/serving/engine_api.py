@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pascaline.engines import Vitals
 from pascaline.engines.client import json_object, request, stream
-from pascaline.redaction import redact
+from pascaline.redaction import excerpt
 from pascaline.serving.listener import EngineListener, ForeignListenerError
 from pascaline.serving.threads import is_own_failure
 
@@ -32,8 +32,6 @@ BUSY_STATUSES = frozenset({429, 503})
 """HTTP statuses of an engine that refuses a request because others wait."""
 QUOTED_CHARACTERS = 200
 """Most characters that a reason quotes from an answer without a token."""
-QUOTED_BYTES = 16 * 2**10
-"""Bytes of such an answer that are searched for secrets before it is quoted."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
@@ -204,6 +202,5 @@ TRIALS: dict[Role, Trial] = {
 
 
 def _quoted(answer: bytes) -> str:
-    """Return the beginning of an answer; secrets are hidden first, so that none is cut in two and shown in part."""
-    text = redact(answer[:QUOTED_BYTES].decode(errors="replace"))
-    return _CONTROL.sub(" ", text[:QUOTED_CHARACTERS])
+    """Return the beginning of an answer."""
+    return _CONTROL.sub(" ", excerpt(answer.decode(errors="replace"), QUOTED_CHARACTERS))

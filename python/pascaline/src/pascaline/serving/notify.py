@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MICROSECONDS = 1_000_000
+MAX_STATUS_BYTES = 2000
+"""systemd ignores a datagram beyond 4096 bytes (NOTIFY_BUFFER_MAX), with everything else that is in it."""
 
 
 @dataclass(slots=True)
@@ -52,7 +54,8 @@ class Notifier:
 
     def status(self, text: str) -> None:
         """Show one line in `systemctl status`."""
-        self._send("STATUS", visible(redact(text).replace("\n", " ")))
+        shown = visible(redact(text).replace("\n", " ")).encode(errors="replace")
+        self._send("STATUS", shown[:MAX_STATUS_BYTES].decode(errors="ignore"))
 
     def watchdog(self) -> None:
         """Report that the main loop still runs."""

@@ -23,6 +23,8 @@ KILL_SECONDS = 10.0
 example in a driver call that does not return."""
 KEPT_LINES = 200
 """Number of last output lines that are kept to explain a failure."""
+KEPT_CHARACTERS = 2000
+"""Of each of them: the explanation goes into the state's reason, so to `/health` and `systemctl status`."""
 OnLine = Callable[[str], None]
 OnDropped = Callable[[int], None]
 
@@ -105,7 +107,7 @@ class EngineProcess:
         redact, throttle = LineRedactor(), Throttle()
         async for line in self._output.lines():
             text = visible(redact(line.text))
-            self.last_lines.append(text)
+            self.last_lines.append(text[:KEPT_CHARACTERS])
             self._tell_of(throttle.dropped())
             if throttle.admits(line.size):
                 self._on_line(text)

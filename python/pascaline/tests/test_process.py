@@ -76,6 +76,18 @@ class TestOutput:
         assert line.startswith(r"ValueError: \x00\x00")
         assert len(line) == KEPT_CHARACTERS
 
+    def test_a_note_about_a_cut_line_is_no_word_of_the_engine(self) -> None:
+        async def whole() -> list[str]:
+            code = f"print('ValueError: x' + 'y' * {MAX_LINE_BYTES})"
+            process = await EngineProcess.start(program(code), lines.append)
+            await process.wait()
+            return list(process.last_lines)
+
+        lines: list[str] = []
+        [line] = asyncio.run(whole())
+        assert line.startswith("ValueError: xyy")
+        assert lines[1].startswith("WARNING: of a line of ")
+
     def test_the_last_lines_are_kept(self) -> None:
         async def whole() -> list[str]:
             process = await EngineProcess.start(program("for i in range(300): print(i)"), lambda _: None)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from pascaline.addresses import is_loopback
+from pascaline.redaction import read_api_key
 from pascaline.serving.guard import Guard, names_of_this_host, refusal
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HERE = {"host": "127.0.0.1:30001"}
 NAMES = frozenset({"gpu-1"})
@@ -55,6 +59,19 @@ def test_a_foreign_host_is_refused_with_the_key_too(host: str) -> None:
 )
 def test_a_foreign_origin_is_refused(origin: str) -> None:
     assert check(HERE | {"origin": origin}) == 403
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"two words", b"\xff\xfe\x00", "schlüssel".encode(), b"a\x00b"])
+def test_a_key_file_that_holds_none_lets_nobody_in(tmp_path: Path, content: bytes) -> None:
+    """It was replaced after the start: an empty key must not be one that everybody has."""
+    file = tmp_path / "key"
+    file.write_bytes(content)
+    for authorization in ("Bearer ", "Bearer", "", "Bearer two words"):
+        refused = refusal(
+            HERE | {"authorization": authorization}, "127.0.0.1", keys=lambda: read_api_key(file), names=NAMES
+        )
+        assert refused is not None
+        assert (refused.status, refused.reason.startswith("the API key cannot be read: ")) == (503, True)
 
 
 def test_the_agents_own_pages_may() -> None:

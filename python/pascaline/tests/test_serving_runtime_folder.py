@@ -56,6 +56,15 @@ def test_what_somebody_put_in_its_place_is_neither_used_nor_removed(temporary: P
     assert (tmp_path / "elsewhere").is_dir()
 
 
+def test_without_a_folder_for_temporary_files_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    with RuntimeFolder() as folder, pytest.raises(FileNotFoundError):
+        folder.path()
+
+
 def test_what_a_killed_owner_left_is_removed_and_what_others_use_is_not(temporary: Path) -> None:
     code = (
         "import os, signal, tempfile\n"

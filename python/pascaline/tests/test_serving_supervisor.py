@@ -6,13 +6,14 @@ import asyncio
 import errno
 import io
 import os
+import tempfile
 import time
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from pascaline.configuration import load
 from pascaline.engines import Vitals
-from pascaline.errors import ExitCode, PascalineError
+from pascaline.errors import EngineError, ExitCode, PascalineError, StorageError
 from pascaline.serving.console import Console
 from pascaline.serving.engine_api import EngineApi, Probe
 from pascaline.serving.health import Judge, State
@@ -105,6 +106,31 @@ def test_any_other_mistake_ends_it_in_order(
     assert supervisor.health.state is State.FAILED
     assert mistakes(supervisor) == 1
     assert "pascaline: an internal error of pascaline: LookupError: of ours" in log.getvalue()
+
+
+def test_what_the_host_lacks_at_the_first_start_is_no_internal_error(
+    supervisor: Supervisor, log: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def prepare(*_: Any) -> None:
+        raise OSError(errno.EAGAIN, "failed to start a thread: can't start new thread")
+
+    monkeypatch.setattr(supervisor, "_prepare", prepare)
+    with pytest.raises(EngineError, match=r"^this host lacks what a start needs: .*can't start new thread"):
+        asyncio.run(supervisor._live())
+    assert supervisor.health.state is State.FAILED
+    assert mistakes(supervisor) == 0
+    assert "Traceback" not in log.getvalue()
+
+
+def test_without_a_folder_for_temporary_files_it_says_what_to_set(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    with pytest.raises(StorageError, match=r"No usable temporary directory .*; set TMPDIR to a folder"):
+        supervisor._private_folder()
 
 
 class Unasked:

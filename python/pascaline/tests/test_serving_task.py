@@ -7,13 +7,26 @@ from typing import Any
 
 import pytest
 from pascaline.configuration import load
-from pascaline.errors import DoesNotFitError, MissingError
+from pascaline.errors import ConfigurationError, DoesNotFitError, MissingError
 from pascaline.gpu.fake_nvml import fake_nvml_environment, write_scenario
 from pascaline.serving import task
 from pascaline.serving.task import place_instance, plan_instance
 from support.planning import LLAMA_2_7B
 
 CAPTURES = Path(__file__).parents[3] / "tests/gpu/captures"
+
+
+def test_an_engine_never_starts_with_an_empty_key(tmp_path: Path) -> None:
+    """The file was replaced after the settings were checked, and is read again for the next start."""
+    file = tmp_path / "key"
+    with pytest.raises(ConfigurationError, match=f"no key in {file}: .*No such file"):
+        task._api_key(file)
+    file.write_text("")
+    with pytest.raises(ConfigurationError, match=f"no key in {file}: is empty, must hold one key"):
+        task._api_key(file)
+    file.write_text("sk-task-0123456789\n")
+    assert task._api_key(file) == "sk-task-0123456789"
+    assert task._api_key(None) is None
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from pascaline.digests import SHA256_WORDS, parse_sha256s
 from pascaline.engines import ENGINES
 from pascaline.errors import ConfigurationError
 from pascaline.gpu.devices import VISIBLE_DEVICES, driver_gpus, visible_gpus
-from pascaline.redaction import protect_arguments, protect_named, read_secret
+from pascaline.redaction import protect_arguments, protect_named, read_api_key
 from pascaline.settings import Settings, contradictions
 from pascaline.toml_lines import line_of_key
 from pascaline.units import parse_bytes, parse_seconds
@@ -378,19 +378,13 @@ def _host_problems(settings: Settings, values: Mapping[str, Value]) -> list[str]
     if path is None:
         return []
     try:
-        key = read_secret(path)
+        read_api_key(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         sentence = f"failed to read {path}: {reason}; it must be a file that this user may read"
         return [f"api_key_file: {sentence} ({_origin_of('api_key_file', values)})"]
-    if not key or len(key.split()) != 1:
-        found = "is empty" if not key else "holds more than one word"
-        return [
-            f"api_key_file: {path} {found}, must hold one key and nothing else ({_origin_of('api_key_file', values)})"
-        ]
-    if not (key.isascii() and key.isprintable()):
-        sentence = f"{path} holds characters that an HTTP header cannot carry, must be printable ASCII"
-        return [f"api_key_file: {sentence} ({_origin_of('api_key_file', values)})"]
+    except ValueError as error:
+        return [f"api_key_file: {path} {error} ({_origin_of('api_key_file', values)})"]
     return []
 
 

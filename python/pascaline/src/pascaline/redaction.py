@@ -167,6 +167,21 @@ def read_secret(path: Path) -> str:
     return value
 
 
+def read_api_key(path: Path) -> str:
+    """Return the API key in a file, and protect it.
+
+    Raises OSError or UnicodeDecodeError if the file cannot be read, ValueError with what is wrong if it holds no key:
+    an empty one would let everybody in.
+    """
+    key = read_secret(path)
+    if len(key.split()) != 1:
+        found = "holds more than one word" if key else "is empty"
+        raise ValueError(f"{found}, must hold one key and nothing else")
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError("holds characters that an HTTP header cannot carry, must be printable ASCII")
+    return key
+
+
 def redact(text: str) -> str:
     """Return the text without secrets."""
     return SECRETS.redact(text)

@@ -38,13 +38,13 @@ def refusal(
     """Return why a request that came through TCP may not change anything; None if it may.
 
     headers: names in lower case. client: its address. keys: returns the API key, None if none is set; may raise
-    OSError or UnicodeDecodeError. names: the names of this host, in lower case.
+    OSError or ValueError. names: the names of this host, in lower case.
     """
     if refused := foreign(headers, names):
         return refused
     try:
         key = keys()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         return Refusal(503, f"the API key cannot be read: {error}")
     if key is None:
         if client is None or not is_loopback(client):

@@ -93,4 +93,4 @@ class InstanceView(Protocol):
         """Request an orderly end."""
 
     def read_api_key(self) -> str | None:
-        """Return the key that requests must carry; None if none is set. Raises OSError, UnicodeDecodeError."""
+        """Return the key that requests must carry; None if none is set. Raises OSError, ValueError."""

@@ -36,6 +36,8 @@ class Line:
     """The line without its end; if it is too long, its beginning."""
     size: int
     """Bytes of the whole line."""
+    is_note: bool = False
+    """Whether the engine did not write it: it says what is not shown."""
 
 
 class Output:
@@ -69,7 +71,9 @@ class Output:
                     piece = await self._read_piece()
                     size += len(piece)
                 text = f"WARNING: of a line of {size} bytes the first {MAX_LINE_BYTES} were shown"
-            yield Line(text, len(text))
+                yield Line(text, len(text), is_note=True)
+            else:
+                yield Line(text, len(text))
 
     async def _read_piece(self) -> bytes:
         """Return the next line, or a piece of one that is longer than the limit; empty at the end."""

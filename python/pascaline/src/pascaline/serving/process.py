@@ -107,7 +107,8 @@ class EngineProcess:
         redact, throttle = LineRedactor(), Throttle()
         async for line in self._output.lines():
             text = visible(redact(line.text))
-            self.last_lines.append(text[:KEPT_CHARACTERS])
+            if not line.is_note:
+                self.last_lines.append(text[:KEPT_CHARACTERS])
             self._tell_of(throttle.dropped())
             if throttle.admits(line.size):
                 self._on_line(text)

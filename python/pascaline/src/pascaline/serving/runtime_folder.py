@@ -84,7 +84,11 @@ def _make() -> tuple[Path, int]:
 
 def left_behind() -> Iterator[Path]:
     """Yield the folders of this user whose instance is gone."""
-    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    try:
+        parent = Path(tempfile.gettempdir())
+    except OSError:
+        return  # no folder for temporary files is writable, so nothing can be removed there
+    for path in parent.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             found = path.lstat()
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not _is_locked(path):

@@ -29,7 +29,7 @@ from pascaline.errors import EngineError, ExitCode, GaveUpError, PascalineError,
 from pascaline.gpu import loss
 from pascaline.models import resolve
 from pascaline.models.chat_template import chat_templates
-from pascaline.redaction import read_secret
+from pascaline.redaction import read_api_key
 from pascaline.serving import ports, shrink
 from pascaline.serving.agent import create_server, serve
 from pascaline.serving.awake_clock import AwakeClock
@@ -243,9 +243,9 @@ class Supervisor:
             await serving
 
     def read_api_key(self) -> str | None:
-        """Return the key that requests must carry; None if none is set. Raises OSError, UnicodeDecodeError."""
+        """Return the key that requests must carry; None if none is set. Raises OSError, ValueError."""
         path = self.settings.api_key_file
-        return read_secret(path) if path is not None else None
+        return read_api_key(path) if path is not None else None
 
     def _unix_listeners(self) -> list[socket.socket]:
         """Open the agent's socket in the folder that the service manager made for this unit, if there is one."""
@@ -266,15 +266,23 @@ class Supervisor:
             self._change(State.FAILED, str(error).partition("\n")[0])
             raise
         except Exception as error:
-            self._note_mistake("an internal error of pascaline", error)
-            text = f"an internal error of pascaline ({error!r}); please report it with the traceback in the log"
-            self._change(State.FAILED, text)
-            raise PascalineError(text) from error
+            raise self._last_resort(error) from error
         finally:
             if self._process is not None and await self._process.kill() is None:
                 self._console.line("ERROR", "pascaline", f"left behind: {_stuck(self._process)}")
             self.metrics.engine_up.set(0)
         raise AssertionError("an instance ends by Stopped or an error")
+
+    def _last_resort(self, error: Exception) -> PascalineError:
+        """Fail in order, whatever happened; return what to tell."""
+        if isinstance(error, OSError) and is_own_failure(error):
+            failure: PascalineError = EngineError(f"this host lacks what a start needs: {error}")
+        else:
+            self._note_mistake("an internal error of pascaline", error)
+            text = f"an internal error of pascaline ({error!r}); please report it with the traceback in the log"
+            failure = PascalineError(text)
+        self._change(State.FAILED, str(failure))
+        return failure
 
     # --- before the engine runs ---------------------------------------------------------------------------------------
 
@@ -309,9 +317,17 @@ class Supervisor:
             bool(templates),
             templates,
         )
-        task = make_task(self._configuration, self.model, plan, self._runtime_folder.path(), self._placement)
+        task = make_task(self._configuration, self.model, plan, self._private_folder(), self._placement)
         self.metrics.set_task(task, self._configuration.card)
         return task
+
+    def _private_folder(self) -> Path:
+        """Return the folder for this instance's temporary files. Raises StorageError if none can be made."""
+        try:
+            return self._runtime_folder.path()
+        except OSError as error:
+            text = f"failed to make a folder for temporary files: {error}; set TMPDIR to a folder that can be written"
+            raise StorageError(text) from error
 
     async def _plan(self, spec: ModelSpec) -> Plan:
         """Plan the memory. Raises DoesNotFitError if the model does not fit and allow_overcommit is not set."""

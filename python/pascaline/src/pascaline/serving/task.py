@@ -13,7 +13,7 @@ from pascaline.cards import installed_models
 from pascaline.control_groups import usable_cpus
 from pascaline.engines import Task, engine_named
 from pascaline.engines.plan_request import ALL_LAYERS
-from pascaline.errors import DoesNotFitError
+from pascaline.errors import ConfigurationError, DoesNotFitError
 from pascaline.gpu import host_bandwidth
 from pascaline.gpu.devices import driver_gpus
 from pascaline.gpu.memory import gpu_memory, host_memory, link_rate, node_cpus, numa_node, physical_cores
@@ -23,7 +23,7 @@ from pascaline.planning import placement as placement_rules
 from pascaline.planning.hints import with_hints
 from pascaline.planning.placement import CPU_INFO, HostFacts, Placement, place
 from pascaline.planning.request import request_from_placement
-from pascaline.redaction import read_secret
+from pascaline.redaction import read_api_key
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,8 +112,16 @@ def make_task(
         device_variables=placement.variables if placement else None,
         cpus=cpus,
         numa_nodes=len(host_bandwidth.usable_nodes(most)),
-        api_key=read_secret(settings.api_key_file) if settings.api_key_file else None,
+        api_key=_api_key(settings.api_key_file),
     )
+
+
+def _api_key(path: Path | None) -> str | None:
+    """Return the engine's key. Raises ConfigurationError if the file changed since it was checked and holds none."""
+    try:
+        return read_api_key(path) if path is not None else None
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"api_key_file: no key in {path}: {error}") from error
 
 
 def choose_dtype(settings: Settings, card: str | None, device: str) -> str:

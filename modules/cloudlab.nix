@@ -17,9 +17,9 @@ in
       default = "/dev/sda1";
       example = "/dev/nvme0n1p1";
       description = ''
-        Partition that holds the root file system and GRUB. CloudLab's network loader hands over to the boot record of partition 1,
-        not of the disk; re-partitioning the whole disk breaks that chain. A root file system or boot loader that the host's own
-        configuration names wins.
+        Partition that holds the root file system and GRUB. CloudLab's network loader starts the boot record of partition 1,
+        not of the disk; re-partitioning the whole disk breaks that chain. The host's own configuration of root file system and
+        boot loader takes precedence.
       '';
     };
 
@@ -27,28 +27,28 @@ in
       type = types.nullOr types.str;
       default = null;
       example = "eno1";
-      description = "Interface of the control network, which alone asks for an address by DHCP then. `null`: every interface that has a cable and no address of its own does.";
+      description = "Interface of the control network. If it is set, only this interface uses DHCP. `null`: every interface with a cable and without a static address does.";
     };
 
     dataDevice = mkOption {
       type = types.nullOr types.str;
       default = null;
       example = "/dev/disk/by-label/data";
-      description = "File system (ext4) that is mounted at {option}`hardware.pascaline.cloudlab.dataMount` for models. `null`: they stay on the root partition.";
+      description = "File system (ext4) for models, mounted at {option}`hardware.pascaline.cloudlab.dataMount`. `null`: models stay on the root partition.";
     };
 
     dataMount = mkOption {
       type = types.path;
       default = "/data";
       example = "/srv";
-      description = "Where {option}`hardware.pascaline.cloudlab.dataDevice` is mounted; the model store moves there.";
+      description = "Mount point of {option}`hardware.pascaline.cloudlab.dataDevice`; the model store moves there.";
     };
 
     nixDevice = mkOption {
       type = types.nullOr types.str;
       default = null;
       example = "/dev/disk/by-label/nix";
-      description = "File system (ext4) that is mounted at /nix, for roots too small for a CUDA system. `null`: /nix is on the root partition.";
+      description = "File system (ext4) that is mounted at /nix, for a root partition that is too small for a CUDA system. `null`: /nix is on the root partition.";
     };
   };
 

@@ -35,7 +35,7 @@ in
       type = types.path;
       default = "/var/lib/pascaline";
       example = "/data/pascaline";
-      description = "Folder that holds the model store. Put it on a data partition where the root is small or does not outlive the host.";
+      description = "Folder that holds the model store. Put it on a data partition if the root partition is small or temporary.";
     };
 
     active = mkOption {
@@ -49,7 +49,7 @@ in
       type = types.attrsOf types.port;
       default = { };
       internal = true;
-      description = "Port of every listener on this host, by the option that says it; set by the modules that declare one.";
+      description = "Port of every listener on this host, by the option that sets it; the modules that declare a listener add its port.";
     };
   };
 

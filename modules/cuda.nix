@@ -53,14 +53,14 @@ in
       type = types.path;
       default = "/var/cache/pascaline-cuda";
       example = "/data/cuda-cache";
-      description = "Persistent folder for kernels that the driver compiles from PTX (`CUDA_CACHE_PATH`); without it each first start costs up to a minute.";
+      description = "Persistent folder for kernels that the driver compiles from PTX (`CUDA_CACHE_PATH`). Without it, every start may have to compile them again, which takes up to a minute.";
     };
 
     debug = mkOption {
       type = types.bool;
       default = false;
       example = true;
-      description = "Whether every kernel launch waits for its end (`CUDA_LAUNCH_BLOCKING=1`): errors name the right launch, and everything is slow.";
+      description = "Whether every kernel launch waits until the kernel ends (`CUDA_LAUNCH_BLOCKING=1`). Errors then name the right launch, but everything is slow.";
     };
   };
 

@@ -32,7 +32,7 @@ in
       example = "6.0";
       description = ''
         Compute capability of this host's GPUs: 6.0 for Tesla P100; 6.1 for Tesla P4, P40 and GTX 10xx.
-        Any other is refused: the packages hold kernels for these two.
+        Any other value is refused: the packages contain kernels for these two only.
       '';
     };
 
@@ -41,7 +41,7 @@ in
       default = "legacy_580";
       example = "legacy_535";
       description = ''
-        Attribute of `boot.kernelPackages.nvidiaPackages` to take the driver from. R580 is the last branch that drives Pascal;
+        Attribute of `boot.kernelPackages.nvidiaPackages` that is the driver. R580 is the last branch that supports Pascal;
         the NixOS default is newer and ignores the card without an error. R525 is the oldest that runs the engine's torch.
         Both bounds are checked at evaluation.
       '';
@@ -58,7 +58,7 @@ in
       type = types.nullOr types.ints.positive;
       default = null;
       example = 60;
-      description = "Power limit of every GPU in watts, set at boot. `null` keeps the card's own (75 W on a Tesla P4).";
+      description = "Power limit of every GPU in watts, set at boot. `null` keeps the card's default (75 W on a Tesla P4).";
     };
 
     applicationClocks = mkOption {
@@ -68,12 +68,12 @@ in
             memory = mkOption {
               type = types.ints.positive;
               example = 3003;
-              description = "Memory clock in MHz, one that `nvidia-smi -q -d SUPPORTED_CLOCKS` lists.";
+              description = "Memory clock in MHz. `nvidia-smi -q -d SUPPORTED_CLOCKS` lists the allowed values.";
             };
             graphics = mkOption {
               type = types.ints.positive;
               example = 1531;
-              description = "Graphics clock in MHz, one that `nvidia-smi -q -d SUPPORTED_CLOCKS` lists for that memory clock.";
+              description = "Graphics clock in MHz. `nvidia-smi -q -d SUPPORTED_CLOCKS` lists the allowed values for each memory clock.";
             };
           };
         }
@@ -83,7 +83,7 @@ in
         memory = 3003;
         graphics = 1531;
       };
-      description = "Application clocks of every GPU, set at boot. `null` keeps the card's default (1113 MHz on a Tesla P4, under its maximum).";
+      description = "Application clocks of every GPU, set at boot. `null` keeps the card's default (1113 MHz on a Tesla P4, below its maximum).";
     };
   };
 

@@ -22,7 +22,7 @@ in
       type = types.str;
       default = "127.0.0.1";
       example = "0.0.0.0";
-      description = "Address that the metrics page listens on. Prometheus on another host needs an outer one.";
+      description = "Address that the metrics page listens on. A Prometheus on another host cannot reach a loopback address.";
     };
 
     port = mkOption {
@@ -36,7 +36,7 @@ in
       type = types.bool;
       default = false;
       example = true;
-      description = "Whether the firewall lets everyone reach the port; {option}`services.pascaline.exporter.host` must be an outer address then. A fleet opens it to its monitoring hosts alone, without this option.";
+      description = "Whether the firewall opens the port to everyone. {option}`services.pascaline.exporter.host` must then be no loopback address. A fleet opens the port to its monitoring hosts only, without this option.";
     };
 
     extraFlags = mkOption {

@@ -217,7 +217,7 @@ in
               type = types.bool;
               default = true;
               example = false;
-              description = "Whether the unit exists. Off, the declaration stays for later.";
+              description = "Whether the unit exists. If false, only the declaration stays.";
             };
 
             model = mkOption {
@@ -230,9 +230,9 @@ in
             gpus = mkOption {
               type = types.listOf types.ints.unsigned;
               default = lib.optional config.hardware.pascaline.driver.enable 0;
-              defaultText = lib.literalExpression "[ 0 ] where hardware.pascaline.driver.enable, else [ ]";
+              defaultText = lib.literalExpression "[ 0 ] if hardware.pascaline.driver.enable, else [ ]";
               example = [ 1 ];
-              description = "GPUs that the instance may use, as `nvidia-smi` numbers them. Empty: it runs on the CPU and sees no device.";
+              description = "GPUs that the instance may use, by the numbers of `nvidia-smi`. If empty, it runs on the CPU and sees no GPU.";
             };
 
             settings = mkOption {
@@ -244,14 +244,14 @@ in
                 max_running_requests = 4;
                 kv_cache.dtype = "int8";
               };
-              description = "Settings of `pascaline serve`, in the names of its configuration file (docs/configuration.md): `placement.experts`, `placement.layers` and `placement.weights` say what stays in the host's memory with llama.cpp. The build fails where the program would refuse them.";
+              description = "Settings of `pascaline serve`, under the names of its configuration file (docs/configuration.md). With llama.cpp, `placement.experts`, `placement.layers` and `placement.weights` say what stays in the host's memory. The build fails if the program would refuse the settings.";
             };
 
             checkSettings = mkOption {
               type = types.bool;
               default = true;
               example = false;
-              description = "Whether the build runs `pascaline config check` on the settings, and fails where the program would refuse them.";
+              description = "Whether the build runs `pascaline config check` on the settings, and fails if the program would refuse them.";
             };
 
             apiKeyFile = mkOption {
@@ -265,7 +265,7 @@ in
               type = types.bool;
               default = false;
               example = true;
-              description = "Whether the firewall lets everyone reach the API. It needs `apiKeyFile`, and an outer address in `settings.host`.";
+              description = "Whether the firewall opens the API to everyone. This needs `apiKeyFile`, and an address in `settings.host` that is not loopback.";
             };
 
             environment = mkOption {
@@ -274,14 +274,14 @@ in
               example = {
                 OMP_NUM_THREADS = "10";
               };
-              description = "Environment variables of the unit. They win over those that the module sets.";
+              description = "Environment variables of the unit. They override those that the module sets.";
             };
 
             slice = mkOption {
               type = types.str;
               default = "pascaline.slice";
               example = "system.slice";
-              description = "systemd slice of the unit. A limit on `pascaline.slice` (`systemd.slices.pascaline`) holds for all instances together.";
+              description = "systemd slice of the unit. A limit on `pascaline.slice` (`systemd.slices.pascaline`) applies to all instances together.";
             };
 
             memoryMax = mkOption {
@@ -295,19 +295,19 @@ in
               type = types.nullOr types.ints.unsigned;
               default = null;
               example = 1;
-              description = "NUMA node whose CPUs and memory alone the instance uses (`NUMAPolicy=bind`, `CPUAffinity=numa`): that of its GPU (`/sys/bus/pci/devices/*/numa_node`), where weights stay in the host's memory and the node has room for them (`pascaline plan`). `null`: the program runs beside its GPU by itself, and the kernel may take memory elsewhere once the node's is full.";
+              description = "NUMA node to which the instance is bound, with its CPUs and memory (`NUMAPolicy=bind`, `CPUAffinity=numa`). Choose the node of its GPU (`/sys/bus/pci/devices/*/numa_node`) if weights stay in the host's memory and the node has room for them (`pascaline plan`). `null`: the program chooses CPUs near its GPU itself, and the kernel may use other nodes' memory once this node's is full.";
             };
 
             stopTimeoutSec = mkOption {
               type = types.ints.positive;
               default = 90;
               example = 330;
-              description = "Seconds from `systemctl stop` until what still runs is killed. Greater than `settings.drain_timeout` (default 60), in which running requests may end.";
+              description = "Seconds from `systemctl stop` until the remaining processes are killed. It must be greater than `settings.drain_timeout` (default 60), the time for running requests to end.";
             };
 
             llamaCppPackage = lib.mkPackageOption pkgs "llama-cpp-pascal" {
               example = "pkgs.llama-cpp";
-              extraDescription = "It is used where `settings.engine` is `\"llama.cpp\"`.";
+              extraDescription = "It is used if `settings.engine` is `\"llama.cpp\"`.";
             };
 
             finalSettings = mkOption {
@@ -318,7 +318,7 @@ in
               example = {
                 served_model_name = "emily";
               };
-              description = "What the configuration file says: `settings`, with the model, the program and the key that the other options name.";
+              description = "Content of the configuration file: `settings`, with the model, the program and the key from the other options.";
             };
 
             configFile = mkOption {

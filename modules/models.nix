@@ -45,7 +45,7 @@ in
           };
         }
       '';
-      description = "Models to keep in the store, by name. Each is brought there by `pascaline-model-<name>.service`.";
+      description = "Models to keep in the store, by name. `pascaline-model-<name>.service` downloads or copies each.";
       type = types.attrsOf (
         types.submodule (
           { name, config, ... }:
@@ -67,7 +67,7 @@ in
                 type = types.nullOr (types.either digest (types.nonEmptyListOf digest));
                 default = null;
                 example = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
-                description = "The file's sha256, from a source other than the server it comes from. It must be set. Of a split model a list, one for each part in order; `url` or `path` then names its first part (`…-00001-of-0000N.gguf`), and the others are taken from beside it.";
+                description = "The file's sha256, from a source other than the server it comes from. It must be set. For a split model, a list with one checksum for each part, in order; `url` or `path` then names the first part (`…-00001-of-0000N.gguf`), and the other parts must be beside it.";
               };
               file = mkOption {
                 type = types.path;
@@ -76,7 +76,7 @@ in
                 }";
                 defaultText = lib.literalExpression "\"\${config.services.pascaline.stateDir}/models/<name>/<file name>\"";
                 example = "/data/models/emily.gguf";
-                description = "Where the verified file lies; of a split model its first part.";
+                description = "Path of the verified file; for a split model, of its first part.";
               };
             };
           }

@@ -20,10 +20,10 @@ in
       default = null;
       example = "10.10.1.1";
       description = ''
-        IPv4 address by which the other hosts of a fleet reach this one; a fleet sets it from the inventory. `null`: the host has its
-        addresses by DHCP or by {option}`networking.interfaces`. Otherwise exactly one of
+        IPv4 address at which the other hosts of a fleet reach this one; a fleet sets it from the inventory. `null`: the host gets
+        its addresses by DHCP or by {option}`networking.interfaces`. Otherwise exactly one of
         {option}`hardware.pascaline.network.name`, {option}`hardware.pascaline.network.mac` and
-        {option}`hardware.pascaline.network.driver` says which interface gets it.
+        {option}`hardware.pascaline.network.driver` selects the interface.
       '';
     };
 
@@ -31,7 +31,7 @@ in
       type = types.ints.between 1 32;
       default = 24;
       example = 16;
-      description = "Bits of the address that name the network; 24 is the netmask 255.255.255.0, CloudLab's own.";
+      description = "Prefix length: 24 is the netmask 255.255.255.0, as on CloudLab.";
     };
 
     name = mkOption {
@@ -52,7 +52,7 @@ in
       type = types.nullOr types.str;
       default = null;
       example = "ixgbe";
-      description = "Interface that gets the address, by its kernel driver; it is renamed to `fleet0`. Only for a host where one interface has this driver: a card with two ports has two.";
+      description = "Interface that gets the address, by its kernel driver; it is renamed to `fleet0`. Only one interface of the host may have this driver; a card with two ports has two interfaces.";
     };
   };
 

@@ -28,7 +28,7 @@ in
       type = types.str;
       default = "127.0.0.1";
       example = "0.0.0.0";
-      description = "Address that the router's API and metrics listen on. Clients on other hosts need an outer one.";
+      description = "Address that the router's API and metrics listen on. Clients on other hosts cannot reach a loopback address.";
     };
 
     port = mkOption {
@@ -61,7 +61,7 @@ in
       ];
       default = "cache_aware";
       example = "round_robin";
-      description = "How the router chooses a worker. `cache_aware` sends a prompt to the worker that has its beginning in memory already; `power_of_two` takes the less loaded of two.";
+      description = "How the router chooses a worker. `cache_aware` sends a prompt to the worker whose cache holds its beginning; `power_of_two` takes the less loaded of two random workers.";
     };
 
     apiKeyFile = mkOption {
@@ -75,7 +75,7 @@ in
       type = types.bool;
       default = false;
       example = true;
-      description = "Whether the firewall lets everyone reach the router. It needs {option}`services.pascaline.router.apiKeyFile`, and an outer address in {option}`services.pascaline.router.host`.";
+      description = "Whether the firewall opens the router to everyone. This needs {option}`services.pascaline.router.apiKeyFile`, and an address in {option}`services.pascaline.router.host` that is not loopback.";
     };
   };
 

@@ -52,7 +52,7 @@ let
         example = {
           name = "emily";
         };
-        description = "Further labels of every series from this target. The dashboards tell instances apart by `name`.";
+        description = "Further labels of every series from this target. The dashboards distinguish instances by `name`.";
       };
     };
   };
@@ -87,30 +87,30 @@ in
   options.services.pascaline.monitoring = {
     enable = lib.mkEnableOption "Prometheus, its rules, Alertmanager and Grafana for pascaline hosts";
 
-    exporters = targetsOption "GPU exporters to scrape, one a host (`services.pascaline.exporter`)." ports.exporter;
-    agents = targetsOption "Agents to scrape, one an instance: the supervisor's own metrics, at `settings.agent_port`." ports.agent;
-    engines = targetsOption "Engines to scrape, one an instance: what SGLang or llama.cpp say of themselves, at `settings.port`." ports.engine;
+    exporters = targetsOption "GPU exporters to scrape, one per host (`services.pascaline.exporter`)." ports.exporter;
+    agents = targetsOption "Agents to scrape, one per instance: the supervisor's own metrics, at `settings.agent_port`." ports.agent;
+    engines = targetsOption "Engines to scrape, one per instance: the metrics of SGLang or llama.cpp, at `settings.port`." ports.engine;
     nodes = targetsOption "node_exporters to scrape, for a host's processors, memory and disks (`services.prometheus.exporters.node`)." ports.node_exporter;
 
     scrapeInterval = mkOption {
       type = types.str;
       default = "15s";
       example = "30s";
-      description = "How often every target is scraped and every rule evaluated. {option}`services.prometheus.globalConfig` wins where it says otherwise.";
+      description = "How often every target is scraped and every rule evaluated. {option}`services.prometheus.globalConfig` overrides it.";
     };
 
     retention = mkOption {
       type = types.str;
       default = "30d";
       example = "1y";
-      description = "How long Prometheus keeps series; {option}`services.prometheus.retentionTime` wins where it is set. The alerts that compare an instance with its own past look a week back.";
+      description = "How long Prometheus keeps series; {option}`services.prometheus.retentionTime` overrides it. Alerts that compare an instance with its own past need a week.";
     };
 
     openFirewall = mkOption {
       type = types.bool;
       default = false;
       example = true;
-      description = "Whether the firewall lets everyone reach Prometheus' port; {option}`services.prometheus.listenAddress` must be an outer address then. Prometheus asks nobody for a password.";
+      description = "Whether the firewall opens Prometheus' port to everyone. {option}`services.prometheus.listenAddress` must then be no loopback address. Prometheus has no authentication.";
     };
 
     alertmanager = {
@@ -124,7 +124,7 @@ in
         type = types.nullOr types.str;
         default = null;
         example = "http://127.0.0.1:9099/alerts";
-        description = "URL that alerts are posted to. Leave it unset where {option}`services.prometheus.alertmanager.configuration` or {option}`services.prometheus.alertmanager.configText` has receivers of your own; one of the three must be set.";
+        description = "URL that alerts are posted to. Leave it unset if {option}`services.prometheus.alertmanager.configuration` or {option}`services.prometheus.alertmanager.configText` has your own receivers. One of the three must be set.";
       };
     };
 
@@ -139,19 +139,19 @@ in
         type = types.str;
         default = "127.0.0.1";
         example = "0.0.0.0";
-        description = "Address that Grafana listens on. Beyond loopback, {option}`services.grafana.settings.security.admin_password` must be one of your own.";
+        description = "Address that Grafana listens on. If it is not a loopback address, {option}`services.grafana.settings.security.admin_password` must be your own.";
       };
       port = mkOption {
         type = types.port;
         default = ports.grafana;
         example = 3001;
-        description = "Port that Grafana listens on; `services.grafana.settings.server.http_port` wins where it is set.";
+        description = "Port that Grafana listens on; `services.grafana.settings.server.http_port` overrides it.";
       };
       openFirewall = mkOption {
         type = types.bool;
         default = false;
         example = true;
-        description = "Whether the firewall lets everyone reach Grafana's port; {option}`services.pascaline.monitoring.grafana.host` must be an outer address then.";
+        description = "Whether the firewall opens Grafana's port to everyone. {option}`services.pascaline.monitoring.grafana.host` must then be no loopback address.";
       };
     };
   };

@@ -120,7 +120,7 @@ let
       lib.optional (gpuKeys != lib.attrNames profileGpus.c240g5)
         "fleet: gpu of host ${name} has the keys ${lib.concatStringsSep ", " gpuKeys}, must have card and capability, for example { card = \"tesla-p4\"; capability = \"6.1\"; }";
 
-  # Every mistake of an inventory as a sentence; empty where it is sound.
+  # Every mistake of an inventory as a sentence; empty if it has none.
   problems =
     fleet:
     let

@@ -115,7 +115,7 @@ in
       }
     ];
 
-    # The switch that installs the kernel module, also where no X server runs.
+    # This option installs the kernel module, also without an X server.
     services.xserver.videoDrivers = lib.mkDefault [ "nvidia" ];
     hardware.graphics.enable = true;
     hardware.nvidia = {

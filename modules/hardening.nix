@@ -2,7 +2,7 @@
 #
 # What `systemd-analyze security` still counts in all of them:
 # - RootDirectory, RootImage: the programs lie in the Nix store of the host.
-# - PrivateMounts: systemd implies it where it mounts anything for a unit, as ProtectSystem makes it do.
+# - PrivateMounts: systemd implies it if it mounts anything for a unit, as it does for ProtectSystem.
 # - IPAddressDeny: who may reach a listener, its address and the firewall say. A download goes to any host.
 # - PrivateNetwork, in units that listen or download; the others set it.
 # - DeviceAllow: ProtectClock itself lets a unit read the clock's device.

@@ -87,8 +87,8 @@ let
       "pascaline-gpu-limits.service"
     ]
     ++ modelUnits instance;
-    # An engine that never loads is tried 15 times, and then failed, with its reason, and not looped: in an hour where it fails at
-    # once, in nine where each load takes as long as start_timeout (1800 s) allows. The instance counts for itself too (alert InstanceRestartLoop).
+    # An engine that never loads is started 15 times; then the unit fails with its reason: after an hour if each load fails at
+    # once, after nine if each takes as long as start_timeout (1800 s) allows. The instance counts its starts too (alert InstanceRestartLoop).
     startLimitIntervalSec = 43200;
     startLimitBurst = 15;
 

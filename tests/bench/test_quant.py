@@ -110,7 +110,7 @@ def test_tools_that_are_missing_are_told_before_any_work(bench: Start, tmp_path:
 
 
 def test_an_interruption_while_quality_is_measured_tells_how_to_go_on(bench: Start, tmp_path: Path) -> None:
-    """Minutes of files and scores lie before the first result: the folder's name must be told where it was not chosen."""
+    """Files and scores take minutes before the first result, so the folder's name is printed if nobody chose it."""
     tools, began = tmp_path / "bin", tmp_path / "began"
     tools.mkdir()
     for name in ("llama-quantize", "llama-perplexity"):

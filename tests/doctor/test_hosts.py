@@ -25,7 +25,7 @@ def findings_of(folder: Path, changes: dict | None = None, question: Question | 
 
 
 def shown(text: str, expected: str) -> str:
-    """The expected text where it matches with any text for each …, else the text itself."""
+    """The expected text if it matches with any text for each …, otherwise the text itself."""
     return expected if re.fullmatch(".*".join(map(re.escape, expected.split("…"))), text) else text
 
 

@@ -372,7 +372,7 @@ class Engine:
         self._warm_from = time.monotonic() + faults.warmup_seconds
 
     def generate(self, prompt_tokens: int, max_tokens: int, streaming: str) -> Iterator[str]:
-        """Yield words; QueueFullError where no further request may wait."""
+        """Yield words. Raises QueueFullError if no further request may wait."""
         start = last = time.monotonic()
         self._admit(prompt_tokens)
         try:

@@ -183,7 +183,7 @@ def fill_disk(scene: Scene) -> None:
 
 
 def remove_folder_on_disk(scene: Scene) -> None:
-    """Remove the instance's folder for temporary files where it has a file system of its own."""
+    """Remove the instance's folder for temporary files if it has a file system of its own."""
     for path in (own_disk(scene) / "tmp").glob("pascaline-serve-*"):
         shutil.rmtree(path)
 

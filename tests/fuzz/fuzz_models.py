@@ -238,7 +238,7 @@ def _json_piece(rng: random.Random, data: bytearray) -> None:
 
 
 def _json_number(rng: random.Random, data: bytearray) -> None:
-    """Put another number in the place of one, and keep the header's length true where there is one."""
+    """Replace a number by another, and correct the header's length if there is one."""
     digits = [at for at, byte in enumerate(data) if 48 <= byte <= 57 and (at == 0 or not 48 <= data[at - 1] <= 57)]
     if not digits:
         return

@@ -1,4 +1,4 @@
-"""The exporter on a real NVIDIA GPU; skipped where there is none."""
+"""The exporter on a real NVIDIA GPU; skipped without one."""
 
 from __future__ import annotations
 

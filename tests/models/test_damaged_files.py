@@ -264,7 +264,7 @@ def retype_tensor(case: Case, _other: Case, rng: random.Random) -> None:
 
 
 def move_tensor(case: Case, _other: Case, rng: random.Random) -> None:
-    """To another part, where it is as good."""
+    """Point to another part that is equally valid."""
     source, target = rng.sample(range(len(case.parts)), 2)
     tensors = list(case.parts[source].tensors)
     moved = tensors.pop(rng.randrange(len(tensors)))

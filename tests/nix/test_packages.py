@@ -66,7 +66,7 @@ def test_packages_need_two_instances_of_nixpkgs(nix_command: Any, source: Path, 
 
 @pytest.mark.parametrize("system", ["aarch64-linux", "aarch64-darwin", "x86_64-darwin"])
 def test_administrators_elsewhere_have_formatter_and_shell(flake: Any, system: str) -> None:
-    """Who looks after the hosts may sit at an ARM board or a Mac, where nothing of CUDA is."""
+    """Whoever maintains the hosts may use an ARM board or a Mac, which have no CUDA."""
     assert flake(f"formatter.{system}.name")
     assert flake(f"devShells.{system}.default.name") == "shell"
 

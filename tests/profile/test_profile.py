@@ -657,7 +657,7 @@ class TestCommand:
         ],
     )
     def test_roof_of_a_card_without_a_profile(self, tmp_path: Path, card: str, lines: str, memory: str) -> None:
-        """NVML tells it of a card that is here; of another, or where it cannot, there is none and no failure."""
+        """NVML reports it for a card of this host; for another card, or without an answer, it is absent and no failure."""
         scenario = tmp_path / "s.nvml"
         write_scenario(scenario, (CAPTURES / f"{card}.nvml").read_text() + lines + "\n")
         text = self._table(fake_nvml_environment(scenario))

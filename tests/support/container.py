@@ -61,7 +61,7 @@ exec env -i container=pascaline-test PATH=/usr/sbin:/usr/bin:/sbin:/bin chroot .
 
 
 def image() -> Path:
-    """Return the cached image, made where it is missing (two minutes); skips the test where it cannot be made."""
+    """Return the cached image. Make it if it is missing (two minutes); skip the test if that fails."""
     if os.geteuid() != 0:
         pytest.skip("booting a container needs root")
     for program in ("unshare", "nsenter", "pivot_root", "setpriv"):
@@ -76,7 +76,7 @@ def image() -> Path:
 
 
 def make_image(target: Path, packages: Sequence[str]) -> None:
-    """Put Debian with these packages into a folder that does not exist; skips the test where it cannot be had."""
+    """Put Debian with these packages into a folder that does not exist yet; skip the test if that fails."""
     if shutil.which("debootstrap") is None:
         pytest.skip("debootstrap is not on this machine (Debian: apt install debootstrap)")
     partial = target.with_suffix(f".{os.getpid()}")
@@ -156,7 +156,7 @@ class Container:
         self._process = None
 
     def kill(self) -> None:
-        """End it at once; does nothing where it does not run."""
+        """End it at once; do nothing if it does not run."""
         if self._process is not None:
             self._process.kill()
             self._process.wait(STOP_SECONDS)
@@ -216,7 +216,7 @@ class Container:
 def wait_until(
     condition: Callable[[], bool], seconds: float = PATIENCE_SECONDS, explain: Callable[[], str] = lambda: ""
 ) -> None:
-    """Return as soon as the condition holds; fail with the explanation where it does not in time."""
+    """Return as soon as the condition holds; fail with the explanation if it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {explain()}"

@@ -420,7 +420,7 @@ def add_tokenizer(writer: GGUFWriter, shape: Shape) -> None:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("qwen2" if shape.architecture.startswith("qwen") else "llama-bpe")
         writer.add_token_list([*_byte_characters(), *(f"Ġt{i:x}" for i in range(shape.vocab_size - 256))])
-        # Each merge makes a token of the vocabulary; where there are more merges than tokens, some come twice.
+        # Each merge makes a token of the vocabulary; if there are more merges than tokens, some come twice.
         made = [16 + i % (shape.vocab_size - 272) for i in range(shape.merges)]
         writer.add_token_merges([f"Ġt{token >> 4:x} {token & 15:x}" for token in made])
         writer.add_token_types([1] * shape.vocab_size)

@@ -5,7 +5,7 @@ nixpkgs' lib and a trimmed package set are looked for in $PASCALINE_NIX_STAND_IN
 hold nixfmt, statix and deadnix. Tests that need what is not there are skipped.
 
 $PASCALINE_NIXPKGS names a folder with a whole nixpkgs (its `lib`, its `nixos`, and a package set as its default.nix). Then every case
-is evaluated by NixOS' own modules instead of the stand-ins, to a system where it must be one.
+is evaluated by NixOS' own modules instead of the stand-ins, to a system if it must be one.
 """
 
 from __future__ import annotations

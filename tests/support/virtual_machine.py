@@ -54,7 +54,7 @@ RestartSec=1
 
 
 def machine_image() -> Path:
-    """Return the cached root with a kernel, made where it is missing (minutes); skips the test where it cannot be made."""
+    """Return the cached root with a kernel. Make it if it is missing (minutes); skip the test if that fails."""
     for program in (QEMU, "mke2fs"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not on this machine (Debian: apt install qemu-system-x86 e2fsprogs)")
@@ -111,7 +111,7 @@ class VirtualMachine(Container):
         self._disconnect()
 
     def kill(self) -> None:
-        """End it at once; does nothing where it does not run."""
+        """End it at once; do nothing if it does not run."""
         super().kill()
         self._disconnect()
 

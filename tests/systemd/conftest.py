@@ -1,4 +1,4 @@
-"""The host of the systemd tests: the rendered units over a Debian root, with our Python environment where they name packages."""
+"""The host of the systemd tests: the rendered units in a Debian root, with our Python environment for the packages they name."""
 
 from __future__ import annotations
 

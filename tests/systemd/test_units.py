@@ -320,7 +320,7 @@ class TestSandbox:
         }
 
     def test_device_rules_admit_the_driver_and_nothing_else(self, machine: Container) -> None:
-        """The unit of an instance with a GPU: opening says "no such device" where it is admitted and no driver there."""
+        """The unit of an instance with a GPU: if the device is allowed and has no driver, opening says "no such device"."""
         nodes = {"nvidiactl": (195, 255), "nvidia-uvm": (510, 0), "mem": (1, 1), "kvm": (10, 232), "disk": (8, 0)}
         for name, (major, minor) in nodes.items():
             kind = "b" if name == "disk" else "c"

@@ -1,4 +1,4 @@
-"""Models at URLs: a few range requests to a real HTTP server, and one clear sentence where it cannot answer them."""
+"""Models at URLs: a few range requests to a real HTTP server, and one clear sentence if it cannot answer them."""
 
 from __future__ import annotations
 

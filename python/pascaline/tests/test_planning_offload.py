@@ -223,7 +223,7 @@ def test_locked_weights_need_memory_and_are_copied_like_mapped_ones() -> None:
 
 
 class TestChunkHint:
-    """A larger chunk copies the host's weights less often; the plan says so where it fits."""
+    """A larger chunk copies the host's weights less often; the plan says so if it fits."""
 
     def notes(self, **changes: Any) -> list[str]:
         wanted = offloading(**changes)

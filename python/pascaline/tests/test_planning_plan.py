@@ -322,7 +322,7 @@ class TestCards:
 
 
 class TestActivationBits:
-    """8 bits where they do not show and buy time, 16 elsewhere; what was chosen is kept."""
+    """8 bits if they save time and do not change answers, otherwise 16; a chosen number is kept."""
 
     @staticmethod
     def bits(spec: ModelSpec, device: str = "cuda", **flags: Any) -> tuple[int | None, int | None]:

@@ -1,4 +1,4 @@
-"""Quantising: by llama.cpp's real tools where they are here, and by stand-ins that fail in every way that tools do."""
+"""Quantising: by llama.cpp's real tools if they are installed, and by stand-ins that fail in every way that tools do."""
 
 from __future__ import annotations
 

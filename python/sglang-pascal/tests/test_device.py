@@ -1,4 +1,4 @@
-"""The plugin serves where it should and stays away where it should not."""
+"""The plugin serves on the devices that it is made for, and does nothing on others."""
 
 from __future__ import annotations
 

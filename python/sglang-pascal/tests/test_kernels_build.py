@@ -1,4 +1,4 @@
-"""Building the kernels: real NVRTC and ptxas 11.8 where they are installed, and what is said where they are not."""
+"""Building the kernels: with real NVRTC and ptxas 11.8 if they are installed, and the messages if they are not."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class TestCompiling:
             build.assemble(b"nonsense", "61")
 
     def test_a_package_is_built_by_one_command(self, tmp_path, monkeypatch):
-        """All modules come from the cache where it has them; a second run changes nothing."""
+        """Modules that the cache has come from there; a second run changes nothing."""
         monkeypatch.setattr(build, "MODULES", {name: MODULES[name] for name in ("quantize", "sampling")})
         assert build.main(["--output", str(tmp_path)]) == 0
         files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}

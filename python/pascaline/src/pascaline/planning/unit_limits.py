@@ -1,4 +1,4 @@
-"""What the systemd unit of an instance is given where weights stay in the host's memory: a NUMA node and a limit."""
+"""NUMA node and memory limit of an instance's systemd unit, if weights stay in the host's memory."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def _placed(gpu: Gpu, node: NumaNode | None, nodes: Sequence[NumaNode]) -> tuple
 )
 def _memory_channels(host: Host) -> Result:
     """Reads the slots that the firmware describes, by dmidecode, which needs root. The names of slots tell their
-    channels on most servers; where they do not, the modules are only counted.
+    channels on most servers; if they do not, the modules are only counted.
     """
     slots = host.memory.slots
     if not slots:

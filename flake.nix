@@ -21,7 +21,7 @@
     }:
     let
       inherit (nixpkgs) lib;
-      # What the hosts are; those who look after them may sit elsewhere.
+      # The hosts' platform; the machines of their administrators may have others.
       system = "x86_64-linux";
       forAdministrators =
         of:
@@ -52,7 +52,7 @@
           hermetic = true;
         };
       packageSet = {
-        # So that it is there once, whichever of our modules are imported.
+        # The key makes it count once, whichever of our modules are imported.
         key = "pascaline:packages";
         nixpkgs.overlays = [ overlay ];
         nixpkgs.config = unfree.host;

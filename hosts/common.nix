@@ -1,5 +1,5 @@
 # What all hosts of this fleet share.
 {
-  # The release whose defaults they keep, whatever release they run.
+  # The release whose defaults they keep after upgrades.
   system.stateVersion = "26.05";
 }

@@ -35,12 +35,12 @@ let
     ) fleet.hosts;
 
   oneOf = allowed: "must be one of: ${lib.concatStringsSep ", " allowed}";
-  # Names that stand where only some are allowed, each as a sentence.
+  # Names that are not allowed at their place, each as a sentence.
   unknown =
     what: allowed: names:
     map (name: "fleet: ${what} '${name}', ${oneOf allowed}") (lib.subtractLists allowed names);
 
-  # Where a host's address comes from: its network, or the interface that is given it.
+  # The source of a host's address: its network (DHCP), or the interface that gets it.
   networkProblems =
     name: host:
     let
@@ -198,7 +198,7 @@ let
           "ip saddr { ${lib.concatStringsSep ", " sources} } tcp dport { ${
             lib.concatMapStringsSep ", " toString ports
           } } accept\n";
-      # A rule each: networks that overlap may not stand in one set. Everyone is let in by the service's own openFirewall.
+      # One rule each: a set may not contain overlapping networks. The service's own openFirewall lets everyone in.
       acceptClients =
         role: clients: port:
         lib.optionalString (lib.elem role host.roles && lib.isList clients) (
@@ -218,7 +218,7 @@ let
     + acceptClients "router" clients ports.router
     + acceptClients "monitoring" grafanaClients ports.grafana;
 
-  # How a service listens that these clients may use.
+  # The address on which a service listens for these clients.
   listensFor = clients: {
     host = if clients == [ ] then "127.0.0.1" else "0.0.0.0";
     openFirewall = clients == everyone;
@@ -240,7 +240,7 @@ let
           inherit port;
           agent_port = agentPort;
         }
-        # The firewall lets in the fleet's routers and monitoring hosts alone.
+        # The firewall lets in only the fleet's routers and monitoring hosts.
         // lib.optionalAttrs ((fleetDefaults // fleet).apiKeyFile == null) { allow_unauthenticated = true; }
         // lib.optionalAttrs (host.gpu != null) { inherit (host.gpu) card; };
       } fleet.instances.${name}
@@ -329,7 +329,7 @@ in
     fleet:
     { nixpkgs, modules }:
     {
-      # Colmena reads the platform by a name that nixpkgs warns of.
+      # Colmena reads the platform from an attribute about which nixpkgs warns.
       meta.nixpkgs = nixpkgs // {
         inherit (nixpkgs.stdenv.hostPlatform) system;
       };

@@ -55,14 +55,14 @@ in
   imports = [ ./common.nix ];
 
   config = lib.mkIf cfg.enable {
-    # Every disk controller's driver is there to boot with: what a node has is known only once it is allocated.
+    # The initrd has every disk controller's driver: a node's hardware is known only once it is allocated.
     hardware.enableAllHardware = true;
 
-    # GRUB is NixOS' own default; a host that names another boot loader or another root keeps them, as nixos-generate-config wrote them.
+    # GRUB is NixOS' own default. A host whose configuration names another boot loader or root file system keeps it.
     boot = {
       loader.grub = {
         device = lib.mkDefault cfg.rootPartition;
-        # GRUB advises against a partition's boot record; here it is the only one that is read.
+        # GRUB advises against a partition's boot record, but the network loader reads no other.
         forceInstall = lib.mkDefault true;
         extraConfig = ''
           serial --unit=0 --speed=115200
@@ -94,7 +94,7 @@ in
       ${cfg.dataMount} = {
         device = lib.mkDefault cfg.dataDevice;
         fsType = lib.mkDefault "ext4";
-        # A node without its data disk must still come up, so that it can be mended.
+        # A node without its data disk must still boot, so that it can be repaired.
         options = [
           "noatime"
           "nofail"
@@ -105,7 +105,7 @@ in
       lib.mkDefault "${cfg.dataMount}/pascaline"
     );
 
-    # Before what nixos-generate-config says by mkDefault.
+    # Overrides what nixos-generate-config sets by mkDefault.
     networking.useDHCP = lib.mkIf (cfg.controlInterface != null) (lib.mkOverride 900 false);
     networking.interfaces = lib.mkIf (cfg.controlInterface != null) {
       ${cfg.controlInterface}.useDHCP = true;

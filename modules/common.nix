@@ -1,4 +1,4 @@
-# What every pascaline unit shares: the packages, the user, the folders that outlive a boot, and the host's ports.
+# Shared by all pascaline units: the packages, the user, the persistent folders, and the host's ports.
 {
   config,
   lib,

@@ -1,4 +1,4 @@
-# The CUDA 11.8 toolkit, the last that NVIDIA made with Pascal in mind, from the pinned nixpkgs that still has it.
+# The CUDA 11.8 toolkit, the last one meant for Pascal, from the pinned nixpkgs that still has it.
 {
   config,
   lib,
@@ -10,7 +10,7 @@ let
   cfg = config.hardware.pascaline.cuda;
   toolkit = pkgs.symlinkJoin {
     name = "cuda-toolkit-${cfg.packages.cudaMajorMinorVersion or "11.8"}";
-    # Headers, libraries and programs of a component are outputs of their own. Static libraries are gigabytes; nvcc links one.
+    # Headers, libraries and programs of a component are separate outputs. Static libraries take gigabytes; nvcc links one.
     paths = lib.concatMap (
       component:
       map (output: component.${output}) (
@@ -72,7 +72,7 @@ in
     }
     // lib.optionalAttrs cfg.debug { CUDA_LAUNCH_BLOCKING = "1"; };
 
-    # Sticky and open to all, as /tmp is: every user's programs cache there.
+    # Sticky and writable by everyone, like /tmp: every user's programs cache there.
     systemd.tmpfiles.settings."10-pascaline-cuda".${cfg.cacheDir}.d.mode = "1777";
   };
 }

@@ -8,7 +8,7 @@ let
   inherit (lib) mkOption types;
   cfg = config.hardware.pascaline.driver;
   driverPackage = config.hardware.nvidia.package;
-  # As the doctor compares a running driver with. torch is built for CUDA 12 (python/wheels.json).
+  # The bounds with which the doctor compares a running driver. torch is built for CUDA 12 (python/wheels.json).
   branches = lib.importTOML ../python/pascaline/src/pascaline/cards/driver.toml;
   leastBranch = toString branches.least_branch."12";
   lastBranch = toString branches.last_pascal_branch;
@@ -123,7 +123,7 @@ in
       open = lib.mkDefault false;
       nvidiaSettings = lib.mkDefault false;
       nvidiaPersistenced = cfg.persistence;
-      # Nothing is shown and no video decoded on a server.
+      # A server has no display and decodes no video.
       videoAcceleration = lib.mkDefault false;
     };
 
@@ -138,9 +138,9 @@ in
       serviceConfig = hardening // {
         Type = "oneshot";
         RemainAfterExit = true;
-        # nvidia-smi takes one of these settings a call.
+        # nvidia-smi takes one of these settings per call.
         ExecStart = map (limit: "${nvidiaSmi} ${limit}") limits;
-        # The driver takes limits from those alone who have this capability in the host's user namespace.
+        # The driver accepts limits only from a process with this capability in the host's user namespace.
         CapabilityBoundingSet = [ "CAP_SYS_ADMIN" ];
         PrivateUsers = false;
         # NVML opens the NVIDIA devices, and looks for them and the driver's settings in /proc.

@@ -1,4 +1,4 @@
-# A list of arguments as ExecStart takes it. systemd's quoting is not the shell's: `%` and `$` mean something to it in any quotes.
+# Quotes a list of arguments for ExecStart. systemd's quoting differs from the shell's: `%` and `$` are special in all quotes.
 { lib }:
 let
   quoted =

@@ -1,4 +1,4 @@
-# The GPU exporter: one a host, Prometheus metrics of every GPU by NVML.
+# The GPU exporter: one per host, with Prometheus metrics of every GPU from NVML.
 {
   config,
   lib,

@@ -3,7 +3,7 @@
 # What `systemd-analyze security` still counts in all of them:
 # - RootDirectory, RootImage: the programs lie in the Nix store of the host.
 # - PrivateMounts: systemd implies it if it mounts anything for a unit, as it does for ProtectSystem.
-# - IPAddressDeny: who may reach a listener, its address and the firewall say. A download goes to any host.
+# - IPAddressDeny: a listener's address and the firewall decide who may reach it. A download goes to any host.
 # - PrivateNetwork, in units that listen or download; the others set it.
 # - DeviceAllow: ProtectClock itself lets a unit read the clock's device.
 {
@@ -26,7 +26,7 @@
   ProtectProc = "invisible";
   ProtectSystem = "strict";
   RemoveIPC = true;
-  # Listeners and downloads; the sockets of the service manager, of the agent and of the driver's daemon.
+  # For listeners and downloads, and for the sockets of the service manager, the agent and the driver's daemon.
   RestrictAddressFamilies = [
     "AF_INET"
     "AF_INET6"

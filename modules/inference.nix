@@ -23,11 +23,11 @@ let
   modelUnits =
     instance: lib.optional (instance.model != null) "pascaline-model-${instance.model}.service";
 
-  # Beside what the user set: what only the host knows.
+  # The user's settings, and those that only the host knows.
   settingsOf =
     name: instance:
     let
-      # Null for a name that is not declared too: an assertion says so.
+      # Also null for a name that is not declared; an assertion reports that.
       model = cfg.models.${toString instance.model} or null;
     in
     {
@@ -96,13 +96,13 @@ let
       # The order of nvidia-smi and NVML; CUDA's own default is "fastest first".
       CUDA_DEVICE_ORDER = "PCI_BUS_ID";
       CUDA_VISIBLE_DEVICES = lib.concatMapStringsSep "," toString instance.gpus;
-      # What is compiled at run time is kept over boots: the driver's, Triton's and torch's code.
+      # Code that the driver, Triton and torch compile at run time is kept across boots.
       CUDA_CACHE_PATH = "/var/cache/${unitName name}/cuda";
       TRITON_CACHE_DIR = "/var/cache/${unitName name}/triton";
       TORCHINDUCTOR_CACHE_DIR = "/var/cache/${unitName name}/inductor";
       XDG_CACHE_HOME = "/var/cache/${unitName name}";
       HOME = "/var/lib/${unitName name}";
-      # A tmpfs of this unit alone: the engine gets its API key by a file, which must not reach a disk.
+      # A tmpfs of this unit: the engine gets its API key by a file, which must not be written to a disk.
       TMPDIR = "/run/${unitName name}";
       LD_LIBRARY_PATH = "/run/opengl-driver/lib";
     }
@@ -129,7 +129,7 @@ let
         # The supervisor asks for more time while a model loads (EXTEND_TIMEOUT_USEC).
         TimeoutStartSec = 120;
         TimeoutStopSec = instance.stopTimeoutSec;
-        # SIGTERM to the supervisor alone, which drains; what is left after TimeoutStopSec is killed whole.
+        # SIGTERM goes only to the supervisor, which drains; after TimeoutStopSec all remaining processes are killed.
         KillMode = "mixed";
         Restart = "on-failure";
         RestartSec = 5;
@@ -148,7 +148,7 @@ let
         RuntimeDirectoryMode = "0700";
         LimitNOFILE = 65536;
         LimitMEMLOCK = "infinity"; # pinned host buffers for transfers to the GPU
-        # The supervisor names the kernel's kill of the engine and starts the engine again; "kill" would end both.
+        # If the kernel kills the engine for lack of memory, the supervisor says so and starts it again; "kill" would end both.
         OOMPolicy = "continue";
         # torch and the driver's PTX compiler map memory that is writable and executable.
         MemoryDenyWriteExecute = false;

@@ -1,7 +1,7 @@
-# What it takes to open a listener to others, said once for every service.
+# The conditions under which a listener may be opened to other hosts, for every service.
 { lib }:
 rec {
-  # Whether an address is reached from this host alone.
+  # Whether only this host can reach an address.
   isLoopback =
     host:
     lib.elem host [
@@ -11,7 +11,7 @@ rec {
     ]
     || lib.hasPrefix "127." host;
 
-  # Where this host itself reaches a listener: any address means every address.
+  # The address at which this host itself reaches a listener: 0.0.0.0 and :: mean every address.
   reachedAt =
     host:
     if
@@ -26,13 +26,13 @@ rec {
     else
       host;
 
-  # { option, what, host, hostOption, opened } -> the assertion that what is opened is also reachable.
+  # { option, what, host, hostOption, opened } -> the assertion that an opened port is also reachable.
   openedIsReachable =
     {
       # The option that opens the port, and whether it is set.
       option,
       opened,
-      # What listens, where, and the option that says so.
+      # What listens, at which address, and the option that sets it.
       what,
       host,
       hostOption,

@@ -19,7 +19,7 @@ let
   # A download link may end in a query, which is no part of the file's name.
   digest = types.strMatching "[0-9a-fA-F]{64}";
   digestsOf = model: lib.toList model.sha256;
-  # The end of the first part's name, as llama-gguf-split writes it: without it nothing says what the other parts are called.
+  # The end of the first part's name, as llama-gguf-split writes it. The names of the other parts follow from it.
   firstPart = model: "-00001-of-${lib.fixedWidthNumber 5 (lib.length (digestsOf model))}.gguf";
   fileName = url: baseNameOf (lib.head (builtins.match "([^?#]*).*" url));
   keepList = lib.concatMapStringsSep " " lib.escapeShellArg (lib.attrNames models);
@@ -132,29 +132,29 @@ in
               (if model.url != null then model.url else model.path)
               "--sha256=${lib.concatMapStringsSep "," toString (digestsOf model)}"
               "--target=${model.file}"
-              # Declared is what counts: another checksum than before asks for another file.
+              # The declaration counts: another checksum than before means another file.
               "--replace"
             ];
             User = cfg.user;
             TimeoutStartSec = "infinity";
             Restart = "on-failure";
-            # Between two tries it stays "activating": an instance that waits for it goes on waiting instead of failing.
+            # Between two attempts it stays "activating", so that an instance that waits for it keeps waiting instead of failing.
             RestartMode = "direct";
             RestartSec = 10;
             RestartSteps = 5;
             RestartMaxDelaySec = 600;
-            # A wrong checksum stays wrong, and so does a file that is no model.
+            # Another attempt would find the same wrong checksum, or the same file that is no model.
             RestartPreventExitStatus = "2 3";
             ReadWritePaths = [ cfg.stateDir ];
             # A model is downloaded, or copied from this host.
             PrivateNetwork = model.url == null;
-            # A model is often given by a path under /home.
+            # A model's path is often under /home.
             ProtectHome = "read-only";
           };
         }
       ) models
       // {
-        # Not by tmpfiles: a data disk that the boot does not wait for may be mounted after they ran.
+        # Not by tmpfiles: a data disk for which the boot does not wait may be mounted after they ran.
         pascaline-store = {
           description = "Folder of the model store";
           unitConfig.RequiresMountsFor = [ cfg.stateDir ];
@@ -169,7 +169,7 @@ in
               "--mode=0750"
               cfg.stateDir
             ];
-            # Root, to make a folder anywhere and give it away.
+            # Root, to make a folder anywhere and change its owner.
             CapabilityBoundingSet = [
               "CAP_CHOWN"
               "CAP_DAC_OVERRIDE"
@@ -177,7 +177,7 @@ in
             ];
             # chown is a call of @privileged.
             SystemCallFilter = "@system-service";
-            # In a user namespace of its own root could give nothing to a user of the host.
+            # In a user namespace of its own, root could not make a user of the host the owner.
             PrivateUsers = false;
             # The store may be a folder under /home or on a data disk; /usr, /boot and /etc stay read-only.
             ProtectHome = false;

@@ -8,7 +8,7 @@ let
   inherit (lib) mkOption types;
   cfg = config.hardware.pascaline.network;
   selectors = lib.filterAttrs (_: value: value != null) { inherit (cfg) name mac driver; };
-  # Only udev knows which interface has a MAC address or a driver, so it gives that one a name.
+  # Only udev knows which interface has a MAC address or a driver, so udev gives that interface a name.
   renamed = cfg.name == null;
   interface = if renamed then "fleet0" else cfg.name;
   remedy = "set one of hardware.pascaline.network.name, mac, driver; on the host, \"ip -brief link\" lists names and MAC addresses, and \"ethtool --driver NAME\" a driver";

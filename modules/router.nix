@@ -126,8 +126,8 @@ in
             cfg.metricsPort
             "--policy"
             cfg.policy
-            # An instance that drains says so at once: /health is 503 from then on, and the next look takes it out. What comes in
-            # between is refused with 503, which the router takes to another worker.
+            # A draining instance says so at once: /health returns 503, and the next check takes it out. It refuses requests that
+            # arrive before that with 503, and the router sends them to another worker.
             "--health-check-interval-secs"
             2
             "--health-failure-threshold"

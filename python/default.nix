@@ -1,5 +1,5 @@
 # The Python environments, from wheels.json alone: every wheel a fixed-output derivation, installed offline by
-# ./install-environment (which is tested on other distributions too) and bound to the Nix store by autoPatchelf.
+# ./install-environment (which is tested on other distributions too) and patched for the Nix store by autoPatchelf.
 {
   lib,
   stdenv,
@@ -15,7 +15,7 @@
   cudaPackages_pascal,
 }:
 {
-  # "pypi": torch 2.7.1 as locked (CUDA 12.6, holds sm_60). "cu118": the same torch built by its makers with CUDA 11.8.
+  # "pypi": torch 2.7.1 as locked (CUDA 12.6, contains sm_60). "cu118": PyTorch's own build of the same version with CUDA 11.8.
   torchFlavour ? "pypi",
 }:
 let
@@ -227,7 +227,7 @@ in
     name = "pascaline-router";
     wheels = wheelsOf "router";
   };
-  # With the built-in model, for tests that bring an engine of their own.
+  # With the built-in model, for tests that have an engine of their own.
   pascaline-builtin = only builtin "";
   # What `nix run` starts: the same with the engine beside it.
   pascaline-app = only builtin "--set-default PASCALINE_ENGINE_EXECUTABLE ${engine}/bin/python";

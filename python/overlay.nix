@@ -34,7 +34,7 @@ in
     { torchFlavour }: (environments { inherit torchFlavour; }).pascaline-engine
   ) { torchFlavour = "pypi"; };
 
-  # CUDA 12.9 is the newest that still makes code for Pascal, but only where it is named. Not by another instance of nixpkgs with these
+  # CUDA 12.9 is the newest that still generates code for Pascal, but only if it is asked to. Not by another instance of nixpkgs with these
   # settings: the last -D wins.
   llama-cpp-pascal =
     (final.llama-cpp.override {

@@ -1,7 +1,7 @@
 # The unfree packages that are allowed, and no others: a Pascal host's driver and llama.cpp's CUDA by name, CUDA 11.8 by licence.
 { lib }:
 {
-  # Names, not a predicate: NixOS adds up lists of several modules, but takes one predicate of many.
+  # Names, not a predicate: NixOS merges lists of several modules, but accepts only one predicate.
   host = {
     nvidia.acceptLicense = true;
     allowUnfreePackages = [

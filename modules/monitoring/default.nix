@@ -14,13 +14,13 @@ let
   inherit (prometheus) alertmanager;
   inherit (import ../listen.nix { inherit lib; }) isLoopback openedIsReachable reachedAt;
 
-  # What the host says of its own Grafana wins over our option's default, and clashes with our option only where both are set.
+  # The host's own Grafana settings override our option's default; they conflict with our option only if both are set.
   overridable = option: if option.highestPrio < 1000 then lib.id else lib.mkDefault;
   grafanaOptions = options.services.pascaline.monitoring.grafana;
   grafanaServer = grafana.settings.server;
   dataSource = "pascaline";
 
-  # Alertmanager takes one configuration whole: ours stands aside for the host's own, which an assertion keeps apart from webhookUrl.
+  # Alertmanager takes one whole configuration: the host's own replaces ours, and an assertion forbids webhookUrl beside it.
   ownAlertConfiguration =
     options.services.prometheus.alertmanager.configuration.highestPrio < 1000
     || alertmanager.configText != null;
@@ -168,7 +168,7 @@ in
         message = "services.pascaline.monitoring.alertmanager.webhookUrl: set beside a configuration of your own in services.prometheus.alertmanager, must be one of the two; give your configuration a receiver with webhook_configs and remove webhookUrl";
       }
       {
-        # Given twice, Alertmanager ends at once.
+        # Alertmanager exits at once if it is given twice.
         assertion = lib.count (lib.hasPrefix clusterFlag) alertmanager.extraFlags <= 1;
         message = "services.prometheus.alertmanager.extraFlags: ${clusterFlag} is there twice, must be there once; remove yours, or replace the list with lib.mkForce";
       }
@@ -177,7 +177,7 @@ in
         message = "services.prometheus.scrapeConfigs: job_name ${lib.concatStringsSep ", " repeatedJobs} is there twice, must be there once; rename your own job, or leave out its targets here";
       }
       {
-        # As NixOS' option is without a definition.
+        # The value of NixOS' option without a definition.
         assertion =
           cfg.grafana.enable
           ->
@@ -263,7 +263,7 @@ in
         alertmanager = lib.mkIf cfg.alertmanager.enable {
           enable = true;
           listenAddress = lib.mkDefault "127.0.0.1";
-          # No cluster of one: joining it, Alertmanager ends at once on a host that has public addresses only.
+          # No cluster of one: Alertmanager exits at once when it joins it on a host with public addresses only.
           extraFlags = lib.mkIf (alertmanager.clusterPeers == [ ]) [ clusterFlag ];
           configuration = lib.mkIf (cfg.alertmanager.webhookUrl != null) (
             lib.mkDefault {
@@ -294,7 +294,7 @@ in
           http_addr = overridable grafanaOptions.host cfg.grafana.host;
           http_port = overridable grafanaOptions.port cfg.grafana.port;
         };
-        # It encrypts what is typed in as a data source's password; NixOS gives none, so that every host has its own.
+        # It encrypts the passwords of data sources. NixOS has no default, so that every host has its own key.
         settings.security.secret_key = lib.mkDefault "$__file{${grafanaSecret}}";
         provision = {
           enable = true;
@@ -304,7 +304,7 @@ in
               type = "prometheus";
               uid = dataSource;
               url = "http://${reachedAt prometheus.listenAddress}:${toString prometheus.port}";
-              # Not the default one: Grafana refuses to start with two, and the host may have its own. The dashboards choose by name.
+              # Not the default data source: Grafana refuses to start with two, and the host may have its own. The dashboards choose by name.
             }
           ];
           dashboards.settings.providers = [

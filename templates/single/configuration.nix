@@ -1,4 +1,4 @@
-# What the host is and serves.
+# The host's hardware, and what it serves.
 {
   networking.hostName = "box";
   services.openssh.enable = true;
@@ -32,6 +32,6 @@
     exporter.enable = true;
   };
 
-  # The release whose defaults this host keeps, whatever release it runs later.
+  # The release whose defaults this host keeps after upgrades.
   system.stateVersion = "26.05";
 }

@@ -200,7 +200,7 @@ class AgentServer(uvicorn.Server):
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let go of the open pages first: their answers have no end of their own."""
+        """End the open pages' streams first: they never end by themselves."""
         app = self.config.app
         if isinstance(app, FastAPI):
             app.state.page.close()

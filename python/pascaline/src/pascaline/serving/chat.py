@@ -88,7 +88,7 @@ class Answer:
         try:
             return cls(await asyncio.shield(beginning))
         except asyncio.CancelledError:
-            # The page left: the answer that still comes has nobody.
+            # The page has gone, so nobody reads the rest of the answer.
             beginning.add_done_callback(_discard)
             raise
 

@@ -94,7 +94,7 @@ class EngineApi:
         return stream(self._task.address, path, body=body, headers=headers, timeout=timeout, listener=self._listener)
 
     def is_loaded(self) -> bool:
-        """Whether it has loaded its model. Raises OSError if this process or host lacks what asking needs."""
+        """Whether it has loaded its model. Raises OSError if this process or host lacks the resources to ask."""
         try:
             return self.ask("/v1/models")[0] == 200
         except OSError as error:
@@ -128,7 +128,7 @@ class EngineApi:
         return page.decode(errors="replace")
 
     def generate(self, timeout: float = FIRST_GENERATION_SECONDS) -> Probe:
-        """Let the model do the least that it is for, through the same API as users' requests. timeout: seconds.
+        """Send the smallest request of the model's role, through the same API as users' requests. timeout: seconds.
 
         Generate one token, embed one word, or rank one document.
         """
@@ -184,14 +184,14 @@ def _is_finite(value: Any) -> bool:
 
 
 class Trial(NamedTuple):
-    """The least that a model of a role does."""
+    """The smallest request of a role."""
 
     path: str
     body: dict[str, Any]
     """Without the model's name."""
     succeeded: Callable[[bytes], bool]
     result: str
-    """What `succeeded` looks for."""
+    """The result that `succeeded` looks for, in words."""
 
 
 TRIALS: dict[Role, Trial] = {

@@ -1,4 +1,4 @@
-"""One snapshot a second for all open pages: computed once, whoever reads it, and only while somebody does."""
+"""One snapshot per second for all open pages: computed once for all readers, and only while there are readers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INTERVAL_SECONDS = 1.0
 
 
 class TooManyReadersError(Exception):
-    """As many as allowed read already."""
+    """The limit of readers is reached."""
 
 
 class Feed:
@@ -31,11 +31,11 @@ class Feed:
 
     @property
     def readers(self) -> int:
-        """How many read now."""
+        """Current number of readers."""
         return self._readers
 
     def admit(self) -> None:
-        """Raise TooManyReadersError if no further reader is allowed, or none any more."""
+        """Raise TooManyReadersError at the limit of readers, or after `close`."""
         if self._closed or self._readers >= self._most:
             raise TooManyReadersError
 

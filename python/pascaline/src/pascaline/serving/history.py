@@ -51,7 +51,7 @@ class History:
         self._before = (at, vitals)
 
     def forget_counters(self) -> None:
-        """The engine ended: the next counters are another one's."""
+        """Record that the engine ended: the next counters belong to another run."""
         self._before = None
 
 

@@ -2,7 +2,7 @@
 
 Never blocks: a manager that restarts or does not read gets the missed values with the next message.
 
-Not a package: the protocol is one datagram, and what happens to one that is not taken must be decided here.
+This uses no package: the protocol is one datagram, and this module decides what happens if nobody receives it.
 
 Source: sd_notify(3), sd_watchdog_enabled(3).
 """

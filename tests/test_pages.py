@@ -30,7 +30,7 @@ CANNOT: dict[str, str] = {
     r"pascaline plan --measure-host": "needs an idle host and gigabytes; test_host_bandwidth.py does it on a small scale",
     r"pascaline top\b.*": "needs a terminal",
     r"pascaline bench .*": "measures for minutes, or compares what was measured; tests/bench does both on a small scale",
-    r"pip install .*": "changes the environment that the tests run in",
+    r"(\S*/)?pip install .*|python3 -m venv .*": "changes the environment that the tests run in",
 }
 """What cannot run in a test -> why."""
 NIXOS = re.compile(r"docs/(nixos|first-switch).*\.md")

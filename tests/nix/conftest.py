@@ -35,7 +35,7 @@ def input_overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Nix' arguments that put a stand-in for every input of the flake, so that nothing is fetched."""
     corepkgs, library = STAND_INS / "corepkgs", STAND_INS / "nixpkgs-lib"
     if not (corepkgs.is_dir() and library.is_dir()):
-        pytest.skip(f"no trimmed package set is at hand (looked in {corepkgs} and {library})")
+        pytest.skip(f"there is no trimmed package set (looked in {corepkgs} and {library})")
     folder = tmp_path_factory.mktemp("flakes")
     inputs = {name: folder / name for name in ("nixpkgs", "nixpkgs-cuda")}
     for name, path in inputs.items():
@@ -45,7 +45,7 @@ def input_overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             file.write_text(text.replace("@repository@", str(REPOSITORY)))
     inputs["colmena"] = STAND_INS / "colmena"
     if not inputs["colmena"].is_dir():
-        pytest.skip(f"no checkout of Colmena is at hand (looked in {inputs['colmena']})")
+        pytest.skip(f"there is no checkout of Colmena (looked in {inputs['colmena']})")
     return [part for name, path in inputs.items() for part in ("--override-input", name, f"path:{path}")]
 
 

@@ -16,7 +16,7 @@ from support.nix import NIXPKGS, REPOSITORY, STAND_INS, evaluate, tool
 pytestmark = [
     pytest.mark.nix,
     pytest.mark.skipif(
-        NIXPKGS is None, reason="PASCALINE_NIXPKGS names no nixpkgs: NixOS' own modules are not at hand"
+        NIXPKGS is None, reason="PASCALINE_NIXPKGS names no nixpkgs: NixOS' own modules are not available"
     ),
 ]
 
@@ -101,7 +101,7 @@ class TestFirstSwitchPage:
         modules = [STAND_INS / path for path in MODULES[name]]
         for module in modules:
             if not module.is_file():
-                pytest.skip(f"{name} is not at hand (looked for {module})")
+                pytest.skip(f"{name} is not available (looked for {module})")
         (folder / "secrets").mkdir()
         (folder / "secrets" / "api-key.age").write_text("age-encryption.org/v1\n")
         (folder / "secrets" / "box.yaml").write_text("api-key: ENC[]\nsops: {version: 3.9.0}\n")

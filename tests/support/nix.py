@@ -49,7 +49,7 @@ def evaluate(attribute: str, *arguments: str) -> Any:
     """Return an attribute of tests/nix/evaluate.nix as plain data; RuntimeError says what Nix said."""
     library = (NIXPKGS or STAND_INS / "nixpkgs-lib") / "lib"
     if not library.is_dir():
-        pytest.skip(f"nixpkgs' lib is not at hand (looked in {library})")
+        pytest.skip(f"nixpkgs' lib is not available (looked in {library})")
     options = ["--argstr", "libPath", str(library), *arguments, "-A", attribute]
     if NIXPKGS:
         options += ["--argstr", "nixpkgs", str(NIXPKGS)]

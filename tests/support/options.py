@@ -2,7 +2,7 @@
 
     cd tests && python -m support.options     writes docs/nixos-options.md anew
 
-`nix build .#docs` renders the same options by nixpkgs' own generator, where nixpkgs is at hand.
+`nix build .#docs` renders the same options by nixpkgs' own generator, if nixpkgs is available.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def _run_selftest(args: argparse.Namespace) -> int:
 COMMANDS = {
     "prepare": ("make a folder that SGLang can serve from a GGUF file", _add_prepare, _run_prepare),
     "kernels": ("show what the compiler made of each kernel for Pascal, without a GPU", _add_kernels, _run_kernels),
-    "selftest": ("compare every operation with its reference on the GPU at hand", _add_selftest, _run_selftest),
+    "selftest": ("compare every operation with its reference on this host's GPU", _add_selftest, _run_selftest),
     "facts": ("print as JSON what the plugin can do, on any machine", _add_facts, _run_facts),
     "info": ("show what the plugin does on this machine, and why", _add_info, _run_info),
 }

@@ -96,21 +96,14 @@ let
       # The order of nvidia-smi and NVML; CUDA's own default is "fastest first".
       CUDA_DEVICE_ORDER = "PCI_BUS_ID";
       CUDA_VISIBLE_DEVICES = lib.concatMapStringsSep "," toString instance.gpus;
-      # Code that the driver, Triton and torch compile at run time is kept across boots.
+      # Code that is compiled at run time is kept across boots: the driver's, and torch's where a CPU serves.
       CUDA_CACHE_PATH = "/var/cache/${unitName name}/cuda";
-      TRITON_CACHE_DIR = "/var/cache/${unitName name}/triton";
       TORCHINDUCTOR_CACHE_DIR = "/var/cache/${unitName name}/inductor";
       XDG_CACHE_HOME = "/var/cache/${unitName name}";
       HOME = "/var/lib/${unitName name}";
       # A tmpfs of this unit: the engine gets its API key by a file, which must not be written to a disk.
       TMPDIR = "/run/${unitName name}";
       LD_LIBRARY_PATH = "/run/opengl-driver/lib";
-    }
-    // lib.optionalAttrs (instance.gpus != [ ]) {
-      # SGLang's modules ask Triton for its driver when they are imported. Triton compiles a small one, against a libcuda.so that
-      # it looks for with /sbin/ldconfig, which NixOS does not have.
-      CC = "${pkgs.stdenv.cc}/bin/cc";
-      TRITON_LIBCUDA_PATH = "/run/opengl-driver/lib";
     }
     // instance.environment;
 

@@ -157,13 +157,11 @@ def test_toolkit_has_the_outputs_of_its_components(evaluated: Any) -> None:
     assert "libcublas-static" not in names
 
 
-def test_triton_finds_driver_and_compiler(evaluated: Any) -> None:
-    """Asked for its driver at import, it looks where NixOS has nothing, and compiles."""
+def test_no_unit_needs_a_compiler(evaluated: Any) -> None:
+    """The plugin gives Triton a driver that it never asks to compile, and switches torch.compile off on a GPU."""
     units = evaluated("units")
-    unit = units["p4"]["services"]["pascaline-emily"]
-    assert unit["environment"]["TRITON_LIBCUDA_PATH"] == "/run/opengl-driver/lib"
-    assert re.fullmatch(r"/nix/store/\w+-gcc\S*/bin/cc", unit["environment"]["CC"])
-    assert "CC" not in units["cpu"]["services"]["pascaline-tiny"]["environment"]
+    for host, service in (("p4", "pascaline-emily"), ("cpu", "pascaline-tiny")):
+        assert not {"CC", "TRITON_LIBCUDA_PATH"} & set(units[host]["services"][service]["environment"])
 
 
 def test_cloudlab_changes_nothing_where_it_is_off(evaluated: Any) -> None:

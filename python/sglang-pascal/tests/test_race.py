@@ -206,23 +206,53 @@ class TestShares:
         found = race_shares.ratios(rows)
         assert found["large_batch"] == [pytest.approx(1.1)]
         assert found["bandwidth"] == [1.5]
-        beyond = (4 / 40 - 1 / 20) / (4 / 60 - 1 / 30)
-        assert found["small_batch"] == [pytest.approx(beyond)]
+        assert found["small_batch"] == []  # one request has no speed of 8 bits here
+
+    def test_small_batches_are_compared_in_8_bits(self, race_shares):
+        def both(n: int, ours: float, theirs: float) -> dict:
+            return {
+                "what": "decode",
+                "n": n,
+                "ours": {"16": 0.9 * ours, "8": ours},
+                "llama_cpp": theirs,
+                "default_bits": 16,
+            }
+
+        found = race_shares.ratios([both(1, 30.0, 20.0), both(4, 60.0, 40.0)])
+        assert found["bandwidth"] == [pytest.approx(0.9 * 1.5)]
+        assert found["small_batch"] == [pytest.approx((4 / 40 - 1 / 20) / (4 / 60 - 1 / 30))]
 
     def test_a_step_that_takes_no_longer_than_one_request_says_nothing(self, race_shares):
         rows = [self.row("decode", 1, 30.0, 20.0), self.row("decode", 2, 61.0, 30.0)]
         assert race_shares.ratios(rows)["small_batch"] == []
 
     def test_the_range_covers_both_races(self, race_shares):
-        races = [[self.row("decode", 1, 20.0, 20.0)], [self.row("decode", 1, 80.0, 20.0)]]
+        races = [{"card": "", "model": "", "rows": [self.row("decode", 1, ours, 20.0)]} for ours in (20.0, 80.0)]
         share, base = race_shares.shares(races), race_shares.calibration("llama.cpp").bandwidth
         assert set(share) == {"bandwidth"}
-        assert share["bandwidth"].value == pytest.approx(2 * base)
+        assert share["bandwidth"].by_llama_cpp == pytest.approx(2 * base)
+        assert share["bandwidth"].direct is None
         assert (share["bandwidth"].low, share["bandwidth"].high) == (pytest.approx(base), pytest.approx(4 * base))
+
+    def test_direct_shares_are_of_the_cards_dp4a_rate(self, race_shares):
+        rows = [
+            self.row("prompt", 512, 4500.0, 1.0),
+            self.row("decode", 1, 250.0, 1.0),
+            self.row("decode", 8, 1400.0, 1.0),
+        ]
+        found = race_shares.directly({"card": "NVIDIA H200", "model": "llama-3.1-8b.gguf", "rows": rows})
+        peak, layers, head = 132 * 64 * 4 * 1.98e9, 6.98e9, 128256 * 4096
+        assert found["large_batch"] == [pytest.approx(layers * 4500 / peak, rel=1e-3)]
+        assert found["small_batch"] == [pytest.approx(8 * (layers + head) / (8 / 1400 - 1 / 250) / peak, rel=1e-3)]
+        assert race_shares.directly({"card": "Tesla P4", "model": "llama-3.1-8b.gguf", "rows": rows}) == {}
+
+    def test_what_the_planner_has_does_not_contradict_the_races(self, race_shares, capsys):
+        assert race_shares.main([]) == 0
+        assert capsys.readouterr().out.count("\n") == 5
 
     def test_a_planner_beyond_the_range_is_reported(self, race_shares, tmp_path, capsys):
         path = tmp_path / "race.json"
-        path.write_text(json.dumps({"rows": [self.row("decode", 1, 2000.0, 20.0)]}))
+        path.write_text(json.dumps({"card": "", "model": "", "rows": [self.row("decode", 1, 2000.0, 20.0)]}))
         assert race_shares.main([str(path)]) == 1
         assert "| bandwidth |" in capsys.readouterr().out
 

@@ -44,7 +44,8 @@ from pascaline.control_groups import CGROUP, CGROUP_ROOT, group_folders
 from pascaline.engines import engine_named
 from pascaline.errors import MissingError, PascalineError
 from pascaline.gpu import host_bandwidth
-from pascaline.gpu.memory import gpu_memory, host_memory, memory_of_visible
+from pascaline.gpu import memory as device_memory
+from pascaline.gpu.memory import host_memory, link_rate, memory_of_visible
 from pascaline.gpu.reader import Reader
 from pascaline.models.gguf import read_gguf
 from pascaline.models.resolve import ResolvedModel
@@ -60,6 +61,7 @@ from support.ports import free_port
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from pascaline.gpu.memory import DeviceMemory
     from pascaline.planning import Plan
 
 MIB = 2**20
@@ -96,9 +98,11 @@ CASES = (
     Case("tesla-p4", "Qwen3-30B-A3B", 48, 8192, 2, has_speed=True),
     Case("tesla-p4", "Qwen3-14B", 40, 8192, 2, {"placement": {"layers": "auto"}, "kv_cache": {"dtype": "int8"}}),
     Case("tesla-p4", "gpt-oss-20b", 24, 8192, 4),
-    Case("tesla-p4", "DeepSeek-V2-Lite", 27, 8192, 2, {"chunked_prefill_tokens": 2048}),
-    Case("tesla-p40", "Mixtral", 32, 8192, 2, {"chunked_prefill_tokens": 2048}),
-    Case("tesla-p40", "Qwen3.6-35B-A3B", 40, 16384, 4, {"kv_cache": {"dtype": "int8"}}),
+    Case("tesla-p4", "DeepSeek-V2-Lite", 27, 8192, 2, {"chunked_prefill_tokens": 2048}, has_speed=True),
+    Case("tesla-p40", "Mixtral", 32, 8192, 2, has_speed=True),
+    Case("tesla-p40", "Qwen3.6-35B-A3B", 40, 32768, 2, {"chunked_prefill_tokens": 2048}, has_speed=True),
+    Case("tesla-p40", "gpt-oss-120b", 36, 8192, 2, has_speed=True),
+    Case("tesla-p40", "GLM-4.5-Air", 46, 8192, 2, has_speed=True),
 )
 
 
@@ -195,11 +199,18 @@ def machine(server: str, folder: Path) -> dict[str, Any]:
 
 # --- The card's memory
 
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def gpu_memory() -> DeviceMemory:
+    """Return the memory of the first GPU that this process sees. Raises MissingError if NVML shows none."""
+    return device_memory.gpu_memory(VISIBLE)
+
 
 def used_bytes(reader: Reader | None = None) -> int:
     """Return the bytes in use on the first card, 0 without NVML."""
     try:
-        memory = memory_of_visible(reader.read()) if reader else gpu_memory()
+        memory = memory_of_visible(reader.read(), VISIBLE) if reader else gpu_memory()
     except MissingError:
         return 0
     return memory.used_bytes
@@ -403,8 +414,11 @@ def one(case: Case, server: str, path: Path, facts: dict[str, Any]) -> dict[str,
     settings = settings_of(case, path, server)
     plan = plan_of(settings, path, card.memory_bytes, case.card, facts)
     constants = sum(part.n_bytes for part in plan.parts if part.key == "context")
+    # More multiprocessors divide attention among more blocks.
+    further = 0 if gpu_is_absent() else max(0, pool_here(plan, path) - plan.part("workspace"))
     row: dict[str, Any] = {
         "case": asdict(case), "plan": plan.to_json(), "card_bytes": card.memory_bytes, "beside": beside, "kept": False,
+        "pool_here": plan.part("workspace") + further,
     }  # fmt: skip
     try:
         if not plan.fits:
@@ -412,7 +426,7 @@ def one(case: Case, server: str, path: Path, facts: dict[str, Any]) -> dict[str,
         elif gpu_is_absent():
             row |= serve(case, settings, path, plan, shape["vocab"])
         else:
-            with held(card.memory_bytes + max(0, beside - constants)) as free:
+            with held(card.memory_bytes + max(0, beside - constants) + further) as free:
                 row |= {"free_bytes": free} | serve(case, settings, path, plan, shape["vocab"])
     except (RuntimeError, PascalineError, OSError) as error:
         row["error"] = str(error)
@@ -454,6 +468,11 @@ def plan_of(settings: Settings, path: Path, free: int, card: str | None, facts: 
     return with_hints(make_plan(spec, found, request), spec, found, request, chunk_is_free=is_free)
 
 
+def pool_here(plan: Plan, path: Path) -> int:
+    """Return the plan's bytes of the kernels' pool if this GPU is the card."""
+    return make_plan(read_gguf(path), _this_card(), plan.request).part("workspace")
+
+
 def _this_card() -> Any:
     memory = gpu_memory()
     return unknown_card(memory.name, memory.total_bytes, memory.rates)
@@ -461,8 +480,6 @@ def _this_card() -> Any:
 
 def link() -> float | None:
     """Return the rate of the first GPU's PCIe link as the kernel reports it."""
-    from pascaline.gpu.memory import link_rate
-
     gpus = gpu_memory().gpus
     return link_rate(gpus[0].address) if gpus and gpus[0].address else None
 

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pascaline.cards import load_card
+from pascaline.cards import load_card, unknown_card
 from pascaline.configuration import load
 from pascaline.engines import ENGINES, Task
 from pascaline.engines.llama_cpp.locking import check_limit
+from pascaline.engines.llama_cpp.pool import kernel_pool, most_blocks
 from pascaline.engines.llama_cpp.options import host_cache_arguments, mapped_arguments, numa_arguments
 from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.errors import ConfigurationError
+from pascaline.gpu.memory import GpuRates
 from pascaline.models.resolve import ResolvedModel
 from pascaline.planning import make_plan
 from pascaline.planning.catalog import catalog_spec, shapes
@@ -25,7 +27,7 @@ from pascaline.planning.request import request_from_settings
 from pascaline.planning.search import optimize
 from pascaline.settings import Settings
 from support.mixtures import QWEN_3_30B_A3B, SMALL_MIXTRAL, mixture_spec
-from support.planning import LLAMA_2_7B, request
+from support.planning import LLAMA_2_7B, LLAMA_3_8B, request
 
 if TYPE_CHECKING:
     from pascaline.engines.plan_request import PlanRequest
@@ -100,16 +102,60 @@ class TestBeyondTheLog:
         assert int8.part("activations") - fp16.part("activations") == 2 * 4096 * 4 * 2 * 128 * 2
 
     @pytest.mark.parametrize("chunk", [512, 2048])
-    def test_inputs_of_products_are_quantised(self, chunk: int) -> None:
-        """The widest: 8 experts for each token of 2048 values, 36 bytes for 32, and 5 % that the pool looks ahead."""
+    def test_attention_keeps_parts_of_its_output(self, chunk: int) -> None:
+        """Two blocks a multiprocessor: two parts of 32 heads x 128 values, with maximum and sum of each row."""
         plan = make_plan(QWEN, P4, offloading(chunked_prefill_tokens=chunk))
-        assert plan.part("workspace") == int(chunk * 8 * 2048 // 32 * 36 * 1.05)
+        assert plan.part("workspace") == int(2 * chunk * 32 * (128 * 4 + 8) * 1.05)
+
+    def test_inputs_of_products_are_quantised(self) -> None:
+        """The widest: 8 experts for each token of 2048 values, 36 bytes for 32, and 5 % that the pool looks ahead.
+
+        With few cells the keys are not divided.
+        """
+        part = kernel_pool(QWEN, 512, P4, cells=32, sequences=1)
+        assert part.n_bytes == int(512 * 8 * 2048 // 32 * 36 * 1.05)
 
     def test_without_dp4a_matrices_are_converted(self) -> None:
         """One expert at a time, 768 x 2048 in half precision, and the sorted rows in and out in single precision."""
         p100 = load_card("tesla-p100")
-        plan = make_plan(QWEN, p100, offloading(card_bytes=p100.memory_bytes))
-        assert plan.part("workspace") == int((768 * 2048 * 2 + 512 * 8 * 4 * (2048 + 2048)) * 1.05)
+        part = kernel_pool(QWEN, 512, p100, cells=32, sequences=1)
+        assert part.n_bytes == int((768 * 2048 * 2 + 512 * 8 * 4 * (2048 + 2048)) * 1.05)
+
+    def test_matrices_of_16_bits_are_converted_without_fast_half_precision(self) -> None:
+        """The output layer only if more rows than 8 are multiplied with it: one of each sequence."""
+        tensors = tuple(replace(tensor, tensor_type="F16") for tensor in LLAMA_3_8B.tensors)
+        spec = replace(LLAMA_3_8B, tensors=tensors)
+        few, many = (kernel_pool(spec, 512, P40, cells=32, sequences=count).n_bytes for count in (8, 9))
+        assert few == int(14336 * 4096 * 4 * 1.05)
+        assert many == int(128256 * 4096 * 4 * 1.05)
+
+    def test_a_batch_may_be_divided_among_more_blocks_than_a_full_one(self) -> None:
+        """248 tiles and 264 blocks at once: 2 to 16 parts leave 6 % idle, 17 parts fill 16 waves."""
+        assert most_blocks(248, 2, 132, 32) == 248 * 17
+        assert most_blocks(512, 2, 20, 256) == 2 * 512
+        assert most_blocks(512, 2, 20, 1) == 0
+
+    @pytest.mark.parametrize(
+        ("model", "changes", "beyond"),
+        [
+            ("Qwen3-30B-A3B", {"chunked_prefill_tokens": 2048, "max_running_requests": 2}, 82),
+            ("gpt-oss-20b", {"max_running_requests": 4}, 36),
+            ("Qwen3-14B", {"max_running_requests": 2}, 28),
+        ],
+    )
+    def test_what_a_gpu_had_in_use_beside_the_buffers_is_planned(
+        self, model: str, changes: dict[str, Any], beyond: int
+    ) -> None:
+        """MiB at the peak of full-context requests on an H200 beside what a small server took (results/placement.md).
+
+        Two parts of a full batch were there. The plan is for the batch size that is divided most, which needs more on a
+        GPU with so many multiprocessors.
+        """
+        spec = catalog_spec(next(shape for shape in shapes() if shape["name"] == model))
+        card = unknown_card("H200", 2**37, GpuRates(4.8e12, 132 * 128, 1.98e9, "9.0"))
+        plan = make_plan(spec, card, offloading(context_length=8192, card_bytes=2**37, **changes))
+        parts = 2 * plan.request.chunked_prefill_tokens * spec.num_heads * (spec.v_head_dim * 4 + 8)
+        assert parts / MIB <= beyond <= (plan.part("workspace") + plan.part("fragmentation")) / MIB
 
     def test_on_a_cpu_there_is_no_pool(self) -> None:
         cpu = load_card("cpu")

@@ -163,8 +163,13 @@ class LlamaCppMemory(MemoryModel):
     def dynamic_parts(self, spec: ModelSpec, request: PlanRequest, weights: Weights, card: Card) -> list[Part]:
         """The graph buffer, what kernels take from their pool while they run, and the constants."""
         buffers, *constants = super().dynamic_parts(spec, request, weights, card)
-        pool = [kernel_pool(spec, physical_batch(request), card)] if request.device == "cuda" else []
-        return [buffers, *pool, *constants]
+        if request.device != "cuda":
+            return [buffers, *constants]
+        cells, _ = _cells(spec, request)
+        pool = kernel_pool(
+            spec, physical_batch(request), card, cells=cells, sequences=request.max_running_requests
+        )
+        return [buffers, pool, *constants]
 
     def host_parts(self, spec: ModelSpec, request: PlanRequest, weights: Weights) -> list[Part]:
         """Weights, KV cache of whole layers there, and the buffers beside them."""

@@ -157,6 +157,24 @@ class TestBeyondTheLog:
         parts = 2 * plan.request.chunked_prefill_tokens * spec.num_heads * (spec.v_head_dim * 4 + 8)
         assert parts / MIB <= beyond <= (plan.part("workspace") + plan.part("fragmentation")) / MIB
 
+    @pytest.mark.parametrize(
+        ("model", "changes", "charged"),
+        [
+            ("Qwen3-30B-A3B", {"expert_layers_on_host": 36, "chunked_prefill_tokens": 2048}, 12_994),
+            ("gpt-oss-20b", {"expert_layers_on_host": 12, "max_running_requests": 4}, 5_743),
+            ("Qwen3-14B", {"gpu_layers": 30, "kv_dtype": "int8"}, 3_182),
+        ],
+    )
+    def test_a_process_is_charged_no_more_than_the_plan_without_kept_prompts(
+        self, model: str, changes: dict[str, Any], charged: int
+    ) -> None:
+        """MiB of the control group when the server was ready (results/placement.md)."""
+        spec = catalog_spec(next(shape for shape in shapes() if shape["name"] == model))
+        wanted: dict[str, Any] = {"context_length": 8192, "max_running_requests": 2, "expert_layers_on_host": 0}
+        plan = make_plan(spec, P4, offloading(**wanted | changes))
+        planned = (plan.host_bytes - host_part(plan, "host_prompts")) / MIB
+        assert charged <= planned <= 1.05 * charged
+
     def test_on_a_cpu_there_is_no_pool(self) -> None:
         cpu = load_card("cpu")
         plan = make_plan(QWEN, cpu, offloading(device="cpu", card_bytes=2**36))

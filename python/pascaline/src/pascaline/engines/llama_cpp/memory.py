@@ -42,6 +42,12 @@ VECTORS, INNER_VECTORS = 5, 3
 """Vectors of the hidden and of the intermediate size that are alive at once in a layer, as its log shows."""
 SMALL_TENSORS_BYTES = 2**20
 """Inputs and alignment in its graph buffer: up to half of this in the log."""
+HOST_PROCESS_BYTES = 272 * 2**20
+"""Memory of the process on the host beside its buffers: CUDA's libraries, the driver's own pinned memory (10 MiB) and
+the kernel's. Three servers on a GPU were charged 249 to 305 MiB beyond their buffers, driver 580
+(docs/results/placement.md)."""
+PINNED_SHARE = 16 / 4096
+"""Of pinned memory: an entry of 8 bytes for each page of 4 KiB in the page tables, and one in the driver's list."""
 WIDE_HEAD, WIDE_HEAD_BYTES = 256, 16
 """Heads of at least this size need these bytes for each token of a batch and each cell: the buffer of flash attention
 on a GPU, estimated by the log of one model."""
@@ -202,6 +208,7 @@ class LlamaCppMemory(MemoryModel):
                 source,
             ),
         ]
+        parts.append(_process(request, sum(part.n_bytes for part in parts)))
         return [*parts, *self._host_caches(spec, request, parts)]
 
     def _host_caches(self, spec: ModelSpec, request: PlanRequest, others: Sequence[Part]) -> list[Part]:
@@ -282,6 +289,14 @@ def memory_arguments(
         *("--n-gpu-layers", str(gpu_layers if device == "cuda" else 0), *experts),
         *("--cache-type-k", kv_flag, "--cache-type-v", kv_flag),
     )
+
+
+def _process(request: PlanRequest, n_buffers: int) -> Part:
+    """Return what the process takes on the host beside buffers of so many bytes."""
+    pages = 0 if request.mapped or request.locked else int(n_buffers * PINNED_SHARE)
+    text = f"{HOST_PROCESS_BYTES:,} B + {pages:,} B of page tables for pinned memory"
+    source = "control groups of llama-server (docs/results/placement.md)"
+    return Part("host_process", "process", HOST_PROCESS_BYTES + pages, text, "measured", source)
 
 
 def physical_batch(request: PlanRequest) -> int:

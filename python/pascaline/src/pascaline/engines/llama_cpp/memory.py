@@ -172,9 +172,7 @@ class LlamaCppMemory(MemoryModel):
         if request.device != "cuda":
             return [buffers, *constants]
         cells, _ = _cells(spec, request)
-        pool = kernel_pool(
-            spec, physical_batch(request), card, cells=cells, sequences=request.max_running_requests
-        )
+        pool = kernel_pool(spec, physical_batch(request), card, cells=cells, sequences=request.max_running_requests)
         return [buffers, pool, *constants]
 
     def host_parts(self, spec: ModelSpec, request: PlanRequest, weights: Weights) -> list[Part]:

@@ -13,8 +13,8 @@ from pascaline.cards import load_card, unknown_card
 from pascaline.configuration import load
 from pascaline.engines import ENGINES, Task
 from pascaline.engines.llama_cpp.locking import check_limit
-from pascaline.engines.llama_cpp.pool import kernel_pool, most_blocks
 from pascaline.engines.llama_cpp.options import host_cache_arguments, mapped_arguments, numa_arguments
+from pascaline.engines.llama_cpp.pool import kernel_pool, most_blocks
 from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.errors import ConfigurationError
 from pascaline.gpu.memory import GpuRates

@@ -153,6 +153,8 @@ in
         ];
         ProcSubset = "all";
         PrivateNetwork = true;
+        # The socket of nvidia-persistenced.
+        RestrictAddressFamilies = [ "AF_UNIX" ];
       };
     };
   };

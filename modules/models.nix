@@ -183,6 +183,7 @@ in
             ProtectHome = false;
             ProtectSystem = "full";
             PrivateNetwork = true;
+            RestrictAddressFamilies = [ "AF_UNIX" ];
           };
         };
       }
@@ -205,6 +206,7 @@ in
             Type = "oneshot";
             User = cfg.user;
             PrivateNetwork = true;
+            RestrictAddressFamilies = [ "AF_UNIX" ];
             ReadWritePaths = [ cfg.stateDir ];
           };
         };

@@ -103,6 +103,11 @@ class TestMistakes:
                 "kv_cache.dtype: invalid value 'fp4', must be one of: auto, fp16, bf16, fp8_e5m2, int8 ({file}:1)",
             ),
             (
+                "placement.experts = 'all'",
+                "placement.experts: invalid value 'all', must be one of: auto, gpu, cpu, or a whole number between 0 and "
+                "4096 ({file}:1)",
+            ),
+            (
                 "kv_cache.max_bytes = '3 furlongs'",
                 "kv_cache.max_bytes: unknown unit 'furlongs', must be KiB, MiB, GiB, kB, MB, GB or none for bytes ({file}:1)",
             ),

@@ -11,9 +11,10 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from pascaline.cards import card_names, detect_card, load_card
 from pascaline.digests import SHA256_WORDS, parse_sha256s
@@ -27,8 +28,6 @@ from pascaline.units import parse_bytes, parse_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    from pydantic.fields import FieldInfo
 
 PREFIX = "PASCALINE_"
 CONFIG_VARIABLE = "PASCALINE_CONFIG"
@@ -301,7 +300,8 @@ def _validate(values: Mapping[str, Value], problems: list[str]) -> Settings | No
     try:
         return Settings.model_validate(document)
     except ValidationError as error:
-        problems += [_sentence(details, values) for details in error.errors()]
+        # A value of a union has an error for each member, all with the same sentence.
+        problems += dict.fromkeys(_sentence(details, values) for details in error.errors())
         return None
 
 
@@ -320,7 +320,8 @@ def allowed_values(field: FieldInfo) -> str:
     """Describe the allowed values of a setting: its choices, or its type and range."""
     choices = _choices(field.annotation)
     if choices:
-        return "one of: " + ", ".join(choices)
+        numbers = [FieldInfo.from_annotation(a) for a in get_args(field.annotation) if get_origin(a) is Annotated]
+        return ", or ".join(["one of: " + ", ".join(choices), *map(allowed_values, numbers)])
     return _type_words(field) + _range_words(field)
 
 

@@ -111,13 +111,14 @@ class PlacementSettings(BaseModel):
 
     experts: Annotated[Literal["auto", "gpu", "cpu"] | LayerCount, BeforeValidator(_count)] = Field(
         "auto",
-        description="Where the experts of a mixture are: auto: in the host's memory for as few of the first layers as "
-        "the card's memory requires; gpu: all on the GPU; cpu: all on the host; a number: of first layers there",
+        description="Where the experts of a mixture are. auto: the host's memory holds those of as few first layers as "
+        "the card's memory requires; gpu: all on the GPU; cpu: all on the host; a number: those of that many first "
+        "layers on the host",
     )
     layers: Annotated[Literal["auto", "gpu"] | LayerCount, BeforeValidator(_count)] = Field(
         "gpu",
-        description="Whole layers that the host's memory holds and its CPU computes, which is slow: gpu: none; a "
-        "number: that number of first layers; auto: as few as the card's memory requires",
+        description="Whole layers that the host's memory holds and its CPU computes, which is slow. gpu: none; auto: as "
+        "few as the card's memory requires; a number: that many first layers",
     )
     weights: Literal["pinned", "mapped", "locked"] = Field(
         "pinned",
@@ -136,8 +137,8 @@ class SpeculativeSettings(BaseModel):
         "auto",
         description="Where drafts come from. lookup: what followed the same words in prompt or answer; draft: a "
         "smaller model; eagle3 and mtp: heads trained for the model, in a file of their own or in the model's. SGLang "
-        "has lookup only, and auto is lookup on a GPU with at least 1 GiB of weights, otherwise none; llama.cpp has "
-        "all of them, and auto is none",
+        "has lookup only, and auto means lookup on a GPU with at least 1 GiB of weights, otherwise none; llama.cpp has "
+        "all of them, and auto means none",
     )
     tokens: int | None = Field(
         None,
@@ -269,7 +270,7 @@ class Settings(BaseModel):
     )
     cache_dir: Path | None = Field(
         None,
-        description="Folder for prepared models and checksums; default: $CACHE_DIRECTORY, else the user's cache folder",
+        description="Folder for prepared models and checksums; default: $CACHE_DIRECTORY, otherwise the user's",
     )
     start_timeout: Seconds = Field(1800.0, gt=0, le=86400, description="Longest time from start to ready")
     drain_timeout: Seconds = Field(

@@ -117,8 +117,8 @@ class PlacementSettings(BaseModel):
     )
     layers: Annotated[Literal["auto", "gpu"] | LayerCount, BeforeValidator(_count)] = Field(
         "gpu",
-        description="Whole layers that the host's memory holds and its CPU computes, which is slow. gpu: none; auto: as "
-        "few as the card's memory requires; a number: that many first layers",
+        description="Whole layers that the host's memory holds and its CPU computes, which is slow. gpu: none; auto: "
+        "as few as the card's memory requires; a number: that many first layers",
     )
     weights: Literal["pinned", "mapped", "locked"] = Field(
         "pinned",

@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import openai
 import pytest
 from support.instance import Instance, http, running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    import openai  # at run time by the tests: without them, no worker needs it to collect
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow("starts a real engine of its own"), pytest.mark.timeout(1200)]
 
@@ -68,6 +69,8 @@ def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
 
 @pytest.fixture
 def client(instance: Instance) -> openai.OpenAI:
+    import openai
+
     return openai.OpenAI(base_url=f"{instance.api_url}/v1", api_key=KEY, timeout=REQUEST_SECONDS, max_retries=0)
 
 
@@ -190,6 +193,8 @@ class TestErrors:
         ids=["chat", "completions", "retrieve"],
     )
     def test_another_model_is_not_found(self, client: openai.OpenAI, ask: Callable[[openai.OpenAI], Any]) -> None:
+        import openai
+
         with pytest.raises(openai.NotFoundError) as caught:
             ask(client)
         assert caught.value.code == "model_not_found"
@@ -228,12 +233,16 @@ class TestErrors:
         ],
     )
     def test_a_bad_request_names_what_is_wrong(self, client: openai.OpenAI, options: dict[str, Any], part: str) -> None:
+        import openai
+
         with pytest.raises(openai.BadRequestError) as caught:
             chat(client, **options)
         assert part in caught.value.body["message"]  # type: ignore[index]
         assert not re.search(r"/(usr|home|work|opt|root|tmp)/", str(caught.value))
 
     def test_embeddings(self, client: openai.OpenAI) -> None:
+        import openai
+
         with pytest.raises(openai.BadRequestError, match="this server generates text and embeds none"):
             client.embeddings.create(model=MODEL, input="a")
 

@@ -12,12 +12,16 @@ A pytest plugin (`-p support.selection` in python/pyproject.toml). Three rules:
 from __future__ import annotations
 
 import functools
+import gc
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = ROOT / "docs/results/tests.json"
@@ -39,6 +43,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Make room for what is left out."""
     config.stash[_left_out] = Counter()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collect without the garbage collector: it would look again and again at thousands of tests that all stay."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_pycollect_makemodule(module_path: Path) -> None:

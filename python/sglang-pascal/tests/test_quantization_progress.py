@@ -7,7 +7,6 @@ import logging
 from types import SimpleNamespace
 
 import pytest
-from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang_pascal.names import DECODE_BITS_VARIABLE, PREFILL_BITS_VARIABLE
 from sglang_pascal.quantization import precision
 from sglang_pascal.quantization.precision import activations_are_16_bit
@@ -62,9 +61,12 @@ class TestPrecision:
         precision.activation_bits.cache_clear()
 
     @staticmethod
-    def are_16_bit_in(*, is_decode: bool) -> bool:
-        """Within a forward pass."""
-        with forward_context(ForwardContext(SimpleNamespace(is_decode=is_decode))):
+    def are_16_bit_in(**backend: bool) -> bool:
+        """Within a forward pass of a backend with these attributes."""
+        # Here, so that SGLang is imported by one worker and not while each collects the tests.
+        from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+
+        with forward_context(ForwardContext(SimpleNamespace(**backend))):
             return activations_are_16_bit()
 
     def test_everything_has_16_bits_unless_told_not(self):
@@ -81,8 +83,7 @@ class TestPrecision:
     def test_a_pass_without_one_of_our_backends_counts_as_a_decode_step(self, monkeypatch):
         monkeypatch.setenv(DECODE_BITS_VARIABLE, "8")
         assert not activations_are_16_bit()
-        with forward_context(ForwardContext(SimpleNamespace())):
-            assert not activations_are_16_bit()
+        assert not self.are_16_bit_in()
 
     @pytest.mark.parametrize("variable", [DECODE_BITS_VARIABLE, PREFILL_BITS_VARIABLE])
     def test_another_number_is_refused(self, monkeypatch, variable):

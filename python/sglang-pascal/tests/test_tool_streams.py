@@ -4,28 +4,23 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
+from typing import Any
 
 import pytest
-
-pytest.importorskip("sglang.srt.function_call", reason="SGLang is not installed (./dev sync)")
-
-from sglang.srt.entrypoints.openai.protocol import Tool
-from sglang.srt.function_call.function_call_parser import FunctionCallParser
-from sglang.srt.parser.reasoning_parser import ReasoningParser
 from sglang_pascal import tool_streams
 
-pytestmark = pytest.mark.slow("imports SGLang's server")
-
-TOOLS = [
-    Tool.model_validate(
-        {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
-    )
-    for name, properties in (
-        ("get_weather", {"city": {"type": "string"}, "days": {"type": "integer"}}),
-        ("get_time", {"zone": {"type": "string"}}),
-    )
+pytestmark = [
+    pytest.mark.slow("imports SGLang's server"),
+    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed (./dev sync)"),
 ]
+
+TOOLS = {
+    "get_weather": {"city": {"type": "string"}, "days": {"type": "integer"}},
+    "get_time": {"zone": {"type": "string"}},
+}
+"""Name -> properties of its parameters."""
 CALLS = [("get_weather", {"city": "Rome", "days": 3})]
 TWO_CALLS = [*CALLS, ("get_time", {"zone": "CET"})]
 JSON_CALL = '{"name": "get_weather", "arguments": {"city": "Rome", "days": 3}}'
@@ -128,11 +123,37 @@ WITH_TEXT = "Let me look."
 PLAIN = "2 < 3, [a] and <b> are no calls: {1}.\nThe end <"
 
 
+# SGLang is imported by the tests, so that the fast tests, which leave all of these out, are collected without it.
+
+
+@functools.cache
+def call_parser() -> Any:
+    from sglang.srt.function_call.function_call_parser import FunctionCallParser
+
+    return FunctionCallParser
+
+
+@functools.cache
+def reasoning_parser() -> Any:
+    from sglang.srt.parser.reasoning_parser import ReasoningParser
+
+    return ReasoningParser
+
+
+@functools.cache
+def tools() -> list[Any]:
+    from sglang.srt.entrypoints.openai.protocol import Tool
+
+    parameters = {name: {"type": "object", "properties": properties} for name, properties in TOOLS.items()}
+    functions = [{"name": name, "parameters": schema} for name, schema in parameters.items()]
+    return [Tool.model_validate({"type": "function", "function": function}) for function in functions]
+
+
 @pytest.fixture
 def plugged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrap the parser as the plugin's hooks do."""
     for name, wrap in (("parse_stream_chunk", tool_streams.parse_piece), ("parse_stream_end", tool_streams.parse_end)):
-        original = getattr(FunctionCallParser, name)
+        original = getattr(call_parser(), name)
         if hasattr(original, "__wrapped__"):
             continue
 
@@ -140,12 +161,12 @@ def plugged(monkeypatch: pytest.MonkeyPatch) -> None:
         def wrapped(self, *arguments, original=original, wrap=wrap):
             return wrap(original, self, *arguments)
 
-        monkeypatch.setattr(FunctionCallParser, name, wrapped)
+        monkeypatch.setattr(call_parser(), name, wrapped)
 
 
 def streamed(name, pieces):
     """Read pieces as SGLang's server does; return the text and the calls."""
-    parser = FunctionCallParser(TOOLS, name)
+    parser = call_parser()(tools(), name)
     found = [parser.parse_stream_chunk(piece) for piece in pieces]
     found.append(parser.parse_stream_end())
     calls: dict[int, list[str]] = {}
@@ -163,12 +184,12 @@ def expected(name):
 
 
 def test_every_parser_is_recorded_or_says_why_not():
-    assert RECORDED.keys() | NOT_RECORDED.keys() == set(FunctionCallParser.ToolCallParserEnum)
+    assert RECORDED.keys() | NOT_RECORDED.keys() == set(call_parser().ToolCallParserEnum)
 
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_a_whole_answer(name):
-    _, calls = FunctionCallParser(TOOLS, name).parse_non_stream(RECORDED[name])
+    _, calls = call_parser()(tools(), name).parse_non_stream(RECORDED[name])
     assert [(call.name, json.loads(call.parameters)) for call in calls] == expected(name)[1]
 
 
@@ -214,7 +235,7 @@ def test_llamas_call_without_a_mark_is_read(size):
 
 @pytest.mark.usefixtures("plugged")
 def test_without_tools_nothing_is_held_back_at_the_end():
-    parser = FunctionCallParser([], "qwen25")
+    parser = call_parser()([], "qwen25")
     assert "".join([parser.parse_stream_chunk("a <tool")[0], parser.parse_stream_end()[0]]) == "a <tool"
 
 
@@ -261,13 +282,13 @@ THOUGHTS_NOT_RECORDED = {
 
 
 def thoughts(name, pieces):
-    parser = ReasoningParser(name)
+    parser = reasoning_parser()(name)
     found = [*(parser.parse_stream_chunk(piece) for piece in pieces), parser.parse_stream_end()]
     return tuple("".join(part[side] or "" for part in found).strip() for side in (0, 1))
 
 
 def test_every_parser_of_reasoning_is_recorded_or_says_why_not():
-    assert THOUGHTS.keys() | THOUGHTS_NOT_RECORDED.keys() == set(ReasoningParser.DetectorMap)
+    assert THOUGHTS.keys() | THOUGHTS_NOT_RECORDED.keys() == set(reasoning_parser().DetectorMap)
 
 
 @pytest.mark.parametrize("name", THOUGHTS)

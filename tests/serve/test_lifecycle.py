@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 PAUSE_SECONDS = 6.0
 """Twice the stall_timeout of these tests."""
+OWN_PROCESS = ("env",)
+"""A wrapper with which an instance is `python -m pascaline serve` from its first line on, and no fork of one."""
 UNREAD = 'pascaline_log_lines_dropped_total{cause="unread"}'
 ONE_P4 = """
 [library]
@@ -48,7 +50,7 @@ def on_one_p4(scenario: Path) -> dict[str, str]:
 
 class TestReady:
     def test_stages_addresses_and_a_command_that_works(self, serve: Serve, model: Path) -> None:
-        instance = serve()
+        instance = serve(wrapper=OWN_PROCESS)
         instance.wait_for_state("ready")
         instance.wait_for_line("try    curl")
         done = [line.partition(" done in ")[0] for line in instance.lines if " done in " in line]
@@ -116,7 +118,7 @@ class TestEnds:
     def test_nohup_lets_it_outlive_its_terminal(self, serve: Serve) -> None:
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as from nohup
         try:
-            instance = serve()
+            instance = serve(wrapper=OWN_PROCESS)
         finally:
             signal.signal(signal.SIGHUP, before)
         instance.wait_for_state("ready")
@@ -232,7 +234,7 @@ class TestEnds:
 
 class TestRestarts:
     def test_a_crash_is_followed_by_a_restart(self, serve: Serve) -> None:
-        instance = serve()
+        instance = serve(wrapper=OWN_PROCESS)
         before = instance.wait_for_state("ready")["engine_pid"]
         instance.fault(crash_now=1)
         instance.wait_for_state("restarting")

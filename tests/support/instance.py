@@ -21,10 +21,11 @@ import uuid
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 from support.ports import free_port
+from support.warm_pascaline import Fork, can_fork, start
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 FAKE_ENGINE = Path(__file__).parents[1] / "fake_engine/fake_engine.py"
 PATIENCE = 60.0
 """Seconds within which what must happen has happened, also on a machine under load."""
+QUESTION_SECONDS = 0.5
+"""Between two questions to an agent for a state that its log does not show."""
 MARK = "FAKE_ENGINE_MARK"
 """Variable that every process of one instance inherits, so that none can be lost sight of."""
 
@@ -85,6 +88,11 @@ def wait_until(what: str, probe: Callable[[], Any], *, seconds: float = PATIENCE
     return answer
 
 
+def entered_state(line: str) -> str:
+    """Return the state that a line of an instance's log says it entered; empty for other lines."""
+    return line.partition(" → ")[2].partition(":")[0] if " pascaline: " in line else ""
+
+
 class Instance:
     """A running `pascaline serve`."""
 
@@ -98,16 +106,15 @@ class Instance:
         """Of the engines so far."""
         self.lines: list[str] = []
         """Its standard error, line by line."""
+        self._last_state = ""
+        """By its log."""
         ports = {"port": free_port(), "agent_port": free_port(), "cache_dir": folder / "cache"}
         self.settings = {**ports, **settings}
-        self.process = subprocess.Popen(
-            [*wrapper, sys.executable, "-m", "pascaline", "serve", *flags(self.settings)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment, MARK: self.mark},
-            cwd=folder,
+        self.process, self._stderr = _start(
+            ["serve", *flags(self.settings)],
+            {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment, MARK: self.mark},
+            folder,
+            wrapper,
         )
         self._reads = threading.Event()
         self._reads.set()
@@ -115,9 +122,10 @@ class Instance:
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
+        for line in self._stderr:
             self.lines.append(line.rstrip("\n"))
+            if state := entered_state(self.lines[-1]):
+                self._last_state = state
             self._reads.wait()
 
     @contextlib.contextmanager
@@ -172,10 +180,19 @@ class Instance:
     # --- waiting
 
     def wait_for_state(self, *states: str, seconds: float = PATIENCE) -> dict[str, Any]:
-        """Return the report once one of the states holds."""
+        """Return the report once one of the states holds.
+
+        The log is watched, and the agent is asked when a state is there, and now and then, as a log can lose lines: to
+        answer takes milliseconds of a core, for which instances and tests wait.
+        """
+        next_question = 0.0
 
         def reached() -> dict[str, Any] | None:
+            nonlocal next_question
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.text}"
+            if self._last_state not in states and time.monotonic() < next_question:
+                return None
+            next_question = time.monotonic() + QUESTION_SECONDS
             report = self.health()
             return report if report.get("state") in states else None
 
@@ -219,11 +236,7 @@ class Instance:
     @property
     def states(self) -> list[str]:
         """Every state that was entered so far, in order."""
-        return [
-            line.partition(" → ")[2].partition(":")[0]
-            for line in list(self.lines)
-            if " pascaline: " in line and " → " in line
-        ]
+        return [state for line in list(self.lines) if (state := entered_state(line))]
 
     @property
     def error(self) -> str:
@@ -262,15 +275,37 @@ class Instance:
             # The kernel ends the engine, and the engine's workers after it.
             with contextlib.suppress(AssertionError):
                 wait_until("end of the engine", lambda: not self.descendants(), seconds=5)
-        left = self.command_lines()
+        left = []
         for process in self.descendants():
             with contextlib.suppress(psutil.Error):
+                left.append(" ".join(process.cmdline()))
                 process.kill()
-        assert self.process.stderr is not None
         # Nobody holds the other end any more, so the reader comes to the end, be it late.
         self._reader.join(PATIENCE)
-        self.process.stderr.close()
+        self._stderr.close()
         return left
+
+
+def _start(
+    arguments: Sequence[str], environment: Mapping[str, str], folder: Path, wrapper: Sequence[str]
+) -> tuple[subprocess.Popen[bytes] | Fork, IO[str]]:
+    """Run `pascaline`; return the process and its standard error. With a wrapper it is a process of its own."""
+    read, write = os.pipe()
+    try:
+        if not wrapper and can_fork(environment):
+            process: subprocess.Popen[bytes] | Fork = start(
+                arguments, environment=environment, folder=folder, stderr=write
+            )
+        else:
+            command = [*wrapper, sys.executable, "-m", "pascaline", *arguments]
+            null = subprocess.DEVNULL
+            process = subprocess.Popen(command, stdin=null, stdout=null, stderr=write, env=environment, cwd=folder)
+    except BaseException:
+        os.close(read)
+        raise
+    finally:
+        os.close(write)
+    return process, os.fdopen(read)
 
 
 def _living_processes() -> Iterator[psutil.Process]:

@@ -2,7 +2,8 @@
 
 A pytest plugin (`-p support.selection` in python/pyproject.toml). Three rules:
 
-- `--fast` leaves out what is marked `slow`, and the summary counts it by the marker's reason.
+- `--fast` leaves out what is marked `slow`, and the summary counts it by the marker's reason. Property tests try fewer
+  examples with it.
 - With pytest-xdist, the tests of a file share a worker, as its fixtures are made once; tests that start a real engine
   share two workers, as each needs a core and gigabytes of memory; files that run scripts in the fixture `in_sglang`
   share one, as it imports SGLang once.
@@ -29,6 +30,8 @@ TIMES = ROOT / "docs/results/tests.json"
 ENGINES_AT_ONCE = 2
 UNKNOWN_SECONDS = 240.0
 """Assumed of a file with a real engine whose time is not recorded yet."""
+FAST_EXAMPLES = 30
+"""Of a property test that names no number, with --fast; else hypothesis' own, 100."""
 IN_SGLANG = "in_sglang"
 """Group of the files that use the fixture of this name."""
 _left_out = pytest.StashKey[Counter[str]]()
@@ -56,17 +59,19 @@ def pytest_collection() -> Iterator[None]:
         gc.freeze()
 
 
-def pytest_pycollect_makemodule(module_path: Path) -> None:
-    """Let no property test fail for its time on a busy machine; hypothesis is imported only where it is used."""
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> None:
+    """Set up hypothesis, which is imported only where it is used."""
     if "hypothesis" in module_path.read_text():
-        _set_no_deadline()
+        _set_up_hypothesis(fast=parent.config.option.fast)
 
 
 @functools.cache
-def _set_no_deadline() -> None:
+def _set_up_hypothesis(*, fast: bool) -> None:
+    """Let no property test fail for its time on a busy machine; the fast run tries fewer examples."""
     import hypothesis
 
-    hypothesis.settings.register_profile("tests", deadline=None)
+    examples = FAST_EXAMPLES if fast else hypothesis.settings.default.max_examples
+    hypothesis.settings.register_profile("tests", deadline=None, max_examples=examples)
     hypothesis.settings.load_profile("tests")
 
 

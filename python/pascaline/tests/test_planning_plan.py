@@ -28,6 +28,8 @@ from support.planning import LLAMA_2_7B, LLAMA_3_8B, P4, QWEN_3_4B, request
 SGLANG = ENGINES["sglang"].memory
 GPUS = [name for name in card_names() if name != "cpu"]
 SPECS = {"llama-2-7b": LLAMA_2_7B, "llama-3.1-8b": LLAMA_3_8B, "qwen3-4b": QWEN_3_4B}
+EXAMPLES = settings.default.max_examples
+"""Of a property test that names no number: 100, fewer in the fast run."""
 FILES = {(name, mixture): requantized(spec, mixture) for name, spec in SPECS.items() for mixture in MIXTURES}
 
 
@@ -66,7 +68,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 class TestPromises:
     @given(cases())
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=EXAMPLES * 3)
     def test_what_it_accepts_never_exceeds_the_card(self, case: Case) -> None:
         spec, card, wanted = case.target
         plan = make_plan(spec, card, wanted)
@@ -77,7 +79,7 @@ class TestPromises:
         assert plan.headroom_bytes == plan.card_bytes - wanted.used_bytes - plan.total_bytes
 
     @given(cases(), st.integers(1, 1 << 15), st.integers(1, 32))
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=EXAMPLES * 2)
     def test_more_context_or_requests_never_take_less(self, case: Case, tokens: int, more: int) -> None:
         """A pool that nobody gave a size may only give way to what the engine needs beside it: one token's rounding."""
         spec, card, wanted = case.target
@@ -88,7 +90,7 @@ class TestPromises:
             assert larger.total_bytes >= plan.total_bytes - plan.kv_bytes_per_token
 
     @given(cases(), st.integers(1, 1 << 15))
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=EXAMPLES * 2)
     def test_what_does_not_fit_fits_with_no_larger_context(self, case: Case, tokens: int) -> None:
         spec, card, wanted = case.target
         larger = replace(wanted, context_length=wanted.context_length + tokens)
@@ -105,7 +107,7 @@ class TestPromises:
         assert len(set(sizes)) == len(sizes)
 
     @given(cases())
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=EXAMPLES * 3 // 5)  # a fit takes a tenth of a second
     def test_the_nearest_fit(self, case: Case) -> None:
         """Every change that is offered fits, and no two are the same."""
         spec, card, wanted = case.target
@@ -115,7 +117,7 @@ class TestPromises:
         assert len({str(change.settings) for change in changes}) == len(changes)
 
     @given(cases())
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=EXAMPLES * 3 // 5)
     def test_the_longest_context_is_the_longest(self, case: Case) -> None:
         spec, card, wanted = case.target
         longest = longest_context(spec, card, wanted)
@@ -133,7 +135,7 @@ class TestOddModels:
         st.integers(0, 5), st.integers(0, 3), st.integers(0, 300), st.integers(0, 70_000), st.integers(0, 4),
         st.sampled_from(["sglang", "llama.cpp"]), st.sampled_from(["tesla-p4", "tesla-p100", "cpu"]), st.booleans(),
     )  # fmt: skip
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=EXAMPLES * 2)
     def test_no_number_breaks_it(
         self, layers: int, heads: int, size: int, vocabulary: int, experts: int, engine: str, card: str, empty: bool
     ) -> None:

@@ -24,7 +24,7 @@ HALF = WINDOW_TOKENS // 2
 
 @pytest.fixture
 def server() -> Iterator[Callable[[Any], tuple[Endpoint, list[Any]]]]:
-    """A server whose /generate answers so, and what it was asked."""
+    """A server whose /generate gives a fixed answer, and the requests that it got."""
     asked: list[Any] = []
     answers: list[Any] = []
 

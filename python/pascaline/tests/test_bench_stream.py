@@ -122,7 +122,7 @@ def test_a_port_that_is_no_number_is_refused() -> None:
 
 @contextlib.asynccontextmanager
 async def serving(answer: Answer) -> AsyncIterator[Endpoint]:
-    """A server that answers so; its connections are closed whatever became of them."""
+    """A server with a fixed answer; its connections are closed in any case."""
     tasks: set[asyncio.Task[None] | None] = set()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -86,7 +86,7 @@ class TestPrecedence:
 
 
 class TestMistakes:
-    """Each is one sentence: key, what is wrong, the value, what is allowed, where it stands."""
+    """Each is one sentence: the key, what is wrong, the value, what is allowed, and the place."""
 
     @pytest.mark.parametrize(
         ("text", "sentence"),

@@ -50,7 +50,7 @@ class SimulatedTime(selectors.SelectSelector):
 
 @dataclass
 class Engine:
-    """Streams tokens to somebody until `broken`, and answers the supervisor `latency()` seconds after a question."""
+    """Streams tokens to a client until `broken`, and answers the supervisor after `latency()` seconds."""
 
     simulated: SimulatedTime
     latency: Callable[[], float]
@@ -58,7 +58,7 @@ class Engine:
     counts_on: bool
     """Whether its counters can still be read after that."""
     busy: bool
-    """Whether somebody asks; else only the supervisor's test generations do."""
+    """Whether clients send requests; otherwise only the supervisor's test generations arrive."""
     exit_code: int | None = None
     pid: int = 1
     last_answer: float = 0.0
@@ -181,7 +181,7 @@ class Unseen(Engine):
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_one_that_cannot_be_seen_is_not_ready_and_not_killed(monkeypatch: pytest.MonkeyPatch, busy: bool) -> None:
-    """For hours without descriptors; then it is seen again; at last its process ends, which needs none."""
+    """No descriptors for hours; then it is seen again; at last its process ends, which needs no descriptor."""
     simulated = SimulatedTime()
     monkeypatch.setattr(time, "monotonic", lambda: simulated.now)
     engine = Unseen(simulated, lambda: 0.003, 1e6, True, busy, seen_from=1700.0, ends=1800.0)

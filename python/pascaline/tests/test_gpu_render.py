@@ -1,4 +1,4 @@
-"""The page: well-formed for whatever a driver answers, absent where a value is absent, and with the right units."""
+"""The page: well-formed for any answer of a driver, without series for absent values, and with the right units."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class TestHealth:
                 assert after in {State.STOPPED, State.FAILED}
 
     def test_the_table_in_the_docstring_is_the_truth(self) -> None:
-        """Every way that exists stands in a row, and every row is a way."""
+        """Every transition that exists is in a row, and every row is a transition."""
         told = set()
         for line in (health_module.__doc__ or "").splitlines():
             cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -226,7 +226,7 @@ class TestJudge:
 
 
 class TestMissedTime:
-    """Time in which the supervisor itself stood still says nothing of the engine."""
+    """Time in which the supervisor itself stood still says nothing about the engine."""
 
     def test_it_is_not_counted_as_silence(self) -> None:
         judge = Judge(STALL, last_sign=0.0)

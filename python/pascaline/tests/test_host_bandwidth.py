@@ -247,7 +247,7 @@ class TestLink:
 
 
 class TestPlacement:
-    """The plan takes the memory of the node whose CPUs the engine is bound to, else the slowest."""
+    """The plan takes the bandwidth of the node to whose CPUs the engine is bound, otherwise the slowest."""
 
     @pytest.mark.parametrize(("cpus", "expected"), [(range(8), 90e9), (range(4), 40e9)])
     def test_the_node_that_counts(self, cpus: range, expected: float) -> None:

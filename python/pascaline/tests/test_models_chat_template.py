@@ -1,4 +1,4 @@
-"""Whether a model can be spoken to in messages, by its file or its folder."""
+"""Whether a model has a chat template, by its file or its folder."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ class TestResume:
 
     @pytest.mark.parametrize("fault", ["wrong range", "no range header", "other tag", "no ranges", "status 416"])
     def test_answers_that_are_not_the_rest(self, site: Site, partial: Path, fault: str) -> None:
-        """A 206 that lies, a 200 and a 416 are never appended: the file is fetched whole."""
+        """A wrong 206, a 200 and a 416 are never appended: the whole file is fetched."""
         interrupted(site, partial)
         site.faults[:] = [fault]
         assert fetch(site, partial) == DIGEST
@@ -247,7 +247,7 @@ class TestFailures:
         assert pauses == [1.0, 2.0, 7.0]
 
     def test_gives_up(self, site: Site, partial: Path) -> None:
-        """A server that stays ill ends the download with what it said."""
+        """A server that keeps failing ends the download, and its answer is reported."""
         site.faults[:] = ["status 503"] * 100
         with pytest.raises(ModelError) as caught:
             fetch(site, partial)

@@ -516,7 +516,7 @@ class TestDamagedBeginning:
 
 class TestVerify:
     def test_sound_file(self, store: Path, model: Path, digest: str) -> None:
-        """The file is read again and is what it was."""
+        """The file is read again and is unchanged."""
         add(store, "emily", str(model), digest)
         assert [(e.state, e.sha256) for e in verify(store, "emily")] == [("verified", digest)]
 
@@ -552,7 +552,7 @@ class TestVerify:
         assert [entry.state for entry in verify(store, "emily", WRONG)] == ["changed"]
 
     def test_a_change_of_an_unconfirmed_file_is_reported(self, store: Path, model: Path, digest: str) -> None:
-        """What it was when it was added is remembered, though nobody vouches for it."""
+        """Its checksum when it was added is remembered, although nobody confirmed it."""
         path = add(store, "emily", str(model)).path
         assert [(entry.state, entry.sha256) for entry in entries(store)] == [("unverified", digest)]
         with path.open("r+b") as file:
@@ -704,7 +704,7 @@ class TestCommand:
         assert (found["sha256"], list(found["files"])) == (",".join(both), [part.name for part in parts])
 
     def test_dry_run_deletes_nothing(self, store: Path, model: Path) -> None:
-        """gc first shows what it would do."""
+        """gc can show what it would do."""
         add(store, "old", str(model))
         done = self.run(store, "gc", "--dry-run", "--keep", "emily")
         assert done.stdout.splitlines()[-1].endswith(" would be freed")

@@ -1,4 +1,4 @@
-"""One decision about devices, number type, memory and NUMA node, for whoever asks and whatever the host."""
+"""One decision about devices, dtype, memory and NUMA node, for all commands and hosts."""
 
 from __future__ import annotations
 

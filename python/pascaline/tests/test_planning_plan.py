@@ -81,7 +81,7 @@ class TestPromises:
     @given(cases(), st.integers(1, 1 << 15), st.integers(1, 32))
     @settings(max_examples=EXAMPLES * 2)
     def test_more_context_or_requests_never_take_less(self, case: Case, tokens: int, more: int) -> None:
-        """A pool that nobody gave a size may only give way to what the engine needs beside it: one token's rounding."""
+        """A pool without a configured size may only shrink for what the engine needs beside it: one token's rounding."""
         spec, card, wanted = case.target
         plan = make_plan(spec, card, wanted)
         longer = make_plan(spec, card, replace(wanted, context_length=wanted.context_length + tokens))
@@ -100,7 +100,7 @@ class TestPromises:
     @pytest.mark.parametrize("engine", ["sglang", "llama.cpp"])
     @pytest.mark.parametrize("name", sorted(SPECS))
     def test_weights_shrink_with_the_bits_of_a_file(self, name: str, engine: str) -> None:
-        """As far as the engine holds a type as it is: SGLang's plugin holds Q3_K as Q6_K."""
+        """For types that the engine holds unchanged: SGLang's plugin holds Q3_K as Q6_K."""
         mixtures = [mixture for mixture in MIXTURES if engine == "llama.cpp" or not mixture.startswith("Q3")]
         sizes = [make_plan(FILES[name, mixture], P4, request(engine=engine)).weights_bytes for mixture in mixtures]
         assert sizes == sorted(sizes, reverse=True)

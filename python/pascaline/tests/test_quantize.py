@@ -69,7 +69,7 @@ class TestRealTools:
         assert again[1].sha256 == results[1].sha256
 
     def test_result_of_another_source(self, tmp_path: Path) -> None:
-        """A source that changed makes its results anew, although files of their names are there and whole."""
+        """After a change of the source its results are made again, although complete files with their names exist."""
         source = write_gguf(tmp_path / "m-F16.gguf", tiny("llama"), "F16")
         options = Options(verify=False)
         first = quantize(source, "Q8_0", tmp_path / "m.Q8_0.gguf", options=options)
@@ -167,7 +167,7 @@ class TestRealTools:
         ]
 
     def test_command(self, model: Path, tmp_path: Path) -> None:
-        """The program prints what it made, for people or programs."""
+        """The program prints its results, for people or programs."""
         command = [sys.executable, "-m", "pascaline", "quantize", str(model), "--type", "Q4_0", "-o", str(tmp_path)]
         done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, check=False)
         path = tmp_path / "tiny.Q4_0.gguf"

@@ -134,7 +134,7 @@ def test_show_takes_what_the_settings_say(
 def test_install_and_remove_write_and_delete_the_unit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """systemctl is a program that notes what it is asked."""
+    """systemctl is a program that records its arguments."""
     folder, log = tmp_path / "units", tmp_path / "log"
     folder.mkdir()
     systemctl = tmp_path / "bin" / "systemctl"

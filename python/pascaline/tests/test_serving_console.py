@@ -1,4 +1,4 @@
-"""What is shown of an instance, where somebody looks and where nobody does any more."""
+"""What is shown of an instance, while a page is open and after it is closed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a run ended: CUDA's words count with evidence, never alone, and hard evidence counts whatever was said."""
+"""Why a run ended: CUDA's messages count only with evidence, and hard evidence counts alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this host lacks is not held against the engine: it is started again, and no restart counts as a crash."""
+"""A lack on this host does not count against the engine: it is started again, and no restart counts as a crash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who listens on the engine's port: its own processes, nobody, or a program that is named."""
+"""What listens on the engine's port: its own processes, nothing, or a program that is named."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_one_that_takes_the_port_later(start: Callable[..., tuple[int, int]]) ->
 def test_a_socket_that_no_process_has_open(
     start: Callable[..., tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engine ends at this moment: it is nobody's, and nobody is blamed. Another user's is another matter."""
+    """The engine ends at this moment: the socket has no owner, and no program is named, unless it is another user's."""
     leader, port = start()
     monkeypatch.setattr(listener_module, "_files", lambda pid: iter(()))
     with pytest.raises(ConnectionRefusedError, match=r"^no process has the socket open that listens on port "):

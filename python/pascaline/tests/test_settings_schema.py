@@ -91,7 +91,7 @@ def test_the_example_of_the_readme_is_in_the_schema(validator: jsonschema.Draft2
     ],
 )  # fmt: skip
 def test_a_value_of_another_type_is_refused_in_a_file(text: str, message: str, tmp_path: Path) -> None:
-    """As flags and variables they are texts; a file can say what it means."""
+    """As flags and variables they are texts; in a file they have types."""
     file = tmp_path / "a.toml"
     file.write_text(text)
     with pytest.raises(ConfigurationError) as caught:

@@ -43,7 +43,7 @@ class Bench:
         return self.finish()
 
     def left(self) -> list[str]:
-        """Return what runs of it besides itself."""
+        """Return its other running processes."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):

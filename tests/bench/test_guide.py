@@ -18,7 +18,7 @@ def test_figures_and_pictures_are_those_of_the_script() -> None:
 
 
 def test_every_row_of_the_guide_is_answered() -> None:
-    """17 rows, each with what it says, what is true and what we do."""
+    """17 rows, each with the guide's claim, what is true, and what pascaline does."""
     section = GUIDE.read_text().partition("## Row by row\n")[2].partition("\n## ")[0]
     rows = [line.split(" | ") for line in section.splitlines() if re.match(r"\| \d+ \|", line)]
     assert [int(row[0].strip("| ")) for row in rows] == list(range(1, 18))

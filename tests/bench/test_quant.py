@@ -95,7 +95,7 @@ def test_the_users_own_file_is_measured_where_it_is_and_stays(bench: Start, tmp_
 
 
 def test_tools_that_are_missing_are_told_before_any_work(bench: Start, tmp_path: Path) -> None:
-    """llama-quantize alone is no use: without llama-perplexity nothing would be scored in the end."""
+    """llama-quantize is not enough: without llama-perplexity nothing would be scored."""
     tools, folder = tmp_path / "bin", tmp_path / "out"
     tools.mkdir()
     (tools / "llama-quantize").write_text("#!/bin/sh\nexit 1\n")

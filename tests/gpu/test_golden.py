@@ -51,7 +51,7 @@ def test_every_golden_page_has_its_capture() -> None:
 
 
 def test_names_types_and_labels_are_the_contract() -> None:
-    """Rules, dashboards and other people's queries use these names: none changes unnoticed."""
+    """Rules, dashboards and users' queries use these names: a change fails this test."""
     assert contract() == CONTRACT.read_text(), HOW_TO_UPDATE
 
 

@@ -77,7 +77,7 @@ class Case:
     key: str = ""
     """The key that was changed, if it was one key."""
     is_free: bool = False
-    """Whether it says something else that is as sound, which only the file's maker can know to be wrong."""
+    """Whether it says something else that is equally valid, so that only the file's author can know that it is wrong."""
 
     def files(self) -> dict[str, bytes]:
         return {name: part.data() for name, part in zip(self.names, self.parts, strict=True)}
@@ -195,7 +195,7 @@ def rename_key(case: Case, _other: Case, rng: random.Random) -> None:
 
 
 def shuffle(case: Case, _other: Case, rng: random.Random) -> None:
-    """Change the order alone, which says nothing."""
+    """Change only the order, which has no meaning."""
     for at, part in enumerate(case.parts):
         case.parts[at] = Part(
             tuple(rng.sample(part.entries, len(part.entries))), tuple(rng.sample(part.tensors, len(part.tensors)))
@@ -392,7 +392,7 @@ def test_no_damage_changes_what_is_served_without_a_word(parts: int, mutations: 
 
 
 def may_differ(case: Case, before: Header, after: Header, first: Verdict, verdict: Verdict) -> bool:
-    """Whether the model says something else that is as sound, or a note says what is assumed now."""
+    """Whether the model says something else that is equally valid, or a note names the new assumption."""
     is_told = verdict.defaults != first.defaults or has_template(before.metadata) != has_template(after.metadata)
     is_other = is_another_value(before.metadata.get(case.key), after.metadata.get(case.key))
     return case.is_free or is_told or is_other or case.key in MAY_BE_ABSENT

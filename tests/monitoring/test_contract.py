@@ -1,4 +1,4 @@
-"""What is emitted is a contract, and no rule, dashboard or `pascaline top` asks for anything that nobody emits."""
+"""The emitted metrics are a contract: rules, dashboards and `pascaline top` query nothing else."""
 
 from __future__ import annotations
 

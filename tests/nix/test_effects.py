@@ -31,7 +31,7 @@ class TestDriver:
         assert "softdep nvidia post: nvidia-uvm" in host("p4")["extraModprobeConfig"]
 
     def test_owner_of_a_desktop_keeps_the_settings_program(self, host: Any) -> None:
-        """A server needs none of it, and the owner's word stands."""
+        """A server does not need it, and the owner's setting is kept."""
         assert host("desktop")["nvidia"]["nvidiaSettings"] is True
         assert host("p4")["nvidia"]["nvidiaSettings"] is False
 

@@ -163,6 +163,6 @@ def test_environment_from_wheels_alone_imports_the_engine(tmp_path: Path) -> Non
         assert version.startswith("pascaline ")
         assert any(out.glob("lib/python*/site-packages/torch/__pycache__/*.pyc"))
     finally:
-        # Ten gigabytes that nobody wants to keep.
+        # Ten gigabytes that need not be kept.
         shutil.rmtree(wheels, ignore_errors=True)
         shutil.rmtree(out, ignore_errors=True)

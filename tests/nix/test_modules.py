@@ -151,7 +151,7 @@ def test_link_reaches_the_unit_whole(evaluated: Any) -> None:
 
 
 def test_toolkit_has_the_outputs_of_its_components(evaluated: Any) -> None:
-    """nixpkgs keeps headers and libraries apart from programs; of the static libraries nvcc wants one."""
+    """nixpkgs separates headers and libraries from programs; nvcc needs one of the static libraries."""
     names = {path.split("-", 1)[1] for path in evaluated("units")["cuda"]["toolkit"]}
     assert {"cuda_nvcc", "cuda_cudart-dev", "cuda_cudart-lib", "cuda_cudart-static", "libcublas-lib"} <= names
     assert "libcublas-static" not in names
@@ -211,7 +211,7 @@ class TestFleet:
         ]
 
     def test_adding_a_host_is_one_line(self, evaluated: Any) -> None:
-        """The new host serves, is scraped and gets requests, and lets in the host that does both, with nothing else said."""
+        """The new host serves, is scraped and gets requests, and lets in the host that does both, without further settings."""
         grown = evaluated("grown")
         assert grown["host"]["failed"] == []
         assert sorted(grown["host"]["services"]) == SERVING_UNITS
@@ -228,7 +228,7 @@ class TestFleet:
         assert router.endswith("http://10.10.1.1:30000 http://10.10.1.2:30000 http://10.10.1.3:30000")
 
     def test_profile_brings_its_gpu(self, evaluated: Any) -> None:
-        """A c240g5 has a P100; nobody has to say so."""
+        """A c240g5 has a P100 by default."""
         host = evaluated("small")
         assert host["failed"] == []
         assert host["computeCapability"] == "6.0"
@@ -256,7 +256,7 @@ class TestFleet:
         }
 
     def test_alertmanager_joins_no_cluster(self, evaluated: Any) -> None:
-        """It would look for a private address to advertise, and end where a host has none, as CloudLab nodes may."""
+        """It would look for a private address to advertise, and exit on a host without one, as CloudLab nodes may be."""
         alertmanager = evaluated("hosts")["watch"]["alertmanager"]
         assert alertmanager["extraFlags"] == ["--cluster.listen-address="]
         assert alertmanager["configuration"]["receivers"][0]["webhook_configs"] == [
@@ -272,7 +272,7 @@ class TestFleet:
         }
 
     def test_router_is_reached_by_its_clients(self, evaluated: Any) -> None:
-        """By those of the inventory alone; Grafana, of which the inventory says nothing, by its own host."""
+        """Only by those of the inventory; Grafana, which the inventory does not mention, only by its own host."""
         watch = evaluated("hosts")["watch"]
         assert watch["firewall"] == {
             "allowedTCPPorts": [SSH],

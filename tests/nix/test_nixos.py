@@ -34,7 +34,7 @@ MODULES = {
     "sops-nix": ["sops-nix/modules/sops/default.nix"],
     "disko": ["disko/module.nix"],
 }
-"""What stands beside our modules in each snippet, by paths in the folder of the stand-ins."""
+"""The modules beside ours in each snippet, by paths in the folder of the stand-ins."""
 
 
 def say(capsys: pytest.CaptureFixture[str], line: str) -> None:

@@ -45,7 +45,7 @@ def test_flake_check_passes(nix_command: Any, source: Path, input_overrides: lis
 def test_outputs_are_listed_without_evaluating_a_system(
     nix_command: Any, source: Path, input_overrides: list[str]
 ) -> None:
-    """`nix flake show` needs names alone; a system each would take minutes."""
+    """`nix flake show` needs only names; evaluating each system would take minutes."""
     options = ("--json", "--impure", "--no-write-lock-file", *input_overrides)
     result = nix_command("flake", "show", *options, f"path:{source}")
     assert result.returncode == 0, result.stderr
@@ -108,7 +108,7 @@ def test_llama_cpp_is_made_for_pascal_alone(flake: Any) -> None:
 
 
 def test_other_torch_is_another_environment(flake: Any) -> None:
-    """The CUDA 11.8 build of torch is one override away, and changes the engine environment alone."""
+    """The CUDA 11.8 build of torch is one override, and changes only the engine environment."""
     locked = flake("packages.x86_64-linux.pascaline-engine.drvPath")
     other = flake("packages.x86_64-linux.pascaline-engine", 'p: (p.override { torchFlavour = "cu118"; }).drvPath')
     assert other.startswith("/nix/store/")

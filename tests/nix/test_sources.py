@@ -40,7 +40,7 @@ def test_statix_finds_nothing(repository: Path, run_nix: Any) -> None:
 
 
 def test_flake_lock_names_the_inputs_of_the_flake(repository: Path, run_nix: Any) -> None:
-    """The lock holds a node for every input, with the input's own address, and nothing else."""
+    """The lock has a node for every input, with the input's own address, and no other node."""
     result = run_nix("nix-instantiate", "--eval", "--strict", "--json", "-E", "(import ./flake.nix).inputs")
     inputs = json.loads(result.stdout)
     lock = json.loads((repository / "flake.lock").read_text())

@@ -322,7 +322,7 @@ def qwen35moe(path: Path) -> None:
 
 
 def qwen35_alone(path: Path) -> None:
-    """Without a layer that predicts, and with the interval that llama.cpp takes if none is given."""
+    """Without a prediction layer, and with llama.cpp's default interval."""
     qwen35(path, predicting=0, interval=None)
 
 

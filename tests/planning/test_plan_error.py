@@ -1,4 +1,4 @@
-"""benchmarks/plan_error.py itself: it measures one model at a time, passes nothing that is off, and loses no finding."""
+"""benchmarks/plan_error.py itself: it measures one model at a time, accepts no deviation, and loses no finding."""
 
 from __future__ import annotations
 

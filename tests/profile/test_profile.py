@@ -110,7 +110,7 @@ class TestCpuTrace:
         assert sum(row.share for row in summary.kinds) == pytest.approx(1.0)
 
     def test_time_of_what_an_operator_calls_is_not_its_own(self, tmp_path: Path) -> None:
-        """Times add up to the time in which something ran, whatever calls what."""
+        """Times add up to the time in which something ran, however calls are nested."""
         trace = write_trace(
             tmp_path / "t.json",
             operator("aten::linear", 0, 100),
@@ -204,7 +204,7 @@ def served() -> Summary:
 
 
 class TestServedTrace:
-    """A record of our kernels, whose names alone tell what they read: all run in one replayed graph."""
+    """A record of our kernels, all in one replayed graph: only their names say what they read."""
 
     @pytest.mark.parametrize(
         ("name", "calls", "seconds", "step_bytes"),
@@ -382,7 +382,7 @@ class TestNvprof:
 
 class TestRoofline:
     def test_weights_are_read_once_a_step(self) -> None:
-        """The products' bandwidth follows from the weights, whatever single kernels tell."""
+        """The products' bandwidth follows from the weights, not from single kernels."""
         kernels = tuple(Kernel("decode_matmul_q4_k", 0.03 * i, 0.025, None) for i in range(10))
         timeline = Timeline("Tesla P4", kernels, steps=10)
         summary = summarise(timeline, bandwidth=P4_BANDWIDTH, step=StepBytes(4_000_000_000, kv_cache=100_000_000))

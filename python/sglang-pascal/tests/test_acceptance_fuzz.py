@@ -1,4 +1,4 @@
-"""Mutations of sound headers: no crash, and none that changes what is served is accepted without a word.
+"""Mutations of sound headers: no crash, and a mutation that changes what is served is never accepted silently.
 
 The same seed gives the same mutations. tests/models/test_damaged_files.py does the same with the bytes of whole files.
 """

@@ -142,7 +142,7 @@ class TestConfig:
 
 
 class TestSplitModels:
-    """A model of several parts is all of them or none."""
+    """A model of several parts needs all of them."""
 
     @pytest.fixture
     def parts(self, tiny_model, tmp_path):

@@ -184,7 +184,7 @@ def test_cuda_is_not_initialised(on_cpu):
 
 
 def test_the_barrier_of_the_overlap_scheduler_is_on_unless_the_user_chose(monkeypatch):
-    """SGLang itself has it on wherever its own is_cuda, which we replace, returns True."""
+    """SGLang turns it on if its own is_cuda, which we replace, returns True."""
     (shim,) = (shim for shim in SHIMS if shim.name == "barrier between steps")
     assert shim.devices == ("cuda",)
     package = Path(next(iter(importlib.util.find_spec("sglang").submodule_search_locations)))

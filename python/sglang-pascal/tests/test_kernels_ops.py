@@ -311,7 +311,7 @@ class TestAttentionSplits:
 
 
 class TestSplits:
-    """How K is cut depends on the weight alone, so that a row's bits do not depend on the batch."""
+    """The splits of K depend only on the weight, so that a row's bits do not depend on the batch."""
 
     @pytest.mark.parametrize(
         ("rows", "columns", "splits"),

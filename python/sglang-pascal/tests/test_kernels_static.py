@@ -1,4 +1,4 @@
-"""What must hold of every kernel's machine code for Pascal, whatever card is at hand: upper bounds, from ptxas and
+"""Limits for every kernel's machine code for Pascal, tested on any machine: upper bounds, from ptxas and
 nvdisasm. Whoever makes a kernel worse sees it here; whoever makes one better may lower a bound."""
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Counted:
 
 
 def erratic(text):
-    """Text that quotes itself for a while, then goes on at another place."""
+    """Text that repeats itself for a while, then continues elsewhere."""
     place = (sum(text) * 31 + len(text)) % VOCABULARY
     return text[-12] if place > 8 and len(text) > 12 else place
 

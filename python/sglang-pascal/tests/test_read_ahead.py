@@ -13,7 +13,7 @@ from support.models import split_gguf, tiny, write_gguf
 
 
 class Mapping:
-    """Notes what it is asked for."""
+    """Records its requests."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []

@@ -260,11 +260,11 @@ class TestFailures:
     @pytest.mark.parametrize(
         ("etag", "then", "prospect"),
         [
-            ('"one"', "cut 0", "what was fetched is kept, the same command goes on from there"),
+            ('"one"', "cut 0", "the part that was fetched is kept; run the same command to continue"),
             (
                 "",
                 "cut 300000",
-                "the server names no version to go on with (ETag, Last-Modified, length), the same command begins anew",
+                "the server names no version (ETag, Last-Modified, length), so the same command starts again",
             ),
         ],
     )
@@ -279,7 +279,7 @@ class TestFailures:
         site.faults.clear()
         site.requests.clear()
         assert fetch(site, partial) == DIGEST
-        assert (site.ranges == ["whole"]) == ("begins anew" in prospect)
+        assert (site.ranges == ["whole"]) == ("starts again" in prospect)
 
     def test_progress_renews_patience(self, site: Site, partial: Path) -> None:
         """A line that breaks every few hundred kilobytes still gets the file, however often."""

@@ -327,8 +327,8 @@ class TestSplitFiles:
     def test_a_part_of_another_split_is_refused(self) -> None:
         files = self._parts(second={"split.count": value("uint16", 3)})
         assert self._refusal(files) == (
-            "failed to read m-00002-of-00002.gguf: part 2 of the split model speaks of 3 parts, the one that was named "
-            "of 2; " + AGAIN
+            "failed to read m-00002-of-00002.gguf: part 2 of the split model says that there are 3 parts, the named part "
+            "says 2; " + AGAIN
         )
 
     @pytest.mark.parametrize(

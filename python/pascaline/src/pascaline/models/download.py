@@ -131,8 +131,8 @@ class Download:
         if not self._done:
             return "nothing was fetched, try again later"
         if self._version and self._version.validator and self._version.size is not None:
-            return "what was fetched is kept, the same command goes on from there"
-        return "the server names no version to go on with (ETag, Last-Modified, length), the same command begins anew"
+            return "the part that was fetched is kept; run the same command to continue"
+        return "the server names no version (ETag, Last-Modified, length), so the same command starts again"
 
     def _take_up(self) -> None:
         """Continue from the data of an earlier process, if the server proves that it is a part of the file."""

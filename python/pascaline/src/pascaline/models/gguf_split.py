@@ -119,7 +119,8 @@ def _check_place(metadata: Metadata, index: int, count: int) -> None:
         )
     if (found := split_number(metadata, COUNT)) != count:
         metadata.fail(
-            f"part {index + 1} of the split model speaks of {found} parts, the one that was named of {count}; {AGAIN}"
+            f"part {index + 1} of the split model says that there are {found} parts, the named part says {count}; "
+            f"{AGAIN}"
         )
 
 

@@ -48,6 +48,7 @@ def activate() -> str | None:
 
     Runs in every process while SGLang's first module is imported.
     """
+    from sglang_pascal.collector import collect_seldom
     from sglang_pascal.compat import apply_shims, check_sglang_version
     from sglang_pascal.orphans import die_with_parent
 
@@ -55,6 +56,7 @@ def activate() -> str | None:
     if device is None:
         return None
     check_sglang_version()
+    collect_seldom()
     if device == "cuda":
         _check_torch()
     die_with_parent()

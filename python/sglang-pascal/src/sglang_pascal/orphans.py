@@ -14,6 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
+from sglang_pascal.collector import keep_what_is_there
 from sglang_pascal.device import is_cuda_initialized
 from sglang_pascal.names import WORKERS_VARIABLE
 
@@ -50,6 +51,7 @@ def fork_workers(*_: object) -> None:
             "something has initialised CUDA in the server's process, so it cannot fork them"
         )
         return
+    keep_what_is_there()
     os.environ[NUMA_BY_COMMAND] = "0"
     multiprocessing.set_start_method("fork", force=True)
     os.register_at_fork(after_in_child=_end_copy_with_parent)

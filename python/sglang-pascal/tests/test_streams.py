@@ -47,6 +47,45 @@ def test_a_full_queue_is_a_503(event, kind, before):
     assert not body.get("more_body")
 
 
+MESSAGE_START = b'event: message_start\ndata: {"type": "message_start", "message": {"content": []}}\n\n'
+MESSAGE_STOP = b'event: message_stop\ndata: {"type": "message_stop"}\n\n'
+
+
+def anthropic_error(kind: str) -> tuple[dict, bytes]:
+    document = {"type": "error", "error": {"type": kind, "message": FULL["message"]}}
+    return document, b"event: error\ndata: " + json.dumps(document).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "said"),
+    [("overloaded_error", 503, b"1"), ("rate_limit_error", 429, b"1"), ("invalid_request_error", 400, None)],
+)
+@pytest.mark.parametrize("prelude", [(MESSAGE_START,), (b"", MESSAGE_START, b""), ()])
+def test_a_refusal_in_anthropics_form(prelude, kind, status, said):
+    document, event = anthropic_error(kind)
+    start, body = answered(*prelude, event, MESSAGE_STOP)
+    assert (start["status"], json.loads(body["body"])) == (status, document)
+    assert dict(start["headers"]).get(b"retry-after") == said
+
+
+@pytest.mark.parametrize(
+    "bodies",
+    [
+        (MESSAGE_START, TOKEN_EVENT, MESSAGE_STOP),
+        (MESSAGE_START, MESSAGE_STOP),
+        (MESSAGE_START,),
+        (MESSAGE_START, MESSAGE_START, anthropic_error("overloaded_error")[1]),
+        (MESSAGE_START, TOKEN_EVENT, anthropic_error("overloaded_error")[1]),
+        (MESSAGE_START, anthropic_error("of a kind that nobody knows")[1], MESSAGE_STOP),
+    ],
+)
+def test_a_stream_in_anthropics_form_comes_whole(bodies):
+    start, *rest = answered(*bodies)
+    assert start["status"] == 200
+    assert b"".join(message["body"] for message in rest) == b"".join(bodies)
+    assert not rest[-1]["more_body"]
+
+
 def test_another_error_keeps_its_code():
     event = ERROR_EVENT.replace(b"503", b"500")
     start, _ = answered(event, DONE)

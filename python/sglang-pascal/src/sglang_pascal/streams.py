@@ -2,7 +2,8 @@
 
 If the queue is full, SGLang answers a request without a stream with status 503. A stream gets status 200 and an error
 as its first event, so neither a router nor a client's library tries again. The first event shows the right status; the
-start of an answer is held back until that event. SGLang's own handlers wait for their first token too.
+start of an answer is held back until that event. SGLang's own handlers wait for their first token too. A stream of
+Anthropic's API begins with an event that says nothing yet, so there the second one decides.
 
 With or without a stream, SGLang does not say when to try again; a Retry-After does (RFC 9110, section 10.2.3).
 """
@@ -10,7 +11,7 @@ With or without a stream, SGLang does not say when to try again; a Retry-After d
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -26,8 +27,29 @@ RETRY_AFTER_SECONDS: Final = 1
 _BUSY: Final = frozenset({429, 503})
 _EVENT_STREAM: Final = b"text/event-stream"
 _EVENT: Final = b"data: "
+_PRELUDE: Final = b"event: message_start\n"
+_ERROR_NAME: Final = b"event: error\n"
+_STATUS_OF_TYPE: Final = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_timeout_error": 408,
+    "rate_limit_error": 429,
+    "api_error": 500,
+    "overloaded_error": 503,
+}
+"""Types of errors in Anthropic's form, which has no code, and the statuses that SGLang makes them from."""
 _LONGEST_REFUSAL: Final = 64 * 2**10
 """Bytes of an event that can be one."""
+
+
+class Refusal(NamedTuple):
+    """An error in place of a stream."""
+
+    status: int
+    document: dict[str, Any]
+    """The body, as the API has it without a stream."""
 
 
 class StatusOfRefusedStreams:
@@ -45,11 +67,12 @@ class StatusOfRefusedStreams:
 
 
 class _Beginning:
-    """Holds the start of a stream back until its first event is there."""
+    """Holds the start of a stream back until the event is there that shows whether it is one."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self._start: Message | None = None
+        self._prelude: Message | None = None
         self._refused = False
 
     async def __call__(self, message: Message) -> None:
@@ -61,6 +84,8 @@ class _Beginning:
             await self._send({**message, "headers": _with_retry_after(message["status"], message.get("headers", ()))})
         elif self._start is None or message["type"] != "http.response.body":
             await self._send(message)
+        elif self._prelude is None and message.get("more_body") and message.get("body", b"").startswith(_PRELUDE):
+            self._prelude = message
         elif message.get("body") or not message.get("more_body"):
             await self._begin(self._start, message)
 
@@ -68,14 +93,14 @@ class _Beginning:
         self._start = None
         refusal = refusal_of(bytes(first.get("body", b"")))
         if refusal is None:
-            await self._send(start)
-            await self._send(first)
+            for each in filter(None, (start, self._prelude, first)):
+                await self._send(each)
             return
         self._refused = True
-        body = json.dumps(refusal).encode()
+        body = json.dumps(refusal.document).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        headers = _with_retry_after(refusal["code"], headers)
-        await self._send({"type": "http.response.start", "status": refusal["code"], "headers": headers})
+        headers = _with_retry_after(refusal.status, headers)
+        await self._send({"type": "http.response.start", "status": refusal.status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 
 
@@ -92,13 +117,13 @@ def _is_stream(start: Message) -> bool:
     return start["status"] == 200 and kind.startswith(_EVENT_STREAM)
 
 
-def refusal_of(body: bytes) -> dict[str, Any] | None:
+def refusal_of(body: bytes) -> Refusal | None:
     """Return the error in the first event of a stream, as SGLang reports it without a stream; None if it is no error.
 
     OpenAI's routes send {"error": {…, "code": 503}}, SGLang's own an answer whose finish_reason is an abort with a
-    status_code.
+    status_code, Anthropic's an event with the name error and {"type": "error", "error": {"type": "overloaded_error"}}.
     """
-    event = body.partition(b"\n\n")[0]
+    event = body.partition(b"\n\n")[0].removeprefix(_ERROR_NAME)
     if (
         not event.startswith(_EVENT)
         or len(event) > _LONGEST_REFUSAL
@@ -112,6 +137,9 @@ def refusal_of(body: bytes) -> dict[str, Any] | None:
     if not isinstance(document, dict):
         return None
     error, meta = document.get("error"), document.get("meta_info")
+    if isinstance(error, dict) and document.get("type") == "error":
+        status = _STATUS_OF_TYPE.get(str(error.get("type")))
+        return None if status is None else Refusal(status, document)
     if isinstance(error, dict):
         return _refusal(error, error.get("code"), error.get("type"))
     reason = meta.get("finish_reason") if isinstance(meta, dict) else None
@@ -120,10 +148,11 @@ def refusal_of(body: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _refusal(error: dict[str, Any], code: Any, kind: Any) -> dict[str, Any] | None:
+def _refusal(error: dict[str, Any], code: Any, kind: Any) -> Refusal | None:
     if type(code) is not int or not 400 <= code <= 599:
         return None
-    return {"object": "error", "message": str(error.get("message")), "type": str(kind), "param": None, "code": code}
+    message = str(error.get("message"))
+    return Refusal(code, {"object": "error", "message": message, "type": str(kind), "param": None, "code": code})
 
 
 def add_to_server(inner: Callable[..., Any], original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -169,7 +169,50 @@ class TestNames:
         assert time.process_time() - start < 2
 
 
+RED, PLAIN = "\x1b[31m", "\x1b[0m"
+
+
+class TestWhatATerminalDoesNotShow:
+    """A highlighter colours a part of a value; what is shown is the value all the same."""
+
+    @pytest.mark.parametrize(
+        "between",
+        [RED, PLAIN, "\x1b]8;;http://x\x07", "\x1b]8;;\x1b\\", "\x07", "\0", "\r", "\u200b", "\u202e", "\x9b"],
+    )
+    @pytest.mark.parametrize("at", [1, 7, len(KEY) - 1])
+    def test_it_divides_no_value(self, between: str, at: int) -> None:
+        assert knowing(KEY).redact(f"key {KEY[:at]}{between}{KEY[at:]}.") == f"key {HIDDEN}."
+
+    def test_every_character_in_a_colour_of_its_own(self) -> None:
+        text = "".join(f"{RED}{character}{PLAIN}" for character in json.dumps(KEY))
+        assert knowing(KEY).redact(text) == f'"{HIDDEN}"'
+
+    def test_a_text_without_a_secret_keeps_it(self) -> None:
+        text = f"{RED}error{PLAIN}\tsee\r\n\x1b]0;title\x07 and \x1b alone"
+        assert knowing(KEY).redact(text) == text
+        assert LineRedactor(knowing(KEY))(text) == text
+
+    def test_around_the_parts_of_a_broken_value(self) -> None:
+        redact = LineRedactor(knowing(KEY))
+        lines = [f"{RED}key {KEY[:9]}{PLAIN}", f"{RED}{KEY[9:]}{PLAIN} end"]
+        assert [redact(line) for line in lines] == [f"key {HIDDEN}", f"{HIDDEN} end"]
+
+
 class TestLines:
+    @pytest.mark.parametrize(
+        "form",
+        [
+            json.dumps(KEY)[1:-1],
+            urllib.parse.quote(KEY, safe=""),
+            base64.b64encode(KEY.encode()).decode().rstrip("="),
+            base64.urlsafe_b64encode(KEY.encode()).decode().rstrip("="),
+        ],
+    )
+    @pytest.mark.parametrize("at", [4, 11, -4])
+    def test_a_value_in_another_form_that_is_broken(self, form: str, at: int) -> None:
+        redact = LineRedactor(knowing(KEY))
+        assert [redact(f"a {form[:at]}"), redact(f"{form[at:]} b")] == [f"a {HIDDEN}", f"{HIDDEN} b"]
+
     """A value that the ends of lines cut."""
 
     @settings(deadline=None)

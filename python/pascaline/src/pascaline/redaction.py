@@ -40,6 +40,12 @@ _NAMED = re.compile(
 )
 _BEARER = re.compile(r"(?i)\b(bearer\s+)(?!\$)[\w.~+/=-]{4,}")
 _LABEL = re.compile(r'="((?:[^"\\]|\\.)*)"')
+# What a terminal does not show, except blanks: colours and other sequences, controls, marks without a width.
+_UNSHOWN = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]"
+    r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
+)
 # What surrounds a line break that a program inserted: blanks, quotes, the frames of tables.
 _FRAME = " \t\r'\"`│|┃\\+"
 # What may stand between two characters of a wrapped value within one text: a line break, plain or as an escape.
@@ -55,11 +61,17 @@ class Secrets:
         self._forms: list[str] = []
         self._patterns: list[re.Pattern[str]] = []
         self._broken: re.Pattern[str] | None = None
+        self._wrapped: tuple[str, ...] = ()
 
     @property
     def values(self) -> frozenset[str]:
         """All known values."""
         return frozenset(self._values)
+
+    @property
+    def wrapped(self) -> tuple[str, ...]:
+        """The forms of all known values that a program may break into lines."""
+        return self._wrapped
 
     def add(self, value: str) -> None:
         """Hide this value from now on."""
@@ -72,11 +84,22 @@ class Secrets:
         self._forms = [form for form in forms if _is_plain(form)]
         self._patterns = [re.compile(_searched(form)) for form in forms if not _is_plain(form)]
         once = {form for each in self._values for form in (each, *_escaped(each))}
+        self._wrapped = tuple(sorted({form for each in self._values for form in _once_encoded(each)}))
         longest_first = sorted(once, key=len, reverse=True)
         self._broken = re.compile("|".join(_BREAK.join(map(re.escape, each)) for each in longest_first))
 
     def redact(self, text: str) -> str:
-        """Return the text with HIDDEN in place of every known value, and of every value beside a secret's name."""
+        """Return the text with HIDDEN in place of every known value, and of every value beside a secret's name.
+
+        A text with a value that colours or other things that a terminal does not show divide loses those too.
+        """
+        if not text.isprintable() and (shown := _UNSHOWN.sub("", text)) != text:
+            hidden = self._redact(shown)
+            if hidden != shown:
+                return hidden
+        return self._redact(text)
+
+    def _redact(self, text: str) -> str:
         for form in self._forms:
             text = text.replace(form, HIDDEN)
         for pattern in self._patterns:
@@ -109,6 +132,12 @@ def _within(code: Callable[[bytes], bytes], value: bytes) -> Iterator[str]:
     for offset in range(3):
         digits = code(bytes(offset) + value).decode().rstrip("=")
         yield digits[-(-8 * offset // 6) : len(digits) - ((offset + len(value)) % 3 > 0)]
+
+
+def _once_encoded(value: str) -> Iterator[str]:
+    yield from (value, json.dumps(value)[1:-1], urllib.parse.quote(value, safe=""))
+    for code in (base64.b64encode, base64.urlsafe_b64encode):
+        yield code(value.encode()).decode().rstrip("=")
 
 
 def _escaped(value: str) -> Iterator[str]:
@@ -216,32 +245,42 @@ class LineRedactor:
         """Start a stream; each stream needs its own redactor."""
         self._secrets = secrets
         self._begun: dict[str, int] = {}
-        """Value -> number of its first characters with which the lines so far ended."""
+        """Form of a value -> number of its first characters with which the lines so far ended."""
 
     def __call__(self, line: str) -> str:
         """Return the line without secrets."""
-        text = self._secrets.redact(line)
+        shown = line if line.isprintable() else _UNSHOWN.sub("", line)
+        text = self._secrets.redact(shown)
         begun, self._begun = self._begun, {}
-        for value in self._secrets.values:
-            text = self._without_parts(value, begun.get(value, 0), text)
-        return text
+        hidden = text
+        for form in self._secrets.wrapped:
+            # Two forms may begin alike, and the line does not say which of them goes on.
+            without, following = _without_parts(form, begun.get(form, 0), text)
+            if following:
+                self._begun[form] = following
+            if without != text:
+                hidden = without if hidden == text else _without_parts(form, begun.get(form, 0), hidden)[0]
+        return self._secrets.redact(line) if hidden == shown else hidden
 
-    def _without_parts(self, value: str, begun: int, text: str) -> str:
-        rest = value[begun:]
-        for body in _bodies(text) if begun else ():
-            if body != rest and rest.startswith(body):
-                self._begun[value] = begun + len(body)
-                return HIDDEN if body and begun + len(body) >= SHORTEST_SECRET else text
-            if body.startswith(rest):
-                if max(begun, len(rest)) >= SHORTEST_SECRET:
-                    text = text.replace(rest, HIDDEN, 1)
-                break
-        if start := max(_beginning(value, body) for body in _bodies(text)):
-            self._begun[value] = start
-            if start >= SHORTEST_SECRET:
-                head, _, tail = text.rpartition(value[:start])
-                text = f"{head}{HIDDEN}{tail}"
-        return text
+
+def _without_parts(form: str, begun: int, text: str) -> tuple[str, int]:
+    """Return a line without the parts of a value's form, and the number of its first characters with which it ends.
+
+    begun: that number of the line before.
+    """
+    rest = form[begun:]
+    for body in _bodies(text) if begun else ():
+        if body != rest and rest.startswith(body):
+            return HIDDEN if body and begun + len(body) >= SHORTEST_SECRET else text, begun + len(body)
+        if body.startswith(rest):
+            if max(begun, len(rest)) >= SHORTEST_SECRET:
+                text = text.replace(rest, HIDDEN, 1)
+            break
+    start = _beginning(form, text)
+    if start >= SHORTEST_SECRET:
+        head, _, tail = text.rpartition(form[:start])
+        text = f"{head}{HIDDEN}{tail}"
+    return text, start
 
 
 def _bodies(line: str) -> tuple[str, str]:
@@ -251,7 +290,16 @@ def _bodies(line: str) -> tuple[str, str]:
 
 def _beginning(value: str, line: str) -> int:
     """Return the length of the longest proper prefix of `value` with which `line` ends; 0 if there is none."""
-    return next((n for n in range(min(len(value) - 1, len(line)), 0, -1) if line.endswith(value[:n])), 0)
+    return max(_end_with(value, body) for body in _bodies(line))
+
+
+def _end_with(value: str, body: str) -> int:
+    at = body.find(value[0], max(0, len(body) - len(value) + 1))
+    while at >= 0:
+        if value.startswith(body[at:]):
+            return len(body) - at
+        at = body.find(value[0], at + 1)
+    return 0
 
 
 class RedactingFormatter(logging.Formatter):

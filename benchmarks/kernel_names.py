@@ -38,6 +38,7 @@ from server_process import process
 from support.hf_models import write_folder
 from support.models import tiny, write_gguf
 from support.ports import free_port
+from support.pretended import REAL_NAME
 
 if TYPE_CHECKING:
     import subprocess
@@ -368,11 +369,17 @@ def environment(device: str) -> dict[str, Any]:
 
     on_gpu = device == "cuda" and torch.cuda.is_available()
     return {
-        "card": torch.cuda.get_device_name(0) if on_gpu else "CPU",
+        "card": card_name(torch.cuda.get_device_name(0)) if on_gpu else "CPU",
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def card_name(name: str) -> str:
+    """Return a card's name; with `tests/support/pretended` the real card's too."""
+    real = os.environ.get(REAL_NAME)
+    return f"{real}, which pretends to be a {name}" if real else name
 
 
 def without(record: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -26,8 +26,9 @@ def _decision() -> Decision:
     """Return the decision, which stays the same for the life of a process."""
     import torch
 
-    from sglang_pascal.device import decide, devices
+    from sglang_pascal.device import decide, devices, refuse_pretended_card
 
+    refuse_pretended_card(os.environ)
     return decide(list(devices()), os.environ, torch.version.hip)
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 PLUGIN_NAME: Final = "pascal"
 """Value of SGLANG_PLATFORM that names this plugin: its entry point."""
+PRETENDED_CARD: Final = "SGLANG_PASCAL_PRETENDED_CARD"
+"""Variable of the tests' switch, which lets a process see another card (`tests/support/pretended`)."""
 PASCAL_MAJOR: Final = 6
 """Compute capabilities 6.0, 6.1 and 6.2."""
 DRIVER_LIBRARY: Final = "libcuda.so.1"
@@ -95,6 +97,15 @@ def decide(devices: list[Device], environment: Mapping[str, str], torch_hip: str
     if torch_hip is not None:
         return Decision(None, "torch is built for AMD devices")
     return Decision("cpu", "no NVIDIA device is visible")
+
+
+def refuse_pretended_card(environment: Mapping[str, str]) -> None:
+    """Raise PluginError if the tests' switch is set and is not in this process: no server may see another card."""
+    if PRETENDED_CARD in environment and "pretended_card" not in sys.modules:
+        raise PluginError(
+            f"{PRETENDED_CARD}={environment[PRETENDED_CARD]} is for this project's tests, "
+            "under `python tests/support/pretended`: unset it"
+        )
 
 
 @functools.cache

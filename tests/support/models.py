@@ -9,6 +9,7 @@ The choice of tensor types follows llama.cpp's src/llama-quant.cpp (llama_tensor
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -245,7 +246,7 @@ def write_gguf(
     RoPE's factors in it; `metadata` adds keys or replaces those of the shape.
     """
     chosen = tensor_types(shape, mixture) | (types or {})
-    writer = GGUFWriter(path, shape.architecture)
+    writer = _Writer(path, shape.architecture)
     _add_metadata(writer, shape, mixture, metadata or {})
     add_tokenizer(writer, shape)
     for name, size in tensor_shapes(shape).items():
@@ -416,25 +417,52 @@ def add_value(writer: GGUFWriter, key: str, value: Any) -> None:
 
 def add_tokenizer(writer: GGUFWriter, shape: Shape) -> None:
     """A vocabulary of the right length whose first tokens are the bytes, so that any text can be encoded."""
+    tokens, scores_or_merges, types = _vocabulary(shape.vocab_size, shape.merges)
     if shape.merges:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("qwen2" if shape.architecture.startswith("qwen") else "llama-bpe")
-        writer.add_token_list([*_byte_characters(), *(f"Ġt{i:x}" for i in range(shape.vocab_size - 256))])
-        # Each merge makes a token of the vocabulary; if there are more merges than tokens, some come twice.
-        made = [16 + i % (shape.vocab_size - 272) for i in range(shape.merges)]
-        writer.add_token_merges([f"Ġt{token >> 4:x} {token & 15:x}" for token in made])
-        writer.add_token_types([1] * shape.vocab_size)
+        writer.add_token_list(tokens)
+        writer.add_token_merges(scores_or_merges)
     else:
-        special = ["<unk>", "<s>", "</s>"]
-        bytes_ = [f"<0x{i:02X}>" for i in range(256)]
-        rest = [f"▁t{i:x}" for i in range(shape.vocab_size - 259)]
         writer.add_tokenizer_model("llama")
-        writer.add_token_list([*special, *bytes_, *rest])
-        writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(len(rest))])
-        writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(rest))
+        writer.add_token_list(tokens)
+        writer.add_token_scores(scores_or_merges)
+    writer.add_token_types(types)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+
+
+class _PackedOnce(list[Any]):
+    """A list that `_Writer` packs once: the gguf package takes a second for a large vocabulary."""
+
+    packed = b""
+
+
+class _Writer(GGUFWriter):
+    def _pack_val(
+        self, val: Any, vtype: GGUFValueType, add_vtype: bool, sub_type: GGUFValueType | None = None
+    ) -> bytes:
+        if not isinstance(val, _PackedOnce):
+            return super()._pack_val(val, vtype, add_vtype, sub_type)
+        val.packed = val.packed or super()._pack_val(val, vtype, add_vtype, sub_type)
+        return val.packed
+
+
+@functools.lru_cache(maxsize=6)
+def _vocabulary(size: int, merges: int) -> tuple[_PackedOnce, _PackedOnce, _PackedOnce]:
+    """Return tokens, merges (without any: scores) and types."""
+    if merges:
+        tokens = [*_byte_characters(), *(f"Ġt{i:x}" for i in range(size - 256))]
+        # Each merge makes a token of the vocabulary; if there are more merges than tokens, some come twice.
+        made = [16 + i % (size - 272) for i in range(merges)]
+        pairs = [f"Ġt{token >> 4:x} {token & 15:x}" for token in made]
+        return _PackedOnce(tokens), _PackedOnce(pairs), _PackedOnce([1] * size)
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    rest = [f"▁t{i:x}" for i in range(size - 259)]
+    scores = [0.0] * 259 + [-float(i) for i in range(len(rest))]
+    types = [2, 3, 3] + [6] * 256 + [1] * len(rest)
+    return _PackedOnce(["<unk>", "<s>", "</s>", *bytes_, *rest]), _PackedOnce(scores), _PackedOnce(types)
 
 
 def _byte_characters() -> list[str]:

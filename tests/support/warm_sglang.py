@@ -8,6 +8,7 @@ its own.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -102,6 +103,7 @@ def warm_sglang(prelude: str = PLATFORM) -> Iterator[WarmSGLang]:
 def serve_forks(prelude: str, jobs: IO[str], answers: IO[str]) -> None:
     """Import, then answer each job, a line of JSON, by its exit status."""
     exec(prelude, {"__name__": "prelude"})
+    gc.freeze()  # SGLang collects garbage often, which would look at all that is imported, and copy it in each fork
     for line in jobs:
         job = json.loads(line)
         child = os.fork()

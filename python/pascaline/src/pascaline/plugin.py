@@ -20,7 +20,7 @@ class KvType:
 
     element_bytes: int
     scale_bytes: int
-    """Of each key and each value of a token and head."""
+    """Bytes of the scale of each key and each value, per token and head."""
 
 
 @dataclass(frozen=True, slots=True)

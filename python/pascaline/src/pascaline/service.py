@@ -133,7 +133,7 @@ class Unit:
     drain_seconds: float = 60.0
     """The instance's drain_timeout."""
     limits: UnitLimits = NO_LIMITS
-    """What follows from the plan."""
+    """Memory limit and NUMA node that follow from the plan."""
 
     @property
     def name(self) -> str:

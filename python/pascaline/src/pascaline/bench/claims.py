@@ -22,7 +22,7 @@ class Claim:
     key: str
     """Key in metrics.METRICS."""
     value: float
-    """In the figure's base unit."""
+    """Value in the figure's base unit."""
     source: str
 
 

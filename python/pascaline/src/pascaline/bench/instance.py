@@ -32,7 +32,7 @@ POLL_SECONDS = 0.25
 STOP_SECONDS = 60.0
 """From SIGTERM to SIGKILL of the instance. Its drain_timeout is 0, but an engine needs time to end."""
 AGENT_OFFSET = PORTS.agent - PORTS.engine
-"""From an engine's port to its agent's."""
+"""Distance from an engine's port to its agent's."""
 EXPORTER_PORT = PORTS.exporter
 
 

@@ -31,7 +31,7 @@ class Record:
     """When it was sent, seconds after the start of the run."""
     prompt_tokens: int
     output_tokens: int = 0
-    """As the server counts them; without its count, the number of events with text."""
+    """Output tokens as the server counts them; if it does not, the number of events with text."""
     late: float = 0.0
     """Seconds from its arrival time until it was sent: the generator's own delay."""
     ttft: float | None = None
@@ -56,7 +56,7 @@ class Load:
 
     records: list[Record]
     seconds: float
-    """From the first request to the end of the last."""
+    """Time from the first request to the end of the last."""
     cpu_seconds: float
     """CPU time of this process during the run, progress display included."""
 

@@ -28,7 +28,7 @@ class QualityScorer:
 
     files: TypeFiles
     folder: Path
-    """Of the results; the reference's probabilities are kept there."""
+    """Folder of the results; the reference's probabilities are kept there."""
     chunks: int
     """Number of chunks, each of llama_tools.WINDOW_TOKENS tokens of the shipped text."""
     on_gpu: bool
@@ -41,7 +41,7 @@ class QualityScorer:
 
     @property
     def note(self) -> str:
-        """What the scores are of, for the reader of the results."""
+        """What the scores measure, for the reader of the results."""
         spec, is_precise = self.files.spec, self.files.source_is_precise
         text = f"{self.chunks} chunks of {llama_tools.WINDOW_TOKENS} tokens of chapters of "
         text += "Alice's Adventures in Wonderland (shipped with pascaline); KL divergence in nats per token from "

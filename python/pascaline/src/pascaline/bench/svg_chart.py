@@ -60,7 +60,7 @@ class Series:
     name: str
     marks: Sequence[Mark]
     dashed: bool = False
-    """For values that were not measured: claims, estimates, limits."""
+    """Whether the line is dashed, for values that were not measured: claims, estimates, limits."""
     joined: bool = True
     """Whether a line joins the marks."""
     dots: bool = True

@@ -24,7 +24,7 @@ NONCE_TOKENS = 4
 """Random tokens that open every prompt, so that no two share a prefix in the server's cache."""
 MAX_TOKENS = 2**20
 MAX_SIGMA = 10.0
-"""Of lognormal lengths: ten standard deviations must still be a finite number."""
+"""Largest sigma of lognormal lengths: ten standard deviations must still be a finite number."""
 REQUESTS_BY_WORKLOAD: dict[Workload, str] = {
     "free": "",
     "edit": "\n\nThe same text once more, with single quotation marks instead of double ones:\n\n",

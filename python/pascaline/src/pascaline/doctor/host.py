@@ -30,7 +30,7 @@ class PciGpu:
     """An NVIDIA display or 3D controller on the PCI bus, whether or not a driver serves it."""
 
     address: str
-    """Such as 0000:3b:00.0."""
+    """PCI address, such as 0000:3b:00.0."""
     device: str
     """PCI device number, such as 0x1bb3."""
     driver: str
@@ -165,7 +165,7 @@ class Instance:
     environment: Mapping[str, str] = field(default_factory=dict)
     """The engine's variables."""
     environment_source: str = ""
-    """Where the variables were read."""
+    """The process or file from which the variables were read."""
     unit: Mapping[str, str] = field(default_factory=dict)
     """Properties of its systemd unit; empty without one."""
     health: Mapping[str, Any] | None = None

@@ -136,7 +136,7 @@ class MemoryModel(ABC):
     """What planning asks about an engine's memory. Instances hold no state but the engine's data."""
 
     weights_source: ClassVar[str]
-    """Where the way it holds weights comes from; empty if as in the file."""
+    """Source of the way in which it holds weights; empty if it holds them as in the file."""
     pool_source: ClassVar[str]
     """Where the size of its KV cache comes from."""
     has_memory_fraction: ClassVar[bool]

@@ -21,11 +21,11 @@ class HostRates:
     """How fast the host serves the weights that it holds while a GPU computes the rest. None: not known."""
 
     memory_bytes_per_second: float | None = None
-    """What the CPUs that the engine uses read from their memory."""
+    """Memory bandwidth of the CPUs that the engine uses."""
     link_bytes_per_second: float | None = None
-    """What pinned memory is copied to the GPU with."""
+    """Rate at which pinned memory is copied to the GPU."""
     source: str = ""
-    """Where the first figure comes from, for the reader of the plan."""
+    """Source of the first rate, for the reader of the plan."""
 
 
 UNKNOWN_RATES = HostRates()

@@ -39,7 +39,7 @@ _KINDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
 CPU = "CPU"
 """Device of a record without GPU kernels."""
 KV_CACHE = "KV cache"
-"""What decode attention reads."""
+"""Name of the bytes that decode attention reads."""
 # Names in sglang_pascal/kernels; the numbers are the bits of x and how many rows of x a kernel can hold. Records of
 # older releases have no number of bits.
 _READS: tuple[tuple[re.Pattern[str], str], ...] = (

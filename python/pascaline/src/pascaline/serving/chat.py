@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 MOST_QUESTIONS = 4
 """Questions from pages at the same time; each needs a thread."""
 MOST_SECONDS = 600.0
-"""For a whole answer."""
+"""Time limit of a whole answer."""
 MOST_BODY_BYTES = 256 * 2**10
-"""Of a question with everything that was said before it."""
+"""Limit of a question with the whole conversation before it."""
 MOST_TOKENS = 4096
-"""Of an answer."""
+"""Most tokens of an answer."""
 WAITING_PIECES = 64
 """Pieces of an answer that may wait for the page; then the engine's are not read."""
 

@@ -188,7 +188,7 @@ class Trial(NamedTuple):
 
     path: str
     body: dict[str, Any]
-    """Without the model's name."""
+    """The request's body without the model's name."""
     succeeded: Callable[[bytes], bool]
     result: str
     """The result that `succeeded` looks for, in words."""

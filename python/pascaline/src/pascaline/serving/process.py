@@ -24,7 +24,7 @@ example in a driver call that does not return."""
 KEPT_LINES = 200
 """Number of last output lines that are kept to explain a failure."""
 KEPT_CHARACTERS = 2000
-"""Of each of them: the explanation goes into the state's reason, so to `/health` and `systemctl status`."""
+"""Most characters of each line: the explanation becomes the reason in `/health` and `systemctl status`."""
 OnLine = Callable[[str], None]
 OnDropped = Callable[[int], None]
 

@@ -22,7 +22,7 @@ _MIN_WIDTH = 80
 _WIDE = 100
 _WIDEST = 108
 _FOR_SPECULATION = 123
-"""From this width on, columns are drawn that have no room in 80."""
+"""Least width at which columns are drawn for which 80 characters have no room."""
 _MIN_SPARK = 8
 _MAX_SPARK = 60
 _STATE_STYLES = {
@@ -114,7 +114,7 @@ def _body(readings: Sequence[HostReading], history: History, width: int) -> Iter
 
 class _Row(NamedTuple):
     cells: tuple[str, ...]
-    """In the order of the columns; the sparkline's cell is empty."""
+    """Cells in the order of the columns; the sparkline's cell is empty."""
     values: list[float | None]
     top: float | None
     style: str
@@ -164,7 +164,7 @@ def _instance_row(host: str, instance: InstanceReading, history: History) -> _Ro
 
 
 def _gibibytes(n_bytes: float | None) -> str:
-    """In the unit of the plan and of the instance's page."""
+    """Return GiB, the unit of the plan and of the instance's page."""
     return UNKNOWN if n_bytes is None else f"{n_bytes / 2**30:.1f}"
 
 

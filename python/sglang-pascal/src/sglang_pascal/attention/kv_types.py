@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 INT8: Final = "int8"
 """Value of `--kv-cache-dtype`."""
 SCALE_BYTES: Final = 2
-"""Of one key's or value's scale, a float16."""
+"""Bytes of the scale of a key or value, a float16."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class KvType:
 
     element_bytes: int
     scale_bytes: int = 0
-    """Of each key and each value of a token and head."""
+    """Bytes of the scale of each key and each value, per token and head."""
 
 
 KV_TYPES: Final = {

@@ -29,10 +29,10 @@ class Span(NamedTuple):
     sequence: int
     """Index in the batch."""
     first_row: int
-    """Of the block, in the batch's flat list of new tokens."""
+    """First row of the block, in the batch's flat list of new tokens."""
     n_rows: int
     first_position: int
-    """Of the first row, in the sequence."""
+    """Position of the first row in the sequence."""
     first_key: int
     """First position that any row of the block sees: 0, or what the sliding window leaves."""
 

@@ -63,7 +63,7 @@ class Module:
 
     @property
     def name(self) -> str:
-        """As in file names: `decode_matmul.Q4_K.16`."""
+        """Name as in file names: `decode_matmul.Q4_K.16`."""
         return ".".join([self.source, *(define.partition("=")[2] for define in self.defines)])
 
     def key(self, architecture: str) -> str:

@@ -47,7 +47,7 @@ HOST_PROCESS_BYTES = 272 * 2**20
 the kernel's. Three servers on a GPU were charged 249 to 305 MiB beyond their buffers, driver 580
 (docs/results/placement.md)."""
 PINNED_SHARE = 16 / 4096
-"""Of pinned memory: an entry of 8 bytes for each page of 4 KiB in the page tables, and one in the driver's list."""
+"""Page tables of pinned memory: 8 bytes for each page of 4 KiB in the page tables, and 8 in the driver's list."""
 WIDE_HEAD, WIDE_HEAD_BYTES = 256, 16
 """Heads of at least this size need these bytes for each token of a batch and each cell: the buffer of flash attention
 on a GPU, estimated by the log of one model."""

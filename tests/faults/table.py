@@ -70,10 +70,14 @@ ENGINE_ENDS = [
     crash("engine: SIGKILL", i.signal_engine("SIGKILL"), "signal SIGKILL", quick=True),
     crash("engine: SIGSEGV", i.signal_engine("SIGSEGV"), "signal SIGSEGV"),
     crash("engine: SIGABRT", i.signal_engine("SIGABRT"), "signal SIGABRT"),
+    crash("engine: a real-time signal without a name", lambda scene: scene.engine().send_signal(signal.SIGRTMIN + 1),
+          "the engine ended with signal 35"),
     crash("engine: SIGTERM by somebody else", i.signal_engine("SIGTERM"), "the engine ended with exit code 0"),
     crash("engine: ends with exit code 0", i.tell(crash_now=1, exit_code=0), "exit code 0"),
     crash("engine: ends without a word", i.tell(crash_error="silent", crash_now=1), "the engine ended with exit code 1: "),
     crash("engine: ends with unknown words", i.tell(crash_error="unknown", crash_now=1), "nobody has seen before"),
+    crash("engine: its last words are 68 KB of control characters",
+          i.tell(crash_error="unknown", words="\x1b]8;;http://evil\x07" * 4000, crash_now=1), r"\\x1b\]8;;http://evil\\x07"),
     crash("engine: crashes at a request", i.tell(crash_after_requests=1), "told to crash"),
     crash("engine: its restart fails twice", i.crash_into_next, states=f"(restarting starting )*{RESTART}",
           prepare=i.next_start("load_error=unknown"), heal=i.both(i.until("nobody has seen before; restart"), i.write_next("")), recover=30.0),
@@ -114,6 +118,7 @@ ENGINE_STALLS = [
     stall("wrong content: another protocol", i.answer("/v1/completions", "SSH-2.0-OpenSSH_9.2\r\n")),
     stall("200,000 brackets", i.answer("/v1/completions", "HTTP/1.1 200 OK\r\n\r\n" + "[" * 200_000)),
     stall("truncated answer", i.answer("/v1/completions", "HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{\"usage\"")),
+    stall("a length of 4,000 digits", i.answer("/v1/completions", f"HTTP/1.1 200 OK\r\nContent-Length: {'9' * 4000}\r\n\r\nx")),
     stall("half-closed: the answer ends in its middle, the connection stays",
           i.answer("/v1/completions", "HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{", raw_end="open")),
     stall("answers drip, one byte in a second",
@@ -143,6 +148,8 @@ ODD_METRICS = [
 ] + [
     healthy("/metrics: an endless page", i.answer("/metrics", "x" * 2**16, raw_repeat=10**5, raw_pause_seconds=0.05),
             group="odd answers"),
+    healthy("/metrics: interim answers without an end", i.answer("/metrics", "HTTP/1.1 100 Continue\r\n\r\n" * 1000,
+            raw_repeat=10**5, raw_pause_seconds=0.05), group="odd answers"),
     # Each look waits five seconds for the page.
     healthy("/metrics: drips", i.answer("/metrics", "H", raw_repeat=9999, raw_pause_seconds=1.0), group="odd answers",
             settings={"stall_timeout": 30}),
@@ -192,6 +199,9 @@ CLIENTS = [
 
 HOST = [
     healthy("descriptors used up", i.limit(resource.RLIMIT_NOFILE, 12), group="host", agent_may_be_silent=True),
+    # Not ready, since nobody can see whether it is well; not killed, since nothing says that it is ill.
+    stall("no descriptor at all for a while", i.limit(resource.RLIMIT_NOFILE, 3), "lacks something: .*Too many open files",
+          states="blind ready", group="host", loses=NOTHING_LOST, heal=i.both(i.until(" → blind: "), i.unlimit)),
     crash("descriptors used up, then a crash", i.both(i.tell(crash_after_seconds=0.1), i.limit(resource.RLIMIT_NOFILE, 12)),
           states=f"(restarting starting )*{RESTART}", group="host", heal=i.both(i.wait(3), i.unlimit), recover=40.0),
     crash("disk full, then a crash", i.fill_disk, group="host", key=True, prepare=i.own_mount("size=48M"), needs=i.no_mounts),

@@ -125,7 +125,8 @@ def ask(port: int, *, stream: bool, tokens: int = 8, prompt: str = "a b c", key:
             outcome, reason = _read(connection.getresponse(), stream=stream, tokens=tokens)
         except TimeoutError:
             outcome, reason = Outcome.SILENT, "no answer and no end"
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, OverflowError) as error:
+            # http.client reads a length of more digits than an index has.
             outcome, reason = Outcome.CUT, type(error).__name__
     return Entry(outcome, reason, began, time.monotonic())
 

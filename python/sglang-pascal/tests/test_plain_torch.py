@@ -10,6 +10,7 @@ from sglang_pascal.plain_torch import (
     row_logsumexp_topk,
     sample_from_probs,
     try_small_copy,
+    write_slots,
 )
 
 SCRIPT = """
@@ -194,3 +195,16 @@ def test_sglangs_own_sampler_keeps_what_ours_has_no_form_of(case):
     ((arguments, named),) = calls
     assert arguments[0] is probs
     assert named == more
+
+
+@pytest.mark.parametrize("starts_and_ends", [[(5, 9)], [(0, 1)], [(3, 3)], [(2, 3), (0, 4), (6, 6)], [(1, 2), (7, 8)]])
+def test_slots_of_new_positions_are_written_and_no_others(starts_and_ends):
+    rows = [4, 1, 2][: len(starts_and_ends)]
+    table = torch.full((5, 10), -1, dtype=torch.int32)
+    expected, slot = table.clone(), 100
+    for row, (start, end) in zip(rows, starts_and_ends, strict=True):
+        expected[row, start:end] = torch.arange(slot, slot + end - start)
+        slot += end - start
+    starts, ends = (torch.tensor(values, dtype=torch.int32) for values in zip(*starts_and_ends, strict=True))
+    write_slots(torch.tensor(rows), table, starts, ends, torch.arange(100, slot), len(rows))
+    assert torch.equal(table, expected)

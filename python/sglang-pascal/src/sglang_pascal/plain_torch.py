@@ -58,14 +58,16 @@ def write_slots(
 
     out_cache_loc: the slots, one request after the other. req_pool_indices, start_offset, end_offset: `[batch_size]`.
     """
-    del batch_size
-    lengths, total = (end_offset - start_offset).long(), len(out_cache_loc)
+    total, slots = len(out_cache_loc), out_cache_loc.to(req_to_token.dtype)
+    if batch_size == 1:  # 4 launches instead of 20 in each step of an answer
+        req_to_token[req_pool_indices, start_offset + torch.arange(total, device=slots.device)] = slots
+        return
+    lengths = (end_offset - start_offset).long()
     rows, first, start = (
         torch.repeat_interleave(values.long(), lengths, output_size=total)
         for values in (req_pool_indices, lengths.cumsum(0) - lengths, start_offset)
     )
-    columns = torch.arange(total, device=out_cache_loc.device) - first + start
-    req_to_token[rows, columns] = out_cache_loc.to(req_to_token.dtype)
+    req_to_token[rows, torch.arange(total, device=slots.device) - first + start] = slots
 
 
 def row_logsumexp(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

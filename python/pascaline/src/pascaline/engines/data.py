@@ -61,6 +61,9 @@ class HybridPoint:
     """Rate of copies to the card, for prefill; None if not published."""
     device_tokens_per_second: float | None = None
     """Prefill with all experts on the card, for prefill."""
+    fitted: bool = True
+    """Whether the share of the host's memory is fitted to it, if the host is known; False: something else is not known
+    or unusual, as the source says."""
     source: str
 
 

@@ -107,6 +107,8 @@ class Weights:
     """Bytes of all experts there."""
     host_largest_matrix_bytes: int
     """Largest matrix there, the input embedding left out, which is not multiplied with."""
+    host_switches: int
+    """Layers that the device computes but for their experts there: a decode step goes to the host and back in each."""
     matrix_read_bytes: Mapping[str, int]
     """Matrices that a decode step of one request multiplies with, by the type in which the engine holds them: what
     read_bytes(1) counts without the vectors (norms, biases)."""

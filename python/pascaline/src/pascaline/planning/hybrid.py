@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from pascaline.engines import ENGINES, engine_named
@@ -13,6 +14,7 @@ from pascaline.planning.weights import weights_on_device
 if TYPE_CHECKING:
     from pascaline.engines.data import HybridPoint
     from pascaline.engines.memory_model import Weights
+    from pascaline.models.spec import ModelSpec
 
 ENGINE = next(name for name, engine in ENGINES.items() if engine.keeps_weights_on_host)
 """All points are of this engine."""
@@ -26,11 +28,17 @@ def hybrid_points() -> tuple[HybridPoint, ...]:
     return engine_named(ENGINE).data.hybrid_points
 
 
-def weights_of(point: HybridPoint) -> Weights:
-    """Return what the card and the host of a point hold. Raises StopIteration if its model is not in the catalogue."""
+@cache
+def _spec(point: HybridPoint) -> ModelSpec:
+    """Return the model of a point. Raises StopIteration if it is not in the catalogue."""
     spec = catalog_spec(next(shape for shape in shapes() if shape["name"] == point.model))
-    if point.file is not None:
-        spec = requantized(spec, point.file)
+    return spec if point.file is None else requantized(spec, point.file)
+
+
+@cache
+def weights_of(point: HybridPoint) -> Weights:
+    """Return what the card and the host of a point hold."""
+    spec = _spec(point)
     request = PlanRequest(
         card_bytes=2**40, engine=ENGINE, context_length=4096, max_running_requests=1,
         expert_layers_on_host=min(point.expert_layers, spec.num_hidden_layers),
@@ -38,11 +46,17 @@ def weights_of(point: HybridPoint) -> Weights:
     return weights_on_device(spec, request)
 
 
-def host_seconds(point: HybridPoint) -> float:
-    """Return the time of one decode step that the card's part leaves to the host."""
+def device_seconds(point: HybridPoint) -> float:
+    """Return the time of one decode step on the card: its bytes, or at least the launches of all layers."""
     assert point.card_bytes_per_second is not None
-    device = weights_of(point).read_bytes(1) / (point.card_bytes_per_second * NEWER_CARD_SHARE)
-    return 1 / point.tokens_per_second - device
+    least = engine_named(ENGINE).data.efficiency["least_seconds_per_layer"].value * _spec(point).num_hidden_layers
+    return max(weights_of(point).read_bytes(1) / (point.card_bytes_per_second * NEWER_CARD_SHARE), least)
+
+
+def host_seconds(point: HybridPoint) -> float:
+    """Return the time of one decode step in which the host reads: what the card and the switches to it leave."""
+    switch = engine_named(ENGINE).data.efficiency["host_switch_seconds"].value
+    return 1 / point.tokens_per_second - device_seconds(point) - weights_of(point).host_switches * switch
 
 
 def expected(point: HybridPoint) -> float:
@@ -53,9 +67,16 @@ def expected(point: HybridPoint) -> float:
         assert point.device_tokens_per_second is not None
         copied = weights.host_read_bytes(point.batch) / point.link_bytes_per_second
         return point.batch / (copied + point.batch / point.device_tokens_per_second)
-    assert point.card_bytes_per_second is not None
     read = known["host_memory_bytes_per_second"].value
     if point.host_bytes_per_second is not None:
         read = point.host_bytes_per_second * known["host_peak_share"].value
-    device = weights.read_bytes(1) / (point.card_bytes_per_second * NEWER_CARD_SHARE)
-    return 1 / (device + weights.host_read_bytes(1) / (read * known["host_share"].value))
+    switches = weights.host_switches * known["host_switch_seconds"].value
+    return 1 / (device_seconds(point) + switches + weights.host_read_bytes(1) / (read * known["host_share"].value))
+
+
+def expected_range(point: HybridPoint) -> tuple[float, float]:
+    """Return the range of tokens per second that a plan shows for a point: all of the time is the host's at worst."""
+    known, estimate = engine_named(ENGINE).data.efficiency, expected(point)
+    is_known = point.phase == "prefill" or point.host_bytes_per_second is not None
+    error = known["host_error_known" if is_known else "host_error"].value
+    return estimate * (1 - error), estimate * (1 + error)

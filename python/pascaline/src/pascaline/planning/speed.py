@@ -84,6 +84,9 @@ class Calibration:
     errors: dict[str, float]
     """By kind: how far measurements lie from the estimate, root mean square of the relative deviation."""
     step_seconds_per_layer: float
+    """Launches that add to the time on the card."""
+    least_seconds_per_layer: float
+    """Time of a layer's launches, which no step is faster than."""
     basis: Literal["measured", "estimated"]
 
 
@@ -129,6 +132,7 @@ class _Model:
         self._fp32 = card.number("cores") * card.number("boost_clock_hertz")
         self._kv = self._engine.kv_bytes_per_token(spec, request)
         self._overhead = shares.step_seconds_per_layer * spec.num_hidden_layers
+        self._least = shares.least_seconds_per_layer * spec.num_hidden_layers
         self._host = host_speed(request) if weights.host_read_bytes(1) else None
 
     def decode(self, batch: int, context: int) -> Rate:
@@ -136,9 +140,14 @@ class _Model:
         memory = (self._weights.read_bytes(batch) + batch * context * self._kv) / self._bandwidth
         kind = kind_of(batch)
         compute = self._compute(batch * self._weights.macs, kind, self._request.decode_bits)
-        host = self._host_seconds(batch, self._host.cpu_bytes_per_second) if self._host else 0.0
-        error = self._host.cpu_error if self._host else 0.0
-        return self._rate(batch, (memory, compute, self._overhead, host), kind, batch, context, error)
+        # The host launches kernels while the card computes: only what is left of that counts.
+        launches = max(self._overhead, self._least - memory - compute)
+        host = error = 0.0
+        if self._host:
+            host = self._host_seconds(batch, self._host.cpu_bytes_per_second)
+            host += self._weights.host_switches * self._host.switch_seconds
+            error = self._host.cpu_error
+        return self._rate(batch, (memory, compute, launches, host), kind, batch, context, error)
 
     def prefill(self) -> Rate:
         """Chunks of a prompt that fills the context: the last one attends to all tokens before it."""
@@ -209,6 +218,8 @@ class HostSpeed:
     """Copies of a prompt's weights to the GPU."""
     disk_bytes_per_second: float
     """What a mapped file is read with, where the memory cannot hold it."""
+    switch_seconds: float
+    """What a layer of a decode step takes beside its bytes: values to the host, its threads' start, and back."""
     cpu_error: float
     link_error: float
     """Largest relative deviations to expect of the host's time in a decode step and in a prompt."""
@@ -232,6 +243,7 @@ def host_speed(request: PlanRequest) -> HostSpeed | None:
         cpu_bytes_per_second=memory * known["host_share"].value,
         link_bytes_per_second=min(link, pageable) if request.mapped or request.locked else link,
         disk_bytes_per_second=known["disk_bytes_per_second"].value,
+        switch_seconds=known["host_switch_seconds"].value,
         cpu_error=known["host_error_known" if is_known else "host_error"].value,
         link_error=known["host_error" if given.link_bytes_per_second is None else "host_error_known"].value,
     )
@@ -271,8 +283,9 @@ def calibration(engine: str, *, mixture: bool = False) -> Calibration:
     known = engine_named(engine).data.efficiency
     points = [point for point in _confirmed(engine) if point.mixture == mixture]
     overhead = known["step_seconds_per_layer"].value
+    least = known["least_seconds_per_layer"].value if "least_seconds_per_layer" in known else 0.0
     if not points:
-        return _estimated(known, overhead, known["mixture_error" if mixture else "error"].value)
+        return _estimated(known, overhead, least, known["mixture_error" if mixture else "error"].value)
     bandwidth = _geometric_mean(
         point.tokens_per_second * point.read_bytes / _bandwidth(point) for point in points if point.batch == 1
     )
@@ -287,7 +300,7 @@ def calibration(engine: str, *, mixture: bool = False) -> Calibration:
     floor = known["mixture_error"].value if mixture else 0.0
     errors = {kind: _error(_of_kind(points, kind), bandwidth, shares[kind], floor) for kind in shares}
     few = any(len(_of_kind(points, kind)) < LEAST_POINTS for kind in shares)
-    return Calibration(bandwidth, small, large, errors, overhead, "estimated" if few else "measured")
+    return Calibration(bandwidth, small, large, errors, overhead, least, "estimated" if few else "measured")
 
 
 def calibration_for(card: Card, engine: str, *, mixture: bool) -> Calibration:
@@ -312,10 +325,10 @@ def _confirmed(engine: str) -> list[SpeedPoint]:
     return [point for point in engine_named(engine).data.points if point.confirmed]
 
 
-def _estimated(known: Mapping[str, Fact], overhead: float, error: float) -> Calibration:
+def _estimated(known: Mapping[str, Fact], overhead: float, least: float, error: float) -> Calibration:
     errors = dict.fromkeys(("bandwidth", "small_batch", "large_batch"), error)
     bandwidth, small, large = (known[kind].value for kind in errors)
-    return Calibration(bandwidth, small, large, errors, overhead, "estimated")
+    return Calibration(bandwidth, small, large, errors, overhead, least, "estimated")
 
 
 def _of_kind(points: Iterable[SpeedPoint], kind: str) -> list[SpeedPoint]:

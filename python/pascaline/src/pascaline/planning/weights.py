@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING
 
 from pascaline.engines import engine_named
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from pascaline.engines.memory_model import HeldTensor
     from pascaline.engines.plan_request import PlanRequest
     from pascaline.models.spec import ModelSpec, TensorSpec
+
+_LAYER = re.compile(r"(blk\.|(.*\.)?layers\.)\d+\.")
 
 
 def weights_on_device(spec: ModelSpec, request: PlanRequest) -> Weights:
@@ -51,6 +54,7 @@ class _Sums:
         self._bytes = self._host = self._rounding = 0
         self._dense = self._experts = self._macs = self._output_macs = self._largest = 0
         self._expert_macs = self._host_dense = self._host_experts = self._host_largest = 0
+        self._host_expert_layers, self._host_layers = set[str](), set[str]()
         # Of the experts, one token uses this part.
         self._used = (spec.num_experts_per_token or 0) / spec.num_experts if spec.num_experts else 1.0
         self._by_type: dict[str, int] = {}
@@ -93,10 +97,14 @@ class _Sums:
     def _count_host_work(self, tensor: TensorSpec, held: HeldTensor) -> None:
         if is_matrix(tensor):
             self._host_largest = max(self._host_largest, tensor.n_bytes)
+        layer = _LAYER.match(tensor.name)
         if is_experts(tensor.name):
             self._host_experts += held.n_bytes
             self._expert_macs += tensor.n_elements
+            self._host_expert_layers |= {layer[0]} if layer else set()
             return
+        if is_matrix(tensor) and layer:
+            self._host_layers.add(layer[0])
         self._host_dense += held.n_bytes
         self._macs += tensor.n_elements if is_matrix(tensor) else 0
 
@@ -120,6 +128,7 @@ class _Sums:
             host_expert_read_bytes=int(self._host_experts * self._used),
             host_expert_bytes=self._host_experts,
             host_largest_matrix_bytes=self._host_largest,
+            host_switches=len(self._host_expert_layers - self._host_layers),
             matrix_read_bytes={kind: math.ceil(size / share) for kind, size in self._matrices.items()},
             macs=int((self._macs + self._expert_macs * self._used) / share),
             output_macs=self._output_macs // share,

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from pascaline.cards import load_card
 from pascaline.cli import main
 from pascaline.errors import ExitCode
+from pascaline.planning import make_plan
 from pascaline.planning.catalog import catalog, catalog_spec, shapes
+from pascaline.planning.hints import with_hints
+from pascaline.planning.placement import place_on_card
+from pascaline.planning.request import request_from_placement
 from pascaline.settings import Settings
+
+if TYPE_CHECKING:
+    from pascaline.planning.placement import Placement
 
 GIB = 2**30
 MTP_SHARE = 0.08
 """What the layer that predicts further tokens adds to a published file; the shapes leave it out."""
 PUBLISHED = [shape for shape in shapes() if "file_gib" in shape]
+
+
+def on_p4(host_gib: int) -> Placement:
+    """A P4 beside this much free memory."""
+    return replace(place_on_card(Settings(), load_card("tesla-p4")), host_memory_bytes=host_gib * GIB)
 
 
 @pytest.mark.parametrize("shape", PUBLISHED, ids=[shape["name"] for shape in PUBLISHED])
@@ -42,7 +55,7 @@ def test_gpt_oss_has_the_bytes_of_its_file_but_for_its_vectors() -> None:
 
 class TestRows:
     def test_of_a_p4_with_much_host_memory(self) -> None:
-        rows = {row.name: row.plan for row in catalog(Settings(), load_card("tesla-p4"), host_memory_bytes=192 * GIB)}
+        rows = {row.name: row.plan for row in catalog(Settings(), on_p4(192))}
         assert rows["Llama-3.1-8B"].fits
         assert rows["Qwen3-30B-A3B"].fits
         assert rows["Qwen3-30B-A3B"].request.engine == "llama.cpp"
@@ -50,13 +63,27 @@ class TestRows:
         assert not rows["Qwen3-14B"].fits
 
     def test_without_host_memory_mixtures_do_not_fit(self) -> None:
-        rows = {row.name: row.plan for row in catalog(Settings(), load_card("tesla-p4"), host_memory_bytes=2 * GIB)}
+        rows = {row.name: row.plan for row in catalog(Settings(), on_p4(2))}
         assert not rows["Qwen3-30B-A3B"].fits
         assert "of the host's memory" in rows["Qwen3-30B-A3B"].reasons[0]
 
+    def test_a_row_is_the_plan_of_its_model(self) -> None:
+        """With the chunk of 2048 that a plan takes by itself, unless one is chosen."""
+        (shape,) = [shape for shape in shapes() if shape["name"] == "Qwen3-30B-A3B"]
+        spec, placement = catalog_spec(shape), on_p4(192)
+        settings = Settings.model_validate({"engine": "llama.cpp", "context_length": 4096})
+        request = request_from_placement(settings, spec, placement)
+        plan = make_plan(spec, placement.card, request)
+        plan = with_hints(plan, spec, placement.card, request, chunk_is_free=True)
+        rows = {row.name: row.plan for row in catalog(settings, placement)}
+        assert rows["Qwen3-30B-A3B"] == plan
+        assert plan.request.chunked_prefill_tokens == 2048
+        chosen = {row.name: row.plan for row in catalog(settings, placement, chunk_is_free=False)}
+        assert chosen["Qwen3-30B-A3B"].request.chunked_prefill_tokens == 512
+
     def test_dense_layers_may_be_on_the_host(self) -> None:
         settings = Settings.model_validate({"placement": {"layers": "auto"}})
-        rows = {row.name: row.plan for row in catalog(settings, load_card("tesla-p4"), host_memory_bytes=192 * GIB)}
+        rows = {row.name: row.plan for row in catalog(settings, on_p4(192))}
         assert rows["Qwen3-14B"].fits
         assert rows["Qwen3-14B"].request.gpu_layers is not None
         assert rows["Qwen3-14B"].request.gpu_layers < 40
@@ -76,11 +103,32 @@ class TestCommand:
         assert len(rows) == len(shapes())
         assert {"name", "file_bytes", "fits", "engine_args", "expert_layers_on_host"} <= rows[0].keys()
 
+    def test_without_a_card_the_host_is_planned(self, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = "plan --catalog --device cpu --host-memory 64GiB --engine llama.cpp --json"
+        assert main(arguments.split()) == ExitCode.OK
+        rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+        assert rows["Qwen3-30B-A3B"]["fits"]
+        assert {row["where"] for row in rows.values()} == {"host"}
+        assert {row["card_bytes"] for row in rows.values()} == {64 * GIB}
+        assert not rows["GLM-4.5-Air"]["fits"]
+
+    def test_a_chosen_engine_is_the_only_one(self, capsys: pytest.CaptureFixture[str]) -> None:
+        main(["plan", "--catalog", "--card", "tesla-p4", "--engine", "sglang", "--json"])
+        captured = capsys.readouterr()
+        rows = json.loads(captured.out)
+        assert {row["engine"] for row in rows} == {"sglang"}
+        assert len(rows) < len(shapes())
+        assert "pascaline plan: sglang does not serve DeepSeek-V2-Lite, GLM-4.5-Air, " in captured.err
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             (["--catalog", "--sweep", "context"], "--catalog: is set beside --sweep"),
             (["--catalog", "m.gguf"], "--catalog: plans many models, must not be set beside a model (m.gguf)"),
+            (
+                ["--catalog", "--quant", "Q8_0"],
+                "--quant: the catalogue is planned as most files are published, in Q4_K_M",
+            ),
             (["m.gguf", "--host-memory", "1GiB"], "--host-memory: is read with --catalog only"),
         ],
     )

@@ -13,13 +13,12 @@ from pascaline.cards import load_card
 from pascaline.cli.measure_host import measure_host
 from pascaline.cli.options import add_settings_arguments, add_token_argument, load_from_arguments, token_headers
 from pascaline.engines import engine_named
-from pascaline.engines.plan_request import UNKNOWN_RATES
 from pascaline.errors import ConfigurationError, ExitCode, ModelError, StorageError
 from pascaline.models import resolve
 from pascaline.models.chat_template import chat_templates
 from pascaline.models.reader import read_model
 from pascaline.planning import make_plan, nearest_fits, other_engine_fits, refusal, table
-from pascaline.planning.catalog import catalog, catalog_table
+from pascaline.planning.catalog import MIXTURE, catalog, catalog_table, shapes
 from pascaline.planning.hints import with_hints
 from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
 from pascaline.planning.plan_text import choices_table, explanation, sweep_table
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from pascaline.engines.plan_request import HostRates
     from pascaline.models.spec import ModelSpec
     from pascaline.planning import Plan, PlanRequest
+    from pascaline.planning.placement import Placement
     from pascaline.settings import Settings
 
 DESCRIPTION = f"""Plan a model's memory on a card: each part, a verdict, the engine's flags and the speed to expect.
@@ -95,8 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host-memory",
         type=size_argument,
         metavar="SIZE",
-        help="with --catalog: free memory of the host, for example 192GiB (default: not limited with --card, else this "
-        "host's)",
+        help="with --catalog: free memory of the host beside the card, or of a host without one, for example 192GiB "
+        "(default: not limited with --card, else this host's)",
     )
     parser.add_argument(
         "--host-bandwidth",
@@ -154,6 +154,10 @@ def _check_kinds(arguments: argparse.Namespace) -> None:
         raise ConfigurationError(f"--{many[1]}: is set beside --{many[0]}, must be the only one of the two")
     if arguments.catalog and arguments.file is not None:
         raise ConfigurationError(f"--catalog: plans many models, must not be set beside a model ({arguments.file})")
+    if arguments.catalog and arguments.quant is not None:
+        raise ConfigurationError(
+            f"--quant: the catalogue is planned as most files are published, in {MIXTURE}; must be left out"
+        )
     if arguments.measure_host and arguments.file is not None:
         raise ConfigurationError(f"--measure-host: plans no model, must not be set beside one ({arguments.file})")
     if arguments.host_memory is not None and not arguments.catalog:
@@ -185,18 +189,24 @@ def read_spec(configuration: Configuration, headers: Mapping[str, str] | None = 
 
 def target(configuration: Configuration, spec: ModelSpec) -> tuple[Card, PlanRequest]:
     """Return the card and the request to plan: a named card according to its profile, otherwise this host's device."""
-    from pascaline.planning.placement import place_on_card
     from pascaline.planning.request import request_from_placement
+
+    placement = placement_of(configuration)
+    return placement.card, request_from_placement(configuration.settings, spec, placement)
+
+
+def placement_of(configuration: Configuration) -> Placement:
+    """Return where to plan for: a named card according to its profile, otherwise this host's device."""
+    from pascaline.planning.placement import place_on_card
     from pascaline.serving.task import place_instance
 
     settings = configuration.settings
-    if settings.card is not None and (card := load_card(settings.card)).memory_bytes:
-        placement = place_on_card(settings, card)
-    else:
-        placement = place_instance(configuration)
-        for note in placement.notes:
-            print(f"pascaline plan: {note}", file=sys.stderr)
-    return placement.card, request_from_placement(settings, spec, placement)
+    if settings.card is not None and (card := load_card(settings.card)).memory_bytes and settings.device != "cpu":
+        return place_on_card(settings, card)
+    placement = place_instance(configuration)
+    for note in placement.notes:
+        print(f"pascaline plan: {note}", file=sys.stderr)
+    return placement
 
 
 def size_argument(text: str) -> int:
@@ -215,19 +225,25 @@ def _given_rates(rates: HostRates, bytes_per_second: int) -> HostRates:
 
 
 def _catalog(arguments: argparse.Namespace, configuration: Configuration) -> int:
-    settings, card, free, rates = configuration.settings, None, arguments.host_memory, UNKNOWN_RATES
-    if settings.card is not None:
-        card = load_card(settings.card)
-    if card is None or not card.memory_bytes:
-        from pascaline.serving.task import place_instance
+    from pascaline.gpu.memory import DeviceMemory
 
-        placement = place_instance(configuration)
-        card = placement.card
-        free, rates = free or placement.host_memory_bytes, placement.host_rates
+    settings, origins = configuration.settings, configuration.origins
+    placement = placement_of(configuration)
+    if arguments.host_memory is not None:
+        if placement.device == "cpu":
+            placement = replace(placement, memory=DeviceMemory("cpu", arguments.host_memory))
+        else:
+            placement = replace(placement, host_memory_bytes=arguments.host_memory)
     if arguments.host_bandwidth is not None:
-        rates = _given_rates(rates, arguments.host_bandwidth)
-    rows = catalog(settings, card, host_memory_bytes=free, host_rates=rates)
-    print(json.dumps([row.to_json() for row in rows], indent=2) if arguments.json else catalog_table(rows))
+        placement = replace(placement, host_rates=_given_rates(placement.host_rates, arguments.host_bandwidth))
+    engines = (settings.engine,) if origins.is_chosen("engine") else ()
+    rows = catalog(settings, placement, engines=engines, chunk_is_free=not origins.is_chosen("chunked_prefill_tokens"))
+    if arguments.json:
+        print(json.dumps([row.to_json() for row in rows], indent=2))
+    elif rows:
+        print(catalog_table(rows))
+    if others := sorted({shape["name"] for shape in shapes()} - {row.name for row in rows}):
+        print(f"pascaline plan: {settings.engine} does not serve {', '.join(others)} so", file=sys.stderr)
     return _code([row.plan for row in rows])
 
 

@@ -12,19 +12,19 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from pascaline.engines import ENGINES
-from pascaline.engines.plan_request import UNKNOWN_RATES, HostRates
 from pascaline.errors import ConfigurationError
 from pascaline.models.ggml_types import BLOCKS
 from pascaline.models.spec import ModelSpec, TensorSpec
+from pascaline.planning.hints import with_hints
 from pascaline.planning.mixtures import requantized
 from pascaline.planning.plan import make_plan
-from pascaline.planning.request import request_from_settings
+from pascaline.planning.request import request_from_placement
 from pascaline.text_table import LEFT, RIGHT, Column, table_lines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from pascaline.cards import Card
+    from pascaline.planning.placement import Placement
     from pascaline.planning.plan import Plan
     from pascaline.settings import Settings
 
@@ -59,50 +59,41 @@ def shapes() -> tuple[Mapping[str, Any], ...]:
 
 
 def catalog(
-    settings: Settings, card: Card, *, host_memory_bytes: int | None, host_rates: HostRates = UNKNOWN_RATES
+    settings: Settings, placement: Placement, *, engines: Sequence[str] = (), chunk_is_free: bool = True
 ) -> list[CatalogRow]:
-    """Plan every model on a card under the same settings, the smallest first. host_memory_bytes: None = not checked."""
-    rows = [_row(shape, settings, card, host_memory_bytes, host_rates) for shape in shapes()]
+    """Plan every model that one of the engines serves under the same settings, the smallest first.
+
+    placement: device and host. engines: those to choose from, all if empty. chunk_is_free: whether the chunk of the
+    settings is a default.
+    """
+    names = engines or tuple(ENGINES)
+    rows = [row for shape in shapes() if (row := _row(shape, settings, placement, names, chunk_is_free))]
     return sorted(rows, key=lambda row: row.file_bytes)
 
 
 def _row(
-    shape: Mapping[str, Any], settings: Settings, card: Card, host_memory_bytes: int | None, host_rates: HostRates
-) -> CatalogRow:
+    shape: Mapping[str, Any], settings: Settings, placement: Placement, engines: Sequence[str], chunk_is_free: bool
+) -> CatalogRow | None:
     spec = catalog_spec(shape)
-    found = [_plan(engine, spec, settings, card, host_memory_bytes, host_rates) for engine in ENGINES]
-    plans = [plan for plan in found if plan]
+    plans = [plan for engine in engines if (plan := _plan(engine, spec, settings, placement, chunk_is_free))]
+    if not plans:
+        return None
     best = max(plans, key=lambda plan: (plan.fits, _single(plan), plan.headroom_bytes))
     return CatalogRow(shape["name"], shape.get("confirmed", True), spec.weights_bytes, best)
 
 
-def _plan(
-    engine: str,
-    spec: ModelSpec,
-    settings: Settings,
-    card: Card,
-    host_memory_bytes: int | None,
-    host_rates: HostRates,
-) -> Plan | None:
+def _plan(engine: str, spec: ModelSpec, settings: Settings, placement: Placement, chunk_is_free: bool) -> Plan | None:
     """Return the plan of an engine that serves the architecture; None if it does not, or not with these settings."""
     if not ENGINES[engine].knows(spec) and not ENGINES[engine].decides_itself:
         return None
     context = min(settings.context_length or 4096, spec.context_length)
     wanted = settings.model_copy(update={"engine": engine, "context_length": context})
-    device = "cpu" if settings.device == "cpu" else "cuda"
     try:
-        request = request_from_settings(
-            wanted,
-            spec,
-            device=device,
-            dtype="float16",
-            card_bytes=card.memory_bytes,
-            host_memory_bytes=host_memory_bytes,
-            host_rates=host_rates,
-        )
+        request = request_from_placement(wanted, spec, placement)
     except ConfigurationError:
         return None
-    return make_plan(spec, card, request)
+    plan = make_plan(spec, placement.card, request)
+    return with_hints(plan, spec, placement.card, request, chunk_is_free=chunk_is_free)
 
 
 def _single(plan: Plan) -> float:

@@ -132,6 +132,13 @@ class PascalCudaPlatform(CudaDeviceMixin, _PascalPlatform):  # type: ignore[misc
         """Return a device's bytes without initialising CUDA, so that a server can still fork its workers."""
         return devices()[device_id].total_bytes
 
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        """Once per model, when its weights are there."""
+        from sglang_pascal.half_products import use_half_products
+
+        super().post_load_model(model)
+        use_half_products(model)
+
     def get_graph_runner_cls(self) -> type:
         """Return SGLang's own runner of recorded decode steps, of width 1 with speculation."""
         from sglang_pascal.speculation.graphs import ChainGraphRunner

@@ -335,6 +335,11 @@ def tile_threads(width: int) -> int:
     return _TILE_THREADS * (2 if width > _TILE_COLUMNS else 1)
 
 
+def takes_half(x: torch.Tensor) -> bool:
+    """Whether our kernel, not torch, multiplies x `[n, columns]` and a float16 weight in `matmul_half`."""
+    return x.dtype == torch.float16 and len(x) <= _HALF_WIDTHS[-1] and not x.shape[1] % _HALVES_PER_LOAD
+
+
 def matmul_half(
     x: torch.Tensor, weight: torch.Tensor, *, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -350,7 +355,7 @@ def matmul_half(
     require("out", out, FLOATS, (n, weight.shape[0]), x, strided_rows=True)
     if bias is not None:
         require("bias", bias, (torch.float32,), (weight.shape[0],), x)
-    if not x.is_cuda or n > _HALF_WIDTHS[-1] or columns % _HALVES_PER_LOAD:
+    if not x.is_cuda or not takes_half(x):
         y = x @ weight.T if x.is_cuda else half_matmul_ref(x, weight)
         return out.copy_(y if bias is None else y + bias)
     if n:

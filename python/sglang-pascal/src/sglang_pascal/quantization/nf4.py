@@ -19,6 +19,8 @@ from sglang.srt.layers.quantization.bitsandbytes import (
 )
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
+from sglang_pascal.ops.matmul import matmul_half, takes_half
+
 
 class PascalNf4Config(BitsAndBytesConfig):  # type: ignore[misc]  # SGLang publishes no types
     """Gives linear layers a method that multiplies in the activations' type."""
@@ -72,16 +74,28 @@ class PascalNf4LinearMethod(BitsAndBytesLinearMethod):  # type: ignore[misc]
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return x [..., in] times the weight [out, in], in x's type."""
-        from bitsandbytes import matmul_4bit
-
         weight: Any = layer.weight if self.quant_config.is_quantized_before else layer.qweight
         rows, ends = x.reshape(-1, x.size(-1)), weight.bnb_shard_offsets.tolist()
         # SGLang's operator around this is registered only for its own CUDA platform.
         parts = [
-            matmul_4bit(rows, weight[ends[n] : ends[n + 1]].t(), state)
-            for n, state in sorted(weight.bnb_quant_state.items())
+            _multiply(rows, weight[ends[n] : ends[n + 1]], state) for n, state in sorted(weight.bnb_quant_state.items())
         ]
         result = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         if bias is not None:
             result = result + bias
         return result.view(*x.shape[:-1], result.size(-1))
+
+
+def _multiply(x: torch.Tensor, packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """Return x [n, in] times a packed matrix [out, in] of NF4.
+
+    bitsandbytes has a kernel for one row; for more it expands the matrix and asks cuBLAS. Of a decode step's rows ours
+    takes what it expands.
+    """
+    from bitsandbytes import matmul_4bit
+    from bitsandbytes.functional import dequantize_4bit
+
+    if len(x) > 1 and x.is_cuda and takes_half(x):
+        return matmul_half(x.contiguous(), dequantize_4bit(packed, state).half())
+    result: torch.Tensor = matmul_4bit(x, packed.t(), state)
+    return result

@@ -114,6 +114,7 @@ def main() -> int:
     parser.add_argument("--cases", default="", help="numbers from 1 on, separated by commas (default: all)")
     parser.add_argument("--layers", type=int, help="reduce the models to this number of layers, for a trial")
     parser.add_argument("--context", type=int, help="tokens of a request instead of the case's, for a trial")
+    parser.add_argument("--threads", type=int, help="CPU threads of the server (default: one on each core)")
     parser.add_argument("--settings", default="{}", help="JSON of further settings, for a trial")
     parser.add_argument("--seconds", type=float, default=900.0, help="begin no case later than this (default: 900)")
     parser.add_argument("--page", type=Path, metavar="FILE", help="print the page of these results instead")
@@ -131,6 +132,8 @@ def main() -> int:
 
 
 def _reduced(case: Case, args: argparse.Namespace) -> Case:
+    if args.threads:
+        case = replace(case, settings={"threads": args.threads, **case.settings})
     if args.context:
         case = replace(case, context=args.context)
     if not args.layers:

@@ -152,8 +152,10 @@ class TestKept:
         assert load(tmp_path, "Xeon") is None
 
     def test_a_node_that_is_unknown_is_the_slowest(self) -> None:
-        assert MEASURED.of_node(1).bytes_per_second == 90e9
-        assert MEASURED.of_node(None).bytes_per_second == MEASURED.of_node(7).bytes_per_second == 40e9
+        assert [node.bytes_per_second for node in MEASURED.of_nodes([1])] == [90e9]
+        for nodes in ((), (7,), (1, 7)):
+            assert [node.bytes_per_second for node in MEASURED.of_nodes(nodes)] == [40e9]
+        assert MEASURED.of_nodes([0, 1]) == MEASURED.nodes
 
 
 class TestCommand:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from pascaline.cards import load_card
 from pascaline.errors import ConfigurationError, MissingError
 from pascaline.gpu.devices import GpuIdentity, visible_gpus
-from pascaline.gpu.memory import DeviceMemory, GpuRates, node_cpus, numa_node
+from pascaline.gpu.host_bandwidth import HostBandwidth, NodeBandwidth
+from pascaline.gpu.memory import DeviceMemory, GpuRates, node_bytes, node_cpus, numa_node, socket_nodes
 from pascaline.planning.placement import HostFacts, Placement, cpu_flags, place, place_on_card
 from pascaline.settings import Settings
 
@@ -237,3 +239,87 @@ def test_the_cpus_of_a_node(tmp_path: Path, text: str | None, cpus: set[int]) ->
     if text is not None:
         (tmp_path / "node1/cpulist").write_text(text)
     assert node_cpus(1, tmp_path) == cpus
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A part of sysfs: the NUMA nodes of a host of two sockets, and the node of its card."""
+
+    root: Path
+
+    def write(self, nodes: dict[int, str], packages: dict[str, int], card_node: int, empty: int | None = None) -> Tree:
+        """nodes: number -> CPUs. packages: CPUs -> socket. card_node: of P40. empty: a node without memory."""
+        for number, cpus in nodes.items():
+            folder = self.root / f"node/node{number}"
+            folder.mkdir(parents=True)
+            (folder / "cpulist").write_text(f"{cpus}\n")
+            size = 0 if number == empty else 96 * 2**20
+            (folder / "meminfo").write_text(f"Node {number} MemTotal:       {size} kB\n")
+        for cpus, package in packages.items():
+            first, last = map(int, cpus.split("-"))
+            for cpu in range(first, last + 1):
+                folder = self.root / f"cpu/cpu{cpu}/topology"
+                folder.mkdir(parents=True)
+                (folder / "physical_package_id").write_text(f"{package}\n")
+        card = self.root / f"pci/{P40.address}.0"
+        card.mkdir(parents=True)
+        (card / "numa_node").write_text(f"{card_node}\n")
+        return self
+
+    def facts(self) -> HostFacts:
+        """The host with its card, as the functions for the real tree read it."""
+        nodes, cpus = self.root / "node", self.root / "cpu"
+        numbers = sorted(int(path.name.removeprefix("node")) for path in nodes.glob("node*"))
+        measured = [NodeBandwidth(number, 1e10 * (number + 1), 4, 2**30, 0, 1.0) for number in numbers]
+        return replace(
+            host(CUDA_VISIBLE_DEVICES="1"),
+            numa_node=partial(numa_node, devices=self.root / "pci"),
+            node_cpus=partial(node_cpus, nodes=nodes),
+            socket_nodes=partial(socket_nodes, nodes=nodes, cpus=cpus),
+            cpus=lambda: frozenset(range(8)),
+            bandwidth=lambda: HostBandwidth("2026-11-30T12:00:00Z", "Xeon", tuple(measured)),
+        )
+
+
+class TestSockets:
+    """The engine, its unit and the estimate use the socket of the card."""
+
+    TWO = ({0: "0-3", 1: "4-7"}, {"0-3": 0, "4-7": 1})
+    DIVIDED = ({0: "0-1", 1: "2-3", 2: "4-5", 3: "6-7"}, {"0-3": 0, "4-7": 1})
+
+    def test_the_card_is_at_the_second(self, tmp_path: Path) -> None:
+        found = placed(Tree(tmp_path).write(*self.TWO, card_node=1).facts(), device="cuda")
+        assert (found.numa_node, found.numa_nodes, found.cpus) == (1, (1,), frozenset(range(4, 8)))
+        assert found.host_rates.memory_bytes_per_second == 2e10
+        assert found.host_rates.source == "measured 2026-11-30, NUMA node 1, 4 threads"
+
+    def test_the_kernel_knows_no_node_of_the_card(self, tmp_path: Path) -> None:
+        """It writes -1 then. The engine is bound to nothing, and the slower node counts."""
+        found = placed(Tree(tmp_path).write(*self.TWO, card_node=-1).facts(), device="cuda")
+        assert (found.numa_node, found.numa_nodes, found.cpus) == (None, (), frozenset())
+        assert found.host_rates.memory_bytes_per_second == 1e10
+
+    def test_the_firmware_divides_sockets(self, tmp_path: Path) -> None:
+        """Sub-NUMA clusters: half of the socket's channels belong to the node beside the card's."""
+        found = placed(Tree(tmp_path).write(*self.DIVIDED, card_node=2).facts(), device="cuda")
+        assert (found.numa_node, found.numa_nodes, found.cpus) == (2, (2, 3), frozenset(range(4, 8)))
+        assert found.host_rates.memory_bytes_per_second == 3e10 + 4e10
+        assert found.host_rates.source == "measured 2026-11-30, NUMA node 2 and 3, 8 threads"
+
+    def test_one_divided_socket_is_all(self, tmp_path: Path) -> None:
+        facts = Tree(tmp_path).write({0: "0-3", 1: "4-7"}, {"0-7": 0}, card_node=0).facts()
+        assert placed(facts, device="cuda").cpus == frozenset()
+
+    def test_a_node_without_cpus_binds_nothing(self, tmp_path: Path) -> None:
+        facts = Tree(tmp_path).write({0: "0-3", 1: "4-7", 2: ""}, {"0-3": 0, "4-7": 1}, card_node=2).facts()
+        assert placed(facts, device="cuda").cpus == frozenset()
+
+    def test_a_node_without_memory_has_its_cpus(self, tmp_path: Path) -> None:
+        """The unit is not bound to it (unit_limits), as it has no room."""
+        tree = Tree(tmp_path).write(*self.TWO, card_node=1, empty=1)
+        assert placed(tree.facts(), device="cuda").cpus == frozenset(range(4, 8))
+        assert node_bytes(1, tmp_path / "node") == 0
+
+    def test_without_the_sockets_of_cpus_a_node_is_alone(self, tmp_path: Path) -> None:
+        Tree(tmp_path).write(self.DIVIDED[0], {}, card_node=2)
+        assert socket_nodes(2, tmp_path / "node", tmp_path / "cpu") == (2,)

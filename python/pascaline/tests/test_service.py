@@ -203,12 +203,12 @@ class TestLimits:
         return make_plan(mixture_spec(QWEN_3_30B_A3B), P4, request(P4, **values))
 
     def placement(self) -> Placement:
-        return replace(place_on_card(Settings(), P4), numa_node=1, cpus=frozenset(range(10, 20)))
+        return replace(place_on_card(Settings(), P4), numa_node=1, numa_nodes=(1,), cpus=frozenset(range(10, 20)))
 
     def test_memory_and_node(self) -> None:
         plan = self.plan()
         limits = unit_limits(plan, self.placement(), 96 * 2**30)
-        assert limits.numa_node == 1
+        assert limits.numa_nodes == (1,)
         assert limits.memory_max_bytes is not None
         (prompts,) = (part.n_bytes for part in plan.host_parts if part.key == "host_prompts")
         share = 1.5 * (plan.host_bytes - prompts) + prompts
@@ -219,11 +219,16 @@ class TestLimits:
 
     @pytest.mark.parametrize("node_bytes", [None, 8 * 2**30])
     def test_a_node_without_room_is_not_bound_to(self, node_bytes: int | None) -> None:
-        assert unit_limits(self.plan(), self.placement(), node_bytes).numa_node is None
+        assert unit_limits(self.plan(), self.placement(), node_bytes).numa_nodes == ()
+
+    def test_a_socket_of_several_nodes(self) -> None:
+        placement = replace(self.placement(), numa_nodes=(2, 3))
+        text = unit(limits=unit_limits(self.plan(), placement, 96 * 2**30)).text()
+        assert settings(text)["NUMAMask"] == {"2,3"}
 
     def test_an_unbound_placement_stays_so(self) -> None:
         placement = replace(self.placement(), cpus=frozenset())
-        assert unit_limits(self.plan(), placement, 96 * 2**30).numa_node is None
+        assert unit_limits(self.plan(), placement, 96 * 2**30).numa_nodes == ()
 
     def test_a_mapped_file_is_not_limited(self) -> None:
         assert unit_limits(self.plan(mapped=True), self.placement(), 96 * 2**30).memory_max_bytes is None

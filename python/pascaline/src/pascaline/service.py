@@ -108,8 +108,9 @@ def _limit_lines(limits: UnitLimits) -> str:
     lines = []
     if limits.memory_max_bytes is not None:
         lines.append(f"MemoryMax={limits.memory_max_bytes}")
-    if limits.numa_node is not None:
-        lines += ["NUMAPolicy=bind", f"NUMAMask={limits.numa_node}", "CPUAffinity=numa"]
+    if limits.numa_nodes:
+        mask = ",".join(map(str, limits.numa_nodes))
+        lines += ["NUMAPolicy=bind", f"NUMAMask={mask}", "CPUAffinity=numa"]
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -136,8 +136,9 @@ def _limits(configuration: Configuration, gpus: str) -> UnitLimits:
     except PascalineError as error:
         print(f"pascaline service: no limits of memory and NUMA node, as there is no plan: {error}", file=sys.stderr)
         return NO_LIMITS
-    node = placement.numa_node
-    return unit_limits(plan, placement, None if node is None else node_bytes(node))
+    sizes = [node_bytes(node) for node in placement.numa_nodes]
+    known = [size for size in sizes if size is not None]
+    return unit_limits(plan, placement, sum(known) if len(known) == len(sizes) else None)
 
 
 def _gpus(chosen: str | None, device: str) -> str:

@@ -244,6 +244,8 @@ class NumaNode:
     cpus: frozenset[int]
     distances: Mapping[int, int]
     """Node -> the firmware's figure for its distance; 10 is the node itself."""
+    socket: frozenset[int] = frozenset()
+    """The nodes of its socket, itself among them; empty if the kernel does not report sockets."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,9 +91,11 @@ class HostBandwidth:
     """Model name of the CPU."""
     nodes: tuple[NodeBandwidth, ...]
 
-    def of_node(self, node: int | None) -> NodeBandwidth:
-        """Return the measurement of a node; of the slowest one if it is None or was not measured."""
-        return next((found for found in self.nodes if found.node == node), min(self.nodes, key=_rate))
+    def of_nodes(self, nodes: Iterable[int]) -> tuple[NodeBandwidth, ...]:
+        """Return the measurements of these nodes, which together read the sum; of the slowest one if one is missing."""
+        wanted = frozenset(nodes)
+        found = tuple(node for node in self.nodes if node.node in wanted)
+        return found if found and len(found) == len(wanted) else (min(self.nodes, key=_rate),)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values, which `load` reads."""

@@ -187,6 +187,25 @@ def node_cpus(node: int, nodes: Path = NUMA_NODES) -> frozenset[int]:
         return frozenset()
 
 
+def socket_nodes(node: int, nodes: Path = NUMA_NODES, cpus: Path = CPUS) -> tuple[int, ...]:
+    """Return the NUMA nodes of the sockets that this node's CPUs belong to, in order.
+
+    The node alone, unless the firmware divides a socket into several (sub-NUMA clusters, NPS), or if the kernel does
+    not report the sockets.
+    """
+    wanted = _sockets(node, nodes, cpus)
+    numbers = sorted(int(path.name.removeprefix("node")) for path in nodes.glob("node[0-9]*"))
+    return tuple(number for number in numbers if _sockets(number, nodes, cpus) & wanted) or (node,)
+
+
+def _sockets(node: int, nodes: Path, cpus: Path) -> frozenset[int]:
+    found = set()
+    for cpu in node_cpus(node, nodes):
+        with contextlib.suppress(OSError, ValueError):
+            found.add(int((cpus / f"cpu{cpu}/topology/physical_package_id").read_text()))
+    return frozenset(number for number in found if number >= 0)
+
+
 def physical_cores(cpus: Iterable[int], folder: Path = CPUS) -> frozenset[int]:
     """Return one CPU of each core among `cpus`; a CPU whose core the kernel does not report counts as one."""
     wanted = frozenset(cpus)

@@ -49,6 +49,8 @@ class HostFacts:
     """NUMA node of a PCI address; None if the host has none or does not report it."""
     node_cpus: Callable[[int], frozenset[int]] = lambda _: frozenset()
     """CPUs of a NUMA node; empty if the host does not report them."""
+    socket_nodes: Callable[[int], tuple[int, ...]] = lambda node: (node,)
+    """NUMA nodes of the socket of a node, itself among them; several if the firmware divides sockets."""
     cpus: Callable[[], frozenset[int]] = frozenset
     """CPUs that an engine may use; empty if that is unknown."""
     bandwidth: Callable[[], HostBandwidth | None] = lambda: None
@@ -75,6 +77,8 @@ class Placement:
     host_rates: HostRates = UNKNOWN_RATES
     numa_node: int | None = None
     """The NUMA node of the first GPU; None if the host has one node only, or the node is unknown."""
+    numa_nodes: tuple[int, ...] = ()
+    """The NUMA nodes of the CPUs that the engine is bound to: those of the sockets of its GPUs."""
     cpus: frozenset[int] = frozenset()
     """CPUs that the engine is bound to, those beside its GPUs; empty: it may use every CPU that this process may."""
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -112,7 +116,9 @@ def place(settings: Settings, card: str | None, host: HostFacts) -> Placement:
     found, memory, doubt = _gpu(settings, host, variables.get(VISIBLE_DEVICES))
     gpus, notes = _used(settings, memory, variables.get(VISIBLE_DEVICES))
     nodes = [host.numa_node(gpu.address) if gpu.address else None for gpu in gpus]
-    cpus = _cpus_beside(nodes, settings.threads, host)
+    sockets = [() if node is None else host.socket_nodes(node) for node in nodes]
+    cpus = _cpus_beside(sockets, settings.threads, host)
+    bound_to = tuple(sorted(frozenset().union(*sockets))) if cpus else ()
     return Placement(
         device=device,
         dtype=choose_dtype(settings, card, device, host.cpu_flags),
@@ -120,8 +126,9 @@ def place(settings: Settings, card: str | None, host: HostFacts) -> Placement:
         memory=memory,
         gpus=gpus,
         host_memory_bytes=host.host_memory().total_bytes,
-        host_rates=_host_rates(host, gpus, nodes[0] if cpus else None),
+        host_rates=_host_rates(host, gpus, bound_to),
         numa_node=nodes[0] if nodes else None,
+        numa_nodes=bound_to,
         cpus=cpus,
         variables=device_variables(device, gpus),
         notes=(*notes, *([doubt] if doubt else [])),
@@ -174,32 +181,35 @@ def cpu_flags(cpu_info: str) -> frozenset[str]:
     return frozenset(flags.partition(":")[2].split())
 
 
-def _cpus_beside(nodes: Sequence[int | None], threads: int | None, host: HostFacts) -> frozenset[int]:
-    """Return the usable CPUs of the GPUs' NUMA nodes: copies to a GPU of another socket cross the link between the two.
+def _cpus_beside(sockets: Sequence[Sequence[int]], threads: int | None, host: HostFacts) -> frozenset[int]:
+    """Return the usable CPUs of the GPUs' sockets: copies to a GPU of another socket cross the link between the two.
+
+    sockets: for each GPU the NUMA nodes of its socket, none if its node is unknown.
 
     Empty, which binds to nothing, if a node is unknown, if these are all usable CPUs or none of them, or if `threads`
     asks for more CPUs than there are. The kernel allocates memory on the node where a thread runs.
     """
-    known = [host.node_cpus(node) for node in nodes if node is not None]
+    known = [frozenset[int]().union(*map(host.node_cpus, nodes)) for nodes in sockets if nodes]
     usable = host.cpus()
     found = usable.intersection(*[frozenset().union(*known)])
-    if len(known) < len(nodes) or not all(known) or found == usable or len(found) < (threads or 1):
+    if len(known) < len(sockets) or not all(known) or found == usable or len(found) < (threads or 1):
         return frozenset()
     return found
 
 
-def _host_rates(host: HostFacts, gpus: Sequence[GpuIdentity], node: int | None) -> HostRates:
-    """node: the one that the engine is bound to; None if it is not, so that the slowest one counts."""
+def _host_rates(host: HostFacts, gpus: Sequence[GpuIdentity], nodes: Sequence[int]) -> HostRates:
+    """nodes: those that the engine is bound to; none if it is not, so that the slowest one counts."""
     links = [rate for gpu in gpus[:1] if gpu.address and (rate := host.link_rate(gpu.address)) is not None]
     link = links[0] if links else None
     measured = host.bandwidth()
     if measured is None:
         return HostRates(link_bytes_per_second=link)
-    found = measured.of_node(node)
+    found = measured.of_nodes(nodes)
+    numbers, threads = " and ".join(str(node.node) for node in found), sum(node.threads for node in found)
     return HostRates(
-        memory_bytes_per_second=found.bytes_per_second,
+        memory_bytes_per_second=sum(node.bytes_per_second for node in found),
         link_bytes_per_second=link,
-        source=f"measured {measured.measured_at[:10]}, NUMA node {found.node}, {found.threads} threads",
+        source=f"measured {measured.measured_at[:10]}, NUMA node {numbers}, {threads} threads",
     )
 
 

@@ -19,8 +19,8 @@ KEPT_PROMPTS = "host_prompts"
 class UnitLimits:
     """None: the unit is not limited in this."""
 
-    numa_node: int | None = None
-    """Node to whose CPUs and memory it is bound."""
+    numa_nodes: tuple[int, ...] = ()
+    """Nodes to whose CPUs and memory it is bound: those of one socket; empty if it is not bound."""
     memory_max_bytes: int | None = None
 
 
@@ -30,12 +30,13 @@ NO_LIMITS = UnitLimits()
 def unit_limits(plan: Plan, placement: Placement, node_bytes: int | None) -> UnitLimits:
     """Return the limits that follow from a plan; none if nothing but the input embedding is on the host.
 
-    node_bytes: memory of the placement's NUMA node, None if unknown. Without room for everything the unit is not bound:
-    its kernel would kill it while other nodes have memory. A mapped file is page cache, which a limit would push out.
+    node_bytes: memory of the placement's NUMA nodes together, None if unknown. Without room for everything the unit is
+    not bound: its kernel would kill it while other nodes have memory. A mapped file is page cache, which a limit would
+    push out.
     """
     if not plan.fits or len(plan.host_parts) < 2:
         return NO_LIMITS
     prompts = sum(part.n_bytes for part in plan.host_parts if part.key == KEPT_PROMPTS)
     most = round((plan.host_bytes - prompts) * (1 + MARGIN_SHARE)) + prompts + MARGIN_BYTES
     bound = bool(placement.cpus) and node_bytes is not None and most <= node_bytes
-    return UnitLimits(placement.numa_node if bound else None, None if plan.request.mapped else most)
+    return UnitLimits(placement.numa_nodes if bound else (), None if plan.request.mapped else most)

@@ -16,7 +16,7 @@ from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.errors import ConfigurationError, DoesNotFitError
 from pascaline.gpu import host_bandwidth
 from pascaline.gpu.devices import driver_gpus
-from pascaline.gpu.memory import gpu_memory, host_memory, link_rate, node_cpus, numa_node, physical_cores
+from pascaline.gpu.memory import gpu_memory, host_memory, link_rate, node_cpus, numa_node, physical_cores, socket_nodes
 from pascaline.models.cache import cache_folder
 from pascaline.planning import Plan, make_plan, nearest_fits, other_engine_fits, refusal
 from pascaline.planning import placement as placement_rules
@@ -45,6 +45,7 @@ def this_host(settings: Settings) -> HostFacts:
         driver_gpus=driver_gpus,
         numa_node=numa_node,
         node_cpus=node_cpus,
+        socket_nodes=socket_nodes,
         cpus=lambda: frozenset(os.sched_getaffinity(0)),
         bandwidth=lambda: host_bandwidth.load(cache_folder(settings)),
         link_rate=link_rate,

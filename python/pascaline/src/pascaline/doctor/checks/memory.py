@@ -62,7 +62,7 @@ def _placed(gpu: Gpu, node: NumaNode | None, nodes: Sequence[NumaNode]) -> tuple
     words = f"{gpu.label} is at NUMA node {node.number}"
     if not cpus:
         return f"{words}; the CPUs of the processes that use it are unknown", False
-    apart = [other for other in nodes if other is not node and cpus & other.cpus]
+    apart = [other for other in nodes if other.number not in {node.number, *node.socket} and cpus & other.cpus]
     if not apart:
         return f"{words}, as are the CPUs of its processes", False
     others = ", ".join(f"{other.number} (distance {node.distances.get(other.number, '?')})" for other in apart)
@@ -118,14 +118,24 @@ def _memory_bandwidth(host: Host) -> Result:
     measured = host.memory.bandwidth
     if measured is None:
         return skipped("not measured on this CPU; pascaline plan --measure-host does, on an idle host")
-    numbers = (number for gpu in host.gpus if (number := _node_of(gpu, host)) is not None)
-    node = measured.of_node(next(numbers, None))
-    words = f"{node.bytes_per_second / 1e9:,.0f} GB/s on NUMA node {node.node}, measured {measured.measured_at[:10]}"
+    found = measured.of_nodes(_nodes_beside(host))
+    rate, numbers = sum(node.bytes_per_second for node in found), " and ".join(str(node.node) for node in found)
+    words = f"{rate / 1e9:,.0f} GB/s on NUMA node {numbers}, measured {measured.measured_at[:10]}"
     assumed = _assumed(host)
     if assumed is None:
         return ok(f"{words}; the plan keeps no weights on the host")
     words += f"; the plan assumed {assumed / 1e9:,.0f}"
-    return warning(words) if node.bytes_per_second < SLOWER_SHARE * assumed else ok(words)
+    return warning(words) if rate < SLOWER_SHARE * assumed else ok(words)
+
+
+def _nodes_beside(host: Host) -> frozenset[int]:
+    """Return the NUMA nodes of the socket of the first GPU whose node is known; none if no GPU's is."""
+    nodes = {node.number: node for node in host.memory.nodes}
+    known = (number for gpu in host.gpus if (number := _node_of(gpu, host)) is not None)
+    number = next(known, None)
+    if number is None:
+        return frozenset()
+    return (nodes[number].socket if number in nodes else frozenset()) or frozenset({number})
 
 
 def _assumed(host: Host) -> float | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pascaline.doctor.evidence.system import cgroup_folders, unit_pid
 from pascaline.doctor.host import HostMemory, MemorySlot, NumaNode
 from pascaline.gpu.host_bandwidth import CPU_INFO, FILE, HostBandwidth, model_name, parse
-from pascaline.gpu.memory import NUMA_NODES, parse_cpus
+from pascaline.gpu.memory import CPUS, NUMA_NODES, parse_cpus, socket_nodes
 from pascaline.models.cache import cache_folder
 from pascaline.units import parse_bytes
 
@@ -51,7 +51,9 @@ def _nodes(machine: Machine) -> tuple[NumaNode, ...]:
         words = (machine.read(f"{folder}/distance") or "").split()
         # One column for each node that is online, in order.
         distances = {other: int(word) for other, word in zip(numbers, words, strict=False) if word.isdigit()}
-        found.append(NumaNode(number, parse_cpus(machine.read(f"{folder}/cpulist") or ""), distances))
+        cpus = parse_cpus(machine.read(f"{folder}/cpulist") or "")
+        socket = socket_nodes(number, machine.path(NUMA_NODES), machine.path(CPUS)) if cpus else ()
+        found.append(NumaNode(number, cpus, distances, frozenset(socket)))
     return tuple(found)
 
 

@@ -678,7 +678,8 @@ class TestCommand:
         assert done.returncode == 3
         found = hashlib.sha256(b"x").hexdigest()
         assert done.stderr.splitlines()[-1] == (
-            f"pascaline models: {path} has sha256 {found}, which is not the expected one"
+            f"pascaline models: {path} has sha256 {found}, must be {digest}; bring the file again: "
+            "pascaline models remove emily, then add it"
         )
 
     def test_a_model_that_no_engine_serves(self, store: Path, tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ class Entry:
     state: State
     sha256: str | None
     """Checksum of the last comparison; None if there was none."""
+    expected: str | None = None
+    """Checksum that it was compared with by `verify`; None if there was none."""
 
 
 def unwatched(_done: int, _total: int | None) -> None:
@@ -465,7 +467,7 @@ def _verify(name: str, file: Path, sha256: str | None, on_bytes: OnBytes) -> Ent
     if expected in (None, digest):
         _stamp(file, digest, VERIFIED if vouched else SEEN)
     state: State = "changed" if expected not in (None, digest) else "verified" if vouched else "unverified"
-    return Entry(name, file, file.stat().st_size, state, digest)
+    return Entry(name, file, file.stat().st_size, state, digest, expected)
 
 
 def _verify_folder(name: str, folder: Path, expected: tuple[str, ...] | None, on_bytes: OnBytes) -> list[Entry]:

@@ -149,8 +149,8 @@ def _verify(arguments: argparse.Namespace, store: Path) -> int:
     changed = [entry for entry in found if entry.state == "changed"]
     for entry in changed:
         print(
-            f"pascaline models: {entry.path} has sha256 {entry.sha256}, must be {entry.expected}; bring the file again: "
-            f"pascaline models remove {entry.name}, then add it",
+            f"pascaline models: {entry.path} has sha256 {entry.sha256}, must be {entry.expected}; bring the file "
+            f"again: pascaline models remove {entry.name}, then add it",
             file=sys.stderr,
         )
     return ExitCode.MODEL if changed or wrong else ExitCode.OK

@@ -6,6 +6,8 @@ import ctypes
 import subprocess
 
 import pytest
+import sglang_pascal
+from sglang_pascal import card_code
 from sglang_pascal import device as module
 from sglang_pascal.device import Decision, Device, decide, devices, is_cuda_initialized, visible_devices
 from sglang_pascal.errors import PluginError
@@ -186,3 +188,21 @@ def test_a_process_tells_whether_cuda_is_initialized(monkeypatch):
     assert is_cuda_initialized()
     monkeypatch.setattr(module, "_driver", lambda: None)
     assert not is_cuda_initialized()
+
+
+def test_the_plugins_activation_leaves_the_driver_uninitialized(monkeypatch):
+    """Else the server cannot fork its workers, and each of them takes as long as it for the same imports."""
+
+    def initializes():
+        raise AssertionError("visible_devices initialises the driver")
+
+    monkeypatch.setattr(module, "devices", lambda: (P4,))
+    monkeypatch.setattr(module, "visible_devices", initializes)
+    monkeypatch.setattr(sglang_pascal, "_decision", lambda: Decision("cuda", ""))
+    monkeypatch.setattr(card_code, "check_torch", lambda _version, _built_for, capabilities: asked.append(capabilities))
+    for target in ("compat.check_sglang_version", "compat.apply_shims", "orphans.die_with_parent"):
+        monkeypatch.setattr(f"sglang_pascal.{target}", lambda *_: None)
+    monkeypatch.setattr("sglang_pascal.collector.collect_seldom", lambda: None)
+    asked: list[set[tuple[int, int]]] = []
+    assert sglang_pascal.activate() == "sglang_pascal.platform:PascalCudaPlatform"
+    assert asked == [{(6, 1)}]

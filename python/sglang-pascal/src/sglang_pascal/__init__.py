@@ -37,11 +37,11 @@ def _check_torch() -> None:
     import torch
 
     from sglang_pascal.card_code import check_torch
-    from sglang_pascal.device import visible_devices
+    from sglang_pascal.device import devices
 
-    # get_arch_list would first initialise CUDA.
+    # get_arch_list and visible_devices would initialise CUDA, and the server could not fork its workers.
     built_for = (torch._C._cuda_getArchFlags() or "").split() if torch.version.cuda else []
-    check_torch(torch.__version__, built_for, {device.compute_capability for device in visible_devices()})
+    check_torch(torch.__version__, built_for, {device.compute_capability for device in devices()})
 
 
 def activate() -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pascaline.cards import load_card
+from pascaline.cards import load_card, unknown_card
 from pascaline.cli import main, measure_host
 from pascaline.engines import engine_named
 from pascaline.engines.plan_request import HostRates
@@ -31,13 +31,15 @@ from pascaline.gpu.host_bandwidth import (
     save,
     usable_nodes,
 )
-from pascaline.gpu.memory import DeviceMemory, link_rate, physical_cores
+from pascaline.gpu.memory import DeviceMemory, GpuRates, link_rate, physical_cores
 from pascaline.planning import make_plan
+from pascaline.planning.catalog import catalog_spec
 from pascaline.planning.hybrid import expected, expected_range, host_seconds, hybrid_points, weights_of
 from pascaline.planning.placement import HostFacts, place
 from pascaline.planning.plan_text import table
 from pascaline.planning.speed import host_speed
 from pascaline.settings import Settings
+from support.catalog_files import shape_named
 from support.mixtures import QWEN_3_30B_A3B, mixture_spec
 from support.planning import request
 
@@ -272,7 +274,7 @@ class TestPlacement:
         assert rates.link_bytes_per_second == 3e9
         assert rates.source.startswith("measured 2026-11-30, NUMA node ")
         unmeasured = place(Settings(), None, replace(facts, bandwidth=lambda: None)).host_rates
-        assert unmeasured == HostRates(link_bytes_per_second=3e9)
+        assert unmeasured == HostRates(link_bytes_per_second=3e9, cores=4)
 
 
 class TestEstimate:
@@ -360,6 +362,41 @@ class TestPublishedPoints:
                 inside[who] += low <= point.tokens_per_second <= high
                 print(f"{_name(point)}: {point.tokens_per_second} tok/s, {low:.1f} to {high:.1f}")
         assert inside == {"published": 11, "ours": 2}
+
+    @pytest.mark.parametrize(
+        ("model", "layers", "on_host", "cores", "memory", "measured"),
+        [
+            ("Qwen3-30B-A3B", 12, 6, 16, 116.5e9, 230.5),
+            ("Qwen3-30B-A3B", 12, 12, 16, 116.5e9, 129.3),
+            ("Qwen3-30B-A3B", 12, 6, 4, 116.5e9, 100.9),
+            ("Qwen3-30B-A3B", 12, 12, 4, 116.5e9, 55.4),
+            ("Qwen3-30B-A3B", 48, 36, 16, 125.4e9, 29.9),
+            ("Mixtral", 32, 9, 32, 116.5e9, 29.6),
+            ("Qwen3.6-35B-A3B", 40, 1, 32, 160.0e9, 123.1),
+        ],
+    )
+    def test_decode_on_an_h200_lies_within_the_plans_range(
+        self, model: str, layers: int, on_host: int, cores: int, memory: float, measured: float
+    ) -> None:
+        """tok/s of one request with such cores and measured memory (2026-11-30, AVX2, code for compute capability 6.1).
+
+        The fifth waited for its threads asleep (OMP_WAIT_POLICY=PASSIVE): 99 tok/s instead of 129 in the second.
+        """
+        spec = catalog_spec(shape_named(model, layers))
+        card = unknown_card("H200", 2**37, GpuRates(4.8e12, 132 * 128, 1.98e9, "9.0"))
+        rates = HostRates(memory_bytes_per_second=memory, cores=cores)
+        wanted = hybrid(card_bytes=2**37, context_length=2048, expert_layers_on_host=on_host, host_rates=rates)
+        speed = make_plan(spec, card, wanted).speed
+        assert speed is not None
+        assert speed.single.low <= measured <= speed.single.high
+
+    def test_fewer_cores_than_the_memory_needs_are_the_bound(self) -> None:
+        """5.5 GB/s of each."""
+        rates = HostRates(memory_bytes_per_second=100e9)
+        found = [host_speed(hybrid(host_rates=replace(rates, cores=cores))) for cores in (None, 4, 64)]
+        assert [each and each.cpu_bytes_per_second for each in found] == [
+            pytest.approx(rate) for rate in (72e9, 22e9, 72e9)
+        ]
 
     def test_prompts_follow_the_link(self) -> None:
         """What a batch copies and what the card computes, one after the other."""

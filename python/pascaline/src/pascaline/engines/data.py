@@ -57,6 +57,8 @@ class HybridPoint:
     """Peak of the card's memory, for decode."""
     host_bytes_per_second: float | None = None
     """Peak of the host's memory (channels x transfers x 8 bytes); None if not published."""
+    host_cores: int | None = None
+    """Cores that compute; None if not published."""
     link_bytes_per_second: float | None = None
     """Rate of copies to the card, for prefill; None if not published."""
     device_tokens_per_second: float | None = None

@@ -22,6 +22,8 @@ class HostRates:
 
     memory_bytes_per_second: float | None = None
     """Memory bandwidth of the CPUs that the engine uses."""
+    cores: int | None = None
+    """Cores that compute with what is read."""
     link_bytes_per_second: float | None = None
     """Rate at which pinned memory is copied to the GPU."""
     source: str = ""

@@ -9,6 +9,7 @@ from pascaline.engines import ENGINES, engine_named
 from pascaline.engines.plan_request import PlanRequest
 from pascaline.planning.catalog import catalog_spec, shapes
 from pascaline.planning.mixtures import requantized
+from pascaline.planning.speed import cpu_rate
 from pascaline.planning.weights import weights_on_device
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def expected(point: HybridPoint) -> float:
     if point.host_bytes_per_second is not None:
         read = point.host_bytes_per_second * known["host_peak_share"].value
     switches = weights.host_switches * known["host_switch_seconds"].value
-    return 1 / (device_seconds(point) + switches + weights.host_read_bytes(1) / (read * known["host_share"].value))
+    host = weights.host_read_bytes(1) / cpu_rate(read, point.host_cores, known)
+    return 1 / (device_seconds(point) + switches + host)
 
 
 def expected_range(point: HybridPoint) -> tuple[float, float]:

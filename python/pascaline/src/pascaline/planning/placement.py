@@ -6,7 +6,7 @@ was recorded. What an engine is started with follows from the answer and is deci
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,8 @@ class HostFacts:
     """CPUs of a NUMA node; empty if the host does not report them."""
     socket_nodes: Callable[[int], tuple[int, ...]] = lambda node: (node,)
     """NUMA nodes of the socket of a node, itself among them; several if the firmware divides sockets."""
+    cores: Callable[[frozenset[int]], int] = len
+    """Number of cores of these CPUs."""
     cpus: Callable[[], frozenset[int]] = frozenset
     """CPUs that an engine may use; empty if that is unknown."""
     bandwidth: Callable[[], HostBandwidth | None] = lambda: None
@@ -126,7 +128,9 @@ def place(settings: Settings, card: str | None, host: HostFacts) -> Placement:
         memory=memory,
         gpus=gpus,
         host_memory_bytes=host.host_memory().total_bytes,
-        host_rates=_host_rates(host, gpus, bound_to),
+        host_rates=replace(
+            _host_rates(host, gpus, bound_to), cores=settings.threads or host.cores(cpus or host.cpus()) or None
+        ),
         numa_node=nodes[0] if nodes else None,
         numa_nodes=bound_to,
         cpus=cpus,

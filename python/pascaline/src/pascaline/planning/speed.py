@@ -240,13 +240,19 @@ def host_speed(request: PlanRequest) -> HostSpeed | None:
     return HostSpeed(
         memory_bytes_per_second=memory,
         source=given.source if is_known else "assumed",
-        cpu_bytes_per_second=memory * known["host_share"].value,
+        cpu_bytes_per_second=cpu_rate(memory, given.cores, known),
         link_bytes_per_second=min(link, pageable) if request.mapped or request.locked else link,
         disk_bytes_per_second=known["disk_bytes_per_second"].value,
         switch_seconds=known["host_switch_seconds"].value,
         cpu_error=known["host_error_known" if is_known else "host_error"].value,
         link_error=known["host_error" if given.link_bytes_per_second is None else "host_error_known"].value,
     )
+
+
+def cpu_rate(memory_bytes_per_second: float, cores: int | None, known: Mapping[str, Fact]) -> float:
+    """Return the bytes per second that the CPUs compute with: what they read, and at most what their cores multiply."""
+    rate = memory_bytes_per_second * known["host_share"].value
+    return rate if cores is None else min(rate, cores * known["host_core_bytes_per_second"].value)
 
 
 def absent_share(request: PlanRequest, weights: Weights) -> float:

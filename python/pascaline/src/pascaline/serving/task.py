@@ -46,6 +46,7 @@ def this_host(settings: Settings) -> HostFacts:
         numa_node=numa_node,
         node_cpus=node_cpus,
         socket_nodes=socket_nodes,
+        cores=lambda cpus: len(physical_cores(cpus)),
         cpus=lambda: frozenset(os.sched_getaffinity(0)),
         bandwidth=lambda: host_bandwidth.load(cache_folder(settings)),
         link_rate=link_rate,

@@ -1,5 +1,7 @@
 """An SGLang plugin for benchmarks that makes each step's device time longer: the host and the text stay real.
 
+A draft model's passes are as fast as they are.
+
 `installed(folder, milliseconds, row_milliseconds)` writes what SGLang needs to find it and returns the environment. A
 GPU waits inside its own queue, so that the host runs ahead as it does beside a slower card; a CPU just sleeps.
 """
@@ -43,6 +45,8 @@ def register() -> None:
 
 
 def _slower(original: Callable[..., Any], worker: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
+    if worker.is_draft_worker:
+        return original(worker, batch, *arguments, **options)
     rows = min(_MOST_ROWS, len(batch.input_ids) if batch.input_ids is not None else 1)
     seconds = (float(os.environ[STEP]) + float(os.environ[ROW]) * (rows - 1)) / 1000
     if worker.model_runner.device == "cuda":

@@ -1,4 +1,4 @@
-"""The worker itself, with SGLang's classes and a model that is a function: runs, widths, counters, without an engine."""
+"""The workers themselves, with SGLang's classes and models that are functions: runs, widths, counters, no engine."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from sglang_pascal.speculation.drafting import Drafter
 pytestmark = pytest.mark.filterwarnings("ignore:Only CUDA")  # of SGLang's imports
 VOCABULARY, CONTEXT = 97, 600
 NEUTRAL = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
+
+
+DRAFT_SECONDS = 0.05
+"""Of a draft model's pass; a step of the target takes one second."""
 
 
 class Counted:
@@ -37,26 +41,31 @@ def erratic(text):
 class Engine:
     """SGLang's scheduler and target model, as far as the worker sees them."""
 
-    def __init__(self, monkeypatch, n, *, overlap):
+    def __init__(self, monkeypatch, n, *, overlap, draft=None):
+        """draft: what a draft model's next token is; None = prompt lookup."""
         from sglang_pascal.speculation.counters import Counters
         from sglang_pascal.speculation.graphs import RecordedWidths
-        from sglang_pascal.speculation.worker import LookupWorker
+        from sglang_pascal.speculation.worker import DraftWorker, LookupWorker
 
         self.overlap, self.time, self.late, self.kv = overlap, 0.0, [], torch.zeros(n * CONTEXT, dtype=torch.long)
-        self.steps = []
-        worker = self.worker = LookupWorker.__new__(LookupWorker)
+        self.steps, kind = [], DraftWorker if draft else LookupWorker
+        worker = self.worker = kind.__new__(kind)
         worker._target_worker = SimpleNamespace(forward_batch_generation=self.forward)
         worker._runner = SimpleNamespace(sampler=self.sample)
         worker._device = torch.device("cpu")
-        worker.speculative_num_draft_tokens, worker._is_one_each = 8, True
+        worker.speculative_num_draft_tokens, worker._checked, worker._ones = 8, set(), {}
         worker._graphs = RecordedWidths(SimpleNamespace(decode_cuda_graph_runner=None), [1, 2, 4, 8], 16)
         worker._drafter = Drafter(
             widths=worker._graphs.widths,
             most_rows=16,
             row_cost=0.02,
             context_length=CONTEXT,
+            search=worker.search,
+            draft_cost=DRAFT_SECONDS,
             clock=lambda: self.time,
         )
+        if draft:
+            self.model = worker._draft = draft_model(self, draft)
         counters = worker._counters = Counters.__new__(Counters)
         counters._drafted, counters._accepted, counters._checks = Counted(), Counted(), Counted()
         counters._steps, counters._won, counters._launched = Counted(), Counted(), spec_counters.deque(maxlen=4)
@@ -82,8 +91,12 @@ class Engine:
             acc_scaling_penalties=None,
             is_all_greedy=True,
         )
+        prompts = [each.origin_input_ids_unpadded for each in self.requests]
         return SimpleNamespace(
             reqs=self.requests,
+            input_ids=torch.tensor([token for prompt in prompts for token in prompt]),
+            out_cache_loc=torch.tensor([i * CONTEXT + j for i, each in enumerate(prompts) for j in range(len(each))]),
+            extend_input_logprob_token_ids=None,
             forward_mode=ForwardMode[mode],
             seq_lens=self.lengths,
             spec_info=self.carried,
@@ -168,3 +181,78 @@ def test_the_tokens_are_those_of_the_model_alone(monkeypatch, n, overlap):
     assert counters._drafted.values["greedy"] >= right > counters._checks.values["greedy"] > 0
     assert sum(counters._steps.values.values()) == 100
     assert counters._won.values["set"] > 0
+
+
+def draft_model(engine, next_token):
+    """A draft model that remembers which token it computed in which slot, and reads its text from there."""
+    from sglang_pascal.speculation.draft_model import DraftModel
+    from sglang_pascal.speculation.graphs import RecordedWidths
+
+    model, computed = DraftModel.__new__(DraftModel), torch.full_like(engine.kv, -1)
+
+    def forward(batch, is_verify):
+        assert is_verify
+        engine.time += DRAFT_SECONDS
+        computed[batch.out_cache_loc] = batch.input_ids
+        if batch.spec_info is None:
+            return None
+        logits = torch.zeros(len(batch.input_ids), VOCABULARY)
+        for row, position in enumerate(batch.spec_info.positions.tolist()):
+            request = row // batch.spec_info.draft_token_num
+            text = computed[request * CONTEXT :][: position + 1].tolist()
+            prompt, known = engine.requests[request].origin_input_ids_unpadded, int(engine.lengths[request])
+            assert text[:known] == (prompt + alone(prompt, known))[: min(known, len(text))]
+            logits[row, next_token(text)] = 1.0
+        return SimpleNamespace(logits_output=SimpleNamespace(next_token_logits=logits), can_run_cuda_graph=False)
+
+    model._worker, model._chunk = SimpleNamespace(forward_batch_generation=forward), 7
+    model._graphs = RecordedWidths(SimpleNamespace(decode_cuda_graph_runner=None), [1, 2], 16)
+    model._is_computed = torch.zeros(len(engine.kv), dtype=torch.bool)
+    return model
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_draft_model_that_is_right_saves_most_steps(monkeypatch, n, overlap):
+    engine = Engine(monkeypatch, n, overlap=overlap, draft=erratic)
+    for _ in range(40):
+        engine.decode()
+    for request in engine.requests:
+        assert request.output_ids == alone(request.origin_input_ids_unpadded, len(request.output_ids))
+    counters = engine.worker._counters
+    assert counters._accepted.values["greedy"] >= counters._drafted.values["greedy"] - n * 7 * overlap > 0
+    assert engine.steps.count(8 if n == 1 else 4) > 30
+
+
+def test_a_draft_model_catches_up_after_steps_without_it(monkeypatch):
+    """Its passes read the text from its own slots, which `draft_model` compares with the true text."""
+    engine = Engine(monkeypatch, 2, overlap=True, draft=erratic)
+    drafter = engine.worker._drafter
+    looks = drafter._looks
+    for step in range(60):
+        drafter._looks = looks if step < 15 or step > 40 else lambda n: False
+        engine.decode()
+    assert set(engine.steps[16:41]) == {1}
+    assert engine.steps[41:].count(8) + engine.steps[41:].count(4) > 10
+    for request in engine.requests:
+        assert request.output_ids == alone(request.origin_input_ids_unpadded, len(request.output_ids))
+
+
+def test_a_draft_model_that_is_wrong_is_soon_left_alone(monkeypatch):
+    engine = Engine(monkeypatch, 2, overlap=True, draft=lambda text: (erratic(text) + 1) % VOCABULARY)
+    for _ in range(200):
+        engine.decode()
+    assert engine.worker._counters._accepted.values.get("greedy", 0) == 0
+    assert engine.steps[20:].count(1) > 170
+    for request in engine.requests:
+        assert request.output_ids == alone(request.origin_input_ids_unpadded, len(request.output_ids))
+    engine.worker._prompts(engine.batch("EXTEND"))
+    assert not engine.model._is_computed[: len(engine.requests[0].origin_input_ids_unpadded)].any()
+
+
+def test_what_a_draft_model_lacks_is_counted_from_the_first_gap(monkeypatch):
+    engine = Engine(monkeypatch, 1, overlap=False, draft=erratic)
+    batch, model = engine.batch("DECODE"), engine.model
+    assert model.behind(batch, 15) == [0]
+    model.forget(torch.tensor([5, 9]))
+    assert model.behind(batch, 15) == [9]

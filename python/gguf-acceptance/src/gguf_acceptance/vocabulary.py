@@ -224,3 +224,22 @@ def _note_defaults(metadata: Mapping[str, Any], family: str, verdict: Verdict) -
             verdict.default(f"{PREFIX}{name}_token_id", number)
     if family == "gpt2" and f"{PREFIX}eos_token_id" not in metadata:
         verdict.default(f"{PREFIX}eos_token_id", "none, so an answer ends at other end tokens or at max_tokens")
+
+
+def difference(model: Mapping[str, Any], draft: Mapping[str, Any]) -> str | None:
+    """Return in which way a draft model's tokenizer is another than the model's; None if a number means the same text.
+
+    Both: keys of the files with the tokens themselves. Tokens that end an answer may differ: only the model's end it.
+    """
+    families = [each.get(f"{PREFIX}model") for each in (model, draft)]
+    if families[0] != families[1]:
+        return f"tokenizer.ggml.model is {families[1]!r}, the model's is {families[0]!r}"
+    theirs, ours = (each.get(f"{PREFIX}tokens") for each in (model, draft))
+    if not isinstance(theirs, list) or not isinstance(ours, list):
+        return "tokenizer.ggml.tokens cannot be read"
+    if len(theirs) != len(ours):
+        return f"it has {len(ours):,} tokens, the model has {len(theirs):,}"
+    for number, (theirs_text, our_text) in enumerate(zip(theirs, ours, strict=True)):
+        if theirs_text != our_text:
+            return f"token {number} is {our_text!r}, the model's is {theirs_text!r}"
+    return None

@@ -460,6 +460,16 @@ def _replace_slot_writer() -> None:
     _hook_at_once((_WRITE_SLOTS, write_slots, "REPLACE"))
 
 
+_RESERVE_SLOTS: Final = "sglang.srt.speculative.eagle_utils.eagle_prepare_for_decode"
+
+
+def reserve_slots_for_several_steps() -> None:
+    """Called by a worker that drafts: without speculation, the module would be imported in vain."""
+    from sglang_pascal.speculation.slots import prepare_for_decode
+
+    _hook_at_once((_RESERVE_SLOTS, prepare_for_decode, "AROUND"))
+
+
 def _register_speculation() -> None:
     from sglang_pascal.speculation.algorithm import register
 

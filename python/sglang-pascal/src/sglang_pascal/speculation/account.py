@@ -90,9 +90,9 @@ class _Account:
 class Accounts:
     """By number of running requests."""
 
-    def __init__(self, row_cost: float) -> None:
-        """row_cost: as `Pace` takes it."""
-        self.pace = Pace(row_cost)
+    def __init__(self, row_cost: float, draft_cost: float = 0.0) -> None:
+        """row_cost, draft_cost: as `Pace` takes them."""
+        self.pace = Pace(row_cost, draft_cost)
         self.won_seconds = 0.0
         """What speculation has won so far, seconds; negative if it has lost."""
         self._accounts: dict[int, _Account] = {}
@@ -102,6 +102,10 @@ class Accounts:
         """Return whether drafts may be looked for, with n running requests."""
         account = self._accounts.setdefault(n, _Account())
         return account.is_open and not account.samples_wanted
+
+    def has_hope(self) -> bool:
+        """Return whether drafts may be looked for with any number of requests that ran so far."""
+        return not self._accounts or any(account.is_open for account in self._accounts.values())
 
     def note(self, n: int, width: int, seconds: float, won: int, *, looked: bool, waited: bool) -> None:
         """Count the time from a launch to the next one.

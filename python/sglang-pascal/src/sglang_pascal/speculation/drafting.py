@@ -8,7 +8,7 @@ win (`account`), no draft is looked for.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sglang_pascal.speculation.account import Accounts
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     Wait = Callable[[], Sequence[tuple[int, Sequence[int]]]]
     """Waits for the device; returns each request's number of tokens, and those of the last step."""
     Found = tuple[Draft | None, list[int]]
-    """A draft of a request and its tokens."""
+    """A draft of a request and its tokens; none yet if a model drafts them."""
+    Search = Callable[[Text, int], tuple[Draft, list[int]] | None]
+    """What may be drafted for a text, at most so many tokens; None = nothing."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Step:
     n_drafts: list[int]
     """Of each request; its other rows are padding."""
     drafts: list[list[int]]
-    """`[n][width - 1]`, padded."""
+    """`[n][width - 1]`, padded; all padding if a model drafts them."""
+    texts: list[Text] = field(default_factory=list)
+    """Of each request, with its newest token; empty if nothing is drafted."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,16 @@ class Drafter:
         most_rows: int,
         row_cost: float,
         context_length: int,
+        draft_cost: float = 0.0,
+        search: Search = Text.draft,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """most_rows, row_cost: as `choose_width` and `Pace` take them. context_length: most tokens of a request."""
-        self._widths, self._most_rows, self._accounts = widths, most_rows, Accounts(row_cost)
+        """most_rows, row_cost, draft_cost: as `choose_width` and `Pace` take them.
+
+        context_length: most tokens of a request. search: what says which drafts there may be.
+        """
+        self._widths, self._most_rows, self._accounts = widths, most_rows, Accounts(row_cost, draft_cost)
+        self._search = search
         self._clock = clock
         self._launched: _Launch | None = None
         """None after a prompt."""
@@ -74,6 +84,11 @@ class Drafter:
     def won_seconds(self) -> float:
         """What speculation has won so far, seconds; negative if it has lost."""
         return self._accounts.won_seconds
+
+    @property
+    def has_hope(self) -> bool:
+        """Whether drafts may win with any number of requests, as far as is known."""
+        return self._accounts.has_hope()
 
     def clear(self) -> None:
         """Forget the running requests."""
@@ -140,7 +155,7 @@ class Drafter:
         longest = max(text.total or 0 for text in texts)
         widths = [width for width in self._widths(len(texts)) if longest + width - 1 <= self._context_length]
         found: list[Found] = [
-            text.draft(most_drafts(request, text, max(widths, default=1))) or (None, [])
+            self._search(text, most_drafts(request, text, max(widths, default=1))) or (None, [])
             for request, text in zip(requests, texts, strict=True)
         ]
         return found, choose_width([draft for draft, _ in found], widths, self._most_rows, self._accounts.pace)
@@ -151,4 +166,4 @@ def _launched(texts: Sequence[Text], found: Sequence[Found], width: int) -> Step
     for text, draft in zip(texts, checked, strict=True):
         text.launched(width, draft)
     n_drafts = [draft.n_tokens if draft else 0 for draft in checked]
-    return Step(width, n_drafts, [[*tokens, *[0] * width][: width - 1] for _, tokens in found])
+    return Step(width, n_drafts, [[*tokens, *[0] * width][: width - 1] for _, tokens in found], list(texts))

@@ -97,9 +97,9 @@ class Acceptance:
 class Pace:
     """How long checks take, as the host sees them: it also waits for the device, which a fast card shows."""
 
-    def __init__(self, row_cost: float) -> None:
-        """row_cost: time of a further row as a share of a step's, for what was not measured yet."""
-        self._row_cost = row_cost
+    def __init__(self, row_cost: float, draft_cost: float = 0.0) -> None:
+        """For what was not measured yet, as shares of a step's time: of a further row, and of drafting a token."""
+        self._row_cost, self._draft_cost = row_cost, draft_cost
         self._ratios: dict[tuple[int, int], deque[float]] = {}
         """Requests and width -> the last steps' times, as multiples of plain ones at that time: the load changes."""
         self._plain_steps = 0
@@ -117,7 +117,7 @@ class Pace:
 
     def cost(self, n: int, width: int) -> float:
         """Return the time of such a step as a multiple of one of width 1. What is assumed is a first sample."""
-        assumed = 1 + self._row_cost * n * (width - 1)
+        assumed = 1 + (self._row_cost * n + self._draft_cost) * (width - 1)
         ratios = self._ratios.get((n, width), ())
         if len(ratios) < _LEAST_SAMPLES:
             return fmean((assumed, *ratios))

@@ -18,7 +18,7 @@ _PER_REQUEST: Final = ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_s
 
 
 def draw(sampler: Any, batch: Any, output: Any, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Return a token of every row, `[n, width]` int64, and fill in log-probabilities that were asked for.
+    """Return a token of every row, `[n, width]`, and fill in log-probabilities that were asked for.
 
     sampler: SGLang's. output: its logits `[n * width, vocabulary]`, which are changed. tokens: `[n, width]`, what was
     checked. positions: `[n * width]`, of these tokens.
@@ -30,10 +30,10 @@ def draw(sampler: Any, batch: Any, output: Any, tokens: torch.Tensor, positions:
     logits = output.next_token_logits
     keeps = batch.return_logprob and not batch.sampling_info.is_all_greedy  # the sampler overwrites its logits
     kept = logits.clone() if keeps else logits
-    drawn: torch.Tensor = sampler(output, rows_of(batch.sampling_info, width), False, [], [], positions).long()
+    drawn: torch.Tensor = sampler(output, rows_of(batch.sampling_info, width), False, [], [], positions)
     output.next_token_logits = kept
     if batch.return_logprob:
-        compute_spec_logprobs(batch, output, drawn, chain_stride=width)
+        compute_spec_logprobs(batch, output, drawn.long(), chain_stride=width)
     return drawn.view(n, width)
 
 

@@ -1,4 +1,4 @@
-"""The worker that SGLang's scheduler calls for each step: draft by lookup, verify a chain, accept what is right."""
+"""The workers that SGLang's scheduler calls for each step: draft, verify a chain, accept what is right."""
 
 from __future__ import annotations
 
@@ -7,26 +7,37 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.managers.utils import GenerationBatchResult
-from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_spec
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.ngram_info import NgramVerifyInput
 
+from sglang_pascal.compat import reserve_slots_for_several_steps
 from sglang_pascal.kernels.formats import SPECULATIVE_WIDTHS
 from sglang_pascal.speculation.counters import Counters
+from sglang_pascal.speculation.draft_model import DraftModel
 from sglang_pascal.speculation.drafting import Drafter
 from sglang_pascal.speculation.graphs import RecordedWidths
 from sglang_pascal.speculation.load import most_rows, row_cost
+from sglang_pascal.speculation.passes import run_chain
+from sglang_pascal.speculation.texts import Text
 from sglang_pascal.speculation.verification import accepted, draw
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from sglang_pascal.speculation.drafting import Step
 
-class LookupWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no types
-    """Prompt lookup. It has no draft model, so SGLang's pools and weights are the target's alone."""
+
+class ChainWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no types
+    """What does not depend on where drafts come from. As it is, nothing is drafted."""
 
     draft_worker = None
+    """SGLang's name for a worker whose weights and pools it manages; a draft model's are managed here."""
+    search = staticmethod(Text.draft)
+    """As `Drafter` takes it."""
+    draft_cost = 0.0
+    """As `Pace` takes it."""
 
     def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any) -> None:
         """SGLang calls it with these names, before any pool exists."""
@@ -37,18 +48,26 @@ class LookupWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no
         self.speculative_num_draft_tokens: int = get_spec().speculative_num_draft_tokens
         self.speculative_num_steps = self.speculative_num_draft_tokens - 1
         self._device = torch.device(self._runner.device)
-        widest, rows = self.speculative_num_draft_tokens, most_rows(self._device.type)
+        self._most_rows = most_rows(self._device.type)
+        widest = self.speculative_num_draft_tokens
         widths = [*(width for width in SPECULATIVE_WIDTHS if width < widest), widest]
-        self._graphs = RecordedWidths(self._runner, widths, rows)
-        self._drafter = Drafter(
+        self._graphs = RecordedWidths(self._runner, widths, self._most_rows)
+        self._drafter = self._new_drafter()
+        self._counters = Counters()
+        self._checked: set[str] = set()
+        """Requests whose last step had drafts: several of its tokens may count."""
+        self._ones: dict[tuple[int, bool], torch.Tensor] = {}
+        reserve_slots_for_several_steps()
+
+    def _new_drafter(self) -> Drafter:
+        return Drafter(
             widths=self._graphs.widths,
-            most_rows=rows,
+            most_rows=self._most_rows,
             row_cost=row_cost(self._device.type),
+            draft_cost=self.draft_cost,
+            search=self.search,
             context_length=self._runner.model_config.context_len,
         )
-        self._counters = Counters()
-        self._is_one_each = True
-        """Whether every request got one token in the step before; a prompt's step gives one too."""
 
     def init_cuda_graphs(self) -> None:
         """Record the steps of each width, after SGLang has recorded those of width 1."""
@@ -71,18 +90,33 @@ class LookupWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no
         with torch.no_grad():
             return (self._decode if batch.forward_mode.is_decode() else self._prefill)(batch, on_publish)
 
+    # --- what differs -----------------------------------------------------------------------------------------------
+
+    def _prompts(self, batch: Any) -> None:
+        """Note that the target computes these prompts."""
+
+    def _propose(self, batch: Any, step: Step) -> torch.Tensor:
+        """Return the drafts `[n, width - 1]` int64 of a step with drafts."""
+        raise NotImplementedError
+
+    def _undrafted(self, slots: torch.Tensor) -> None:
+        """Note that the target writes tokens to these slots `[...]` which nobody drafted."""
+
     # --- prompts ----------------------------------------------------------------------------------------------------
 
     def _prefill(self, batch: Any, on_publish: Callable[[torch.Tensor], None] | None) -> Any:
         """Compute the target's own step; its token is a run of length 1."""
         result = self.target_worker.forward_batch_generation(batch)
+        self._prompts(batch)
         self._drafter.prefilled(batch.reqs)
+        self._checked -= {request.rid for request in batch.reqs}
         lengths = batch.seq_lens.clone()
         if on_publish is not None:
             on_publish(lengths)
-        result.accept_lens = torch.ones(len(batch.reqs), dtype=torch.int32, device=self._device)
+        result.accept_lens = self._one_each(len(batch.reqs), on_host=on_publish is not None)
         result.new_seq_lens = lengths
-        result.next_draft_input = self._carried(result.next_token_ids.view(-1, 1), result.accept_lens, lengths)
+        tokens = result.next_token_ids.view(-1, 1)
+        result.next_draft_input = self._carried(tokens, result.accept_lens, lengths, is_relayed=on_publish is not None)
         result.speculative_num_draft_tokens = self.speculative_num_draft_tokens
         return result
 
@@ -92,19 +126,22 @@ class LookupWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no
         step = self._drafter.plan(batch.reqs, functools.partial(self._newest_runs, batch))
         width = step.width
         self._counters.step(batch.reqs, width, step.n_drafts)
-        tokens = _newest(batch.spec_info, self._is_one_each)[:, None]
+        tokens = _newest(batch.spec_info)[:, None]
         positions = batch.seq_lens[:, None]
         if width > 1:
-            tokens = torch.cat((tokens, self._on_device(step.drafts)), 1)
+            tokens = torch.cat((tokens, self._propose(batch, step)), 1)
             positions = positions + torch.arange(width, device=self._device)
-        self._is_one_each = width == 1
-        output, recorded = self._verify(batch, tokens, positions)
+        self._checked = {request.rid for request in batch.reqs} if width > 1 else set()
+        output, recorded = run_chain(self.target_worker, self._graphs, batch, tokens, positions)
+        batch.forward_mode = ForwardMode.DECODE
+        self._undrafted(batch.out_cache_loc.view(-1, width)[:, -1])
         drawn = draw(self._runner.sampler, batch, output, tokens, positions.flatten())
         if width > 1:
             lens = accepted(tokens, drawn, self._on_device(step.n_drafts))
+            lengths = batch.seq_lens + lens
         else:
-            lens = torch.ones(len(drawn), dtype=torch.int32, device=self._device)
-        lengths = batch.seq_lens + lens
+            lens = self._one_each(len(drawn), on_host=on_publish is not None)
+            lengths = batch.seq_lens + 1
         if on_publish is not None:
             on_publish(lengths)
         reported = drawn.int()
@@ -114,37 +151,31 @@ class LookupWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no
             can_run_cuda_graph=recorded,
             accept_lens=lens,
             new_seq_lens=lengths,
-            next_draft_input=self._carried(reported, lens, lengths),
+            next_draft_input=self._carried(reported, lens, lengths, is_relayed=on_publish is not None),
             speculative_num_draft_tokens=width,
         )
 
-    def _verify(self, batch: Any, tokens: torch.Tensor, positions: torch.Tensor) -> tuple[Any, bool]:
-        """Run the model over tokens `[n, width]`; the batch's fields are restored by SGLang."""
-        width = tokens.shape[1]
-        slots = batch.req_to_token_pool.req_to_token[batch.req_pool_indices[:, None], positions]
-        batch.input_ids, batch.out_cache_loc = tokens.flatten(), slots.flatten().long()
-        batch.forward_mode = ForwardMode.TARGET_VERIFY
-        batch.spec_info = NgramVerifyInput(
-            draft_token=batch.input_ids,
-            positions=positions.flatten(),
-            draft_token_num=width,
-            new_seq_lens=batch.seq_lens,
-        )
-        batch.spec_info.capture_hidden_mode = CaptureHiddenMode.NULL
-        with self._graphs.of_width(width):
-            result = self.target_worker.forward_batch_generation(batch, is_verify=True)
-        batch.forward_mode = ForwardMode.DECODE
-        return result.logits_output, result.can_run_cuda_graph
+    def _carried(self, runs: torch.Tensor, lens: torch.Tensor, lengths: torch.Tensor, *, is_relayed: bool) -> Any:
+        """Return what the next step gets: runs `[n, width]`, padded to the one width that SGLang carries.
 
-    def _carried(self, runs: torch.Tensor, lens: torch.Tensor, lengths: torch.Tensor) -> NgramVerifyInput:
-        """Return what the next step gets: runs `[n, width]`, padded to the one width that SGLang carries."""
-        padding = self.speculative_num_draft_tokens - runs.shape[1]
-        return NgramVerifyInput(
-            draft_token_num=self.speculative_num_draft_tokens,
-            new_seq_lens=lengths,
-            accept_tokens=torch.nn.functional.pad(runs.int(), (0, padding)).flatten(),
-            accept_lens=lens,
+        The relay takes single tokens as they are.
+        """
+        width = runs.shape[1]
+        carried_width = 1 if is_relayed and width == 1 else self.speculative_num_draft_tokens
+        if carried_width > width:
+            runs = torch.nn.functional.pad(runs, (0, carried_width - width))
+        carried = NgramVerifyInput(
+            draft_token_num=carried_width, new_seq_lens=lengths, accept_tokens=runs.int().flatten(), accept_lens=lens
         )
+        carried.in_flight = width
+        return carried
+
+    def _one_each(self, n: int, *, on_host: bool) -> torch.Tensor:
+        """Return ones `[n]`, which nobody changes. SGLang copies them to the host, and its relay takes none."""
+        if (n, on_host) not in self._ones:
+            device = torch.device("cpu") if on_host else self._device
+            self._ones[n, on_host] = torch.ones(n, dtype=torch.int32, device=device)
+        return self._ones[n, on_host]
 
     def _on_device(self, values: Sequence[Any]) -> torch.Tensor:
         pinned = self._device.type == "cuda"
@@ -152,15 +183,79 @@ class LookupWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no
 
     def _newest_runs(self, batch: Any) -> list[tuple[int, list[int]]]:
         """Return each request's length and its tokens of the last step; this waits for the device."""
-        lens = batch.spec_info.accept_lens[:, None]
-        runs = batch.spec_info.accept_tokens.view(len(lens), -1)
-        facts = torch.cat((batch.seq_lens[:, None], lens, runs), 1).tolist()
-        return [(length + 1, run[:n]) for length, n, *run in facts]
+        carried, columns = batch.spec_info, [batch.seq_lens[:, None], _newest(batch.spec_info)[:, None]]
+        if self._checked:
+            runs, lens = _runs(carried)
+            columns += [lens[:, None], runs]
+        facts = torch.cat(columns, 1).tolist()
+        return [
+            (length + 1, run[1 : 1 + run[0]] if request.rid in self._checked else [newest])
+            for request, (length, newest, *run) in zip(batch.reqs, facts, strict=True)
+        ]
 
 
-def _newest(carried: Any, is_one_each: bool) -> torch.Tensor:
+class LookupWorker(ChainWorker):
+    """Prompt lookup. It has no draft model, so SGLang's pools and weights are the target's alone."""
+
+    def _propose(self, batch: Any, step: Step) -> torch.Tensor:
+        del batch
+        return self._on_device(step.drafts)
+
+
+class DraftWorker(ChainWorker):
+    """A draft model beside the target."""
+
+    search = staticmethod(Text.guess)
+
+    def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any) -> None:
+        """SGLang calls it with these names, before any pool exists."""
+        rows = most_rows(target_worker.model_runner.device)
+        self._draft = DraftModel(server_args, gpu_id, nccl_port, target_worker, rows)
+        self.draft_cost = self._draft.cost
+        super().__init__(server_args, gpu_id, nccl_port, target_worker)
+
+    def alloc_memory_pool(self, **pools: Any) -> None:
+        """Share the target's slots with the draft model."""
+        super().alloc_memory_pool(**pools)
+        self._draft.alloc_memory_pool(**pools)
+
+    def init_attention_backends(self) -> None:
+        """Those of the draft model; SGLang has made the target's."""
+        self._draft.init_attention_backends()
+
+    def init_cuda_graphs(self) -> None:
+        """Record the steps of both models."""
+        super().init_cuda_graphs()
+        self._draft.record()
+
+    def _prompts(self, batch: Any) -> None:
+        if batch.forward_mode.is_idle():
+            return
+        if self._drafter.has_hope:
+            self._draft.prefilled(batch)
+        else:
+            self._draft.forget(batch.out_cache_loc)
+
+    def _propose(self, batch: Any, step: Step) -> torch.Tensor:
+        return self._draft.propose(batch, step)
+
+    def _undrafted(self, slots: torch.Tensor) -> None:
+        self._draft.forget(slots)
+
+
+def _newest(carried: Any) -> torch.Tensor:
     """Return the last token of each request's run, `[n]` int64."""
-    lens = carried.accept_lens
-    runs = carried.accept_tokens.view(len(lens), -1)
-    last: torch.Tensor = runs[:, 0] if is_one_each else runs.gather(1, lens[:, None].long() - 1)[:, 0]
-    return last.long()
+    relayed: torch.Tensor | None = getattr(carried, "newest", None)
+    if relayed is not None:
+        return relayed
+    runs, lens = _runs(carried)
+    return runs.gather(1, lens[:, None].long() - 1)[:, 0].long()
+
+
+def _runs(carried: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens `[n, width]` of the last step, and how many of each request count, `[n]`."""
+    relay = getattr(carried, "relay", None)
+    if relay is not None:
+        found: tuple[torch.Tensor, torch.Tensor] = relay.runs(carried.future_indices)
+        return found
+    return carried.accept_tokens.view(len(carried.accept_lens), -1), carried.accept_lens

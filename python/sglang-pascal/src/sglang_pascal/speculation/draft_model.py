@@ -1,0 +1,163 @@
+"""Drafts of a smaller model in the same process: it continues each text by its likeliest tokens, one after the other.
+
+It shares the target's slots: the keys and values of a token are at the same place of either model's pool. What it has
+not computed yet of a text, because a step went without drafts or a prompt was cached, it computes when it is asked.
+Nothing that is missing or stale there can change an answer: the target verifies every token.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.runtime_context import get_schedule
+
+from sglang_pascal.errors import PluginError
+from sglang_pascal.speculation.graphs import RecordedWidths
+from sglang_pascal.speculation.passes import run_chain
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sglang_pascal.speculation.drafting import Step
+    from sglang_pascal.speculation.texts import Text
+
+FIRST_ROWS: Final = 2
+"""Rows of a request in the first pass: the newest token, and the one before it, whose keys and values are missing if all
+drafts of the last step were right. Two rows take the time of one."""
+MOST_BEHIND: Final = 2048
+"""Tokens that are computed for a draft, at most. Drafts of a request that lacks more are seldom right, so that there will
+be few."""
+
+
+class DraftModel:
+    """SGLang's worker of the draft model, and which of its keys and values are those of the tokens in the slots."""
+
+    def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any, most_rows: int) -> None:
+        """Load the weights. Raises PluginError if the vocabularies differ in size."""
+        target = target_worker.model_runner
+        self._worker = TpModelWorker(
+            server_args=server_args,
+            gpu_id=gpu_id,
+            nccl_port=nccl_port,
+            is_draft_worker=True,
+            context_length=target.model_config.context_len,
+            random_seed=target_worker.random_seed,
+        )
+        self._runner = self._worker.model_runner
+        _require_same_size(target.model_config.vocab_size, self._runner.model_config.vocab_size)
+        self._graphs = RecordedWidths(self._runner, [1, FIRST_ROWS], most_rows)
+        self._is_computed = torch.zeros(0, dtype=torch.bool)
+        chunk = get_schedule().chunked_prefill_size
+        self._chunk = chunk if chunk and chunk > 0 else MOST_BEHIND
+        self.cost = _n_bytes(self._runner.model) / _n_bytes(target.model)
+        """Time of drafting a token, as a share of the target's step: what both read."""
+
+    def alloc_memory_pool(self, **pools: Any) -> None:
+        """Take the target's slots, as SGLang passes them, and memory for their keys and values."""
+        self._worker.alloc_memory_pool(**pools)
+        pool = self._runner.token_to_kv_pool
+        self._is_computed = torch.zeros(pool.size + pool.page_size, dtype=torch.bool, device=self._runner.device)
+
+    def init_attention_backends(self) -> None:
+        """As SGLang's worker does."""
+        self._worker.init_attention_backends()
+
+    def record(self) -> None:
+        """Record its two kinds of passes."""
+        self._worker.init_cuda_graphs()
+        self._graphs.record()
+
+    def prefilled(self, batch: Any) -> None:
+        """Compute the prompts that the target computes in this step."""
+        own = _own(batch)
+        self._worker.forward_batch_generation(own, is_verify=True)
+        self._is_computed[batch.out_cache_loc] = True
+
+    def forget(self, slots: torch.Tensor) -> None:
+        """Note that the target writes other tokens to these slots `[...]`."""
+        self._is_computed[slots] = False
+
+    def propose(self, batch: Any, step: Step) -> torch.Tensor:
+        """Return the likeliest tokens after each text, `[n, width - 1]` int64. The host must know the newest tokens."""
+        self._catch_up(batch, step.texts)
+        n_drafts = step.width - 1
+        newest = torch.tensor([list(text.index.tokens[-FIRST_ROWS:]) for text in step.texts])
+        tokens, lengths = newest.to(batch.seq_lens.device), batch.seq_lens - (FIRST_ROWS - 1)
+        drafts = []
+        for _ in range(n_drafts):
+            positions = lengths[:, None] + torch.arange(tokens.shape[1], device=lengths.device)
+            own = _own(batch)
+            own.seq_lens = lengths
+            output, _ = run_chain(self._worker, self._graphs, own, tokens, positions)
+            logits = output.next_token_logits.view(*tokens.shape, -1)[:, -1]
+            lengths, tokens = positions[:, -1] + 1, logits.argmax(-1)[:, None]
+            drafts.append(tokens)
+        columns = batch.seq_lens[:, None] + torch.arange(n_drafts, device=lengths.device)
+        self._is_computed[_slots(batch, columns)] = True
+        return torch.cat(drafts, 1)
+
+    def behind(self, batch: Any, longest: int) -> list[int]:
+        """Return how many tokens before each newest one there are from the first that is not computed.
+
+        longest: most tokens of a request. This waits for the device.
+        """
+        lengths = batch.seq_lens
+        columns = torch.arange(longest, device=lengths.device)
+        missing = ~self._is_computed[_slots(batch, columns[None])] & (columns < lengths[:, None])
+        first = torch.where(missing.any(1), missing.int().argmax(1), lengths)
+        found: list[int] = (lengths - first).tolist()
+        return found
+
+    def _catch_up(self, batch: Any, texts: Sequence[Text]) -> None:
+        for row, behind in enumerate(self.behind(batch, max(len(text.index) for text in texts))):
+            tokens = texts[row].index.tokens
+            end = len(tokens) - 1
+            if FIRST_ROWS <= behind <= MOST_BEHIND:
+                for first in range(end - behind, end, self._chunk):
+                    self._extend(batch, row, first, list(tokens[first : min(end, first + self._chunk)]))
+
+    def _extend(self, batch: Any, row: int, first: int, tokens: list[int]) -> None:
+        """Compute tokens of one request that begin at position first, in one pass."""
+        own, end, device = _own(batch), first + len(tokens), batch.seq_lens.device
+        positions = torch.arange(first, end, device=device)
+        own.forward_mode, own.reqs = ForwardMode.EXTEND, [batch.reqs[row]]
+        own.req_pool_indices = batch.req_pool_indices[row : row + 1]
+        own.input_ids = torch.tensor(tokens, device=device)
+        own.out_cache_loc = batch.req_to_token_pool.req_to_token[own.req_pool_indices, positions].long()
+        own.seq_lens, own.seq_lens_cpu, own.seq_lens_sum = positions[-1:] + 1, torch.tensor([end]), end
+        own.orig_seq_lens = own.seq_lens.int()
+        own.prefix_lens, own.extend_lens, own.extend_num_tokens = [first], [len(tokens)], len(tokens)
+        own.extend_logprob_start_lens = [len(tokens)]
+        self._worker.forward_batch_generation(own, is_verify=True)
+        self._is_computed[own.out_cache_loc] = True
+
+
+def _own(batch: Any) -> Any:
+    """Return a copy of SGLang's batch for the draft model: nothing is reported of its passes."""
+    own = copy.copy(batch)
+    own.return_logprob, own.spec_info, own.has_grammar = False, None, False
+    own.extend_input_logprob_token_ids = None
+    return own
+
+
+def _slots(batch: Any, columns: torch.Tensor) -> torch.Tensor:
+    """Return the slots `[n, m]` int64 at positions `[n, m]` of each request."""
+    slots: torch.Tensor = batch.req_to_token_pool.req_to_token[batch.req_pool_indices[:, None], columns]
+    return slots.long()
+
+
+def _n_bytes(model: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
+
+
+def _require_same_size(target: int, draft: int) -> None:
+    if target != draft:
+        raise PluginError(
+            f"--speculative-draft-model-path: the draft model has a vocabulary of {draft} tokens, but the model has "
+            f"{target}; choose a smaller model of the same family"
+        )

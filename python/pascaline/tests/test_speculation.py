@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_acceptance import combined_sha256, file_sha256
+from gguf_acceptance.vocabulary import difference
 from pascaline.cards import load_card
 from pascaline.engines import engine_named
 from pascaline.engines.llama_cpp import speculation as llama_cpp
+from pascaline.engines.sglang import engine as sglang_engine
 from pascaline.engines.sglang import speculation as sglang
+from pascaline.engines.sglang import vocabulary
 from pascaline.engines.speculation import NO_SPECULATION, Speculation
 from pascaline.errors import ConfigurationError
 from pascaline.models.reader import read_model
@@ -95,13 +99,13 @@ class TestSglang:
         assert sglang.speculation(given, device="cuda", n_bytes=2**33, columns=1) == NO_SPECULATION
         assert problems(given) == []
 
-    @pytest.mark.parametrize("method", ["draft", "eagle3", "mtp"])
-    def test_what_is_not_built_is_refused_with_what_works(self, method: str) -> None:
+    @pytest.mark.parametrize("method", ["eagle3", "mtp"])
+    def test_what_is_not_available_is_refused_with_what_works(self, method: str) -> None:
         assert problems(settings(method=method)) == [
             (
                 "speculative.method",
-                f"{method!r} is not built for sglang, must be one of: auto, none, lookup; or set engine to llama.cpp, "
-                "which has draft, eagle3 and mtp",
+                f"{method!r} is not available for sglang, whose recorded steps keep no hidden states for heads to read; "
+                "must be one of: auto, none, lookup, draft; or set engine to llama.cpp, which has eagle3 and mtp",
             )
         ]
 
@@ -115,10 +119,89 @@ class TestSglang:
             )
         ]
 
-    def test_a_draft_model_that_nothing_uses_is_refused(self) -> None:
-        assert problems(settings(draft_model="/m/small.gguf")) == [
-            ("speculative.draft_model", "'/m/small.gguf' is used by llama.cpp only, must be left out")
-        ]
+    @pytest.mark.parametrize("method", ["none", "lookup"])
+    def test_a_draft_model_that_nothing_uses_is_refused(self, method: str) -> None:
+        sentence = f"'/m/small.gguf' is not used by speculative.method {method!r}, must be left out"
+        assert problems(settings(method=method, draft_model="/m/small.gguf")) == [("speculative.draft_model", sentence)]
+        embedding = Settings.model_validate({"role": "embed", "speculative": {"draft_model": "/m/small.gguf"}})
+        sentence = "'/m/small.gguf' is not used as role is 'embed', must be left out"
+        assert ("speculative.draft_model", sentence) in problems(embedding)
+
+    def test_drafting_without_a_draft_model_is_refused(self) -> None:
+        sentence = "is missing, must be the GGUF file that speculative.method 'draft' drafts with"
+        assert problems(settings(method="draft")) == [("speculative.draft_model", sentence)]
+
+    @pytest.mark.parametrize("method", ["auto", "draft"])
+    def test_a_draft_model_is_planned_and_named(self, spec: ModelSpec, method: str) -> None:
+        """Its weights, keys and values in as many slots, and two recorded steps for each batch size."""
+        given = settings(method=method, draft_model=str(builtin_model()))
+        assert problems(given) == []
+        lookup, plan = planned(spec, settings(method="lookup")), planned(spec, given)
+        found = plan.request.speculation
+        assert (found.method, found.tokens, found.rows) == ("draft", 7, 8)
+        assert plan.engine_args[-6:] == (
+            *("--speculative-algorithm", PLUGIN.draft, "--speculative-num-draft-tokens", "8"),
+            *("--speculative-draft-model-path", str(builtin_model())),
+        )
+        assert plan.kv_tokens == lookup.kv_tokens
+        tables = 8192 * spec.head_dim * 4 + 2 * 4 * spec.vocab_size * 4
+        assert plan.part("draft") == pytest.approx(
+            plan.part("weights") + plan.part("kv_pool") + plan.kv_tokens + 1 + tables, rel=0.01
+        )
+        assert plan.total_bytes - lookup.total_bytes == plan.part("draft") + plan.part("graphs") - lookup.part("graphs")
+        graphs = next(part for part in plan.parts if part.key == "graphs")
+        assert graphs.formula.startswith("19 recorded steps x ")
+        assert "draft model" in explanation(plan)
+        assert plan.to_json()["speculation"]["draft"] == spec.name
+
+    def test_the_pool_leaves_room_for_the_draft_model(self, spec: ModelSpec) -> None:
+        given = settings(draft_model=str(builtin_model()))
+        whole = planned(spec, given)
+        card_bytes = whole.total_bytes - whole.part("kv_pool")
+        request = request_from_settings(given, spec, device="cuda", dtype="float16", card_bytes=card_bytes)
+        plan = make_plan(spec, P4, request)
+        assert plan.fits
+        assert whole.kv_tokens / 3 < plan.kv_tokens < whole.kv_tokens * 2 / 3
+
+    def test_a_prepared_folder_takes_the_place_of_the_draft_model_s_file(self, spec: ModelSpec) -> None:
+        found = Speculation("draft", 3, 8, draft=spec, draft_dir=Path("/cache/draft"))
+        assert sglang.arguments(found)[-1] == "/cache/draft"
+
+    def test_the_engine_prepares_the_draft_model_s_file(
+        self, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(sglang_engine, "prepare", lambda _settings, path, digest: tmp_path / path.name / digest)
+        given = Settings()
+        found = engine_named("sglang").prepare_draft(given, Speculation("draft", 3, 8, draft=spec))
+        digest = combined_sha256([file_sha256(builtin_model())])
+        assert found.draft_dir == tmp_path / builtin_model().name / digest
+        assert engine_named("sglang").prepare_draft(given, NO_SPECULATION) is NO_SPECULATION
+
+    def test_a_draft_model_makes_drafts_dearer(self, spec: ModelSpec) -> None:
+        """Seven reads of a model as large as the model itself."""
+        lookup, draft = (
+            planned(spec, settings(**given)).speed.repeating.tokens_per_second
+            for given in ({"method": "lookup"}, {"draft_model": str(builtin_model())})
+        )
+        assert draft < lookup
+
+    def test_a_draft_model_with_another_tokenizer_is_refused(
+        self, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        own = vocabulary._values(builtin_model())
+        tokens = own["tokenizer.ggml.tokens"]
+        other = {**own, "tokenizer.ggml.tokens": [*tokens[:77], "other", *tokens[78:]]}
+        monkeypatch.setattr(vocabulary, "_difference", lambda *_: difference(own, other))
+        with pytest.raises(ConfigurationError) as error:
+            planned(spec, settings(method="draft", draft_model=str(builtin_model())))
+        assert str(error.value) == (
+            f"speculative.draft_model: {builtin_model()} has another tokenizer than the model: token 77 is 'other', the "
+            f"model's is {tokens[77]!r}; choose a smaller model of the same family"
+        )
+
+    def test_a_draft_model_on_several_devices_is_refused(self) -> None:
+        given = {"speculative": {"draft_model": "/m/small.gguf"}, "pipeline_parallel": 2}
+        assert [key for key, _ in problems(Settings.model_validate(given))] == ["speculative.draft_model"]
 
     def test_the_variable_of_the_rows_is_the_plan_s(self) -> None:
         given = Settings.model_validate({"environment": {sglang.VARIABLE: "3"}})

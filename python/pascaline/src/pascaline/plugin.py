@@ -74,6 +74,8 @@ class Plugin:
     """Most parts of a sequence that is shorter than most_splits * most_split tokens."""
     lookup: str
     """SGLang's speculative algorithm for prompt lookup."""
+    draft: str
+    """The same for a draft model."""
     speculative_columns: int
     """int8 columns of a product that a step may have which verifies drafts."""
     speculative_widths: tuple[int, ...]
@@ -115,6 +117,7 @@ def parse(facts: Mapping[str, Any]) -> Plugin:
         most_split=attention["most_split"],
         most_splits=attention["most_splits"],
         lookup=facts["speculation"]["lookup"],
+        draft=facts["speculation"]["draft"],
         speculative_columns=facts["speculation"]["columns"],
         speculative_widths=tuple(facts["speculation"]["widths"]),
         graph_batch_sizes=tuple(facts["graph_batch_sizes"]),

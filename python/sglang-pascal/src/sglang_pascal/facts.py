@@ -70,6 +70,7 @@ def collect() -> dict[str, Any]:
         },
         "speculation": {
             "lookup": names.LOOKUP,
+            "draft": names.DRAFT,
             "columns": formats.SPECULATIVE_COLUMNS,
             "widths": list(formats.SPECULATIVE_WIDTHS),
         },

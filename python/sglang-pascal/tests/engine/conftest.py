@@ -16,6 +16,7 @@ import httpx
 import pytest
 from sglang_pascal.checkpoint.prepare import prepare
 from sglang_pascal.cpu import recommended_cpu_settings
+from support import always_draft
 from support.ports import free_port
 
 START_DEADLINE_SECONDS = 600
@@ -115,6 +116,19 @@ def lookup_engine(engine, tmp_path_factory):
     options += ["--speculative-algorithm", "PASCAL_LOOKUP", "--context-length", "1024"]
     with running_engine(engine.folder, log, *options) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def draft_engine(tiny_model, tmp_path_factory):
+    """A tiny random model that drafts for itself in every step, and the file that makes its drafts wrong."""
+    root = tmp_path_factory.mktemp("draft")
+    prepare(tiny_model("llama").path, root / "model")
+    (root / "plugin").mkdir()
+    variables = always_draft.installed(root / "plugin", root / "wrong")
+    options = [*COMMON_OPTIONS, "--chunked-prefill-size", "32", "--enable-metrics"]
+    options += ["--speculative-algorithm", "PASCAL_DRAFT", "--speculative-draft-model-path", str(root / "model")]
+    with running_engine(root / "model", root / "engine.log", *options, **variables) as engine:
+        yield engine, root / "wrong"
 
 
 @pytest.fixture(scope="module")

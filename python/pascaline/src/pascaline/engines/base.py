@@ -232,6 +232,11 @@ class Engine(ABC):
         del settings, path, digest
         return None
 
+    def prepare_draft(self, settings: Settings, found: Speculation) -> Speculation:
+        """Return it with what a draft model is loaded from instead of its file; times and errors as of `prepare`."""
+        del settings
+        return found
+
     def parsers(self, settings: Settings, templates: str, architecture: str) -> Parsers | None:
         """Return its parsers for a model; None if it has its own way to read answers.
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pascaline.models.spec import ModelSpec
 
 
@@ -21,6 +23,8 @@ class Speculation:
     """Most rows of one step, all requests together; 0 = no limit that the plan knows."""
     draft: ModelSpec | None = field(default=None, repr=False)
     """The model or the heads that draft, if they are in a file of their own."""
+    draft_dir: Path | None = field(default=None, repr=False)
+    """Folder that the engine starts from instead of that file."""
 
     @property
     def width(self) -> int:

@@ -106,7 +106,7 @@ def estimate_speed(spec: ModelSpec, card: Card, request: PlanRequest, weights: W
             request.max_running_requests, min(request.context_length // 2, kv_tokens // request.max_running_requests)
         ),
         single=model.decode(1, 0),
-        repeating=model.decode(request.speculation.width, 0) if request.speculation.tokens else None,
+        repeating=model.decode(request.speculation.width, 0, drafting=True) if request.speculation.tokens else None,
         prefill=prefill,
         ttft_seconds=seconds,
         basis=model.calibration.basis,
@@ -134,10 +134,16 @@ class _Model:
         self._overhead = shares.step_seconds_per_layer * spec.num_hidden_layers
         self._least = shares.least_seconds_per_layer * spec.num_hidden_layers
         self._host = host_speed(request) if weights.host_read_bytes(1) else None
+        draft = request.speculation.draft
+        self._draft_bytes = sum(tensor.n_bytes for tensor in draft.tensors) if draft is not None else 0
 
-    def decode(self, batch: int, context: int) -> Rate:
-        """A step of one token for each of `batch` requests with `context` tokens each."""
-        memory = (self._weights.read_bytes(batch) + batch * context * self._kv) / self._bandwidth
+    def decode(self, batch: int, context: int, *, drafting: bool = False) -> Rate:
+        """A step of one token for each of `batch` requests with `context` tokens each.
+
+        drafting: the rows are one request's, and a draft model has read its weights once for each but the first.
+        """
+        drafted = (batch - 1) * self._draft_bytes if drafting else 0
+        memory = (self._weights.read_bytes(batch) + drafted + batch * context * self._kv) / self._bandwidth
         kind = kind_of(batch)
         compute = self._compute(batch * self._weights.macs, kind, self._request.decode_bits)
         # The host launches kernels while the card computes: only what is left of that counts.

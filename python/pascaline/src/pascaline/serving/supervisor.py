@@ -301,6 +301,8 @@ class Supervisor:
             prepared = None
             if spec.format == "gguf":
                 prepared = await self._in_thread(self._engine.prepare, settings, path, combined_sha256(digests))
+            drafts = await self._in_thread(self._engine.prepare_draft, settings, plan.request.speculation)
+            plan = replace(plan, request=replace(plan.request, speculation=drafts))
             stage.note = f": sha256 {shown_sha256s(digests)}" if digests else ""
         self._record_stage("verify", stage.seconds)
         templates = chat_templates(spec, path)
@@ -412,7 +414,8 @@ class Supervisor:
         if digests == model.sha256:
             if model.prepared_dir is not None:
                 await self._in_thread(self._engine.prepare, self.settings, model.path, combined_sha256(digests))
-            return task
+            drafts = await self._in_thread(self._engine.prepare_draft, self.settings, task.speculation)
+            return replace(task, speculation=drafts)
         changed = f"the model changed since it was verified: sha256 {shown_sha256s(digests)}, was "
         self._console.line("WARNING", "pascaline", f"{changed}{shown_sha256s(model.sha256)}; it is read again")
         return await self._prepare()

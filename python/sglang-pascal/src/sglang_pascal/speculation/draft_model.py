@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from sglang_pascal.speculation.texts import Text
 
 FIRST_ROWS: Final = 2
-"""Rows of a request in the first pass: the newest token, and the one before it, whose keys and values are missing if all
-drafts of the last step were right. Two rows take the time of one."""
+"""Rows of a request in the first pass: the newest token, and the one before it, whose keys and values are missing if
+all drafts of the last step were right. Two rows take the time of one."""
 MOST_BEHIND: Final = 2048
-"""Tokens that are computed for a draft, at most. Drafts of a request that lacks more are seldom right, so that there will
-be few."""
+"""Tokens that are computed for a draft, at most. Drafts of a request that lacks more are seldom right, so that there
+will be few."""
 
 
 class DraftModel:
@@ -76,18 +76,23 @@ class DraftModel:
         """Compute the prompts that the target computes in this step."""
         own = _own(batch)
         self._worker.forward_batch_generation(own, is_verify=True)
-        self._is_computed[batch.out_cache_loc] = True
+        self._note(batch.out_cache_loc, is_computed=True)
 
     def forget(self, slots: torch.Tensor) -> None:
-        """Note that the target writes other tokens to these slots `[...]`."""
-        self._is_computed[slots] = False
+        """Note that the target writes other tokens to these slots `[m]`."""
+        self._note(slots, is_computed=False)
+
+    def _note(self, slots: torch.Tensor, *, is_computed: bool) -> None:
+        """An assignment would copy the value to the device, and wait for it."""
+        self._is_computed.index_fill_(0, slots.long(), is_computed)
 
     def propose(self, batch: Any, step: Step) -> torch.Tensor:
         """Return the likeliest tokens after each text, `[n, width - 1]` int64. The host must know the newest tokens."""
         self._catch_up(batch, step.texts)
         n_drafts = step.width - 1
         newest = torch.tensor([list(text.index.tokens[-FIRST_ROWS:]) for text in step.texts])
-        tokens, lengths = newest.to(batch.seq_lens.device), batch.seq_lens - (FIRST_ROWS - 1)
+        tokens = newest.to(batch.seq_lens.device, non_blocking=True)
+        lengths = batch.seq_lens - (FIRST_ROWS - 1)
         drafts = []
         for _ in range(n_drafts):
             positions = lengths[:, None] + torch.arange(tokens.shape[1], device=lengths.device)
@@ -98,7 +103,7 @@ class DraftModel:
             lengths, tokens = positions[:, -1] + 1, logits.argmax(-1)[:, None]
             drafts.append(tokens)
         columns = batch.seq_lens[:, None] + torch.arange(n_drafts, device=lengths.device)
-        self._is_computed[_slots(batch, columns)] = True
+        self._note(_slots(batch, columns).flatten(), is_computed=True)
         return torch.cat(drafts, 1)
 
     def behind(self, batch: Any, longest: int) -> list[int]:
@@ -134,7 +139,7 @@ class DraftModel:
         own.prefix_lens, own.extend_lens, own.extend_num_tokens = [first], [len(tokens)], len(tokens)
         own.extend_logprob_start_lens = [len(tokens)]
         self._worker.forward_batch_generation(own, is_verify=True)
-        self._is_computed[own.out_cache_loc] = True
+        self._note(own.out_cache_loc, is_computed=True)
 
 
 def _own(batch: Any) -> Any:

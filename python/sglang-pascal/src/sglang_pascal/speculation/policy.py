@@ -6,6 +6,7 @@ the most expected tokens in its time, among those for which the engine has recor
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from statistics import fmean, median
@@ -117,11 +118,20 @@ class Pace:
 
     def cost(self, n: int, width: int) -> float:
         """Return the time of such a step as a multiple of one of width 1. What is assumed is a first sample."""
-        assumed = 1 + (self._row_cost * n + self._draft_cost) * (width - 1)
+        assumed = 1 + min(self._row_cost * n + self._draft_cost, self._measured_per_row(n)) * (width - 1)
         ratios = self._ratios.get((n, width), ())
         if len(ratios) < _LEAST_SAMPLES:
             return fmean((assumed, *ratios))
         return max(1.0, median(ratios))
+
+    def _measured_per_row(self, n: int) -> float:
+        """Return the least that a further row took in steps of n requests that were measured; infinite if in none."""
+        found = (
+            (median(ratios) - 1) / (width - 1)
+            for (requests, width), ratios in self._ratios.items()
+            if requests == n and len(ratios) >= _LEAST_SAMPLES
+        )
+        return max(0.0, min(found, default=math.inf))
 
 
 def choose_width(drafts: Sequence[Draft | None], widths: Sequence[int], most_rows: int, pace: Pace) -> int:

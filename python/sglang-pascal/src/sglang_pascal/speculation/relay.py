@@ -7,10 +7,12 @@ read only if the host asks for it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from sglang.srt.managers.overlap_utils import FutureMap
+
+if TYPE_CHECKING:
+    import torch
 
 
 class ChainRelay(FutureMap):  # type: ignore[misc]  # SGLang publishes no types

@@ -27,8 +27,8 @@ class Growth(NamedTuple):
 def growths(spans: Sequence[tuple[int, int]], *, width: int, in_flight: int) -> list[Growth]:
     """Return which requests need slots now. spans: of each request (tokens known on the host, positions with slots).
 
-    width: most rows of the next step. in_flight: rows of the step whose result is not known: so many tokens there may be
-    more than the host knows.
+    width: most rows of the next step. in_flight: rows of the step whose result is not known: there may be as many
+    tokens more than the host knows.
     """
     return [
         Growth(row, allocated, committed + 2 * width)

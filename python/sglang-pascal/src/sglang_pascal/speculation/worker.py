@@ -100,7 +100,7 @@ class ChainWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no 
         raise NotImplementedError
 
     def _undrafted(self, slots: torch.Tensor) -> None:
-        """Note that the target writes tokens to these slots `[...]` which nobody drafted."""
+        """Note that the target writes tokens to these slots `[m]` which nobody drafted."""
 
     # --- prompts ----------------------------------------------------------------------------------------------------
 

@@ -63,6 +63,12 @@ def tables(spec: ModelSpec, request: PlanRequest) -> Part:
     return Part("tables", "tables", n_bytes, text, "exact", source)
 
 
+def draft_buffers(draft: ModelSpec, request: PlanRequest) -> int:
+    """Return the bytes of a draft model's RoPE tables, and of the logits of its passes, two rows of each request."""
+    ropes = rope_tables(draft) * rope_positions(draft, request) * draft.head_dim * 4
+    return ropes + 2 * request.max_running_requests * draft.vocab_size * OUTPUT_BYTES
+
+
 def rope_tables(spec: ModelSpec) -> int:
     """Return how many RoPE tables SGLang makes: Gemma 3 uses another base for sliding layers than for the rest."""
     return 2 if spec.architecture in _GEMMA_3 else 1
@@ -151,6 +157,12 @@ def graph_sizes(max_running_requests: int) -> list[int]:
 
 
 def recorded_steps(request: PlanRequest) -> int:
-    """Return how many decode graphs there are: one per batch size, and for each further width those that rows allow."""
+    """Return how many decode graphs there are: one per batch size, and for each further width those that rows allow.
+
+    A draft model has those of one row, and of the two rows of its first pass.
+    """
     sizes, drafts = graph_sizes(request.max_running_requests), request.speculation
-    return len(sizes) + sum(size * width <= drafts.rows for width in speculation.widths(drafts) for size in sizes)
+    own = len(sizes) + sum(size * width <= drafts.rows for width in speculation.widths(drafts) for size in sizes)
+    if drafts.draft is None:
+        return own
+    return own + len(sizes) + sum(size * speculation.DRAFT_ROWS <= drafts.rows for size in sizes)

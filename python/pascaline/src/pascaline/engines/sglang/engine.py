@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from gguf_acceptance import combined_sha256
 
 from pascaline.engines.base import Engine, Progress, WorkLimits, sum_of_series, text_of
 from pascaline.engines.causes import Cause, Diagnosis, Explanation, cuda_fault
@@ -19,6 +22,8 @@ from pascaline.engines.sglang.parsers import choose_parsers, parser_problems
 from pascaline.engines.sglang.prepare import prepare
 from pascaline.engines.sglang.vocabulary import vocabulary_refusals
 from pascaline.engines.sglang.weights import BITSANDBYTES
+from pascaline.models.cache import cache_folder
+from pascaline.models.resolve import cached_sha256, model_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
 
     from pascaline.engines.base import Ask, Launch, Parsers, Task
     from pascaline.engines.installation import Installation, Probe
+    from pascaline.engines.speculation import Speculation
     from pascaline.models.spec import ModelSpec
     from pascaline.settings import Role, Settings
 
@@ -225,6 +231,14 @@ class SglangEngine(Engine):
     def prepare(self, settings: Settings, path: Path, digest: str) -> Path:
         """Return the folder that SGLang starts from; if it is missing, the plugin makes it."""
         return prepare(settings, path, digest)
+
+    def prepare_draft(self, settings: Settings, found: Speculation) -> Speculation:
+        """Return it with the draft model's own folder."""
+        if found.draft is None:
+            return found
+        files = model_files(found.draft, Path(found.draft.files[0]))
+        digests = [cached_sha256(file, cache_folder(settings)) for file in files]
+        return replace(found, draft_dir=prepare(settings, files[0], combined_sha256(digests)))
 
     def diagnose(self, lines: Sequence[str]) -> Diagnosis | None:
         """Return the plugin's own error message if there is one, except when the output reports a lost GPU."""

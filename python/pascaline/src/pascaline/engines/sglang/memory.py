@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pascaline.engines.kv_layers import layer_groups
 from pascaline.engines.memory_model import MemoryModel, Part, Pool
 from pascaline.engines.sglang import activations, speculation, weights
-from pascaline.engines.sglang.buffers import buffers, recorded_steps, tables
+from pascaline.engines.sglang.buffers import buffers, draft_buffers, recorded_steps, tables
 from pascaline.engines.tensors import padded
 from pascaline.errors import ConfigurationError
 from pascaline.plugin import PLUGIN
@@ -30,13 +30,15 @@ AUTO = "auto"
 """SGLang's KV type that is the type of the computation; the setting has the same name for it."""
 PADDING_TOKENS = 1
 """SGLang's pool has one more page (of one token) for padded rows (mem_cache/memory_pool.py, MHATokenToKVPool)."""
+COMPUTED_BYTES = 1
+"""Of each slot: whether a draft model's keys and values are those of its token (sglang_pascal, speculation)."""
 CPU_POOL_BYTES = 2**30
 """KV cache on the CPU if no size is set: small compared with a host's memory, and enough for a few requests."""
 MAX_FRACTION = 0.98
 """Highest mem_fraction_static that is passed on: some memory must stay free for what no plan includes."""
 RESIDENT_FIRST = ("context", "process")
 """Parts that exist before SGLang measures the free memory; its memory fraction is a share of the rest."""
-STATIC = frozenset({"weights", "kv_pool", "tables", "rounding"})
+STATIC = frozenset({"weights", "kv_pool", "tables", "rounding", "draft"})
 """Parts that its memory fraction limits."""
 ALLOCATION_STEP = 2 * 2**20
 """torch's CUDA allocator takes memory for tensors from LARGE_TENSOR on in these steps (CUDACachingAllocator.cpp)."""
@@ -79,10 +81,11 @@ class SglangMemory(MemoryModel):
         return activations.activation_bits(settings, spec, device=device)
 
     def speculation(self, settings: Settings, spec: ModelSpec, *, device: str, decode_bits: int | None) -> Speculation:
-        """Prompt lookup, on one device."""
+        """Prompt lookup or a draft model, on one device; this reads the header of the draft model."""
         columns = self.activation_columns(decode_bits) if decode_bits and device == "cuda" else 1
         n_bytes = sum(tensor.n_bytes for tensor in spec.tensors)
-        return speculation.speculation(settings, device=device, n_bytes=n_bytes, columns=columns)
+        draft = speculation.draft_model(settings, spec)
+        return speculation.speculation(settings, device=device, n_bytes=n_bytes, columns=columns, draft=draft)
 
     def check(self, settings: Settings, spec: ModelSpec) -> None:
         """Refuse a quantisation method for a model of another format."""
@@ -120,7 +123,7 @@ class SglangMemory(MemoryModel):
         prompts = request.max_running_requests if request.role == "generate" else 1
         longest = request.context_length + speculation.reserved_tokens(request.speculation)
         wanted = prompts * longest
-        tokens = max(longest, min(wanted, self._tokens(spec, request, max(0, room))))
+        tokens = max(longest, min(wanted, self._tokens(spec, request, max(0, room), with_draft=True)))
         return self.pool_of(spec, request, tokens)
 
     def pool_of(self, spec: ModelSpec, request: PlanRequest, tokens: int) -> Pool:
@@ -137,9 +140,11 @@ class SglangMemory(MemoryModel):
         text = f"({tokens:,} tokens + {PADDING_TOKENS} of padding) x {per_token:,} B; one token: {words}"
         return Pool(tokens, (tokens + PADDING_TOKENS) * per_token, text)
 
-    def _tokens(self, spec: ModelSpec, request: PlanRequest, n_bytes: int) -> int:
-        """How many tokens a pool of at most these bytes holds."""
+    def _tokens(self, spec: ModelSpec, request: PlanRequest, n_bytes: int, *, with_draft: bool = False) -> int:
+        """How many tokens a pool of at most these bytes holds. with_draft: the draft model's is within the bytes."""
         per_token = self.kv_bytes_per_token(spec, request)
+        if with_draft and request.speculation.draft is not None:
+            per_token += self.kv_bytes_per_token(request.speculation.draft, request) + COMPUTED_BYTES
         return max(0, n_bytes // per_token - PADDING_TOKENS) if per_token else request.context_length
 
     def kv_bytes(self, spec: ModelSpec, request: PlanRequest, tokens: int) -> int:
@@ -149,6 +154,8 @@ class SglangMemory(MemoryModel):
     def static_parts(self, spec: ModelSpec, request: PlanRequest, weights: Weights, pool: Pool) -> list[Part]:
         """Return weights, pool, tables and what the allocator rounds up; mem_fraction_static limits the sum."""
         parts = [*super().static_parts(spec, request, weights, pool), tables(spec, request)]
+        if request.speculation.draft is not None:
+            parts.append(self._draft_model(request.speculation.draft, request, pool))
         if weights.rounding_bytes and request.device == "cuda":
             parts.append(
                 Part(
@@ -161,6 +168,21 @@ class SglangMemory(MemoryModel):
                 )
             )
         return parts
+
+    def _draft_model(self, draft: ModelSpec, request: PlanRequest, pool: Pool) -> Part:
+        """A second model on the same device: its weights, keys and values in the same slots, tables and logits."""
+        held = [weights.held_tensor(tensor, draft, request) for tensor in draft.tensors]
+        sizes = [each.n_bytes for each in held if each is not None]
+        if request.device == "cuda":
+            sizes = [size + self.rounding_bytes(size) for size in sizes]
+        per_token = self.kv_bytes_per_token(draft, request) + COMPUTED_BYTES
+        n_kv = (pool.tokens + PADDING_TOKENS) * per_token
+        others = draft_buffers(draft, request)
+        text = (
+            f"weights {sum(sizes):,} B + KV cache ({pool.tokens:,} tokens + {PADDING_TOKENS}) x {per_token:,} B"
+            f" + tables and logits {others:,} B"
+        )
+        return Part("draft", "draft model", sum(sizes) + n_kv + others, text, "estimated", "as the model's own parts")
 
     def buffers(self, spec: ModelSpec, request: PlanRequest, weights: Weights) -> list[Part]:
         """Return what it allocates while requests run."""

@@ -137,8 +137,8 @@ class SpeculativeSettings(BaseModel):
         "auto",
         description="Where drafts come from. lookup: what followed the same words in prompt or answer; draft: a "
         "smaller model; eagle3 and mtp: heads trained for the model, in a file of their own or in the model's. SGLang "
-        "has lookup and draft, and auto means draft if draft_model is set, otherwise lookup on a GPU with at least 1 GiB "
-        "of weights, otherwise none; llama.cpp has all of them, and auto means none",
+        "has lookup and draft, and auto means draft if draft_model is set, otherwise lookup on a GPU with at least 1 "
+        "GiB of weights, otherwise none; llama.cpp has all of them, and auto means none",
     )
     tokens: int | None = Field(
         None,

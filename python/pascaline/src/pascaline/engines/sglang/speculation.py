@@ -106,8 +106,8 @@ def problems(settings: Settings) -> list[tuple[str, str]]:
         found.append(
             (
                 "speculative.method",
-                f"{chosen.method!r} is not available for sglang, whose recorded steps keep no hidden states for heads to "
-                f"read; must be one of: {', '.join(METHODS)}; or set engine to llama.cpp, which has eagle3 and mtp",
+                f"{chosen.method!r} is not available for sglang, whose recorded steps keep no hidden states for heads "
+                f"to read; must be one of: {', '.join(METHODS)}; or set engine to llama.cpp, which has eagle3 and mtp",
             )
         )
     else:
@@ -140,7 +140,8 @@ def _draft_problems(settings: Settings) -> list[tuple[str, str]]:
         return [
             (
                 key,
-                f"{given} drafts on one device only, must be left out if tensor_parallel or pipeline_parallel is above 1",
+                f"{given} drafts on one device only, must be left out "
+                "if tensor_parallel or pipeline_parallel is above 1",
             )
         ]
     return []

@@ -183,7 +183,7 @@ def prompt_logprobs(engine: Engine) -> None:
 
 
 def penalties(engine: Engine) -> None:
-    wanted = {"frequency_penalty": 0.5, "presence_penalty": 0.5, "repetition_penalty": 1.2, "min_new_tokens": 5}
+    wanted = {"frequency_penalty": 0.5, "presence_penalty": 0.5, "repetition_penalty": 1.2}
     engine.generate(prompt(20), 8, **wanted)
     engine.together(3, temperature=0.8, **wanted)
 
@@ -215,6 +215,7 @@ FEATURES: dict[str, Callable[[Engine], Any]] = {
     "logprobs": logprobs,
     "prompt logprobs": prompt_logprobs,
     "penalties": penalties,
+    "least tokens": lambda engine: engine.generate(prompt(20), 8, min_new_tokens=5),
     "logit bias": lambda engine: engine.generate(prompt(20), 8, logit_bias={"15": 5.0, "16": -100.0}),
     "choices": lambda engine: engine.generate(prompt(20), 6, n=3, temperature=0.8),
     "json schema": lambda engine: engine.chat("Answer as JSON.", response_format=NESTED, max_tokens=24),

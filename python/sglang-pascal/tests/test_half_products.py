@@ -92,3 +92,27 @@ def test_the_output_matrix_gets_it_too(facts):
 
 def test_other_layers_stay_as_they_are(facts):
     assert (facts["others"], facts["twice"], facts["elsewhere"]) == (0, [1, 0], 0)
+
+
+def test_gemma_3_rotates_without_a_product_of_matrices(in_sglang):
+    found = in_sglang.run("""
+import json
+import torch
+from transformers import Gemma3TextConfig
+from sglang.srt.models.gemma3_causal import Gemma3RotaryEmbedding
+from sglang_pascal.fused_layers import fuse
+config = Gemma3TextConfig(hidden_size=256, num_attention_heads=4, head_dim=64)
+config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+model = torch.nn.Sequential(Gemma3RotaryEmbedding(config))
+rotary, positions = model[0], torch.tensor([[0, 1, 5000, 131071]])
+expected = rotary(torch.zeros(1).half(), positions)
+fuse(model)
+with torch.profiler.profile() as profiler:
+    found = rotary(torch.zeros(1).half(), positions)
+print(json.dumps({
+    "equal": all(torch.equal(a, b) for a, b in zip(found, expected)),
+    "type": str(found[0].dtype), "shape": found[0].shape,
+    "products": [event.key for event in profiler.key_averages() if event.key in ("aten::bmm", "aten::mm")],
+}))
+""")
+    assert found == {"equal": True, "type": "torch.float16", "shape": [1, 4, 64], "products": []}

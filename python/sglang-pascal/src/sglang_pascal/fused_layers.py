@@ -112,7 +112,23 @@ def _normed(x: torch.Tensor, norm: Any, residual: torch.Tensor | None, linear: A
     return output
 
 
-_FUSED: Final[dict[str, Callable[..., torch.Tensor]]] = {
+def gemma3_rotation(
+    original: Callable[..., tuple[torch.Tensor, torch.Tensor]], self: Any, x: torch.Tensor, position_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of Gemma 3, `[requests, positions, head_dim]` in x's type, without a product of matrices.
+
+    SGLang multiplies positions `[requests, 1, positions]` and frequencies as matrices, by cuBLAS in every decode step.
+    """
+    if "dynamic" in self.rope_type:
+        return original(x, position_ids)
+    halves = position_ids[:, :, None].float() * self.inv_freq.float().to(x.device)
+    angles = torch.cat((halves, halves), dim=-1)
+    scale = self.attention_scaling
+    return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
+
+
+_FUSED: Final[dict[str, Callable[..., Any]]] = {
+    "Gemma3RotaryEmbedding": gemma3_rotation,
     "LlamaAttention": attention_layer,
     "Qwen2Attention": attention_layer,
     "Qwen3Attention": attention_layer,

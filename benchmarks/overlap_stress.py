@@ -1,0 +1,212 @@
+"""Looks for races between steps of SGLang's overlap scheduler: many mixed requests must get what each gets alone.
+
+    python benchmarks/overlap_stress.py MODEL.gguf [FILE.json] [--seconds 240] [--engines 4] [--no-barrier]
+
+The scheduler prepares a step while the last one still computes; without a barrier its writes may reach what that one
+reads. Each engine answers 48 greedy requests one by one, then the same ones in random order from 24 clients: prompts of
+3 to 900 tokens in chunks of 512, answers of 4 to 96 tokens, every seventh hung up in the middle, requests retracted
+every 40th step and whenever the small KV cache is full. An answer must have the tokens that it had alone. A retracted
+request's tokens are computed again by the kernels of a prompt, which round otherwise: a difference where the two best
+tokens had almost the same probability is counted as a tie.
+
+Exit codes: 0 all answers the same but for ties, 1 an answer differs or an engine failed, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import struct
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+from kernel_names import ENTRY_POINTS, METADATA, Engine, environment, prompt, wait_until_ready
+from server_process import process
+from support.ports import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+REQUESTS, CLIENTS, HUNG_UP = 48, 24, 7
+LONGEST_PROMPT, LONGEST_ANSWER, CHUNK, KV_TOKENS, RETRACTED_EVERY = 900, 96, 512, 6000, 40
+TIE = 0.05
+"""Difference of two log-probabilities, natural logarithm, that float16 activations may turn round."""
+READY_SECONDS = {"cuda": 240, "cpu": 900}
+COUNTER = '''
+"""A plugin of SGLang for one measurement: counts a scheduler's steps and retractions in a file."""
+import mmap, os, struct
+
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    with open(os.environ["OVERLAP_COUNTS"], "r+b") as file:
+        page = mmap.mmap(file.fileno(), 16)
+
+    def counted(place):
+        def around(original, *arguments, **named):
+            struct.pack_into("q", page, place, struct.unpack_from("q", page, place)[0] + 1)
+            return original(*arguments, **named)
+        return around
+
+    for place, target in ((0, "scheduler.Scheduler.run_batch"), (8, "schedule_batch.ScheduleBatch.retract_decode")):
+        HookRegistry.register(f"sglang.srt.managers.{target}", counted(place), HookType.AROUND)
+'''
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, metavar="MODEL.gguf")
+    parser.add_argument("output", type=Path, nargs="?", default=Path("overlap-stress.json"), metavar="FILE.json")
+    parser.add_argument("--seconds", type=float, default=240, help="of mixed requests (default: 240)")
+    parser.add_argument("--engines", type=int, default=1, metavar="N", help="at once on one card (default: 1)")
+    parser.add_argument("--no-barrier", action="store_true", help="as SGLang serves where is_cuda() is False")
+    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--logs", type=Path, help="folder for the engines' logs")
+    args = parser.parse_args()
+    if not args.model.is_file():
+        parser.error(f"there is no file {args.model}")
+    with ThreadPoolExecutor(args.engines) as pool:
+        engines = list(pool.map(lambda seed: one_engine(args, seed), range(args.engines)))
+    together: Counter[str] = Counter()
+    for each in engines:
+        together.update({name: value for name, value in each.items() if isinstance(value, int)})
+    where = environment(args.device)
+    found = where | {"barrier": not args.no_barrier, "together": dict(together), "engines": engines}
+    args.output.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{where['card']}: {dict(together)}")
+    return 1 if together["different"] or any("error" in each for each in engines) else 0
+
+
+def one_engine(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Run one engine to its end. Returns counts; `error` if it failed."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "engine.log"
+        try:
+            with running(args, Path(folder), log) as (engine, counts):
+                alone = [answer_alone(engine, number) for number in range(REQUESTS)]
+                before = read(counts)
+                found |= stress(engine, alone, args.seconds, seed)
+                steps, retractions = (after - first for after, first in zip(read(counts), before, strict=True))
+                found |= {"steps": steps, "retractions": retractions}
+        except Exception as error:
+            found["error"] = f"{type(error).__name__}: {error}"[:600]
+        if args.logs and log.is_file():
+            (args.logs / f"overlap-{seed}.log").write_text(log.read_text(errors="replace")[-20000:])
+    return found
+
+
+@contextlib.contextmanager
+def running(args: argparse.Namespace, folder: Path, log: Path) -> Iterator[tuple[Engine, Path]]:
+    """Start SGLang with the counter; yield it and the file of its counts."""
+    from sglang_pascal.checkpoint.prepare import prepare
+
+    prepare(args.model, folder / "model")
+    information, counts, port = folder / "plugin/overlap-0.dist-info", folder / "counts", free_port()
+    information.mkdir(parents=True)
+    (folder / "plugin/kernel_names_recorder.py").write_text(COUNTER)
+    (information / "METADATA").write_text(METADATA)
+    (information / "entry_points.txt").write_text(ENTRY_POINTS)
+    counts.write_bytes(bytes(16))
+    chosen = {
+        "SGLANG_PLATFORM": "pascal",
+        "HF_HUB_OFFLINE": "1",
+        "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python",
+        "SGLANG_TEST_RETRACT": "1",
+        "SGLANG_TEST_RETRACT_INTERVAL": str(RETRACTED_EVERY),
+        "OVERLAP_COUNTS": str(counts),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(folder / "plugin"), os.environ.get("PYTHONPATH")])),
+    }
+    if args.no_barrier:
+        chosen["SGLANG_ENABLE_WAR_BARRIER"] = "0"
+    if args.device == "cpu":
+        chosen["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder / "model")]
+    command += ["--load-format", "pascal_gguf", "--device", args.device, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--context-length", "2048", "--mem-fraction-static", "0.1", "--max-total-tokens", str(KV_TOKENS)]
+    command += ["--max-running-requests", "16", "--chunked-prefill-size", str(CHUNK), "--log-level-http", "warning"]
+    with (
+        process(command, log, os.environ | chosen, patience=5) as server,
+        httpx.Client(
+            base_url=f"http://127.0.0.1:{port}",
+            timeout=300,
+            trust_env=False,
+            limits=httpx.Limits(max_connections=2 * CLIENTS),
+        ) as client,
+    ):
+        wait_until_ready(server, client, log, READY_SECONDS[args.device])
+        yield Engine(f"http://127.0.0.1:{port}", client), counts
+
+
+def read(counts: Path) -> tuple[int, int]:
+    """Return steps and retractions so far."""
+    steps, retractions = struct.unpack("2q", counts.read_bytes())
+    return steps, retractions
+
+
+def shape(number: int) -> tuple[list[int], int]:
+    """Return the prompt and the length of the answer of a request."""
+    chooser = random.Random(number)
+    length = round(3 * (LONGEST_PROMPT / 3) ** chooser.random())
+    return prompt(length, number), chooser.randint(4, LONGEST_ANSWER)
+
+
+def answer_alone(engine: Engine, number: int) -> tuple[list[int], list[float]]:
+    """Return a request's tokens, and by how much the best of each beat the second (natural logarithm)."""
+    ids, n_tokens = shape(number)
+    answer = engine.generate(ids, n_tokens, {"return_logprob": True, "top_logprobs_num": 2})
+    best = answer["meta_info"]["output_top_logprobs"]
+    return answer["output_ids"], [first[0] - second[0] for first, second in best]
+
+
+def stress(engine: Engine, alone: list[tuple[list[int], list[float]]], seconds: float, seed: int) -> dict[str, Any]:
+    """Send requests from all clients for a time. Returns counts and the first differences."""
+    counts: Counter[str] = Counter(different=0, ties=0)
+    examples: list[dict[str, Any]] = []
+    lock, end = threading.Lock(), time.monotonic() + seconds
+
+    def client(index: int) -> None:
+        chooser = random.Random(1000 * seed + index)
+        while time.monotonic() < end:
+            number = chooser.randrange(REQUESTS)
+            outcome, example = ask(engine, number, alone[number], hangs_up=chooser.randrange(HUNG_UP) == 0)
+            with lock:
+                counts[outcome] += 1
+                if example and len(examples) < 20:
+                    examples.append(example)
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        list(pool.map(client, range(CLIENTS)))
+    return {**counts, "examples": examples}
+
+
+def ask(
+    engine: Engine, number: int, expected: tuple[list[int], list[float]], *, hangs_up: bool
+) -> tuple[str, dict[str, Any] | None]:
+    """Send one request; return what became of it, and the place where its answer differs."""
+    ids, n_tokens = shape(number)
+    if hangs_up:
+        sampling = {"temperature": 0, "max_new_tokens": n_tokens, "ignore_eos": True}
+        engine.stream({"input_ids": ids, "sampling_params": sampling}, "/generate", lines=n_tokens // 2)
+        return "hung up", None
+    tokens, (alone, leads) = engine.generate(ids, n_tokens)["output_ids"], expected
+    if tokens == alone:
+        return "same", None
+    place = next((n for n, (a, b) in enumerate(zip(tokens, alone, strict=False)) if a != b), len(tokens))
+    lead = leads[place] if place < len(leads) else None
+    example = {"request": number, "prompt": len(ids), "place": place, "lead": lead, "got": tokens[place : place + 4]}
+    return ("ties" if lead is not None and lead < TIE else "different"), example
+
+
+if __name__ == "__main__":
+    sys.exit(main())

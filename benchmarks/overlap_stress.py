@@ -43,7 +43,7 @@ TIE = 0.05
 """Difference of two log-probabilities, natural logarithm, that float16 activations may turn round."""
 READY_SECONDS = {"cuda": 240, "cpu": 900}
 COUNTER = '''
-"""A plugin of SGLang for one measurement: counts a scheduler's steps and retractions in a file."""
+"""A plugin of SGLang for one measurement: counts a scheduler's steps and retracted requests in a file."""
 import mmap, os, struct
 
 def register():
@@ -52,14 +52,21 @@ def register():
     with open(os.environ["OVERLAP_COUNTS"], "r+b") as file:
         page = mmap.mmap(file.fileno(), 16)
 
-    def counted(place):
-        def around(original, *arguments, **named):
-            struct.pack_into("q", page, place, struct.unpack_from("q", page, place)[0] + 1)
-            return original(*arguments, **named)
-        return around
+    def add(place, number):
+        struct.pack_into("q", page, place, struct.unpack_from("q", page, place)[0] + number)
 
-    for place, target in ((0, "scheduler.Scheduler.run_batch"), (8, "schedule_batch.ScheduleBatch.retract_decode")):
-        HookRegistry.register(f"sglang.srt.managers.{target}", counted(place), HookType.AROUND)
+    def run(original, *arguments, **named):
+        add(0, 1)
+        return original(*arguments, **named)
+
+    def retract(original, *arguments, **named):
+        result = original(*arguments, **named)
+        add(8, len(result[0]))
+        return result
+
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.run_batch", run, HookType.AROUND)
+    batch = "sglang.srt.managers.schedule_batch.ScheduleBatch"
+    HookRegistry.register(f"{batch}.retract_decode", retract, HookType.AROUND)
 '''
 
 
@@ -97,8 +104,8 @@ def one_engine(args: argparse.Namespace, seed: int) -> dict[str, Any]:
                 alone = [answer_alone(engine, number) for number in range(REQUESTS)]
                 before = read(counts)
                 found |= stress(engine, alone, args.seconds, seed)
-                steps, retractions = (after - first for after, first in zip(read(counts), before, strict=True))
-                found |= {"steps": steps, "retractions": retractions}
+                steps, retracted = (after - first for after, first in zip(read(counts), before, strict=True))
+                found |= {"steps": steps, "retracted": retracted}
         except Exception as error:
             found["error"] = f"{type(error).__name__}: {error}"[:600]
         if args.logs and log.is_file():
@@ -149,9 +156,9 @@ def running(args: argparse.Namespace, folder: Path, log: Path) -> Iterator[tuple
 
 
 def read(counts: Path) -> tuple[int, int]:
-    """Return steps and retractions so far."""
-    steps, retractions = struct.unpack("2q", counts.read_bytes())
-    return steps, retractions
+    """Return steps and retracted requests so far."""
+    steps, retracted = struct.unpack("2q", counts.read_bytes())
+    return steps, retracted
 
 
 def shape(number: int) -> tuple[list[int], int]:

@@ -7,7 +7,7 @@ import transformers
 from sglang_pascal.checkpoint.gguf_file import GgufFile
 from sglang_pascal.checkpoint.prepare import prepare
 from sglang_pascal.checkpoint.tokenizer import PRE_TOKENIZERS, build_tokenizer, tokenizer_config
-from sglang_pascal.compat import prepared_tokenizer
+from sglang_pascal.compat import prepared_tokenizer, resolved_tokenizer
 from sglang_pascal.errors import CheckpointError
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -191,9 +191,15 @@ class TestServedTokenizer:
         for text in NASTY:
             assert found(text)["input_ids"] == build_tokenizer(file.metadata).encode(text).ids
         assert found.eos_token == "</s>"
+        assert resolved_tokenizer(lambda *_: pytest.fail("not asked"), str(tmp_path / "out")) is found
+        # By itself, and for the next one who asks, it is another object: SGLang may change what it gets.
+        another = resolved_tokenizer(lambda *_: pytest.fail("not asked"), tmp_path / "out")
+        assert another is not found
+        assert another.get_vocab() == found.get_vocab()
 
-    def test_another_folder_is_loaded_as_before(self, tmp_path):
-        found = prepared_tokenizer(lambda *given, **named: (given, named), str(tmp_path), 1, revision="x")
+    @pytest.mark.parametrize("load", [prepared_tokenizer, resolved_tokenizer])
+    def test_another_folder_is_loaded_as_before(self, load, tmp_path):
+        found = load(lambda *given, **named: (given, named), str(tmp_path), 1, revision="x")
         assert found == ((str(tmp_path), 1), {"revision": "x"})
 
 

@@ -253,6 +253,10 @@ def verify_load_format(original: Callable[[Any], None], config: Any) -> None:
         original(config)
 
 
+_UNRESOLVED: Final[dict[str, Any]] = {}
+"""Folder -> its tokenizer between SGLang's two tries: with a vocabulary of 128,256, loading takes more than a second."""
+
+
 def prepared_tokenizer(original: Callable[..., Any], name: str | Path, *arguments: Any, **options: Any) -> Any:
     """Wrap how SGLang loads a tokenizer: for a folder made by `prepare`, take its tokenizer.json unchanged."""
     from sglang_pascal.checkpoint.prepare import MANIFEST
@@ -261,7 +265,17 @@ def prepared_tokenizer(original: Callable[..., Any], name: str | Path, *argument
         return original(name, *arguments, **options)
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(name, clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(name, clean_up_tokenization_spaces=False)
+    _UNRESOLVED[str(name)] = tokenizer
+    return tokenizer
+
+
+def resolved_tokenizer(original: Callable[..., Any], name: str | Path, *arguments: Any, **options: Any) -> Any:
+    """Wrap SGLang's second try, which takes ours for a generic one: it is that of the first try, a moment ago."""
+    if str(name) not in _UNRESOLVED:
+        prepared_tokenizer(lambda *_, **__: None, name)
+    tokenizer = _UNRESOLVED.pop(str(name), None)
+    return original(name, *arguments, **options) if tokenizer is None else tokenizer
 
 
 def softcap_logits(logits: Any, cap: float | None, output: Any = None) -> Any:
@@ -316,8 +330,8 @@ _TOKENIZER_TARGETS: Final = (
 
 
 def _register_tokenizer() -> None:
-    for target in _TOKENIZER_TARGETS:
-        _hook(target, prepared_tokenizer, "AROUND")
+    for target, hook in zip(_TOKENIZER_TARGETS, (prepared_tokenizer, resolved_tokenizer), strict=True):
+        _hook(target, hook, "AROUND")
 
 
 def _register_attention() -> None:

@@ -254,7 +254,7 @@ def verify_load_format(original: Callable[[Any], None], config: Any) -> None:
 
 
 _UNRESOLVED: Final[dict[str, Any]] = {}
-"""Folder -> its tokenizer between SGLang's two tries: with a vocabulary of 128,256, loading takes more than a second."""
+"""Folder -> its tokenizer between SGLang's two tries: loading one of 128,256 tokens takes more than a second."""
 
 
 def prepared_tokenizer(original: Callable[..., Any], name: str | Path, *arguments: Any, **options: Any) -> Any:

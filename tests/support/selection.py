@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMES = ROOT / "docs/results/tests.json"
 """Seconds by test file, written by benchmarks/test_times.py."""
 ENGINES_AT_ONCE = 2
+ONE_ENGINE_FOLDER = "engine"
+"""Name of a folder whose files share an engine, and so a worker."""
 UNKNOWN_SECONDS = 240.0
 """Assumed of a file with a real engine whose time is not recorded yet."""
 FAST_EXAMPLES = 30
@@ -114,14 +116,17 @@ def _engine_groups() -> dict[str, str]:
     """Divide the files whose tests start a real engine into ENGINES_AT_ONCE groups of about the same time."""
     folders = (*ROOT.glob("python/*/tests"), ROOT / "tests")
     names = (str(path.relative_to(ROOT)) for folder in folders for path in folder.glob("**/test_*.py"))
-    engines = [name for name in names if "pytest.mark.engine" in (ROOT / name).read_text()]
-    seconds, totals = _recorded_seconds(), dict.fromkeys((f"engine {n}" for n in range(ENGINES_AT_ONCE)), 0.0)
-    groups = {}
-    for name in sorted(engines, key=lambda name: (-seconds.get(name, UNKNOWN_SECONDS), name)):
+    recorded, seconds, units = _recorded_seconds(), Counter[str](), {}
+    for name in names:
+        if "pytest.mark.engine" in (ROOT / name).read_text():
+            units[name] = str(Path(name).parent) if Path(name).parent.name == ONE_ENGINE_FOLDER else name
+            seconds[units[name]] += recorded.get(name, UNKNOWN_SECONDS)
+    totals, group_of_unit = dict.fromkeys((f"engine {n}" for n in range(ENGINES_AT_ONCE)), 0.0), {}
+    for unit in sorted(seconds, key=lambda unit: (-seconds[unit], unit)):
         group = min(totals, key=lambda each: totals[each])
-        groups[name] = group
-        totals[group] += seconds.get(name, UNKNOWN_SECONDS)
-    return groups
+        group_of_unit[unit] = group
+        totals[group] += seconds[unit]
+    return {name: group_of_unit[unit] for name, unit in units.items()}
 
 
 def _reason(item: pytest.Item) -> str:

@@ -1,4 +1,4 @@
-"""One real SGLang on the CPU, serving the builtin model, for all tests of a module."""
+"""Real SGLangs on the CPU: one that serves the builtin model for all tests of this folder, and others for a module."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _stop(process):
     process.wait()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def engine(builtin_gguf, tmp_path_factory):
     """The builtin model in float32, so that token ids can be compared with transformers."""
     root = tmp_path_factory.mktemp("engine")
@@ -168,19 +168,3 @@ def quantized_engine(builtin_gguf, tmp_path_factory):
     options = [*COMMON_OPTIONS, "--quantization", "gguf", "--kv-cache-dtype", "int8", "--chunked-prefill-size", "128"]
     with running_engine(root / "model", root / "engine.log", *options) as engine:
         yield engine
-
-
-@pytest.fixture
-def start_engine(tmp_path):
-    """start_engine(folder, *options) -> the log of an SGLang that must fail to start."""
-
-    def start(folder: Path, *options: str) -> str:
-        log = tmp_path / "engine.log"
-        with (
-            pytest.raises(AssertionError, match="SGLang ended with"),
-            running_engine(folder, log, *COMMON_OPTIONS, *options),
-        ):
-            pass
-        return log.read_text()
-
-    return start

@@ -18,6 +18,17 @@ TINY = {
 }
 """Model -> tensor type (native, converted without loss, held as float16), and flags."""
 
+LOADED = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from sglang_in_process import InProcessEngine
+try:
+    InProcessEngine(sys.argv[2], "--device", "cpu", "--quantization", "gguf", "--max-total-tokens", "1024")
+    print(json.dumps({"kind": "", "error": ""}))
+except Exception as error:
+    print(json.dumps({"kind": type(error).__name__, "error": str(error)}))
+"""
+
 
 def test_the_answer_makes_sense(quantized_engine):
     """A completion whose next word is far ahead of all others: int8 keys and values move probabilities by some percent."""
@@ -54,11 +65,13 @@ def test_every_way_to_hold_a_matrix_is_as_good_as_float32(name, build_model, num
     numerics(tmp_path / "m.gguf", "--tokens", "200", "--steps", "16", "--batch", "8", *flags)
 
 
-def test_a_file_that_changed_since_it_was_prepared_is_refused(build_model, tmp_path, start_engine):
+def test_a_file_that_changed_since_it_was_prepared_is_refused(build_model, sglang_worker, tmp_path):
+    """By SGLang's loader; a worker of the engine ends with this error."""
     build_model("llama", tmp_path / "m.gguf")
     prepare(tmp_path / "m.gguf", tmp_path / "model")
     with (tmp_path / "m.gguf").open("ab") as file:
         file.write(b"more")
-    log = start_engine(tmp_path / "model", "--quantization", "gguf")
-    assert f'when "{tmp_path / "model"}" was prepared; prepare it again' in log
+    found = sglang_worker.run(LOADED, str(ROOT / "benchmarks"), str(tmp_path / "model"))
+    assert found["kind"] == "CheckpointError"
+    assert f'when "{tmp_path / "model"}" was prepared; prepare it again' in found["error"]
     assert (tmp_path / "model" / MANIFEST).is_file()

@@ -1,17 +1,22 @@
-"""`pascaline plan` as a process: text, JSON, exit codes, pictures."""
+"""`pascaline plan`: text, JSON, exit codes, pictures."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from pascaline.cli import main
 from support.hf_models import write_folder
 from support.models import SHAPES, tiny, write_gguf
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 OK, CONFIGURATION, MODEL, DOES_NOT_FIT, STORAGE = 0, 2, 3, 7, 9
 
@@ -25,24 +30,36 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pascaline", "plan", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+    """Run the command in this process, as its start takes longer than a plan."""
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            code = main(["plan", *map(str, arguments)])
+        except SystemExit as end:  # of argparse
+            code = end.code if isinstance(end.code, int) else 1
+    return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
+
+
+def process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pascaline", "plan", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def document(*arguments: object) -> Any:
     return json.loads(plan(*arguments, "--json").stdout)
 
 
-def test_it_fits(llama: Path) -> None:
-    result = plan(llama, "--card", "tesla-p4")
+@pytest.mark.parametrize("run", [process, plan])
+def test_it_fits(llama: Path, run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    result = run(llama, "--card", "tesla-p4")
     assert result.returncode == OK
     assert "fits: a KV cache of 5,025 tokens, 512.00 KiB each" in result.stdout
     assert "flags of sglang: --context-length 4096 --max-running-requests 4 --max-total-tokens 5025 " in result.stdout
 
 
-def test_it_does_not_fit(llama: Path) -> None:
-    result = plan(llama, "--card", "tesla-p4", "--kv-cache-max-bytes", "64 MiB")
+@pytest.mark.parametrize("run", [process, plan])
+def test_it_does_not_fit(llama: Path, run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    result = run(llama, "--card", "tesla-p4", "--kv-cache-max-bytes", "64 MiB")
     assert result.returncode == DOES_NOT_FIT
     assert (
         "does not fit: kv_cache.max_bytes: 64.00 MiB holds 128 tokens of this model (512.00 KiB each) and cannot serve "

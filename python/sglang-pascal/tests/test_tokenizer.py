@@ -43,21 +43,19 @@ def metadata(builtin_gguf):
     return GgufFile(builtin_gguf).metadata
 
 
-@pytest.mark.parametrize("text", NASTY)
-def test_text_comes_back_unchanged(text, metadata):
-    tokenizer = build_tokenizer(metadata)
-    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+@pytest.fixture(scope="module")
+def built(metadata):
+    return build_tokenizer(metadata)
 
 
-@pytest.mark.parametrize("text", NASTY)
-def test_what_sglang_loads_is_what_was_built(text, builtin, metadata):
-    """transformers, which SGLang uses, reads the folder without changing the rules."""
-    loaded = transformers.AutoTokenizer.from_pretrained(builtin)
-    assert loaded(text)["input_ids"] == build_tokenizer(metadata).encode(text).ids
+@pytest.fixture(scope="module")
+def loaded(builtin):
+    """By transformers, which SGLang uses."""
+    return transformers.AutoTokenizer.from_pretrained(builtin)
 
 
-@pytest.mark.parametrize("text", NASTY)
-def test_the_builtin_model_cuts_as_its_publisher_says(text, metadata):
+@pytest.fixture(scope="module")
+def published(metadata):
     """Digits one by one, then GPT-2's rule, then merges in order: built here by hand from the library's parts."""
     reference = Tokenizer(
         models.BPE(
@@ -77,21 +75,33 @@ def test_the_builtin_model_cuts_as_its_publisher_says(text, metadata):
     reference.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    assert build_tokenizer(metadata).encode(text).ids == reference.encode(text).ids
+    return reference
 
 
-def test_special_tokens_are_single_and_hidden_when_asked(builtin):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(builtin)
-    ids = tokenizer("<|im_start|>user<|im_end|>")["input_ids"]
+@pytest.mark.parametrize("text", NASTY)
+def test_text_comes_back_unchanged(text, built):
+    assert built.decode(built.encode(text).ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_what_sglang_loads_is_what_was_built(text, loaded, built):
+    """transformers reads the folder without changing the rules."""
+    assert loaded(text)["input_ids"] == built.encode(text).ids
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_the_builtin_model_cuts_as_its_publisher_says(text, published, built):
+    assert built.encode(text).ids == published.encode(text).ids
+
+
+def test_special_tokens_are_single_and_hidden_when_asked(loaded):
+    ids = loaded("<|im_start|>user<|im_end|>")["input_ids"]
     assert (ids[0], ids[-1]) == (1, 2)
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "user"
+    assert loaded.decode(ids, skip_special_tokens=True) == "user"
 
 
-def test_the_chat_template_is_the_files_own(builtin):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(builtin)
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
-    )
+def test_the_chat_template_is_the_files_own(loaded):
+    text = loaded.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
     assert text == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"

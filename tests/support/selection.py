@@ -6,7 +6,7 @@ A pytest plugin (`-p support.selection` in python/pyproject.toml). Three rules:
   examples with it.
 - With pytest-xdist, the tests of a file share a worker, as its fixtures are made once; tests that start a real engine
   share two workers, as each needs a core and gigabytes of memory; files that run scripts in the fixture `in_sglang`
-  share one, as it imports SGLang once.
+  share one, and those that import SGLang themselves another, as an import takes ten seconds of a core.
 - Files start in the order of their recorded time, longest first, so that no worker ends with a long one.
 """
 
@@ -36,6 +36,8 @@ FAST_EXAMPLES = 30
 """Of a property test that names no number, with --fast; else hypothesis' own, 100."""
 IN_SGLANG = "in_sglang"
 """Group of the files that use the fixture of this name."""
+IMPORTS_SGLANG = "imports_sglang"
+"""Group of the files whose tests have the marker of this name."""
 _left_out = pytest.StashKey[Counter[str]]()
 _OUTPUT_KEY = "left_out"
 
@@ -108,7 +110,10 @@ def group_of(file: str) -> str:
     name = str(found.relative_to(ROOT))
     if name in _engine_groups():
         return _engine_groups()[name]
-    return IN_SGLANG if f"({IN_SGLANG})" in found.read_text() else name
+    text = found.read_text()
+    if f"pytest.mark.{IMPORTS_SGLANG}" in text:
+        return IMPORTS_SGLANG
+    return IN_SGLANG if f"({IN_SGLANG})" in text else name
 
 
 @functools.cache

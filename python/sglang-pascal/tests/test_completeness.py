@@ -81,6 +81,7 @@ def test_a_tensor_that_is_fused_on_disk_fills_all_shards():
 
 
 @pytest.mark.filterwarnings("ignore:Only CUDA")  # of SGLang's imports
+@pytest.mark.imports_sglang
 def test_a_load_by_sglang_itself_is_watched():
     whole = model()
     assert load_completely(lambda model, weights: load(model, weights) or "done", whole, ()) == "done"

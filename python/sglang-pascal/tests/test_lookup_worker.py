@@ -9,7 +9,7 @@ import torch
 from sglang_pascal.speculation import counters as spec_counters
 from sglang_pascal.speculation.drafting import Drafter
 
-pytestmark = pytest.mark.filterwarnings("ignore:Only CUDA")  # of SGLang's imports
+pytestmark = [pytest.mark.imports_sglang, pytest.mark.filterwarnings("ignore:Only CUDA")]
 VOCABULARY, CONTEXT = 97, 600
 NEUTRAL = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
 

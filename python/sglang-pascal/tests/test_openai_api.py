@@ -247,6 +247,7 @@ def test_a_server_for_text_refuses_embeddings():
     )
 
 
+@pytest.mark.imports_sglang
 def test_sglang_names_its_requests_so():
     from sglang.srt.entrypoints.openai import protocol
 

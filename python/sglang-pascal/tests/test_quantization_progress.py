@@ -51,6 +51,7 @@ def test_an_empty_file_divides_by_nothing():
     assert LoadingProgress(0, io.StringIO()).text().startswith("loading weights:   0 % of 0.00 GB")
 
 
+@pytest.mark.imports_sglang
 class TestPrecision:
     @pytest.fixture(autouse=True)
     def fresh(self, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 from sglang_pascal import tool_streams
 
 pytestmark = [
+    pytest.mark.imports_sglang,
     pytest.mark.slow("imports SGLang's server"),
     pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed (./dev sync)"),
 ]

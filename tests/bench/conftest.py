@@ -13,29 +13,36 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from support import warm_pascaline
 from support.instance import FAKE_ENGINE, MARK, PATIENCE, free_port, http, wait_until
 from support.models import tiny, write_gguf
+from support.warm_pascaline import Fork, can_fork
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+STREAMS = ("stdout", "stderr")
 
 
 @dataclass
 class Bench:
     """One run of `pascaline bench`."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes] | Fork
     mark: str
+    folder: Path
+    """Of the files with its standard output and error."""
     output: str = ""
     errors: str = ""
 
     def finish(self, seconds: float = 3 * PATIENCE) -> int:
         """Wait for its end and return the exit code; nothing that it started may be left."""
-        self.output, self.errors = self.process.communicate(timeout=seconds)
+        code = self.process.wait(timeout=seconds)
+        self.output, self.errors = ((self.folder / name).read_text() for name in STREAMS)
         assert "Traceback" not in self.errors, self.errors
         assert self.left() == []
-        return self.process.returncode
+        return code
 
     def interrupt(self, number: signal.Signals = signal.SIGINT) -> int:
         """End it as Ctrl-C does."""
@@ -54,29 +61,36 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
-    """Start `pascaline bench ARGUMENTS`."""
+def bench(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Bench]]:
+    """Start `pascaline bench ARGUMENTS`: a process of its own, if it has an environment of its own, else a fork."""
     runs: list[Bench] = []
 
     def start(*arguments: object, **environment: str) -> Bench:
         mark = uuid.uuid4().hex
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pascaline", "bench", *map(str, arguments)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment, MARK: mark},
-            cwd=tmp_path,
-        )
-        runs.append(Bench(process, mark))
+        folder = tmp_path_factory.mktemp("streams")
+        given = ["bench", *map(str, arguments)]
+        variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment, MARK: mark}
+        with (folder / STREAMS[0]).open("wb") as stdout, (folder / STREAMS[1]).open("wb") as stderr:
+            if not environment and can_fork(variables):
+                files = {"stdout": stdout.fileno(), "stderr": stderr.fileno()}
+                process = warm_pascaline.start(given, environment=variables, folder=tmp_path, **files)
+            else:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "pascaline", *given],
+                    stdin=subprocess.DEVNULL,
+                    stdout=stdout,
+                    stderr=stderr,
+                    env=variables,
+                    cwd=tmp_path,
+                )
+        runs.append(Bench(process, mark, folder))
         return runs[-1]
 
     yield start
     for run in runs:
         if run.process.poll() is None:
             run.process.kill()
-            run.process.communicate()
+            run.process.wait()
 
 
 @pytest.fixture

@@ -21,13 +21,14 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
 PRELOADED: Final = (
+    "pascaline.cli.bench",
     "pascaline.cli.serve",
     "pascaline.serving.console",
     "pascaline.serving.notify",
@@ -35,7 +36,7 @@ PRELOADED: Final = (
     "pascaline.serving.threads",
     "pydantic.v1",  # FastAPI imports it when it makes its first route
 )
-"""What `pascaline serve` imports until it is ready."""
+"""What `pascaline serve` imports until it is ready, and `pascaline bench`."""
 BEFORE_PYTHON: Final = ("PYTHON", "LC_", "LANG", "MALLOC_", "LD_", "GLIBC_")
 """Beginnings of variables that act on a process before or while Python starts, so that a fork would not obey them."""
 INHERITED_SIGNALS: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
@@ -66,7 +67,9 @@ class Fork:
     def wait(self, timeout: float | None = None) -> int:
         """Return the exit code; raises subprocess.TimeoutExpired after so many seconds."""
         if self.returncode is None:
-            if not select.select([self._channel], [], [], timeout)[0]:
+            ready = select.poll()  # and not select.select, as tests open thousands of descriptors
+            ready.register(self._channel, select.POLLIN)
+            if not ready.poll(None if timeout is None else 1000 * timeout):
                 raise subprocess.TimeoutExpired(["pascaline"], timeout or 0)
             self.returncode = self._next()
             self._channel.close()
@@ -93,8 +96,13 @@ def can_fork(environment: Mapping[str, str]) -> bool:
     return not any(name.startswith(BEFORE_PYTHON) for name in names)
 
 
-def start(arguments: Sequence[str], *, environment: Mapping[str, str], folder: Path, stderr: int) -> Fork:
-    """Run `pascaline` with these arguments; standard input and output are /dev/null. Raises AssertionError if it cannot."""
+def start(
+    arguments: Sequence[str], *, environment: Mapping[str, str], folder: Path, stderr: int, stdout: int | None = None
+) -> Fork:
+    """Run `pascaline` with these arguments; standard input is /dev/null. Raises AssertionError if it cannot.
+
+    stderr, stdout: open files, which stay open here; None is /dev/null.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ignored = [int(number) for number in INHERITED_SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
     job = {
@@ -103,8 +111,9 @@ def start(arguments: Sequence[str], *, environment: Mapping[str, str], folder: P
         "folder": str(folder),
         "ignored": ignored,
     }
-    with theirs:
-        socket.send_fds(_server(), [json.dumps(job).encode()], [stderr, theirs.fileno()])
+    with theirs, Path(os.devnull).open("wb") as null:
+        out = null.fileno() if stdout is None else stdout
+        socket.send_fds(_server(), [json.dumps(job).encode()], [out, stderr, theirs.fileno()])
     return Fork(ours)
 
 
@@ -136,21 +145,23 @@ def serve_forks(control: socket.socket) -> dict[str, Any]:
             _report(channels)
         if control not in ready:
             continue
-        message, descriptors, _, _ = socket.recv_fds(control, _MOST_BYTES, 2)
+        message, descriptors, _, _ = socket.recv_fds(control, _MOST_BYTES, 3)
         if not message:
             os._exit(0)
-        stderr, channel = descriptors
+        *streams, channel = descriptors
         child = os.fork()
         if child == 0:
             signal.set_wakeup_fd(-1)
-            os.dup2(stderr, 2)
+            for number, stream in enumerate(streams, start=1):
+                os.dup2(stream, number)
             for each in (control, woken, wake, *channels.values()):
                 each.close()
-            os.close(stderr)
-            os.close(channel)
+            for descriptor in descriptors:
+                os.close(descriptor)
             job: dict[str, Any] = json.loads(message)
             return job
-        os.close(stderr)
+        for stream in streams:
+            os.close(stream)
         channels[child] = socket.socket(fileno=channel)
         channels[child].send(str(child).encode())
 
@@ -171,9 +182,8 @@ def become(job: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in job["ignored"]:
         signal.signal(number, signal.SIG_IGN)
-    null = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
-    os.dup2(null, 1)
     os.close(null)
     os.environ.clear()
     os.environ.update(job["environment"])

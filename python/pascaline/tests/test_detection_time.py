@@ -169,7 +169,7 @@ class Unseen(Engine):
         if self.simulated.now >= self.ends:
             self.exit_code = 1
         if self.simulated.now < self.seen_from:
-            self.supervisor._note_own_failure(LACK)
+            self.supervisor._note_own_failure(LACK, self.simulated.now)
             return None
         return await super().progress(api)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import ctypes
 import errno
@@ -9,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ import pytest
 from pascaline.child import with_parent
 from pascaline.engines import Launch
 from pascaline.serving import process as process_module
+from pascaline.serving import threads
 from pascaline.serving.output import BYTES_PER_SECOND, LINES_PER_SECOND, MAX_LINE_BYTES, Throttle
 from pascaline.serving.process import KEPT_CHARACTERS, KEPT_LINES, EngineProcess
 from pascaline.serving.threads import is_own_failure, start_in_thread
@@ -383,12 +384,32 @@ class TestThreads:
             return caught.value
 
         assert is_own_failure(asyncio.run(failure()))
-        monkeypatch.setattr(threading.Thread, "start", _no_more_threads)
+        monkeypatch.setattr(_thread, "start_new_thread", _no_more_threads)
         assert is_own_failure(asyncio.run(failure()))
         assert is_own_failure(OSError(errno.EMFILE, "too many open files"))
         assert not is_own_failure(ConnectionRefusedError(errno.ECONNREFUSED, "refused"))
         assert not is_own_failure(TimeoutError("timed out"))
 
+    def test_one_that_gets_no_memory_and_never_begins_is_a_lack_of_ours(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The start of threading's threads would wait for ever, and with it the whole supervisor."""
+        monkeypatch.setattr(_thread, "start_new_thread", lambda *_: None)
+        monkeypatch.setattr(threads, "BEGIN_SECONDS", 0.05)
 
-def _no_more_threads(_: threading.Thread) -> None:
+        async def failure() -> OSError:
+            with pytest.raises(OSError, match="a thread did not begin") as caught:
+                await start_in_thread(int, "7")
+            return caught.value
+
+        assert is_own_failure(asyncio.run(failure()))
+
+    def test_one_that_begins_may_take_longer_than_that(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(threads, "BEGIN_SECONDS", 0.05)
+
+        async def whole() -> None:
+            await start_in_thread(time.sleep, 0.3)
+
+        asyncio.run(whole())
+
+
+def _no_more_threads(*_: object) -> None:
     raise RuntimeError("can't start new thread")

@@ -14,11 +14,12 @@ import pytest
 from pascaline.configuration import load
 from pascaline.engines import Vitals
 from pascaline.errors import EngineError, ExitCode, PascalineError, StorageError
+from pascaline.gpu.loss import NOTHING_KNOWN
 from pascaline.serving.console import Console
 from pascaline.serving.engine_api import EngineApi, Probe
 from pascaline.serving.health import Judge, State
 from pascaline.serving.notify import Notifier
-from pascaline.serving.supervisor import Patience, Supervisor, Watch
+from pascaline.serving.supervisor import Lack, Patience, Supervisor, Watch
 
 if TYPE_CHECKING:
     from pascaline.serving.process import EngineProcess
@@ -79,6 +80,39 @@ def test_a_look_that_fails_is_told_whole_and_counted_and_the_next_goes_on(
     assert supervisor.health.state is State.READY
     assert "ERROR   pascaline: the engine was not judged: Traceback (most recent call last):" in log.getvalue()
     assert "ERROR   pascaline: the engine was not judged: ZeroDivisionError: of ours" in log.getvalue()
+
+
+def test_a_lack_of_memory_is_held_neither_against_the_engine_nor_against_us(supervisor: Supervisor) -> None:
+    """Raised in the look itself: no mistake, no end after stall_timeout, and the time does not count."""
+    in_state(supervisor, State.STARTING, State.READY)
+    watch = watch_of(Broken(None))
+    watch.understood -= 31
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervisor, "_read_counters", fails_with(MemoryError()))
+        asyncio.run(supervisor._look_safely(watch))
+    assert mistakes(supervisor) == 0
+    assert supervisor._taken_lack() == Lack("Cannot allocate memory", watch.looked)
+
+
+class TestLack:
+    """Seconds of a watch that began at 100 and has looked at 110."""
+
+    @pytest.mark.parametrize(
+        ("since", "excused", "seconds"),
+        [
+            (111.0, 100.0, 10.0),  # a request that failed at once: all since the look before
+            (105.0, 100.0, 15.0),  # a thread that did not begin: since it should have
+            (105.0, 108.0, 12.0),  # and none twice
+            (111.0, 115.0, 5.0),
+        ],
+    )
+    def test_what_does_not_count(self, since: float, excused: float, seconds: float) -> None:
+        judge = Judge(30.0, last_sign=100.0)
+        watch = Watch(cast("EngineApi", Broken(None)), judge, 100.0)
+        watch.looked, watch.excused = 110.0, excused
+        watch.look(120.0, lack=Lack("memory", since))
+        assert judge.last_sign == 100.0 + seconds
+        assert (watch.looked, watch.excused) == (120.0, 120.0)
 
 
 def test_looks_that_only_fail_end_the_instance(supervisor: Supervisor) -> None:
@@ -159,6 +193,13 @@ LACK = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 class TestWhatThisProcessLacks:
+    def test_the_gpus_are_unknown_where_nobody_can_look(
+        self, supervisor: Supervisor, log: io.StringIO, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(supervisor, "_in_thread", fails_with(LACK))
+        assert asyncio.run(supervisor._evidence((), 0.0)) is NOTHING_KNOWN
+        assert "failed to look at the GPUs: [Errno 24]" in log.getvalue()
+
     def test_a_test_generation_that_was_not_sent_is_none(self, supervisor: Supervisor) -> None:
         probe = asyncio.run(supervisor._generate(cast("EngineApi", Unasked()), 1.0))
         assert probe.lack is LACK
@@ -200,7 +241,7 @@ class TestWhatThisProcessLacks:
                 assert not api.is_loaded()
 
 
-def fails_with(error: OSError) -> Any:
+def fails_with(error: Exception) -> Any:
     def ask(*_: Any) -> Any:
         raise error
 

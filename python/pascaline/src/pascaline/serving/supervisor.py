@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import time
@@ -16,7 +17,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gguf_acceptance import combined_sha256
 
@@ -43,7 +44,7 @@ from pascaline.serving.process import EngineProcess
 from pascaline.serving.runtime_folder import RuntimeFolder
 from pascaline.serving.starts import Starts
 from pascaline.serving.task import make_task, place_instance, plan_instance
-from pascaline.serving.threads import is_own_failure, start_in_thread
+from pascaline.serving.threads import BEGIN_SECONDS, is_own_failure, start_in_thread
 from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
@@ -95,6 +96,14 @@ class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
     """Raised within the main task when the instance should stop."""
 
 
+class Lack(NamedTuple):
+    """What this process or host lacked for a request to the engine."""
+
+    what: str
+    since: float
+    """Time of the request."""
+
+
 @dataclass(slots=True)
 class Watch:
     """What is known while one run of an engine is watched. Times are seconds of the supervisor's AwakeClock."""
@@ -115,18 +124,21 @@ class Watch:
     """Time of the last observation."""
     understood: float = field(init=False)
     """Time of the last observation without an internal error."""
+    excused: float = field(init=False)
+    """Time up to which a lack on our side does not count as silence."""
 
     def __post_init__(self) -> None:
         """The start counts as the first observation."""
-        self.asked = self.looked = self.understood = self.began
+        self.asked = self.looked = self.understood = self.excused = self.began
 
-    def look(self, now: float, *, lack: str | None) -> None:
+    def look(self, now: float, *, lack: Lack | None) -> None:
         """Record an observation. lack: what we lacked for a request to the engine since the last one; None: nothing.
 
         Such time does not count as the engine's silence.
         """
         if lack is not None:
-            self.judge.missed(now - self.looked, lack)
+            self.judge.missed(now - max(self.excused, min(self.looked, lack.since)), lack.what)
+            self.excused = now
         self.looked = now
 
 
@@ -173,7 +185,7 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._clock = AwakeClock(POLL_SECONDS)
-        self._lack: str | None = None
+        self._lack: Lack | None = None
         """What this process or host lacked for a request to the engine since the last look began; None: nothing."""
         self._made_plan: Plan | None = None
         """The plan that the task was made from."""
@@ -183,6 +195,8 @@ class Supervisor:
         """Processes that the kernel had killed for lack of memory when that engine was started; None: unknown."""
         self._is_warming_up = False
         """Whether that engine has loaded its model and has not generated yet."""
+        self._was_ready = False
+        """Whether any run of the engine has become ready."""
         self._smaller_helps = False
         """Whether the last run ended because memory ran out that a smaller plan uses less of."""
         self._starts = Starts.from_environment()
@@ -275,8 +289,8 @@ class Supervisor:
 
     def _last_resort(self, error: Exception) -> PascalineError:
         """Fail in order, whatever happened; return what to tell."""
-        if isinstance(error, OSError) and is_own_failure(error):
-            failure: PascalineError = EngineError(f"this host lacks what a start needs: {error}")
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and is_own_failure(error)):
+            failure: PascalineError = EngineError(f"this host lacks what a start needs: {error or 'memory'}")
         else:
             self._note_mistake("an internal error of pascaline", error)
             text = f"an internal error of pascaline ({error!r}); please report it with the traceback in the log"
@@ -362,20 +376,20 @@ class Supervisor:
 
     async def _keep_running(self, task: Task) -> None:
         """Start the engine, watch it, and restart it, until a stop is requested or restarts no longer help."""
-        in_a_row, was_ready = 0, False
+        in_a_row = 0
         while True:
             try:
                 task = await self._as_verified(task)
                 served, failure = await self._run_once(task)
             except (OSError, StorageError) as error:
-                if not (is_own_failure(error) if isinstance(error, OSError) else was_ready):
+                if not (is_own_failure(error) if isinstance(error, OSError) else self._was_ready):
                     raise
                 served, failure = 0.0, Failure(FailureKind.HOST, f"this host lacks what a start needs: {error}")
             if self._stop.is_set():
                 raise Stopped
-            was_ready = was_ready or served > 0
+            self._was_ready = self._was_ready or served > 0
             smaller = await self._smaller_task() if self._smaller_helps else None
-            if not was_ready and smaller is None:
+            if not self._was_ready and smaller is None:
                 raise EngineError(failure.text)
             task = smaller or task
             if failure.kind is FailureKind.HOST:
@@ -487,6 +501,7 @@ class Supervisor:
             # The files may have been overwritten after they were verified and before the engine read them.
             await self._as_verified(task)
         self._change(State.READY, "a generation succeeded")
+        self._was_ready = True
         self._notifier.ready()
         await self._ask_version(api)
         await self._note_allocated(api)
@@ -542,6 +557,10 @@ class Supervisor:
             await self._look(watch)
         except (Stopped, PascalineError):
             raise
+        except MemoryError:
+            # Says nothing about the engine: the time up to the next look does not count.
+            self._lack = Lack(os.strerror(errno.ENOMEM), watch.looked)
+            watch.understood = self._clock.time()
         except Exception as error:
             self._note_mistake("the engine was not judged", error)
             if self._clock.time() - watch.understood > self.settings.stall_timeout:
@@ -599,37 +618,44 @@ class Supervisor:
 
     async def _sample_memory(self, now: float) -> None:
         if self._memory.is_due(now) and self._process is not None:
-            with contextlib.suppress(OSError):
+            try:
                 n_bytes = await self._in_thread(resident_bytes, self._process.pid)
                 self._memory.sampled(now, n_bytes)
                 self.metrics.engine_memory.set(n_bytes)
+            except OSError as error:
+                self._note_own_failure(error, now)
 
     async def _progress(self, api: EngineApi) -> Progress | None:
         progress: Progress | None = None
+        asked = self._clock.time()
         try:
             progress = await self._in_thread(api.progress)
         except OSError as error:
-            self._note_own_failure(error)
+            self._note_own_failure(error, asked)
         self.requests = progress
         return progress
 
-    def _note_own_failure(self, error: OSError) -> None:
-        """Note if a request failed for lack of descriptors, memory or ports here: it says nothing about the engine."""
+    def _note_own_failure(self, error: OSError, asked: float) -> None:
+        """Note if a request failed for lack of descriptors, memory or ports here: it says nothing about the engine.
+
+        asked: time of the request. What runs for long before it lacks something was no lack from its beginning on.
+        """
         if is_own_failure(error):
-            self._lack = str(error)
+            self._lack = Lack(str(error), max(asked, self._clock.time() - BEGIN_SECONDS))
             text = f"failed to ask the engine, because this process or host lacks something: {error}"
             self._console.line("WARNING", "pascaline", text)
 
-    def _taken_lack(self) -> str | None:
+    def _taken_lack(self) -> Lack | None:
         """Return and forget what was lacking for a request."""
         lack, self._lack = self._lack, None
         return lack
 
     async def _is_loaded(self, api: EngineApi) -> bool:
+        asked = self._clock.time()
         try:
             return bool(await self._in_thread(api.is_loaded))
         except OSError as error:
-            self._note_own_failure(error)
+            self._note_own_failure(error, asked)
         return False
 
     async def _warms_up(self, api: EngineApi) -> bool:
@@ -644,7 +670,7 @@ class Supervisor:
             # No thread could be started for the request.
             probe = Probe(time.time(), ok=False, seconds=time.monotonic() - start, reason=str(error), error=error)
         if probe.lack is not None:
-            self._note_own_failure(probe.lack)
+            self._note_own_failure(probe.lack, self._clock.time() - probe.seconds)
             return probe
         self.last_probe = probe
         if probe.ok:
@@ -667,8 +693,17 @@ class Supervisor:
         self._smaller_helps = lacks_memory(ending) and shrink.helps(ending, task.device)
         foreign = self._api.foreign if self._api is not None else None
         gpus = self._placement.gpus if self._placement is not None else ()
-        failure = judge(ending, await self._in_thread(loss.examine, gpus, started))
+        failure = judge(ending, await self._evidence(gpus, started))
         return replace(failure, text=f"{failure.text}; {foreign}") if foreign else failure
+
+    async def _evidence(self, gpus: tuple[GpuIdentity, ...], since: float) -> loss.Evidence:
+        """Return what is known about the GPUs. since: Unix time."""
+        try:
+            evidence: loss.Evidence = await self._in_thread(loss.examine, gpus, since)
+        except OSError as error:
+            self._console.line("WARNING", "pascaline", f"failed to look at the GPUs: {error}")
+            return loss.NOTHING_KNOWN
+        return evidence
 
     def _ending(self, process: EngineProcess, started: float) -> Ending:
         lines = list(process.last_lines)
@@ -735,7 +770,7 @@ class Supervisor:
         began, lost_at = time.monotonic(), time.time()
         while True:
             await self._sleep(GPU_LOOK_SECONDS)
-            evidence = await self._in_thread(loss.examine, self._placement.gpus, lost_at)
+            evidence = await self._evidence(self._placement.gpus, lost_at)
             if evidence.standing is loss.Standing.WELL:
                 self._console.line("INFO", "pascaline", f"the GPU is back: {evidence.text}")
                 return None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
 import ctypes
 import errno
 import os
-import threading
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 M_ARENA_MAX = -8
 """<malloc.h>"""
+
+BEGIN_SECONDS = 5.0
+"""From the start of a thread to its first step, at most, on a machine under load. One without memory never begins."""
 
 _OWN = frozenset(
     {
@@ -44,9 +47,11 @@ def share_one_heap() -> None:
 def start_in_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
     """Run a blocking function in its own thread and return a future; if that is cancelled, the result is ignored.
 
-    Raises OSError (EAGAIN) if no thread can be started. A MemoryError in the function becomes OSError (ENOMEM).
+    Raises OSError (EAGAIN) if no thread can be started. A MemoryError in the function becomes OSError (ENOMEM), and so
+    does a thread that does not begin.
 
     asyncio.to_thread does not do: at its end the interpreter waits for those threads, even for a checksum of 40 GB.
+    threading.Thread does not do: its start waits until the thread runs, which is for ever if it gets no memory.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
@@ -61,7 +66,11 @@ def start_in_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Fu
         else:
             future.set_exception(error)
 
+    begun = False
+
     def work() -> None:
+        nonlocal begun
+        begun = True
         result: Any = None
         error: BaseException | None = None
         try:
@@ -74,8 +83,14 @@ def start_in_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Fu
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(settle, result, error)
 
+    def check() -> None:
+        if not begun:
+            settle(None, OSError(errno.ENOMEM, f"a thread did not begin within {BEGIN_SECONDS:g} s"))
+
     try:
-        threading.Thread(target=work, daemon=True, name=getattr(function, "__name__", None)).start()
+        _thread.start_new_thread(work, ())
     except (RuntimeError, MemoryError) as caught:
         raise OSError(errno.EAGAIN, f"failed to start a thread: {caught}") from caught
+    checking = loop.call_later(BEGIN_SECONDS, check)
+    future.add_done_callback(lambda _: checking.cancel())
     return future

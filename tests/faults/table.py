@@ -201,7 +201,10 @@ HOST = [
     healthy("descriptors used up", i.limit(resource.RLIMIT_NOFILE, 12), group="host", agent_may_be_silent=True),
     # Not ready, since nobody can see whether it is well; not killed, since nothing says that it is ill.
     stall("no descriptor at all for a while", i.limit(resource.RLIMIT_NOFILE, 3), "lacks something: .*Too many open files",
-          states="blind ready", group="host", loses=NOTHING_LOST, heal=i.both(i.until(" → blind: "), i.unlimit)),
+          states="blind( ready)?", group="host", loses=NOTHING_LOST, heal=i.both(i.until(" → blind: "), i.unlimit)),
+    crash("no memory for a while", i.limit(resource.RLIMIT_DATA, 1), "lacks something: .*a thread did not begin",
+          states="blind( ready)?", group="host", settings={"stall_timeout": 20}, detect=45.0, recover=30.0,
+          loses=NOTHING_LOST, heal=i.both(i.until(" → blind: "), i.unlimit)),
     crash("descriptors used up, then a crash", i.both(i.tell(crash_after_seconds=0.1), i.limit(resource.RLIMIT_NOFILE, 12)),
           states=f"(restarting starting )*{RESTART}", group="host", heal=i.both(i.wait(3), i.unlimit), recover=40.0),
     crash("disk full, then a crash", i.fill_disk, group="host", key=True, prepare=i.own_mount("size=48M"), needs=i.no_mounts),

@@ -81,6 +81,7 @@ _NVML_CHECK: Final = "PYTORCH_NVML_BASED_CUDA_CHECK"
 _MODELS: Final = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 _LOGPROB_CHUNK: Final = "SGLANG_LOGPROB_CHUNK_SIZE"
 _WRITE_BARRIER: Final = "SGLANG_ENABLE_WAR_BARRIER"
+_FILL_INPUTS: Final = "SGLANG_OPT_CUDA_GRAPH_FILL_FAST_PATH"
 _LOGPROB_ROWS: Final = "8"
 """Rows of logits at once when a request asks for log-probabilities of its prompt. SGLang's 2048 are a whole prefill
 chunk: 512 rows of 152,064 float32, four times over in plain torch, are 1.2 GB that no plan has. Eight, two int8 each,
@@ -614,6 +615,13 @@ SHIMS: Final = (
         name="barrier between steps",
         why="SGLang's overlap scheduler prepares a step while the last one still reads the same tables; the barrier "
         "that keeps its writes behind those reads depends on is_cuda. It waits on the device only",
+        devices=("cuda",),
+    ),
+    _variable(
+        _FILL_INPUTS,
+        name="inputs of a recorded step",
+        why="before each step SGLang looks at the padding of a dozen inputs, though hardly any step has padding: host "
+        "time of every token",
         devices=("cuda",),
     ),
     Shim(

@@ -1,7 +1,7 @@
 """Checks a plan with weights in the host's memory on a GPU of which only a small card's memory is free.
 
     python benchmarks/placement_held.py --server PATH --json FILE [--cases 1,2] [--layers N] [--seconds 240]
-    python benchmarks/placement_held.py --page FILE > docs/results/placement.md
+    python benchmarks/placement_held.py --page FILE [FILE ...] > docs/results/placement.md
 
 Another process takes the card's memory but for what a Tesla P4 or P40 has. The models have their true shapes: sparse
 files, whose weights are zeros except that embeddings and routers are random, so that tokens choose their own experts.
@@ -117,10 +117,10 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="CPU threads of the server (default: one on each core)")
     parser.add_argument("--settings", default="{}", help="JSON of further settings, for a trial")
     parser.add_argument("--seconds", type=float, default=900.0, help="begin no case later than this (default: 900)")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="print the page of these results instead")
+    parser.add_argument("--page", type=Path, nargs="+", metavar="FILE", help="print the page of these results instead")
     args = parser.parse_args()
     if args.page:
-        print(page(json.loads(args.page.read_text(encoding="utf-8"))))
+        print(page([json.loads(path.read_text(encoding="utf-8")) for path in args.page]))
         return 0
     numbers = [int(part) for part in args.cases.split(",") if part] or range(1, len(CASES) + 1)
     cases = [_reduced(CASES[number - 1], args) for number in numbers]
@@ -629,21 +629,21 @@ def pools(row: dict[str, Any]) -> int:
     return round(row["used_at_peak"] - buffers - row["beside"])
 
 
-def page(results: dict[str, Any]) -> str:
-    """Return the page."""
-    facts, rows = results["machine"], results["rows"]
-    bandwidth = " and ".join(f"{rate / 1e9:,.0f}" for rate in facts["host_bytes_per_second"])
+def page(results: Sequence[dict[str, Any]]) -> str:
+    """Return the page of one or more runs."""
+    rows = [row for result in results for row in result["rows"]]
+    machines = list(dict.fromkeys(machine_words(result) for result in results))
     lines = [
         "# Plans with weights in the host's memory, on a GPU held to a small card's memory",
         "",
-        f"{facts['gpu']}, {facts['cpu']} with {facts['cpus']} CPUs that read {bandwidth} GB/s, llama-server "
-        f"{facts['server']} built as code for compute capability 6.1, {facts['date']}; "
-        "`benchmarks/placement_held.py`. Another process holds all of the GPU's memory except what the card of the "
-        "plan has. The files have the models' true shapes.",
+        f"{results[0]['machine']['gpu']}, llama-server {results[0]['machine']['server']} built as code for compute "
+        f"capability 6.1; `benchmarks/placement_held.py`. {'; '.join(machines)}. Another process holds all of the "
+        "GPU's memory except what the card of the plan has. The files have the models' true shapes.",
         "",
         "The context and the kernels of this GPU are larger than a Pascal card's: what a server with a small model of "
         "the same kind takes beside the buffers of its log is measured, and that much is free instead of the CUDA "
-        "context in the plan, which is an estimate for Pascal cards.",
+        "context in the plan, which is an estimate for Pascal cards. What this GPU's pool may take beyond the card's "
+        "is free too: it has more multiprocessors, among which attention divides smaller batches further.",
         "",
         "MiB, planned / in llama-server's log:",
         "",
@@ -664,8 +664,8 @@ def page(results: dict[str, Any]) -> str:
         f"{ANSWER_TOKENS} tokens, all at once, with {ANSWER_TOKENS} tokens to answer:",
         "",
         "| model | card | answered whole | in use at the peak, MiB | free before, MiB "
-        "| of it a small model, MiB | beyond that and the buffers, MiB | the plan for pools and fragmentation, MiB "
-        "| seconds, all requests |",
+        "| of it a small model, MiB | beyond that and the buffers, MiB | the plan for pools and fragmentation, MiB: "
+        "the card, this GPU | seconds, all requests |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -674,10 +674,10 @@ def page(results: dict[str, Any]) -> str:
         whole = sum([answer["prompt_tokens"], answer["answer_tokens"]] == wanted for answer in answers)
         if answers:
             figures = f"{row['used_at_peak'] / MIB:,.0f} | {row.get('free_bytes', 0) / MIB:,.0f}"
-            spare = sum(part["bytes"] for part in row["plan"]["parts"] if part["key"] in ("workspace", "fragmentation"))
-            figures += (
-                f" | {row['beside'] / MIB:,.0f} | {pools(row) / MIB:,.0f} | {spare / MIB:,.0f} | {row['seconds']}"
-            )
+            parts = {part["key"]: part["bytes"] for part in row["plan"]["parts"]}
+            spare = [size + parts["fragmentation"] for size in (parts["workspace"], row["pool_here"])]
+            figures += f" | {row['beside'] / MIB:,.0f} | {pools(row) / MIB:,.0f}"
+            figures += f" | {spare[0] / MIB:,.0f}, {spare[1] / MIB:,.0f} | {row['seconds']}"
         else:
             figures = f"{row.get('error', '')} | | | | |"
         lines.append(f"| {case['model']} | {case['card']} | {whole} of {case['requests']} | {figures} |")
@@ -690,6 +690,14 @@ def page(results: dict[str, Any]) -> str:
 
 
 _COLUMNS = ("card: weights", "card: KV cache", "card: compute buffer", "host: weights", "host: KV cache")
+
+
+def machine_words(result: dict[str, Any]) -> str:
+    """Return the host of a run in words, with its date and models."""
+    facts = result["machine"]
+    bandwidth = " and ".join(f"{rate / 1e9:,.0f}" for rate in facts["host_bytes_per_second"])
+    models = ", ".join(row["case"]["model"] for row in result["rows"])
+    return f"{models}: {facts['cpu']} with {facts['cpus']} CPUs that read {bandwidth} GB/s, {facts['date']}"
 
 
 def host_line(row: dict[str, Any]) -> str:
@@ -711,8 +719,10 @@ def speed_lines(row: dict[str, Any]) -> list[str]:
             return "not measured"
         return f"{found[phase]:,.0f} tok/s, the plan for this GPU and host says {low:,.0f} to {high:,.0f}"
 
+    threads = row["command"][row["command"].index("--threads") + 1]
     return [
-        f"Speed of {row['case']['model']} with {row['plan']['where']}, one request: decode {beside('decode')}; a "
+        f"Speed of {row['case']['model']} with {row['plan']['where']} and {threads} threads, one request: "
+        f"decode {beside('decode')}; a "
         f"prompt of {SPEED_PROMPT:,} tokens {beside('prefill')}.",
     ]
 

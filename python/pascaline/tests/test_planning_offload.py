@@ -91,6 +91,49 @@ class TestAgainstTheLog:
         assert 9.01 <= host_part(plan, "host_compute") / MIB <= 11
 
 
+class TestHostileHeaders:
+    """Numbers of experts that no file should have: llama.cpp aborts on them, and a plan says so."""
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"num_experts": 0}, "it has experts, but expert_count is 0 or absent; take another copy of the file"),
+            ({"num_experts": None}, "it has experts, but expert_count is 0 or absent; take another copy of the file"),
+            ({"num_experts": 2**31}, "expert_count is 2,147,483,648, llama.cpp reads at most 1,024"),
+            (
+                {"num_experts_per_token": 0},
+                "expert_used_count is 0 or absent, must be 1 to expert_count (128); take another copy",
+            ),
+            (
+                {"num_experts_per_token": None},
+                "expert_used_count is 0 or absent, must be 1 to expert_count (128); take another copy",
+            ),
+            (
+                {"num_experts_per_token": 129},
+                "expert_used_count is 129, must be 1 to expert_count (128); take another copy",
+            ),
+        ],
+    )
+    def test_are_refused_and_planned_all_the_same(self, changes: dict[str, Any], reason: str) -> None:
+        spec = replace(QWEN, **changes)
+        assert ENGINES["llama.cpp"].judge(spec).refusals == [reason]
+        plan = make_plan(spec, P4, offloading(max_running_requests=4))
+        assert plan.speed is not None
+        assert plan.speed.decode.tokens_per_second > 0
+
+    def test_a_model_has_experts_if_its_tensors_say_so(self) -> None:
+        dense = replace(LLAMA_2_7B, num_experts=8, num_experts_per_token=2)
+        settings = Settings.model_validate({"engine": "llama.cpp", "placement": {"experts": "cpu"}})
+        with pytest.raises(ConfigurationError, match="llama is no mixture of experts"):
+            ENGINES["llama.cpp"].memory.check(settings, dense)
+
+    def test_experts_of_a_layer_beyond_the_last_are_not_tried(self) -> None:
+        """Each number of layers is a plan: four billion would not end."""
+        beyond = replace(QWEN.tensors[-1], name="blk.4000000000.ffn_up_exps.weight")
+        spec = replace(QWEN, tensors=(*QWEN.tensors, beyond))
+        assert len(ENGINES["llama.cpp"].memory.candidates(spec, offloading())) == 49
+
+
 class TestBeyondTheLog:
     """Memory that llama-server takes while it answers."""
 

@@ -56,7 +56,7 @@ class _Sums:
         self._expert_macs = self._host_dense = self._host_experts = self._host_largest = 0
         self._host_expert_layers, self._host_layers = set[str](), set[str]()
         # Of the experts, one token uses this part.
-        self._used = (spec.num_experts_per_token or 0) / spec.num_experts if spec.num_experts else 1.0
+        self._used = min(1.0, (spec.num_experts_per_token or 0) / spec.num_experts) if spec.num_experts else 1.0
         self._by_type: dict[str, int] = {}
         self._matrices: dict[str, float] = {}
 

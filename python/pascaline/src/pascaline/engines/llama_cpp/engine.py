@@ -19,7 +19,7 @@ from pascaline.engines.llama_cpp import speculation
 from pascaline.engines.llama_cpp.host_caches import checkpoints
 from pascaline.engines.llama_cpp.locking import check_limit
 from pascaline.engines.llama_cpp.memory import LlamaCppMemory, memory_arguments
-from pascaline.engines.llama_cpp.offload import host_weights_bytes
+from pascaline.engines.llama_cpp.offload import expert_refusals, host_weights_bytes
 from pascaline.engines.llama_cpp.options import (
     devices_of,
     host_cache_arguments,
@@ -236,7 +236,7 @@ class LlamaCppEngine(Engine):
             return Verdict(["llama.cpp serves GGUF files only; set engine to sglang, or convert the model"])
         if not spec.tensors:
             return Verdict(["it has no tensors: it holds a vocabulary or other settings, and no weights"])
-        return Verdict(factor_refusals(spec))
+        return Verdict([*factor_refusals(spec), *expert_refusals(spec)])
 
     def progress(self, metrics: str) -> Progress | None:
         """Read the progress; the counter of decode calls grows with every batch of prompt or answer tokens."""

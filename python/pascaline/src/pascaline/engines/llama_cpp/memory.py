@@ -11,6 +11,7 @@ from pascaline.engines.llama_cpp.host_caches import FREE_PARTS, checkpoint_bytes
 from pascaline.engines.llama_cpp.offload import (
     candidates,
     device_bytes,
+    expert_layers,
     host_bytes,
     is_offloading,
     is_on_host,
@@ -233,7 +234,7 @@ class LlamaCppMemory(MemoryModel):
     def check(self, settings: Settings, spec: ModelSpec) -> None:
         """Refuse to keep experts on the host that the model does not have."""
         experts = settings.placement.experts
-        if experts not in ("auto", "gpu", 0) and not spec.num_experts:
+        if experts not in ("auto", "gpu", 0) and not (spec.num_experts and expert_layers(spec)):
             raise ConfigurationError(
                 f"placement.experts: {experts!r} is set, but {spec.architecture} is no mixture of experts; "
                 "leave it out, or set placement.layers"

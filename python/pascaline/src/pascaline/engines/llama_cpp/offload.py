@@ -23,6 +23,8 @@ HOST_ALIGNMENT = 32
 DEVICE_ALIGNMENT, ROW_PADDING = 128, 512
 """The same on a GPU; and values that the last row of a quantised matrix is padded to (ggml-cuda.cu,
 MATRIX_ROW_PADDING)."""
+MOST_EXPERTS = 1024
+"""LLAMA_MAX_EXPERTS (llama-hparams.h)."""
 _LAYER = re.compile(r"^blk\.(\d+)\.")
 _EXPERTS = re.compile(r"\.ffn_(up|down|gate|gate_up)_(ch|)exps")
 """The expression of --n-cpu-moe: experts of a layer with their biases, but neither router nor shared experts."""
@@ -80,7 +82,24 @@ def host_weights_bytes(spec: ModelSpec, request: PlanRequest) -> int:
 def expert_layers(spec: ModelSpec) -> int:
     """Return the value of --n-cpu-moe that moves all experts: one more than the last layer with experts, or 0."""
     layers = (layer_of(tensor.name) for tensor in spec.tensors if _EXPERTS.search(tensor.name))
-    return max((layer + 1 for layer in layers if layer is not None), default=0)
+    # A damaged header may name any layer.
+    return max((layer + 1 for layer in layers if layer is not None and layer < spec.num_hidden_layers), default=0)
+
+
+def expert_refusals(spec: ModelSpec) -> list[str]:
+    """Return why llama.cpp aborts on the numbers of experts in a header (llama-model.cpp), one sentence each."""
+    count, used = spec.num_experts or 0, spec.num_experts_per_token or 0
+    if not count:
+        if not used and not expert_layers(spec):
+            return []
+        return ["it has experts, but expert_count is 0 or absent; take another copy of the file"]
+    if count > MOST_EXPERTS:
+        return [f"expert_count is {count:,}, llama.cpp reads at most {MOST_EXPERTS:,}"]
+    if not 0 < used <= count:
+        return [
+            f"expert_used_count is {used or '0 or absent'}, must be 1 to expert_count ({count:,}); take another copy"
+        ]
+    return []
 
 
 def candidates(spec: ModelSpec, request: PlanRequest) -> list[PlanRequest]:

@@ -32,13 +32,12 @@ __device__ __forceinline__ u8 float_to_e5m2(float value) {
   return static_cast<u8>((half + 0x7f + ((half >> 8) & 1)) >> 8);
 }
 
-__device__ __forceinline__ float rotate(const Arguments& a, const float* head, int i, const float* cos_sin) {
+// Value i of a head, rotated with its partner.
+__device__ __forceinline__ float rotate(const Arguments& a, const float* head, int i, float cosine, float sine) {
   if (i >= a.rotary_dim) return head[i];
   const int half = a.rotary_dim / 2;
-  const int angle = a.is_neox ? i % half : i / 2;
   const bool first = a.is_neox ? i < half : i % 2 == 0;
   const int partner = a.is_neox ? (first ? i + half : i - half) : i ^ 1;
-  const float cosine = __ldg(cos_sin + angle), sine = __ldg(cos_sin + half + angle);
   return __fmaf_rn(first ? -head[partner] : head[partner], sine, __fmul_rn(head[i], cosine));
 }
 
@@ -68,10 +67,28 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) rope_and_store(Argumen
   const bool is_query = head < a.heads, is_value = head >= a.heads + a.kv_heads;
   float* values = buffer[warp];
   const size_t base = static_cast<size_t>(vector) * a.head_dim;
-  float squares = 0.0f;
-  for (int i = lane; i < a.head_dim; i += WARP) {
-    values[i] = load_element(a.qkv, base + i, a.is_half);
-    squares = __fmaf_rn(values[i], values[i], squares);
+  // A chain of loads, position and then its angles, beside that of the head's values.
+  const long long position = load_index(a.positions, token, a.positions_are_64_bit);
+  const long long slot = is_query ? 0 : load_index(a.slots, token, a.slots_are_64_bit);
+  const int half = a.rotary_dim / 2;
+  float result[PER_LANE], cosines[PER_LANE], sines[PER_LANE], squares = 0.0f, absmax = 0.0f;
+#pragma unroll
+  for (int e = 0; e < PER_LANE; e++) {
+    const int i = lane + WARP * e;
+    result[e] = i < a.head_dim ? load_element(a.qkv, base + i, a.is_half) : 0.0f;
+  }
+#pragma unroll
+  for (int e = 0; e < PER_LANE; e++) {
+    const int i = lane + WARP * e;
+    cosines[e] = sines[e] = 0.0f;
+    if (is_value || i >= a.rotary_dim) continue;
+    const float* cosine = a.cos_sin + position * a.rotary_dim + (a.is_neox ? i < half ? i : i - half : i / 2);
+    cosines[e] = __ldg(cosine), sines[e] = __ldg(cosine + half);
+  }
+#pragma unroll
+  for (int e = 0; e < PER_LANE; e++) {
+    values[lane + WARP * e] = result[e];
+    squares = __fmaf_rn(result[e], result[e], squares);
   }
   const void* norm = is_query ? a.q_norm : is_value ? nullptr : a.k_norm;
   if (norm) {
@@ -81,19 +98,18 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) rope_and_store(Argumen
       values[i] = __fmul_rn(__fmul_rn(values[i], factor), load_element(norm, i, a.norm_is_half));
   }
   __syncwarp();
-  const long long position = load_index(a.positions, token, a.positions_are_64_bit);
-  const float* cos_sin = a.cos_sin + position * a.rotary_dim;
-  float result[PER_LANE], absmax = 0.0f;
+  const bool has_scale = a.pool_type == POOL_INT8 && !is_query;
 #pragma unroll
   for (int e = 0; e < PER_LANE; e++) {
+    if (WARP * e >= a.head_dim) break; // whole warps
     const int i = lane + WARP * e;
-    result[e] = i >= a.head_dim ? 0.0f : is_value ? values[i] : rotate(a, values, i, cos_sin);
+    result[e] = i >= a.head_dim ? 0.0f : is_value ? values[i] : rotate(a, values, i, cosines[e], sines[e]);
     if (a.is_half) result[e] = half_to_float(float_to_half(result[e]));
+    if (!has_scale) continue;
     const float largest = warp_absmax(result[e]);
     absmax = largest <= absmax ? absmax : largest; // keeps a NaN
     if (largest != largest) absmax = largest;
   }
-  const long long slot = is_query ? 0 : load_index(a.slots, token, a.slots_are_64_bit);
 #pragma unroll
   for (int e = 0; e < PER_LANE; e++) {
     const int i = lane + WARP * e;

@@ -340,6 +340,20 @@ __device__ __forceinline__ void write_tile(const Arguments& a, const float (&acc
     }
 }
 
+// How a header of the weights comes: decoded at once, or after its load has been in flight for a step, where registers allow it.
+template <class T>
+struct Fetched {
+  __device__ __forceinline__ void load(const uint4* tile, int lane, typename T::Header& header) { header = T::load_header(tile, lane); }
+  __device__ __forceinline__ void finish(typename T::Header&) const {}
+};
+
+template <>
+struct Fetched<Q4_K> {
+  uint4 bytes;
+  __device__ __forceinline__ void load(const uint4* tile, int, Q4_K::Header&) { bytes = __ldg(tile); }
+  __device__ __forceinline__ void finish(Q4_K::Header& header) const { header = decode_k_header(bytes); }
+};
+
 // What a thread has in flight, in registers that both roles share.
 struct InFlight {
   uint4 words[5];
@@ -380,6 +394,7 @@ __device__ __forceinline__ void multiply_tile(const Arguments& a, Buffer<T, S> (
   if (fetches) store_columns(buffers[0], place, load_columns<T>(a, place, row, ahead.tile, 0));
   __syncthreads();
   int step = 0; // of `ahead`
+  Fetched<T> fetched;
   typename T::Raw raw;
   Columns<S> columns;
   InFlight either;
@@ -391,7 +406,7 @@ __device__ __forceinline__ void multiply_tile(const Arguments& a, Buffer<T, S> (
       if (step == 0) {
         ahead.advance(a);
         tile = tiles + static_cast<size_t>(ahead.tile) * T::UNITS;
-        if (unpacks) header = T::load_header(tile, lane);
+        if (unpacks) fetched.load(tile, lane, header);
       }
       if (S::SIDES == 1) {
         raw = T::load(tile, lane, step), columns = load_columns<T>(a, place, row, ahead.tile, step);
@@ -403,6 +418,7 @@ __device__ __forceinline__ void multiply_tile(const Arguments& a, Buffer<T, S> (
     }
     multiply_step<T, S>(buffers[s % 2], acc, me);
     if (next < n_steps) {
+      if (unpacks && step == 0) fetched.finish(header);
       if (unpacks) store_weights(buffers[next % 2], header, S::SIDES == 1 ? raw : either.get<typename T::Raw>(), step);
       if (fetches) store_columns(buffers[next % 2], place, S::SIDES == 1 ? columns : either.get<Columns<S>>());
     }
@@ -418,6 +434,19 @@ __device__ __forceinline__ void multiply_tile(const Arguments& a, Buffer<T, S> (
   write_tile<S>(a, acc, partials, first_row, first_output, me);
 }
 
+// The next tile of a persistent CTA: the first that no CTA has taken. A multiprocessor does not serve its CTAs equally, so
+// that with as many tiles for each the slower one would end alone. Each tile adds one; the last sets the ticket back.
+__device__ __forceinline__ int next_tile(const Arguments& a, int tiles) {
+  __shared__ int next;
+  if (threadIdx.x == 0) {
+    const int taken = static_cast<int>(atomicAdd(a.tickets, 1u));
+    if (taken == tiles - 1) *a.tickets = 0;
+    next = gridDim.x + taken;
+  }
+  __syncthreads();
+  return next;
+}
+
 // Grid: persistent CTAs, columns varying fastest, so that a weight tile stays in L2 for all columns; or, with splits as
 // grid.y, a CTA for each tile and split.
 template <class T, class S>
@@ -429,11 +458,13 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
   float* own = a.partials + (static_cast<size_t>(blockIdx.y) * gridDim.x + blockIdx.x) * of_cta + threadIdx.x;
   float* partials = apart ? a.partials + static_cast<size_t>(gridDim.y) * gridDim.x * of_cta : nullptr;
 #pragma unroll 1
-  for (int i = blockIdx.x; i < column_tiles * row_tiles; i += gridDim.x) {
+  for (int i = blockIdx.x; i < column_tiles * row_tiles; i = next_tile(a, column_tiles * row_tiles)) {
     const int row_tile = i / column_tiles;
     multiply_tile<T, S>(a, buffers, own, partials, row_tile * ROWS, i % column_tiles * S::OUTPUTS);
-    if (apart && comes_last(a.tickets + row_tile * (ROWS / WARP), gridDim.y * column_tiles))
+    if (!apart) continue;
+    if (comes_last(a.tickets + row_tile * (ROWS / WARP), gridDim.y * column_tiles))
       add_splits(a, partials, row_tile * ROWS, ROWS);
+    return;
   }
 }
 

@@ -14,7 +14,9 @@ from sglang_pascal.kernels.formats import BLOCK, TILE_COLUMNS, tiles
 from sglang_pascal.ops._call import FLOATS, address, is_half, launch, require
 from sglang_pascal.reference import quantize_ref, rms_norm_ref, silu_mul_ref
 
-_THREADS = 256
+_THREADS = 128
+_VALUES = 4
+"""Of a thread of `quantize` and `silu_mul_quantize`."""
 _MOST_NORM_THREADS = 1024
 
 
@@ -64,7 +66,7 @@ def _quantize(function: str, x: torch.Tensor, columns: int, is_16_bit: bool) -> 
             "quantize",
             function,
             _THREADS,
-            (padded // _THREADS, x.shape[0], 1),
+            (-(-padded // (_THREADS * _VALUES)), x.shape[0], 1),
             Quantize(
                 x=x.data_ptr(),
                 q=result.q.data_ptr(),

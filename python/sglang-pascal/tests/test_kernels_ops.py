@@ -246,8 +246,11 @@ class TestParts:
             (33, 8, [(0, 33, 40, True)]),
             (41, 8, [(0, 21, 24, False), (21, 41, 24, False)]),
             (48, 8, [(0, 48, 48, True)]),
-            (512, 8, [(0, 512, 128, True)]),
-            (700, 8, [(0, 636, 128, True), (636, 700, 64, True)]),
+            (124, 8, [(0, 124, 128, True)]),
+            (128, 8, [(0, 128, 64, True)]),
+            (300, 8, [(0, 252, 64, True), (252, 300, 48, True)]),
+            (512, 8, [(0, 512, 64, True)]),
+            (700, 8, [(0, 700, 64, True)]),
         ],
     )
     def test_those_that_cost_least_with_the_widest_tiles_first(self, n, bits, expected):
@@ -289,7 +292,7 @@ class TestFittingTiles:
     """The last round of CTAs counts whole."""
 
     @pytest.mark.parametrize(
-        ("multiprocessors", "rows", "width"), [(20, 6144, 128), (20, 28672, 128), (132, 6144, 48), (132, 28672, 128)]
+        ("multiprocessors", "rows", "width"), [(20, 6144, 64), (20, 28672, 64), (132, 6144, 48), (132, 28672, 64)]
     )
     def test_tiles_that_leave_a_card_half_empty_are_cut_smaller(self, monkeypatch, multiprocessors, rows, width):
         monkeypatch.setattr(matmul_module, "multiprocessors", lambda device: multiprocessors)

@@ -167,9 +167,17 @@ def every_kernel(bits: int) -> Iterator[Part]:
 @functools.cache
 def parts(n: int, bits: int) -> tuple[Part, ...]:
     """Kernels for n rows of x: those that together cost least (`cost`), the widest tiles first."""
-    widest = max(TILE_WIDTHS[bits])
-    whole = max(0, n // widest - 1) * widest
-    chosen = [*([Part(0, whole, widest, is_tiles=True)] if whole else []), *_cheapest(bits)[n - whole]]
+    width = min(TILE_WIDTHS[bits], key=lambda width: TILE_CLOCKS[bits][width] / width)
+    whole = max(0, n // width - 1) * width
+    first = [Part(0, whole, width, is_tiles=True)] if whole else []
+    candidates = [_joined([*first, *_cheapest(bits)[n - whole]])]
+    if whole:
+        candidates.append((Part(0, n, width, is_tiles=True),))
+    return min(candidates, key=lambda found: sum(cost(part, bits) for part in found))
+
+
+def _joined(chosen: list[Part]) -> tuple[Part, ...]:
+    """Give each part its rows, the widest tiles first; whole tiles of one width are one part."""
     found: list[Part] = []
     for part in sorted(chosen, key=lambda part: (part.is_tiles, part.width, part.n), reverse=True):
         last = found[-1] if found else None

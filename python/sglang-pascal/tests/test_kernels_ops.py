@@ -318,7 +318,7 @@ class TestSplits:
 
     @pytest.mark.parametrize(
         ("rows", "columns", "splits"),
-        [(1024, 4096, 4), (4096, 4096, 3), (4096, 14336, 3), (28672, 4096, 1), (32, 256, 1)],
+        [(1024, 4096, 4), (4096, 4096, 2), (4096, 14336, 3), (3584, 18944, 2), (28672, 4096, 1), (32, 256, 1)],
     )
     def test_few_rows_are_cut_until_a_p4_is_full(self, rows, columns, splits):
         weight = allocate_packed("Q4_K", 32, columns, CPU)

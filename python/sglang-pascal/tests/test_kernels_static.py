@@ -51,6 +51,8 @@ MOST_LOOP_INSTRUCTIONS = 4600
 TILE_DP4A_SHARE = {8: 0.68, 16: 0.81}
 """Least share of dp4a or dp2a in the issue slots of a tile product's inner loop, by bits of x."""
 TILE_DP4A_SHARE_OF_HALF_SCALES = {8: 0.58, 16: 0.74}
+MOST_TILE_LOOP_BYTES = 15 * 1024
+"""Of a tile product's inner loop; a loop of 11 KB is one of the probes that a card measures."""
 CLOCKS_PER_SLOT = 64 * 32 / 128
 """Of 64 weights of 32 rows, on a multiprocessor of 128 lanes."""
 PRODUCTS = [(bits, n) for bits, widths in DECODE_WIDTHS.items() for n in widths]
@@ -138,6 +140,20 @@ class TestOtherKernels:
         loop = reports["61"][f"tile_matmul_{tensor_type}_{bits}bit_n{n}"].main_loop
         shares = TILE_DP4A_SHARE_OF_HALF_SCALES if FORMATS[tensor_type].half_scales else TILE_DP4A_SHARE
         assert loop.opcodes["IDP"] / loop.slots >= shares[bits]
+
+    def test_the_loop_of_a_tile_product_is_short(self, reports):
+        found = {r.name: bounds.code_bytes(r.main_loop) for r in reports["61"].values() if "tile_matmul" in r.name}
+        assert {name: size for name, size in found.items() if size > MOST_TILE_LOOP_BYTES} == {}
+
+    def test_tiles_of_8_bits_can_reach_two_thirds_of_dp4a(self, reports):
+        """Their inner loops, of the types with one scale for 32 weights."""
+        shares = {
+            r.name: 1 / bounds.slots_per_dp4a(r)
+            for r in reports["61"].values()
+            if r.module.startswith("tile_matmul") and r.bits == 8 and not FORMATS[r.module.split(".")[1]].half_scales
+        }
+        assert len(shares) == len(TILE_WIDTHS[8]) * sum(not form.half_scales for form in FORMATS.values())
+        assert min(shares.values()) >= 0.65
 
     @pytest.mark.parametrize(("bits", "n"), TILES)
     @pytest.mark.parametrize("tensor_type", FORMATS)

@@ -370,6 +370,22 @@ def _epilogue(device: torch.device) -> float:
     return max(errors)
 
 
+def _tiles_in_turn(device: torch.device, tensor_type: str) -> float:
+    """More tiles than a card has room for, several launches one behind the other: each must take all tiles once."""
+    rows, columns, n = 2080, 256, 1250  # 340 tiles of 128 x 64; the largest cards hold fewer than 300
+    raw, x = random_blocks(tensor_type, rows, columns), _normal(n, columns)
+    values, weight = dequantize_ref(raw, tensor_type), pack(raw.to(device), tensor_type, columns)
+    size = quantized_matmul_ref(*_magnitudes(quantize_ref(x)), values.abs())
+    errors = []
+    for is_16_bit in (False, True):
+        expected = quantized_matmul_ref(*quantize_ref(x, is_16_bit=is_16_bit), values, is_16_bit=is_16_bit)
+        some = quantize(x.to(device), is_16_bit=is_16_bit)
+        results = [matmul(some, weight, is_16_bit=is_16_bit, dtype=torch.float32) for _ in range(3)]
+        errors += [_share(results[0], expected, size * PRODUCT_LIMIT + 1e-30)]
+        errors += [_same_bits(results[0], other) for other in results[1:]]
+    return float("inf") if weight.tickets.any() else max(errors)
+
+
 def _half_product(device: torch.device) -> float:
     errors = []
     for (rows, columns), n in itertools.product(((1, 8), (50, 576), (130, 4096)), (1, 3, 8, 16)):
@@ -640,6 +656,8 @@ def _all_cases() -> dict[str, Case]:
                 _product, tensor_type=tensor_type, rows=rows, columns=columns
             )
         cases[f"matmul {tensor_type} extreme blocks"] = functools.partial(_product_of_extremes, tensor_type=tensor_type)
+    for tensor_type in ("Q4_K", "Q8_0"):
+        cases[f"matmul {tensor_type} tiles in turn"] = functools.partial(_tiles_in_turn, tensor_type=tensor_type)
     cases |= {"matmul epilogue": _epilogue, "matmul float16": _half_product}
     cases |= {"quantize": _quantize, "silu_mul_quantize": _silu_mul, "rms_norm": _rms_norm}
     cases |= {"quantize to 16 bits": _quantize_to_16_bits}

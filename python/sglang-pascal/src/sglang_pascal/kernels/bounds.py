@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sglang_pascal.errors import PluginError, StorageError
 from sglang_pascal.kernels.formats import FORMATS
-from sglang_pascal.kernels.static import KernelReport, analyse
+from sglang_pascal.kernels.static import KernelReport, Loop, analyse
 from sglang_pascal.ops.matmul import DECODE_WIDTHS, KINDS, parts
 
 if TYPE_CHECKING:
@@ -61,8 +61,15 @@ CARDS: Final = (
 """NVIDIA's datasheets, as in the cards of `pascaline`."""
 P4: Final = CARDS[0]
 _HEAD: Final = (
-    "| kernel | threads | registers | shared bytes | spilled bytes | warps per SM | loop: instructions | issue slots |"
+    "| kernel | threads | registers | shared bytes | spilled bytes | warps per SM "
+    "| loop: instructions | KB of code | issue slots |"
 )
+_PRODUCT_HEAD: Final = (
+    "| product | bits | N | rows a lane | issue slots per weight | of a P4's budget (estimate) "
+    "| issue slots per dp4a | of dp4a's peak at most |"
+)
+_INSTRUCTION_BYTES: Final = 32 / 3
+"""Of Pascal's code: three instructions and what controls them are 32 bytes."""
 _LIMITS: Final = ("tok/s by memory", "tok/s by issue slots", "upper bound (estimate)")
 BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
 
@@ -140,11 +147,10 @@ def budget(tensor_type: str) -> float:
 
 def as_markdown(reports: list[KernelReport], reports_60: list[KernelReport] | None = None) -> str:
     """Return the tables of docs/kernels.md; with the products of sm_60 also what cards reach."""
-    lines = [_HEAD, "|---|---|---|---|---|---|---|---|", *map(_row, reports)]
+    lines = [_HEAD, "|---" * 9 + "|", *map(_row, reports)]
     products = [report for report in reports if report.slots_per_weight]
     if products:
-        lines += ["", "| product | bits | N | rows a lane | issue slots per weight | of a P4's budget (estimate) |"]
-        lines += ["|---|---|---|---|---|---|", *map(_product_row, products)]
+        lines += ["", _PRODUCT_HEAD, "|---" * 8 + "|", *map(_product_row, products)]
         lines += ["", f"| model, Q4_K_M | bits | batch | {' | '.join(_LIMITS)} |"]
         lines += ["|---|---|---|---|---|---|", *map(_bound_row, bounds(reports))]
         if reports_60:
@@ -156,16 +162,28 @@ def _row(report: KernelReport) -> str:
     loop = report.main_loop
     cells = (
         *(report.name, report.threads, report.registers, report.shared_bytes, report.spill_bytes),
-        *(report.warps_per_sm, loop.instructions if loop else "", loop.slots if loop else ""),
+        *(report.warps_per_sm, *((loop.instructions, f"{code_bytes(loop) / 1024:.1f}", loop.slots) if loop else [""] * 3)),
     )
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def code_bytes(loop: Loop) -> float:
+    """Return how much of the instruction cache a loop takes."""
+    return loop.instructions * _INSTRUCTION_BYTES
+
+
+def slots_per_dp4a(report: KernelReport) -> float:
+    """Issue slots of a product's loop for each of its dp4a (four weights and an int8 of x for each), or dp2a in their place."""
+    return (report.slots_per_weight or 0.0) * 4 / report.columns
+
+
 def _product_row(report: KernelReport) -> str:
     kind, slots = report.module.split(".")[1], report.slots_per_weight or 0.0
+    each = slots_per_dp4a(report)
     rows = "tile" if report.module.startswith("tile_matmul") else report.rows_per_lane
     cells = (kind, report.bits, report.outputs, rows, f"{slots:.2f}")
-    return f"| {' | '.join(map(str, cells))} | {100 * slots / budget(kind):.0f} % |"
+    shares = (f"{100 * slots / budget(kind):.0f} %", f"{each:.2f}", f"{100 / each:.0f} %")
+    return f"| {' | '.join(map(str, (*cells, *shares)))} |"
 
 
 def _bound_row(bound: Bound) -> str:

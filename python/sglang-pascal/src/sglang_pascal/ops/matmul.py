@@ -67,6 +67,8 @@ _SLICES: Final = 4
 """Warps of a decode CTA: each sums every fourth tile."""
 _CTAS_PER_MULTIPROCESSOR: Final = 8
 """Decode CTAs that a multiprocessor should have to choose from: what keeps a P4's memory busy."""
+_MOST_IDLE: Final = 1.1
+"""By how much the rounds of a CTA's warps over their tiles may exceed what the best cut of K takes."""
 _TILE_ROWS: Final = 128
 _TILE_THREADS: Final = 128
 _TILE_COLUMNS: Final = 64
@@ -237,9 +239,18 @@ def _multiply_on_cpu(product: _Product) -> None:
 
 def splits_of(weight: PackedWeight) -> int:
     """Into how many parts K is cut, so that a matrix of few rows still fills the card. From its shape and the card."""
-    ctas = -(-weight.rows // (2 * GROUP_ROWS))
-    wanted = -(-_CTAS_PER_MULTIPROCESSOR * multiprocessors(weight.data.device.index) // ctas)
-    return max(1, min(wanted, weight.n_tiles // _SLICES))
+    return _splits(weight.rows, weight.n_tiles, multiprocessors(weight.data.device.index))
+
+
+@functools.cache
+def _splits(rows: int, n_tiles: int, count: int) -> int:
+    """Of the numbers up to the one that gives `count` multiprocessors enough CTAs, return the largest whose warps have as many tiles
+    each, or nearly: a CTA waits for the warp that has most.
+    """
+    ctas = -(-rows // (2 * GROUP_ROWS))
+    most = max(1, min(-(-_CTAS_PER_MULTIPROCESSOR * count // ctas), n_tiles // _SLICES))
+    rounds = {splits: splits * -(-(-(-n_tiles // splits)) // _SLICES) for splits in range(1, most + 1)}
+    return max(splits for splits in rounds if rounds[splits] <= _MOST_IDLE * min(rounds.values()))
 
 
 def _partials(count: int, like: torch.Tensor) -> torch.Tensor:

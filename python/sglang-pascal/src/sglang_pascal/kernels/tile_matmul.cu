@@ -341,14 +341,14 @@ __device__ __forceinline__ void write_tile(const Arguments& a, const float (&acc
 }
 
 // How a header of the weights comes: decoded at once, or after its load has been in flight for a step, where registers allow it.
-template <class T, bool IN_FLIGHT>
+template <class T>
 struct Fetched {
   __device__ __forceinline__ void load(const uint4* tile, int lane, typename T::Header& header) { header = T::load_header(tile, lane); }
   __device__ __forceinline__ void finish(typename T::Header&) const {}
 };
 
 template <>
-struct Fetched<Q4_K, true> {
+struct Fetched<Q4_K> {
   uint4 bytes;
   __device__ __forceinline__ void load(const uint4* tile, int, Q4_K::Header&) { bytes = __ldg(tile); }
   __device__ __forceinline__ void finish(Q4_K::Header& header) const { header = decode_k_header(bytes); }
@@ -394,7 +394,7 @@ __device__ __forceinline__ void multiply_tile(const Arguments& a, Buffer<T, S> (
   if (fetches) store_columns(buffers[0], place, load_columns<T>(a, place, row, ahead.tile, 0));
   __syncthreads();
   int step = 0; // of `ahead`
-  Fetched<T, S::SIDES == 1> fetched;
+  Fetched<T> fetched;
   typename T::Raw raw;
   Columns<S> columns;
   InFlight either;
@@ -434,12 +434,9 @@ __device__ __forceinline__ void multiply_tile(const Arguments& a, Buffer<T, S> (
   write_tile<S>(a, acc, partials, first_row, first_output, me);
 }
 
-// The tile after `i` of a persistent CTA. Where CTAs share a multiprocessor, it does not serve them equally, and with as many
-// tiles for each the slower one would end alone: so it is the first that no CTA has taken. Each tile adds one to the ticket;
-// the last, with which no CTA has work left, sets it back for the next launch.
-template <class S>
-__device__ __forceinline__ int next_tile(const Arguments& a, int i, int tiles) {
-  if (S::SIDES > 1) return i + gridDim.x;
+// The next tile of a persistent CTA: the first that no CTA has taken. A multiprocessor does not serve its CTAs equally, so
+// that with as many tiles for each the slower one would end alone. Each tile adds one; the last sets the ticket back.
+__device__ __forceinline__ int next_tile(const Arguments& a, int tiles) {
   __shared__ int next;
   if (threadIdx.x == 0) {
     const int taken = static_cast<int>(atomicAdd(a.tickets, 1u));
@@ -461,7 +458,7 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
   float* own = a.partials + (static_cast<size_t>(blockIdx.y) * gridDim.x + blockIdx.x) * of_cta + threadIdx.x;
   float* partials = apart ? a.partials + static_cast<size_t>(gridDim.y) * gridDim.x * of_cta : nullptr;
 #pragma unroll 1
-  for (int i = blockIdx.x; i < column_tiles * row_tiles; i = next_tile<S>(a, i, column_tiles * row_tiles)) {
+  for (int i = blockIdx.x; i < column_tiles * row_tiles; i = next_tile(a, column_tiles * row_tiles)) {
     const int row_tile = i / column_tiles;
     multiply_tile<T, S>(a, buffers, own, partials, row_tile * ROWS, i % column_tiles * S::OUTPUTS);
     if (!apart) continue;

@@ -148,7 +148,7 @@ PARAMETERS = {
 def test_parameters_have_the_names_of_the_source(kernel: str) -> None:
     file, pattern = PARAMETERS[kernel]
     source = (SOURCES / file).read_text()
-    (text,) = re.findall(rf"__launch_bounds__\([\w, ]+\)\s+{pattern}\((.*?)\)", source, re.DOTALL)
+    (text,) = re.findall(rf"__launch_bounds__\(\w+\)\s+{pattern}\((.*?)\)", source, re.DOTALL)
     assert c_names(text) == python_names(BLOCKS[kernel])
 
 

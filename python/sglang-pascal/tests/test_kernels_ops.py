@@ -289,15 +289,16 @@ class TestParts:
 
 
 class TestFittingTiles:
-    """The last round of CTAs counts whole."""
+    """CTAs take tiles in turn, but however few there are, they take as long as those that fill the card once."""
 
     @pytest.mark.parametrize(
-        ("multiprocessors", "rows", "width"), [(20, 6144, 64), (20, 28672, 64), (132, 6144, 48), (132, 28672, 64)]
+        ("multiprocessors", "rows", "n", "width"),
+        [(20, 6144, 512, 64), (20, 28672, 512, 64), (132, 6144, 512, 64), (132, 28672, 512, 64), (20, 4096, 64, 32)],
     )
-    def test_tiles_that_leave_a_card_half_empty_are_cut_smaller(self, monkeypatch, multiprocessors, rows, width):
+    def test_tiles_that_leave_a_card_half_empty_are_cut_smaller(self, monkeypatch, multiprocessors, rows, n, width):
         monkeypatch.setattr(matmul_module, "multiprocessors", lambda device: multiprocessors)
         matmul_module.fitting_width.cache_clear()
-        assert matmul_module.fitting_width(512, 8, rows, 1, None) == width
+        assert matmul_module.fitting_width(n, 8, rows, 1, None) == width
         matmul_module.fitting_width.cache_clear()
 
 
@@ -318,12 +319,20 @@ class TestSplits:
 
     @pytest.mark.parametrize(
         ("rows", "columns", "splits"),
-        [(1024, 4096, 4), (4096, 4096, 2), (4096, 14336, 3), (3584, 18944, 2), (28672, 4096, 1), (32, 256, 1)],
+        [(1024, 4096, 4), (2048, 4096, 2), (4096, 4096, 1), (4096, 14336, 1), (28672, 4096, 1), (32, 256, 1)],
     )
     def test_few_rows_are_cut_until_a_p4_is_full(self, rows, columns, splits):
         weight = allocate_packed("Q4_K", 32, columns, CPU)
         weight = type(weight)(weight.data, "Q4_K", rows, columns, weight.tickets)
         assert splits_of(weight) == splits
+
+    @pytest.mark.parametrize(("rows", "columns", "splits"), [(6144, 4096, 4), (4096, 14336, 7), (28672, 4096, 1)])
+    def test_a_larger_card_takes_more_parts_that_leave_no_warp_idle(self, monkeypatch, rows, columns, splits):
+        monkeypatch.setattr(matmul_module, "multiprocessors", lambda device: 132)
+        weight = allocate_packed("Q4_K", 32, columns, CPU)
+        weight = type(weight)(weight.data, "Q4_K", rows, columns, weight.tickets)
+        assert splits_of(weight) == splits
+        assert weight.n_tiles % (4 * splits) == 0
 
     @pytest.mark.parametrize("tensor_type", FORMATS)
     def test_every_slice_of_every_split_has_tiles(self, tensor_type):

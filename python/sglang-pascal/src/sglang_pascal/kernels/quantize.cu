@@ -8,14 +8,14 @@
 //   silu_mul_quantize      silu(gate) * up, x = [n, 2 * columns] with gate first
 // quantize, silu: a thread has four consecutive values, so that eight lanes share a block and its shuffles; CTAs of 128
 // threads. rms_norm: one CTA a row, with a thread for each column up to 1024: a decode step waits for its chain of loads,
-// shuffles and divisions twice a layer. So all loads of a thread's first columns are in flight at once, what they
-// gave stays in registers, and their blocks are quantised side by side. A row of more than 4096 columns is read twice
-// behind these. A warp holds one block of 32 at a time. No shared memory but 128 bytes for the row's sum.
+// shuffles and divisions twice a layer, and that is as long as a thread has columns. It reads its row twice, from the cache
+// the second time; a loop, since code that runs once a launch comes from memory. A warp holds one block of 32 at a time. No
+// shared memory but 128 bytes for the row's sum.
 #include "common.cuh"
 
 constexpr int THREADS = 128;
-constexpr int NORM_THREADS = 1024, MOST_HELD = 4; // MOST_HELD: columns of a thread in registers
-constexpr int FOUR = 4, LANES = BLOCK / FOUR;     // of a block
+constexpr int NORM_THREADS = 1024;
+constexpr int FOUR = 4, LANES = BLOCK / FOUR; // values of a lane, and lanes of a block
 
 // low: rows between a row and the one of its second int8; 0 = there is none.
 __device__ __forceinline__ void put(float value, int column, int row, int K, signed char* q, float2* scales, int low) {
@@ -45,12 +45,10 @@ __device__ __forceinline__ int low_of(float steps, int q) {
   return max(-128, min(127, low));
 }
 
-template <int COUNT, int OFFSETS>
-__device__ __forceinline__ void add_lanes(int (&sums)[COUNT]) {
+__device__ __forceinline__ int sum_of_block(int sum) {
 #pragma unroll
-  for (int offset = OFFSETS; offset; offset >>= 1)
-#pragma unroll
-    for (int j = 0; j < COUNT; j++) sums[j] += __shfl_xor_sync(ALL_LANES, sums[j], offset);
+  for (int offset = LANES / 2; offset; offset >>= 1) sum += __shfl_xor_sync(ALL_LANES, sum, offset);
+  return sum;
 }
 
 // Four consecutive values a lane, eight lanes a block: what quantize_block gives, to the bit.
@@ -64,30 +62,30 @@ __device__ __forceinline__ void put_four(const float (&values)[FOUR], int column
   const size_t at = static_cast<size_t>(row) * K + column;
   const bool is_first = threadIdx.x % LANES == 0;
   float steps[FOUR];
-  int high[FOUR], sum[1] = {0};
+  int high[FOUR], sum = 0;
   u32 word = 0;
 #pragma unroll
   for (int i = 0; i < FOUR; i++) {
     steps[i] = __fmul_rn(values[i], step.inverse), high[i] = __float2int_rn(steps[i]);
-    sum[0] += high[i], word |= (static_cast<u32>(high[i]) & 0xffu) << 8 * i;
+    sum += high[i], word |= (static_cast<u32>(high[i]) & 0xffu) << 8 * i;
   }
-  add_lanes<1, LANES / 2>(sum);
+  sum = sum_of_block(sum);
   *reinterpret_cast<u32*>(q + at) = word;
-  if (is_first) scales[at / BLOCK] = make_float2(step.d, __fmul_rn(step.d, static_cast<float>(sum[0])));
+  if (is_first) scales[at / BLOCK] = make_float2(step.d, __fmul_rn(step.d, static_cast<float>(sum)));
   if (!low) return;
-  int low_sum[1] = {0};
+  int low_sum = 0;
   word = 0;
 #pragma unroll
   for (int i = 0; i < FOUR; i++) {
     const int value = low_of(steps[i], high[i]);
-    low_sum[0] += value, word |= (static_cast<u32>(value) & 0xffu) << 8 * i;
+    low_sum += value, word |= (static_cast<u32>(value) & 0xffu) << 8 * i;
   }
-  add_lanes<1, LANES / 2>(low_sum);
+  low_sum = sum_of_block(low_sum);
   const size_t second = at + static_cast<size_t>(low) * K;
   const float fine = __fmul_rn(step.d, 1.0f / LOW_STEPS);
   *reinterpret_cast<u32*>(q + second) = word;
   if (is_first)
-    scales[second / BLOCK] = make_float2(fine, __fmul_rn(fine, static_cast<float>(LOW_STEPS * sum[0] + low_sum[0])));
+    scales[second / BLOCK] = make_float2(fine, __fmul_rn(fine, static_cast<float>(LOW_STEPS * sum + low_sum)));
 }
 
 // Whether four elements of each row of x can be loaded at once.
@@ -136,154 +134,40 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   put_four(values, column, row, K, q, scales, low);
 }
 
-// What the norm of a row needs. y (same type as x; may be null) receives the normalised values; q may be null instead.
-struct Norm {
-  const void* x;
-  void* residual;
-  const void* weight;
-  void* y;
-  signed char* q;
-  float2* scales;
-  float eps;
-  int x_is_half, weight_is_half, columns, K, low;
-};
-
-template <bool HALF>
-__device__ __forceinline__ float plain_load(const void* base, size_t i) {
-  return HALF ? half_to_float(static_cast<const u16*>(base)[i]) : static_cast<const float*>(base)[i];
-}
-
-template <bool HALF>
-__device__ __forceinline__ float add_residual(const Norm& a, size_t at, float value, float residual) {
-  const float sum = __fadd_rn(value, residual);
-  store_element(a.residual, at, HALF, sum);
-  return HALF ? half_to_float(float_to_half(sum)) : sum;
-}
-
-// 1 / root of the mean square. The warps' sums are added in order.
-__device__ __forceinline__ float norm_factor(const Norm& a, float sum) {
-  __shared__ float4 sums[NORM_THREADS / WARP / 4];
-  sum = warp_sum(sum);
-  if (threadIdx.x % WARP == 0) reinterpret_cast<float*>(sums)[threadIdx.x / WARP] = sum;
-  __syncthreads();
-  float total = 0.0f;
-  for (int w = 0; w < static_cast<int>(blockDim.x) / WARP / 4; w++) { // a multiple of 8 warps, as K is one of 256
-    const float4 four = sums[w];
-    total = __fadd_rn(__fadd_rn(__fadd_rn(__fadd_rn(total, four.x), four.y), four.z), four.w);
-  }
-  return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fdiv_rn(total, static_cast<float>(a.columns)), a.eps)));
-}
-
-// The int8 of COUNT blocks of a warp, blockDim.x columns apart, whose sums are of `high`, or of both where low is given.
-// Columns from K on are not written.
-template <int COUNT>
-__device__ __forceinline__ void write_blocks(const Norm& a, size_t at, const int (&values)[COUNT], const int (&sums)[COUNT],
-                                             const float (&d)[COUNT]) {
-#pragma unroll
-  for (int j = 0; j < COUNT; j++, at += blockDim.x) {
-    if (threadIdx.x + j * blockDim.x >= a.K) break; // whole warps
-    a.q[at] = static_cast<signed char>(values[j]);
-    if (threadIdx.x % WARP == 0) a.scales[at / BLOCK] = make_float2(d[j], __fmul_rn(d[j], static_cast<float>(sums[j])));
-  }
-}
-
-// A block of 32 a warp and value: what quantize_block gives for each, side by side.
-template <int COUNT>
-__device__ __forceinline__ void put_side_by_side(const Norm& a, float (&values)[COUNT], int row) {
-  const size_t at = static_cast<size_t>(row) * a.K + threadIdx.x;
-  u32 amax[COUNT];
-  float d[COUNT];
-  int high[COUNT], sums[COUNT];
-#pragma unroll
-  for (int j = 0; j < COUNT; j++) amax[j] = absolute_bits(values[j]);
-#pragma unroll
-  for (int offset = WARP / 2; offset; offset >>= 1)
-#pragma unroll
-    for (int j = 0; j < COUNT; j++) amax[j] = larger(amax[j], __shfl_xor_sync(ALL_LANES, amax[j], offset));
-#pragma unroll
-  for (int j = 0; j < COUNT; j++) {
-    const Step step(amax[j]);
-    d[j] = step.d, values[j] = __fmul_rn(values[j], step.inverse);
-    sums[j] = high[j] = __float2int_rn(values[j]);
-  }
-  add_lanes<COUNT, WARP / 2>(sums);
-  write_blocks<COUNT>(a, at, high, sums, d);
-  if (!a.low) return;
-  int low_sums[COUNT];
-#pragma unroll
-  for (int j = 0; j < COUNT; j++) low_sums[j] = high[j] = low_of(values[j], high[j]);
-  add_lanes<COUNT, WARP / 2>(low_sums);
-#pragma unroll
-  for (int j = 0; j < COUNT; j++) low_sums[j] += LOW_STEPS * sums[j], d[j] = __fmul_rn(d[j], 1.0f / LOW_STEPS);
-  write_blocks<COUNT>(a, at + static_cast<size_t>(a.low) * a.K, high, low_sums, d);
-}
-
-// Columns threadIdx.x + j * blockDim.x: the first COUNT of a thread stay in registers, the others are read again.
-template <bool HALF, int COUNT>
-__device__ __forceinline__ void norm_row(const Norm& a) {
-  const int row = blockIdx.x, held = COUNT * blockDim.x;
-  const size_t base = static_cast<size_t>(row) * a.columns;
-  float values[COUNT], residuals[COUNT], sum = 0.0f;
-#pragma unroll
-  for (int j = 0; j < COUNT; j++) {
-    const int column = threadIdx.x + j * blockDim.x;
-    const bool is_real = column < a.columns;
-    values[j] = is_real ? load_element(a.x, base + column, HALF) : 0.0f;
-    residuals[j] = is_real && a.residual ? plain_load<HALF>(a.residual, base + column) : 0.0f;
-  }
-#pragma unroll
-  for (int j = 0; j < COUNT; j++) {
-    const int column = threadIdx.x + j * blockDim.x;
-    if (a.residual && column < a.columns) values[j] = add_residual<HALF>(a, base + column, values[j], residuals[j]);
-    sum = __fmaf_rn(values[j], values[j], sum);
-  }
-  for (int column = threadIdx.x + held; column < a.columns; column += blockDim.x) {
-    float value = load_element(a.x, base + column, HALF);
-    if (a.residual) value = add_residual<HALF>(a, base + column, value, plain_load<HALF>(a.residual, base + column));
-    sum = __fmaf_rn(value, value, sum);
-  }
-  float weights[COUNT]; // in flight while the sums of all threads are added
-#pragma unroll
-  for (int j = 0; j < COUNT; j++) {
-    const int column = threadIdx.x + j * blockDim.x;
-    weights[j] = column < a.columns ? load_element(a.weight, column, a.weight_is_half) : 0.0f;
-  }
-  const float factor = norm_factor(a, sum);
-#pragma unroll
-  for (int j = 0; j < COUNT; j++) {
-    const int column = threadIdx.x + j * blockDim.x;
-    values[j] = __fmul_rn(__fmul_rn(values[j], factor), weights[j]);
-    if (a.y && column < a.columns) store_element(a.y, base + column, HALF, values[j]);
-  }
-  if (a.q) put_side_by_side<COUNT>(a, values, row);
-  for (int column = threadIdx.x + held; column < a.K; column += blockDim.x) { // whole warps
-    float value = 0.0f;
-    if (column < a.columns) {
-      value = plain_load<HALF>(a.residual ? a.residual : a.x, base + column);
-      value = __fmul_rn(__fmul_rn(value, factor), load_element(a.weight, column, a.weight_is_half));
-      if (a.y) store_element(a.y, base + column, HALF, value);
-    }
-    if (a.q) put(value, column, row, a.K, a.q, a.scales, a.low);
-  }
-}
-
-template <bool HALF>
-__device__ __forceinline__ void norm_row(const Norm& a) {
-  const int count = (a.K + blockDim.x - 1) / blockDim.x;
-  if (count == 1)
-    norm_row<HALF, 1>(a);
-  else if (count == 2)
-    norm_row<HALF, 2>(a);
-  else
-    norm_row<HALF, MOST_HELD>(a);
-}
-
-extern "C" __global__ void __launch_bounds__(NORM_THREADS, 2)
+// y (same type as x; may be null) receives the normalised values; q may be null instead.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     rms_norm_quantize(const void* x, void* residual, const void* weight, void* y, signed char* q, float2* scales,
                       float eps, int x_is_half, int weight_is_half, int columns, int K, int low) {
-  const Norm a = {x, residual, weight, y, q, scales, eps, x_is_half, weight_is_half, columns, K, low};
-  if (x_is_half)
-    norm_row<true>(a);
-  else
-    norm_row<false>(a);
+  __shared__ float sums[NORM_THREADS / WARP];
+  const int row = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const size_t base = static_cast<size_t>(row) * columns;
+  float sum = 0.0f;
+  for (int column = threadIdx.x; column < columns; column += blockDim.x) {
+    float value = load_element(x, base + column, x_is_half);
+    if (residual) {
+      // Plain load: the same thread wrote it in an earlier kernel, and reads its own sum back below.
+      value = __fadd_rn(value, x_is_half ? half_to_float(static_cast<u16*>(residual)[base + column])
+                                         : static_cast<float*>(residual)[base + column]);
+      store_element(residual, base + column, x_is_half, value);
+      if (x_is_half) value = half_to_float(static_cast<u16*>(residual)[base + column]);
+    }
+    sum = __fmaf_rn(value, value, sum);
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) sums[warp] = sum;
+  __syncthreads();
+  float total = 0.0f;
+  for (int w = 0; w < blockDim.x / WARP; w++) total = __fadd_rn(total, sums[w]);
+  const float factor = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fdiv_rn(total, static_cast<float>(columns)), eps)));
+  for (int column = threadIdx.x; column < K; column += blockDim.x) { // whole warps: K is a multiple of 32
+    float value = 0.0f;
+    if (column < columns) {
+      const void* source = residual ? residual : x;
+      value = x_is_half ? half_to_float(static_cast<const u16*>(source)[base + column])
+                        : static_cast<const float*>(source)[base + column];
+      value = __fmul_rn(__fmul_rn(value, factor), load_element(weight, column, weight_is_half));
+      if (y) store_element(y, base + column, x_is_half, value);
+    }
+    if (q) put(value, column, row, K, q, scales, low);
+  }
 }

@@ -65,10 +65,10 @@ _HALF_ROWS: Final = 16
 _HALVES_PER_LOAD: Final = 8
 _SLICES: Final = 4
 """Warps of a decode CTA: each sums every fourth tile."""
-_CTAS_PER_MULTIPROCESSOR: Final = 8
-"""Decode CTAs that a multiprocessor should have to choose from: what keeps a P4's memory busy."""
-_MOST_IDLE: Final = 1.1
-"""By how much the rounds of a CTA's warps over their tiles may exceed what the best cut of K takes."""
+_CTAS_PER_MULTIPROCESSOR: Final = 3
+"""Decode CTAs of two rows a lane for which a multiprocessor has registers."""
+_AS_FAST: Final = 1.05
+"""Of tiles whose estimates differ by less, the one that takes least for a row of x is chosen."""
 _TILE_ROWS: Final = 128
 _TILE_THREADS: Final = 128
 _TILE_COLUMNS: Final = 64
@@ -218,15 +218,17 @@ def cost(part: Part, bits: int) -> float:
 
 @functools.cache
 def fitting_width(n: int, bits: int, rows: int, splits: int, device: int | None) -> int:
-    """Return the tile that is fastest for n rows of x and `rows` of a weight; the last round of CTAs counts whole."""
+    """Return the tile that is fastest for n rows of x and `rows` of a weight; they are taken in turn, but fill the card once."""
 
     def clocks(width: int) -> float:
         tiles, room = _tiles(n, width, rows), _room(width, bits, device)
         apart = splits if _are_apart(splits, tiles, room) else 1
-        rounds = -(-tiles * apart // room)
+        rounds = max(1.0, tiles * apart / room)
         return rounds * TILE_CLOCKS[bits][width] * _ctas(width, bits, device) / apart
 
-    return min((width for width in TILE_WIDTHS[bits]), key=clocks)
+    found = {width: clocks(width) for width in TILE_WIDTHS[bits]}
+    close = [width for width in found if found[width] <= _AS_FAST * min(found.values())]
+    return min(close, key=lambda width: TILE_CLOCKS[bits][width] / width)
 
 
 def _multiply_on_cpu(product: _Product) -> None:
@@ -244,13 +246,15 @@ def splits_of(weight: PackedWeight) -> int:
 
 @functools.cache
 def _splits(rows: int, n_tiles: int, count: int) -> int:
-    """Of the numbers up to the one that gives `count` multiprocessors enough CTAs, return the largest whose warps have as many tiles
-    each, or nearly: a CTA waits for the warp that has most.
+    """The one that takes least time: how often `count` multiprocessors are filled with CTAs, times what a CTA takes, which is
+    the tiles of the warp that has most and about one more to start and to end.
     """
-    ctas = -(-rows // (2 * GROUP_ROWS))
-    most = max(1, min(-(-_CTAS_PER_MULTIPROCESSOR * count // ctas), n_tiles // _SLICES))
-    rounds = {splits: splits * -(-(-(-n_tiles // splits)) // _SLICES) for splits in range(1, most + 1)}
-    return max(splits for splits in rounds if rounds[splits] <= _MOST_IDLE * min(rounds.values()))
+    ctas, room = -(-rows // (2 * GROUP_ROWS)), _CTAS_PER_MULTIPROCESSOR * count
+
+    def clocks(splits: int) -> float:
+        return max(1.0, ctas * splits / room) * (1 + -(-(-(-n_tiles // splits)) // _SLICES))
+
+    return min(range(1, max(1, n_tiles // _SLICES) + 1), key=clocks)
 
 
 def _partials(count: int, like: torch.Tensor) -> torch.Tensor:

@@ -162,7 +162,10 @@ def _row(report: KernelReport) -> str:
     loop = report.main_loop
     cells = (
         *(report.name, report.threads, report.registers, report.shared_bytes, report.spill_bytes),
-        *(report.warps_per_sm, *((loop.instructions, f"{code_bytes(loop) / 1024:.1f}", loop.slots) if loop else [""] * 3)),
+        *(
+            report.warps_per_sm,
+            *((loop.instructions, f"{code_bytes(loop) / 1024:.1f}", loop.slots) if loop else [""] * 3),
+        ),
     )
     return "| " + " | ".join(map(str, cells)) + " |"
 

@@ -176,7 +176,7 @@ def code_bytes(loop: Loop) -> float:
 
 
 def slots_per_dp4a(report: KernelReport) -> float:
-    """Issue slots of a product's loop for each of its dp4a (four weights and an int8 of x for each), or dp2a in their place."""
+    """Return the issue slots of a product's loop for each of its dp4a, or of its dp2a in their place."""
     return (report.slots_per_weight or 0.0) * 4 / report.columns
 
 

@@ -218,7 +218,10 @@ def cost(part: Part, bits: int) -> float:
 
 @functools.cache
 def fitting_width(n: int, bits: int, rows: int, splits: int, device: int | None) -> int:
-    """Return the tile that is fastest for n rows of x and `rows` of a weight; they are taken in turn, but fill the card once."""
+    """Return the tile that is fastest for n rows of x and `rows` of a weight.
+
+    Tiles are taken in turn, so a last round that leaves the card half empty counts half; fewer than one round is one.
+    """
 
     def clocks(width: int) -> float:
         tiles, room = _tiles(n, width, rows), _room(width, bits, device)
@@ -246,13 +249,16 @@ def splits_of(weight: PackedWeight) -> int:
 
 @functools.cache
 def _splits(rows: int, n_tiles: int, count: int) -> int:
-    """The one that takes least time: how often `count` multiprocessors are filled with CTAs, times what a CTA takes, which is
-    the tiles of the warp that has most and about one more to start and to end.
+    """Return the number of parts that takes least time.
+
+    That is how often `count` multiprocessors are filled with CTAs, times what a CTA takes: the tiles of the warp that
+    has most, and about one more to start and to end.
     """
     ctas, room = -(-rows // (2 * GROUP_ROWS)), _CTAS_PER_MULTIPROCESSOR * count
 
     def clocks(splits: int) -> float:
-        return max(1.0, ctas * splits / room) * (1 + -(-(-(-n_tiles // splits)) // _SLICES))
+        tiles = -(-n_tiles // splits)
+        return max(1.0, ctas * splits / room) * (1 + -(-tiles // _SLICES))
 
     return min(range(1, max(1, n_tiles // _SLICES) + 1), key=clocks)
 

@@ -142,5 +142,18 @@ class TestHost:
         (tmp_path / "memory.current").write_text(f"{10 * MIB}\n")
         assert host_memory(meminfo, cgroup, tmp_path).total_bytes == 20 * MIB
 
+    def test_page_cache_is_room_and_the_soft_limit_is_one(self, tmp_path: Path) -> None:
+        """A model that was read before fills its group up to the limit with pages that the kernel drops."""
+        meminfo, cgroup = tmp_path / "meminfo", tmp_path / "cgroup"
+        meminfo.write_text("MemAvailable:   60000 kB\n")
+        cgroup.write_text("0::/\n")
+        (tmp_path / "memory.max").write_text(f"{30 * MIB}\n")
+        (tmp_path / "memory.current").write_text(f"{29 * MIB}\n")
+        stat = f"anon {4 * MIB}\nfile {25 * MIB}\nshmem {MIB}\ninactive_file {20 * MIB}\nactive_file {4 * MIB}\n"
+        (tmp_path / "memory.stat").write_text(stat)
+        assert host_memory(meminfo, cgroup, tmp_path).total_bytes == 25 * MIB
+        (tmp_path / "memory.high").write_text(f"{15 * MIB}\n")
+        assert host_memory(meminfo, cgroup, tmp_path).total_bytes == 10 * MIB
+
     def test_this_host_has_some(self) -> None:
         assert host_memory().total_bytes > 0

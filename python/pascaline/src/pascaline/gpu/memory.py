@@ -141,14 +141,33 @@ def host_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP, cgroup_root: Pat
 
 
 def _cgroup_rooms(cgroup: Path, root: Path) -> list[int]:
-    """Bytes that each control group around this process leaves; version 2 only."""
+    """Bytes that each control group around this process leaves; version 2 only.
+
+    A group is charged for the page cache of files that it has read, which the kernel drops before it refuses memory.
+    Beyond memory.high the kernel slows its processes down to a crawl.
+    """
     rooms = []
     for folder in group_folders("memory", cgroup, root):
         with contextlib.suppress(OSError, ValueError):
-            limit, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
-            if limit != "max":
-                rooms.append(max(0, int(limit) - int(used)))
+            used = int((folder / "memory.current").read_text()) - _page_cache(folder)
+            rooms += [
+                max(0, limit - used) for name in ("memory.max", "memory.high") if (limit := _limit(folder / name))
+            ]
     return rooms
+
+
+def _limit(path: Path) -> int | None:
+    text = path.read_text().strip() if path.exists() else "max"
+    return None if text == "max" else int(text)
+
+
+def _page_cache(folder: Path) -> int:
+    """Bytes of files that a control group is charged for, without shared memory."""
+    try:
+        text = (folder / "memory.stat").read_text()
+    except OSError:
+        return 0
+    return sum(int(size) for size in re.findall(r"^(?:in)?active_file (\d+)$", text, re.MULTILINE))
 
 
 def numa_node(address: str, devices: Path = PCI_DEVICES) -> int | None:

@@ -354,8 +354,9 @@ the scheduler process, while it started and during each feature's requests, and 
   A *successor* is a kernel that only newer releases have: the locked torch computes the same operator by an older
   one, which `SUCCESSORS` of `tests/support/kernel_classes.py` names and which it holds for sm_60.
 - *cuBLAS*: launched by a matrix product of torch. cuBLAS chooses its kernels by card, so these names do not exist
-  on Pascal; the locked cuBLAS has machine code for sm_60 and sm_61 (`sglang-pascal info --card 6.1`). It multiplies
-  weights that are not quantised, and whatever bitsandbytes expands. No recorded decode step may contain one.
+  on Pascal; the locked cuBLAS has machine code for sm_60 and sm_61 (`sglang-pascal info --card 6.1`). Its products:
+  one of 16 x 16 at each start, by which SGLang initialises it; prompts, of more than 16 rows, of weights in float16;
+  and prompts of weights in NF4, which bitsandbytes expands before. No recorded decode step may contain one.
 - *bitsandbytes*: its library for CUDA 12.6 holds it for sm_60.
 - *forbidden* (flash attention, cuDNN, Triton, bfloat16) and *unknown* are failures.
 

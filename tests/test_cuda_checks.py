@@ -41,10 +41,32 @@ def test_every_use_is_judged_and_none_is_gone():
         cuda_checks.installed_uses(["gone.py"])
 
 
+SERVER = """
+import importlib, json, sys
+for name in ("launch_server", "srt.entrypoints.http_server", "srt.managers.scheduler", "srt.managers.detokenizer_manager",
+             "srt.constrained.xgrammar_backend", "srt.layers.pooler", "srt.mem_cache.swa_memory_pool"):
+    importlib.import_module(f"sglang.{name}")
+for name in ("speculation.graphs", "attention.kernels_backend", "quantization.nf4", "half_products", "checkpoint.loader"):
+    importlib.import_module(f"sglang_pascal.{name}")
+loaded = [module.__file__ for name, module in sys.modules.items() if name.startswith("sglang.srt.")]
+print(json.dumps([file.rpartition("/sglang/srt/")[2] for file in loaded if file]))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed")
+def test_every_module_that_a_server_imports_is_judged(in_sglang):
+    loaded, record = in_sglang.run(SERVER), cuda_checks.verdicts()
+    assert {"managers/scheduler.py", "models/qwen3.py", "layers/layernorm.py"} <= set(loaded)
+    assert cuda_checks.unjudged(loaded, record) == set()
+    assert cuda_checks.unjudged(loaded, record | {"others": []}) > {"layers/moe/topk.py"}
+
+
 def test_each_verdict_has_its_reason():
-    for use in cuda_checks.verdicts()["use"]:
+    record = cuda_checks.verdicts()
+    for use in record["use"]:
         assert use["verdict"] in cuda_checks.VERDICTS
         assert use["why"]
+    assert all(group["why"] for group in record["others"])
 
 
 def test_the_page_shows_the_data():

@@ -14,11 +14,11 @@ import re
 import tomllib
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 RESULTS = Path(__file__).parents[2] / "docs/results"
 VERDICTS = ("given back", "replaced", "harmless", "not reached")
@@ -37,16 +37,17 @@ class Use:
 
 
 def verdicts() -> dict[str, Any]:
-    """Return the file of verdicts: `modules` (paths below sglang/srt, with wildcards) and `use` (a list of tables)."""
+    """Return the file of verdicts.
+
+    `modules` (paths below sglang/srt, with wildcards), `use` (a list of tables, one for each place in them) and `others`
+    (a list of tables: further `modules`, and why no place in them matters).
+    """
     return tomllib.loads((RESULTS / "cuda-checks.toml").read_text())
 
 
 def installed_uses(patterns: list[str]) -> set[Use]:
     """Return the uses in the installed SGLang's modules. Raises ValueError for a pattern that no module matches."""
-    spec = importlib.util.find_spec("sglang")
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError("SGLang is not installed")
-    root = Path(spec.submodule_search_locations[0]) / "srt"
+    root = _root()
     found: set[Use] = set()
     for pattern in patterns:
         paths = sorted(root.glob(pattern))
@@ -56,6 +57,23 @@ def installed_uses(patterns: list[str]) -> set[Use]:
             module = ".".join(path.relative_to(root).with_suffix("").parts)
             found |= set(uses(path.read_text(), module))
     return found
+
+
+def unjudged(paths: Iterable[str], record: dict[str, Any]) -> set[str]:
+    """Return those of some modules (paths below sglang/srt) that ask, and that neither `modules` nor `others` names."""
+    known = [*record["modules"], *(pattern for group in record["others"] for pattern in group["modules"])]
+    return {
+        path
+        for path in paths
+        if not any(PurePath(path).match(pattern) for pattern in known) and any(uses((_root() / path).read_text(), ""))
+    }
+
+
+def _root() -> Path:
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("SGLang is not installed")
+    return Path(spec.submodule_search_locations[0]) / "srt"
 
 
 def uses(source: str, module: str) -> Iterator[Use]:
@@ -100,11 +118,11 @@ def page(record: dict[str, Any]) -> str:
         "",
         "The plugin makes SGLang's `is_cuda()` False, because SGLang otherwise imports sgl_kernel and flashinfer, which",
         "have no code for Pascal. Every place that asks, or that asks for a compute capability, then takes its other",
-        f"branch. This page judges the {sum(count.values())} places in the modules of SGLang 0.5.23 listed at its end:",
-        "scheduler, model runner, memory pool, sampler and logits. Layers, models, loaders and the other modules of the",
-        "runners are not judged yet. The places were read, not",
-        "run; verdicts are [data](cuda-checks.toml), and `tests/test_cuda_checks.py` fails if SGLang's sources gain or",
-        "lose a place. `tests/support/cuda_checks.py` wrote this page.",
+        f"branch. This page judges the {sum(count.values())} places in the modules of SGLang 0.5.23 that serving dense",
+        "text models runs, which are listed at its end. What a server only imports is judged by the module, under *Others*.",
+        "The places were read, not run; verdicts are [data](cuda-checks.toml), and `tests/test_cuda_checks.py` fails if",
+        "SGLang's sources gain or lose a place, or a server imports a module that asks and is not judged.",
+        "`tests/support/cuda_checks.py` wrote this page.",
         "",
         "- *given back*: needed on Pascal too, and switched on again by a shim.",
         "- *replaced*: ours does the work of the branch that is off.",
@@ -116,6 +134,10 @@ def page(record: dict[str, Any]) -> str:
     for verdict in VERDICTS:
         lines += ["", f"## {verdict.capitalize()}", "", "| module | function | condition | why |", "|---|---|---|---|"]
         lines += [_row(use) for use in record["use"] if use["verdict"] == verdict]
+    lines += ["", "## Others", "", "| modules | why no place in them matters |", "|---|---|"]
+    lines += [
+        f"| {', '.join(f'`{path}`' for path in group['modules'])} | {group['why']} |" for group in record["others"]
+    ]
     lines += ["", "## Modules", "", *(f"- `{pattern}`" for pattern in record["modules"])]
     return "\n".join(lines) + "\n"
 

@@ -154,6 +154,8 @@ class TestHost:
         assert host_memory(meminfo, cgroup, tmp_path).total_bytes == 25 * MIB
         (tmp_path / "memory.high").write_text(f"{15 * MIB}\n")
         assert host_memory(meminfo, cgroup, tmp_path).total_bytes == 10 * MIB
+        (tmp_path / "memory.max").write_text("0\n")
+        assert host_memory(meminfo, cgroup, tmp_path).total_bytes == 0
 
     def test_this_host_has_some(self) -> None:
         assert host_memory().total_bytes > 0

@@ -150,9 +150,8 @@ def _cgroup_rooms(cgroup: Path, root: Path) -> list[int]:
     for folder in group_folders("memory", cgroup, root):
         with contextlib.suppress(OSError, ValueError):
             used = int((folder / "memory.current").read_text()) - _page_cache(folder)
-            rooms += [
-                max(0, limit - used) for name in ("memory.max", "memory.high") if (limit := _limit(folder / name))
-            ]
+            limits = (_limit(folder / name) for name in ("memory.max", "memory.high"))
+            rooms += [max(0, limit - used) for limit in limits if limit is not None]
     return rooms
 
 

@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow("starts a real engine of its 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 400
 REQUEST_SECONDS = 300
+RUNNING, QUEUED = 4, 4
 KEY = "a-key-of-the-test"
 MODEL = "smollm2"
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
@@ -57,10 +58,14 @@ def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     settings = {
         "device": "cpu",
         "context_length": 1024,
+        "max_running_requests": RUNNING,
+        "max_queued_requests": QUEUED,
         "served_model_name": MODEL,
         "api_key_file": folder / "key",
         "start_timeout": START_SECONDS,
-        "stall_timeout": 120,
+        "stall_timeout": 300,
+        # A test generation in the same batch changes the last bits of a sampled request.
+        "probe_interval": 120,
     }
     with running(folder, **settings) as started:
         started.wait_for_state("ready", seconds=START_SECONDS)
@@ -133,9 +138,51 @@ class TestWorks:
     def test_top_p_of_zero_is_greedy(self, client: openai.OpenAI) -> None:
         assert chat(client, temperature=1, top_p=0).choices[0].message.content == ANSWER
 
+    def test_top_k_of_one_is_greedy(self, client: openai.OpenAI) -> None:
+        answer = chat(client, temperature=1.5, extra_body={"top_k": 1})
+        assert answer.choices[0].message.content == ANSWER
+
+    @pytest.mark.parametrize(
+        "penalty",
+        [{"frequency_penalty": 2}, {"presence_penalty": 2}, {"extra_body": {"repetition_penalty": 1.5}}],
+        ids=["frequency", "presence", "repetition"],
+    )
+    def test_a_penalty_lowers_what_a_list_repeats(self, client: openai.OpenAI, penalty: dict[str, Any]) -> None:
+        question = [{"role": "user", "content": "List ten fruits."}]
+        plain, other = (
+            chat(client, messages=question, max_tokens=40, logprobs=True, **options).choices[0].logprobs.content
+            for options in ({}, penalty)
+        )
+        pairs = zip(plain, other, strict=False)
+        assert any(a.token != b.token or abs(a.logprob - b.logprob) > 0.01 for a, b in pairs)
+
+    def test_a_logit_bias(self, client: openai.OpenAI) -> None:
+        """Token 2 is the end of a turn: with the largest bias it is the first token."""
+        answer = chat(client, logit_bias={"2": 100})
+        assert (answer.choices[0].message.content or "", answer.choices[0].finish_reason) == ("", "stop")
+
+    @pytest.mark.parametrize(
+        ("grammar", "pattern"),
+        [({"regex": "[0-9]{3}"}, "[0-9]{3}"), ({"ebnf": 'root ::= "yes" | "no"'}, "yes|no")],
+        ids=["regex", "ebnf"],
+    )
+    def test_a_grammar(self, client: openai.OpenAI, grammar: dict[str, str], pattern: str) -> None:
+        assert re.fullmatch(pattern, chat(client, extra_body=grammar).choices[0].message.content)
+
+    def test_a_json_object(self, client: openai.OpenAI) -> None:
+        question = [{"role": "user", "content": 'Answer with {"city": "Paris"}.'}]
+        answer = chat(client, messages=question, response_format={"type": "json_object"}, max_tokens=60).choices[0]
+        assert answer.message.content.startswith("{")
+        assert answer.finish_reason == "length" or isinstance(json.loads(answer.message.content), dict)
+
     def test_the_models(self, client: openai.OpenAI) -> None:
         assert [model.id for model in client.models.list()] == [MODEL]
         assert client.models.retrieve(MODEL).id == MODEL
+
+
+def test_what_is_ignored(client: openai.OpenAI) -> None:
+    answer = chat(client, user="somebody", metadata={"a": "b"}, store=False, service_tier="auto")
+    assert answer.choices[0].message.content == ANSWER
 
 
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
@@ -239,6 +286,41 @@ class TestErrors:
             chat(client, **options)
         assert part in caught.value.body["message"]  # type: ignore[index]
         assert not re.search(r"/(usr|home|work|opt|root|tmp)/", str(caught.value))
+
+    @pytest.mark.parametrize(
+        "part",
+        [
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+            {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
+            {"type": "file", "file": {"file_data": "AAAA", "filename": "a.pdf"}},
+        ],
+        ids=["image", "audio", "file"],
+    )
+    def test_what_is_not_text_is_refused(self, client: openai.OpenAI, part: dict[str, Any]) -> None:
+        import openai
+
+        content = [{"type": "text", "text": "What is this?"}, part]
+        with pytest.raises(openai.BadRequestError):
+            chat(client, messages=[{"role": "user", "content": content}])
+
+    def test_a_full_queue(self, client: openai.OpenAI) -> None:
+        """Before a stream begins; the accepted requests are answered."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        import openai
+
+        def ask(_: int) -> int:
+            try:
+                chunks = list(chat(client, max_tokens=32, stream=True, extra_body={"ignore_eos": True}))
+            except openai.InternalServerError as refused:
+                return refused.status_code
+            return 200 if chunks[-1].choices[0].finish_reason == "length" else 0
+
+        asked = 4 * (RUNNING + QUEUED)
+        with ThreadPoolExecutor(asked) as pool:
+            statuses = list(pool.map(ask, range(asked)))
+        assert set(statuses) == {200, 503}
+        assert statuses.count(200) >= RUNNING
 
     def test_embeddings(self, client: openai.OpenAI) -> None:
         import openai

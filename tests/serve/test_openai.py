@@ -122,6 +122,7 @@ class TestWorks:
         def text(seed: int) -> str:
             return str(chat(client, temperature=1.5, seed=seed, max_tokens=24).choices[0].message.content)
 
+        text(1)  # on a CPU a prompt from the cache has other last bits than one that is computed
         first = text(1)
         assert text(1) == first
         assert {text(seed) for seed in range(2, 6)} != {first}

@@ -177,6 +177,16 @@ class TestSglangCommand:
         assert SGLANG.launch(task()).environment["TMPDIR"] == str(folder)
         assert list(folder.iterdir()) == []
 
+    def test_what_is_compiled_is_kept_in_the_cache_folder(
+        self, task: Callable[..., Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """SGLang's default is in the home folder, which may be read-only."""
+        monkeypatch.delenv("SGLANG_CACHE_DIR", raising=False)
+        launched = SGLANG.launch(task(cache_dir=tmp_path / "cache"))
+        assert launched.environment["SGLANG_CACHE_DIR"] == str(tmp_path / "cache/sglang")
+        monkeypatch.setenv("SGLANG_CACHE_DIR", "/elsewhere")
+        assert "SGLANG_CACHE_DIR" not in SGLANG.launch(task()).environment
+
     @pytest.mark.parametrize(
         ("chosen", "spins"),
         [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],

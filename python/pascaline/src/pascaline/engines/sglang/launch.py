@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pascaline.engines.base import Launch
 from pascaline.engines.sglang import activations, speculation
 from pascaline.engines.sglang.parsers import parser_arguments
 from pascaline.engines.sglang.weights import BITSANDBYTES
 from pascaline.errors import MissingError
+from pascaline.models.cache import cache_folder
 from pascaline.plugin import PLUGIN
 
 if TYPE_CHECKING:
@@ -112,6 +114,11 @@ def _empty_folder(path: Path) -> Path:
     return path
 
 
+CACHE: Final = "SGLANG_CACHE_DIR"
+"""Where SGLang, torch's inductor, Triton and the driver keep what they compile; SGLang's default is in the home folder,
+which need not be one that can be written: torch makes its folder there at each import."""
+
+
 def _environment(task: Task) -> dict[str, str]:
     environment = {
         "SGLANG_PLATFORM": PLUGIN.platform,
@@ -133,6 +140,8 @@ def _environment(task: Task) -> dict[str, str]:
         # Otherwise every start prints dozens of warnings about packages that are absent on purpose.
         "PYTHONWARNINGS": "default" if task.settings.debug else "ignore",
     }
+    if CACHE not in os.environ:
+        environment[CACHE] = str(cache_folder(task.settings) / "sglang")
     environment["TMPDIR"] = str(_empty_folder(task.runtime_dir / "tmp"))
     bits = {"prefill": task.prefill_bits, "decode": task.decode_bits}
     environment |= {variable: str(bits[phase]) for phase, variable in activations.VARIABLES.items()}

@@ -288,6 +288,16 @@ class TestParts:
         assert {n: round(fall, 3) for n, fall in falls.items() if fall > allowed[n] + 0.03} == {}
 
 
+class TestWidths:
+    @pytest.mark.parametrize(("n", "longer"), [(1, 0.05), (4, 0.05), (6, 0.05), (8, 0.07), (12, 0.10)])
+    def test_16_bits_cost_little_for_few_requests(self, n, longer):
+        """By the estimate for a P4, as docs/results/activation-bits.md has it."""
+        wide, narrow = (
+            sum(matmul_module.cost(part, bits) for part in matmul_module.parts(n, bits)) for bits in (16, 8)
+        )
+        assert wide <= (1 + longer) * narrow
+
+
 class TestFittingTiles:
     """CTAs take tiles in turn, but however few there are, they take as long as those that fill the card once."""
 

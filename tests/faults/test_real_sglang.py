@@ -7,10 +7,12 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from faults import injectors
 from faults.injectors import listener
 from faults.scene import Watcher
 from pascaline.errors import ExitCode
@@ -114,6 +116,32 @@ def test_a_stolen_port_and_a_kill_while_it_loads(instance: Instance) -> None:
     said = "\n".join(instance.lines[lines:])
     assert said.count("→ restarting: ") >= 3, said
     assert "gave up" not in said
+
+
+@pytest.mark.parametrize(
+    "inject",
+    [
+        injectors.connections(1_100, b"GET /health HTTP/1.1\r\nHost: x\r\n"),
+        injectors.connections(300, b"POST /v1/completions HTTP/1.1\r\n", port="port"),
+        injectors.both(
+            injectors.signal_supervisor("SIGSTOP"), injectors.wait(3.0), injectors.signal_supervisor("SIGCONT")
+        ),
+    ],
+    ids=["half-requests-to-the-agent", "half-requests-to-the-engine", "supervisor-paused"],
+)
+def test_what_may_change_nothing(instance: Instance, inject: injectors.Inject) -> None:
+    """Every request is answered whole, and the engine stays."""
+    engine = instance.health()["engine_pid"]
+    with under_load(instance) as load, contextlib.ExitStack() as after:
+
+        def send(name: str) -> None:
+            instance.process.send_signal(signal.Signals[name])
+
+        inject(SimpleNamespace(instance=instance, after=after, signal=send))  # type: ignore[arg-type]
+        began = time.monotonic()
+        wait_until("an answer", lambda: load.ledger.whole_since(began), seconds=START_SECONDS)
+    assert load.ledger.count(Outcome.WHOLE) == load.ledger.sent, load.ledger
+    assert instance.wait_for_state("ready", "busy", seconds=START_SECONDS)["engine_pid"] == engine
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

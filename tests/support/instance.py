@@ -35,6 +35,8 @@ PATIENCE = 60.0
 """Seconds within which what must happen has happened, also on a machine under load."""
 QUESTION_SECONDS = 0.5
 """Between two questions to an agent for a state that its log does not show."""
+INTERRUPT_SECONDS = 5.0
+"""Within which an instance that is interrupted ends, unless it is stopped or hangs."""
 MARK = "FAKE_ENGINE_MARK"
 """Variable that every process of one instance inherits, so that none can be lost sight of."""
 
@@ -266,9 +268,17 @@ class Instance:
                 lines.append(" ".join(process.cmdline()))
         return lines
 
+    def _interrupt(self) -> None:
+        """End it at once as a person does, by two signals: one that is killed leaves its folder to the next one."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.process.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(INTERRUPT_SECONDS)
+
     def end(self) -> list[str]:
         """End all that is left; return the command lines of what should not have been there any more."""
         self._reads.set()
+        self._interrupt()
         if self.process.poll() is None:
             self.process.kill()
             self.wait()

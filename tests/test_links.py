@@ -42,7 +42,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 ELSEWHERE: dict[str, str] = {
     r"(mem_cache|models|configs|layers|parser|function_call|managers|entrypoints(/openai)?)/\w+\.py|environ\.py|_detector\.py": "SGLang",
     r"modeling_llama\.py": "transformers",
-    r"(llama\.cpp/)?convert_hf_to_gguf\.py|mmvq\.cu|mmq\.cu|fattn\.cu|ggml-cuda\.cu|docs/gguf\.md|tools/server/README\.md": "llama.cpp and ggml",
+    r"(llama\.cpp/)?convert_hf_to_gguf\.py|mmv[fq]\.cu|mmq\.cu|fattn(-common|-tile)?\.cuh?|ggml-cuda\.cu|docs/gguf\.md|tools/server/README\.md": "llama.cpp and ggml",
     r"constants\.py": "gguf-py",
     r"docs/models\.md": "the repository that the sentence names",
     r"FILE\.md": "a placeholder",

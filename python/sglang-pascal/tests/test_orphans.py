@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from sglang_pascal import orphans
+from sglang_pascal.orphans import in_a_fork
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,3 +126,32 @@ def test_a_server_that_has_initialised_cuda_does_not_fork(monkeypatch, caplog) -
         "workers import everything anew, which takes some dozen seconds longer: "
         "something has initialised CUDA in the server's process, so it cannot fork them"
     ]
+
+
+ASKED = """
+import torch
+from sglang_pascal.orphans import _is_refused_by_torch, in_a_fork
+flags = in_a_fork(torch._C._cuda_getArchFlags)
+print(bool(flags.split()), in_a_fork(_is_refused_by_torch) or "allowed")
+torch._C._cuda_getArchFlags()
+print(in_a_fork(_is_refused_by_torch) or "allowed")
+"""
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch has no CUDA part")
+def test_a_question_to_torch_in_a_fork_leaves_later_forks_the_gpu() -> None:
+    """Torch refuses CUDA in a process that is forked after something asked for its flags, without initialising CUDA."""
+    ended = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert ended.stdout == "True allowed\nrefused\n"
+
+
+def test_a_server_whose_torch_refuses_a_fork_does_not_fork(monkeypatch, caplog) -> None:
+    before = multiprocessing.get_start_method(allow_none=True)
+    monkeypatch.setattr(orphans, "_is_refused_by_torch", lambda: "refused")
+    orphans.fork_workers()
+    assert multiprocessing.get_start_method(allow_none=True) == before
+    assert len(caplog.messages) == 1
+
+
+def test_a_question_that_fails_in_a_fork_has_no_answer() -> None:
+    assert in_a_fork(lambda: str(1 / 0)) == ""

@@ -38,9 +38,10 @@ def _check_torch() -> None:
 
     from sglang_pascal.card_code import check_torch
     from sglang_pascal.device import devices
+    from sglang_pascal.orphans import in_a_fork
 
-    # get_arch_list and visible_devices would initialise CUDA, and the server could not fork its workers.
-    built_for = (torch._C._cuda_getArchFlags() or "").split() if torch.version.cuda else []
+    # visible_devices and get_arch_list would initialise CUDA; asked for its flags, torch refuses CUDA in later forks.
+    built_for = in_a_fork(lambda: torch._C._cuda_getArchFlags() or "").split() if torch.version.cuda else []
     check_torch(torch.__version__, built_for, {device.compute_capability for device in devices()})
 
 

@@ -13,10 +13,14 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sglang_pascal.collector import keep_what_is_there
 from sglang_pascal.device import is_cuda_initialized
 from sglang_pascal.names import WORKERS_VARIABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +49,7 @@ def fork_workers(*_: object) -> None:
     """
     if os.environ.get(WORKERS_VARIABLE) == "spawn":
         return
-    if is_cuda_initialized():
+    if is_cuda_initialized() or in_a_fork(_is_refused_by_torch):
         logger.warning(
             "workers import everything anew, which takes some dozen seconds longer: "
             "something has initialised CUDA in the server's process, so it cannot fork them"
@@ -55,6 +59,28 @@ def fork_workers(*_: object) -> None:
     os.environ[NUMA_BY_COMMAND] = "0"
     multiprocessing.set_start_method("fork", force=True)
     os.register_at_fork(after_in_child=_end_copy_with_parent)
+
+
+def in_a_fork(ask: Callable[[], str]) -> str:
+    """Return what a copy of this process answers: whatever the question does to CUDA or torch, it does not do here."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.write(writing, ask().encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        text = answer.read()
+    os.waitpid(pid, 0)
+    return text
+
+
+def _is_refused_by_torch() -> str:
+    """Return a word if torch, in a process that was forked, refuses CUDA: something has asked it before the fork."""
+    torch = sys.modules.get("torch")
+    return "refused" if torch is not None and torch.cuda._is_in_bad_fork() else ""
 
 
 def _end_copy_with_parent() -> None:

@@ -311,6 +311,13 @@ class TestFittingTiles:
         assert matmul_module.fitting_width(n, 8, rows, 1, None) == width
         matmul_module.fitting_width.cache_clear()
 
+    @pytest.mark.parametrize(("rows", "splits"), [(4096, 4), (4096, 7)])
+    def test_the_widest_of_those_that_are_as_fast_where_parts_of_k_have_ctas(self, monkeypatch, rows, splits):
+        monkeypatch.setattr(matmul_module, "multiprocessors", lambda device: 132)
+        matmul_module.fitting_width.cache_clear()
+        assert matmul_module.fitting_width(128, 8, rows, splits, None) == 128
+        matmul_module.fitting_width.cache_clear()
+
 
 class TestAttentionSplits:
     @pytest.mark.parametrize(("max_length", "splits"), [(1, 1), (32, 1), (33, 2), (512, 16), (4096, 16), (4097, 17)])

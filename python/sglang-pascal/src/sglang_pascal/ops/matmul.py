@@ -68,7 +68,8 @@ _SLICES: Final = 4
 _CTAS_PER_MULTIPROCESSOR: Final = 3
 """Decode CTAs of two rows a lane for which a multiprocessor has registers."""
 _AS_FAST: Final = 1.05
-"""Of tiles whose estimates differ by less, the one that takes least for a row of x is chosen."""
+"""Of tiles whose estimates differ by less, the one that takes least for a row of x is chosen; the widest, if parts of K
+have CTAs of their own."""
 _TILE_ROWS: Final = 128
 _TILE_THREADS: Final = 128
 _TILE_COLUMNS: Final = 64
@@ -231,6 +232,8 @@ def fitting_width(n: int, bits: int, rows: int, splits: int, device: int | None)
 
     found = {width: clocks(width) for width in TILE_WIDTHS[bits]}
     close = [width for width in found if found[width] <= _AS_FAST * min(found.values())]
+    if all(_are_apart(splits, _tiles(n, width, rows), _room(width, bits, device)) for width in close):
+        return max(close)  # fewer partial sums
     return min(close, key=lambda width: TILE_CLOCKS[bits][width] / width)
 
 

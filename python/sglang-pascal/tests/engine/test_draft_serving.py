@@ -7,6 +7,7 @@ answer is without drafts.
 from __future__ import annotations
 
 import concurrent.futures
+import json
 
 import pytest
 
@@ -77,6 +78,17 @@ def test_log_probabilities_are_the_same(draft_engine):
     )
     values = [[entry[0] for entry in each["output_token_logprobs"]] for each in (drafted, plain)]
     assert values[0] == pytest.approx(values[1], abs=1e-4)
+
+
+def test_a_grammar_is_obeyed_with_drafts(draft_engine):
+    """The draft model knows nothing of it, so its drafts are seldom right."""
+    engine, _ = draft_engine
+    items = {"type": "array", "items": {"enum": ["aa", "ab"]}, "minItems": 6, "maxItems": 8}
+    schema = json.dumps({"type": "object", "properties": {"w": items}, "required": ["w"]})
+    options = {"json_schema": schema, "ignore_eos": False, "max_new_tokens": 90}
+    drafted, plain = (answer(engine, PROMPTS[0], **options, **more)["text"] for more in ({}, UNDRAFTED))
+    assert drafted == plain
+    assert len(json.loads(drafted)["w"]) >= 6
 
 
 def test_a_prompt_that_was_computed_before_is_drafted_for_at_once(draft_engine, alone):

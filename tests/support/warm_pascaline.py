@@ -146,7 +146,9 @@ def serve_forks(control: socket.socket) -> dict[str, Any]:
         if control not in ready:
             continue
         message, descriptors, _, _ = socket.recv_fds(control, _MOST_BYTES, 3)
-        if not message:
+        if not message:  # the tests have ended, perhaps without an end of what they started
+            for child in channels:
+                os.kill(child, signal.SIGKILL)
             os._exit(0)
         *streams, channel = descriptors
         child = os.fork()

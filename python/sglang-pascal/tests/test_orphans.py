@@ -130,11 +130,11 @@ def test_a_server_that_has_initialised_cuda_does_not_fork(monkeypatch, caplog) -
 
 ASKED = """
 import torch
-from sglang_pascal.orphans import _is_refused_by_torch, in_a_fork
+from sglang_pascal.orphans import _torchs_answer, in_a_fork
 flags = in_a_fork(torch._C._cuda_getArchFlags)
-print(bool(flags.split()), in_a_fork(_is_refused_by_torch) or "allowed")
+print(bool(flags.split()), in_a_fork(_torchs_answer))
 torch._C._cuda_getArchFlags()
-print(in_a_fork(_is_refused_by_torch) or "allowed")
+print(in_a_fork(_torchs_answer))
 """
 
 
@@ -145,9 +145,10 @@ def test_a_question_to_torch_in_a_fork_leaves_later_forks_the_gpu() -> None:
     assert ended.stdout == "True allowed\nrefused\n"
 
 
-def test_a_server_whose_torch_refuses_a_fork_does_not_fork(monkeypatch, caplog) -> None:
+@pytest.mark.parametrize("answer", ["refused", ""], ids=["refused", "no answer"])
+def test_a_server_whose_torch_refuses_a_fork_does_not_fork(answer, monkeypatch, caplog) -> None:
     before = multiprocessing.get_start_method(allow_none=True)
-    monkeypatch.setattr(orphans, "_is_refused_by_torch", lambda: "refused")
+    monkeypatch.setattr(orphans, "_torchs_answer", lambda: answer)
     orphans.fork_workers()
     assert multiprocessing.get_start_method(allow_none=True) == before
     assert len(caplog.messages) == 1

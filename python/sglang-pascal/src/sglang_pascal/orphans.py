@@ -30,6 +30,8 @@ PARENT_VARIABLE = "SGLANG_PASCAL_PARENT_PID"
 """Gives a spawned process its parent's number, which multiprocessing passes on only after the imports."""
 NUMA_BY_COMMAND = "SGLANG_NUMA_BIND_V2"
 """Whether SGLang binds a worker to a NUMA node by the command that spawns it; else the worker does so itself."""
+ALLOWED = "allowed"
+"""Torch's answer; any other, or none, keeps a server from forking."""
 SPAWNED = "--multiprocessing-fork"
 """Argument of every process that multiprocessing spawns."""
 
@@ -49,7 +51,7 @@ def fork_workers(*_: object) -> None:
     """
     if os.environ.get(WORKERS_VARIABLE) == "spawn":
         return
-    if is_cuda_initialized() or in_a_fork(_is_refused_by_torch):
+    if is_cuda_initialized() or in_a_fork(_torchs_answer) != ALLOWED:
         logger.warning(
             "workers import everything anew, which takes some dozen seconds longer: "
             "something has initialised CUDA in the server's process, so it cannot fork them"
@@ -77,10 +79,10 @@ def in_a_fork(ask: Callable[[], str]) -> str:
     return text
 
 
-def _is_refused_by_torch() -> str:
-    """Return a word if torch, in a process that was forked, refuses CUDA: something has asked it before the fork."""
+def _torchs_answer() -> str:
+    """Return ALLOWED if torch lets a fork of now use CUDA; it refuses if something asked its CUDA part before."""
     torch = sys.modules.get("torch")
-    return "refused" if torch is not None and torch.cuda._is_in_bad_fork() else ""
+    return ALLOWED if torch is None or not torch.cuda._is_in_bad_fork() else "refused"
 
 
 def _end_copy_with_parent() -> None:

@@ -119,6 +119,7 @@ def test_a_forked_worker_imports_nothing_anew_and_ends_with_its_server(tmp_path:
 
 def test_a_server_that_has_initialised_cuda_does_not_fork(monkeypatch, caplog) -> None:
     before = multiprocessing.get_start_method(allow_none=True)
+    monkeypatch.setattr(orphans, "devices", lambda: ("a card",))
     monkeypatch.setattr(orphans, "is_cuda_initialized", lambda: True)
     orphans.fork_workers()
     assert multiprocessing.get_start_method(allow_none=True) == before
@@ -148,6 +149,7 @@ def test_a_question_to_torch_in_a_fork_leaves_later_forks_the_gpu() -> None:
 @pytest.mark.parametrize("answer", ["refused", ""], ids=["refused", "no answer"])
 def test_a_server_whose_torch_refuses_a_fork_does_not_fork(answer, monkeypatch, caplog) -> None:
     before = multiprocessing.get_start_method(allow_none=True)
+    monkeypatch.setattr(orphans, "devices", lambda: ("a card",))
     monkeypatch.setattr(orphans, "_torchs_answer", lambda: answer)
     orphans.fork_workers()
     assert multiprocessing.get_start_method(allow_none=True) == before
@@ -156,3 +158,15 @@ def test_a_server_whose_torch_refuses_a_fork_does_not_fork(answer, monkeypatch, 
 
 def test_a_question_that_fails_in_a_fork_has_no_answer() -> None:
     assert in_a_fork(lambda: str(1 / 0)) == ""
+
+
+def test_a_server_without_a_card_forks_whatever_torch_was_asked(monkeypatch) -> None:
+    methods: list[str] = []
+    monkeypatch.setattr(orphans, "devices", tuple)
+    monkeypatch.setattr(orphans, "_torchs_answer", lambda: "refused")
+    monkeypatch.setattr(multiprocessing, "set_start_method", lambda method, force: methods.append(method))
+    for function in ("keep_what_is_there", "os.register_at_fork"):
+        monkeypatch.setattr(f"sglang_pascal.orphans.{function}", lambda **_: None)
+    monkeypatch.setenv(orphans.NUMA_BY_COMMAND, "1")
+    orphans.fork_workers()
+    assert methods == ["fork"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sglang_pascal.collector import keep_what_is_there
-from sglang_pascal.device import is_cuda_initialized
+from sglang_pascal.device import devices, is_cuda_initialized
 from sglang_pascal.names import WORKERS_VARIABLE
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def fork_workers(*_: object) -> None:
     """
     if os.environ.get(WORKERS_VARIABLE) == "spawn":
         return
-    if is_cuda_initialized() or in_a_fork(_torchs_answer) != ALLOWED:
+    # Without a card no worker uses CUDA, and asking torch whether there is one is enough for it to refuse forks.
+    if devices() and (is_cuda_initialized() or in_a_fork(_torchs_answer) != ALLOWED):
         logger.warning(
             "workers import everything anew, which takes some dozen seconds longer: "
             "something has initialised CUDA in the server's process, so it cannot fork them"

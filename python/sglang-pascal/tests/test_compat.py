@@ -339,9 +339,12 @@ pynvml.nvmlDeviceGetHandleByIndex = lambda index: index
 pynvml.nvmlDeviceGetCudaComputeCapability = lambda handle: (6, 1)
 import sglang_pascal.device as device
 device.devices = lambda: (device.Device(0, "Tesla P4", (6, 1), 8 << 30),)
+device.visible_devices = noted("visible_devices", [])
+from sglang_pascal import orphans
 
 def start(process):
-    print(json.dumps({"calls": calls, "method": multiprocessing.get_start_method(), "target": process._target.__name__}))
+    facts = {"calls": calls, "method": multiprocessing.get_start_method(), "target": process._target.__name__}
+    print(json.dumps(facts | {"torch": orphans.in_a_fork(orphans._torchs_answer)}))
     sys.stdout.flush()
     os._exit(0)
 
@@ -358,7 +361,7 @@ def test_a_server_on_a_gpu_starts_its_first_worker_before_it_has_touched_cuda(tm
     write_gguf(tmp_path / "m.gguf", tiny("llama"), "Q4_0")
     prepare(tmp_path / "m.gguf", tmp_path / "model")
     facts = run_python(SERVER_START, MODEL=str(tmp_path / "model"), SGLANG_PLATFORM="pascal", HF_HUB_OFFLINE="1")
-    assert facts == {"calls": [], "method": "fork", "target": "run_scheduler_process"}
+    assert facts == {"calls": [], "method": "fork", "target": "run_scheduler_process", "torch": "allowed"}
 
 
 def test_only_the_modules_of_gguf_models_are_imported_for_one(on_pascal):

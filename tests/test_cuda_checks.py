@@ -54,6 +54,7 @@ print(json.dumps([file.rpartition("/sglang/srt/")[2] for file in loaded if file]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed")
+@pytest.mark.slow("imports SGLang's server")
 def test_every_module_that_a_server_imports_is_judged(in_sglang):
     loaded, record = in_sglang.run(SERVER), cuda_checks.verdicts()
     assert {"managers/scheduler.py", "models/qwen3.py", "layers/layernorm.py"} <= set(loaded)

@@ -93,7 +93,8 @@ def facts(in_sglang):
 
 
 def test_every_launcher_is_there_and_gets_replaced(facts):
-    assert set(facts["before"].values()) == {False}
+    # A process without a card switches compilation off as well, when the plugin becomes active.
+    assert facts["before"] == {"no torch.compile": True, "Triton kernels": False}
     assert set(facts["applied"].values()) == {True}, facts["applied"]
 
 

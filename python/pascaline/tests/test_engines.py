@@ -198,6 +198,13 @@ class TestSglangCommand:
         assert environment.get("GOMP_SPINCOUNT") == spins
         assert environment.get("OMP_WAIT_POLICY") == chosen.get("OMP_WAIT_POLICY")
 
+    @pytest.mark.parametrize("divided", [{"expert_layers_on_host": 1}, {"gpu_layers": 3}])
+    def test_threads_that_wait_for_the_gpu_in_every_layer_spin_as_libgomp_has_it(
+        self, task: Callable[..., Task], divided: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pascaline.engines.llama_cpp.engine._require_cuda", lambda *_: None)
+        assert "GOMP_SPINCOUNT" not in LLAMA_CPP.launch(replace(llama_task(task), device="cuda", **divided)).environment
+
     def test_variables_of_the_settings_win(self, task: Callable[..., Task]) -> None:
         chosen = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "ACTIVE", "CUDA_LAUNCH_BLOCKING": "0"}
         launch = SGLANG.launch(task(debug=True, environment=chosen))

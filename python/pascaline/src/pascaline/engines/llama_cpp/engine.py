@@ -69,6 +69,9 @@ microseconds, enough for threads that have a core each; libgomp itself takes it 
 (its manual, GOMP_SPINCOUNT). llama-bench on two busy cores (load average 5 to 6, SmolLM2-135M, 2 threads): 3.4 to 4.3
 tokens/s with 300,000, 22 to 24 with 1,000, 28 to 38 with none. llama-server's `--poll` does not concern barriers, and
 builds without OpenMP spin without a limit.
+
+A server whose layers are on both sides keeps libgomp's default: its threads wait for the GPU in every layer, and waking
+them costs more. On an H200 with 12 layers on the host 129 tokens/s with the default, 99 with threads that sleep at once.
 """
 _WAITS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 SERIES = Series(
@@ -218,8 +221,7 @@ class LlamaCppEngine(Engine):
             arguments.append("--verbose")
         if task.device == "cuda":
             _require_cuda(_program(task), task.variables)
-        spins = {} if any(name in task.variables for name in _WAITS) else SPINS
-        return Launch((_program(task), *arguments, *settings.extra_args), {**spins, **task.variables})
+        return Launch((_program(task), *arguments, *settings.extra_args), {**_spins(task), **task.variables})
 
     def problems(self, settings: Settings) -> list[tuple[str, str]]:
         """Return the problems of the extra arguments, of settings without a counterpart, and of the KV type."""
@@ -308,6 +310,12 @@ def _require_cuda(program: str, variables: Mapping[str, str]) -> None:
             f"engine_executable: {program} sees no NVIDIA GPU ({program} --list-devices: {seen}) and would compute on "
             "the CPU; install a llama.cpp that is built with CUDA, repair the driver, or set device to cpu"
         )
+
+
+def _spins(task: Task) -> dict[str, str]:
+    """Return how long threads wait awake, if neither the settings nor layers on both sides decide that."""
+    is_divided = task.device == "cuda" and (task.expert_layers_on_host > 0 or task.gpu_layers != ALL_LAYERS)
+    return {} if is_divided or any(name in task.variables for name in _WAITS) else SPINS
 
 
 def _offload_arguments(task: Task, program: str) -> tuple[str, ...]:

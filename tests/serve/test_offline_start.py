@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -72,9 +73,14 @@ print(json.dumps(found))
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare")
 def test_a_first_start_needs_no_network_compiler_cache_or_home(tmp_path: Path) -> None:
     """Under the environment's own Python; PASCALINE_PYTHON chooses between 3.11 and 3.12."""
-    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    # Sockets lie below it, whose paths may have 107 characters.
+    with tempfile.TemporaryDirectory(dir="/tmp") as temporary:
+        start(tmp_path, Path(temporary))
+
+
+def start(tmp_path: Path, temporary: Path) -> None:
+    home = tmp_path / "home"
     home.mkdir()
-    temporary.mkdir()
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "lscpu").symlink_to(str(shutil.which("lscpu")))  # SGLang asks it for the cores

@@ -28,8 +28,6 @@ NIXOS_ALONE = {
     "MemoryMax",  # an option of the instance
     "Slice",
     "LD_LIBRARY_PATH",  # where NixOS keeps the driver
-    "TRITON_LIBCUDA_PATH",
-    "CC",
 }
 """Keys and variables that only one of the two has, on purpose."""
 

@@ -47,7 +47,6 @@ Environment=CUDA_CACHE_PATH=/var/cache/{name}/cuda
 Environment=CUDA_DEVICE_ORDER=PCI_BUS_ID
 Environment=CUDA_VISIBLE_DEVICES={gpus}
 Environment=TORCHINDUCTOR_CACHE_DIR=/var/cache/{name}/inductor
-Environment=TRITON_CACHE_DIR=/var/cache/{name}/triton
 CacheDirectory={name}
 CacheDirectoryMode=0750
 StateDirectory={name}

@@ -71,7 +71,7 @@ tokens/s with 300,000, 22 to 24 with 1,000, 28 to 38 with none. llama-server's `
 builds without OpenMP spin without a limit.
 
 A server whose layers are on both sides keeps libgomp's default: its threads wait for the GPU in every layer, and waking
-them costs more. On an H200 with 12 layers on the host 129 tokens/s with the default, 99 with threads that sleep at once.
+them costs more: with 12 layers on an H200's host 129 tokens/s with the default, 99 with threads that sleep at once.
 """
 _WAITS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 SERIES = Series(

@@ -117,7 +117,7 @@ class Webhook:
 
 
 def post(url: str, body: dict[str, Any]) -> None:
-    """Send JSON and ignore the answer, also if there is none."""
+    """Send JSON. Any answer is ignored, and so is a missing one."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with contextlib.suppress(OSError, http.client.HTTPException), urllib.request.urlopen(request, timeout=5) as answer:
         answer.read()

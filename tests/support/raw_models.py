@@ -163,7 +163,7 @@ class MemoryFolder:
 
     @contextmanager
     def open(self, name: str) -> Iterator[MemorySource]:
-        """Open one file. Raises ModelError if there is none of this name."""
+        """Open one file. Raises ModelError if no file has this name."""
         if name not in self._files:
             raise ModelError(f"failed to read {name}: no such file or directory")
         data = self._files[name]

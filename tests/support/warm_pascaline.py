@@ -65,7 +65,7 @@ class Fork:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Return the exit code; raises subprocess.TimeoutExpired after so many seconds."""
+        """Return the exit code. Raises subprocess.TimeoutExpired after `timeout` seconds."""
         if self.returncode is None:
             ready = select.poll()  # and not select.select, as tests open thousands of descriptors
             ready.register(self._channel, select.POLLIN)
@@ -132,7 +132,7 @@ def _server() -> socket.socket:
 
 
 def serve_forks(control: socket.socket) -> dict[str, Any]:
-    """Fork for each job, and tell its channel the process id and the exit status. Returns the job, in a fork only."""
+    """Fork for each job, and send the process id and the exit status over its channel. Only a fork returns: its job."""
     channels: dict[int, socket.socket] = {}
     woken, wake = socket.socketpair()
     wake.setblocking(False)

@@ -192,7 +192,7 @@ class TestBeyondTheLog:
         """MiB at the peak of full-context requests on an H200 beside what a small server took (results/placement.md).
 
         Two parts of a full batch were there. The plan is for the batch size that is divided most, which needs more on a
-        GPU with so many multiprocessors.
+        GPU with the 132 multiprocessors of an H200.
         """
         spec = catalog_spec(next(shape for shape in shapes() if shape["name"] == model))
         card = unknown_card("H200", 2**37, GpuRates(4.8e12, 132 * 128, 1.98e9, "9.0"))

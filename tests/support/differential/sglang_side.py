@@ -39,8 +39,8 @@ FLAGS += [
 
 
 MODELS_THAT_IMPORT = 2
-"""After so many, SGLang has imported what it serves with. It collects garbage for each model, which takes most of a
-second if the modules' objects are looked at."""
+"""SGLang has imported everything it serves with after this many models. It collects garbage for each model, which takes
+most of a second if it looks at the modules' objects."""
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:

@@ -217,9 +217,9 @@ def redact(text: str) -> str:
 
 
 def excerpt(text: str, most: int) -> str:
-    """Return at most so many characters of a text, its beginning: secrets are hidden first, so that none is cut in two.
+    """Return the first `most` characters of a text. Secrets are hidden first, so that none is cut in two.
 
-    A text far longer than that is cut before it is searched, with room for the longest secrets.
+    A text that is far longer is cut before it is searched, with room for the longest secret.
     """
     return redact(text[: most + LONGEST_SECRET])[:most]
 

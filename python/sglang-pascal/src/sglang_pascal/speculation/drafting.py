@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Found = tuple[Draft | None, list[int]]
     """A draft of a request and its tokens; none yet if a model drafts them."""
     Search = Callable[[Text, int], tuple[Draft, list[int]] | None]
-    """What may be drafted for a text, at most so many tokens; None = nothing."""
+    """Text, most tokens -> what may be drafted; None = nothing."""
 
 
 @dataclass(frozen=True)

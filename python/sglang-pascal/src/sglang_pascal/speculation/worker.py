@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,9 +96,9 @@ class ChainWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no 
     def _prompts(self, batch: Any) -> None:
         """Note that the target computes these prompts."""
 
+    @abstractmethod
     def _propose(self, batch: Any, step: Step) -> torch.Tensor:
         """Return the drafts `[n, width - 1]` int64 of a step with drafts."""
-        raise NotImplementedError
 
     def _undrafted(self, slots: torch.Tensor) -> None:
         """Note that the target writes tokens to these slots `[m]` which nobody drafted."""

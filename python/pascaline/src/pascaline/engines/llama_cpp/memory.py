@@ -291,7 +291,7 @@ def memory_arguments(
 
 
 def _process(request: PlanRequest, n_buffers: int) -> Part:
-    """Return what the process takes on the host beside buffers of so many bytes."""
+    """Return what the process takes on the host beside its buffers, which have `n_buffers` bytes."""
     pages = 0 if request.mapped or request.locked else int(n_buffers * PINNED_SHARE)
     text = f"{HOST_PROCESS_BYTES:,} B + {pages:,} B of page tables for pinned memory"
     source = "control groups of llama-server (docs/results/placement.md)"

@@ -48,7 +48,11 @@ SOURCE = "llama.cpp, ggml-cuda/mmq.cu, ggml-cuda.cu and fattn-common.cuh"
 
 
 def kernel_pool(spec: ModelSpec, batch: int, card: Card, *, cells: int, sequences: int) -> Part:
-    """Return the part of the plan for batches of this many tokens, of at most so many sequences with so many cells."""
+    """Return the plan's part for the pool.
+
+    batch: tokens of one computation. cells: positions of the KV cache that one sequence may use. sequences: the most
+    that a batch holds.
+    """
     products, text = _products(spec, batch, card, sequences)
     partial = attention_bytes(spec, batch, card, cells)
     if partial > products:

@@ -101,7 +101,9 @@ def directly(race: dict[str, Any]) -> dict[str, list[float]]:
         if what == "prompt" and n <= LONGEST_PROMPT:
             found["large_batch"].append((macs - sizes["output.weight"]) * speed / peak)
         elif what == "decode" and 1 < n <= SMALL_BATCH and (beyond := n / speed - 1 / speeds.get(ONE, math.inf)) > 0:
-            found["small_batch"].append(n * macs / beyond / peak)
+            share = n * macs / beyond / peak
+            # Above the peak: that step took no longer than its weights, so it says nothing about arithmetic.
+            found["small_batch"] += [share] if share <= 1 else []
     return found
 
 

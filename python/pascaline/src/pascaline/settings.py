@@ -91,7 +91,7 @@ class ActivationBitsSettings(BaseModel):
     )
     decode: ActivationBits = Field(
         "auto",
-        description="Bits in decode steps; auto: 16 if max_running_requests is at most 12 (then it costs no time), "
+        description="Bits in decode steps; auto: 16 if max_running_requests is at most 6 (then it costs little time), "
         "otherwise as auto in prefill",
     )
 

@@ -15,8 +15,8 @@ VARIABLES = {"prefill": PLUGIN.variables["prefill_bits"], "decode": PLUGIN.varia
 """Phase -> the variable that passes its bits to sglang-pascal."""
 WIDE_ENOUGH_FOR_8_BITS = 2048
 """Values per token (hidden_size) from which prompts have 8 bits: docs/results/activation-bits.md."""
-MOST_REQUESTS_IN_16_BITS = 12
-"""Requests that decode in 16 bits in the time of reading the weights, on cards with dp4a: docs/kernels.md."""
+MOST_REQUESTS_IN_16_BITS = 6
+"""Requests up to which 16 bits keep most of 8 bits' speed where memory is no limit: docs/results/activation-bits.md."""
 
 
 def activation_bits(settings: Settings, spec: ModelSpec, *, device: str) -> tuple[int | None, int | None]:

@@ -68,11 +68,12 @@ MIB = 2**20
 ENGINE = "llama.cpp"
 ANSWER_TOKENS = 16
 START_SECONDS, REQUEST_SECONDS, SAMPLE_SECONDS = 150, 150, 0.05
+READ_BYTES, READERS = 2**26, 8
 CASE_SECONDS = 15
 """Least time of a case: none is begun with less left."""
 STARTED = time.monotonic()
 HOLDER = Path(__file__).with_name("hold_gpu_memory.py")
-SPEED_PROMPT, SPEED_ANSWER = 2048, 48
+SPEED_PROMPT, SPEED_ANSWER, SPEED_REPEATS = 2048, 24, 3
 _BUFFER = re.compile(r"(\S+) +(model|KV|RS|compute|output) buffer size = +([0-9.]+) MiB")
 _LOADING = "loading model tensors"
 
@@ -219,13 +220,41 @@ def used_bytes(reader: Reader | None = None) -> int:
     return memory.used_bytes
 
 
-def cgroup_bytes() -> int:
-    """Return what this process's control group is charged for besides page cache; 0 if it has no such file."""
-    for folder in group_folders("memory", CGROUP, CGROUP_ROOT):
+def own_groups() -> list[Path]:
+    """Return the folders of this process's control groups."""
+    return list(group_folders("memory", CGROUP, CGROUP_ROOT))
+
+
+def charged_bytes(folders: Sequence[Path]) -> int:
+    """Return what the first of these control groups that says so is charged for besides page cache; 0 if none does."""
+    for folder in folders:
         with contextlib.suppress(OSError):
             found = dict(re.findall(r"^(\w+) (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE))
             return sum(int(found.get(key, 0)) for key in ("anon", "shmem", "kernel"))
     return 0
+
+
+@contextlib.contextmanager
+def group_of_its_own() -> Iterator[Path | None]:
+    """Make a control group whose memory is counted; None where the host does not allow that."""
+    folder = None
+    for parent in own_groups():
+        with contextlib.suppress(OSError):
+            control = parent / "cgroup.subtree_control"
+            if control.exists() and "memory" not in control.read_text().split():
+                control.write_text("+memory")
+            made = parent / f"placement-{os.getpid()}-{time.monotonic_ns()}"
+            made.mkdir()
+            if (made / "memory.stat").exists():
+                folder = made
+                break
+            made.rmdir()
+    try:
+        yield folder
+    finally:
+        if folder:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -273,10 +302,12 @@ class Peak:
 class Server:
     """A llama-server and its log."""
 
-    def __init__(self, command: Sequence[str], variables: dict[str, str], port: int) -> None:
+    def __init__(self, command: Sequence[str], variables: dict[str, str], port: int, group: Path | None = None) -> None:
+        """group: a control group that it enters."""
         self.port, self.lines = port, list[str]()
+        enter = ["/bin/sh", "-c", 'echo $$ >"$0" && exec "$@"', str(group / "cgroup.procs")] if group else []
         self._process = subprocess.Popen(
-            [*command, "--verbosity", "4"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [*enter, *command, "--verbosity", "4"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", env={**os.environ, **variables},
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -332,6 +363,11 @@ class Server:
         """Return its resident bytes by kind: RssAnon, RssFile, RssShmem."""
         text = Path(f"/proc/{self._process.pid}/status").read_text()
         return {kind: int(size) * 1024 for kind, size in re.findall(r"^(Rss\w+):\s+(\d+) kB", text, re.MULTILINE)}
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that it has used."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     @property
     def ending(self) -> str:
@@ -408,10 +444,28 @@ def write_file(case: Case, path: Path) -> None:
     fill(write_catalog_file(path, shape_of(case)))
 
 
+def read_through(path: Path) -> float:
+    """Read the whole file, so that a server finds it in the page cache; return bytes per second."""
+    size, began = path.stat().st_size, time.monotonic()
+
+    def part(start: int) -> None:
+        piece = bytearray(READ_BYTES)
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            file.readinto(piece)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(part, range(0, size, READ_BYTES)))
+    return size / (time.monotonic() - began)
+
+
 def one(case: Case, server: str, path: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Return the row of a case."""
     shape = shape_of(case)
-    beside = 0 if gpu_is_absent() else beside_buffers(case, server, path.with_suffix(".tiny"))
+    with ThreadPoolExecutor(1) as reader:
+        reading = reader.submit(read_through, path)
+        beside = 0 if gpu_is_absent() else beside_buffers(case, server, path.with_suffix(".tiny"))
+        say(f"{case.model}: read at {reading.result() / 1e9:.1f} GB/s")
     say(f"{case.model}: beside its buffers a small one takes {beside / MIB:,.0f} MiB")
     card = load_card(case.card)
     settings = settings_of(case, path, server)
@@ -492,15 +546,20 @@ def serve(case: Case, settings: Settings, path: Path, plan: Plan, vocabulary: in
     model = ResolvedModel("gguf", path, read_gguf(path), case.model)
     configuration = Configuration(settings, {}, case.card)
     launch = engine_named(ENGINE).launch(make_task(configuration, model, plan, path.parent))
-    before, group = used_bytes(), cgroup_bytes()
-    with Peak() as peak, Server(launch.command, dict(launch.environment), settings.port) as server:
+    variables, before, shared = dict(launch.environment), used_bytes(), charged_bytes(own_groups())
+    with (
+        group_of_its_own() as group,
+        Peak() as peak,
+        Server(launch.command, variables, settings.port, group) as server,
+    ):
         say(f"{case.model}: {' '.join(launch.command[1:])}")
         row: dict[str, Any] = {"command": list(launch.command[1:]), "ready_seconds": server.wait(START_SECONDS)}
         row["buffers"] = server.buffers
         if row["ready_seconds"] is None:
             return row | {"error": f"it did not start: {server.ending}", "log": server.lines[-25:]}
         row["used_when_ready"] = used_bytes() - before
-        row["resident"] = {**server.resident(), "cgroup": cgroup_bytes() - group}
+        charged = charged_bytes([group]) if group else charged_bytes(own_groups()) - shared
+        row["resident"] = server.resident() | {"cgroup": charged, "alone": group is not None}
         if case.has_speed and not gpu_is_absent():
             row["speed"] = speed(server, settings, path, plan, vocabulary)
         began = time.monotonic()
@@ -528,9 +587,13 @@ def speed(server: Server, settings: Settings, path: Path, plan: Plan, vocabulary
     facts = {"host_bytes_per_second": [plan.request.host_rates.memory_bytes_per_second], "date": ""}
     expected = plan_of(own, path, 2**40, None, facts).speed
     server.complete(prompt(90, 64, vocabulary), 2)
-    short = server.complete(prompt(91, 16, vocabulary), SPEED_ANSWER)
-    long = server.complete(prompt(92, SPEED_PROMPT, vocabulary), 1)
-    found = {"decode": short["answer_per_second"], "prefill": long["prompt_per_second"], "link": link()}
+    began, busy, own = time.monotonic(), busy_seconds(), server.cpu_seconds()
+    answers = [server.complete(prompt(91 + number, 16, vocabulary), SPEED_ANSWER) for number in range(SPEED_REPEATS)]
+    others = (busy_seconds() - busy - server.cpu_seconds() + own) / (time.monotonic() - began)
+    long = server.complete(prompt(89, SPEED_PROMPT, vocabulary), 1)
+    rates = [answer["answer_per_second"] for answer in answers]
+    found = {"decode": None if None in rates else max(rates), "decodes": rates, "others_cpus": round(others, 1)}
+    found |= {"prefill": long["prompt_per_second"], "link": link()}
     if expected is None:
         return found
     return found | {
@@ -539,6 +602,12 @@ def speed(server: Server, settings: Settings, path: Path, plan: Plan, vocabulary
         "decode_formula": expected.single.formula,
         "prefill_formula": expected.prefill.formula,
     }
+
+
+def busy_seconds() -> float:
+    """Return the CPU time that all programs of the host have used."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    return (sum(fields[:8]) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def is_kept(row: dict[str, Any]) -> bool:
@@ -664,8 +733,8 @@ def page(results: Sequence[dict[str, Any]]) -> str:
         f"{ANSWER_TOKENS} tokens, all at once, with {ANSWER_TOKENS} tokens to answer:",
         "",
         "| model | card | answered whole | in use at the peak, MiB | free before, MiB "
-        "| of it a small model, MiB | beyond that and the buffers, MiB | the plan for pools and fragmentation, MiB: "
-        "the card, this GPU | seconds, all requests |",
+        "| of it a small model, MiB | beyond that and the buffers, MiB | the plan for pools, page tables and "
+        "fragmentation, MiB: the card, this GPU | seconds, all requests |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -675,7 +744,8 @@ def page(results: Sequence[dict[str, Any]]) -> str:
         if answers:
             figures = f"{row['used_at_peak'] / MIB:,.0f} | {row.get('free_bytes', 0) / MIB:,.0f}"
             parts = {part["key"]: part["bytes"] for part in row["plan"]["parts"]}
-            spare = [size + parts["fragmentation"] for size in (parts["workspace"], row["pool_here"])]
+            beside = parts["fragmentation"] + parts.get("page_tables", 0)
+            spare = [size + beside for size in (parts["workspace"], row["pool_here"])]
             figures += f" | {row['beside'] / MIB:,.0f} | {pools(row) / MIB:,.0f}"
             figures += f" | {spare[0] / MIB:,.0f}, {spare[1] / MIB:,.0f} | {row['seconds']}"
         else:
@@ -720,9 +790,10 @@ def speed_lines(row: dict[str, Any]) -> list[str]:
         return f"{found[phase]:,.0f} tok/s, the plan for this GPU and host says {low:,.0f} to {high:,.0f}"
 
     threads = row["command"][row["command"].index("--threads") + 1]
+    busy = f" (other programs used {found['others_cpus']:,.0f} CPUs)" if "others_cpus" in found else ""
     return [
         f"Speed of {row['case']['model']} with {row['plan']['where']} and {threads} threads, one request: "
-        f"decode {beside('decode')}; a "
+        f"decode {beside('decode')}{busy}; a "
         f"prompt of {SPEED_PROMPT:,} tokens {beside('prefill')}.",
     ]
 

@@ -20,6 +20,7 @@ COLOURS = {
     "tables": "#b279a2",
     "rounding": "#9d755d",
     "workspace": "#ff9da6",
+    "page_tables": "#d6a5c9",
     "activations": "#54a24b",
     "logits": "#88d27a",
     "graphs": "#439894",

@@ -24,6 +24,7 @@ BAR_LETTERS = {
     "tables": "t",
     "rounding": "r",
     "workspace": "d",
+    "page_tables": "h",
     "activations": "a",
     "logits": "l",
     "draft": "m",

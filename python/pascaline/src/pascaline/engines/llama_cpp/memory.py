@@ -49,6 +49,10 @@ the kernel's. Three servers on a GPU were charged 249 to 305 MiB beyond their bu
 (docs/results/placement.md)."""
 PINNED_SHARE = 16 / 4096
 """Page tables of pinned memory: 8 bytes for each page of 4 KiB in the page tables, and 8 in the driver's list."""
+CARD_PAGE_BYTES, PAGE_BYTES = 9, 4096
+"""Page tables that a GPU keeps in its own memory to reach pinned memory of the host: an entry of 8 bytes for each page,
+and the tables above. Servers with 0.9 to 40.2 GiB pinned took 2.19 MiB of the card for each GiB
+(docs/results/placement.md)."""
 WIDE_HEAD, WIDE_HEAD_BYTES = 256, 16
 """Heads of at least this size need these bytes for each token of a batch and each cell: the buffer of flash attention
 on a GPU, estimated by the log of one model."""
@@ -174,12 +178,28 @@ class LlamaCppMemory(MemoryModel):
             return [buffers, *constants]
         cells, _ = _cells(spec, request)
         pool = kernel_pool(spec, physical_batch(request), card, cells=cells, sequences=request.max_running_requests)
-        return [buffers, pool, *constants]
+        return [buffers, pool, *self._page_tables(spec, request, weights), *constants]
+
+    def _page_tables(self, spec: ModelSpec, request: PlanRequest, weights: Weights) -> list[Part]:
+        """What the card keeps to reach the host's part, if that is pinned."""
+        if not is_offloading(spec, request) or request.mapped or request.locked:
+            return []
+        pinned = sum(part.n_bytes for part in self._host_buffers(spec, request, weights))
+        pages = pinned // PAGE_BYTES
+        text = f"{CARD_PAGE_BYTES} B for each of {pages:,} pages of the host's memory that are pinned"
+        source = "servers with 1 to 40 GiB pinned (docs/results/placement.md)"
+        return [Part("page_tables", "page tables", pages * CARD_PAGE_BYTES, text, "measured", source)]
 
     def host_parts(self, spec: ModelSpec, request: PlanRequest, weights: Weights) -> list[Part]:
         """Weights, KV cache of whole layers there, and the buffers beside them."""
         if not is_offloading(spec, request):
             return super().host_parts(spec, request, weights)
+        parts = self._host_buffers(spec, request, weights)
+        parts.append(_process(request, sum(part.n_bytes for part in parts)))
+        return [*parts, *self._host_caches(spec, request, parts)]
+
+    def _host_buffers(self, spec: ModelSpec, request: PlanRequest, weights: Weights) -> list[Part]:
+        """The buffers that its log names, all pinned unless the weights are mapped."""
         layers = layers_on_host(spec, request)
         on_host = self._pool(_without_layers(spec, range(layers, spec.num_hidden_layers)), request)
         batch, kv_bytes = physical_batch(request), on_host.n_bytes if layers else 0
@@ -187,7 +207,7 @@ class LlamaCppMemory(MemoryModel):
         how = "mapped from the file" if request.mapped or request.locked else "pinned"
         how += " and locked" if request.locked else ""
         source = "llama-server's own log"
-        parts = [
+        return [
             Part("host_weights", "weights", weights.host_bytes, f"sum over the tensors there, {how}", "exact"),
             Part("host_kv", "KV cache", kv_bytes, on_host.formula if kv_bytes else "all on the GPU", "exact"),
             Part(
@@ -207,8 +227,6 @@ class LlamaCppMemory(MemoryModel):
                 source,
             ),
         ]
-        parts.append(_process(request, sum(part.n_bytes for part in parts)))
-        return [*parts, *self._host_caches(spec, request, parts)]
 
     def _host_caches(self, spec: ModelSpec, request: PlanRequest, others: Sequence[Part]) -> list[Part]:
         """What it keeps of prompts, beside the other parts of the host's memory."""

@@ -100,7 +100,7 @@ CASES = (
     Case("tesla-p4", "Qwen3-14B", 40, 8192, 2, {"placement": {"layers": "auto"}, "kv_cache": {"dtype": "int8"}}),
     Case("tesla-p4", "gpt-oss-20b", 24, 8192, 4),
     Case("tesla-p4", "DeepSeek-V2-Lite", 27, 8192, 2, {"chunked_prefill_tokens": 2048}, has_speed=True),
-    Case("tesla-p40", "Mixtral", 32, 8192, 2, has_speed=True),
+    Case("tesla-p40", "Mixtral-8x7B", 32, 8192, 2, has_speed=True),
     Case("tesla-p40", "Qwen3.6-35B-A3B", 40, 32768, 2, {"chunked_prefill_tokens": 2048}, has_speed=True),
     Case("tesla-p40", "gpt-oss-120b", 36, 8192, 2, has_speed=True),
     Case("tesla-p40", "GLM-4.5-Air", 46, 8192, 2, has_speed=True),

@@ -84,7 +84,7 @@ def test_the_plan_is_what_it_allocates(name: str, context: int, requests: int, b
         ("Qwen3-30B-A3B", 2, 128),
         ("Qwen3.6-35B-A3B", 4, 32),
         ("gpt-oss-20b", 2, 32),
-        ("Mixtral", 2, 8),
+        ("Mixtral-8x7B", 2, 8),
         ("GLM-4.5-Air", 2, 16),
         # llama.cpp knows the one without a low-rank query by its 27 layers.
         ("DeepSeek-V2-Lite", 27, 8),

@@ -21,17 +21,10 @@ if TYPE_CHECKING:
 
 _Sizes = dict[str, tuple[int, ...]]
 
-MIXTRAL = {
-    "name": "Mixtral", "architecture": "llama", "layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8,
-    "head_dim": 128, "vocab": 32000, "context": 32768, "tied": False, "experts": 8, "experts_used": 2,
-    "ffn": 14336, "expert_width": 14336,
-}  # fmt: skip
-"""Not in the catalogue: a mixture of few, large experts."""
-
 
 def shape_named(name: str, layers: int) -> dict[str, Any]:
-    """Return a shape of the catalogue, or MIXTRAL, reduced to the given number of layers."""
-    known = next((shape for shape in shapes() if shape["name"] == name), MIXTRAL)
+    """Return a shape of the catalogue, reduced to the given number of layers."""
+    known = next(shape for shape in shapes() if shape["name"] == name)
     return {**known, "layers": layers}
 
 

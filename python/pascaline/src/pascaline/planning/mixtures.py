@@ -1,7 +1,7 @@
 """A model in another quantisation: the type of each tensor as llama-quantize chooses it, so that a plan needs no file.
 
-The rules are those of llama.cpp's src/llama-quant.cpp (llama_tensor_get_type) for dense models, without importance
-matrix; tests hold the resulting sizes against published files.
+The rules are those of llama.cpp's src/llama-quant.cpp (llama_tensor_get_type) for dense models and mixtures of experts,
+without importance matrix; tests hold the resulting sizes against published files.
 """
 
 from __future__ import annotations
@@ -37,11 +37,14 @@ _FALLBACK = {"Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _EMBEDDING = re.compile(r"^token_embd\.weight$|(^|\.)embed_tokens\.weight$")
 _OUTPUT = re.compile(r"^output\.weight$|(^|\.)lm_head\.weight$")
 _ATTENTION_V = re.compile(r"\.(attn_v|v_proj)\.weight$")
+_ATTENTION_K = re.compile(r"\.(attn_k|k_proj)\.weight$")
 _ATTENTION_OUTPUT = re.compile(r"\.(attn_output|o_proj)\.weight$")
 _DOWN = re.compile(r"\.(ffn_down|ffn_down_exps|down_proj)\.weight$")
 _KEPT = re.compile(r"ffn_gate_inp|ssm_conv1d|shortconv\.conv|pos_embd|token_types")
 """Matrices that are never quantised (llama-quant.cpp, tensor_allows_quantization)."""
 _LAYER = re.compile(r"\.(\d+)\.")
+_FEW_EXPERTS = 8
+"""A mixture of exactly so many experts, which are large, gets more bits for its attention (llama-quant.cpp)."""
 
 
 def requantized(spec: ModelSpec, mixture: str) -> ModelSpec:
@@ -68,8 +71,12 @@ def _converted(tensor: TensorSpec, spec: ModelSpec, mixture: str) -> TensorSpec:
 
 def _matrix_type(name: str, spec: ModelSpec, mixture: str) -> str:
     base = _BASE.get(mixture)
+    if spec.num_experts == _FEW_EXPERTS and mixture != "F16" and (_ATTENTION_K.search(name) or _ATTENTION_V.search(name)):
+        return "Q8_0"
     if base is None:
         return mixture
+    if spec.num_experts == _FEW_EXPERTS and mixture != "Q5_K_M" and _ATTENTION_OUTPUT.search(name):
+        return "Q5_K"
     if _OUTPUT.search(name) or (spec.tied_embeddings and _EMBEDDING.search(name)):
         return "Q6_K"
     match = _LAYER.search(name)

@@ -206,7 +206,9 @@ class TestBeyondTheLog:
         planned = sum(map(plan.part, ("workspace", "page_tables", "fragmentation")))
         assert parts / MIB <= beyond <= planned / MIB
 
-    @pytest.mark.parametrize(("changes", "expected"), [({}, True), ({"mapped": True}, False), ({"locked": True}, False)])
+    @pytest.mark.parametrize(
+        ("changes", "expected"), [({}, True), ({"mapped": True}, False), ({"locked": True}, False)]
+    )
     def test_a_card_keeps_page_tables_for_pinned_memory(self, changes: dict[str, Any], expected: bool) -> None:
         """40.2 GiB pinned took 88.5 MiB more of the card than 0.9 GiB; a mapped file is copied through a buffer."""
         spec = catalog_spec(next(shape for shape in shapes() if shape["name"] == "gpt-oss-120b"))

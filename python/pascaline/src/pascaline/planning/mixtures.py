@@ -71,7 +71,11 @@ def _converted(tensor: TensorSpec, spec: ModelSpec, mixture: str) -> TensorSpec:
 
 def _matrix_type(name: str, spec: ModelSpec, mixture: str) -> str:
     base = _BASE.get(mixture)
-    if spec.num_experts == _FEW_EXPERTS and mixture != "F16" and (_ATTENTION_K.search(name) or _ATTENTION_V.search(name)):
+    if (
+        spec.num_experts == _FEW_EXPERTS
+        and mixture != "F16"
+        and (_ATTENTION_K.search(name) or _ATTENTION_V.search(name))
+    ):
         return "Q8_0"
     if base is None:
         return mixture

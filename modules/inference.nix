@@ -153,7 +153,7 @@ let
       // lib.optionalAttrs (instance.memoryMax != null) { MemoryMax = instance.memoryMax; }
       // lib.optionalAttrs (instance.numaNode != null) {
         NUMAPolicy = "bind";
-        NUMAMask = toString instance.numaNode;
+        NUMAMask = lib.concatMapStringsSep "," toString instance.numaNode;
         CPUAffinity = "numa";
       }
       // lib.optionalAttrs (instance.gpus != [ ]) {
@@ -285,10 +285,15 @@ in
             };
 
             numaNode = mkOption {
-              type = types.nullOr types.ints.unsigned;
+              type = types.nullOr (
+                types.coercedTo types.ints.unsigned lib.singleton (types.nonEmptyListOf types.ints.unsigned)
+              );
               default = null;
-              example = 1;
-              description = "NUMA node to which the instance is bound, with its CPUs and memory (`NUMAPolicy=bind`, `CPUAffinity=numa`). Choose the node of its GPU (`/sys/bus/pci/devices/*/numa_node`) if weights stay in the host's memory and the node has room for them (`pascaline plan`). `null`: the program chooses CPUs near its GPU itself, and the kernel may use other nodes' memory once this node's is full.";
+              example = [
+                0
+                1
+              ];
+              description = "NUMA node, or list of them, to whose CPUs and memory the instance is bound (`NUMAPolicy=bind`, `CPUAffinity=numa`). Choose the node of its GPU (`/sys/bus/pci/devices/*/numa_node`) if weights stay in the host's memory and the node has room for them (`pascaline plan`); if the firmware divides sockets into several nodes (sub-NUMA clusters, NPS), all nodes of the GPU's socket, which `pascaline doctor` names (`numa-distance`). `null`: the program chooses CPUs near its GPU itself, and the kernel may use other nodes' memory once theirs is full.";
             };
 
             stopTimeoutSec = mkOption {

@@ -113,7 +113,10 @@ rec {
       (instance "host" (
         lib.recursiveUpdate builtinModel {
           gpus = [ ];
-          numaNode = 1;
+          numaNode = [
+            2
+            3
+          ];
           settings = {
             engine = "llama.cpp";
             device = "cpu";
@@ -654,6 +657,10 @@ rec {
       apiKeyFile = "/nix/store/00000000000000000000000000000000-key";
     };
     unknownOption.services.pascaline.instances.emily.portt = 1;
+    noNode = instance "emily" {
+      gpus = [ ];
+      numaNode = [ ];
+    };
     halfAddress.hardware.pascaline.network = {
       address = "10.10.1";
       name = "eno1";

@@ -147,8 +147,9 @@ class TestInstance:
         assert "MemoryMax" not in host("p4")["services"]["pascaline-emily"]["serviceConfig"]
 
     def test_each_instance_has_a_socket_where_asked_for(self, host: Any, evaluated: Any) -> None:
+        """A node, or all of a socket that the firmware divides into several."""
         units = host("sockets")["services"]
-        for name, node in (("card", "0"), ("host", "1")):
+        for name, node in (("card", "0"), ("host", "2,3")):
             service = units[f"pascaline-{name}"]["serviceConfig"]
             assert (service["NUMAPolicy"], service["NUMAMask"], service["CPUAffinity"]) == ("bind", node, "numa")
             assert service["LimitMEMLOCK"] == "infinity"

@@ -57,7 +57,7 @@ def test_failing_configurations_say_why(evaluated: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["badDigest", "badCapability", "wholeDisk", "keyInStore", "unknownOption", "halfAddress"]
+    "case", ["badDigest", "badCapability", "wholeDisk", "keyInStore", "unknownOption", "halfAddress", "noNode"]
 )
 def test_option_types_refuse(evaluated: Any, case: str) -> None:
     with pytest.raises(RuntimeError, match=r"is not of type|does not exist"):

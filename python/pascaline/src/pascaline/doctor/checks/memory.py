@@ -60,6 +60,8 @@ def _placed(gpu: Gpu, node: NumaNode | None, nodes: Sequence[NumaNode]) -> tuple
         return f"{gpu.label} is at a NUMA node that is not online", False
     cpus = frozenset().union(*(process.cpus for process in gpu.processes))
     words = f"{gpu.label} is at NUMA node {node.number}"
+    if len(node.socket) > 1:
+        words += f" (its socket has nodes {', '.join(map(str, sorted(node.socket)))})"
     if not cpus:
         return f"{words}; the CPUs of the processes that use it are unknown", False
     apart = [other for other in nodes if other.number not in {node.number, *node.socket} and cpus & other.cpus]

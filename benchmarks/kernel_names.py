@@ -23,6 +23,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from server_process import process
 from support.hf_models import write_folder
 from support.models import tiny, write_gguf
 from support.ports import free_port
-from support.pretended import REAL_NAME
+from support.pretended import REAL_NAME, another_card
 
 if TYPE_CHECKING:
     import subprocess
@@ -286,10 +287,13 @@ def main() -> int:
     if args.add and args.output.is_file():
         found |= without(json.loads(args.output.read_text()), names)
 
+    lock = threading.Lock()
+
     def one(name: str) -> None:
         result = measure(name, args)
-        merge(found, name, result)
-        write(args.output, found)
+        with lock:
+            merge(found, name, result)
+            write(args.output, found)
         print(f"{name}: {result['state']}", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(args.parallel) as pool:
@@ -495,7 +499,7 @@ def variables(configuration: Configuration, args: argparse.Namespace, folder: Pa
         "PYTHONPATH": path,
     }
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
-    return os.environ | chosen | hidden | dict(configuration.environment)
+    return os.environ | another_card(folder) | chosen | hidden | dict(configuration.environment)
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], client: httpx.Client, log: Path, seconds: float) -> None:

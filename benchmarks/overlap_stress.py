@@ -1,6 +1,7 @@
 """Looks for races between steps of SGLang's overlap scheduler: many mixed requests must get what each gets alone.
 
     python benchmarks/overlap_stress.py MODEL.gguf [FILE.json] [--seconds 240] [--engines 4] [--no-barrier]
+    python benchmarks/overlap_stress.py small [FILE.json] …      a random model of four layers: more steps in the same time
 
 The scheduler prepares a step while the last one still computes; without a barrier its writes may reach what that one
 reads. Each engine answers 48 greedy requests one by one, then the same ones in random order from 24 clients: prompts of
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import random
@@ -25,13 +27,16 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gguf
 import httpx
+import numpy as np
 from kernel_names import ENTRY_POINTS, METADATA, Engine, environment, prompt, wait_until_ready
 from server_process import process
+from support.models import tiny, write_gguf
 from support.ports import free_port
 
 if TYPE_CHECKING:
@@ -41,6 +46,9 @@ REQUESTS, CLIENTS, HUNG_UP = 48, 24, 7
 LONGEST_PROMPT, LONGEST_ANSWER, CHUNK, KV_TOKENS, RETRACTED_EVERY = 900, 96, 512, 6000, 40
 TIE = 0.05
 """Difference of two log-probabilities, natural logarithm, that float16 activations may turn round."""
+SMALL = "small"
+SMALL_SCALE, SMALL_OUTPUT_SCALE = 3, 12
+"""By what write_gguf's random weights are multiplied, so that every layer counts and the best token is clearly the best."""
 READY_SECONDS = {"cuda": 240, "cpu": 900}
 COUNTER = '''
 """A plugin of SGLang for one measurement: counts a scheduler's steps and retracted requests in a file."""
@@ -72,7 +80,7 @@ def register():
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, metavar="MODEL.gguf")
+    parser.add_argument("model", type=Path, metavar="MODEL.gguf", help=f"or {SMALL}")
     parser.add_argument("output", type=Path, nargs="?", default=Path("overlap-stress.json"), metavar="FILE.json")
     parser.add_argument("--seconds", type=float, default=240, help="of mixed requests (default: 240)")
     parser.add_argument("--engines", type=int, default=1, metavar="N", help="at once on one card (default: 1)")
@@ -80,15 +88,15 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--logs", type=Path, help="folder for the engines' logs")
     args = parser.parse_args()
-    if not args.model.is_file():
+    if not args.model.is_file() and str(args.model) != SMALL:
         parser.error(f"there is no file {args.model}")
-    with ThreadPoolExecutor(args.engines) as pool:
-        engines = list(pool.map(lambda seed: one_engine(args, seed), range(args.engines)))
+    with ProcessPoolExecutor(args.engines) as pool:  # an engine's clients take most of a core
+        engines = list(pool.map(functools.partial(one_engine, args), range(args.engines)))
     together: Counter[str] = Counter()
     for each in engines:
         together.update({name: value for name, value in each.items() if isinstance(value, int)})
     where = environment(args.device)
-    found = where | {"barrier": not args.no_barrier, "together": dict(together), "engines": engines}
+    found = where | {"model": args.model.stem, "barrier": not args.no_barrier, "together": dict(together), "engines": engines}
     args.output.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{where['card']}: {dict(together)}")
     return 1 if together["different"] or any("error" in each for each in engines) else 0
@@ -102,6 +110,9 @@ def one_engine(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         try:
             with running(args, Path(folder), log) as (engine, counts):
                 alone = [answer_alone(engine, number) for number in range(REQUESTS)]
+                leads = sorted(lead for _, each in alone for lead in each)
+                found |= {"tokens alone": len(leads), "of them near a tie": sum(lead < TIE for lead in leads)}
+                found["median lead"] = round(leads[len(leads) // 2], 3)
                 before = read(counts)
                 found |= stress(engine, alone, args.seconds, seed)
                 steps, retracted = (after - first for after, first in zip(read(counts), before, strict=True))
@@ -118,7 +129,8 @@ def running(args: argparse.Namespace, folder: Path, log: Path) -> Iterator[tuple
     """Start SGLang with the counter; yield it and the file of its counts."""
     from sglang_pascal.checkpoint.prepare import prepare
 
-    prepare(args.model, folder / "model")
+    small = str(args.model) == SMALL
+    prepare(write_small(folder / "small.gguf") if small else args.model, folder / "model")
     information, counts, port = folder / "plugin/overlap-0.dist-info", folder / "counts", free_port()
     information.mkdir(parents=True)
     (folder / "plugin/kernel_names_recorder.py").write_text(COUNTER)
@@ -142,6 +154,7 @@ def running(args: argparse.Namespace, folder: Path, log: Path) -> Iterator[tuple
     command += ["--load-format", "pascal_gguf", "--device", args.device, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--context-length", "2048", "--mem-fraction-static", "0.1", "--max-total-tokens", str(KV_TOKENS)]
     command += ["--max-running-requests", "16", "--chunked-prefill-size", str(CHUNK), "--log-level-http", "warning"]
+    command += ["--skip-tokenizer-init"]  # requests and answers are token ids: the scheduler is what is to be busy
     with (
         process(command, log, os.environ | chosen, patience=5) as server,
         httpx.Client(
@@ -153,6 +166,18 @@ def running(args: argparse.Namespace, folder: Path, log: Path) -> Iterator[tuple
     ):
         wait_until_ready(server, client, log, READY_SECONDS[args.device])
         yield Engine(f"http://127.0.0.1:{port}", client), counts
+
+
+def write_small(path: Path) -> Path:
+    """Write a model of four layers whose answers depend on the whole prompt."""
+    write_gguf(path, tiny("llama", num_heads=4, num_kv_heads=2, head_dim=64), "Q8_0")
+    for tensor in gguf.GGUFReader(path, "r+").tensors:
+        if tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0:
+            blocks = tensor.data.reshape(-1, 34)  # one scale in half precision, 32 weights
+            scales = np.ascontiguousarray(blocks[:, :2]).view(np.float16)
+            scales *= SMALL_OUTPUT_SCALE if tensor.name == "output.weight" else SMALL_SCALE
+            blocks[:, :2] = scales.view(np.uint8)
+    return path
 
 
 def read(counts: Path) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,7 +17,6 @@ from support.pretended import VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 RUNTIME = """
 #include <stddef.h>
@@ -113,8 +113,8 @@ def compiles(): return torch.compile(double)(2)
 found = {"triton": tried(launches), "compile": tried(compiles)}
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 found["off"] = tried(compiles)
-found["target"] = driver.target_of((int(os.environ["SGLANG_PASCAL_PRETENDED_MAJOR"]),
-                                    int(os.environ["SGLANG_PASCAL_PRETENDED_MINOR"])))
+found["target"] = driver.target_of((int(os.environ["PRETENDED_CARD_MAJOR"]),
+                                    int(os.environ["PRETENDED_CARD_MINOR"])))
 found["built for"] = torch._C._cuda_getArchFlags().split()[-1]
 print(json.dumps(found))
 """
@@ -205,17 +205,68 @@ def test_nvml_says_the_same(environment, tmp_path):
     assert ast.literal_eval(done.stdout) == ["Tesla P4", (6, 1), 50, *memory, total, 0, *memory[1:]]
 
 
+HOLD = """
+import ctypes, os, subprocess, sys
+user = ctypes.CDLL(sys.argv[1])
+def take(n): return user.take(ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(n * 2**30))
+def ask(): return int(subprocess.run([sys.executable, "-c", sys.argv[2], sys.argv[1]], capture_output=True, text=True).stdout)
+found = [take(3), ask()]
+if not os.fork():
+    os._exit(take(3))
+found += [os.waitstatus_to_exitcode(os.wait()[1]), take(3)]
+import pynvml as n
+n.nvmlInit()
+g = n.nvmlDeviceGetHandleByIndex(0)
+m, p = n.nvmlDeviceGetMemoryInfo(g), n.nvmlDeviceGetComputeRunningProcesses(g)
+print(found + [m.total, m.used, [(each.pid == os.getpid(), each.usedGpuMemory) for each in p]])
+"""
+TAKE_5 = "import ctypes, sys\nprint(ctypes.CDLL(sys.argv[1]).take(ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(5 * 2**30)))"
+
+
+def test_the_processes_of_a_command_share_the_memory(environment, libraries, tmp_path):
+    """5 GiB beside 3 are too much for 8 GB, 3 are not; and what a process held is free once it has ended."""
+    (tmp_path / "ledger").touch()
+    seen = environment("tesla-p4") | {pretended.LEDGER: str(tmp_path / "ledger")}
+    scenario = tmp_path / "h200.nvml"
+    write_scenario(
+        scenario,
+        "[gpu 0]\nnvmlDeviceGetUUID = GPU-a\nnvmlDeviceGetMemoryInfo = 150000000000 149000000000 90000000000\n"
+        f"nvmlDeviceGetComputeRunningProcesses = {os.getpid()}:{5 * 2**30}\n",
+    )
+    seen |= {"LD_LIBRARY_PATH": str(build_fake_nvml(tmp_path)), "PASCALINE_FAKE_NVML": str(scenario)}
+    done = python(HOLD, seen, libraries[0], TAKE_5)
+    assert done.returncode == 0, done.stderr
+    used = 6 * 2**30 + pretended.CONTEXT_BYTES
+    assert ast.literal_eval(done.stdout) == [0, 2, 0, 0, 7980711936, used, []]
+
+
+def test_a_command_gets_a_card_of_its_own(library, monkeypatch, tmp_path):
+    """And so does each of its processes that asks for another one."""
+    monkeypatch.setattr(pretended, "build", lambda: library)
+    monkeypatch.setenv("PYTHONPATH", str(Path(pretended.__file__).parents[2]))
+    program = (
+        "import os, pathlib, sys\nfrom support import pretended\n"
+        f"own = os.environ[pretended.LEDGER]\nother = pretended.another_card(pathlib.Path({str(tmp_path)!r}))\n"
+        "sys.exit(own == other[pretended.LEDGER] or not os.path.exists(other[pretended.LEDGER]))"
+    )
+    assert pretended.run("tesla-p4", [sys.executable, "-c", program]) == 0
+    assert pretended.another_card(tmp_path) == {}
+
+
 def test_the_drivers_folder_names_the_card(environment, tmp_path):
     information = tmp_path / "gpus/0000:3b:00.0/information"
     information.parent.mkdir(parents=True)
     information.write_text("Model: \t\t NVIDIA H200\nIRQ:   \t\t 70\n")
+    version = "NVRM version: NVIDIA UNIX {}  580.159.04  Release Build\nGCC version:\n"
+    (tmp_path / "version").write_text(version.format("Open Kernel Module for x86_64"))
     program = (
         "import sys, pathlib\nfrom pascaline.cards import detect_card\n"
-        "print(detect_card(0, pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]).read_text())"
+        "print(detect_card(0, pathlib.Path(sys.argv[1])), *(pathlib.Path(name).read_text() for name in sys.argv[2:]))"
     )
-    seen = environment("tesla-p100-16gb") | {"SGLANG_PASCAL_PRETENDED_PROC_GPUS": str(tmp_path / "gpus")}
-    done = python(program, seen, str(tmp_path / "gpus"), str(information))
-    assert done.stdout == "tesla-p100-16gb Model: \t\t Tesla P100-PCIE-16GB\nIRQ:   \t\t 70\n\n"
+    seen = environment("tesla-p100-16gb") | {"PRETENDED_CARD_PROC_GPUS": str(tmp_path / "gpus")}
+    done = python(program, seen, str(tmp_path / "gpus"), str(information), str(tmp_path / "version"))
+    closed = version.format("x86_64 Kernel Module")
+    assert done.stdout == f"tesla-p100-16gb Model: \t\t Tesla P100-PCIE-16GB\nIRQ:   \t\t 70\n {closed}\n"
 
 
 @pytest.mark.parametrize(("card", "target"), [("tesla-p4", "61"), ("tesla-p100-16gb", "60")])

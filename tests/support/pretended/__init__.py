@@ -3,11 +3,12 @@
     python tests/support/pretended tesla-p4 [--report FILE.jsonl] -- COMMAND …
 
 `pretended.c` changes what CUDA's runtime, the driver (asked by ctypes), NVML and the driver's folder in /proc say:
-capability, name, multiprocessors, memory; a process' allocations are held to the card's memory. `site/` is loaded into
-each Python process: whatever Pascal has no code for is an error that names its caller: a launch by Triton, a compiled
+capability, name, multiprocessors, memory. All processes of the command share the card: together their allocations are
+held to its memory, and NVML counts those and no other ones of the host. `site/` is loaded into each Python process: whatever Pascal has no code for is an error that names its caller: a launch by Triton, a compiled
 function of torch.compile, a product in bfloat16, 8-bit floating point or TF32, a call of cuDNN. torch chooses its
-attention by the changed capability, and its own check then refuses flash attention. Which machine code runs is not
-changed: that of the real card, and our kernels from their PTX for 6.0 or 6.1.
+attention by the changed capability, and its own check then refuses flash attention; the kernel that it would choose for
+Pascal is empty in the machine code for newer cards, so its plain attention runs. Which machine code runs is not changed:
+that of the real card, and our kernels from their PTX for 6.0 or 6.1.
 
 Only a process below `environment`'s own obeys: anywhere else the variable is an error, in `site/` and in the plugin.
 """
@@ -30,16 +31,18 @@ from sglang_pascal.device import PRETENDED_CARD
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["CARDS", "REAL_NAME", "REPORT", "VARIABLE", "build", "environment", "run"]
+__all__ = ["CARDS", "LEDGER", "REAL_NAME", "REPORT", "VARIABLE", "another_card", "build", "environment", "run"]
 
 VARIABLE = PRETENDED_CARD
 """Name of the card, as in cards.toml."""
-PARENT = "SGLANG_PASCAL_PRETENDED_PARENT"
+PARENT = "PRETENDED_CARD_PARENT"
 """Process id of the test: only its descendants pretend."""
-REPORT = "SGLANG_PASCAL_PRETENDED_REPORT"
+REPORT = "PRETENDED_CARD_REPORT"
 """A file to which each refusal is added, one JSON object a line."""
-REAL_NAME = "SGLANG_PASCAL_PRETENDED_REAL_NAME"
+REAL_NAME = "PRETENDED_CARD_REAL_NAME"
 """Name of the card that the host has."""
+LEDGER = "PRETENDED_CARD_LEDGER"
+"""A file in which the processes of one card enter what they hold; without it each has the card to itself."""
 CARDS = {
     # L2 and shared memory: CUDA C++ Programming Guide 11.8, table 15; the whitepapers of GP100 and GP104.
     "tesla-p4": {"L2_BYTES": 2 * 2**20, "SHARED_BYTES": 98304},
@@ -78,10 +81,10 @@ def environment(
         "CORES": int(facts.number("cores")),
         "CLOCK_KHZ": int(facts.number("boost_clock_hertz")) // 1000,
     }
-    found |= {f"SGLANG_PASCAL_PRETENDED_{name}": str(value) for name, value in (numbers | CARDS[card]).items()}
-    found |= {VARIABLE: card, PARENT: str(os.getpid()), "SGLANG_PASCAL_PRETENDED_NAME": facts.nvml_names[0]}
+    found |= {f"PRETENDED_CARD_{name}": str(value) for name, value in (numbers | CARDS[card]).items()}
+    found |= {VARIABLE: card, PARENT: str(os.getpid()), "PRETENDED_CARD_NAME": facts.nvml_names[0]}
     found[REAL_NAME] = ", ".join(sorted(set(installed_models()))) or "unknown card"
-    found["SGLANG_PASCAL_PRETENDED_PROC_GPUS"] = str(PROC_GPUS)
+    found["PRETENDED_CARD_PROC_GPUS"] = str(PROC_GPUS)
     if report is not None:
         found[REPORT] = str(report.absolute())
     for name, first in (("LD_PRELOAD", library or build()), ("PYTHONPATH", _FOLDER / "site")):
@@ -89,9 +92,20 @@ def environment(
     return found
 
 
+def another_card(folder: Path) -> dict[str, str]:
+    """Return variables for a process that gets such a card for itself; none where no card is pretended."""
+    if VARIABLE not in os.environ:
+        return {}
+    ledger = folder / "pretended-card"
+    ledger.touch()
+    return {LEDGER: str(ledger)}
+
+
 def run(card: str, command: list[str], report: Path | None = None) -> int:
     """Run a command under the switch; return its exit status."""
-    return subprocess.run(command, env=environment(card, report=report), check=False).returncode
+    with tempfile.NamedTemporaryFile(prefix="pretended-card-") as ledger:
+        seen = environment(card, report=report) | {LEDGER: ledger.name}
+        return subprocess.run(command, env=seen, check=False).returncode
 
 
 def main(arguments: list[str]) -> int:

@@ -33,7 +33,7 @@ static long number(const char *name) {
     return text ? strtol(text, NULL, 10) : 0;
 }
 
-#define CARD(name) number("SGLANG_PASCAL_PRETENDED_" #name)
+#define CARD(name) number("PRETENDED_CARD_" #name)
 
 static void *next_dlsym(void *handle, const char *name) {
     static void *(*real)(void *, const char *);
@@ -57,30 +57,98 @@ static void *linked(void *caller, const char *name) {
 
 #define REAL(result, name, ...) ((result(*)(__VA_ARGS__))linked(CALLER, #name))
 
-/* --- one process' memory ------------------------------------------------------------------------------------------ */
+/* --- memory: a process' own blocks, and the ledger of all processes of one card ------------------------------------- */
 
 #define BLOCKS 65536
 static struct { uintptr_t at; size_t bytes; } blocks[BLOCKS];
 static size_t held;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
+/* The file that PRETENDED_CARD_LEDGER names: a process that computes and what it holds, in bytes; pid 0 is free. */
+#define SLOTS 512
+struct slot { int64_t pid, held; };
+static struct slot *mine;
+static pid_t owner;
+
+static int real_open(const char *path, int flags, mode_t mode);
+
+static struct slot *ledger(void) {
+    static struct slot *slots;
+    const char *path = getenv("PRETENDED_CARD_LEDGER");
+    if (slots || !path) return slots;
+    int file = real_open(path, O_RDWR | O_CLOEXEC, 0);
+    if (file < 0) return NULL;
+    size_t bytes = SLOTS * sizeof(struct slot);
+    void *page = ftruncate(file, bytes) ? MAP_FAILED : mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    close(file);
+    return slots = page == MAP_FAILED ? NULL : page;
+}
+
+/* Whether a process runs; one that ended and was not waited for does not. */
+static int runs(pid_t pid) {
+    char path[64], text[512], *after;
+    snprintf(path, sizeof path, "/proc/%d/stat", pid);
+    int file = real_open(path, O_RDONLY | O_CLOEXEC, 0);
+    if (file < 0) return 0;
+    ssize_t size = read(file, text, sizeof text - 1);
+    close(file);
+    text[size > 0 ? size : 0] = 0;
+    after = strrchr(text, ')');
+    return after && after[1] && after[2] != 'Z' && after[2] != 'X';
+}
+
+/* Enter this process, under the lock. A child of fork holds nothing of its parent's. */
+static void enter(void) {
+    if (owner == getpid()) return;
+    if (owner) memset(blocks, 0, sizeof blocks), held = 0;
+    owner = getpid(), mine = NULL;
+    struct slot *slots = ledger();
+    for (size_t i = 0; slots && !mine && i < SLOTS; i++) {
+        int64_t was = slots[i].pid;
+        if (was && was != owner && runs(was)) continue;
+        if (__sync_bool_compare_and_swap(&slots[i].pid, was, owner)) mine = slots + i, mine->held = 0;
+    }
+}
+
+__attribute__((destructor)) static void leave(void) {
+    if (mine && owner == getpid()) mine->pid = 0;
+}
+
+static void holds(ssize_t more) {
+    held += more;
+    if (mine) mine->held = held;
+}
+
+static size_t used_by(const struct slot *each) {
+    return each->pid && runs(each->pid) ? each->held + CARD(CONTEXT_BYTES) : 0;
+}
+
+/* What all processes hold that the ledger names. */
+static size_t used_together(void) {
+    size_t sum = 0;
+    for (struct slot *first = ledger(), *each = first; first && each < first + SLOTS; each++) sum += used_by(each);
+    return sum;
+}
+
+/* What this process may still take, under the lock and after `enter`. */
 static size_t room(void) {
-    size_t used = held + CARD(CONTEXT_BYTES), total = CARD(BYTES);
+    size_t used = mine ? used_together() : held + CARD(CONTEXT_BYTES), total = CARD(BYTES);
     return used < total ? total - used : 0;
 }
 
 static void keep(uintptr_t at, size_t bytes) {
     for (size_t i = at / 512 % BLOCKS, tries = 0; tries < BLOCKS; i = (i + 1) % BLOCKS, tries++)
-        if (!blocks[i].bytes) { blocks[i].at = at; blocks[i].bytes = bytes; held += bytes; return; }
+        if (!blocks[i].bytes) { blocks[i].at = at; blocks[i].bytes = bytes; holds(bytes); return; }
 }
 
 static void forget(uintptr_t at) {
     for (size_t i = at / 512 % BLOCKS, tries = 0; tries < BLOCKS; i = (i + 1) % BLOCKS, tries++)
-        if (blocks[i].bytes && blocks[i].at == at) { held -= blocks[i].bytes; blocks[i].bytes = 0; return; }
+        if (blocks[i].bytes && blocks[i].at == at) { holds(-(ssize_t)blocks[i].bytes); blocks[i].bytes = 0; return; }
 }
 
 static int allocate(int (*real)(void *, size_t), void *pointer, size_t bytes) {
     pthread_mutex_lock(&lock);
+    enter();
     int code = bytes > room() ? CUDA_OUT_OF_MEMORY : real(pointer, bytes);
     if (!code && bytes) keep(*(uintptr_t *)pointer, bytes);
     pthread_mutex_unlock(&lock);
@@ -102,6 +170,7 @@ EXPORT int cudaFree(void *pointer) {
 static int memory(int code, size_t *free, size_t *total) {
     if (code) return code;
     pthread_mutex_lock(&lock);
+    enter();
     if (*free > room()) *free = room();
     *total = CARD(BYTES);
     pthread_mutex_unlock(&lock);
@@ -149,7 +218,7 @@ static int describe(void *caller, const char *name, void *properties, int device
         if (ask(&old, *which, device) || attribute(0, &new, *which)) continue;
         if (old) replace_value(properties, AT_LATER, old, new);
     }
-    snprintf(properties, NAME_BYTES, "%s", getenv("SGLANG_PASCAL_PRETENDED_NAME"));
+    snprintf(properties, NAME_BYTES, "%s", getenv("PRETENDED_CARD_NAME"));
     *(size_t *)((char *)properties + AT_TOTAL) = CARD(BYTES);
     *(int *)((char *)properties + AT_MAJOR) = CARD(MAJOR);
     *(int *)((char *)properties + AT_MINOR) = CARD(MINOR);
@@ -168,16 +237,16 @@ EXPORT int cudaGetDeviceProperties_v2(void *properties, int device) {
 
 /* Tell Python, which knows who asked: the function `refused` of the module pretended_card. */
 static void refuse(const char *what) {
-    int (*enter)(void) = (int (*)(void))next_dlsym(RTLD_DEFAULT, "PyGILState_Ensure");
-    void (*leave)(int) = (void (*)(int))next_dlsym(RTLD_DEFAULT, "PyGILState_Release");
+    int (*ensure)(void) = (int (*)(void))next_dlsym(RTLD_DEFAULT, "PyGILState_Ensure");
+    void (*release)(int) = (void (*)(int))next_dlsym(RTLD_DEFAULT, "PyGILState_Release");
     void *(*import)(const char *) = (void *(*)(const char *))next_dlsym(RTLD_DEFAULT, "PyImport_ImportModule");
     void *(*call)(void *, const char *, const char *, ...) =
         (void *(*)(void *, const char *, const char *, ...))next_dlsym(RTLD_DEFAULT, "PyObject_CallMethod");
-    if (!enter || !leave || !import || !call) { fprintf(stderr, "pretended card: %s\n", what); return; }
-    int state = enter();
+    if (!ensure || !release || !import || !call) { fprintf(stderr, "pretended card: %s\n", what); return; }
+    int state = ensure();
     void *module = import("pretended_card");
     if (module) call(module, "refused", "s", what);
-    leave(state);
+    release(state);
 }
 
 static int needs_newer(int type) { return type == REAL_16BF || type == COMPLEX_16BF || type >= FIRST_FP8; }
@@ -248,7 +317,7 @@ static int my_cuDeviceComputeCapability(int *major, int *minor, int device) {
 
 static int my_cuDeviceGetName(char *name, int size, int device) {
     int code = WRAPPED(int, my_cuDeviceGetName, char *, int, int)(name, size, device);
-    if (!code) snprintf(name, size, "%s", getenv("SGLANG_PASCAL_PRETENDED_NAME"));
+    if (!code) snprintf(name, size, "%s", getenv("PRETENDED_CARD_NAME"));
     return code;
 }
 
@@ -276,11 +345,12 @@ static int my_cuMemFree(uintptr_t pointer) {
 static int my_nvmlDeviceGetName(void *device, char *name, unsigned size) {
     int code = WRAPPED(int, my_nvmlDeviceGetName, void *, char *, unsigned)(device, name, size);
     if (code) return code;
-    return snprintf(name, size, "%s", getenv("SGLANG_PASCAL_PRETENDED_NAME")) < (int)size ? 0 : NVML_INSUFFICIENT_SIZE;
+    return snprintf(name, size, "%s", getenv("PRETENDED_CARD_NAME")) < (int)size ? 0 : NVML_INSUFFICIENT_SIZE;
 }
 
 static void shrink(unsigned long long *total, unsigned long long *free, unsigned long long *used) {
     *total = CARD(BYTES);
+    if (ledger()) *used = used_together();
     if (*used > *total) *used = *total;
     *free = *total - *used;
 }
@@ -317,6 +387,32 @@ static int my_nvmlDeviceGetMigMode(void *device, unsigned *current, unsigned *pe
     return NVML_NOT_SUPPORTED;
 }
 
+/* Of the processes on the real card, those of the ledger. An entry is `bytes` long and begins with pid and memory. */
+static void only_ours(unsigned *count, char *entries, size_t bytes) {
+    struct slot *slots = ledger();
+    unsigned kept = 0;
+    for (unsigned i = 0; slots && i < *count; i++) {
+        char *entry = entries + i * bytes;
+        for (struct slot *each = slots; each < slots + SLOTS; each++)
+            if (each->pid == *(unsigned *)entry && used_by(each)) {
+                memmove(entries + kept * bytes, entry, bytes);
+                *(unsigned long long *)(entries + kept++ * bytes + 8) = used_by(each);
+                break;
+            }
+    }
+    if (slots) *count = kept;
+}
+
+#define PROCESSES(name, bytes)                                                                                      \
+    static int my_##name(void *device, unsigned *count, char *entries) {                                            \
+        int code = WRAPPED(int, my_##name, void *, unsigned *, char *)(device, count, entries);                     \
+        if (!code && entries) only_ours(count, entries, bytes);                                                     \
+        return code;                                                                                                \
+    }
+PROCESSES(nvmlDeviceGetComputeRunningProcesses, 16)
+PROCESSES(nvmlDeviceGetComputeRunningProcesses_v2, 24)
+PROCESSES(nvmlDeviceGetComputeRunningProcesses_v3, 24)
+
 static struct { const char *name; void *ours, *real; } wrapped[] = {
     {"cuDeviceGetAttribute", my_cuDeviceGetAttribute, 0},
     {"cuDeviceComputeCapability", my_cuDeviceComputeCapability, 0},
@@ -332,6 +428,9 @@ static struct { const char *name; void *ours, *real; } wrapped[] = {
     {"nvmlDeviceGetNumGpuCores", my_nvmlDeviceGetNumGpuCores, 0},
     {"nvmlDeviceGetArchitecture", my_nvmlDeviceGetArchitecture, 0},
     {"nvmlDeviceGetMigMode", my_nvmlDeviceGetMigMode, 0},
+    {"nvmlDeviceGetComputeRunningProcesses", my_nvmlDeviceGetComputeRunningProcesses, 0},
+    {"nvmlDeviceGetComputeRunningProcesses_v2", my_nvmlDeviceGetComputeRunningProcesses_v2, 0},
+    {"nvmlDeviceGetComputeRunningProcesses_v3", my_nvmlDeviceGetComputeRunningProcesses_v3, 0},
     {NULL, NULL, NULL},
 };
 
@@ -362,31 +461,42 @@ EXPORT void *dlsym(void *restrict handle, const char *restrict name) {
     return next_dlsym(handle, name);
 }
 
-/* --- /proc/driver/nvidia/gpus/ADDRESS/information --------------------------------------------------------------------- */
+/* --- /proc/driver/nvidia: gpus/ADDRESS/information, and version: only the closed module drives Pascal ------------------ */
 
-static int information(int file) {
-    char text[4096];
+static int changed(int file, int is_version) {
+    char text[4096], *open_module;
     ssize_t size = read(file, text, sizeof text - 1);
-    int copy = memfd_create("information", MFD_CLOEXEC);
+    int copy = memfd_create("nvidia", MFD_CLOEXEC);
     text[size > 0 ? size : 0] = 0;
     close(file);
     for (char *line = text, *end; *line; line = end) {
         end = strchrnul(line, '\n');
         if (*end) end++;
-        if (!strncmp(line, "Model:", 6)) dprintf(copy, "Model: \t\t %s\n", getenv("SGLANG_PASCAL_PRETENDED_NAME"));
+        if (is_version && (open_module = strstr(line, "Open Kernel Module for ")) && open_module < end)
+            dprintf(copy, "%.*sx86_64 Kernel Module%.*s", (int)(open_module - line), line, (int)(end - open_module - 29),
+                    open_module + 29);
+        else if (!is_version && !strncmp(line, "Model:", 6))
+            dprintf(copy, "Model: \t\t %s\n", getenv("PRETENDED_CARD_NAME"));
         else dprintf(copy, "%.*s", (int)(end - line), line);
     }
     lseek(copy, 0, SEEK_SET);
     return copy;
 }
 
-static int opened(const char *path, int flags, mode_t mode) {
+static int real_open(const char *path, int flags, mode_t mode) {
     static int (*real)(const char *, int, ...);
     if (!real) real = (int (*)(const char *, int, ...))next_dlsym(RTLD_NEXT, "open64");
-    int file = real(path, flags, mode);
-    const char *folder = getenv("SGLANG_PASCAL_PRETENDED_PROC_GPUS");
-    if (file < 0 || !path || !folder || strncmp(path, folder, strlen(folder)) || !strstr(path, "/information")) return file;
-    return information(file);
+    return real(path, flags, mode);
+}
+
+static int opened(const char *path, int flags, mode_t mode) {
+    int file = real_open(path, flags, mode);
+    const char *folder = getenv("PRETENDED_CARD_PROC_GPUS"), *rest;
+    if (file < 0 || !path || !folder) return file;
+    size_t above = strrchr(folder, '/') - folder + 1;
+    if (!strncmp(path, folder, above) && !strcmp(path + above, "version")) return changed(file, 1);
+    rest = strncmp(path, folder, strlen(folder)) ? NULL : strstr(path, "/information");
+    return rest ? changed(file, 0) : file;
 }
 
 EXPORT int open64(const char *path, int flags, ...) {

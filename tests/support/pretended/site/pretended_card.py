@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 VARIABLE, PARENT, REPORT = (
     "SGLANG_PASCAL_PRETENDED_CARD",
-    "SGLANG_PASCAL_PRETENDED_PARENT",
-    "SGLANG_PASCAL_PRETENDED_REPORT",
+    "PRETENDED_CARD_PARENT",
+    "PRETENDED_CARD_REPORT",
 )
 _FRAMES = 12
 """Callers that a message names: the innermost."""
@@ -69,7 +69,7 @@ def callers() -> list[str]:
 def refused(what: str) -> str:
     """Write what was asked for and by whom to standard error and to the report; return the message."""
     who = callers()
-    message = f"{os.environ.get('SGLANG_PASCAL_PRETENDED_NAME')} cannot run {what}, called by {' < '.join(who) or 'no Python'}"
+    message = f"{os.environ.get('PRETENDED_CARD_NAME')} cannot run {what}, called by {' < '.join(who) or 'no Python'}"
     sys.stderr.write(f"pretended card: {message}\n")
     if report := os.environ.get(REPORT):
         with Path(report).open("a") as file:
@@ -83,9 +83,13 @@ def refuse(what: str) -> None:
 
 
 def _change_torch(torch: Any) -> None:
-    """torch.compile is an error where its result is called; torch has code for the card."""
+    """torch.compile is an error where its result is called; torch has code for the card.
+
+    Its attention for Pascal has no machine code for the real card, where it would leave the result as it was: off.
+    """
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
     flags = torch._C._cuda_getArchFlags
-    major, minor = os.environ["SGLANG_PASCAL_PRETENDED_MAJOR"], os.environ["SGLANG_PASCAL_PRETENDED_MINOR"]
+    major, minor = os.environ["PRETENDED_CARD_MAJOR"], os.environ["PRETENDED_CARD_MINOR"]
     torch._C._cuda_getArchFlags = lambda: f"{flags() or ''} sm_{major}{minor}".strip()
     torch.compile = compile_nothing
 

@@ -21,6 +21,7 @@ import functools
 import json
 import os
 import random
+import signal
 import struct
 import sys
 import tempfile
@@ -90,6 +91,7 @@ def main() -> int:
     args = parser.parse_args()
     if not args.model.is_file() and str(args.model) != SMALL:
         parser.error(f"there is no file {args.model}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # each process then ends its engine
     with ProcessPoolExecutor(args.engines) as pool:  # an engine's clients take most of a core
         engines = list(pool.map(functools.partial(one_engine, args), range(args.engines)))
     together: Counter[str] = Counter()

@@ -1,7 +1,7 @@
 """Looks for races between steps of SGLang's overlap scheduler: many mixed requests must get what each gets alone.
 
     python benchmarks/overlap_stress.py MODEL.gguf [FILE.json] [--seconds 240] [--engines 4] [--no-barrier]
-    python benchmarks/overlap_stress.py small [FILE.json] …      a random model of four layers: more steps in the same time
+    python benchmarks/overlap_stress.py small [FILE.json] …      a random model of four layers: more steps
 
 The scheduler prepares a step while the last one still computes; without a barrier its writes may reach what that one
 reads. Each engine answers 48 greedy requests one by one, then the same ones in random order from 24 clients: prompts of
@@ -49,7 +49,7 @@ TIE = 0.05
 """Difference of two log-probabilities, natural logarithm, that float16 activations may turn round."""
 SMALL = "small"
 SMALL_SCALE, SMALL_OUTPUT_SCALE = 3, 12
-"""By what write_gguf's random weights are multiplied, so that every layer counts and the best token is clearly the best."""
+"""Factors of write_gguf's random weights: every layer counts, and the best token is clearly the best."""
 READY_SECONDS = {"cuda": 240, "cpu": 900}
 COUNTER = '''
 """A plugin of SGLang for one measurement: counts a scheduler's steps and retracted requests in a file."""
@@ -98,7 +98,12 @@ def main() -> int:
     for each in engines:
         together.update({name: value for name, value in each.items() if isinstance(value, int)})
     where = environment(args.device)
-    found = where | {"model": args.model.stem, "barrier": not args.no_barrier, "together": dict(together), "engines": engines}
+    found = where | {
+        "model": args.model.stem,
+        "barrier": not args.no_barrier,
+        "together": dict(together),
+        "engines": engines,
+    }
     args.output.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{where['card']}: {dict(together)}")
     return 1 if together["different"] or any("error" in each for each in engines) else 0

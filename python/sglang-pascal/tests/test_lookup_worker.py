@@ -78,7 +78,12 @@ class Engine:
         parameters = SimpleNamespace(**NEUTRAL, max_new_tokens=CONTEXT, top_k=1)
         self.kv[i * CONTEXT : i * CONTEXT + len(prompt)] = torch.tensor(prompt)
         return SimpleNamespace(
-            rid=str(i), origin_input_ids_unpadded=prompt, output_ids=[], sampling_params=parameters, grammar=None
+            rid=str(i),
+            origin_input_ids_unpadded=prompt,
+            output_ids=[],
+            sampling_params=parameters,
+            grammar=None,
+            finished=lambda: False,
         )
 
     def batch(self, mode):

@@ -2,9 +2,9 @@
 
 An interval between two launches is a sample of a plain step's time if no draft was looked for and no wait changed the
 interval. Every other interval is booked: the tokens that it gave, against the plain steps that would have fitted into
-its time. All costs of speculation are therefore counted: rows, looking for drafts, waiting for the device. Each number
-of running requests has an account, which can be spent down to zero. It earns a small share of all steps, which bounds
-the loss.
+its time. All costs of speculation are therefore counted: rows, looking for drafts, waiting for the device, computing
+what a draft model lacks. Each number of running requests has an account, which can be spent down to zero. It earns a
+small share of all steps, which bounds the loss; after trials in vain it earns less.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ CREDIT: Final = 2.0
 """Steps with which an account begins, and the most that it keeps of what it won: what the next text may lose."""
 PROBE: Final = 1.0
 """Steps that must be in an account before lookup is tried again: with the allowance, after a hundred plain steps."""
+MOST_FAILURES: Final = 3
+"""Trials in vain, one after the other, each of which halves what is earned. The first is free: texts differ."""
 WORST: Final = 16.0
 """Most plain steps' time that a check is booked with: a pause of the machine is not the fault of a check."""
 FIRST: Final = 2.0
@@ -73,6 +75,10 @@ class _Account:
     balance: float = CREDIT
     """Plain steps."""
     is_open: bool = True
+    trial: float = 0.0
+    """Plain steps that it took before the last check to compute what a draft model lacked."""
+    failures: int = 0
+    """How often it was closed since a check won something."""
     booked_steps: int = 0
     """Since the last calibration."""
     samples_wanted: int = LEAST_SAMPLES
@@ -80,10 +86,12 @@ class _Account:
     """The first check of a width is slow too: memory is taken, a recorded step is loaded."""
 
     def note(self, change: float) -> None:
-        self.balance = max(-DEBT, min(CREDIT, self.balance + change + ALLOWANCE))
-        if self.balance <= 0:
-            self.is_open = False
-        elif self.balance >= PROBE:
+        earned = ALLOWANCE / 2 ** max(0, self.failures - 1)
+        most = CREDIT if self.is_open else max(CREDIT, self.trial)
+        self.balance = max(-DEBT, min(most, self.balance + change + earned))
+        if self.is_open and self.balance <= 0:
+            self.is_open, self.failures = False, min(self.failures + 1, 1 + MOST_FAILURES)
+        elif self.balance >= max(PROBE, self.trial):
             self.is_open = True
 
 
@@ -103,15 +111,19 @@ class Accounts:
         account = self._accounts.setdefault(n, _Account())
         return account.is_open and not account.samples_wanted
 
-    def has_hope(self) -> bool:
-        """Return whether drafts may be looked for with any number of requests that ran so far."""
-        return not self._accounts or any(account.is_open for account in self._accounts.values())
+    def has_hope(self, n: int) -> bool:
+        """Return whether drafts may be looked for soon, with n running requests."""
+        account = self._accounts.get(n)
+        return account is None or account.is_open
 
-    def note(self, n: int, width: int, seconds: float, won: int, *, looked: bool, waited: bool) -> None:
+    def note(
+        self, n: int, width: int, seconds: float, won: int, *, looked: bool, waited: bool, prepared: bool = False
+    ) -> None:
         """Count the time from a launch to the next one.
 
         n, width: of the step that was launched. won: drafted tokens of it that were right. looked, waited: whether
-        drafts were looked for, and the device was waited for, before the next launch.
+        drafts were looked for, and the device was waited for, before the next launch. prepared: whether the time is
+        also that of computing what a draft model lacked.
         """
         account = self._accounts.setdefault(n, _Account())
         self._unsettled = SETTLING if waited else max(0, self._unsettled - 1)
@@ -119,7 +131,7 @@ class Accounts:
         if width == 1 and not looked and not self._unsettled:
             self._sample(account, seconds)
         elif account.plain.seconds is not None:
-            self._book(account, n, width, seconds, won)
+            self._book(account, n, width, seconds, won, prepared=prepared)
 
     def _sample(self, account: _Account, seconds: float) -> None:
         account.plain.note(seconds)
@@ -127,15 +139,18 @@ class Accounts:
         if account.plain.samples:
             account.samples_wanted = max(0, account.samples_wanted - 1)
 
-    def _book(self, account: _Account, n: int, width: int, seconds: float, won: int) -> None:
+    def _book(self, account: _Account, n: int, width: int, seconds: float, won: int, *, prepared: bool) -> None:
         plain = account.plain.seconds
         assert plain is not None
         took = min(seconds / plain, CLIPPED if width == 1 else WORST)
         if width > 1 and width not in account.warm_widths:
             account.warm_widths.add(width)
             took = min(took, FIRST)
+        elif prepared:
+            account.trial = max(0.0, took - self.pace.cost(n, width))
         elif width > 1:
             self.pace.note(n, width, took)
+        account.failures = 0 if (n + won) / n > took and width > 1 else account.failures
         change = (n + won) / n - took
         self.won_seconds += change * plain
         account.note(change)

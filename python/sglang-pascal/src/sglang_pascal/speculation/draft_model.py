@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from sglang.srt.managers.tp_worker import TpModelWorker
@@ -21,7 +21,7 @@ from sglang_pascal.speculation.graphs import RecordedWidths
 from sglang_pascal.speculation.passes import run_chain
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from sglang_pascal.speculation.drafting import Step
     from sglang_pascal.speculation.texts import Text
@@ -32,6 +32,15 @@ all drafts of the last step were right. Two rows take the time of one."""
 MOST_BEHIND: Final = 2048
 """Tokens that are computed for a draft, at most. Drafts of a request that lacks more are seldom right, so that there
 will be few."""
+
+
+class Span(NamedTuple):
+    """Positions of a request."""
+
+    row: int
+    """Of the request in the batch."""
+    first: int
+    end: int
 
 
 class DraftModel:
@@ -88,7 +97,6 @@ class DraftModel:
 
     def propose(self, batch: Any, step: Step) -> torch.Tensor:
         """Return the likeliest tokens after each text, `[n, width - 1]` int64. The host must know the newest tokens."""
-        self._catch_up(batch, step.texts)
         n_drafts = step.width - 1
         newest = torch.tensor([list(text.index.tokens[-FIRST_ROWS:]) for text in step.texts])
         tokens = newest.to(batch.seq_lens.device, non_blocking=True)
@@ -118,28 +126,54 @@ class DraftModel:
         found: list[int] = (lengths - first).tolist()
         return found
 
-    def _catch_up(self, batch: Any, texts: Sequence[Text]) -> None:
-        for row, behind in enumerate(self.behind(batch, max(len(text.index) for text in texts))):
-            tokens = texts[row].index.tokens
-            end = len(tokens) - 1
-            if FIRST_ROWS <= behind <= MOST_BEHIND:
-                for first in range(end - behind, end, self._chunk):
-                    self._extend(batch, row, first, list(tokens[first : min(end, first + self._chunk)]))
+    def catch_up(self, batch: Any, texts: Sequence[Text]) -> bool:
+        """Compute what is missing of the texts, unless a pass of a draft does; return whether there was something.
 
-    def _extend(self, batch: Any, row: int, first: int, tokens: list[int]) -> None:
-        """Compute tokens of one request that begin at position first, in one pass."""
-        own, end, device = _own(batch), first + len(tokens), batch.seq_lens.device
-        positions = torch.arange(first, end, device=device)
-        own.forward_mode, own.reqs = ForwardMode.EXTEND, [batch.reqs[row]]
-        own.req_pool_indices = batch.req_pool_indices[row : row + 1]
-        own.input_ids = torch.tensor(tokens, device=device)
-        own.out_cache_loc = batch.req_to_token_pool.req_to_token[own.req_pool_indices, positions].long()
-        own.seq_lens, own.seq_lens_cpu, own.seq_lens_sum = positions[-1:] + 1, torch.tensor([end]), end
+        Passes have at most a chunk of tokens, of all requests together: each takes the host longer than the device.
+        """
+        behind = self.behind(batch, max(len(text.index) for text in texts))
+        missing = [
+            Span(row, len(text.index) - 1 - n, len(text.index) - 1)
+            for row, (text, n) in enumerate(zip(texts, behind, strict=True))
+            if FIRST_ROWS <= n <= MOST_BEHIND
+        ]
+        for spans in chunks(missing, self._chunk):
+            self._extend(batch, spans, [texts[each.row].index.tokens[each.first : each.end] for each in spans])
+        return bool(missing)
+
+    def _extend(self, batch: Any, spans: Sequence[Span], tokens: Sequence[Sequence[int]]) -> None:
+        """Compute tokens of some requests in one pass."""
+        own, device = _own(batch), batch.seq_lens.device
+        rows, firsts, ends = zip(*spans, strict=True)
+        own.forward_mode, own.reqs = ForwardMode.EXTEND, [batch.reqs[row] for row in rows]
+        own.req_pool_indices = batch.req_pool_indices[torch.tensor(rows, device=device)]
+        own.input_ids = torch.tensor([token for each in tokens for token in each], device=device)
+        own.seq_lens, own.seq_lens_cpu, own.seq_lens_sum = torch.tensor(ends, device=device), torch.tensor(ends), sum(ends)
         own.orig_seq_lens = own.seq_lens.int()
-        own.prefix_lens, own.extend_lens, own.extend_num_tokens = [first], [len(tokens)], len(tokens)
-        own.extend_logprob_start_lens = [len(tokens)]
+        own.prefix_lens, own.extend_lens = list(firsts), [len(each) for each in tokens]
+        own.extend_num_tokens = sum(own.extend_lens)
+        own.extend_logprob_start_lens = own.extend_lens
+        owners = own.req_pool_indices.repeat_interleave(torch.tensor(own.extend_lens, device=device))
+        positions = torch.tensor([place for each in spans for place in range(each.first, each.end)], device=device)
+        own.out_cache_loc = batch.req_to_token_pool.req_to_token[owners, positions].long()
         self._worker.forward_batch_generation(own, is_verify=True)
         self._note(own.out_cache_loc, is_computed=True)
+
+
+def chunks(missing: Sequence[Span], most: int) -> Iterator[list[Span]]:
+    """Divide spans into passes of at most `most` tokens each, in order."""
+    spans, left = [], most
+    for span in missing:
+        first = span.first
+        while first < span.end:
+            end = min(span.end, first + left)
+            spans.append(Span(span.row, first, end))
+            first, left = end, left - (end - first)
+            if not left:
+                yield spans
+                spans, left = [], most
+    if spans:
+        yield spans
 
 
 def _own(batch: Any) -> Any:

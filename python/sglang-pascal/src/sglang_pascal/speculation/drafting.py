@@ -76,7 +76,10 @@ class Drafter:
         """None after a prompt."""
         self._context_length = context_length
         self._texts = Texts(context_length)
+        self._running: dict[str, Any] = {}
+        """SGLang's requests of the last step and of prompts since, by id."""
         self._waited = False
+        self._prepared = False
         self._is_after_prompt = True
         """Whether the time until the next launch is a prompt's: SGLang waits for its result after the first launch."""
 
@@ -87,8 +90,13 @@ class Drafter:
 
     @property
     def has_hope(self) -> bool:
-        """Whether drafts may win with any number of requests, as far as is known."""
-        return self._accounts.has_hope()
+        """Whether drafts may win with as many requests as run now, as far as is known."""
+        n = sum(not request.finished() for request in self._running.values())
+        return 2 * n <= self._most_rows and self._accounts.has_hope(n)
+
+    def prepared(self) -> None:
+        """Note that the planned step begins with computing what a draft model lacks."""
+        self._prepared = True
 
     def clear(self) -> None:
         """Forget the running requests."""
@@ -97,12 +105,14 @@ class Drafter:
     def prefilled(self, requests: Sequence[Any]) -> None:
         """Note that a step computes these requests' prompts."""
         self._texts.prefilled(requests)
+        self._running |= {request.rid: request for request in requests}
         self._launched = None
         self._is_after_prompt = True
 
     def plan(self, requests: Sequence[Any], wait: Wait) -> Step:
         """Return the next step of a batch; it counts as launched."""
         self._waited = False
+        self._running = {request.rid: request for request in requests}
         looks = self._looks(len(requests))
         texts: list[Text] = []
         if looks or self._after_check:
@@ -148,7 +158,10 @@ class Drafter:
         is_step = last is not None and last.requests == launch.requests and not self._is_after_prompt
         self._is_after_prompt = self._is_after_prompt and last is None
         if last is not None and is_step and 2 * n <= self._most_rows:
-            self._accounts.note(n, last.width, now - last.at, n_right, looked=looked, waited=self._waited)
+            self._accounts.note(
+                n, last.width, now - last.at, n_right, looked=looked, waited=self._waited, prepared=self._prepared
+            )
+        self._prepared = False
 
     def _choose(self, requests: Sequence[Any], texts: Sequence[Text]) -> tuple[list[Found], int]:
         """Return each request's draft, and the width. No row may be beyond the context: there are no angles for it."""

@@ -71,11 +71,12 @@ class Acceptance:
     """By whether the match was long."""
     _next: _Record = field(default_factory=_Record)
 
-    def draft(self, n_tokens: int, match_length: int) -> Draft:
-        """Return a draft of that many tokens after a match of that length."""
-        prior = min(_PRIOR_FIRST_MOST, _PRIOR_PER_TOKEN * match_length)
-        first = self._first[match_length >= LONG_MATCH].rate(prior)
-        return Draft(n_tokens, match_length, first, self._next.rate(_PRIOR_NEXT))
+    def draft(self, n_tokens: int, match_length: int, others: Acceptance | None = None) -> Draft:
+        """Return a draft of that many tokens after a match of that length. others: what is expected of a new request."""
+        first, further = others.draft(n_tokens, match_length)[2:] if others else _prior(match_length)
+        return Draft(
+            n_tokens, match_length, self._first[match_length >= LONG_MATCH].rate(first), self._next.rate(further)
+        )
 
     def note(self, n_drafted: int, match_length: int, n_right: int) -> None:
         """Count a checked draft whose first n_right tokens were right."""
@@ -93,6 +94,11 @@ class Acceptance:
         """Count a step without a draft."""
         for record in (*self._first.values(), self._next):
             record.fade(_KEPT_PER_STEP)
+
+
+def _prior(match_length: int) -> tuple[float, float]:
+    """Return how probable a draft's first token and each further one are, if nothing was checked yet."""
+    return min(_PRIOR_FIRST_MOST, _PRIOR_PER_TOKEN * match_length), _PRIOR_NEXT
 
 
 class Pace:

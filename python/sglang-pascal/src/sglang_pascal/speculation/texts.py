@@ -32,6 +32,8 @@ class Text:
     total: int | None
     """Tokens with those that only the device knows; None after a check whose outcome is unknown here."""
     acceptance: Acceptance = field(default_factory=Acceptance)
+    guesses: Acceptance = field(default_factory=Acceptance)
+    """Of all requests together, for which a model drafts: a bad one is not tried anew by each request."""
     checked: Draft | None = None
     """In the last step, until its outcome is noted."""
     before_check: int = 0
@@ -58,7 +60,8 @@ class Text:
         self.total = total
         if self.checked is not None:
             self.n_right = max(0, total - self.before_check - 1)
-            self.acceptance.note(self.checked.n_tokens, self.checked.match_length, self.n_right)
+            for record in (self.acceptance, self.guesses):
+                record.note(self.checked.n_tokens, self.checked.match_length, self.n_right)
             self.checked = None
 
     def draft(self, most: int) -> tuple[Draft, list[int]] | None:
@@ -75,7 +78,7 @@ class Text:
 
     def guess(self, most: int) -> tuple[Draft, list[int]] | None:
         """Return that a model may draft up to `most` tokens, which it has not drafted yet; None if none may be."""
-        return (self.acceptance.draft(most, GUESSED_MATCH), []) if most > 0 else None
+        return (self.acceptance.draft(most, GUESSED_MATCH, self.guesses), []) if most > 0 else None
 
     def launched(self, width: int, checked: Draft | None) -> None:
         """Note that a step of that width started. The number of tokens must be known."""
@@ -83,6 +86,7 @@ class Text:
         self.n_right = 0
         if width == 1 or checked is None:
             self.acceptance.step()
+            self.guesses.step()
             self.total += 1
         else:
             self.checked, self.before_check, self.total = checked, self.total, None
@@ -94,6 +98,7 @@ class Texts:
     def __init__(self, context_length: int) -> None:
         self._context_length = context_length
         self._texts: dict[str, Text] = {}
+        self._guesses = Acceptance()
 
     def clear(self) -> None:
         """Forget all."""
@@ -133,7 +138,8 @@ class Texts:
 
     def _new(self, request: Any) -> Text:
         answer = request.sampling_params.max_new_tokens or self._context_length
-        return Text(NgramIndex(min(self._context_length, len(request.origin_input_ids_unpadded) + answer)), None)
+        index = NgramIndex(min(self._context_length, len(request.origin_input_ids_unpadded) + answer))
+        return Text(index, None, guesses=self._guesses)
 
     def _updated(self, request: Any) -> Text:
         text = self._texts.get(request.rid) or self._new(request)

@@ -108,8 +108,8 @@ class ChainWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no 
     def _prefill(self, batch: Any, on_publish: Callable[[torch.Tensor], None] | None) -> Any:
         """Compute the target's own step; its token is a run of length 1."""
         result = self.target_worker.forward_batch_generation(batch)
-        self._prompts(batch)
         self._drafter.prefilled(batch.reqs)
+        self._prompts(batch)
         self._checked -= {request.rid for request in batch.reqs}
         lengths = batch.seq_lens.clone()
         if on_publish is not None:
@@ -238,6 +238,8 @@ class DraftWorker(ChainWorker):
             self._draft.forget(batch.out_cache_loc)
 
     def _propose(self, batch: Any, step: Step) -> torch.Tensor:
+        if self._draft.catch_up(batch, step.texts):
+            self._drafter.prepared()
         return self._draft.propose(batch, step)
 
     def _undrafted(self, slots: torch.Tensor) -> None:

@@ -3,15 +3,17 @@
 A draft model's passes are as fast as they are.
 
 `installed(folder, milliseconds, row_milliseconds)` writes what SGLang needs to find it and returns the environment. A
-GPU waits inside its own queue, so that the host runs ahead as it does beside a slower card; a CPU just sleeps.
+GPU waits inside its own queue, so that the host runs ahead as it does beside a slower card; a CPU just sleeps. All
+servers wait the same number of cycles: one that measured its own clock would differ from its neighbour by percents.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import time
-from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -20,21 +22,30 @@ if TYPE_CHECKING:
 
 STEP: Final = "SLOWER_DEVICE_STEP_MS"
 ROW: Final = "SLOWER_DEVICE_ROW_MS"
+CYCLES: Final = "SLOWER_DEVICE_CYCLES_PER_SECOND"
 _TARGET: Final = "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation"
 _MOST_ROWS: Final = 64
 """A prompt's rows beyond these cost nothing more."""
 _CALIBRATION_CYCLES: Final = 20_000_000
 
 
-def installed(folder: Path, milliseconds: float, row_milliseconds: float) -> dict[str, str]:
-    """Return the environment in which SGLang finds this plugin. folder: an empty one. Times: of a step, and a row."""
+def installed(folder: Path, milliseconds: float, row_milliseconds: float, device: str) -> dict[str, str]:
+    """Return the environment in which SGLang finds this plugin.
+
+    folder: an empty one. milliseconds, row_milliseconds: of a step, and of each row beyond the first. device: "cpu" or
+    "cuda", whose clock is then measured by a process of its own.
+    """
     shutil.copy(__file__, folder)
     described = folder / "slower_device-0.dist-info"
     described.mkdir()
     (described / "METADATA").write_text("Metadata-Version: 2.1\nName: slower-device\nVersion: 0\n")
     (described / "entry_points.txt").write_text("[sglang.srt.plugins]\nslower_device = slower_device:register\n")
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    return {"PYTHONPATH": path, STEP: str(milliseconds), ROW: str(row_milliseconds)}
+    found = {"PYTHONPATH": path, STEP: str(milliseconds), ROW: str(row_milliseconds)}
+    if device == "cuda":
+        measured = subprocess.run([sys.executable, __file__], check=True, capture_output=True, text=True)
+        found[CYCLES] = measured.stdout.strip()
+    return found
 
 
 def register() -> None:
@@ -52,14 +63,14 @@ def _slower(original: Callable[..., Any], worker: Any, batch: Any, *arguments: A
     if worker.model_runner.device == "cuda":
         import torch
 
-        torch.cuda._sleep(int(seconds * _cycles_per_second()))
+        torch.cuda._sleep(int(seconds * float(os.environ[CYCLES])))
     else:
         time.sleep(seconds)
     return original(worker, batch, *arguments, **options)
 
 
-@cache
-def _cycles_per_second() -> float:
+def cycles_per_second() -> float:
+    """Measure the clock of the GPU while it is busy."""
     import torch
 
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -69,3 +80,7 @@ def _cycles_per_second() -> float:
     end.record()
     end.synchronize()
     return _CALIBRATION_CYCLES / (begin.elapsed_time(end) / 1000)
+
+
+if __name__ == "__main__":
+    print(cycles_per_second())

@@ -5,11 +5,12 @@
 
 Two servers run at once and are asked in turns, so that what else the machine does meets both: SGLang with the plugin,
 and the same with `--speculative-algorithm PASCAL_LOOKUP`. FLAGS go to both. Each request has a prompt of its own, its
-beginning is in the prefix cache, and the answer is greedy. The best of the runs counts. With --llama-server, its server
+beginning is in the prefix cache. The best of the runs counts. With --llama-server, its server
 is asked too, on the same file, without speculation and with its own lookup (`ngram-simple`).
 
 Kinds of text: `copy` continues a text that was there twice; `edit` repeats a paragraph; `find` answers from a text;
-`free` is a story. Columns: tokens/s of all requests together, their ratio, tokens per step, and whether all tokens are
+`free` is a story, sampled at temperature 1 with a seed, so that a small model does not repeat itself; the others are
+greedy. Columns: tokens/s of all requests together, their ratio, tokens per step, and whether all tokens are
 the same. Exit code 1 if a token differs, or if `free` is slower by more than --slack (default: not checked).
 
 --step-ms makes each of SGLang's steps longer on the device by so much, and --row-ms for each row beyond the first: what
@@ -177,7 +178,7 @@ def sglang_environment(args: argparse.Namespace, scratch: Path) -> dict[str, str
     if args.step_ms or args.row_ms:
         plugin = scratch / "slower"
         plugin.mkdir()
-        environment |= slower_device.installed(plugin, args.step_ms, args.row_ms)
+        environment |= slower_device.installed(plugin, args.step_ms, args.row_ms, args.device)
     return environment
 
 
@@ -230,11 +231,11 @@ def measure(ids: list[list[int]], kind: str, tokens: int, runs: int, names: Sequ
     best: dict[str, tuple[float, list[Any]]] = {}
     with ThreadPoolExecutor(len(ids)) as pool:
         for name in names:
-            list(pool.map(lambda each, name=name: ask(name, each, 1), ids))
+            list(pool.map(lambda each, name=name: ask(name, each, 1, kind), ids))
         for run in range(runs):
             for name in names if run == 0 else [each for each in names if each in OURS]:
                 start = time.perf_counter()
-                answers = list(pool.map(lambda each, name=name: ask(name, each, tokens), ids))
+                answers = list(pool.map(lambda each, name=name: ask(name, each, tokens, kind), ids))
                 found = len(ids) * tokens / (time.perf_counter() - start)
                 best[name] = max(best.get(name, (0.0, answers)), (found, answers), key=lambda each: each[0])
     plain, lookup = best["plain"], best["lookup"]
@@ -249,14 +250,23 @@ def measure(ids: list[list[int]], kind: str, tokens: int, runs: int, names: Sequ
     }
 
 
-def ask(name: str, ids: list[int], tokens: int) -> Any:
-    """Return a greedy answer of this number of tokens."""
+def sampling(kind: str) -> dict[str, Any]:
+    """Return SGLang's parameters of a text: greedy, but `free` is sampled, or a small model would soon repeat itself.
+
+    With a seed, a token depends on the seed and its position only, so that answers can be compared.
+    """
+    return {"temperature": 1.0, "sampling_seed": 1} if kind == "free" else {"temperature": 0}
+
+
+def ask(name: str, ids: list[int], tokens: int, kind: str) -> Any:
+    """Return an answer of this number of tokens."""
     base = f"http://127.0.0.1:{PORTS[name]}"
     if name in THEIRS:
-        path, body = "completion", {"prompt": ids, "n_predict": tokens, "temperature": 0, "ignore_eos": True}
+        asked = {"prompt": ids, "n_predict": tokens, "ignore_eos": True, "seed": 1}
+        path, body = "completion", asked | {"temperature": sampling(kind)["temperature"]}
     else:
-        sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
-        path, body = "generate", {"input_ids": ids, "sampling_params": sampling}
+        asked = {"max_new_tokens": tokens, "ignore_eos": True}
+        path, body = "generate", {"input_ids": ids, "sampling_params": asked | sampling(kind)}
     answer = httpx.post(f"{base}/{path}", json=body, timeout=600)
     answer.raise_for_status()
     return answer.json()

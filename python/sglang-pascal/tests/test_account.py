@@ -257,6 +257,55 @@ def test_a_slow_first_check_and_a_pause_are_forgotten():
     assert accounts.allows(1)
 
 
+def closed(trial):
+    """An account that the first check with a draft model that lacked much has closed, after `trial` steps' time."""
+    accounts = Accounts(0.04)
+    for _ in range(4):
+        accounts.note(1, 1, 1.0, 0, looked=False, waited=False)
+    accounts.note(1, 8, 1.0, 0, looked=True, waited=True)  # the first one
+    accounts.note(1, 8, trial + accounts.pace.cost(1, 8), 0, looked=True, waited=True, prepared=True)
+    assert not accounts.allows(1)
+    return accounts
+
+
+def steps_until_open(accounts):
+    for n in range(10_000):
+        if accounts.allows(1):
+            return n
+        accounts.note(1, 1, 1.0, 0, looked=False, waited=False)
+    raise AssertionError
+
+
+def test_what_a_draft_model_lacks_is_tried_once_it_can_be_paid_for():
+    accounts = closed(trial=10.0)
+    assert accounts.pace.cost(1, 8) == pytest.approx(1.28)  # it is no sample of a check's time
+    assert steps_until_open(accounts) == pytest.approx((DEBT + 10.0) / ALLOWANCE, rel=0.01)
+    accounts.note(1, 8, 11.28, 7, looked=True, waited=True, prepared=True)
+    assert accounts.allows(1)
+    accounts.note(1, 8, 1.3, 7, looked=True, waited=True)
+    assert accounts._accounts[1].balance == CREDIT
+
+
+def test_trials_in_vain_become_rarer_until_one_wins_or_there_is_a_new_text():
+    accounts = Accounts(0.04)
+    for _ in range(4):
+        accounts.note(1, 1, 1.0, 0, looked=False, waited=False)
+    accounts.note(1, 8, 1.0, 0, looked=True, waited=True)
+
+    def in_vain():
+        accounts.note(1, 8, 4.0, 0, looked=True, waited=True)
+        return steps_until_open(accounts)
+
+    in_vain()
+    earned = [3.0 / in_vain() for _ in range(4)]
+    assert earned == pytest.approx([ALLOWANCE / 2, ALLOWANCE / 4, ALLOWANCE / 4, ALLOWANCE / 4], rel=0.02)
+    accounts.note(1, 8, 2.0, 7, looked=True, waited=True)
+    assert 2.0 / in_vain() == pytest.approx(ALLOWANCE, rel=0.02)
+    in_vain()
+    accounts.prompted()
+    assert 3.0 / in_vain() == pytest.approx(ALLOWANCE / 2, rel=0.02)
+
+
 def test_each_number_of_requests_has_an_account_of_its_own():
     accounts = Accounts(0.04)
     for n in (1, 8):

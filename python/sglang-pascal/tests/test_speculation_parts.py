@@ -157,3 +157,38 @@ def test_a_draft_model_s_arguments_are_checked(tiny_model, builtin_gguf, tmp_pat
     check_draft_arguments(arguments(**same, speculative_draft_model_path=str(tmp_path / "model")))
     with pytest.raises(PluginError, match=r"other\" has another tokenizer than the model: .*; choose a smaller model"):
         check_draft_arguments(arguments(**same, speculative_draft_model_path=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, 100])
+def test_what_is_missing_of_all_requests_is_computed_in_few_passes_and_in_order(most):
+    from sglang_pascal.speculation.draft_model import Span, chunks
+
+    missing = [Span(0, 5, 9), Span(2, 0, 12), Span(3, 7, 8)]
+    passes = list(chunks(missing, most))
+    tokens = [(span.row, place) for spans in passes for span in spans for place in range(span.first, span.end)]
+    assert tokens == [(span.row, place) for span in missing for place in range(span.first, span.end)]
+    sizes = [sum(span.end - span.first for span in spans) for spans in passes]
+    assert sizes[:-1] == [most] * (len(sizes) - 1)
+    assert 0 < sizes[-1] <= most
+    assert all(len({span.row for span in spans}) == len(spans) for spans in passes)
+
+
+def test_a_new_request_expects_of_a_draft_model_what_it_did_for_others():
+    from sglang_pascal.speculation.texts import Texts
+
+    def request(rid):
+        parameters = SimpleNamespace(max_new_tokens=50)
+        return SimpleNamespace(
+            rid=rid, origin_input_ids_unpadded=list(range(9)), output_ids=[], sampling_params=parameters
+        )
+
+    texts, bad = Texts(100), request("bad")
+    texts.prefilled([bad])
+    text = texts.running([bad])[0]
+    hopeful, _ = text.guess(7)
+    for _ in range(10):
+        text.launched(8, hopeful)
+        text.settle(text.before_check + 1)
+    texts.prefilled([request("new")])
+    expected, _ = texts.running([request("new")])[0].guess(7)
+    assert expected.first < 0.2 < 0.7 < hopeful.first

@@ -25,8 +25,9 @@ CREDIT: Final = 2.0
 """Steps with which an account begins, and the most that it keeps of what it won: what the next text may lose."""
 PROBE: Final = 1.0
 """Steps that must be in an account before lookup is tried again: with the allowance, after a hundred plain steps."""
-MOST_FAILURES: Final = 3
-"""Trials in vain, one after the other, each of which halves what is earned. The first is free: texts differ."""
+MOST_FAILURES: Final = 2
+"""Trials in vain, one after the other, each of which halves what is earned. The first is free, and a new prompt
+lets the count begin anew: texts differ."""
 WORST: Final = 16.0
 """Most plain steps' time that a check is booked with: a pause of the machine is not the fault of a check."""
 FIRST: Final = 2.0
@@ -115,6 +116,11 @@ class Accounts:
         """Return whether drafts may be looked for soon, with n running requests."""
         account = self._accounts.get(n)
         return account is None or account.is_open
+
+    def prompted(self) -> None:
+        """Note that there is a new text, with which trials may be less in vain."""
+        for account in self._accounts.values():
+            account.failures = min(account.failures, 1)
 
     def note(
         self, n: int, width: int, seconds: float, won: int, *, looked: bool, waited: bool, prepared: bool = False

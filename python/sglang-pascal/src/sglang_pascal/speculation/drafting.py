@@ -105,6 +105,7 @@ class Drafter:
     def prefilled(self, requests: Sequence[Any]) -> None:
         """Note that a step computes these requests' prompts."""
         self._texts.prefilled(requests)
+        self._accounts.prompted()
         self._running |= {request.rid: request for request in requests}
         self._launched = None
         self._is_after_prompt = True

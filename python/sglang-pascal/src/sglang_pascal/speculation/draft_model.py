@@ -148,7 +148,8 @@ class DraftModel:
         own.forward_mode, own.reqs = ForwardMode.EXTEND, [batch.reqs[row] for row in rows]
         own.req_pool_indices = batch.req_pool_indices[torch.tensor(rows, device=device)]
         own.input_ids = torch.tensor([token for each in tokens for token in each], device=device)
-        own.seq_lens, own.seq_lens_cpu, own.seq_lens_sum = torch.tensor(ends, device=device), torch.tensor(ends), sum(ends)
+        own.seq_lens, own.seq_lens_cpu = torch.tensor(ends, device=device), torch.tensor(ends)
+        own.seq_lens_sum = sum(ends)
         own.orig_seq_lens = own.seq_lens.int()
         own.prefix_lens, own.extend_lens = list(firsts), [len(each) for each in tokens]
         own.extend_num_tokens = sum(own.extend_lens)

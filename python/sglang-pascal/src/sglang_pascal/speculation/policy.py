@@ -72,7 +72,10 @@ class Acceptance:
     _next: _Record = field(default_factory=_Record)
 
     def draft(self, n_tokens: int, match_length: int, others: Acceptance | None = None) -> Draft:
-        """Return a draft of that many tokens after a match of that length. others: what is expected of a new request."""
+        """Return a draft of that many tokens after a match of that length.
+
+        others: what a new request is expected to be like; None = what is known of no request yet.
+        """
         first, further = others.draft(n_tokens, match_length)[2:] if others else _prior(match_length)
         return Draft(
             n_tokens, match_length, self._first[match_length >= LONG_MATCH].rate(first), self._next.rate(further)

@@ -89,6 +89,10 @@ class Engine:
 
     async def wait(self) -> None: ...
 
+    async def ended(self) -> None:
+        if self.exit_code is None:
+            await asyncio.Event().wait()
+
 
 def seconds_to_detect(engine: Engine) -> float:
     """Watch the engine until it is called unresponsive; return the seconds since its last answer."""

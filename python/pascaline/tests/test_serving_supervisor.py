@@ -250,3 +250,6 @@ def fails_with(error: Exception) -> Any:
 
 class Process:
     exit_code = None
+
+    async def ended(self) -> None:
+        await asyncio.Event().wait()

@@ -81,6 +81,10 @@ class EngineProcess:
         """The exit code; None while it runs; negative if a signal ended it."""
         return self._process.returncode
 
+    async def ended(self) -> None:
+        """Wait until it ends; its last output may not be read yet."""
+        await self._process.wait()
+
     async def wait(self) -> int:
         """Wait until it ends and its last output is read; return the exit code."""
         code = await self._process.wait()

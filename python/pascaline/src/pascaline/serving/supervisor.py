@@ -71,6 +71,8 @@ POLL_SECONDS = 1.0
 """Interval at which counters are read; a scrape of SGLang takes some milliseconds."""
 DRAIN_POLL_SECONDS = 0.2
 """The interval while the instance drains: somebody waits for its end."""
+LOAD_POLL_SECONDS = (0.05, POLL_SECONDS / 2)
+"""The shortest and the longest interval while the engine loads; between them a tenth of the time that it loads."""
 EXTEND_SECONDS = 30.0
 """Extra start or stop time to ask the service manager for, repeatedly while there is progress."""
 BACKOFF_SECONDS = 1.0
@@ -487,7 +489,7 @@ class Supervisor:
         """Wait for the first generation; return False if the engine ended or took too long."""
         patience = Patience(self._clock.time() + self.settings.start_timeout)
         with self._console.stage("load") as load:
-            load.failed = not await self._poll_until(process, patience, partial(self._is_loaded, api))
+            load.failed = not await self._poll_until(process, patience, partial(self._is_loaded, api), load_pause)
         if load.failed:
             return False
         self._record_stage("load", load.seconds)
@@ -522,13 +524,22 @@ class Supervisor:
             self.plan = (self.plan or {}) | {"allocated": allocated or None}
 
     async def _poll_until(
-        self, process: EngineProcess, patience: Patience, check: Callable[[], Coroutine[Any, Any, bool]]
+        self,
+        process: EngineProcess,
+        patience: Patience,
+        check: Callable[[], Coroutine[Any, Any, bool]],
+        pause: Callable[[float], float] = lambda _: POLL_SECONDS / 2,
     ) -> bool:
+        """Check until it is true; return False if the engine ended or patience did.
+
+        pause: seconds until the next check, by the seconds since the first.
+        """
+        began = self._clock.time()
         while process.exit_code is None and (asked := self._clock.time()) < patience.ends:
             if await check():
                 return True
             self._console.tick()
-            await self._sleep(POLL_SECONDS / 2)
+            await self._sleep(pause(asked - began), process)
             if self._taken_lack() is not None:
                 patience.ends += self._clock.time() - asked
         return False
@@ -785,13 +796,14 @@ class Supervisor:
         if process is not None and process.exit_code is None:
             self._console.line("INFO", "pascaline", f"draining for at most {settings.drain_timeout:g} s")
             deadline = time.monotonic() + settings.drain_timeout
-            idle = asyncio.create_task(self._until_idle())
+            idle, ended = asyncio.create_task(self._until_idle()), asyncio.create_task(process.ended())
             if not self._engine.drains_on_sigterm:
-                await self._drain_until(deadline, lambda: idle.done() or process.exit_code is not None)
+                await self._drain_until(deadline, idle, ended)
             process.terminate()
             grace = 0.0 if self._engine.drains_on_sigterm else KILL_GRACE_SECONDS
-            await self._drain_until(deadline + grace, lambda: process.exit_code is not None)
-            idle.cancel()
+            await self._drain_until(deadline + grace, ended)
+            for task in (idle, ended):
+                task.cancel()
             if process.exit_code is None and not self._stop_now.is_set():
                 text = (
                     f"the engine had not ended after drain_timeout ({settings.drain_timeout:g} s); killing it with its "
@@ -803,18 +815,20 @@ class Supervisor:
         self._change(State.STOPPED, "stopped")
         return ExitCode.INTERRUPTED if self._stop_now.is_set() else ExitCode.OK
 
-    async def _drain_until(self, deadline: float, done: Callable[[], bool]) -> None:
-        while time.monotonic() < deadline and not self._stop_now.is_set() and not done():
+    async def _drain_until(self, deadline: float, *ends: asyncio.Task[None]) -> None:
+        """Wait until one of these is done, for the deadline, or for a second signal."""
+        stop = asyncio.create_task(self._stop_now.wait())
+        while time.monotonic() < deadline and not any(task.done() for task in (stop, *ends)):
             self._show_life()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop_now.wait(), timeout=DRAIN_POLL_SECONDS)
+            await asyncio.wait({stop, *ends}, timeout=DRAIN_POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
 
     async def _until_idle(self) -> None:
-        working = True
-        while working:
+        while True:
             # If no thread can be started, try again until the deadline.
             with contextlib.suppress(OSError):
-                working = await start_in_thread(self._has_work)
+                if not await start_in_thread(self._has_work):
+                    return
             await asyncio.sleep(DRAIN_POLL_SECONDS)
 
     def _has_work(self) -> bool:
@@ -880,14 +894,23 @@ class Supervisor:
     async def _sleep(self, seconds: float, process: EngineProcess | None = None) -> None:
         """Wait, keeping the watchdog satisfied. Return early if the process ends; raise Stopped at a stop request."""
         deadline = time.monotonic() + seconds
-        while (remaining := deadline - time.monotonic()) > 0 and not (process and process.exit_code is not None):
-            self._show_life()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), timeout=min(remaining, POLL_SECONDS))
-            if self._stop.is_set():
-                break
+        ends = [asyncio.create_task(self._stop.wait()), *([asyncio.create_task(process.ended())] if process else [])]
+        try:
+            while (remaining := deadline - time.monotonic()) > 0 and not any(task.done() for task in ends):
+                self._show_life()
+                timeout = min(remaining, POLL_SECONDS)
+                await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in ends:
+                task.cancel()
         if self._stop.is_set():
             raise Stopped
+
+
+def load_pause(seconds: float) -> float:
+    """Return the seconds until the next look at an engine that has loaded for `seconds`."""
+    shortest, longest = LOAD_POLL_SECONDS
+    return min(longest, max(shortest, seconds / 10))
 
 
 def _stuck(process: EngineProcess) -> str:

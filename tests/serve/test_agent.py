@@ -118,6 +118,26 @@ class TestInterface:
             assert connection.recv(4096).startswith(b"HTTP/1.1 202 ")
         assert instance.wait() == ExitCode.OK
 
+    def test_one_folder_serves_one_instance(self, serve: Serve, tmp_path: Path) -> None:
+        """A second instance leaves the first one's socket alone; after a SIGKILL the next one takes it over."""
+        folder = tmp_path / "run"
+        folder.mkdir()
+        given = {"RUNTIME_DIRECTORY": str(folder)}
+        first = serve(environment=given)
+        first.wait_for_state("ready")
+        second = serve(environment=given)
+        assert second.wait() == ExitCode.PORT_IN_USE
+        assert f"RUNTIME_DIRECTORY: {folder} is in use by " in second.error
+        assert f"(pid {first.process.pid}); stop that process" in second.error
+        assert answers(folder / "agent.sock")
+        first.process.kill()
+        first.wait()
+        assert not answers(folder / "agent.sock")
+        third = serve(environment=given)
+        third.wait_for_state("ready")
+        assert answers(folder / "agent.sock")
+        assert third.stop() == ExitCode.OK
+
     def test_drain_takes_no_get(self, serve: Serve) -> None:
         instance = serve()
         instance.wait_for_state("ready")
@@ -317,3 +337,15 @@ def _with_version(instance: Instance) -> dict[str, Any] | None:
     # Both come with the first page of metrics after the engine is ready.
     whole = "sglang" in report.get("versions", {}) and report["running_requests"] is not None
     return report if whole else None
+
+
+def answers(path: Path) -> bool:
+    """Whether an agent answers on a Unix socket."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(10)
+        try:
+            connection.connect(str(path))
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            return connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+        except OSError:
+            return False

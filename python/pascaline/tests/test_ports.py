@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from pascaline.errors import ConfigurationError, PortInUseError
-from pascaline.serving.ports import bind, check_free, port_holder
+from pascaline.serving.ports import bind, bind_unix, check_free, port_holder
 from support.ports import this_process
 
 IPV6 = Path("/proc/net/if_inet6").exists() and "lo" in Path("/proc/net/if_inet6").read_text()
@@ -69,3 +70,38 @@ def test_an_address_of_another_host() -> None:
 def test_a_host_that_does_not_exist() -> None:
     with pytest.raises(ConfigurationError, match=r"^agent_host: failed to resolve 'no such host': "):
         check_free("no such host", 8080, "agent", "agent_port")
+
+
+def test_a_unix_socket_that_is_left_behind_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    bind_unix(path).close()
+    assert path.is_socket()
+    with bind_unix(path) as bound:
+        bound.listen(1)
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("waiting", [0, 5])
+def test_a_unix_socket_that_is_in_use_stays(tmp_path: Path, waiting: int) -> None:
+    """Also if so many connections wait that none is accepted any more."""
+    path = tmp_path / "agent.sock"
+    with bind_unix(path) as listening, contextlib.ExitStack() as stack:
+        listening.listen(1)
+        for _ in range(waiting):
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            client.connect_ex(str(path))
+        inode = path.stat().st_ino
+        with pytest.raises(PortInUseError) as raised:
+            bind_unix(path)
+        assert path.stat().st_ino == inode
+    assert str(raised.value) == (
+        f"{path}: another process listens on this socket; stop it, or give it a folder of its own"
+    )
+
+
+def test_a_file_in_place_of_the_unix_socket_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    path.write_text("")
+    with bind_unix(path):
+        assert path.is_socket()

@@ -35,7 +35,7 @@ class ExitCode(IntEnum):
     FAILED = 1, "an error that has no code of its own, or a check that found something wrong"
     CONFIGURATION = 2, "bad configuration or usage; nothing was started"
     MODEL = 3, "the model is missing, damaged, has another checksum or an unknown architecture"
-    PORT_IN_USE = 4, "another process already listens on a port that is needed"
+    PORT_IN_USE = 4, "another process already uses a port, a socket or a folder that is needed"
     ENGINE_FAILED = 5, "the engine failed while it loaded"
     GAVE_UP = 6, "the engine crashed more often than max_restarts allows"
     DOES_NOT_FIT = 7, "the plan needs more memory than the card has; nothing was started"
@@ -70,7 +70,7 @@ class NotFetchedError(ModelError):
 
 
 class PortInUseError(PascalineError):
-    """Another process already listens on the address that this one needs."""
+    """Another process already listens on the address, or holds the folder, that this one needs for itself."""
 
     exit_code = ExitCode.PORT_IN_USE
 

@@ -42,7 +42,11 @@ def bind(host: str, port: int, purpose: str, setting: str) -> socket.socket:
 
 
 def bind_unix(path: Path) -> socket.socket:
-    """Return a Unix socket that only this user may open; replaces an existing file. Raises OSError."""
+    """Return a Unix socket that only this user may open; replaces an existing file, except a socket that is in use.
+
+    Raises PortInUseError if somebody listens on it, and OSError.
+    """
+    _check_stale(path)
     path.unlink(missing_ok=True)
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # On Linux the file that bind creates gets the socket's mode at once.
@@ -53,6 +57,19 @@ def bind_unix(path: Path) -> socket.socket:
         bound.close()
         raise
     return bound
+
+
+def _check_stale(path: Path) -> None:
+    """Raise PortInUseError if somebody listens on a Unix socket of this name."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+        asking.setblocking(False)
+        try:
+            asking.connect(str(path))
+        except BlockingIOError:
+            pass  # its queue is full, so somebody listens
+        except OSError:
+            return
+    raise PortInUseError(f"{path}: another process listens on this socket; stop it, or give it a folder of its own")
 
 
 def check_free(host: str, port: int, purpose: str, setting: str) -> None:

@@ -16,7 +16,6 @@ import traceback
 from collections import deque
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gguf_acceptance import combined_sha256
@@ -40,6 +39,7 @@ from pascaline.serving.health import ANSWERING, Health, Judge, State, backoff_se
 from pascaline.serving.history import History
 from pascaline.serving.memory_use import MemoryUse, resident_bytes
 from pascaline.serving.metrics import Metrics
+from pascaline.serving.own_folders import RUNTIME, STATE, OwnFolders
 from pascaline.serving.process import EngineProcess
 from pascaline.serving.runtime_folder import RuntimeFolder
 from pascaline.serving.starts import Starts
@@ -50,6 +50,7 @@ from pascaline.units import format_bytes
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Coroutine
+    from pathlib import Path
 
     from pascaline.configuration import Configuration
     from pascaline.engines import Progress
@@ -248,29 +249,43 @@ class Supervisor:
                 loop.add_signal_handler(number, self._on_signal, number.name)
         listener = ports.bind(self.settings.agent_host, self.settings.agent_port, "agent", "agent_port")
         ports.check_free(self.settings.host, self.settings.port, "engine", "port")
-        server = create_server(self)
-        serving = asyncio.create_task(serve(server, listener, *self._unix_listeners()))
-        try:
-            self._count_start(self._starts.begin)
-            with self._runtime_folder:
-                return await self._live()
-        finally:
-            server.should_exit = True
-            await serving
+        with OwnFolders() as folders:
+            unix_listeners = self._unix_listeners(folders)
+            self._hold_state(folders)
+            server = create_server(self)
+            serving = asyncio.create_task(serve(server, listener, *unix_listeners))
+            try:
+                self._count_start(self._starts.begin)
+                with self._runtime_folder:
+                    return await self._live()
+            finally:
+                server.should_exit = True
+                await serving
 
     def read_api_key(self) -> str | None:
         """Return the key that requests must carry; None if none is set. Raises OSError, ValueError."""
         path = self.settings.api_key_file
         return read_api_key(path) if path is not None else None
 
-    def _unix_listeners(self) -> list[socket.socket]:
-        """Open the agent's socket in the folder that the service manager made for this unit, if there is one."""
-        folder = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    def _unix_listeners(self, folders: OwnFolders) -> list[socket.socket]:
+        """Open the agent's socket in the folder that the service manager made for this unit, if there is one.
+
+        Raises PortInUseError if another instance has that folder.
+        """
         try:
-            return [ports.bind_unix(Path(folder, SOCKET_NAME))] if folder else []
+            folder = folders.hold(RUNTIME)
+            return [ports.bind_unix(folder / SOCKET_NAME)] if folder is not None else []
         except OSError as error:
-            self._console.line("WARNING", "pascaline", f"failed to listen on {folder}/{SOCKET_NAME}: {error}")
+            text = f"failed to listen on {SOCKET_NAME} in ${RUNTIME}: {error}"
+            self._console.line("WARNING", "pascaline", text)
             return []
+
+    def _hold_state(self, folders: OwnFolders) -> None:
+        """Keep other instances from this one's state. Raises PortInUseError if one has it."""
+        try:
+            folders.hold(STATE)
+        except OSError as error:
+            self._console.line("WARNING", "pascaline", f"failed to lock ${STATE}: {error}")
 
     async def _live(self) -> ExitCode:
         try:

@@ -255,25 +255,48 @@ class TestEnd:
         assert asyncio.run(whole()) == 1
         wait_until(lambda: not is_alive(int(pid.read_text())))
 
-    def test_one_that_left_the_group_holds_nothing_up(self, tmp_path: Path) -> None:
-        pid = tmp_path / "pid"
-        code = (
-            "import os, time\n"
-            "if os.fork() == 0:\n"
-            "    os.setsid()\n"
-            f"    open({str(pid)!r}, 'w').write(str(os.getpid()))\n"
-            "time.sleep(600)"
-        )
+    DAEMON = (
+        "import os, signal, sys, time\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    if os.fork() == 0:\n"
+        "        signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "        signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "        open(sys.argv[1], 'w').write(str(os.getpid()))\n"
+        "        time.sleep(600)\n"
+        "    os._exit(0)\n"
+    )
+    """A program that makes a daemon: in a session of its own, and a child of nobody's."""
 
-        async def whole() -> int:
-            process = await EngineProcess.start(program(code), lambda _: None)
+    def test_killing_also_ends_a_daemon(self, tmp_path: Path) -> None:
+        """And not that of another run."""
+        pids = [tmp_path / name for name in ("own", "other")]
+        launches = [Launch((sys.executable, "-c", self.DAEMON + "time.sleep(600)", str(pid)), {}) for pid in pids]
+
+        async def whole() -> int | None:
+            process, other = [await EngineProcess.start(launch, lambda _: None) for launch in launches]
+            await asyncio.to_thread(wait_until, lambda: all(pid.exists() and pid.read_text() for pid in pids))
+            assert all(os.getsid(int(pid.read_text())) != each.pid for pid in pids for each in (process, other))
+            code = await asyncio.wait_for(process.kill(), PATIENCE)
+            assert [is_alive(int(pid.read_text())) for pid in pids] == [False, True]
+            await other.kill()
+            return code
+
+        assert asyncio.run(whole()) == -signal.SIGKILL
+        assert not is_alive(int(pids[1].read_text()))
+
+    def test_killing_also_ends_a_daemon_whose_engine_is_gone(self, tmp_path: Path) -> None:
+        pid = tmp_path / "pid"
+
+        async def whole() -> int | None:
+            launch = Launch((sys.executable, "-c", self.DAEMON, str(pid)), {})
+            process = await EngineProcess.start(launch, lambda _: None)
+            await asyncio.wait_for(process.wait(), PATIENCE)
             await asyncio.to_thread(wait_until, lambda: pid.exists() and pid.read_text() != "")
             return await asyncio.wait_for(process.kill(), PATIENCE)
 
-        assert asyncio.run(whole()) == -signal.SIGKILL
-        # Only a service manager's control group finds it.
-        assert is_alive(int(pid.read_text()))
-        os.kill(int(pid.read_text()), signal.SIGKILL)
+        assert asyncio.run(whole()) == 0
+        assert not is_alive(int(pid.read_text()))
 
     def test_one_that_cannot_be_killed_holds_nothing_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(process_module, "KILL_SECONDS", 0.5)

@@ -1,4 +1,4 @@
-"""The engine's process: starts it in its own group, passes its output on line by line, and ends the whole group."""
+"""The engine's process: starts it, passes its output on line by line, and ends it with all that it started."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pascaline.child import with_parent
 from pascaline.inherited import inherited
 from pascaline.redaction import LineRedactor
+from pascaline.serving import strays
 from pascaline.serving.output import Output, Throttle, visible
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 KILL_SECONDS = 10.0
 """From SIGKILL to the end of a process on a loaded machine. If it takes longer, the process is stuck in the kernel, for
 example in a driver call that does not return."""
+STRAY_SECONDS = 1.0
+"""The same for what left its group: shorter, as the main loop waits meanwhile."""
 KEPT_LINES = 200
 """Number of last output lines that are kept to explain a failure."""
 KEPT_CHARACTERS = 2000
@@ -33,10 +36,11 @@ class EngineProcess:
     """One run of an engine."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, output: Output, on_line: OnLine, on_dropped: OnDropped
+        self, process: asyncio.subprocess.Process, output: Output, on_line: OnLine, on_dropped: OnDropped, mark: str
     ) -> None:
-        """Take over a started process; use `start`."""
-        self.pid = process.pid
+        """Take over a started process; use `start`. mark: of its environment."""
+        self.pid = self.stuck_pid = process.pid
+        self._mark = mark
         self.last_lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._process = process
         self._output = output
@@ -59,14 +63,14 @@ class EngineProcess:
         process, memory or descriptor left.
         """
         read_end, write_end = os.pipe()
-        output = await Output.open(read_end)
+        output, mark = await Output.open(read_end), strays.new_mark()
         try:
             process = await asyncio.create_subprocess_exec(
                 *with_parent(*launch.command, cpus=cpus),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=write_end,
                 stderr=write_end,
-                env=inherited() | launch.environment,
+                env=inherited() | launch.environment | {strays.VARIABLE: mark},
                 start_new_session=True,
             )
         except BaseException:
@@ -74,7 +78,7 @@ class EngineProcess:
             raise
         finally:
             os.close(write_end)
-        return cls(process, output, on_line, on_dropped)
+        return cls(process, output, on_line, on_dropped, mark)
 
     @property
     def exit_code(self) -> int | None:
@@ -99,13 +103,18 @@ class EngineProcess:
             os.kill(self.pid, signal.SIGTERM)
 
     async def kill(self) -> int | None:
-        """Kill it and everything in its group; return its exit code, None if not even SIGKILL ends it."""
+        """Kill it and all that it started, also what left its group; return its exit code.
+
+        None if not even SIGKILL ends one of them, which is then `stuck_pid`.
+        """
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.wait(), KILL_SECONDS)
+        left = strays.end(self._mark, STRAY_SECONDS)
+        self.stuck_pid = left[0].pid if left else self.pid
         self._output.close()
-        return self.exit_code
+        return None if left else self.exit_code
 
     async def _pass_output_on(self) -> None:
         redact, throttle = LineRedactor(), Throttle()

@@ -30,7 +30,7 @@ from pascaline.gpu import loss
 from pascaline.models import resolve
 from pascaline.models.chat_template import chat_templates
 from pascaline.redaction import read_api_key
-from pascaline.serving import ports, shrink
+from pascaline.serving import ports, shrink, strays
 from pascaline.serving.agent import create_server, serve
 from pascaline.serving.awake_clock import AwakeClock
 from pascaline.serving.engine_api import FIRST_GENERATION_SECONDS, EngineApi, Probe
@@ -40,7 +40,7 @@ from pascaline.serving.history import History
 from pascaline.serving.memory_use import MemoryUse, resident_bytes
 from pascaline.serving.metrics import Metrics
 from pascaline.serving.own_folders import RUNTIME, STATE, OwnFolders
-from pascaline.serving.process import EngineProcess
+from pascaline.serving.process import STRAY_SECONDS, EngineProcess
 from pascaline.serving.runtime_folder import RuntimeFolder
 from pascaline.serving.starts import Starts
 from pascaline.serving.task import make_task, place_instance, plan_instance
@@ -255,6 +255,7 @@ class Supervisor:
             server = create_server(self)
             serving = asyncio.create_task(serve(server, listener, *unix_listeners))
             try:
+                self._end_orphans()
                 self._count_start(self._starts.begin)
                 with self._runtime_folder:
                     return await self._live()
@@ -279,6 +280,12 @@ class Supervisor:
             text = f"failed to listen on {SOCKET_NAME} in ${RUNTIME}: {error}"
             self._console.line("WARNING", "pascaline", text)
             return []
+
+    def _end_orphans(self) -> None:
+        """End what engines left whose pascaline was killed: it may hold a GPU's memory."""
+        for each in strays.end_orphans(STRAY_SECONDS):
+            text = f"ended {each.name} (pid {each.pid}), which an engine left whose pascaline is gone"
+            self._console.line("WARNING", "pascaline", text)
 
     def _hold_state(self, folders: OwnFolders) -> None:
         """Keep other instances from this one's state. Raises PortInUseError if one has it."""
@@ -929,4 +936,4 @@ def load_pause(seconds: float) -> float:
 
 
 def _stuck(process: EngineProcess) -> str:
-    return f"its process {process.pid} does not end when it is killed; perhaps a driver call does not return"
+    return f"its process {process.stuck_pid} does not end when it is killed; perhaps a driver call does not return"

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -144,19 +144,32 @@ def test_what_may_change_nothing(instance: Instance, inject: injectors.Inject) -
     assert instance.wait_for_state("ready", "busy", seconds=START_SECONDS)["engine_pid"] == engine
 
 
+TOKENS = {"max_tokens": 100, "ignore_eos": True}
+MESSAGES = {"messages": [{"role": "user", "content": "a b c"}]}
+GENERATE = {"text": "a b c", "sampling_params": {"max_new_tokens": 100, "ignore_eos": True}}
+WORK: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"model": "m", "prompt": "a b c", **TOKENS},
+    "/v1/chat/completions": {"model": "m", **MESSAGES, **TOKENS},
+    "/invocations": {"model": "m", **MESSAGES, **TOKENS},
+    "/v1/responses": {"model": "m", "input": "a b c", "max_output_tokens": 100, "ignore_eos": True},
+    "/v1/messages": {"model": "m", **MESSAGES, "max_tokens": 100},
+    "/api/chat": {"model": "m", **MESSAGES, "options": {"num_predict": 100}},
+    "/api/generate": {"model": "m", "prompt": "a b c", "options": {"num_predict": 100}},
+    "/generate": GENERATE,
+}
+"""Requests of every API that SGLang generates for."""
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("path", ["/v1/completions", "/generate"])
+@pytest.mark.parametrize("path", WORK)
 def test_a_full_queue(instance: Instance, path: str, stream: bool) -> None:
     """Of four times as many requests as fit, each is answered whole or refused: 503 before a stream begins, and when to try again."""
     count = 4 * (SMALL["max_running_requests"] + QUEUE)
     at_once = threading.Barrier(count)
-    body: dict[str, Any] = {"model": "m", "prompt": "a b c", "max_tokens": 100, "ignore_eos": True}
-    if path == "/generate":
-        body = {"text": "a b c", "sampling_params": {"max_new_tokens": 100, "ignore_eos": True}}
 
     def ask(_: int) -> Answer:
         at_once.wait(START_SECONDS)
-        return instance.api(path, body | {"stream": stream}, timeout=START_SECONDS)
+        return instance.api(path, WORK[path] | {"stream": stream}, timeout=START_SECONDS)
 
     with ThreadPoolExecutor(count) as pool:
         answers = list(pool.map(ask, range(count)))
@@ -164,13 +177,41 @@ def test_a_full_queue(instance: Instance, path: str, stream: bool) -> None:
     assert len(refused) >= count // 4
     assert len(answers) - len(refused) >= SMALL["max_running_requests"]
     for answer in refused:
-        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1"), answer.text
         assert "The request queue is full." in answer.text
-        assert not answer.text.startswith("data:")
+        assert _is_in_shape(path, answer.json), answer.text
     for answer in answers:
         if answer.status == 200:
             assert "queue is full" not in answer.text
-            assert not stream or answer.text.rstrip().endswith("data: [DONE]")
+            assert not stream or answer.text.rstrip().splitlines()[-1].startswith(_LAST[path.rpartition("/")[0]])
+
+
+_LAST = {"/v1": ("data: [DONE]", "data: {"), "/v1/chat": "data: [DONE]", "/api": "{", "": "data: [DONE]"}
+"""How the last line of a whole stream begins."""
+
+
+def _is_in_shape(path: str, document: Any) -> bool:
+    """Whether an error has the shape of its API."""
+    if path == "/v1/messages":
+        return (document["type"], document["error"]["type"]) == ("error", "overloaded_error")
+    if path.startswith("/v1/"):
+        return document["error"]["type"] == "server_error"
+    return bool({"error", "detail", "message"} & document.keys())
+
+
+def test_a_full_queue_of_scores(instance: Instance) -> None:
+    """What generates no text waits in the same queue."""
+    count = 4 * (SMALL["max_running_requests"] + QUEUE)
+    body = {"model": "m", "query": "a", "items": ["b"], "label_token_ids": [1, 2]}
+    with ThreadPoolExecutor(count + 8) as pool:
+        busy = [pool.submit(instance.api, "/generate", GENERATE, timeout=START_SECONDS) for _ in range(8)]
+        answers = list(pool.map(lambda _: instance.api("/v1/score", body, timeout=START_SECONDS), range(count)))
+        wait(busy)
+    assert {answer.status for answer in answers} <= {200, 503}, [answer.text for answer in answers]
+    for answer in answers:
+        if answer.status == 503:
+            assert answer.headers["retry-after"] == "1"
+            assert _is_in_shape("/v1/score", answer.json), answer.text
 
 
 def test_sigterm_under_load(instance: Instance) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from sglang_pascal.streams import StatusOfRefusedStreams, refusal_of
+from sglang_pascal.streams import StatusOfRefusedStreams, note_refusal, refusal_of
 
 FULL = {"object": "error", "message": "The request queue is full.", "type": "SERVICE_UNAVAILABLE", "code": 503}
 ERROR_EVENT = b"data: " + json.dumps({"error": FULL | {"param": None}}).encode() + b"\n\n"
@@ -143,3 +143,112 @@ def test_a_busy_answer_says_when_to_try_again(status, more, said, kind):
 
 def test_a_long_event_is_no_refusal():
     assert refusal_of(b'data: {"error": {"code": 503, "message": "' + b"x" * 2**17 + b'"}}') is None
+
+
+# --- refusals that SGLang notes ----------------------------------------------------------------------------------------
+
+ABORTED = ABORT | {"meta_info": {"finish_reason": {"type": "abort", "status_code": 503, "message": FULL["message"]}}}
+CREATED = b'event: response.created\ndata: {"type": "response.created"}\n\n'
+IN_PROGRESS = b'event: response.in_progress\ndata: {"type": "response.in_progress"}\n\n'
+FAILED = (
+    b'event: response.failed\ndata: {"type": "response.failed", "response": {"error": {"code": "server_error"}}}\n\n'
+)
+OPENAI = FULL | {"type": "ServiceUnavailable", "param": None}
+ANTHROPIC = {"type": "error", "error": {"type": "overloaded_error", "message": FULL["message"]}}
+OLLAMA = {"error": FULL["message"]}
+EMPTY_ANSWER = b'{"message": {"content": ""}, "done": true}\n'
+
+
+def noted(path, *bodies, out=ABORTED, status=200, kind=b"text/event-stream", before=0, in_task=False):
+    """What a client gets where SGLang refuses a request after `before` bodies, and reports that in its own way."""
+    sent = []
+
+    async def report(_manager, given):
+        return given
+
+    async def refuse():
+        assert await note_refusal(report, None, out) is out
+
+    async def application(_scope, _receive, send):
+        if status != 200 or kind == b"application/json":
+            await refuse()
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
+        for n, body in enumerate(bodies):
+            if n == before:
+                await (asyncio.create_task(refuse()) if in_task else refuse())
+            await send({"type": "http.response.body", "body": body, "more_body": n < len(bodies) - 1})
+
+    async def keep(message):
+        sent.append(message)
+
+    asyncio.run(StatusOfRefusedStreams(application)({"type": "http", "path": path}, None, keep))
+    return sent[0], b"".join(each["body"] for each in sent[1:])
+
+
+@pytest.mark.parametrize(
+    ("path", "bodies", "before", "kind", "document"),
+    [
+        ("/v1/responses", (CREATED, IN_PROGRESS, FAILED), 2, b"text/event-stream", OPENAI),
+        ("/v1/responses", (CREATED, FAILED), 0, b"text/event-stream", OPENAI),
+        ("/v1/responses", (FAILED,), 0, b"text/event-stream", OPENAI),
+        ("/v1/messages", (MESSAGE_START, MESSAGE_STOP), 1, b"text/event-stream", ANTHROPIC),
+        ("/v1/chat/completions", (TOKEN_EVENT, DONE), 0, b"text/event-stream", OPENAI),
+        ("/api/chat", (EMPTY_ANSWER,), 0, b"application/x-ndjson", OLLAMA),
+        ("/api/generate", (EMPTY_ANSWER,), 0, b"application/x-ndjson", OLLAMA),
+    ],
+)
+@pytest.mark.parametrize("in_task", [False, True])
+def test_a_stream_of_any_api_gets_the_status_and_the_apis_shape(path, bodies, before, kind, document, in_task):
+    start, body = noted(path, *bodies, before=before, kind=kind, in_task=in_task)
+    assert (start["status"], json.loads(body)) == (503, document)
+    headers = dict(start["headers"])
+    assert (headers[b"retry-after"], headers[b"content-type"]) == (b"1", b"application/json")
+
+
+def test_an_error_of_another_status_gets_the_refusals():
+    """Under /v1/responses SGLang answers 400 where the queue is full."""
+    wrong = json.dumps({"error": {"message": "503: The request queue is full.", "code": 400}}).encode()
+    start, body = noted("/v1/responses", wrong, status=400, kind=b"application/json", before=-1)
+    assert (start["status"], json.loads(body)) == (503, OPENAI)
+    assert dict(start["headers"])[b"retry-after"] == b"1"
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_an_answer_that_is_right_keeps_its_body(status):
+    start, body = noted("/v1/score", b'{"detail": "full"}', status=status, kind=b"application/json", before=-1)
+    assert (start["status"], body) == (status, b'{"detail": "full"}')
+
+
+def test_a_stream_that_breaks_off_later_goes_on_as_sglang_has_it():
+    start, body = noted("/v1/responses", CREATED, TOKEN_EVENT, FAILED, before=2)
+    assert (start["status"], body) == (200, CREATED + TOKEN_EVENT + FAILED)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        {"type": "stop"},
+        {"type": "abort", "message": "by the client"},
+        {"type": "abort", "status_code": None},
+        {"type": "abort", "status_code": True},
+        {"type": "abort", "status_code": 200},
+        {"type": "stop", "status_code": 503},
+    ],
+)
+def test_what_sglang_does_not_refuse(reason):
+    start, body = noted(
+        "/api/chat", EMPTY_ANSWER, out={"meta_info": {"finish_reason": reason}}, kind=b"application/x-ndjson"
+    )
+    assert (start["status"], body) == (200, EMPTY_ANSWER)
+
+
+def test_preludes_are_held_back_within_a_limit():
+    start, body = noted("/v1/responses", *[CREATED] * 50, before=-1)
+    assert (start["status"], body) == (200, CREATED * 50)
+
+
+def test_a_refusal_outside_of_a_request():
+    async def report(_manager, given, *rest):
+        return given, rest
+
+    assert asyncio.run(note_refusal(report, None, ABORTED, "state", False)) == (ABORTED, ("state", False))

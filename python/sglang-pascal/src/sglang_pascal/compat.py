@@ -377,6 +377,7 @@ _RUN_SERVER: Final = "sglang.srt.entrypoints.http_server._setup_and_run_http_ser
 
 
 _HANDLE_REQUEST: Final = "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.handle_request"
+_REFUSED: Final = "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_abort_finish_reason"
 _READS_TOOL_CALLS: Final = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._tool_call_parsing_active"
 
 
@@ -388,6 +389,13 @@ def _wrap_server() -> None:
     # One hook for all: SGLang warns about several hooks around one function.
     inner = functools.partial(streams.add_to_server, draining.add_to_server)
     _hook(_RUN_SERVER, functools.partial(openai_api.add_to_server, inner), "AROUND")
+
+
+def _note_refusals() -> None:
+    from sglang_pascal.streams import note_refusal
+
+    _wrap_server()
+    _hook(_REFUSED, note_refusal, "AROUND")
 
 
 def _check_requests() -> None:
@@ -763,13 +771,15 @@ SHIMS: Final = (
     ),
     Shim(
         name="status of refused streams",
-        what="if a stream's first event is an error, the same wrapper answers with the error's status",
-        why="SGLang reports a full queue to a streamed request with status 200, so no router tries another server",
+        what=f"if a stream's first event is an error, the same wrapper answers with the error's status; {_REFUSED} "
+        "tells it which requests SGLang refused",
+        why="SGLang reports a full queue to a streamed request with status 200, so no router tries another server, "
+        "and under /v1/responses without a stream with 400",
         devices=("cpu", "cuda"),
         stage="register",
         is_needed=_is_server,
-        apply=_wrap_server,
-        is_applied=lambda: _is_hooked(_RUN_SERVER),
+        apply=_note_refusals,
+        is_applied=lambda: _is_hooked(_RUN_SERVER, _REFUSED),
     ),
     Shim(
         name="int8 KV cache, choice",

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 HORIZON_SECONDS = 40.0
 """How long a bare engine is waited for."""
+START_SECONDS = 400.0
 RESTART_SECONDS = 1.0
 BARE_GROUPS = frozenset({"engine ends", "engine stalls"})
 NEEDS_AN_INSTANCE = re.compile("restart|on_oom|zombies|stray|ignore SIGTERM")
@@ -79,7 +80,10 @@ class BareScene:
         self.folder, self.fault, self.port = folder, fault, port
         self.notes: dict[str, Any] = {}
         self.after = contextlib.ExitStack()
+        self.environment = os.environ | {"FAKE_ENGINE_FAULTS": f"decode_tokens_per_second=100 {fault.faults}"}
         self.instance = SimpleNamespace(settings={"port": port})
+        self.ends: list[float] = []
+        """Times of the monotonic clock at which the engine was found ended."""
         self._command = command
         self._over = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
@@ -88,29 +92,32 @@ class BareScene:
     def __enter__(self) -> BareScene:
         """Start it, and wait until it answers."""
         self._thread.start()
-        wait_until("an answer of the bare engine", self._answers, seconds=120, every=0.2)
+        wait_until("an answer of the bare engine", self._answers, seconds=START_SECONDS, every=0.2)
         return self
 
     def __exit__(self, *_: object) -> None:
         """End it for good."""
         self._over.set()
-        assert self._process is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self.kill_group()
         self._thread.join()
         self.after.close()
 
+    def kill_group(self) -> None:
+        """Kill the engine and its processes."""
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def _go_on(self) -> None:
-        environment = os.environ | {"FAKE_ENGINE_FAULTS": f"decode_tokens_per_second=100 {self.fault.faults}"}
         while not self._over.is_set():
             with (self.folder / "engine.log").open("ab") as log:
                 self._process = subprocess.Popen(
-                    self._command, stdout=log, stderr=log, env=environment, start_new_session=True
+                    self._command, stdout=log, stderr=log, env=self.environment, start_new_session=True
                 )
             self._process.wait()
+            self.ends.append(time.monotonic())
             # What systemd's KillMode does with the rest of the unit.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            self.kill_group()
             self._over.wait(RESTART_SECONDS)
 
     def _answers(self) -> bool:
@@ -154,10 +161,10 @@ def sglang_command(port: int) -> list[str]:
     return [sys.executable, str(FAKE_ENGINE), "-m", "sglang.launch_server", "--model-path", "m", "--port", str(port)]
 
 
-def llama_command(port: int) -> list[str]:
+def llama_command(port: int, model: Path) -> list[str]:
     """Return llama-server's command."""
-    model = str(builtin_model())
-    return ["llama-server", "--model", model, "--port", str(port), "--ctx-size", "1024", "--parallel", "2", "-t", "1"]
+    small = ["--ctx-size", "1024", "--parallel", "2", "-t", "1"]
+    return ["llama-server", "--model", str(model), "--port", str(port), *small]
 
 
 def can_be_bare(fault: Fault) -> bool:
@@ -186,7 +193,7 @@ def measure(fault: Fault, folder: Path, model: Path) -> dict[str, Any]:
     if can_be_bare(fault) and LLAMA_TOO.match(fault.name) and shutil.which("llama-server"):
         with contextlib.suppress(AssertionError, OSError):
             port = free_port()
-            found["bare llama-server"] = bare(fault, llama_command(port), port, folder)
+            found["bare llama-server"] = bare(fault, llama_command(port, builtin_model()), port, folder)
     return found
 
 

@@ -170,7 +170,12 @@ def no_mounts() -> str:
 
 def own_disk(scene: Scene) -> Path:
     """The instance's file system as seen from outside."""
-    return Path(f"/proc/{scene.instance.process.pid}/root{scene.folder}/disk")
+    return own_disk_of(scene.instance.process.pid, scene.folder)
+
+
+def own_disk_of(pid: int, folder: Path) -> Path:
+    """FOLDER/disk as a process sees it."""
+    return Path(f"/proc/{pid}/root{folder}/disk")
 
 
 def fill_disk(scene: Scene) -> None:

@@ -20,6 +20,7 @@ from pascaline import redaction
 from pascaline.redaction import (
     HIDDEN,
     SHORTEST_PART,
+    SHORTEST_SECRET,
     LineRedactor,
     RedactingFormatter,
     Secrets,
@@ -198,6 +199,11 @@ class TestWhatATerminalDoesNotShow:
         assert [redact(line) for line in lines] == [f"key {HIDDEN}", f"{HIDDEN} end"]
 
 
+def parts(key: str, length: int) -> list[str]:
+    """Return every part of a key that has this length."""
+    return [key[n : n + length] for n in range(len(key) - length + 1)]
+
+
 class TestLines:
     @pytest.mark.parametrize(
         "form",
@@ -241,6 +247,42 @@ class TestLines:
     def test_broken_within_one_text(self, end: str) -> None:
         text = f"key: sk-case-01{end}23456789{end}abcdef and more"
         assert knowing("sk-case-0123456789abcdef").redact(text) == f"key: {HIDDEN} and more"
+
+    STAMPS = (
+        "[2026-11-30 16:47:44] ",
+        "[2026-11-30 16:47:44 TP0] INFO: ",
+        "(EngineCore pid=812) ",
+        "2026-11-30T16:47:44Z ",
+    )
+
+    @pytest.mark.parametrize("between", [[], ["[2026-11-30 16:47:44] Decode batch"], ["a line"] * 7])
+    @pytest.mark.parametrize("stamp", STAMPS)
+    @pytest.mark.parametrize("cut", [1, 3, 4, 12, 20, 23])
+    def test_a_value_that_a_timestamp_divides(self, stamp: str, between: list[str], cut: int) -> None:
+        """Two records of a log with a part each, and records of other processes between them."""
+        key = "sk-case-0123456789abcdef"
+        redact = LineRedactor(knowing(key))
+        lines = [f"{stamp}the key {key[:cut]}", *between, f"{stamp}{key[cut:]} was refused"]
+        seen = "\n".join(redact(line) for line in lines)
+        assert not any(part in seen for part in parts(key, SHORTEST_SECRET))
+        assert seen.splitlines()[1:-1] == between
+
+    @pytest.mark.parametrize("stamp", STAMPS)
+    def test_a_value_in_three_records(self, stamp: str) -> None:
+        redact = LineRedactor(knowing("sk-case-0123456789abcdef"))
+        lines = [f"{stamp}key sk-case-", f"{stamp}01234567", "other", f"{stamp}89abcdef end", f"{stamp}89abcdef"]
+        assert [redact(line) for line in lines] == [
+            f"{stamp}key {HIDDEN}",
+            f"{stamp}{HIDDEN}",
+            "other",
+            f"{stamp}{HIDDEN} end",
+            f"{stamp}89abcdef",
+        ]
+
+    def test_a_rest_long_after_its_beginning_stays(self) -> None:
+        redact = LineRedactor(knowing("sk-case-0123456789abcdef"))
+        lines = ["key sk-case-0123", *["a"] * 8, "[stamp] 456789abcdef"]
+        assert [redact(line) for line in lines] == [f"key {HIDDEN}", *lines[1:]]
 
     def test_other_lines_stay(self) -> None:
         redact = LineRedactor(knowing("sk-case-0123456789abcdef"))

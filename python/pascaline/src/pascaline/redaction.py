@@ -28,6 +28,8 @@ LONGEST_SECRET = 16 * 2**10
 """Characters of the longest secret, in any form, that a cut may not divide."""
 SHORTEST_PART = 8
 """Characters. From this length, a value is hidden inside longer words too, and a variable's value can be a secret."""
+PART_LINES = 8
+"""Lines among which the next part of a divided value is looked for: a few processes write into one log."""
 
 # A name whose value is secret. Names of token counts and key files do not match.
 _SECRET_NAME = re.compile(r"(?i)(?:^|[-_])(?:key|token|secret|password|passphrase|credentials?)$")
@@ -238,7 +240,8 @@ def redact_all(value: Any) -> Any:
 class LineRedactor:
     """Redacts a stream of lines, including values that are split across two or more lines.
 
-    The first part is hidden if it has at least SHORTEST_SECRET characters, before the next line is known.
+    The first part is hidden if it has at least SHORTEST_SECRET characters, before the next line is known. Its rest is
+    hidden wherever it stands in one of the next lines, such as behind a timestamp, with other processes' lines between.
     """
 
     def __init__(self, secrets: Secrets = SECRETS) -> None:
@@ -246,6 +249,8 @@ class LineRedactor:
         self._secrets = secrets
         self._begun: dict[str, int] = {}
         """Form of a value -> number of its first characters with which the lines so far ended."""
+        self._open: dict[tuple[str, int], int] = {}
+        """(form of a value, number of its first characters that were seen) -> lines in which more of it may come."""
 
     def __call__(self, line: str) -> str:
         """Return the line without secrets."""
@@ -260,7 +265,38 @@ class LineRedactor:
                 self._begun[form] = following
             if without != text:
                 hidden = without if hidden == text else _without_parts(form, begun.get(form, 0), hidden)[0]
+        hidden = self._without_rests(hidden)
         return self._secrets.redact(line) if hidden == shown else hidden
+
+    def _without_rests(self, text: str) -> str:
+        """Return a line without what belongs to a value that an earlier line began, or that lacks its beginning."""
+        waiting, self._open = self._open, {}
+        for (form, seen), lines in waiting.items():
+            without, more = _without_rest(form[seen:], text)
+            if more:
+                self._open[form, seen + more] = PART_LINES
+            if without == text and lines > 1:
+                self._open.setdefault((form, seen), lines - 1)
+            text = without
+        for form in self._secrets.wrapped:
+            for missing in range(1, SHORTEST_SECRET):
+                if len(form) - missing >= SHORTEST_PART:
+                    text = text.replace(form[missing:], HIDDEN)
+        for form, seen in self._begun.items():
+            if seen >= SHORTEST_SECRET:
+                self._open[form, seen] = PART_LINES
+        return text
+
+
+def _without_rest(rest: str, text: str) -> tuple[str, int]:
+    """Return a line without the rest of a value, or its next part at the line's end, and how long that part is."""
+    if len(rest) >= SHORTEST_SECRET and rest in text:
+        return text.replace(rest, HIDDEN), 0
+    part = _beginning(rest, text) if rest else 0
+    if part < SHORTEST_SECRET:
+        return text, 0
+    head, _, tail = text.rpartition(rest[:part])
+    return f"{head}{HIDDEN}{tail}", part
 
 
 def _without_parts(form: str, begun: int, text: str) -> tuple[str, int]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 VARIABLE = "PASCALINE_ENGINE_OF"
-"""The mark is PID:START:NAMESPACE:RUN: pascaline's process id, its start in clock ticks after boot, the namespace of its
+"""The mark is PID:START:NAMESPACE:RUN: pascaline's process id, its start (ticks after boot), the namespace of its
 process ids, and the number of the run."""
 PROC = Path("/proc")
 _START_FIELD = 19

@@ -2,10 +2,10 @@
 
     python benchmarks/reliability_real.py FILE [--only REGEX] [--missing]    measure; adds rows to FILE (JSON)
 
-All three run at once with a tiny random model on the CPU, and each fault is done to one after the other: same run, same
-machine, same load. The bare engines stand behind a loop that starts them again a second after they end, as systemd does
-with Restart=on-failure. Bare SGLang has the command line that pascaline starts it with, plugin included, which it needs
-to run without a GPU here; no supervisor is around it. pascaline has its default settings.
+All three run at once with a tiny random model on the CPU, and each fault is done to all of them at the same moment:
+same run, same machine, same load. The bare engines stand behind a loop that starts them again a second after they end,
+as systemd does with Restart=on-failure. Bare SGLang has the command line that pascaline starts it with, plugin
+included, which it needs to run without a GPU here; no supervisor is around it. pascaline has its default settings.
 
 `benchmarks/reliability.py page` shows the rows.
 """
@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +39,7 @@ from faults.scene import Watcher
 from pascaline.serving import strays
 from reliability import BareScene, llama_command, temporary_folder
 from support.instance import MARK, Instance, running, wait_until
-from support.ledger import Load, Outcome
+from support.ledger import Load, Outcome, ask
 from support.models import tiny, write_gguf
 from support.ports import free_port
 
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
 
 HORIZON_SECONDS: Final = 240.0
 """How long an engine that ended is waited for; a start takes half a minute, on a machine under load several."""
-STALL_HORIZON_SECONDS: Final = 100.0
-"""The same for one that runs and does not answer: nobody starts it again later."""
+STALL_HORIZON_SECONDS: Final = 60.0
+"""The same for one that runs and does not answer: pascaline's aim for finding that."""
 START_SECONDS: Final = 400.0
 HOLD_SECONDS: Final = 6.0
 """How long a fault that need not change anything is watched."""
@@ -122,6 +123,12 @@ def limit(kind: int, value: int) -> i.Inject:
     return inject
 
 
+def long_prompt(scene: Any) -> None:
+    """Send a prompt that fills most of the context."""
+    found = ask(scene.port, stream=False, tokens=2, prompt="w " * 200)
+    assert found.outcome is Outcome.WHOLE, found
+
+
 def kill(scene: Any) -> None:
     """Let the engine crash."""
     scene.tell(crash_now=1)
@@ -163,16 +170,24 @@ def stays(name: str, inject: i.Inject, **options: Any) -> RealFault:
     return RealFault(name=name, inject=inject, stays=True, **options)
 
 
-# Those that need no start of an engine come first, then those that tell most: a run may be cut.
+# Those that tell most come first: a run may be cut.
 FAULTS: Final = (
+    stalls("detokenizer stops: answers are lost", signal_to("detokenizer", signal.SIGSTOP), subjects=SGLANG),
     stays("a full queue", i.burst(24, 50)),
-    stays("64 requests at once", i.burst(64)),
-    stays("a long prefill", i.long_prompt(200)),
     stays("engine: 300 half requests", i.connections(300, HALF, port="port")),
     stays("engine: 300 requests cut in their body", i.connections(300, CUT, port="port", shut=True)),
     stays("engine: 300 half-closed connections", i.connections(300, HALF, port="port", shut=True)),
     stays("engine: 5,000 idle connections", i.connections(5_000, port="port")),
     stays("engine: 2,000 requests of noise", lambda scene: i.send_noise(scene.port, 2_000)),
+    stays("64 requests at once", i.burst(64)),
+    ends("engine: SIGKILL", signal_to("engine", signal.SIGKILL)),
+    stalls("scheduler: SIGSTOP", signal_to("scheduler", signal.SIGSTOP), subjects=SGLANG),
+    ends("scheduler: SIGKILL", signal_to("scheduler", signal.SIGKILL), subjects=SGLANG),
+    stalls("engine: SIGSTOP", signal_to("engine", signal.SIGSTOP)),
+    ends("engine's port stolen", i.steal_port, heal=i.give_port_back, heal_after=THIEF_SECONDS),
+    ends("disk full, then a crash", fill_disk),
+    ends("detokenizer: SIGKILL", signal_to("detokenizer", signal.SIGKILL), subjects=SGLANG),
+    stays("a long prefill", long_prompt),
     stays("agent: 10,000 idle connections", i.connections(10_000), subjects=frozenset({SUPERVISED})),
     stays("agent: 1,100 half requests", i.connections(1_100, b"GET /health HTTP/1.1\r\nHost: x\r\n"),
           subjects=frozenset({SUPERVISED})),
@@ -192,14 +207,6 @@ FAULTS: Final = (
     stays("files limited to zero bytes", limit(resource.RLIMIT_FSIZE, 0)),
     stays("descriptors used up", limit(resource.RLIMIT_NOFILE, 12)),
     stays("DNS gone", i.no_names, heal=names_back, heal_after=HOLD_SECONDS, subjects=SGLANG),
-    stalls("detokenizer stops: answers are lost", signal_to("detokenizer", signal.SIGSTOP), subjects=SGLANG),
-    ends("engine: SIGKILL", signal_to("engine", signal.SIGKILL)),
-    ends("scheduler: SIGKILL", signal_to("scheduler", signal.SIGKILL), subjects=SGLANG),
-    stalls("engine: SIGSTOP", signal_to("engine", signal.SIGSTOP)),
-    stalls("scheduler: SIGSTOP", signal_to("scheduler", signal.SIGSTOP), subjects=SGLANG),
-    ends("engine's port stolen", i.steal_port, heal=i.give_port_back, heal_after=THIEF_SECONDS),
-    ends("detokenizer: SIGKILL", signal_to("detokenizer", signal.SIGKILL), subjects=SGLANG),
-    ends("disk full, then a crash", fill_disk),
     ends("engine: SIGTERM by somebody else", signal_to("engine", signal.SIGTERM)),
     ends("engine: SIGSEGV", signal_to("engine", signal.SIGSEGV)),
     ends("engine: SIGABRT", signal_to("engine", signal.SIGABRT)),
@@ -468,8 +475,8 @@ def _inject(scene: Any, fault: RealFault) -> str:
     """Do it; return what the injector itself found wrong, such as an answer that never came."""
     try:
         fault.inject(scene)
-    except AssertionError as error:
-        return str(error)[:300]
+    except (AssertionError, OSError, psutil.Error) as error:
+        return f"{type(error).__name__}: {error}"[:300]
     return ""
 
 
@@ -519,10 +526,16 @@ def run_all(path: Path, only: str, *, missing: bool) -> None:
             if not re.search(only, fault.name):
                 continue
             row = real["rows"].setdefault(fault.name, {})
-            for name, scene in ready.items():
-                if name in fault.subjects and not (missing and name in row):
-                    row[name] = measure(scene, fault) | {"load": os.getloadavg()[0]}
-                    print(f"{fault.name}, {name}: {json.dumps(row[name])}", flush=True)
+            chosen = {name: each for name, each in ready.items() if name in fault.subjects}
+            with ThreadPoolExecutor(len(SUBJECTS)) as pool:
+                running = {
+                    name: pool.submit(measure, each, fault)
+                    for name, each in chosen.items()
+                    if not (missing and name in row)
+                }
+            for name, future in running.items():
+                row[name] = future.result() | {"load": os.getloadavg()[0]}
+                print(f"{fault.name}, {name}: {json.dumps(row[name])}", flush=True)
             real |= {
                 "date": datetime.now(UTC).date().isoformat(),
                 "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release()}",

@@ -310,7 +310,7 @@ class TestPascal:
         assert on_pascal["full"] == "torch.float32"
 
     def test_few_decode_graphs_and_no_prefill_graph_unless_the_user_says_otherwise(self, on_pascal):
-        assert on_pascal["decode_sizes"] == [*range(1, 13), 14, 16, 18, 20, 24, 28, 32, 40, 48, 56, 64]
+        assert on_pascal["decode_sizes"] == [*range(1, 15), 16, 17, 18, 20, 22, 24, 25, 26, 28, 32, 40, 48, 56, 64]
         assert "disabled" in on_pascal["prefill"].lower()
         assert on_pascal["kept"]
 

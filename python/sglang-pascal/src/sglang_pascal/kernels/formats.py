@@ -18,9 +18,10 @@ BLOCK: Final = 32
 """Activations that share a scale."""
 ACTIVATION_BITS: Final = (8, 16)
 """Bits of activations: one int8, or two."""
-RECORDED_BATCH_SIZES: Final = (*range(1, 13), 14, 16, 18, 20, 24, 28, 32, 40, 48, 56, 64)
+RECORDED_BATCH_SIZES: Final = (*range(1, 15), 16, 17, 18, 20, 22, 24, 25, 26, 28, 32, 40, 48, 56, 64)
 """Decode batch sizes for which CUDA graphs are captured, up to the limit of concurrent requests. A size in between is
-padded to the next. Up to 12, every size that a decode product multiplies without a padded row has its own graph.
+padded to the next. Up to 32 they are so close, and where a wider kernel begins have one of their own, that a request
+more does not cost what a padded row does; above, tiles pad to the same sizes.
 """
 PLANE_BYTES: Final = 16
 """Bytes of one row in one plane of a tile."""

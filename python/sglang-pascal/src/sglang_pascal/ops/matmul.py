@@ -10,6 +10,7 @@ a P4's memory, issue slots and shared loads (`parts`).
 from __future__ import annotations
 
 import functools
+import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -221,16 +222,20 @@ def cost(part: Part, bits: int) -> float:
 def fitting_width(n: int, bits: int, rows: int, splits: int, device: int | None) -> int:
     """Return the tile that is fastest for n rows of x and `rows` of a weight.
 
-    Tiles are taken in turn, so a last round that leaves the card half empty counts half; fewer than one round is one.
+    It is never wider than one that needs as many tiles. What counts are the tiles of the multiprocessor that has most;
+    tiles are taken in turn, so behind the first round it has the mean: a round that leaves half of the card empty
+    counts half.
     """
 
     def clocks(width: int) -> float:
         tiles, room = _tiles(n, width, rows), _room(width, bits, device)
         apart = splits if _are_apart(splits, tiles, room) else 1
-        rounds = max(1.0, tiles * apart / room)
-        return rounds * TILE_CLOCKS[bits][width] * _ctas(width, bits, device) / apart
+        each = tiles * apart / (room // _ctas(width, bits, device))
+        most = math.ceil(each) if tiles * apart <= room else each
+        return most * TILE_CLOCKS[bits][width] / apart
 
-    found = {width: clocks(width) for width in TILE_WIDTHS[bits]}
+    narrowest = {-(-n // width): width for width in sorted(TILE_WIDTHS[bits], reverse=True)}
+    found = {width: clocks(width) for width in narrowest.values()}
     close = [width for width in found if found[width] <= _AS_FAST * min(found.values())]
     if all(_are_apart(splits, _tiles(n, width, rows), _room(width, bits, device)) for width in close):
         return max(close)  # fewer partial sums

@@ -68,6 +68,8 @@ def test_two_runs_have_two_marks() -> None:
     [
         strays.new_mark(),
         f"{os.getpid()}:1",
+        f"{2**22}:1:",
+        f"{2**22}::{strays._namespace()}:0",
         "",
         ":::",
         "words",
@@ -82,6 +84,17 @@ def test_what_is_no_orphan(mark: str) -> None:
 
 def test_another_process_with_the_number_of_a_pascaline_that_ended() -> None:
     assert strays._is_orphan(f"{os.getpid()}:1:{strays._namespace()}:0")
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), PermissionError(), OSError(12, "no memory")])
+def test_what_cannot_be_read_is_no_orphan(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lack on our side must not end the engine of another instance."""
+
+    def fails(_: int) -> str:
+        raise error
+
+    monkeypatch.setattr(strays, "_start", fails)
+    assert not strays._is_orphan(f"{2**22}:1:{strays._namespace()}:0")
 
 
 def test_a_process_that_does_not_end_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

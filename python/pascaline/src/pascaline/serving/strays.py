@@ -98,24 +98,33 @@ def _mark(pid: int) -> str | None:
 
 
 def _is_orphan(mark: str) -> bool:
-    """Whether the pascaline that a mark names has ended; False if it runs elsewhere, such as in a container."""
-    pid, _, namespace, *_ = [*mark.split(":"), "", ""]
-    if not pid.isdecimal() or len(pid) > _MOST_DIGITS or namespace != _namespace():
+    """Whether the pascaline that a mark names has ended; False if that cannot be told, such as from a container."""
+    pid, start, namespace, *_ = [*mark.split(":"), "", ""]
+    if not pid.isdecimal() or len(pid) > _MOST_DIGITS or not start or not namespace or namespace != _namespace():
         return False
-    return not mark.startswith(f"{_supervisor(int(pid))}:")
+    try:
+        return _start(int(pid)) != start
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    except (OSError, LookupError):
+        return False
 
 
 def _supervisor(pid: int) -> str:
-    """Return what a mark says of a process."""
+    """Return what a mark says of a process; without a start if it cannot be read, so that it is nobody's orphan."""
     try:
-        start = (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()[_START_FIELD]
+        start = _start(pid)
     except (OSError, LookupError):
-        start = "ended"
+        start = ""
     return f"{pid}:{start}:{_namespace()}"
+
+
+def _start(pid: int) -> str:
+    return (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()[_START_FIELD]
 
 
 def _namespace() -> str:
     try:
         return str((PROC / "self/ns/pid").readlink()).strip("pid:[]")
     except OSError:
-        return "unknown"
+        return ""

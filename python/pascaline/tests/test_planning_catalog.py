@@ -107,7 +107,25 @@ class TestCommand:
         text = capsys.readouterr().out
         assert "Qwen3-30B-A3B" in text
         assert "experts of " in text
-        assert max(map(len, text.splitlines())) <= 140
+        table, flags, _ = text.split("\n\n")
+        assert max(map(len, table.splitlines())) <= 140
+        common, *own = flags.splitlines()
+        assert common.startswith("flags of llama.cpp: --ctx-size 16384 --parallel 4 --n-gpu-layers 999 ")
+        assert next(line for line in own if "Qwen3-30B-A3B" in line).startswith(
+            "  --batch-size 2048 --ubatch-size 2048 --n-cpu-moe 36: "
+        )
+
+    def test_says_which_models_whole_layers_on_the_host_would_serve(self, capsys: pytest.CaptureFixture[str]) -> None:
+        catalog_of = ["plan", "--catalog", "--card", "tesla-p4", "--host-memory", "192GiB"]
+        main(catalog_of)
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith("with --placement-layers auto (whole layers on the host, slower) also: ")
+        main([*catalog_of, "--placement-layers", "auto"])
+        text = capsys.readouterr().out
+        for name in last.partition("also: ")[2].split(", "):
+            (row,) = (line for line in text.splitlines() if line.startswith(f"{name} "))
+            assert "does not fit" not in row
+        assert "with --placement-layers auto" not in text
 
     def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["plan", "--catalog", "--card", "tesla-p40", "--json"]) == ExitCode.OK
@@ -141,11 +159,16 @@ class TestCommand:
                 ["--catalog", "--quant", "Q8_0"],
                 "--quant: the catalogue is planned as most files are published, in Q4_K_M",
             ),
-            (["m.gguf", "--host-memory", "1GiB"], "--host-memory: is read with --catalog only"),
+            (["--measure-host", "--host-memory", "1GiB"], "--host-memory: --measure-host measures this host"),
+            (["--catalog", "--host-memory", "192"], "'192' means 192 B, must be at least 1 MiB, such as 192 GiB"),
         ],
     )
     def test_what_does_not_go_together(
         self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(["plan", *arguments]) == ExitCode.CONFIGURATION
+        try:
+            code = main(["plan", *arguments])
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        assert code == ExitCode.CONFIGURATION
         assert message in capsys.readouterr().err

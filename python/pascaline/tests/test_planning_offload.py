@@ -19,10 +19,10 @@ from pascaline.engines.plan_request import ALL_LAYERS
 from pascaline.errors import ConfigurationError
 from pascaline.gpu.memory import GpuRates
 from pascaline.models.resolve import ResolvedModel
-from pascaline.planning import make_plan
+from pascaline.planning import make_plan, nearest_fits
 from pascaline.planning.catalog import catalog_spec, shapes
 from pascaline.planning.hints import with_hints
-from pascaline.planning.plan_text import choices_table, explanation, table
+from pascaline.planning.plan_text import choices_table, explanation, rate_digits, refusal, table
 from pascaline.planning.request import request_from_settings
 from pascaline.planning.search import optimize
 from pascaline.settings import Settings
@@ -337,6 +337,36 @@ class TestChoice:
         weights = weights_on_device(QWEN, offloading(expert_layers_on_host=48))
         found = [128 * weights.host_read_bytes(n) / weights.host_expert_bytes for n in (1, 2, 4, 8, 16)]
         assert found == pytest.approx([8, 15.5, 29.1, 51.6, 82.4], abs=0.05)
+
+
+class TestNearest:
+    """What a plan that does not fit is told: the host's memory first, as it changes no answer."""
+
+    @pytest.mark.parametrize("layers", [0, 5])
+    def test_experts_are_left_to_the_plan(self, layers: int) -> None:
+        first, *_ = nearest_fits(QWEN, P4, offloading(expert_layers_on_host=layers))
+        assert first.settings == {"placement.experts": "auto"}
+        assert first.plan.fits
+        assert first.sentence.startswith(f"placement.experts auto ({first.plan.where}): ")
+
+    def test_layers_of_a_dense_model_are_left_to_the_plan(self) -> None:
+        changes = nearest_fits(LLAMA_2_7B, P4, offloading(card_bytes=4000 * MIB))
+        assert {"placement.layers": "auto"} in [change.settings for change in changes]
+
+    def test_no_placement_helps_where_the_host_has_no_room(self) -> None:
+        wanted = offloading(host_memory_bytes=2**31, expert_layers_on_host=48)
+        changes = nearest_fits(QWEN, P4, wanted)
+        assert not any(key.startswith("placement.") for change in changes for key in change.settings)
+        text = refusal(make_plan(QWEN, P4, wanted), [])
+        assert text.endswith("nothing near fits: a smaller model or more free memory of the host is needed")
+
+    def test_a_gpu_is_not_told_of_a_host_by_an_engine_without_one(self) -> None:
+        changes = nearest_fits(LLAMA_3_8B, P4, request(P4, card_bytes=4000 * MIB))
+        assert not any(key.startswith("placement.") for change in changes for key in change.settings)
+
+
+def test_a_rate_below_one_token_has_its_digits() -> None:
+    assert [rate_digits(rate) for rate in (0.476, 0.03, 1.4, 1234.5)] == ["0.48", "0.03", "1", "1,234"]
 
 
 def test_locked_weights_need_memory_and_are_copied_like_mapped_ones() -> None:

@@ -18,7 +18,7 @@ from pascaline.models import resolve
 from pascaline.models.chat_template import chat_templates
 from pascaline.models.reader import read_model
 from pascaline.planning import make_plan, nearest_fits, other_engine_fits, refusal, table
-from pascaline.planning.catalog import MIXTURE, catalog, catalog_table, shapes
+from pascaline.planning.catalog import MIXTURE, catalog, catalog_table, fitting_with_layers_on_host, shapes
 from pascaline.planning.hints import with_hints
 from pascaline.planning.mixtures import MIXTURES, PERPLEXITY_LOSS, requantized
 from pascaline.planning.plan_text import choices_table, explanation, sweep_table
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from pascaline.cards import Card
     from pascaline.configuration import Configuration
     from pascaline.engines.base import Parsers
-    from pascaline.engines.plan_request import HostRates
     from pascaline.models.spec import ModelSpec
     from pascaline.planning import Plan, PlanRequest
     from pascaline.planning.placement import Placement
@@ -49,6 +48,7 @@ Without --card it plans for this host's GPU, whose free memory NVML reports, or 
   pascaline plan https://models.example.org/emily.Q4_K_M.gguf --token-file token --card tesla-p4
   pascaline plan --config emily.toml --json
   pascaline plan --measure-host
+  pascaline plan emily.Q4_K_M.gguf --card tesla-p4 --engine llama.cpp --host-memory 192GiB --host-bandwidth 100GB
   pascaline plan --catalog --card tesla-p4 --host-memory 192GiB --host-bandwidth 100GB
 
 exit codes:
@@ -95,8 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host-memory",
         type=size_argument,
         metavar="SIZE",
-        help="with --catalog: free memory of the host beside the card, or of a host without one, for example 192GiB "
-        "(default: not limited with --card, else this host's)",
+        help="free memory of the host beside the card, or of a host without one, for example 192GiB (default: not "
+        "limited with --card, else this host's)",
     )
     parser.add_argument(
         "--host-bandwidth",
@@ -136,9 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
     spec = read_spec(configuration, token_headers(arguments.token_file))
     if arguments.quant is not None:
         spec = requantized(spec, arguments.quant)
-    card, request = target(configuration, spec)
-    if arguments.host_bandwidth is not None:
-        request = replace(request, host_rates=_given_rates(request.host_rates, arguments.host_bandwidth))
+    card, request = target(arguments, configuration, spec)
     if arguments.optimize:
         return _optimize(arguments, spec, card, request)
     if arguments.sweep:
@@ -160,8 +158,10 @@ def _check_kinds(arguments: argparse.Namespace) -> None:
         )
     if arguments.measure_host and arguments.file is not None:
         raise ConfigurationError(f"--measure-host: plans no model, must not be set beside one ({arguments.file})")
-    if arguments.host_memory is not None and not arguments.catalog:
-        raise ConfigurationError("--host-memory: is read with --catalog only, must be left out")
+    for flag in ("host_memory", "host_bandwidth"):
+        if arguments.measure_host and getattr(arguments, flag) is not None:
+            name = flag.replace("_", "-")
+            raise ConfigurationError(f"--{name}: --measure-host measures this host, must be left out")
     for flag in ("explain", "picture"):
         if many and getattr(arguments, flag):
             what = "which makes none" if arguments.measure_host else "which makes many"
@@ -187,11 +187,11 @@ def read_spec(configuration: Configuration, headers: Mapping[str, str] | None = 
     return spec
 
 
-def target(configuration: Configuration, spec: ModelSpec) -> tuple[Card, PlanRequest]:
+def target(arguments: argparse.Namespace, configuration: Configuration, spec: ModelSpec) -> tuple[Card, PlanRequest]:
     """Return the card and the request to plan: a named card according to its profile, otherwise this host's device."""
     from pascaline.planning.request import request_from_placement
 
-    placement = placement_of(configuration)
+    placement = with_given_host(arguments, placement_of(configuration))
     return placement.card, request_from_placement(configuration.settings, spec, placement)
 
 
@@ -209,6 +209,10 @@ def placement_of(configuration: Configuration) -> Placement:
     return placement
 
 
+LEAST_SIZE = 2**20
+"""Less is no host's memory or bandwidth, but a number whose unit was forgotten."""
+
+
 def size_argument(text: str) -> int:
     """Read a size for argparse."""
     try:
@@ -217,31 +221,39 @@ def size_argument(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
     if not isinstance(size, int) or size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size, must be such as 192GiB")
+    if size < LEAST_SIZE:
+        raise argparse.ArgumentTypeError(f"{text!r} means {size} B, must be at least 1 MiB, such as {size} GiB")
     return size
 
 
-def _given_rates(rates: HostRates, bytes_per_second: int) -> HostRates:
-    return replace(rates, memory_bytes_per_second=float(bytes_per_second), source="--host-bandwidth")
-
-
-def _catalog(arguments: argparse.Namespace, configuration: Configuration) -> int:
+def with_given_host(arguments: argparse.Namespace, placement: Placement) -> Placement:
+    """Return the placement beside the host that --host-memory and --host-bandwidth describe."""
     from pascaline.gpu.memory import DeviceMemory
 
-    settings, origins = configuration.settings, configuration.origins
-    placement = placement_of(configuration)
     if arguments.host_memory is not None:
         if placement.device == "cpu":
             placement = replace(placement, memory=DeviceMemory("cpu", arguments.host_memory))
         else:
             placement = replace(placement, host_memory_bytes=arguments.host_memory)
-    if arguments.host_bandwidth is not None:
-        placement = replace(placement, host_rates=_given_rates(placement.host_rates, arguments.host_bandwidth))
+    if arguments.host_bandwidth is None:
+        return placement
+    rates = replace(
+        placement.host_rates, memory_bytes_per_second=float(arguments.host_bandwidth), source="--host-bandwidth"
+    )
+    return replace(placement, host_rates=rates)
+
+
+def _catalog(arguments: argparse.Namespace, configuration: Configuration) -> int:
+    settings, origins = configuration.settings, configuration.origins
+    placement = with_given_host(arguments, placement_of(configuration))
     engines = (settings.engine,) if origins.is_chosen("engine") else ()
     rows = catalog(settings, placement, engines=engines, chunk_is_free=not origins.is_chosen("chunked_prefill_tokens"))
     if arguments.json:
         print(json.dumps([row.to_json() for row in rows], indent=2))
     elif rows:
         print(catalog_table(rows))
+        if names := fitting_with_layers_on_host(rows, settings, placement):
+            print(f"\nwith --placement-layers auto (whole layers on the host, slower) also: {', '.join(names)}")
     if others := sorted({shape["name"] for shape in shapes()} - {row.name for row in rows}):
         print(f"pascaline plan: {settings.engine} does not serve {', '.join(others)} so", file=sys.stderr)
     return _code([row.plan for row in rows])

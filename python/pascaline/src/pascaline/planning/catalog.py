@@ -260,8 +260,47 @@ def _with_type(tensor: TensorSpec, name: str) -> TensorSpec:
     return replace(tensor, tensor_type=name, n_bytes=tensor.n_elements // elements * n_bytes)
 
 
+def fitting_with_layers_on_host(rows: Sequence[CatalogRow], settings: Settings, placement: Placement) -> list[str]:
+    """Return the models that do not fit, but would with `placement.layers` auto; none if that is set otherwise."""
+    if settings.placement.layers != "gpu":
+        return []
+    changed = settings.placement.model_copy(update={"layers": "auto"})
+    wanted = settings.model_copy(update={"placement": changed})
+    missing = {row.name for row in rows if not row.plan.fits}
+    engines = [name for name, engine in ENGINES.items() if engine.keeps_weights_on_host]
+    found = (_row(shape, wanted, placement, engines, True) for shape in shapes() if shape["name"] in missing)
+    return [row.name for row in sorted(filter(None, found), key=lambda row: row.file_bytes) if row.plan.fits]
+
+
+def catalog_flags(rows: Sequence[CatalogRow]) -> list[str]:
+    """Return the engines' flags in lines: what all models of an engine have in common, then what each has besides."""
+    lines = []
+    plans = {row.name: row.plan for row in rows if row.plan.fits}
+    for engine in dict.fromkeys(plan.request.engine for plan in plans.values()):
+        flags = {name: _pairs(plan.engine_args) for name, plan in plans.items() if plan.request.engine == engine}
+        first, *others = flags.values()
+        common = [pair for pair in first if all(pair in other for other in others)]
+        lines.append(f"flags of {engine}: {' '.join(common)}{', and' if len(flags) > 1 else ''}")
+        own: dict[str, list[str]] = {}
+        for name, pairs in flags.items():
+            own.setdefault(" ".join(pair for pair in pairs if pair not in common) or "no others", []).append(name)
+        lines += [f"  {text}: {', '.join(names)}" for text, names in own.items() if len(flags) > 1]
+    return lines
+
+
+def _pairs(arguments: Sequence[str]) -> list[str]:
+    """Return each flag with its value."""
+    pairs: list[str] = []
+    for argument in arguments:
+        if argument.startswith("--") or not pairs:
+            pairs.append(argument)
+        else:
+            pairs[-1] += f" {argument}"
+    return pairs
+
+
 def catalog_table(rows: Sequence[CatalogRow]) -> str:
-    """Return one line per model; those that do not fit come last, with the reason."""
+    """Return one line per model; those that do not fit come last, with the reason; then the engines' flags."""
     titles = ("model", "file GiB", "engine", "where", "tok/s", "prompt tok/s")
     fitting = [titles, *(_fitting_cells(row) for row in rows if row.plan.fits)]
     others = [(*_model_cells(row), f"does not fit: {row.plan.reasons[0]}") for row in rows if not row.plan.fits]
@@ -270,7 +309,7 @@ def catalog_table(rows: Sequence[CatalogRow]) -> str:
     lines += table_lines(others, [model, size, LEFT])
     if not all(row.confirmed for row in rows):
         lines.append("* part of the shape was not read for this model")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *catalog_flags(rows)]).rstrip()
 
 
 def _model_cells(row: CatalogRow) -> tuple[str, str]:

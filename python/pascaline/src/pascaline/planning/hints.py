@@ -33,13 +33,14 @@ def with_hints(plan: Plan, spec: ModelSpec, card: Card, request: PlanRequest, *,
     if larger is None or larger.speed is None or plan.speed is None:
         return plan
     prompts = (f"{speed.prefill.tokens_per_second:,.0f}" for speed in (larger.speed, plan.speed))
-    answers = (f"{speed.single.tokens_per_second:,.0f}" for speed in (larger.speed, plan.speed))
+    new, old = (f"{speed.single.tokens_per_second:,.0f}" for speed in (larger.speed, plan.speed))
+    answers = "as fast" if new == old else f"at {new} instead of {old} tok/s"
     taken = chunk_is_free and _answer_share(larger, plan) >= MOST_LOSS
     what = f"chunked_prefill_tokens {LARGE_CHUNK}"
     what += ", as none is set, computes" if taken else " fits too and computes"
     note = (
         f"{what} prompts at {' instead of '.join(prompts)} tok/s, as each chunk copies the weights on the host; "
-        f"one request is answered at {' instead of '.join(answers)} tok/s"
+        f"one request is answered {answers}"
     )
     return replace(larger if taken else plan, notes=(*(larger if taken else plan).notes, note))
 

@@ -33,6 +33,8 @@ POOL_DISTANCE, ONE_REQUEST_DISTANCE = 0.4, 0.2
 KV_DISTANCE, KV_STEP_DISTANCE = 0.5, 0.1
 FILE_STEP_DISTANCE = 0.8
 FRACTION_DISTANCE = 0.3
+EXPERTS_DISTANCE, LAYERS_DISTANCE = 0.1, 0.7
+"""Weights in the host's memory change no answer; whole layers there cost the most time."""
 CHUNK_WEIGHT, REQUESTS_WEIGHT = 0.2, 0.7
 
 _WORDS = {
@@ -45,6 +47,8 @@ _WORDS = {
     "context_length": "context_length {:,}",
     "chunked_prefill_tokens": "chunked_prefill_tokens {}",
     "max_running_requests": "max_running_requests {}",
+    "placement.experts": "placement.experts {}",
+    "placement.layers": "placement.layers {}",
 }
 
 _Variant = tuple[dict[str, Any], "PlanRequest", float]
@@ -148,7 +152,8 @@ def _does_as_much(simpler: Change, change: Change) -> bool:
 
 
 def _candidates(spec: ModelSpec, card: Card, request: PlanRequest) -> Iterator[Change]:
-    """Every combination of a file, a KV type, a memory fraction, and one other number."""
+    """Another placement, and every combination of a file, a KV type, a memory fraction, and one other number."""
+    yield from _placements(spec, card, request)
     for (mixture, file_cost), (kv_dtype, kv_cost), (fraction, fraction_cost) in product(
         _files(spec, request), _kv_types(request), _fractions(request)
     ):
@@ -165,6 +170,21 @@ def _candidates(spec: ModelSpec, card: Card, request: PlanRequest) -> Iterator[C
                 every["mem_fraction_static"] = plan.mem_fraction_static
             if every:
                 yield Change(every, _sentence(every, plan), plan, file_cost + kv_cost + fraction_cost + cost)
+
+
+def _placements(spec: ModelSpec, card: Card, request: PlanRequest) -> Iterator[Change]:
+    """The host's memory for experts, or for whole layers, if the request leaves none to the plan."""
+    if request.device != "cuda" or not engine_named(request.engine).keeps_weights_on_host:
+        return
+    variants: list[_Variant] = []
+    if spec.num_experts and request.expert_layers_on_host is not None:
+        free = replace(request, expert_layers_on_host=None)
+        variants.append(({"placement.experts": "auto"}, free, EXPERTS_DISTANCE))
+    if request.gpu_layers is not None:
+        variants.append(({"placement.layers": "auto"}, replace(request, gpu_layers=None), LAYERS_DISTANCE))
+    for settings, variant, cost in variants:
+        plan = make_plan(spec, card, variant)
+        yield Change(settings, _sentence(settings, plan), plan, cost)
 
 
 def _files(spec: ModelSpec, request: PlanRequest) -> list[tuple[str | None, float]]:
@@ -291,4 +311,6 @@ def _shrinkage(before: float, after: float) -> float:
 def _sentence(settings: dict[str, Any], plan: Plan) -> str:
     shown = settings | {key: format_bytes(value) for key, value in settings.items() if key == "kv_cache.max_bytes"}
     said = " and ".join(_WORDS[key].format(value) for key, value in shown.items())
+    if any(key.startswith("placement.") for key in settings):
+        said += f" ({plan.where})"
     return f"{said}: {plan.kv_tokens:,} tokens of KV cache, {plan.headroom_bytes / 2**20:,.0f} MiB to spare"

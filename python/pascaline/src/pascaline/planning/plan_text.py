@@ -122,7 +122,7 @@ def _speed_lines(plan: Plan) -> list[str]:
 
 def _generation_rows(plan: Plan, speed: Speed) -> list[tuple[str, str]]:
     decode = speed.decode
-    each = f"{decode.tokens_per_second / decode.batch:,.0f} each"
+    each = f"{rate_digits(decode.tokens_per_second / decode.batch)} each"
     first = f"first token of {plan.context_length:,} after {speed.ttft_seconds:,.1f} s"
     return [
         ("  one request", _rate(speed.single)),
@@ -142,8 +142,14 @@ def _speculation_rows(plan: Plan) -> list[tuple[str, str]]:
     return [(f"  with {drafts.method}", f"{low:,.0f} to {high:,.0f} tok/s: {ends}")]
 
 
+def rate_digits(tokens_per_second: float) -> str:
+    """Return the number for a reader, of two digits below 1."""
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 1 else f"{tokens_per_second:.2g}"
+
+
 def _rate(rate: Rate) -> str:
-    text = f"{rate.tokens_per_second:,.0f} tok/s ({rate.low:,.0f} to {rate.high:,.0f}), bound by {rate.bound}"
+    text = f"{rate_digits(rate.tokens_per_second)} tok/s ({rate_digits(rate.low)} to {rate_digits(rate.high)})"
+    text += f", bound by {rate.bound}"
     return text.replace("bound by bandwidth", "bound by memory bandwidth").replace(
         "bound by host", "bound by the weights on the host"
     )
@@ -199,8 +205,14 @@ def refusal(plan: Plan, changes: Sequence[Change]) -> str:
         lines.append("nearest that fit:")
         lines += [f"  {number}. {change.sentence}" for number, change in enumerate(changes, 1)]
     else:
-        lines.append("nothing near fits: a smaller model or a larger card is needed")
+        larger = "more free memory of the host" if _is_short_of_host_memory(plan) else "a larger card"
+        lines.append(f"nothing near fits: a smaller model or {larger} is needed")
     return "\n".join(lines)
+
+
+def _is_short_of_host_memory(plan: Plan) -> bool:
+    """Whether the card has room, but not the host for the weights that stay there."""
+    return plan.headroom_bytes >= 0 and len(plan.host_parts) > 1
 
 
 def sweep_table(plans: Sequence[Plan], over: str) -> str:

@@ -109,12 +109,15 @@ def engine(builtin_gguf, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def lookup_engine(engine, tmp_path_factory):
-    """The same model with prompt lookup and a short context, beside `engine`."""
-    log = tmp_path_factory.mktemp("lookup") / "engine.log"
-    options = [*COMMON_OPTIONS, "--chunked-prefill-size", "128", "--enable-metrics", "--served-model-name", "smollm2"]
-    options += ["--speculative-algorithm", "PASCAL_LOOKUP", "--context-length", "1024"]
-    with running_engine(engine.folder, log, *options) as found:
+def lookup_engine(tiny_model, tmp_path_factory):
+    """A tiny random model with prompt lookup in every step that has a match, whatever it costs."""
+    root = tmp_path_factory.mktemp("lookup")
+    prepare(tiny_model("llama").path, root / "model")
+    (root / "plugin").mkdir()
+    variables = always_draft.installed(root / "plugin", root / "wrong")
+    options = [*COMMON_OPTIONS, "--chunked-prefill-size", "32", "--enable-metrics"]
+    options += ["--speculative-algorithm", "PASCAL_LOOKUP"]
+    with running_engine(root / "model", root / "engine.log", *options, **variables) as found:
         yield found
 
 

@@ -192,3 +192,25 @@ def test_a_new_request_expects_of_a_draft_model_what_it_did_for_others():
     texts.prefilled([request("new")])
     expected, _ = texts.running([request("new")])[0].guess(7)
     assert expected.first < 0.2 < 0.7 < hopeful.first
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_logits_are_constrained_as_sglang_does_without_speculation(width):
+    """Each row of a request as its only row. SGLang's order: additive, scaling, grammar, bias."""
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+    from sglang_pascal.speculation.verification import _constrain
+
+    n, vocabulary = 3, 11
+    generator = torch.Generator().manual_seed(1)
+    info = SamplingBatchInfo.__new__(SamplingBatchInfo)
+    info.penalizer_orchestrator = info.grammar_mask = None
+    info.acc_additive_penalties = torch.randn(n, vocabulary, generator=generator)
+    info.acc_scaling_penalties = 1 + torch.rand(n, vocabulary, generator=generator)
+    info.logit_bias = torch.randn(n, vocabulary, generator=generator)
+    logits = torch.randn(n, width, vocabulary, generator=generator)
+    expected = logits.clone()
+    for row in range(width):
+        info.apply_logits_bias(expected[:, row])
+    tokens = torch.zeros(n, width, dtype=torch.long)
+    _constrain(SimpleNamespace(sampling_info=info, has_grammar=False), logits, tokens)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)

@@ -91,6 +91,26 @@ def test_a_grammar_is_obeyed_with_drafts(draft_engine):
     assert len(json.loads(drafted)["w"]) >= 6
 
 
+def test_a_stop_string_inside_a_run_ends_the_answer(draft_engine):
+    engine, _ = draft_engine
+    whole = answer(engine, PROMPTS[3])["text"]
+    stop = whole[len(whole) // 2 :][:5]
+    drafted, plain = (answer(engine, PROMPTS[3], stop=[stop], ignore_eos=False, **more) for more in ({}, UNDRAFTED))
+    assert drafted["text"] == plain["text"] == whole[: whole.index(stop)]
+    assert drafted["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+
+
+def test_a_stream_has_the_whole_text_in_fewer_events(draft_engine):
+    engine, _ = draft_engine
+    whole = answer(engine, PROMPTS[1])["text"]
+    body = {"input_ids": PROMPTS[1], "stream": True}
+    body["sampling_params"] = {"temperature": 0, "max_new_tokens": N_TOKENS, "ignore_eos": True}
+    with engine.client.stream("POST", "/generate", json=body) as found:
+        events = [json.loads(line[6:]) for line in found.iter_lines() if line.startswith("data: {")]
+    assert events[-1]["text"] == whole
+    assert 1 < len(events) < N_TOKENS / 2
+
+
 def test_a_prompt_that_was_computed_before_is_drafted_for_at_once(draft_engine, alone):
     """An answer without drafts is in the prefix cache; the draft model computes what it lacks of it."""
     engine, _ = draft_engine

@@ -86,7 +86,9 @@ def test_sampling_parameters_give_the_same_tokens(lookup_engine, sampling):
 
 
 @pytest.mark.parametrize(
-    "penalty", [{"frequency_penalty": 0.7}, {"presence_penalty": 0.7}, {"repetition_penalty": 1.2}], ids=lambda each: next(iter(each))
+    "penalty",
+    [{"frequency_penalty": 0.7}, {"presence_penalty": 0.7}, {"repetition_penalty": 1.2}],
+    ids=lambda each: next(iter(each)),
 )
 def test_a_penalty_is_exact_beside_requests_with_drafts(lookup_engine, alone, penalty):
     """Its rows of a step that checks the others' drafts are padding."""

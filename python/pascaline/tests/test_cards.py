@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from pascaline.cards import card_for_device, card_names, load_card
+from pascaline.cards import card_for_device, card_names, load_card, unknown_name
 
 GPUS = [name for name in card_names() if name != "cpu"]
 CORES_OF_A_MULTIPROCESSOR = {"6.0": 64, "6.1": 128}
@@ -114,6 +114,27 @@ def test_no_name_of_the_driver_belongs_to_two_cards() -> None:
 def test_a_card_is_found_by_the_drivers_name(device: str, card: str | None) -> None:
     found = card_for_device(device)
     assert (found.name if found else None) == card
+
+
+@pytest.mark.parametrize(
+    ("name", "suggested"),
+    [
+        ("P4", "tesla-p4"),
+        ("NVIDIA GeForce GTX 1080 Ti", "gtx-1080-ti"),
+        ("1080ti", "gtx-1080-ti"),
+        ("GTX 1060 3 GB", "gtx-1060-3gb"),
+        ("gtx 1060", "gtx-1060-3gb or gtx-1060-6gb"),
+        ("P100 12GB", "tesla-p100"),
+        ("TITAN X", "titan-x-pascal"),
+    ],
+)
+def test_a_name_that_people_use_leads_to_the_card(name: str, suggested: str) -> None:
+    assert unknown_name(name) == f"card: unknown card {name!r}, did you mean {suggested}?"
+
+
+@pytest.mark.parametrize("name", ["tesla-t4", "", 7, "nvidia"])
+def test_any_other_name_is_answered_by_the_list(name: object) -> None:
+    assert unknown_name(name) == f"card: unknown card {name!r}, must be one of: {', '.join(card_names())}"
 
 
 def test_every_gpu_starts_from_the_same_settings() -> None:

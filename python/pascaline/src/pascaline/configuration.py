@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from pascaline.cards import card_names, detect_card, load_card
+from pascaline.cards import card_names, detect_card, load_card, unknown_name
 from pascaline.digests import SHA256_WORDS, parse_sha256s
 from pascaline.engines import ENGINES
 from pascaline.errors import ConfigurationError
@@ -263,8 +263,7 @@ def _choose_card(values: Mapping[str, Value], environment: Mapping[str, str], pr
         value = values["card"]
         if value.raw in card_names():
             return str(value.raw)
-        allowed = ", ".join(card_names())
-        problems.append(f"card: unknown card {value.raw!r}, must be one of: {allowed} ({value.origin})")
+        problems.append(f"{unknown_name(value.raw)} ({value.origin})")
         return None
     if "device" in values and values["device"].raw == "cpu":
         return "cpu"

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pascaline.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pascaline.gpu.memory import GpuRates
 
 Origin = Literal["measured", "documented", "estimated"]
@@ -81,7 +83,7 @@ def load_card(name: str) -> Card:
     try:
         entry = _data()[name]
     except KeyError:
-        raise ConfigurationError(f"card: unknown card {name!r}, must be one of: {', '.join(card_names())}") from None
+        raise ConfigurationError(unknown_name(name)) from None
     return Card(
         name=name,
         nvml_names=tuple(entry.get("nvml_names", ())),
@@ -89,6 +91,29 @@ def load_card(name: str) -> Card:
         facts=_facts(entry.get("facts", {})),
         settings=({} if name == "cpu" else _read("cards.toml")["gpu"]["settings"]) | entry.get("settings", {}),
     )
+
+
+def unknown_name(name: object) -> str:
+    """Return the message for a card that has no profile: it suggests the profiles whose names have the same words."""
+    wanted = _words(str(name))
+    similar = [card for card in card_names() if wanted and _is_similar(wanted, (card, *load_card(card).nvml_names))]
+    if similar:
+        return f"card: unknown card {name!r}, did you mean {' or '.join(similar)}?"
+    return f"card: unknown card {name!r}, must be one of: {', '.join(card_names())}"
+
+
+def _is_similar(wanted: list[str], names: Sequence[str]) -> bool:
+    """Whether all words are in these names of a card, or one name ends with them written together (`1080ti`)."""
+    words = [_words(name) for name in names]
+    return {*wanted} <= {word for each in words for word in each} or any(
+        "".join(each).endswith("".join(wanted)) for each in words
+    )
+
+
+def _words(name: str) -> list[str]:
+    """Return the words and numbers of a card's name, without the maker's: gtx, 1060, 3gb."""
+    found = re.findall(r"[a-z0-9]+", re.sub(r"(\d) gb", r"\1gb", name.lower()))
+    return [word for word in found if word != "nvidia"]
 
 
 def unknown_card(nvml_name: str, memory_bytes: int, rates: GpuRates | None = None) -> Card:

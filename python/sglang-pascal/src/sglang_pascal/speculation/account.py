@@ -1,10 +1,10 @@
-"""Whether lookup may work at all: by what it has won and lost so far, in measured time. Pure.
+"""Decides whether drafts may be looked for, by the time that they have won and lost so far. Pure.
 
 An interval between two launches is a sample of a plain step's time if no draft was looked for and no wait changed the
 interval. Every other interval is booked: the tokens that it gave, against the plain steps that would have fitted into
 its time. All costs of speculation are therefore counted: rows, looking for drafts, waiting for the device, computing
-what a draft model lacks. Each number of running requests has an account, which can be spent down to zero. It earns a
-small share of all steps, which bounds the loss; after trials in vain it earns less.
+what a draft model lacks. Each number of running requests has an account. An account with nothing left stops
+speculation. Each step adds a small share of a step to it, which bounds the loss; after trials in vain it adds less.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from typing import Final
 from sglang_pascal.speculation.policy import Pace
 
 ALLOWANCE: Final = 0.01
-"""Steps earned per step: the share of time that lookup may lose in the long run. Half of the two percent promised."""
+"""Steps that an account earns per step: the share of time that lookup may lose in the long run. The documented bound
+is twice this, two percent."""
 DEBT: Final = 4.0
-"""Most steps that an account is overdrawn by: what a pause of the machine cost is forgotten after five hundred steps.
-A check that always takes so long is not repeated: `Pace` knows."""
+"""Most steps by which an account is overdrawn. With the allowance, the cost of a pause of the machine is forgotten
+after five hundred steps. A check that is always slow is not repeated: `Pace` remembers its time."""
 CREDIT: Final = 2.0
-"""Steps with which an account begins, and the most that it keeps of what it won: what the next text may lose."""
+"""Steps with which an account begins, and the most that it keeps of what it won. The next text may lose as much."""
 PROBE: Final = 1.0
 """Steps that must be in an account before lookup is tried again: with the allowance, after a hundred plain steps."""
 MOST_FAILURES: Final = 2
 """Trials in vain, one after the other, each of which halves what is earned. The first is free, and a new prompt
 lets the count begin anew: texts differ."""
 WORST: Final = 16.0
-"""Most plain steps' time that a check is booked with: a pause of the machine is not the fault of a check."""
+"""Most time that is booked for a check, in plain steps. More is a pause of the machine, not the cost of the check."""
 FIRST: Final = 2.0
 """The same for the first check of each width."""
 CLIPPED: Final = 3.0
@@ -37,12 +38,12 @@ CLIPPED: Final = 3.0
 LEAST_SAMPLES: Final = 3
 MOST_SAMPLES: Final = 32
 RENEWED: Final = 8
-"""Samples of plain steps: how many there must be, how many the mean is of, and after how many it is taken anew."""
+"""Numbers of samples of plain steps: needed for a first mean, used for a mean, and taken between two updates of it."""
 STEPS_PER_CALIBRATION: Final = 512
 """Booked steps after which some plain ones are taken: a longer text makes all steps slower."""
 SETTLING: Final = 2
-"""Intervals after a wait that are no sample. A wait empties the device's queue; until it is full again, the time
-between launches is the host's only."""
+"""Intervals after a wait that are not used as samples. A wait empties the device's queue; until it is full again, the
+time between launches is only the host's."""
 
 
 @dataclass
@@ -51,10 +52,10 @@ class _Plain:
 
     samples: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_SAMPLES))
     seconds: float | None = None
-    """Their mean, without what is far off."""
+    """Their mean, with outliers clipped. None if there are too few samples."""
     n_samples: int = 0
     is_warm: bool = False
-    """The first step of a number of requests is slow: the device's code is loaded."""
+    """Whether the first step has passed. It is slow, because the device loads code."""
 
     def note(self, seconds: float) -> None:
         if not self.is_warm:
@@ -70,7 +71,7 @@ class _Plain:
 
 @dataclass
 class _Account:
-    """Of one number of requests."""
+    """The balance of one number of running requests."""
 
     plain: _Plain = field(default_factory=_Plain)
     balance: float = CREDIT
@@ -84,7 +85,7 @@ class _Account:
     """Since the last calibration."""
     samples_wanted: int = LEAST_SAMPLES
     warm_widths: set[int] = field(default_factory=set)
-    """The first check of a width is slow too: memory is taken, a recorded step is loaded."""
+    """Widths whose first check has passed. It is slow too: memory is allocated, and a recorded step is loaded."""
 
     def note(self, change: float) -> None:
         earned = ALLOWANCE / 2 ** max(0, self.failures - 1)
@@ -97,10 +98,10 @@ class _Account:
 
 
 class Accounts:
-    """By number of running requests."""
+    """One account for each number of running requests."""
 
     def __init__(self, row_cost: float, draft_cost: float = 0.0) -> None:
-        """row_cost, draft_cost: as `Pace` takes them."""
+        """row_cost, draft_cost: see `Pace`."""
         self.pace = Pace(row_cost, draft_cost)
         self.won_seconds = 0.0
         """What speculation has won so far, seconds; negative if it has lost."""
@@ -127,9 +128,9 @@ class Accounts:
     ) -> None:
         """Count the time from a launch to the next one.
 
-        n, width: of the step that was launched. won: drafted tokens of it that were right. looked, waited: whether
-        drafts were looked for, and the device was waited for, before the next launch. prepared: whether the time is
-        also that of computing what a draft model lacked.
+        n, width: requests and rows per request of the step that was launched. won: its drafted tokens that were right.
+        looked, waited: whether the host looked for drafts, and waited for the device, before the next launch.
+        prepared: whether the time includes computing what a draft model lacked.
         """
         account = self._accounts.setdefault(n, _Account())
         self._unsettled = SETTLING if waited else max(0, self._unsettled - 1)

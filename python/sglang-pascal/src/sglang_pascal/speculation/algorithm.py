@@ -1,4 +1,4 @@
-"""`--speculative-algorithm PASCAL_LOOKUP` and `PASCAL_DRAFT`: what SGLang knows of them before a worker exists."""
+"""`--speculative-algorithm PASCAL_LOOKUP` and `PASCAL_DRAFT`: what SGLang needs before a worker exists."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sglang_pascal.names import DRAFT, LOOKUP
 DEFAULT_WIDTH: Final = 8
 """Rows of one request in the widest step: a decided token and seven drafts."""
 _BARRIER: Final = "SGLANG_ENABLE_WAR_BARRIER"
-"""The scheduler's slots for the next step must wait for this step's reads. SGLang does so where `is_cuda` is True,
-which the plugin replaces."""
+"""Makes the scheduler write the next step's slots only after this step has read its own. SGLang does so by itself if
+`is_cuda` is True; with the plugin it is not."""
 
 
 class ChainAlgorithm(CustomSpecAlgo):  # type: ignore[misc]  # SGLang publishes no types
-    """Three methods that the scheduler calls are missing in SGLang's own class."""
+    """SGLang's class for registered algorithms, with the methods that the scheduler also calls."""
 
     def is_ngram(self) -> bool:
         """Return True: SGLang then carries accepted tokens from step to step, and records verification steps."""
@@ -53,7 +53,7 @@ class ChainAlgorithm(CustomSpecAlgo):  # type: ignore[misc]  # SGLang publishes 
         return ChainRelay(device, self, pool, False, needs_confidence_relay)
 
     def handle_server_args(self, server_args: Any) -> None:
-        """Fill in what was not given. SGLang turns the assignments into declared defaults."""
+        """Set the arguments that were not given. SGLang turns the assignments into declared defaults."""
         width = server_args.speculative_num_draft_tokens or DEFAULT_WIDTH
         server_args.speculative_num_draft_tokens = width
         server_args.speculative_num_steps = width - 1
@@ -73,11 +73,11 @@ _UNSUPPORTED: Final = {
     "enable_return_hidden_states": (False, "--enable-return-hidden-states"),
     "enable_watermark": (False, "--enable-watermark"),
 }
-"""Argument -> the only value with which drafts work, and its flag."""
+"""Argument -> the only value with which drafts work, and the argument's flag."""
 
 
 def check_arguments(server_args: Any) -> None:
-    """Raise PluginError for arguments with which no drafts work."""
+    """Raise PluginError for arguments with which drafts do not work."""
     algorithm = server_args.speculative_algorithm
     for name, (only, flag) in _UNSUPPORTED.items():
         value = getattr(server_args, name, only)
@@ -89,7 +89,7 @@ def check_arguments(server_args: Any) -> None:
 
 
 def check_draft_arguments(server_args: Any) -> None:
-    """Raise PluginError for arguments with which a draft model does not work, or if its tokenizer is another."""
+    """Raise PluginError for arguments with which a draft model does not work, or if its tokenizer differs."""
     from sglang_pascal.speculation.tokenizers import require_same_tokenizer
 
     check_arguments(server_args)

@@ -15,11 +15,11 @@ STEPS: Final = "sglang_pascal:spec_steps_total"
 WON: Final = "sglang_pascal:spec_won_seconds"
 KINDS: Final = ("greedy", "sampled", "grammar")
 _RESULTS_BEHIND: Final = 4
-"""Steps whose results SGLang may not have processed yet; with overlap it is one."""
+"""Most steps whose results SGLang may not have processed yet; with overlapping steps it is one."""
 
 
 def kind_of(request: Any) -> str:
-    """Return what decides how often a request's drafts can be right, one of `KINDS`."""
+    """Return the kind of a request, one of `KINDS`: it decides how often drafts can be right."""
     if request.grammar is not None:
         return "grammar"
     return "greedy" if request.sampling_params.top_k == 1 else "sampled"  # SGLang's form of a temperature of 0
@@ -37,7 +37,7 @@ class Counters:
         self._steps = Counter(STEPS, "Decode steps by rows per request; 1 = nothing was checked", ["width"])
         self._won = Gauge(WON, "Time that was won, less what was lost", multiprocess_mode="mostrecent")
         self._launched: deque[list[str]] = deque(maxlen=_RESULTS_BEHIND)
-        """Of each step whose result is not known yet, the kinds of its requests."""
+        """The kinds of the requests of each step whose result is not known yet."""
         for kind in KINDS:
             for counter in (self._drafted, self._accepted, self._checks):
                 counter.labels(kind=kind)

@@ -1,8 +1,8 @@
 """Drafts of a smaller model in the same process: it continues each text by its likeliest tokens, one after the other.
 
-It shares the target's slots: the keys and values of a token are at the same place of either model's pool. What it has
-not computed yet of a text, because a step went without drafts or a prompt was cached, it computes when it is asked.
-Nothing that is missing or stale there can change an answer: the target verifies every token.
+It shares the target's slots: the keys and values of a token are at the same place in both models' pools. After a step
+without drafts or a cached prompt, some of its keys and values are missing; it computes them before it drafts again.
+Missing or stale ones never change an answer: the target verifies every token.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ FIRST_ROWS: Final = 2
 """Rows of a request in the first pass: the newest token, and the one before it, whose keys and values are missing if
 all drafts of the last step were right. Two rows take the time of one."""
 MOST_BEHIND: Final = 2048
-"""Tokens that are computed for a draft, at most. Drafts of a request that lacks more are seldom right, so that there
-will be few."""
+"""Most missing tokens that are computed for a draft. If a request lacks more, its drafts are seldom right, and soon it
+gets few."""
 
 
 class Span(NamedTuple):
@@ -44,7 +44,7 @@ class Span(NamedTuple):
 
 
 class DraftModel:
-    """SGLang's worker of the draft model, and which of its keys and values are those of the tokens in the slots."""
+    """SGLang's worker of the draft model, and a record of the slots whose keys and values it has computed."""
 
     def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any, most_rows: int) -> None:
         """Load the weights. Raises PluginError if the vocabularies differ in size."""
@@ -67,7 +67,7 @@ class DraftModel:
         """Time of drafting a token, as a share of the target's step: what both read."""
 
     def alloc_memory_pool(self, **pools: Any) -> None:
-        """Take the target's slots, as SGLang passes them, and memory for their keys and values."""
+        """Use the target's slots, which SGLang passes, and allocate memory for their keys and values."""
         self._worker.alloc_memory_pool(**pools)
         pool = self._runner.token_to_kv_pool
         self._is_computed = torch.zeros(pool.size + pool.page_size, dtype=torch.bool, device=self._runner.device)
@@ -92,7 +92,7 @@ class DraftModel:
         self._note(slots, is_computed=False)
 
     def _note(self, slots: torch.Tensor, *, is_computed: bool) -> None:
-        """An assignment would copy the value to the device, and wait for it."""
+        # An assignment would copy the value to the device, and wait for it.
         self._is_computed.index_fill_(0, slots.long(), is_computed)
 
     def propose(self, batch: Any, step: Step) -> torch.Tensor:
@@ -115,9 +115,9 @@ class DraftModel:
         return torch.cat(drafts, 1)
 
     def behind(self, batch: Any, longest: int) -> list[int]:
-        """Return how many tokens before each newest one there are from the first that is not computed.
+        """Return each request's number of tokens from the first that is not computed to the one before the newest.
 
-        longest: most tokens of a request. This waits for the device.
+        longest: length of the longest request, tokens. This waits for the device.
         """
         lengths = batch.seq_lens
         columns = torch.arange(longest, device=lengths.device)
@@ -178,7 +178,7 @@ def chunks(missing: Sequence[Span], most: int) -> Iterator[list[Span]]:
 
 
 def _own(batch: Any) -> Any:
-    """Return a copy of SGLang's batch for the draft model: nothing is reported of its passes."""
+    """Return a copy of SGLang's batch for the draft model, which reports nothing about its passes."""
     own = copy.copy(batch)
     own.return_logprob, own.spec_info, own.has_grammar = False, None, False
     own.extend_input_logprob_token_ids = None

@@ -1,4 +1,5 @@
-"""What the next step checks: drafts of each request, and how many rows all of them get. Pure, but for one question.
+"""Plans the next step: each request's drafts, and the rows that each request gets. Pure, except for one callback that
+waits for the device.
 
 The host waits for the device only if a wait can pay: after a check, because its outcome is unknown, and if the text
 before the newest token has occurred earlier. Text that never repeats is decoded without a wait. If lookup does not
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     Widths = Callable[[int], Sequence[int]]
     """Number of requests -> the rows that each may have in a step."""
     Wait = Callable[[], Sequence[tuple[int, Sequence[int]]]]
-    """Waits for the device; returns each request's number of tokens, and those of the last step."""
+    """Waits for the device; returns each request's number of tokens, and its tokens of the last step."""
     Found = tuple[Draft | None, list[int]]
-    """A draft of a request and its tokens; none yet if a model drafts them."""
+    """A request's draft and its tokens; no tokens if a model is still to draft them."""
     Search = Callable[[Text, int], tuple[Draft, list[int]] | None]
     """Text, most tokens -> what may be drafted; None = nothing."""
 
@@ -33,13 +34,13 @@ class Step:
     """What one step computes."""
 
     width: int
-    """Rows of each request: a decided token, and drafts."""
+    """Rows of each request: its newest token, and drafts."""
     n_drafts: list[int]
-    """Of each request; its other rows are padding."""
+    """Number of drafts of each request; its other rows are padding."""
     drafts: list[list[int]]
     """`[n][width - 1]`, padded; all padding if a model drafts them."""
     texts: list[Text] = field(default_factory=list)
-    """Of each request, with its newest token; empty if nothing is drafted."""
+    """Each request's text with its newest token; empty if nothing is drafted."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class Drafter:
         search: Search = Text.draft,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """most_rows, row_cost, draft_cost: as `choose_width` and `Pace` take them.
+        """most_rows, row_cost, draft_cost: see `choose_width` and `Pace`.
 
-        context_length: most tokens of a request. search: what says which drafts there may be.
+        context_length: most tokens of a request. search: finds what may be drafted for a text.
         """
         self._widths, self._most_rows, self._accounts = widths, most_rows, Accounts(row_cost, draft_cost)
         self._search = search
@@ -111,7 +112,7 @@ class Drafter:
         self._is_after_prompt = True
 
     def plan(self, requests: Sequence[Any], wait: Wait) -> Step:
-        """Return the next step of a batch; it counts as launched."""
+        """Return the next step of a batch, and count it as launched."""
         self._waited = False
         self._running = {request.rid: request for request in requests}
         looks = self._looks(len(requests))
@@ -134,7 +135,7 @@ class Drafter:
         return self._launched is not None and 2 * n <= self._most_rows and self._accounts.allows(n)
 
     def _plain(self, requests: Sequence[Any]) -> Step:
-        """Return a step without drafts, for next to no time of the host."""
+        """Return a step without drafts; this costs the host almost no time."""
         self._texts.advanced(requests)
         return Step(1, [0] * len(requests), [[] for _ in requests])
 
@@ -146,13 +147,13 @@ class Drafter:
         return _launched(texts, found, width)
 
     def _learn(self, texts: Sequence[Text], wait: Wait) -> None:
-        """Take what the device knows; this waits for it."""
+        """Learn the newest tokens from the device; this waits for it."""
         self._waited = True
         for text, (total, newest) in zip(texts, wait(), strict=True):
             text.learn(total, newest)
 
     def _measure(self, requests: Sequence[Any], width: int, n_right: int, looked: bool) -> None:
-        """Note how long the last step took: until this one is launched. One with other requests is not comparable."""
+        """Note the time of the last step, up to the launch of this one, if both have the same requests."""
         now, last = self._clock(), self._launched
         launch = self._launched = _Launch(now, [request.rid for request in requests], width)
         n = len(launch.requests)
@@ -165,7 +166,7 @@ class Drafter:
         self._prepared = False
 
     def _choose(self, requests: Sequence[Any], texts: Sequence[Text]) -> tuple[list[Found], int]:
-        """Return each request's draft, and the width. No row may be beyond the context: there are no angles for it."""
+        """Return each request's draft, and the width. No row may be beyond the context: there are no rotary angles."""
         longest = max(text.total or 0 for text in texts)
         widths = [width for width in self._widths(len(texts)) if longest + width - 1 <= self._context_length]
         found: list[Found] = [

@@ -1,8 +1,8 @@
 """Recorded steps (CUDA graphs) for each number of rows that a request may have in a step.
 
-SGLang records one width, its widest, so that a step without drafts would compute rows for nothing. Here the platform's
-runner records width 1 for all batch sizes, and each further width has a runner of its own for the batch sizes that its
-rows allow. A step uses the runner of its width.
+SGLang records only the widest width; a step without drafts would then compute rows that nobody needs. Here the
+platform's runner records width 1 for all batch sizes. Each further width has a runner of its own, for the batch sizes
+whose rows fit into a step. A step uses the runner of its width.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _BATCH_SIZES: Final = "get_batch_sizes_to_capture"
-"""What SGLang's runner asks for the batch sizes to record: `(model_runner, width, **) -> (sizes, sizes to compile)`."""
+"""SGLang's function for the batch sizes to record: `(model_runner, width, **) -> (sizes, sizes to compile)`."""
 
 
 class ChainGraphRunner(decode_cuda_graph_runner.DecodeCudaGraphRunner):  # type: ignore[misc]  # no types in SGLang
-    """SGLang's runner of recorded decode steps, of width 1 unless another is named."""
+    """SGLang's runner of recorded decode steps; the default width is 1."""
 
     def __init__(
         self, model_runner: Any, *, speculative_num_draft_tokens: int | None = None, most_rows: int = 0, **more: Any
@@ -39,15 +39,15 @@ class ChainGraphRunner(decode_cuda_graph_runner.DecodeCudaGraphRunner):  # type:
 
 
 def sizes_of(sizes: Sequence[int], width: int, most_rows: int) -> list[int]:
-    """Return the batch sizes that have at most most_rows rows, if each request has width; 0 = any number."""
+    """Return the batch sizes with at most most_rows rows, if each request has `width` rows. most_rows 0: all sizes."""
     return [size for size in sizes if not most_rows or size * width <= most_rows]
 
 
 class RecordedWidths:
-    """The runners of a model by width, and which widths a batch may have."""
+    """A model's runners by width, and the widths that a batch may have."""
 
     def __init__(self, model_runner: Any, widths: Sequence[int], most_rows: int) -> None:
-        """widths: ascending, from 1. most_rows: of one step, all requests together."""
+        """widths: ascending, from 1. most_rows: most rows of one step, all requests together."""
         self._model_runner, self._widths, self._most_rows = model_runner, tuple(widths), most_rows
         self._runners: dict[int, Any] = {}
 
@@ -71,7 +71,7 @@ class RecordedWidths:
 
     @contextlib.contextmanager
     def of_width(self, width: int) -> Iterator[None]:
-        """Let SGLang run a step of that width; one that is not recorded runs operation by operation."""
+        """Let SGLang run a step of that width. A step that is not recorded runs operation by operation."""
         before = self._model_runner.decode_cuda_graph_runner
         if self._runners:
             self._model_runner.decode_cuda_graph_runner = self._runners[width]

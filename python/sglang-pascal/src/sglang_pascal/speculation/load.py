@@ -1,7 +1,7 @@
-"""What a further row of a step costs on a device, and how many rows one step may have.
+"""The cost of a further row in a step on a device, and the most rows of one step.
 
-Up to this number of rows, a product takes the time of reading the weights; each further row adds its own time.
-`pascaline` plans the number for a card and a model and passes it on.
+Up to this number of rows, a product takes only the time of reading the weights; each further row adds its own time.
+`pascaline` computes the number for a card and a model, and passes it in a variable.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from sglang_pascal.quantization.precision import activation_bits
 
 _CPU_ROWS: Final = 16
 _ROW_COST: Final = {"cpu": 0.2, "cuda": 0.04}
-"""Time of a further row as a share of a step's: benchmarks/speculation.py prints it."""
+"""Time of a further row as a share of a step's time; benchmarks/speculation.py measures it."""
 
 
 def most_rows(device: str) -> int:
-    """Return the rows of one step, all requests together. Raises PluginError if the variable is no such number."""
+    """Return the most rows of one step, all requests together. Raises PluginError if the variable has a wrong value."""
     value = os.environ.get(ROWS_VARIABLE)
     if value is None:
         return _CPU_ROWS if device == "cpu" else SPECULATIVE_COLUMNS * 8 // activation_bits(DECODE_BITS_VARIABLE)

@@ -1,6 +1,6 @@
-"""Prompt lookup on the host: what followed the earlier text that is most like the end of a request's text.
+"""Prompt lookup on the host: finds the longest earlier occurrence of the end of a text; what followed it is the draft.
 
-No weights, and no memory beyond a few bytes per token. The index holds where each run of `MIN_MATCH` tokens occurred;
+It needs no weights, and a few bytes of memory per token. The index holds where each run of `MIN_MATCH` tokens occurred;
 candidates are compared with the text itself, so a collision of hashes costs time but never gives a wrong match.
 """
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 MIN_MATCH: Final = 3
 """Least number of tokens that must match."""
 MAX_MATCH: Final = 32
-"""Tokens after which a match is not compared further: a longer one is not more certain."""
+"""Most tokens that are compared: a longer match is not more certain."""
 MAX_INDEXED: Final = 32768
-"""Positions of one request that are indexed, the latest ones: 8 bytes each. A power of two."""
+"""Most positions of one request that are indexed: the latest ones, at 8 bytes each. A power of two."""
 MAX_CANDIDATES: Final = 8
-"""Earlier occurrences that are compared, the latest ones."""
+"""Most earlier occurrences that are compared: the latest ones."""
 _FIRST: Final = 0x9E3779B1
 _SECOND: Final = 0x85EBCA77
 _THIRD: Final = 0xC2B2AE3D
@@ -31,7 +31,7 @@ class Match(NamedTuple):
     """An earlier occurrence of the end of the text."""
 
     length: int
-    """Tokens that are alike, at most `MAX_MATCH`."""
+    """Number of equal tokens, at most `MAX_MATCH`."""
     end: int
     """Position after the earlier occurrence."""
 
@@ -40,7 +40,7 @@ class NgramIndex:
     """The tokens of one request, prompt and answer, and where runs of them occurred."""
 
     def __init__(self, expected_tokens: int = MAX_INDEXED) -> None:
-        """expected_tokens: how long the text may become; a longer one is allowed, but only its end is indexed."""
+        """expected_tokens: expected length of the text. It may become longer; then only its end is indexed."""
         self.tokens = array("i")
         self._capacity = min(MAX_INDEXED, 1 << max(6, (expected_tokens - 1).bit_length()))
         self._shift = 32 - (self._capacity.bit_length() - 1)
@@ -62,7 +62,7 @@ class NgramIndex:
         self.tokens.extend(iter(tokens))  # SGLang's are arrays of another type
 
     def index(self, budget: int) -> int:
-        """Index the next positions that something follows, at most budget; return how many."""
+        """Index the next positions that are not the last, at most budget; return their number."""
         first = max(self._indexed + 1, len(self.tokens) - self._capacity)
         end = min(len(self.tokens), first + budget)
         for position in range(first, end):
@@ -73,7 +73,7 @@ class NgramIndex:
         return max(0, end - first)
 
     def match(self) -> Match | None:
-        """Return the longest earlier occurrence of the end of the text, of several the latest."""
+        """Return the longest earlier occurrence of the end of the text, and the latest of several; None without one."""
         if len(self.tokens) <= MIN_MATCH:
             return None
         best = None
@@ -91,7 +91,7 @@ class NgramIndex:
         return best
 
     def following(self, match: Match, n: int) -> list[int]:
-        """Return the n tokens after a match; if it reaches the end of the text, the text repeats itself."""
+        """Return the n tokens after a match. A match near the end of the text has fewer: they are repeated."""
         period = self.tokens[match.end : match.end + n]
         return [period[i % len(period)] for i in range(n)]
 
@@ -102,7 +102,7 @@ class NgramIndex:
         return (mixed * _FIRST & 0xFFFFFFFF) >> self._shift
 
     def _common(self, position: int) -> int:
-        """Return how many tokens before a position are those at the end of the text."""
+        """Return the number of tokens before a position that equal those at the end of the text."""
         tokens, end, length = self.tokens, len(self.tokens), 0
         while length < min(MAX_MATCH, position) and tokens[position - 1 - length] == tokens[end - 1 - length]:
             length += 1

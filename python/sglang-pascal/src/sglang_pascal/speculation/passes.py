@@ -1,4 +1,4 @@
-"""One pass of a model over a chain: some tokens of each request, each of which sees those before it."""
+"""One pass of a model over a chain: several tokens of each request, each of which sees the tokens before it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run_chain(
 ) -> tuple[Any, bool]:
     """Run a model over tokens `[n, width]` at these positions; return its output and whether the pass was recorded.
 
-    worker: SGLang's of that model. batch: SGLang's; its lengths `[n]` are those before the tokens. Its fields that
+    worker: SGLang's worker of that model. batch: SGLang's; its lengths `[n]` do not count these tokens. Its fields that
     describe a pass are changed.
     """
     slots = batch.req_to_token_pool.req_to_token[batch.req_pool_indices[:, None], positions]

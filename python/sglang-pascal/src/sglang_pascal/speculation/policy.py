@@ -1,7 +1,7 @@
-"""How many drafted tokens are worth a check: from how often a request's drafts were right, and what a row costs.
+"""Chooses how many drafted tokens to check, from how often a request's drafts were right and from the cost of a row.
 
-A step of more rows takes longer, and the tokens that it wins are only probable. The width of a step is the one with
-the most expected tokens in its time, among those for which the engine has recorded steps.
+A step with more rows takes longer, and the tokens that it wins are only probable. The chosen width has the most
+expected tokens per time among the widths for which the engine has recorded steps.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LONG_MATCH: Final = 8
-"""Tokens alike from which a match counts as long: its first token is right far more often than a short one's."""
+"""Equal tokens from which a match counts as long: its first token is right far more often than a short match's."""
 MARGIN: Final = 0.1
-"""Share of tokens that a wider step must win beyond its cost: estimates are noisy, and a step without is safe."""
+"""Share of tokens that a wider step must win beyond its cost: estimates are noisy, and a plain step is safe."""
 _PRIOR_PER_TOKEN: Final = 0.12
 _PRIOR_FIRST_MOST: Final = 0.9
 _PRIOR_NEXT: Final = 0.8
 _PRIOR_WEIGHT: Final = 2.0
-"""In drafts: after two wrong ones, a request's own record counts as much as what is known of others."""
+"""Weight of the prior, in drafts: after two, a request's own record counts as much as the prior."""
 _KEPT_PER_DRAFT: Final = 0.9
 _SAMPLES: Final = 7
 _LEAST_SAMPLES: Final = 3
 """The median is taken over the last _SAMPLES steps of a kind, once there are _LEAST_SAMPLES."""
 _STEPS_UNTIL_RETRY: Final = 1024
-"""Plain steps after which the cost of wider steps is measured again: three slow steps among these do not matter."""
+"""Plain steps after which the cost of wider steps is measured again; its three slow steps are few beside these."""
 _KEPT_PER_STEP: Final = 0.995
-"""A record fades, so that a request that begins to quote is tried again."""
+"""Share of a record that a step without a draft keeps: drafts are tried again once a request begins to quote."""
 
 
 class Draft(NamedTuple):
-    """What could be checked for one request."""
+    """The tokens that could be checked for one request."""
 
     n_tokens: int
     match_length: int
     first: float
     """Probability that the first token is right."""
     next: float
-    """Probability that a further one is, if all before it are."""
+    """Probability that a further token is right, if all before it are."""
 
     def expected(self, n_rows: int) -> float:
-        """Return the drafted tokens that are right on average, if n_rows of them are checked."""
+        """Return the expected number of right tokens if n_rows of them are checked."""
         n = min(self.n_tokens, n_rows)
         return self.first * sum(self.next**i for i in range(n))
 
@@ -65,10 +65,10 @@ class _Record:
 
 @dataclass
 class Acceptance:
-    """How often the drafts of one request were right. Runs are all or nothing, so the first token counts apart."""
+    """How often the drafts of one request were right. The first token has a record of its own: all others depend on it."""
 
     _first: dict[bool, _Record] = field(default_factory=lambda: {False: _Record(), True: _Record()})
-    """By whether the match was long."""
+    """Records of the first token: True = after a long match."""
     _next: _Record = field(default_factory=_Record)
 
     def draft(self, n_tokens: int, match_length: int, others: Acceptance | None = None) -> Draft:
@@ -105,28 +105,33 @@ def _prior(match_length: int) -> tuple[float, float]:
 
 
 class Pace:
-    """How long checks take, as the host sees them: it also waits for the device, which a fast card shows."""
+    """The time of checks as the host measures it, including its waits for the device, which count on a fast card."""
 
     def __init__(self, row_cost: float, draft_cost: float = 0.0) -> None:
-        """For what was not measured yet, as shares of a step's time: of a further row, and of drafting a token."""
+        """row_cost, draft_cost: time of a further row, and of drafting a token, as shares of a step's time.
+
+        They are used until there are measurements.
+        """
         self._row_cost, self._draft_cost = row_cost, draft_cost
         self._ratios: dict[tuple[int, int], deque[float]] = {}
-        """Requests and width -> the last steps' times, as multiples of plain ones at that time: the load changes."""
+        """(requests, width) -> times of the last steps, as multiples of a plain step's time under the same load."""
         self._plain_steps = 0
 
     def note(self, n: int, width: int, ratio: float) -> None:
-        """Count a check of n requests with that width, which took `ratio` times a plain step."""
+        """Count a check of n requests of that width. ratio: its time as a multiple of a plain step's."""
         self._ratios.setdefault((n, width), deque(maxlen=_SAMPLES)).append(ratio)
 
     def step(self, width: int) -> None:
-        """Count a step of any kind. What is slow is measured again after many steps without it."""
+        """Count a step. Many plain steps in a row drop the measurements, so that slow widths are tried again."""
         self._plain_steps = self._plain_steps + 1 if width == 1 else 0
         if self._plain_steps == _STEPS_UNTIL_RETRY:
             self._plain_steps = 0
             self._ratios.clear()
 
     def cost(self, n: int, width: int) -> float:
-        """Return the time of such a step as a multiple of one of width 1. What is assumed is a first sample."""
+        """Return the time of a step of n requests of that width, as a multiple of one of width 1.
+
+        Until there are enough samples, the assumed cost counts as one of them."""
         assumed = 1 + min(self._row_cost * n + self._draft_cost, self._measured_per_row(n)) * (width - 1)
         ratios = self._ratios.get((n, width), ())
         if len(ratios) < _LEAST_SAMPLES:
@@ -134,7 +139,7 @@ class Pace:
         return max(1.0, median(ratios))
 
     def _measured_per_row(self, n: int) -> float:
-        """Return the least that a further row took in steps of n requests that were measured; infinite if in none."""
+        """Return the smallest measured cost of a further row in steps of n requests; infinite without measurements."""
         found = (
             (median(ratios) - 1) / (width - 1)
             for (requests, width), ratios in self._ratios.items()
@@ -146,7 +151,7 @@ class Pace:
 def choose_width(drafts: Sequence[Draft | None], widths: Sequence[int], most_rows: int, pace: Pace) -> int:
     """Return the rows per request of the next step; 1 = check nothing.
 
-    drafts: one per request, None = it has none. widths: what may be chosen. most_rows: of all requests together.
+    drafts: one per request, None = no draft. widths: the allowed ones. most_rows: most rows of all requests together.
     """
     n = len(drafts)
 

@@ -1,8 +1,8 @@
-"""What one step leaves on the device for the next one, while SGLang overlaps steps: each request's newest token.
+"""Keeps each request's newest token on the device for the next step, while SGLang overlaps steps.
 
-SGLang relays the accepted tokens of each request, and their number, whatever a step was. Here a step without drafts
-relays one token of each request, as SGLang does without speculation; a step with drafts relays the rest too, which is
-read only if the host asks for it.
+After each step with speculation, SGLang relays all accepted tokens of each request, and their number. Here a step
+without drafts relays one token of each request, as SGLang does without speculation. A step with drafts also relays the
+others, which are read only if the host asks for them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class ChainRelay(FutureMap):  # type: ignore[misc]  # SGLang publishes no types
     """SGLang's relay, by rows of its table of requests."""
 
     def stash(self, indices: torch.Tensor, payload: Any) -> None:
-        """Take a step's tokens `[n, width]`; with drafts, also how many of each request count."""
+        """Store a step's tokens `[n, width]`; after a step with drafts, also each request's number of accepted ones."""
         tokens = payload.accept_tokens
         if tokens.shape[1] > 1:
             super().stash(indices, payload)

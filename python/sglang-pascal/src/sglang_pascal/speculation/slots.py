@@ -1,8 +1,9 @@
 """Slots of the KV cache for the next steps of a batch, reserved for several steps at once.
 
-SGLang reserves two steps of the widest kind before each step, and writes their numbers to its table by some twenty
-launches: one slot more per step, if nothing is drafted. Here the same number is reserved, but only when the next step
-and the one whose result is not known might not fit any more; the host knows the places, and writes by one launch.
+Before each step, SGLang reserves slots for two steps of the widest kind, and writes their numbers to its table by some
+twenty launches, although a step without drafts needs only one more. Here as many are reserved, but only if the slots
+might not suffice for the next step and the one whose result is not known. The host knows the places, and writes them
+by one launch.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ class Growth(NamedTuple):
     """Positions of a request that get slots."""
 
     row: int
-    """Of the request in the batch."""
+    """The request's index in the batch."""
     first: int
     end: int
 
 
 def growths(spans: Sequence[tuple[int, int]], *, width: int, in_flight: int) -> list[Growth]:
-    """Return which requests need slots now. spans: of each request (tokens known on the host, positions with slots).
+    """Return the positions that need slots now.
 
-    width: most rows of the next step. in_flight: rows of the step whose result is not known: there may be as many
-    tokens more than the host knows.
+    spans: for each request (tokens known on the host, positions with slots). width: most rows of the next step.
+    in_flight: rows of the step whose result is not known; a request may have as many tokens more than the host knows.
     """
     return [
         Growth(row, allocated, committed + 2 * width)

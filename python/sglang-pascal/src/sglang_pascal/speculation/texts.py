@@ -1,4 +1,4 @@
-"""What the host knows of each running request's text, though the device is a step ahead.
+"""What the host knows about each running request's text, although the device is a step ahead.
 
 With overlapping steps, SGLang launches a step before it has processed the result of the one before: the newest tokens
 are on the device only. After a step that checked nothing, exactly one token is missing. The host looks for a draft
@@ -17,46 +17,46 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 GUESSED_MATCH: Final = 6
-"""Length of a match whose first token is about as often right as a draft model's: seven times of ten."""
+"""Length of a match whose first token is right about as often as a draft model's: seven times out of ten."""
 INDEXED_PER_STEP: Final = 1024
-"""Positions indexed in one step, of all requests together: about a millisecond of the host."""
+"""Most positions of all requests together that are indexed in one step: about a millisecond of the host's time."""
 INDEXED_PER_PROMPT: Final = 8192
-"""The same while the device computes prompts, which takes longer for each of their tokens."""
+"""The same while the device computes prompts, which takes longer per token."""
 
 
 @dataclass
 class Text:
-    """One request."""
+    """The text of one request."""
 
     index: NgramIndex
     total: int | None
-    """Tokens with those that only the device knows; None after a check whose outcome is unknown here."""
+    """Number of tokens, including those that only the device knows; None after a check with an unknown outcome."""
     acceptance: Acceptance = field(default_factory=Acceptance)
     guesses: Acceptance = field(default_factory=Acceptance)
     """Of all requests together, for which a model drafts: a bad one is not tried anew by each request."""
     checked: Draft | None = None
-    """In the last step, until its outcome is noted."""
+    """The draft that the last step checked, until its outcome is noted."""
     before_check: int = 0
-    """Tokens when it was checked."""
+    """Number of tokens when it was checked."""
     n_right: int = 0
-    """Drafted tokens of the last step that were right, as far as is known."""
+    """Drafted tokens of the last step that were right; 0 while that is unknown."""
 
     @property
     def missing(self) -> int | None:
-        """Tokens that only the device knows; None = unknown."""
+        """Number of tokens that only the device knows; None = unknown."""
         if self.total is None or not 0 <= self.total - len(self.index) <= 1:
             return None
         return self.total - len(self.index)
 
     def learn(self, total: int, newest: Sequence[int]) -> None:
-        """Take the true number of tokens and the last ones from the device."""
+        """Take over the true number of tokens and the last tokens from the device."""
         missing = total - len(self.index)
         if missing > 0:
             self.index.extend(newest[len(newest) - missing :])
         self.settle(total)
 
     def settle(self, total: int) -> None:
-        """Take the true number of tokens; note what it says about the last check."""
+        """Take over the true number of tokens; note the outcome of the last check, which follows from it."""
         self.total = total
         if self.checked is not None:
             self.n_right = max(0, total - self.before_check - 1)
@@ -65,10 +65,10 @@ class Text:
             self.checked = None
 
     def draft(self, most: int) -> tuple[Draft, list[int]] | None:
-        """Return up to `most` tokens that may follow; None if nothing like the end of the text occurred before.
+        """Return up to `most` tokens that may follow; None if the end of the text did not occur before.
 
-        If the newest token is missing, the tokens are those after it, should it be what followed before: good enough
-        to decide whether to wait for it.
+        If the newest token is missing, this assumes that it is the one that followed before. That is good enough to
+        decide whether to wait for it.
         """
         if most < 1 or (match := self.index.match()) is None:
             return None
@@ -77,7 +77,7 @@ class Text:
         return self.acceptance.draft(most, match.length + behind), tokens
 
     def guess(self, most: int) -> tuple[Draft, list[int]] | None:
-        """Return that a model may draft up to `most` tokens, which it has not drafted yet; None if none may be."""
+        """Return a draft of `most` tokens that a model is still to write; None if `most` is 0 or less."""
         return (self.acceptance.draft(most, GUESSED_MATCH, self.guesses), []) if most > 0 else None
 
     def launched(self, width: int, checked: Draft | None) -> None:
@@ -93,7 +93,7 @@ class Text:
 
 
 class Texts:
-    """Of all running requests, by SGLang's request id."""
+    """The texts of all running requests, by SGLang's request id."""
 
     def __init__(self, context_length: int) -> None:
         self._context_length = context_length
@@ -126,7 +126,7 @@ class Texts:
             budget -= text.index.index(budget)
 
     def advanced(self, requests: Sequence[Any]) -> None:
-        """Note a step that checks nothing, without a look at the texts; requests that left are forgotten."""
+        """Note a step that checks nothing, without reading the texts; requests that left are forgotten."""
         if len(self._texts) > len(requests):
             running = {request.rid for request in requests}
             self._texts = {rid: text for rid, text in self._texts.items() if rid in running}
@@ -160,9 +160,9 @@ def _extend(text: Text, request: Any) -> None:
 
 
 def most_drafts(request: Any, text: Text, width: int) -> int:
-    """Return how many tokens may be drafted for a request: none with penalties, which depend on each token before.
+    """Return how many tokens may be drafted for a request: 0 with penalties, which depend on each token before.
 
-    The step gives one token more than it accepts, so the last of an answer is never drafted.
+    A step gives one token more than the drafts it accepts, so the last token of an answer is never drafted.
     """
     parameters = request.sampling_params
     has_penalties = (

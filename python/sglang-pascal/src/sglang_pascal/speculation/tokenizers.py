@@ -1,4 +1,4 @@
-"""Whether a draft model has the model's tokenizer: a token's number must mean the same text in both."""
+"""Checks that a draft model has the model's tokenizer: a token's number must mean the same text in both."""
 
 from __future__ import annotations
 

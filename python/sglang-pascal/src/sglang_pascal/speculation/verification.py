@@ -1,8 +1,8 @@
-"""From the logits of a checked chain to its accepted tokens, exactly as if each token had been decoded alone.
+"""Turns the logits of a checked chain into accepted tokens, exactly as if each token had been decoded alone.
 
 Row j of a request sees its text and the first j drafts. A token is drawn from every row's own distribution. A
 draft is accepted if all drafts before it were accepted and it equals the token that the row before it drew. The host's
-drafts are fixed texts, not samples, so the accepted tokens have the distribution of decoding without drafts, for any
+drafts are fixed tokens, not samples, so the accepted tokens have the distribution of decoding without drafts, for any
 sampling parameters and any seed.
 """
 
@@ -18,10 +18,10 @@ _PER_REQUEST: Final = ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_s
 
 
 def draw(sampler: Any, batch: Any, output: Any, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Return a token of every row, `[n, width]`, and fill in log-probabilities that were asked for.
+    """Draw a token from every row; return them as `[n, width]`, and fill in the requested log-probabilities.
 
-    sampler: SGLang's. output: its logits `[n * width, vocabulary]`, which are changed. tokens: `[n, width]`, what was
-    checked. positions: `[n * width]`, of these tokens.
+    sampler: SGLang's. output: has the logits `[n * width, vocabulary]`, which are changed. tokens: `[n, width]`, the
+    checked chain. positions: `[n * width]`, the positions of its tokens.
     """
     from sglang.srt.layers.logprob_processor import compute_spec_logprobs
 
@@ -38,9 +38,9 @@ def draw(sampler: Any, batch: Any, output: Any, tokens: torch.Tensor, positions:
 
 
 def accepted(tokens: torch.Tensor, drawn: torch.Tensor, n_drafts: torch.Tensor) -> torch.Tensor:
-    """Return how many tokens each request gets, int32 `[n]`: its drafts that are right, and the one after them.
+    """Return the number of tokens that each request gets, int32 `[n]`: its right drafts, and the token after them.
 
-    tokens, drawn: `[n, width]`. n_drafts: `[n]`; columns beyond are padding.
+    tokens, drawn: `[n, width]`. n_drafts: `[n]`; columns beyond them are padding.
     """
     columns = torch.arange(tokens.shape[1] - 1, device=tokens.device)
     right = (tokens[:, 1:] == drawn[:, :-1]) & (columns < n_drafts[:, None])
@@ -48,7 +48,7 @@ def accepted(tokens: torch.Tensor, drawn: torch.Tensor, n_drafts: torch.Tensor) 
 
 
 def rows_of(info: Any, width: int) -> Any:
-    """Return SGLang's sampling parameters with each request's repeated width times; logits are already constrained."""
+    """Return SGLang's sampling parameters, each request's repeated `width` times, without the constraints of logits."""
     rows = copy.copy(info)
     for name in _PER_REQUEST:
         value = getattr(info, name)
@@ -61,7 +61,7 @@ def rows_of(info: Any, width: int) -> Any:
 def _constrain(batch: Any, logits: torch.Tensor, tokens: torch.Tensor) -> None:
     """Apply penalties, grammars and biases to logits `[n, width, vocabulary]`, in SGLang's order.
 
-    Penalties are those of the step's start. They hold for row 0: a request with penalties has no drafts.
+    Penalties are those at the start of the step. They are right for row 0; a request with penalties has no drafts.
     """
     info = batch.sampling_info
     if info.acc_additive_penalties is not None:

@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 
 class ChainWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no types
-    """What does not depend on where drafts come from. As it is, nothing is drafted."""
+    """The part that does not depend on the source of drafts."""
 
     draft_worker = None
     """SGLang's name for a worker whose weights and pools it manages; a draft model's are managed here."""
     search = staticmethod(Text.draft)
-    """As `Drafter` takes it."""
+    """See `Drafter`."""
     draft_cost = 0.0
-    """As `Pace` takes it."""
+    """See `Pace`."""
 
     def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any) -> None:
         """SGLang calls it with these names, before any pool exists."""
@@ -56,7 +56,7 @@ class ChainWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no 
         self._drafter = self._new_drafter()
         self._counters = Counters()
         self._checked: set[str] = set()
-        """Requests whose last step had drafts: several of its tokens may count."""
+        """Requests whose last step had drafts: it may have given several tokens."""
         self._ones: dict[tuple[int, bool], torch.Tensor] = {}
         reserve_slots_for_several_steps()
 
@@ -79,14 +79,14 @@ class ChainWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no 
         self._drafter.clear()
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
-        """Count what was right; SGLang calls it when a step's result is on the host."""
+        """Count the drafts that were right; SGLang calls it when a step's result is on the host."""
         del batch_size
         self._counters.right(num_correct_drafts_per_req, self._drafter.won_seconds)
 
     def forward_batch_generation(
         self, batch: Any, on_publish: Callable[[torch.Tensor], None] | None = None, pp_proxy_tensors: Any = None
     ) -> Any:
-        """Run one step. on_publish: takes each request's new length `[n]`, if SGLang overlaps steps."""
+        """Run one step. on_publish: receives each request's new length `[n]`, if SGLang overlaps steps."""
         del pp_proxy_tensors
         with torch.no_grad():
             return (self._decode if batch.forward_mode.is_decode() else self._prefill)(batch, on_publish)
@@ -101,7 +101,7 @@ class ChainWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no 
         """Return the drafts `[n, width - 1]` int64 of a step with drafts."""
 
     def _undrafted(self, slots: torch.Tensor) -> None:
-        """Note that the target writes tokens to these slots `[m]` which nobody drafted."""
+        """Note that the target writes tokens to these slots `[m]` that were not drafted."""
 
     # --- prompts ----------------------------------------------------------------------------------------------------
 
@@ -157,9 +157,9 @@ class ChainWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no 
         )
 
     def _carried(self, runs: torch.Tensor, lens: torch.Tensor, lengths: torch.Tensor, *, is_relayed: bool) -> Any:
-        """Return what the next step gets: runs `[n, width]`, padded to the one width that SGLang carries.
+        """Return the next step's input: runs `[n, width]`, padded to the one width that SGLang carries.
 
-        The relay takes single tokens as they are.
+        The relay takes single tokens without padding.
         """
         width = runs.shape[1]
         carried_width = 1 if is_relayed and width == 1 else self.speculative_num_draft_tokens
@@ -172,7 +172,7 @@ class ChainWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no 
         return carried
 
     def _one_each(self, n: int, *, on_host: bool) -> torch.Tensor:
-        """Return ones `[n]`, which nobody changes. SGLang copies them to the host, and its relay takes none."""
+        """Return ones `[n]`, which callers must not change. SGLang copies them to the host; its relay ignores them."""
         if (n, on_host) not in self._ones:
             device = torch.device("cpu") if on_host else self._device
             self._ones[n, on_host] = torch.ones(n, dtype=torch.int32, device=device)
@@ -196,7 +196,7 @@ class ChainWorker(BaseSpecWorker):  # type: ignore[misc]  # SGLang publishes no 
 
 
 class LookupWorker(ChainWorker):
-    """Prompt lookup. It has no draft model, so SGLang's pools and weights are the target's alone."""
+    """Prompt lookup. It has no draft model: SGLang's pools and weights are only the target's."""
 
     def _propose(self, batch: Any, step: Step) -> torch.Tensor:
         del batch
@@ -221,7 +221,7 @@ class DraftWorker(ChainWorker):
         self._draft.alloc_memory_pool(**pools)
 
     def init_attention_backends(self) -> None:
-        """Those of the draft model; SGLang has made the target's."""
+        """Create the draft model's; SGLang has created the target's."""
         self._draft.init_attention_backends()
 
     def init_cuda_graphs(self) -> None:
@@ -256,7 +256,7 @@ def _newest(carried: Any) -> torch.Tensor:
 
 
 def _runs(carried: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tokens `[n, width]` of the last step, and how many of each request count, `[n]`."""
+    """Return the tokens `[n, width]` of the last step, and each request's number of accepted ones, `[n]`."""
     relay = getattr(carried, "relay", None)
     if relay is not None:
         found: tuple[torch.Tensor, torch.Tensor] = relay.runs(carried.future_indices)

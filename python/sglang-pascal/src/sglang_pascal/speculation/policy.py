@@ -65,7 +65,7 @@ class _Record:
 
 @dataclass
 class Acceptance:
-    """How often the drafts of one request were right. The first token has a record of its own: all others depend on it."""
+    """How often the drafts of one request were right. The first token has its own record: all others depend on it."""
 
     _first: dict[bool, _Record] = field(default_factory=lambda: {False: _Record(), True: _Record()})
     """Records of the first token: True = after a long match."""

@@ -15,7 +15,11 @@ import pytest
 from support.models import SHAPES, write_gguf
 
 ROOT = Path(__file__).parents[1]
-PAGES = [path for pattern in ("*.md", "docs/*.md", "python/*/README.md") for path in sorted(ROOT.glob(pattern))]
+PAGES = [
+    path
+    for pattern in ("*.md", "docs/*.md", "python/*/README.md", ".github/ISSUE_TEMPLATE/*.md")
+    for path in sorted(ROOT.glob(pattern))
+]
 FOLDERS = {"/data/models/": "", "/etc/pascaline/": ""}
 """Folders of the pages' hosts -> where the test keeps the same files."""
 
@@ -24,18 +28,25 @@ CANNOT: dict[str, str] = {
     r"(ssh|scp|nixos-rebuild|nixos-generate-config) .*|mkdir \w+ && cd \w+ && nix .*|\$EDITOR .*|\(umask .*": "needs a NixOS host and its owner",
     r"git clone .*": "fetches from the network",
     r"(PASCALINE_ENV=\S+ )?\S*dev (sync|hooks|test|serve)\b.*": "tests/bare runs it on a machine of its own",
-    r"export PATH=.*": "a setting of the reader's shell",
+    r"export .*": "a setting of the reader's shell",
     r"curl .*": "needs an instance on the default port",
     r"pascaline plan https://.*": "fetches from the network",
     r"pascaline plan --measure-host": "needs an idle host and gigabytes; test_host_bandwidth.py does it on a small scale",
     r"pascaline top\b.*": "needs a terminal",
     r"pascaline bench .*": "measures for minutes, or compares what was measured; tests/bench does both on a small scale",
-    r"(\S*/)?pip install .*|python3 -m venv .*": "changes the environment that the tests run in",
+    r"((\S*/)?|uv )pip install .*|python3 -m venv .*": "changes the environment that the tests run in",
+    r"python -m sglang_pascal\.kernels\.build .*|uv build .*": "takes minutes; test_kernels_build.py builds what it needs",
+    r"sglang-pascal prepare .*": "needs a whole model; test_prepare.py prepares small ones",
+    r"python -m sglang\.launch_server .*": "serves until it is stopped; tests/engine of the plugin starts it",
+    r"pascaline serve .*": "serves until it is stopped; tests/serve starts it",
+    r"\./dev exec python benchmarks/.*": "measures a Pascal card",
 }
 """What cannot run in a test -> why."""
 NIXOS = re.compile(r"docs/(nixos|first-switch).*\.md")
 """Pages whose commands are for NixOS hosts."""
 ON_NIXOS = "needs a NixOS host; tests/nix evaluates what the page switches to"
+MODULES = {"pascaline": "pascaline", "sglang-pascal": "sglang_pascal"}
+"""Our commands -> the modules that run them."""
 EXIT_CODES = {"pascaline doctor": {0, 1, 10}}
 """Commands whose exit code says what they found on this host; all others end with 0."""
 
@@ -102,9 +113,9 @@ def test_the_command_runs(command: Command, folder: Path) -> None:
     for name, place in FOLDERS.items():
         text = text.replace(name, place)
     words = shlex.split(text)
-    assert words[0] == "pascaline", f"no reason in CANNOT, and no command of ours: {command.text}"
-    if not shutil.which("pascaline"):
-        words = [sys.executable, "-m", *words]
+    assert words[0] in MODULES, f"no reason in CANNOT, and no command of ours: {command.text}"
+    if not shutil.which(words[0]):
+        words = [sys.executable, "-m", MODULES[words[0]], *words[1:]]
     done = subprocess.run(
         words, cwd=folder, env=os.environ | {"NO_COLOR": "1"}, capture_output=True, text=True, timeout=300, check=False
     )

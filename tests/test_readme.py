@@ -21,7 +21,7 @@ def fenced_blocks() -> list[tuple[str, str]]:
 
 def test_first_block_holds_the_two_commands() -> None:
     clone = "git clone https://github.com/pascaline/pascaline && cd pascaline\n"
-    assert fenced_blocks()[0] == ("", f"{clone}./dev serve\n./dev test\n")
+    assert fenced_blocks()[0] == ("sh", f"{clone}./dev serve\n./dev test\n")
 
 
 def test_command_table_is_the_command_line() -> None:

@@ -180,7 +180,7 @@ class TestLogsumexp:
     "case",
     [
         {"max_top_k": 3},
-        {"sampling_seed": torch.tensor([1])},
+        {"sampling_seed": torch.tensor([1]), "return_filtered_probs": True},
         {"return_filtered_probs": True},
         {"probs": torch.ones(1, 8, dtype=torch.float64)},
     ],

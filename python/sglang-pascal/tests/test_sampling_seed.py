@@ -6,7 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang_pascal.sampling_seed import draw_with_seeds, merge_seeds, seeds_of_requests, without_min_p
+from sglang_pascal.plain_torch import sample_from_probs
+from sglang_pascal.sampling_seed import (
+    draw_filtered_with_seeds,
+    draw_with_seeds,
+    merge_seeds,
+    seeds_of_requests,
+    without_min_p,
+)
 
 
 def info(n, seed=None):
@@ -89,3 +96,46 @@ class TestDraw:
     @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63)])
     def test_any_seed_of_int64_will_do(self, seed):
         assert self.draws([seed], [0]).tolist() == self.draws([seed], [0]).tolist()
+
+
+class TestFilteredDraw:
+    ALL = 1 << 30
+    """SGLang's top k of a request that has none."""
+
+    def rows(self, n=200, vocabulary=300):
+        generator = torch.Generator().manual_seed(1)
+        return (torch.randn(n, vocabulary, generator=generator) * 2).softmax(-1), torch.arange(n), torch.arange(n) + 7
+
+    def drawn(self, probs, seeds, positions, top_k=ALL, top_p=1.0):
+        n = len(probs)
+        return draw_filtered_with_seeds(probs, torch.full((n,), top_k), torch.full((n,), top_p), seeds, positions)
+
+    def test_a_request_without_filters_draws_as_if_no_other_had_one(self):
+        """SGLang takes the path with filters as soon as one request of a batch has a filter, a greedy one too."""
+        probs, seeds, positions = self.rows()
+        alone = draw_with_seeds(probs.log(), seeds, positions).flatten()
+        assert self.drawn(probs, seeds, positions).tolist() == alone.tolist()
+        top_ks = torch.tensor([self.ALL, 1] * 100)
+        limits = (top_ks, torch.ones(200), torch.zeros(200), False, seeds, positions)
+        beside = sample_from_probs(None, probs, *limits)
+        assert beside.dtype == torch.int32
+        assert beside[::2].tolist() == alone[::2].tolist()
+        assert beside[1::2].tolist() == probs[1::2].argmax(-1).tolist()
+
+    def test_a_seed_beside_min_p_is_not_disturbed(self):
+        probs, seeds, positions = self.rows()
+        alone = draw_with_seeds(probs.log(), seeds, positions).flatten()
+        limits = (torch.full((200,), self.ALL), torch.ones(200), torch.tensor([0.0, 0.9] * 100), True, seeds, positions)
+        beside = sample_from_probs(None, probs, *limits)
+        assert beside[::2].tolist() == alone[::2].tolist()
+        assert (probs.gather(1, beside.long()[:, None])[1::2] >= 0.9 * probs.amax(-1, keepdim=True)[1::2]).all()
+
+    def test_of_equal_probabilities_the_first_is_the_top(self):
+        probs = torch.tensor([[0.1, 0.3, 0.3, 0.3]]).expand(50, -1)
+        assert set(self.drawn(probs, torch.arange(50), torch.zeros(50).long(), top_k=1).tolist()) == {1}
+
+    def test_only_the_top_k_and_the_nucleus_are_drawn(self):
+        probs = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).expand(500, -1)
+        seeds, positions = torch.arange(500), torch.zeros(500).long()
+        assert set(self.drawn(probs, seeds, positions, top_k=2).tolist()) == {1, 3}
+        assert set(self.drawn(probs, seeds, positions, top_p=0.8).tolist()) == {1, 2, 3}

@@ -850,8 +850,8 @@ SHIMS: Final = (
     ),
     Shim(
         name="sampler",
-        what=f"{_SAMPLE} takes min-p beside a seed; on a GPU our kernel filters where it would sort the vocabulary",
-        why="it fails an assertion on min-p beside a seed, and sorting 150,000 probabilities for each token takes long",
+        what=f"{_SAMPLE} draws by seed and token, also with min-p; on a GPU our kernel filters instead of a sort",
+        why="its draw depends on the filters of other requests and fails an assertion on min-p; sorting takes long",
         devices=("cpu", "cuda"),
         stage="worker",
         is_needed=_always,

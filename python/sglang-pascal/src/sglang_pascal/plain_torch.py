@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from sglang_pascal.sampling_seed import without_min_p
+from sglang_pascal.sampling_seed import draw_filtered_with_seeds, without_min_p
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,14 +99,16 @@ def sample_from_probs(
     return_filtered_probs: bool = False,
     max_top_k: int | None = None,
 ) -> Any:
-    """Wrap `top_k_top_p_min_p_sampling_from_probs_torch`: allow min-p together with a seed, and if SGLang would sort
-    the vocabulary on a GPU, let our kernel find the smallest value that stays.
+    """Wrap `top_k_top_p_min_p_sampling_from_probs_torch`: draw by seed and token, also with min-p; and if SGLang would
+    sort the vocabulary on a GPU, let our kernel find the smallest value that stays.
 
-    SGLang's own code runs if the order is needed (a seed, the filtered values), or if every request has a small top k:
-    then it only looks for the k largest.
+    SGLang's own code runs if the order is needed (the filtered values), or if every request has a small top k: then it
+    only looks for the k largest.
     """
     if sampling_seed is not None and need_min_p_sampling:
         probs, need_min_p_sampling = without_min_p(probs, min_ps), False
+    if sampling_seed is not None and positions is not None and not return_filtered_probs:
+        return draw_filtered_with_seeds(probs, top_ks, top_ps, sampling_seed, positions)
     sorts = max_top_k is None or max_top_k >= probs.shape[-1]
     plain = sampling_seed is None and not return_filtered_probs and probs.dtype == torch.float32
     if sorts and plain and probs.is_cuda:

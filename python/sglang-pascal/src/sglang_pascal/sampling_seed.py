@@ -60,6 +60,25 @@ def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torc
     return (logprobs.double() - (-uniform.log()).log()).argmax(dim=1, keepdim=True)
 
 
+def draw_filtered_with_seeds(
+    probs: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Return token ids `[n]`, int32, drawn by seed from the top k of the nucleus p of probs `[n, vocabulary]`.
+
+    SGLang draws among the sorted probabilities, so that a token's random number depends on its rank, and a request's
+    text on whether another request of its batch has a filter. Here the number depends on the token. Of equal
+    probabilities, the first tokens are in the top k.
+    """
+    import torch
+
+    ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(probs.shape[1], device=probs.device)
+    before = ordered.cumsum(-1) - ordered
+    is_out = (ranks >= top_ks.view(-1, 1)) | ((before > top_ps.view(-1, 1)) & (top_ps.view(-1, 1) < 1))
+    kept = ordered.log().masked_fill(is_out, -torch.inf)
+    return draw_with_seeds(torch.empty_like(kept).scatter_(1, tokens, kept), seeds, positions).view(-1).int()
+
+
 def _uniform(seeds: torch.Tensor, positions: torch.Tensor, columns: int) -> torch.Tensor:
     """Return float64 `[n, columns]` in (0, 1), by SplitMix64's mixing of seed, position and column.
 

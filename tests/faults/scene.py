@@ -124,6 +124,8 @@ class Scene:
         self.faults = f"decode_tokens_per_second=100 {fault.faults}"
         self.settings: dict[str, Any] = IMPATIENT | {"model": self.model, "stall_timeout": STALL_SECONDS * stretch()}
         self.settings |= dict(fault.settings)
+        if "start_timeout" in fault.settings:
+            self.settings["start_timeout"] *= stretch()
         self.environment: dict[str, str] = {}
         self.wrapper: Sequence[str] = ()
         self.notes: dict[str, Any] = {}

@@ -82,7 +82,7 @@ ENGINE_ENDS = [
     crash("engine: its restart fails twice", i.crash_into_next, states=f"(restarting starting )*{RESTART}",
           prepare=i.next_start("load_error=unknown"), heal=i.both(i.until("nobody has seen before; restart"), i.write_next("")), recover=30.0),
     crash("engine: its restart hangs", i.crash_into_next, "not ready within start_timeout",
-          states=f"(restarting starting )+{RESTART}", settings={"start_timeout": 4},
+          states=f"(restarting starting )+{RESTART}", settings={"start_timeout": 8},
           prepare=i.next_start("start_seconds=600"), heal=i.both(i.until("not ready within start_timeout"), i.write_next("")), recover=30.0),
     crash("scheduler: SIGKILL", i.signal_worker("SIGKILL"), "Subprocess scheduler_0 .* crashed"),
     crash("engine: processes that ignore SIGTERM outlive it", i.tell(crash_now=1), faults="stray=2"),

@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pascaline.errors import ExitCode
 from support.instance import FAKE_ENGINE, Instance, running
 from support.models import tiny, write_gguf
 
@@ -26,6 +27,15 @@ IMPATIENT: dict[str, Any] = {
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole GGUF file of some hundred KiB."""
     return write_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", tiny("llama"), "Q8_0")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Instance]:
+    """One instance for the tests of a file that do not spoil it; whatever they did, it ends in order."""
+    with running(tmp_path_factory.mktemp("shared"), **{"model": model} | IMPATIENT) as instance:
+        instance.wait_for_state("ready")
+        yield instance
+        assert instance.stop() == ExitCode.OK
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pascaline.errors import ExitCode
 from support.instance import FAKE_ENGINE, PATIENCE
+from support.ledger import stretch
 from support.ports import free_port
 from support.privileges import ordinary
 from support.raw_models import CONFIG, LLAMA, folder_tensors, gguf_file, safetensors_file, value
@@ -33,6 +34,11 @@ def refusal(serve: Serve, code: ExitCode, **settings: Any) -> str:
     assert instance.wait() == code, instance.text
     assert "Traceback" not in instance.error
     return instance.error
+
+
+def time_to_generate() -> int:
+    """Return a start_timeout, seconds, within which the fake engine gets to its first generation on this machine."""
+    return round(4 * stretch())
 
 
 class TestConfiguration:
@@ -309,17 +315,19 @@ class TestEngine:
         assert any(line.startswith("ERROR   pascaline: load failed after ") for line in instance.lines)
 
     def test_it_never_generates(self, serve: Serve) -> None:
-        message = refusal(serve, ExitCode.ENGINE_FAILED, start_timeout=3, faults="error_status=500")
+        seconds = time_to_generate()
+        message = refusal(serve, ExitCode.ENGINE_FAILED, start_timeout=seconds, faults="error_status=500")
         assert message == (
-            "the engine was not ready within start_timeout (3 s); the last test generation: "
+            f"the engine was not ready within start_timeout ({seconds} s); the last test generation: "
             'status 500: {"object": "error", "message": "the fake engine was told to fail", "code": 500}'
         )
 
     def test_it_answers_without_a_token(self, serve: Serve) -> None:
         """Status 200 is not yet a generation."""
-        message = refusal(serve, ExitCode.ENGINE_FAILED, start_timeout=3, faults="empty_answers=1")
+        seconds = time_to_generate()
+        message = refusal(serve, ExitCode.ENGINE_FAILED, start_timeout=seconds, faults="empty_answers=1")
         assert message.startswith(
-            "the engine was not ready within start_timeout (3 s); the last test generation: "
+            f"the engine was not ready within start_timeout ({seconds} s); the last test generation: "
             'no token in the answer: {"id": "fake-'
         )
 

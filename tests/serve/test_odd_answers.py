@@ -67,17 +67,14 @@ def assert_lives(instance: Instance) -> None:
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_metrics(serve: Serve, name: str) -> None:
+def test_metrics(shared: Instance, name: str) -> None:
     """An engine whose test generations succeed serves; only what its counters would say is missing."""
-    instance = serve()
-    instance.wait_for_state("ready")
-    instance.fault(raw_path="/metrics", raw_answer=METRICS[name])
-    before = instance.agent("/health").json["last_probe"]["at"]
-    wait_until("other test generations", lambda: instance.agent("/health").json["last_probe"]["at"] > before + 1)
-    assert_lives(instance)
-    assert instance.agent("/readyz").status == 200
-    assert instance.health()["restarts"] == 0
-    assert instance.stop() == ExitCode.OK
+    shared.fault(raw_path="/metrics", raw_answer=METRICS[name])
+    before = shared.agent("/health").json["last_probe"]["at"]
+    wait_until("other test generations", lambda: shared.agent("/health").json["last_probe"]["at"] > before + 1)
+    assert_lives(shared)
+    assert shared.agent("/readyz").status == 200
+    assert shared.health()["restarts"] == 0
 
 
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=SLOW) for name in COMPLETIONS])

@@ -114,7 +114,7 @@ class Instance:
         self.settings = {**ports, **settings}
         self.process, self._stderr = _start(
             ["serve", *flags(self.settings)],
-            {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment, MARK: self.mark},
+            {**_own_environment(), "CUDA_VISIBLE_DEVICES": "", **environment, MARK: self.mark},
             folder,
             wrapper,
         )
@@ -294,6 +294,11 @@ class Instance:
         self._reader.join(PATIENCE)
         self._stderr.close()
         return left
+
+
+def _own_environment() -> dict[str, str]:
+    """Return this process's variables; pytest changes one of them in the main thread, and instances start in others."""
+    return {name: value for name in list(os.environ) if (value := os.environ.get(name)) is not None}
 
 
 def _start(

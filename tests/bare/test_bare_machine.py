@@ -33,6 +33,8 @@ USER = os.environ.get("PASCALINE_BARE_USER", "visitor")
 UID, HOME = {"visitor": (1000, "/home/visitor"), "root": (0, "/root")}[USER]
 SERVE_SECONDS = 1200.0
 TEST_SECONDS = 3000.0
+WORKERS = 3
+"""As many processes as leave the tests around them their share of two cores."""
 WAYS_OUT = re.compile(r"(PIP|UV)_(?!FIND_LINKS|CACHE_DIR|PYTHON).*|.*_(proxy|PROXY)|SSL_CERT_FILE|REQUESTS_CA_BUNDLE")
 """Variables by which this machine reaches package indexes."""
 FILES_OUT = ("/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
@@ -180,7 +182,7 @@ def test_the_fast_tests_pass_in_a_clone(machine: BareMachine) -> None:
 
     This machine runs all other tests meanwhile: what fails beside them is run once more alone, as CI does.
     """
-    code, text = run(machine, "./dev", "test")
+    code, text = run(machine, f"PASCALINE_TEST_WORKERS={WORKERS}", "./dev", "test")
     assert "tests left out (./dev test --all runs them)" in text, text[-8000:]
     if code == 1:
         print(text[-8000:])

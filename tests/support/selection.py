@@ -7,7 +7,8 @@ A pytest plugin (`-p support.selection` in python/pyproject.toml). Three rules:
 - With pytest-xdist, the tests of a file share a worker, as its fixtures are made once; tests that start a real engine
   share two workers, as each needs a core and gigabytes of memory; files that run scripts in the fixture `in_sglang`
   share one, and those that import SGLang themselves another, as an import takes ten seconds of a core.
-- Files start in the order of their recorded time, longest first, so that no worker ends with a long one.
+- Files start in the order of their recorded time in this kind of run, longest first, so that no worker ends with a long
+  one. A file without a record may be a long one.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = ROOT / "docs/results/tests.json"
-"""Seconds by test file, written by benchmarks/test_times.py."""
+"""Seconds by test file of both kinds of runs, written by benchmarks/test_times.py."""
 ENGINES_AT_ONCE = 2
 ONE_ENGINE_FOLDER = "engine"
 """Name of a folder whose files share an engine, and so a worker."""
-UNKNOWN_SECONDS = 240.0
+UNKNOWN_ENGINE_SECONDS = 240.0
 """Assumed of a file with a real engine whose time is not recorded yet."""
+UNKNOWN_SECONDS = 30.0
+"""The same of another file."""
 FAST_EXAMPLES = 30
 """Of a property test that names no number, with --fast; else hypothesis' own, 100."""
 IN_SGLANG = "in_sglang"
@@ -86,7 +89,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.stash[_left_out].update(_reason(item) for item in slow)
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
-    items[:] = _longest_first(items)
+    items[:] = _longest_first(items, _recorded_seconds("fast" if config.option.fast else "all"))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -125,7 +128,7 @@ def _engine_groups() -> dict[str, str]:
     for name in names:
         if "pytest.mark.engine" in (ROOT / name).read_text():
             units[name] = str(Path(name).parent) if Path(name).parent.name == ONE_ENGINE_FOLDER else name
-            seconds[units[name]] += recorded.get(name, UNKNOWN_SECONDS)
+            seconds[units[name]] += recorded.get(name, UNKNOWN_ENGINE_SECONDS)
     totals, group_of_unit = dict.fromkeys((f"engine {n}" for n in range(ENGINES_AT_ONCE)), 0.0), {}
     for unit in sorted(seconds, key=lambda unit: (-seconds[unit], unit)):
         group = min(totals, key=lambda each: totals[each])
@@ -142,23 +145,24 @@ def _reason(item: pytest.Item) -> str:
     return str(marker.args[0])
 
 
-def _longest_first(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Sort groups by their recorded time; the tests of a group keep their order."""
-    seconds = _recorded_seconds()
+def _longest_first(items: list[pytest.Item], seconds: dict[str, float]) -> list[pytest.Item]:
+    """Sort groups by the recorded time of their files; the tests of a group keep their order."""
     groups = [group_of(item.nodeid.partition("::")[0]) for item in items]
     total: Counter[str] = Counter()
     for group, file in {(group, item.path) for group, item in zip(groups, items, strict=True)}:
-        total[group] += seconds.get(str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else "", 0.0)
+        name = str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else ""
+        total[group] += seconds.get(name, UNKNOWN_SECONDS)
     first = {group: index for index, group in reversed(list(enumerate(groups)))}
     order = sorted(range(len(items)), key=lambda index: (-total[groups[index]], first[groups[index]], index))
     return [items[index] for index in order]
 
 
-def _recorded_seconds() -> dict[str, float]:
+def _recorded_seconds(run: str = "all") -> dict[str, float]:
+    """Return seconds by file in a run of this kind: `all` or `fast`."""
     if not TIMES.is_file():
         return {}
-    recorded: dict[str, float] = json.loads(TIMES.read_text())["seconds_by_file"]
-    return recorded
+    recorded: dict[str, dict[str, float]] = json.loads(TIMES.read_text())["seconds_by_file"]
+    return recorded[run]
 
 
 @pytest.hookimpl(trylast=True)

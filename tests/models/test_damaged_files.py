@@ -7,6 +7,7 @@ compared with what the sound model gives the engine. The same seed gives the sam
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from pascaline.errors import ModelError
 from pascaline.models.gguf import read_gguf_parts
 from pascaline.models.gguf_header import read_header
 from sglang_pascal.checkpoint.chat_template import has_template
-from support.raw_models import MemoryFolder, gguf_file, tensor, value
+from support.raw_models import MemoryFolder, gguf_file, string, tensor, value
 from support.sound_headers import MAY_BE_ABSENT, is_another_value, seeds, served
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ class Entry:
     kind: str
     content: Any
 
+    @functools.cached_property
     def data(self) -> bytes:
-        return value(self.kind, self.content)
+        """Key and value; most of them are those of a sound model, which thousands of mutations share."""
+        return string(self.key) + value(self.kind, self.content)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Part:
             block, block_bytes = GGML_QUANT_SIZES[number]
             offset += -(-(prod(shape) // block * block_bytes) // 32) * 32
         # A key may be there twice, so it is not a dictionary that is written.
-        head = [value("string", each.key)[4:] + each.data() for each in self.entries]
+        head = [each.data for each in self.entries]
         empty = gguf_file({}, placed, data_bytes=offset, key_count=len(head))
         before = 4 + 4 + 8 + 8
         header = empty[:before] + b"".join(head) + b"".join(placed)

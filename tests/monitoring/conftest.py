@@ -340,13 +340,13 @@ def missing_programs() -> list[str]:
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
     with contextlib.ExitStack() as programs:
         yield Agent(tmp_path_factory.mktemp("agent"), programs)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def stack(agent: Agent, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     if missing := missing_programs():
         pytest.skip(f"{', '.join(missing)} not on PATH (apt install prometheus prometheus-alertmanager)")

@@ -120,9 +120,9 @@ def booted(container: Container) -> Iterator[Container]:
         yield container
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
-    """The host with the fake engine, booted."""
+    """The host with the fake engine, booted: its supervisors ask all the time, so it ends with the file that needs it."""
     container = host(tmp_path_factory.mktemp("machine"), PROGRAMS)
     container.write(
         "/etc/systemd/system/pascaline-exporter.service.d/fake.conf",

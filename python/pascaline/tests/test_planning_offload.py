@@ -365,6 +365,19 @@ class TestNearest:
         assert not any(key.startswith("placement.") for change in changes for key in change.settings)
 
 
+def test_little_headroom_is_told_beside_an_estimated_context() -> None:
+    """The plan moves weights to the host until the rest just fits."""
+    tight = offloading(card_bytes=make_plan(QWEN, P4, offloading(expert_layers_on_host=30)).total_bytes + 40 * MIB)
+    plan = with_hints(make_plan(QWEN, P4, tight), QWEN, P4, tight)
+    (note,) = (note for note in plan.notes if "no Pascal card was measured" in note)
+    assert note.startswith("the CUDA context is estimated as 160.00 MiB")
+    assert "and 40.00 MiB are left" in note
+    assert "put more than the experts of 30 layers on the host" in note
+    roomy = replace(tight, card_bytes=P4.memory_bytes, expert_layers_on_host=40)
+    plan = with_hints(make_plan(QWEN, P4, roomy), QWEN, P4, roomy)
+    assert not any("no Pascal card was measured" in note for note in plan.notes)
+
+
 def test_a_rate_below_one_token_has_its_digits() -> None:
     assert [rate_digits(rate) for rate in (0.476, 0.03, 1.4, 1234.5)] == ["0.48", "0.03", "1", "1,234"]
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pascaline.planning.plan import make_plan
+from pascaline.units import format_bytes
 
 if TYPE_CHECKING:
     from pascaline.cards import Card
@@ -27,8 +28,26 @@ to the host."""
 def with_hints(plan: Plan, spec: ModelSpec, card: Card, request: PlanRequest, *, chunk_is_free: bool = False) -> Plan:
     """Return the plan with a remark about a larger chunk, or with that chunk, if prompts are faster then.
 
-    request: as the plan was asked for. chunk_is_free: whether its chunk is a default.
+    Another remark says how little is left beside an estimated CUDA context. request: as the plan was asked for.
+    chunk_is_free: whether its chunk is a default.
     """
+    return _with_doubt(_with_chunk_hint(plan, spec, card, request, chunk_is_free=chunk_is_free))
+
+
+def _with_doubt(plan: Plan) -> Plan:
+    """Weights are moved to the host until the rest just fits: an estimate that is too small would end the start."""
+    estimated = sum(part.n_bytes for part in plan.parts if part.key == "context" and part.origin == "estimated")
+    if not plan.fits or len(plan.host_parts) < 2 or plan.headroom_bytes >= estimated:
+        return plan
+    note = (
+        f"the CUDA context is estimated as {format_bytes(estimated)}, since no Pascal card was measured, and "
+        f"{format_bytes(plan.headroom_bytes)} are left beside it; if the engine runs out of memory at its start, put "
+        f"more than the {plan.where} (placement.experts, placement.layers)"
+    )
+    return replace(plan, notes=(*plan.notes, note))
+
+
+def _with_chunk_hint(plan: Plan, spec: ModelSpec, card: Card, request: PlanRequest, *, chunk_is_free: bool) -> Plan:
     larger = _with_larger_chunk(plan, spec, card, request)
     if larger is None or larger.speed is None or plan.speed is None:
         return plan

@@ -205,7 +205,8 @@ def refusal(plan: Plan, changes: Sequence[Change]) -> str:
         lines.append("nearest that fit:")
         lines += [f"  {number}. {change.sentence}" for number, change in enumerate(changes, 1)]
     else:
-        larger = "more free memory of the host" if _is_short_of_host_memory(plan) else "a larger card"
+        on_cpu = plan.request.device == "cpu"
+        larger = "more free memory of the host" if on_cpu or _is_short_of_host_memory(plan) else "a larger card"
         lines.append(f"nothing near fits: a smaller model or {larger} is needed")
     return "\n".join(lines)
 

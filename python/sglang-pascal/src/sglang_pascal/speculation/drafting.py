@@ -91,9 +91,13 @@ class Drafter:
 
     @property
     def has_hope(self) -> bool:
-        """Whether drafts may win with as many requests as run now, as far as is known."""
+        """Whether a model's drafts may win with as many requests as run now, as far as is known."""
         n = sum(not request.finished() for request in self._running.values())
-        return 2 * n <= self._most_rows and self._accounts.has_hope(n)
+        if not n or 2 * n > self._most_rows or not self._accounts.has_hope(n):
+            return False
+        widths = self._widths(n)
+        guesses = [self._texts.expected_guess(max(widths) - 1)] * n
+        return choose_width(guesses, widths, self._most_rows, self._accounts.pace) > 1
 
     def prepared(self) -> None:
         """Note that the planned step begins with computing what a draft model lacks."""

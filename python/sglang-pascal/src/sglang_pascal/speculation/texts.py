@@ -104,6 +104,10 @@ class Texts:
         """Forget all."""
         self._texts.clear()
 
+    def expected_guess(self, n_tokens: int) -> Draft:
+        """Return what is expected of so many tokens that a model drafts for a new request."""
+        return self._guesses.draft(n_tokens, GUESSED_MATCH)
+
     def prefilled(self, requests: Sequence[Any]) -> None:
         """Note that a step computes these requests' prompts; each gets one token if its prompt ends there."""
         for request in requests:

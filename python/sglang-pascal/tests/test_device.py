@@ -44,6 +44,13 @@ class TestDecide:
             "name it with SGLANG_PLATFORM=pascal, or show Pascal cards only with CUDA_VISIBLE_DEVICES"
         )
 
+    def test_an_older_card_is_not_called_a_newer_one(self):
+        seen = ", ".join(map(str, (P4, MAXWELL)))
+        assert decide([P4, MAXWELL], {}).reason == (
+            f"{seen}: nothing here serves a card older than Pascal, as {MAXWELL.name} is; "
+            "show Pascal cards only with CUDA_VISIBLE_DEVICES"
+        )
+
     @pytest.mark.parametrize("devices", [[TURING], [P4, TURING], [P4]])
     def test_named_it_serves_any_card(self, devices):
         assert decide(devices, NAMED).device == "cuda"

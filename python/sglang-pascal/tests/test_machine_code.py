@@ -242,6 +242,9 @@ class TestJudgement:
             "x: the driver compiles its compute_52 at the first start",
             "x: has no code for this card, only sm_75 x1, compute_52 x1",
         ]
+        assert judge("cuBLAS", path, (5, 0)).describe() == (
+            "cuBLAS: has no code for this card, only sm_75 x1, compute_52 x1; pip install 'torch==2.7.1'"
+        )
 
     def test_a_torch_without_code_for_the_card_is_refused_with_the_one_that_works(self):
         newer = ["sm_75", "sm_80", "sm_90", "compute_120"]

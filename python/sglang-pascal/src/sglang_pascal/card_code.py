@@ -45,7 +45,9 @@ class LibraryCode:
             return f"{self.name}: has machine code for this card ({self.runs})"
         if self.compiles:
             return f"{self.name}: the driver compiles its {self.compiles} at the first start"
-        return f"{self.name}: has no code for this card, only {', '.join(self.architectures) or 'code for the CPU'}"
+        remedy = f"; pip install '{WORKING_TORCH}'" if self.name in LOADED else ""
+        held = ", ".join(self.architectures) or "code for the CPU"
+        return f"{self.name}: has no code for this card, only {held}{remedy}"
 
 
 def loaded_libraries(maps: str | None = None) -> dict[str, Path]:
@@ -155,13 +157,18 @@ def compiled_at_start(capability: tuple[int, int], libraries: Iterable[LibraryCo
     return found + [f"{each.name}'s {each.compiles}, in the driver" for each in libraries if each.compiles]
 
 
+def _not_installed(found: Iterable[str]) -> list[str]:
+    """Return a sentence about bitsandbytes where there is none: it is no part of the lock, and only NF4 needs it."""
+    return [] if "bitsandbytes" in found else ["bitsandbytes: is not installed; weights in NF4 need it"]
+
+
 def describe_card(capability: tuple[int, int]) -> dict[str, Any]:
     """Return everything that `info` says of one card."""
     libraries = [judge(name, path, capability) for name, path in installed_libraries().items()]
     return {
         "compute_capability": ".".join(map(str, capability)),
         "libraries": [asdict(each) for each in libraries],
-        "code": [each.describe() for each in libraries],
+        "code": [each.describe() for each in libraries] + _not_installed(each.name for each in libraries),
         "compiled_at_start": compiled_at_start(capability, libraries),
         **what_runs(capability),
     }

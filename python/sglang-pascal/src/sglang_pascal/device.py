@@ -84,6 +84,12 @@ def decide(devices: list[Device], environment: Mapping[str, str], torch_hip: str
         return Decision("cuda", f"{seen}")
     if devices and is_named:
         return Decision("cuda", f"SGLANG_PLATFORM names it; the device is {seen}")
+    if old := [device for device in devices if device.compute_capability[0] < PASCAL_MAJOR]:
+        return Decision(
+            None,
+            f"{seen}: nothing here serves a card older than Pascal, as {', '.join(device.name for device in old)} is; "
+            "show Pascal cards only with CUDA_VISIBLE_DEVICES",
+        )
     if devices:
         return Decision(
             None,

@@ -33,6 +33,8 @@ class Installation:
     """Such as sm_60, compute_90."""
     library_code: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Library (torch, cuBLAS, cuBLASLt, bitsandbytes) -> architectures of the GPU code that its file holds."""
+    runs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Compute capability -> the plugin's attention, products and widths on such a card, in words."""
     supported: tuple[str, ...] = ()
     """Versions of the engine that the plugin was made for."""
     kernel_architectures: tuple[str, ...] = ()

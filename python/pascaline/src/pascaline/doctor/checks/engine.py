@@ -180,7 +180,8 @@ def _runs_on(built: tuple[str, ...], capability: str) -> bool:
     option='hardware.pascaline.driver.computeCapability = "6.1";',
 )
 def _kernel_architectures(host: Host) -> Result:
-    """Looks for prebuilt kernels of the card's architecture beside the plugin, or in SGLANG_PASCAL_KERNELS."""
+    """Looks for prebuilt kernels of the card's architecture beside the plugin, or in SGLANG_PASCAL_KERNELS. PTX
+    alone works too: the driver compiles it at the first start."""
     if reason := _absent(host, "sglang-pascal"):
         return skipped(reason)
     if not host.pascal:
@@ -190,7 +191,43 @@ def _kernel_architectures(host: Host) -> Result:
         return info("no kernel is prebuilt; the first start compiles them and keeps them")
     missing = sorted({gpu.compute_capability for gpu in host.pascal if not _runs_on(built, gpu.compute_capability)})
     words = f"prebuilt for {' '.join(built)}"
-    return warning(f"{words}, not for {', '.join(missing)}") if missing else ok(words)
+    if missing:
+        return warning(f"{words}, not for {', '.join(missing)}")
+    machine_code = _machine_code(built)
+    compiled = sorted(
+        {gpu.compute_capability for gpu in host.pascal if not _runs_on(machine_code, gpu.compute_capability)}
+    )
+    return (
+        info(f"{words}: for {', '.join(compiled)} the driver compiles them at the first start")
+        if compiled
+        else ok(words)
+    )
+
+
+@check(
+    "card-runs",
+    "The attention, products and widths on this card are known",
+    "install the plugin of this release: another one does not say what it runs",
+    command="sglang-pascal info",
+    option="services.pascaline.enginePackage = pkgs.pascaline-engine;",
+)
+def _card_runs(host: Host) -> Result:
+    """Names which attention and products the plugin runs on a card, and how many bits activations have in them: the
+    plugin's default, and what the plan of the settings says."""
+    if reason := _absent(host, "sglang-pascal"):
+        return skipped(reason)
+    capabilities = sorted({gpu.compute_capability for gpu in host.pascal})
+    if not capabilities:
+        return skipped("no Pascal card answers")
+    unknown = [capability for capability in capabilities if capability not in host.engine.runs]
+    if unknown:
+        return info(f"the plugin does not say it for {', '.join(unknown)}")
+    words = [f"{capability}: {'; '.join(host.engine.runs[capability].values())}" for capability in capabilities]
+    if host.plan is not None:
+        words.append(
+            f"the plan: {host.plan.request.prefill_bits}-bit prompts, {host.plan.request.decode_bits}-bit decode"
+        )
+    return ok("; ".join(words))
 
 
 @check(

@@ -38,6 +38,7 @@ def read_probe(probe: Probe, text: str, errors: str, code: int) -> Installation:
         torch_cuda=str(answer.get("torch_cuda", "")),
         torch_architectures=tuple(answer.get("torch_architectures", ())),
         library_code={name: tuple(code) for name, code in answer.get("library_code", {}).items()},
+        runs=answer.get("runs", {}),
         supported=tuple(answer.get("supported_sglang", ())),
         kernel_architectures=tuple(answer.get("kernel_architectures", ())),
         kernel_formats=tuple(answer.get("kernel_formats", ())),

@@ -27,7 +27,7 @@ def main() -> None:
     # The answer must not contain what imports print.
     with contextlib.redirect_stdout(sys.stderr):
         answer: dict[str, Any] = {"versions": dict(_versions()), "entry_points": _entry_points()}
-        for part in (_torch, _plugin, _kernels, _libraries):
+        for part in (_torch, _plugin, _kernels, _libraries, _runs):
             try:
                 answer |= part()
             except Exception as error:
@@ -75,6 +75,13 @@ def _libraries() -> dict[str, Any]:
     from sglang_pascal.card_code import installed_code
 
     return {"library_code": installed_code()}
+
+
+def _runs() -> dict[str, Any]:
+    from sglang_pascal.card_code import what_runs
+    from sglang_pascal.kernels.build import ARCHITECTURES
+
+    return {"runs": {f"{major}.{minor}": what_runs((int(major), int(minor))) for major, minor in ARCHITECTURES}}
 
 
 def _unknown(variables: Sequence[str]) -> list[str]:

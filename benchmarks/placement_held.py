@@ -305,7 +305,7 @@ class Server:
     def __init__(self, command: Sequence[str], variables: dict[str, str], port: int, group: Path | None = None) -> None:
         """group: a control group that it enters."""
         self.port, self.lines = port, list[str]()
-        enter = ["/bin/sh", "-c", 'echo $$ >"$0" && exec "$@"', str(group / "cgroup.procs")] if group else []
+        enter = ["/bin/sh", "-c", 'echo $$ >"$0"; exec "$@"', str(group / "cgroup.procs")] if group else []
         self._process = subprocess.Popen(
             [*enter, *command, "--verbosity", "4"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", env={**os.environ, **variables},

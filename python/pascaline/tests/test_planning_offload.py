@@ -595,6 +595,17 @@ class TestCommand:
         assert numa_arguments(known, is_bound=True, nodes=2) == ("--numa", "numactl")
         assert numa_arguments(known, is_bound=False) == numa_arguments(frozenset(), is_bound=False, nodes=2) == ()
 
+    @pytest.mark.parametrize("weights", ["pinned", "mapped", "locked"])
+    def test_a_cpu_with_several_nodes_deals_its_threads_out(self, weights: str, tmp_path: Path) -> None:
+        """No GPU says beside which node they should be."""
+        program = tmp_path / "llama-server"
+        program.write_text("#!/bin/sh\necho '--numa TYPE --mlock'\n")
+        program.chmod(0o755)
+        task = replace(self.task(program, weights, 0, tmp_path), device="cpu")
+        assert "--numa" not in ENGINES["llama.cpp"].launch(task).command
+        command = ENGINES["llama.cpp"].launch(replace(task, numa_nodes=2)).command
+        assert command[command.index("--numa") + 1] == "distribute"
+
     def test_what_it_keeps_of_prompts_is_limited_as_planned(self, tmp_path: Path) -> None:
         program = tmp_path / "llama-server"
         program.write_text("#!/bin/sh\necho '--cache-ram N --ctx-checkpoints N'\n")
@@ -614,10 +625,13 @@ class TestCommand:
     def command(
         self, program: Path, weights: str, experts: int, folder: Path, cpus: frozenset[int] = frozenset()
     ) -> tuple[str, ...]:
+        return ENGINES["llama.cpp"].launch(self.task(program, weights, experts, folder, cpus)).command
+
+    def task(self, program: Path, weights: str, experts: int, folder: Path, cpus: frozenset[int] = frozenset()) -> Task:
         settings = Settings.model_validate(
             {"engine": "llama.cpp", "engine_executable": str(program), "placement": {"weights": weights}}
         )
-        task = Task(
+        return Task(
             settings=settings,
             model=ResolvedModel("gguf", folder / "m.gguf", QWEN, "m"),
             device="cuda",
@@ -633,7 +647,6 @@ class TestCommand:
             runtime_dir=folder,
             cpus=cpus,
         )
-        return ENGINES["llama.cpp"].launch(task).command
 
 
 class TestOptimize:

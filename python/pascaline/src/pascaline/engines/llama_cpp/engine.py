@@ -322,8 +322,10 @@ def _offload_arguments(task: Task, program: str) -> tuple[str, ...]:
     """Return the flags for weights in the host's memory. They depend on the build, which is asked only if needed."""
     weights = task.settings.placement.weights
     is_whole = not task.expert_layers_on_host and task.gpu_layers == ALL_LAYERS
-    if is_whole and task.device == "cpu" and weights == "mapped":
-        return mapped_arguments(options_of(program))
+    if is_whole and task.device == "cpu" and weights != "locked" and (weights == "mapped" or task.numa_nodes > 1):
+        options = options_of(program)
+        mapped = mapped_arguments(options) if weights == "mapped" else ()
+        return (*mapped, *numa_arguments(options, is_bound=bool(task.cpus), nodes=task.numa_nodes))
     if is_whole and not (weights == "locked" and task.device == "cpu"):
         return ()
     options = options_of(program)

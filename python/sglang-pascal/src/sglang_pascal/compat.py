@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from sglang_pascal import deferred
 from sglang_pascal.checkpoint.completeness import load_completely
 from sglang_pascal.errors import UnsupportedVersionError
 from sglang_pascal.names import ATTENTION_BACKENDS, LOAD_FORMAT, LOOKUP
@@ -825,8 +826,28 @@ SHIMS: Final = (
         _DYNAMO,
         name="no torch.compile",
         why="torch.compile generates Triton for a CUDA device and refuses one below compute capability 7.0; on a CPU "
-        "it compiles C++ at the first request. Without it, its decorators import no compiler: a sixth of the imports",
+        "it compiles C++ at the first request",
         devices=("cpu", "cuda"),
+    ),
+    Shim(
+        name="no compiler for decorators",
+        what="torch.compile and torch.compiler.disable return the function itself, unless TORCHDYNAMO_DISABLE is 0",
+        why="with compiling switched off they import torch's compiler all the same: a tenth of the imports",
+        devices=("cpu", "cuda"),
+        stage="activate",
+        is_needed=lambda: os.environ.get(_DYNAMO) == "1",
+        apply=deferred.compile_never,
+        is_applied=deferred.compiles_never,
+    ),
+    Shim(
+        name="imports of training",
+        what=f"{', '.join(deferred.TRANSFORMERS)} are imported when something of theirs is used",
+        why="transformers imports them for training: losses with SciPy, and sharding with torch's compiler",
+        devices=("cpu", "cuda"),
+        stage="activate",
+        is_needed=_always,
+        apply=deferred.defer_imports,
+        is_applied=deferred.are_deferred,
     ),
     Shim(
         name="Triton kernels",

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from sglang_pascal import deferred
+from sglang_pascal import deferred, environment
 from sglang_pascal.checkpoint.completeness import load_completely
 from sglang_pascal.errors import UnsupportedVersionError
 from sglang_pascal.names import ATTENTION_BACKENDS, LOAD_FORMAT, LOOKUP
@@ -848,6 +848,16 @@ SHIMS: Final = (
         is_needed=_always,
         apply=deferred.defer_imports,
         is_applied=deferred.are_deferred,
+    ),
+    Shim(
+        name="variables parsed once",
+        what="SGLang's getters of environment variables parse a variable again only if it changed",
+        why="it reads and parses some thirty variables in each step: host time of every token",
+        devices=("cpu", "cuda"),
+        stage="worker",
+        is_needed=environment.keeps_bytes,
+        apply=environment.parse_once,
+        is_applied=environment.parses_once,
     ),
     Shim(
         name="Triton kernels",

@@ -63,6 +63,7 @@ def test_rows_of_a_device_and_a_stage():
     assert [shim.name for shim in shims_for("cpu", "worker")] == [
         "slots of a chain",
         "int8 KV cache, pool",
+        "variables parsed once",
         "seeds",
         "sampler",
     ]

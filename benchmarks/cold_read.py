@@ -57,7 +57,7 @@ def loaded(path: Path) -> int:
 
 
 def kept_share(path: Path) -> float:
-    """Return the share of the file's first GiB that is in the page cache, by mincore(2); 0 if the kernel does not say."""
+    """Return the share of the file's first GiB that is in the page cache, by mincore(2); 0 if that fails."""
     length = min(path.stat().st_size, 2**30)
     pages = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
     with path.open("rb") as file, mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY) as data:

@@ -56,16 +56,16 @@ def test_a_change_is_seen_however_it_is_made(environ, monkeypatch):
     monkeypatch.setattr(environ.EnvField, "get", parsing_once(environ.EnvField.get))
 
     class Envs:
-        number, flag, text, table = (
+        NUMBER, FLAG, TEXT, TABLE = (
             environ.EnvInt(3),
             environ.EnvBool(False),
             environ.EnvStr(None),
             environ.EnvJSON(None),
         )
 
-    number = Envs.number
-    assert [number.get(), Envs.flag.get(), Envs.text.get()] == [3, False, None]
-    os.environ["number"] = "4"
+    number = Envs.NUMBER
+    assert [number.get(), Envs.FLAG.get(), Envs.TEXT.get()] == [3, False, None]
+    os.environ["NUMBER"] = "4"
     assert [number.get(), number.get()] == [4, 4]
     number.set(5)
     with number.override(6):
@@ -75,18 +75,18 @@ def test_a_change_is_seen_however_it_is_made(environ, monkeypatch):
     assert [number.get(), number.get()] == [None, None]
     number.clear()
     assert number.get() == 3
-    os.environ["table"] = "[1]"
-    Envs.table.get().append(2)
-    assert Envs.table.get() == [1], "a value that can be changed is made anew"
+    os.environ["TABLE"] = "[1]"
+    Envs.TABLE.get().append(2)
+    assert Envs.TABLE.get() == [1], "a value that can be changed is made anew"
 
 
 def test_a_value_that_cannot_be_parsed_is_warned_about_each_time(environ, monkeypatch):
     monkeypatch.setattr(environ.EnvField, "get", parsing_once(environ.EnvField.get))
 
     class Envs:
-        broken = environ.EnvInt(3)
+        BROKEN = environ.EnvInt(3)
 
-    os.environ["broken"] = "three"
+    os.environ["BROKEN"] = "three"
     for _ in range(2):
-        with pytest.warns(UserWarning, match="Invalid value for broken"):
-            assert Envs.broken.get() == 3
+        with pytest.warns(UserWarning, match="Invalid value for BROKEN"):
+            assert Envs.BROKEN.get() == 3

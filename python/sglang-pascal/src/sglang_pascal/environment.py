@@ -49,7 +49,7 @@ def parsing_once(original: Any) -> Any:
 
 def _first(original: Any, field: Any) -> Any:
     """Return the original getter's value, and keep it if it depends on the variable's bytes alone."""
-    key = os.environ.encodekey(field.name)  # type: ignore[attr-defined]
+    key = os.environ.encodekey(field.name)
     raw, value = os.environ._data.get(key), original(field)  # type: ignore[attr-defined]
     if not field._set_to_none and isinstance(value, _UNCHANGING) and value == _parsed(field, raw):
         field.__dict__["_sglang_pascal"] = key, raw, value

@@ -32,6 +32,9 @@ WORDS = {
     "two lines": f"RuntimeError: refused {KEY[:12]}\n  {KEY[12:]}",
     "a line of two pieces": "x" * (64 * 1024 - 9) + KEY + " end",
 }
+FAST = {"SGLang's arguments", "two lines", "a line of two pieces"}
+SLOW = pytest.mark.slow("repeats with other words how an engine's last ones are shown")
+"""Every form of a secret in a line is tested in python/pascaline/tests/test_redaction.py."""
 
 
 @pytest.fixture
@@ -80,7 +83,7 @@ def files_of(folder: Path) -> dict[str, str]:
     return {str(path): path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("words", WORDS)
+@pytest.mark.parametrize("words", [words if words in FAST else pytest.param(words, marks=SLOW) for words in WORDS])
 def test_what_an_engine_says_when_it_crashes(
     secretive: Callable[..., Instance], manager: ServiceManager, words: str, tmp_path: Path
 ) -> None:

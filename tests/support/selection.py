@@ -116,7 +116,7 @@ def group_of(file: str) -> str:
     text = found.read_text()
     if f"pytest.mark.{IMPORTS_SGLANG}" in text:
         return IMPORTS_SGLANG
-    return IN_SGLANG if f"({IN_SGLANG})" in text else name
+    return IN_SGLANG if any(f"({IN_SGLANG}{end}" in text for end in "):") else name
 
 
 @functools.cache

@@ -30,6 +30,8 @@ from support.instance import FAKE_ENGINE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from support.warm_sglang import WarmSGLang
+
 SGLANG, LLAMA_CPP = SglangEngine(), LlamaCppEngine()
 IDLE_SECONDS = 1.7491296849999998
 """Of the scheduler, in the recorded page."""
@@ -587,14 +589,19 @@ def test_a_wildcard_is_reached_by_loopback(listening: str, expected: str) -> Non
     assert reachable((listening, 1)) == (expected, 1)
 
 
-@pytest.mark.engine
-def test_every_argument_is_one_that_sglang_knows() -> None:
+SPELLINGS = """
+import argparse, json
+from sglang.srt.server_args import ServerArgs
+parser = argparse.ArgumentParser()
+ServerArgs.add_cli_args(parser)
+print(json.dumps({action.dest: action.option_strings for action in parser._actions}))
+"""
+
+
+@pytest.mark.skipif(find_spec("sglang") is None, reason="SGLang is not installed")
+def test_every_argument_is_one_that_sglang_knows(in_sglang: WarmSGLang) -> None:
     """SGLang's own parser: no argument of ours is unknown to it, and no other spelling of one gets past the check."""
-    argparse = pytest.importorskip("argparse")
-    server_args = pytest.importorskip("sglang.srt.server_args", reason="SGLang is not installed")
-    parser = argparse.ArgumentParser()
-    server_args.ServerArgs.add_cli_args(parser)
-    spellings = {action.dest: action.option_strings for action in parser._actions}
+    spellings = in_sglang.run(SPELLINGS)
     known = {option: dest for dest, options in spellings.items() for option in options}
     for flag in SGLANG.setting_flags:
         if flag != "--config":

@@ -251,9 +251,18 @@ def test_a_draft_model_that_is_wrong_is_soon_left_alone(monkeypatch):
     assert engine.steps[20:].count(1) > 170
     for request in engine.requests:
         assert request.output_ids == alone(request.origin_input_ids_unpadded, len(request.output_ids))
-    engine.worker._drafter._accounts.has_hope = lambda n: True  # as when another trial is due
     engine.worker._prompts(engine.batch("EXTEND"))
     assert not engine.model._is_computed[: len(engine.requests[0].origin_input_ids_unpadded)].any()
+
+
+def test_no_prompt_is_computed_where_another_trial_is_due_but_no_draft_is_worth_a_check(monkeypatch):
+    engine = Engine(monkeypatch, 2, overlap=True, draft=erratic)
+    drafter = engine.worker._drafter
+    assert drafter.has_hope
+    for _ in range(20):
+        drafter._texts._guesses.note(7, 6, 0)
+    assert not drafter.has_hope
+    assert drafter._accounts.has_hope(2)
 
 
 def test_what_a_draft_model_lacks_is_counted_from_the_first_gap(monkeypatch):

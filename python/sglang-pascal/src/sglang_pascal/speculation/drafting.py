@@ -184,5 +184,7 @@ def _launched(texts: Sequence[Text], found: Sequence[Found], width: int) -> Step
     checked = [draft and draft._replace(n_tokens=min(draft.n_tokens, width - 1)) for draft, _ in found]
     for text, draft in zip(texts, checked, strict=True):
         text.launched(width, draft)
+    if width == 1:
+        texts[0].guesses.step()  # the same for all texts
     n_drafts = [draft.n_tokens if draft else 0 for draft in checked]
     return Step(width, n_drafts, [[*tokens, *[0] * width][: width - 1] for _, tokens in found], list(texts))

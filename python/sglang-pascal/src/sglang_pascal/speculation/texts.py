@@ -86,7 +86,6 @@ class Text:
         self.n_right = 0
         if width == 1 or checked is None:
             self.acceptance.step()
-            self.guesses.step()
             self.total += 1
         else:
             self.checked, self.before_check, self.total = checked, self.total, None

@@ -15,7 +15,9 @@ important parts first, in case it is stopped:
      and 512
   5. attention at 512, 4096 and 16384 positions: decode of one and four sequences, and 512 new tokens
   6. a minute of a prompt's products, with the clocks, power and speed every five seconds
-  7. with --model, and llama-bench on PATH: its speed with that file
+  7. torch's own operations that serving calls, with the CPU's results
+  8. products of float16 by cuBLAS: their speed, and which kernels it chooses
+  9. with --model, and llama-bench on PATH: its speed with that file
 with the clocks, power and temperature before and after each part. At the end it says in words which assumptions of
 docs/kernels.md held. Exit codes: 0 done, 1 an operation gave a wrong result, 6 no GPU, 7 too little free memory,
 8 something is not installed, 9 the file cannot be written.
@@ -59,6 +61,10 @@ LENGTHS = (512, 4096, 16384)
 SUSTAINED = ("Llama-3.1-8B gate+up", 512, 8)
 """Shape, rows of x and bits of the minute of work."""
 SUSTAINED_SECONDS, WINDOW_SECONDS = 60, 5
+CUBLAS_ROWS = (17, 128, 512)
+"""Rows of x: fewer never reach cuBLAS (docs/kernels.md)."""
+CHOICES, VOCABULARY, TOLERANCE = 8, 32064, 1e-4
+"""Rows and columns of the logits that torch's operations get; the relative error that float32 may have."""
 BENCH_SECONDS = 120
 """Time limit of llama-bench."""
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,pstate"
@@ -139,6 +145,67 @@ def sustained(device: torch.device, length: float = SUSTAINED_SECONDS) -> list[d
     return windows
 
 
+TORCH_OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "argmax": lambda x, _: x.argmax(-1),
+    "sort": lambda x, _: x.sort(-1, descending=True).values,
+    "topk": lambda x, _: x.topk(20).values,
+    "softmax": lambda x, _: x.softmax(-1),
+    "log_softmax": lambda x, _: x.log_softmax(-1),
+    "logsumexp": lambda x, _: x.logsumexp(-1),
+    "cumsum": lambda x, _: x.softmax(-1).cumsum(-1),
+    "multinomial": lambda x, _: torch.multinomial((x == x.amax(-1, keepdim=True)).float(), 1),
+    "mean of squares": lambda x, _: x.pow(2).mean(-1),
+    "float16": lambda x, _: (x.half() * 0.75).float(),
+    "silu": lambda x, _: torch.nn.functional.silu(x),
+    "where": lambda x, _: torch.where(x > 0, x, -torch.inf),
+    "masked_fill": lambda x, _: x.masked_fill(x < 0, 0),
+    "nonzero": lambda x, _: (x > 3).nonzero(),
+    "index_select": lambda x, rows: x.index_select(0, rows),
+    "gather": lambda x, rows: x.gather(-1, rows.expand(CHOICES, -1)),
+    "scatter": lambda x, rows: x.scatter(-1, torch.arange(len(rows), device=x.device).expand(CHOICES, -1), 2.0),
+    "embedding": lambda x, rows: torch.nn.functional.embedding(rows, x),
+    "cat": lambda x, _: torch.cat([x, 2 * x], -1),
+}
+
+
+def torch_operations(device: torch.device) -> list[dict]:
+    """Compare torch's own operations with the CPU: whole numbers must be equal, others within TOLERANCE."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(CHOICES, VOCABULARY, generator=random)
+    rows = torch.randint(CHOICES, (64,), generator=random)
+    return [
+        _compared(name, operation(logits, rows), operation(logits.to(device), rows.to(device)).cpu())
+        for name, operation in TORCH_OPERATIONS.items()
+    ]
+
+
+def _compared(name: str, expected: torch.Tensor, found: torch.Tensor) -> dict:
+    if expected.shape != found.shape:
+        return {"name": name, "passed": False, "shape": list(found.shape), "expected_shape": list(expected.shape)}
+    is_exact = not expected.is_floating_point()
+    passed = torch.equal(expected, found) if is_exact else torch.allclose(found, expected, rtol=TOLERANCE, atol=1e-7)
+    differs = expected != found
+    error = (expected[differs].double() - found[differs].double()).abs().max().item() if differs.any() else 0.0
+    return {"name": name, "passed": passed, "largest_error": error}
+
+
+def cublas(device: torch.device) -> list[dict]:
+    """Measure float16 products of CUBLAS_ROWS rows with the largest matrix, and name the kernels."""
+    _, rows, columns = measure.SHAPES[NAMES[0]]
+    weight = torch.randn(rows, columns, device=device, dtype=torch.float16)
+    return [_cublas_product(torch.randn(n, columns, device=device, dtype=torch.float16), weight) for n in CUBLAS_ROWS]
+
+
+def _cublas_product(x: torch.Tensor, weight: torch.Tensor) -> dict:
+    microseconds = measure.median_us([lambda: x @ weight.T], 8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        x @ weight.T
+        torch.cuda.synchronize(x.device)
+    kernels = {event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA}
+    speed = len(x) * weight.numel() / microseconds * 1e6
+    return {"n": len(x), "us": microseconds, "macs_per_second": speed, "kernels": sorted(kernels)}
+
+
 def llama_bench(_: torch.device, model: Path | None) -> dict:
     """Run llama-bench for a prompt of 512 tokens and 32 tokens of an answer."""
     program = shutil.which("llama-bench")
@@ -160,6 +227,10 @@ def findings(parts: dict[str, dict]) -> list[str]:
         found += _about_products(rows)
     if isinstance(windows := results.get("sustained"), list) and windows:
         found.append(_about_clocks(windows))
+    if isinstance(cases := results.get("torch"), list) and cases:
+        found.append(_about_torch(cases))
+    if isinstance(rows := results.get("cublas"), list):
+        found += [_about_cublas(row) for row in rows]
     return found
 
 
@@ -217,6 +288,18 @@ def _about_clocks(windows: list[dict]) -> str:
     return f"After a minute of a prompt's products the speed is {last / first:.0%} of the first seconds', at {clock}."
 
 
+def _about_torch(cases: list[dict]) -> str:
+    wrong = [case["name"] for case in cases if not case["passed"]]
+    return f"torch's own operations: {len(cases) - len(wrong)} of {len(cases)} give the CPU's results" + (
+        f"; wrong: {', '.join(wrong)}." if wrong else "."
+    )
+
+
+def _about_cublas(row: dict) -> str:
+    kernels = ", ".join(row["kernels"]) or "kernels that CUPTI did not name"
+    return f"A float16 product of {row['n']} rows: {row['macs_per_second'] / 1e12:.2f} T MAC/s, by {kernels}."
+
+
 LOAD_LIMIT = 2.5
 """Clocks: nearer to 4 than to 1."""
 PASCAL_LANES = 128
@@ -235,6 +318,8 @@ PARTS: dict[str, Callable[[torch.device], object]] = {
     "products": products,
     "attention": attention,
     "sustained": sustained,
+    "torch": torch_operations,
+    "cublas": cublas,
 }
 NAMES_OF_PARTS = (*PARTS, "llama-bench")
 
@@ -302,8 +387,8 @@ def main() -> int:
     if "correctness" not in report["parts"]:
         print(f"{path}: without correctness", file=sys.stderr)
         return 0
-    checked = report["parts"]["correctness"].get("result")
-    right = isinstance(checked, list) and all(case["passed"] for case in checked)
+    checked = [report["parts"][name].get("result") for name in ("correctness", "torch") if name in report["parts"]]
+    right = all(isinstance(cases, list) and all(case["passed"] for case in cases) for cases in checked)
     print(
         f"{path}: please attach it to an issue" + ("" if right else "; an operation gave a wrong result"),
         file=sys.stderr,

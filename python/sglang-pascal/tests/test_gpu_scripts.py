@@ -12,6 +12,7 @@ from pathlib import Path
 
 import gguf
 import pytest
+import torch
 from sglang_pascal import selftest
 from sglang_pascal.checkpoint.prepare import prepare
 from support.models import SHAPES, write_gguf
@@ -132,6 +133,27 @@ class TestFirstHour:
             first_hour.findings({"rates": {"result": {"failed": "RuntimeError: x"}}, "products": {"skipped": "late"}})
             == []
         )
+
+    def test_torchs_operations_are_held_against_the_cpu(self, first_hour, monkeypatch):
+        monkeypatch.setattr(first_hour, "VOCABULARY", 500)
+        found = first_hour.torch_operations(torch.device("cpu"))
+        assert [case["name"] for case in found if not case["passed"]] == []
+        wrong = [
+            first_hour._compared("whole", torch.tensor([1, 2]), torch.tensor([1, 3])),
+            first_hour._compared("shape", torch.ones(2), torch.ones(3)),
+            first_hour._compared("half", torch.tensor([1.0, -torch.inf]), torch.tensor([1.001, -torch.inf])),
+            first_hour._compared("nan", torch.tensor([1.0]), torch.tensor([torch.nan])),
+        ]
+        assert [case["passed"] for case in wrong] == [False] * 4
+        close = first_hour._compared("close", torch.tensor([1.0, -torch.inf]), torch.tensor([1.00001, -torch.inf]))
+        assert close["passed"]
+        product = {"n": 17, "macs_per_second": 2.5e12, "kernels": ["maxwell_fp16_sgemm_fp16_128x64_tn"]}
+        parts = {"torch": {"result": [close, *wrong]}, "cublas": {"result": [product, product | {"kernels": []}]}}
+        assert first_hour.findings(parts) == [
+            "torch's own operations: 1 of 5 give the CPU's results; wrong: whole, shape, half, nan.",
+            "A float16 product of 17 rows: 2.50 T MAC/s, by maxwell_fp16_sgemm_fp16_128x64_tn.",
+            "A float16 product of 17 rows: 2.50 T MAC/s, by kernels that CUPTI did not name.",
+        ]
 
     def test_llama_bench_runs_where_it_is_and_a_model_is_named(self, first_hour, tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", str(tmp_path))

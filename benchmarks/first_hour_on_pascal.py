@@ -225,12 +225,16 @@ def findings(parts: dict[str, dict]) -> list[str]:
         found += _about_instructions(rates["lanes_per_clock_and_multiprocessor"])
     if isinstance(rows := results.get("products"), list) and rows:
         found += _about_products(rows)
+    if isinstance(rows := results.get("attention"), list) and rows and isinstance(rates, dict):
+        found += _about_attention(rows, rates.get("read_bytes_per_second"))
     if isinstance(windows := results.get("sustained"), list) and windows:
         found.append(_about_clocks(windows))
     if isinstance(cases := results.get("torch"), list) and cases:
         found.append(_about_torch(cases))
     if isinstance(rows := results.get("cublas"), list):
         found += [_about_cublas(row) for row in rows]
+    if isinstance(bench := results.get("llama-bench"), dict) and bench.get("rows"):
+        found.append(_about_llama_bench(bench["rows"]))
     return found
 
 
@@ -282,10 +286,34 @@ def _about_products(rows: list[dict]) -> list[str]:
     return found
 
 
+def _about_attention(rows: list[dict], read: float | None) -> list[str]:
+    """Return how near the longest decode steps come to reading keys and values once."""
+    longest = max((row["length"] for row in rows if row["phase"] == "decode"), default=0)
+    return [
+        f"Attention of {row['sequences']} at {longest} positions ({row['kv_type']}) reads keys and values at "
+        f"{row['kv_bytes'] / row['ours_us'] * 1e6 / read:.0%} of the plain read."
+        for row in rows
+        if read and row["phase"] == "decode" and row["length"] == longest
+    ]
+
+
 def _about_clocks(windows: list[dict]) -> str:
     first, last = windows[0]["macs_per_second"], windows[-1]["macs_per_second"]
-    clock = windows[-1].get("clocks.sm", "unknown")
-    return f"After a minute of a prompt's products the speed is {last / first:.0%} of the first seconds', at {clock}."
+    clock, power = (windows[-1].get(name, "unknown") for name in ("clocks.sm", "power.draw"))
+    return (
+        f"After {len(windows) * WINDOW_SECONDS} s of a prompt's products the speed is {last / first:.0%} of that of the "
+        f"first {WINDOW_SECONDS} s, at a clock of {clock} and {power}."
+    )
+
+
+def _about_llama_bench(rows: list[dict]) -> str:
+    """Return llama.cpp's best of its settings; `benchmarks/race.py` runs this engine beside it."""
+    prompts = max((row["avg_ts"] for row in rows if row.get("n_prompt") and not row.get("n_gen")), default=0.0)
+    answers = max((row["avg_ts"] for row in rows if row.get("n_gen") and not row.get("n_prompt")), default=0.0)
+    return (
+        f"llama-bench reads a prompt at {prompts:.0f} tok/s and writes an answer at {answers:.1f}; "
+        "benchmarks/race.py compares this engine with it."
+    )
 
 
 def _about_torch(cases: list[dict]) -> str:

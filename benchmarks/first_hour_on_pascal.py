@@ -301,8 +301,8 @@ def _about_clocks(windows: list[dict]) -> str:
     first, last = windows[0]["macs_per_second"], windows[-1]["macs_per_second"]
     clock, power = (windows[-1].get(name, "unknown") for name in ("clocks.sm", "power.draw"))
     return (
-        f"After {len(windows) * WINDOW_SECONDS} s of a prompt's products the speed is {last / first:.0%} of that of the "
-        f"first {WINDOW_SECONDS} s, at a clock of {clock} and {power}."
+        f"After {len(windows) * WINDOW_SECONDS} s of a prompt's products the speed is {last / first:.0%} of that of "
+        f"the first {WINDOW_SECONDS} s, at a clock of {clock} and {power}."
     )
 
 

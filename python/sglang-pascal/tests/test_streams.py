@@ -170,7 +170,7 @@ def noted(path, *bodies, out=ABORTED, status=200, kind=b"text/event-stream", bef
         assert await note_refusal(report, None, out) is out
 
     async def application(_scope, _receive, send):
-        if status != 200 or kind == b"application/json":
+        if kind == b"application/json":
             await refuse()
         await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
         for n, body in enumerate(bodies):
@@ -213,9 +213,21 @@ def test_an_error_of_another_status_gets_the_refusals():
     assert dict(start["headers"])[b"retry-after"] == b"1"
 
 
-@pytest.mark.parametrize("status", [200, 503])
-def test_an_answer_that_is_right_keeps_its_body(status):
-    start, body = noted("/v1/score", b'{"detail": "full"}', status=status, kind=b"application/json", before=-1)
+@pytest.mark.parametrize(
+    ("path", "said", "document"),
+    [
+        ("/v1/messages", {"type": "error", "error": {"type": "overloaded_error", "message": "Internal"}}, ANTHROPIC),
+        ("/api/chat", {"detail": FULL["message"]}, OLLAMA),
+    ],
+)
+def test_an_answer_that_hides_the_cause_names_it(path, said, document):
+    start, body = noted(path, json.dumps(said).encode(), status=503, kind=b"application/json", before=-1)
+    assert (start["status"], json.loads(body)) == (503, document)
+
+
+@pytest.mark.parametrize(("path", "status"), [("/v1/score", 200), ("/v1/score", 503), ("/v1/messages", 200)])
+def test_an_answer_that_is_right_keeps_its_body(path, status):
+    start, body = noted(path, b'{"detail": "full"}', status=status, kind=b"application/json", before=-1)
     assert (start["status"], body) == (status, b'{"detail": "full"}')
 
 

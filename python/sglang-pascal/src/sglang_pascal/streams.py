@@ -118,10 +118,17 @@ class _Beginning:
         noted = self.noted
         if _is_stream(message):
             self._start = message
-        elif noted is not None and message["status"] >= 400 and message["status"] != noted.status:
+        elif noted is not None and message["status"] >= 400 and self._misses(message["status"], noted):
             await self._refuse(_noted_refusal(self._path, noted))
         else:
             await self._send({**message, "headers": _with_retry_after(message["status"], message.get("headers", ()))})
+
+    def _misses(self, status: int, noted: _Noted) -> bool:
+        """Whether an error does not say what SGLang refused.
+
+        SGLang's errors in Anthropic's form say "Internal server error" then, and those of Ollama's routes have FastAPI's.
+        """
+        return status != noted.status or (status >= 500 and self._path.startswith(("/v1/messages", "/api/")))
 
     async def _begin(self, start: Message, first: Message) -> None:
         self._start = None

@@ -126,7 +126,7 @@ class _Beginning:
     def _misses(self, status: int, noted: _Noted) -> bool:
         """Whether an error does not say what SGLang refused.
 
-        SGLang's errors in Anthropic's form say "Internal server error" then, and those of Ollama's routes have FastAPI's.
+        SGLang's errors in Anthropic's form say "Internal server error" then; those of Ollama's routes have FastAPI's.
         """
         return status != noted.status or (status >= 500 and self._path.startswith(("/v1/messages", "/api/")))
 

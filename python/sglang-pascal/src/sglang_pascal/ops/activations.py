@@ -16,15 +16,15 @@ from sglang_pascal.reference import quantize_ref, rms_norm_ref, silu_mul_ref
 
 _THREADS = 128
 _VALUES = 4
-"""Of a thread of `quantize` and `silu_mul_quantize`."""
+"""Values per thread of `quantize` and `silu_mul_quantize`."""
 _MOST_NORM_THREADS = 1024
 
 
 class Activations(NamedTuple):
     """`n` rows of quantised activations; x = d * q. K is the number of columns, padded with zeros to 256.
 
-    16-bit ones have 2n rows: row n + i is what the rounding of row i lost, in steps 256 times as fine, and its
-    scales are of the whole value: x = d * (256 * high + low).
+    With 16 bits there are 2n rows: row n + i holds the rounding error of row i in steps 256 times as fine, and its
+    scales are those of the whole value: x = d * (256 * high + low).
     """
 
     q: torch.Tensor
@@ -43,7 +43,7 @@ def empty_activations(n: int, columns: int, device: torch.device) -> Activations
 
 
 def quantize(x: torch.Tensor, *, is_16_bit: bool = False) -> Activations:
-    """Quantise x `[n, columns]`: d = largest magnitude / 127, q = round(x / d). A NaN or infinity shows in d."""
+    """Quantise x `[n, columns]`: d = largest magnitude / 127, q = round(x / d). A NaN or infinity is visible in d."""
     require("x", x, FLOATS, (None, None), x)
     if not x.is_cuda:
         return Activations(*quantize_ref(x, is_16_bit=is_16_bit))

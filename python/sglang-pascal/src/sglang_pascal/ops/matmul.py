@@ -3,8 +3,8 @@
 The bits of `y[n]` depend only on `x[n]`, its number of bits, the weight and the card. They do not depend on how many
 rows x has, nor on which of the kernels runs. float16 weights are the exception (`matmul_half`).
 
-Few rows of x go to a decode kernel. More go to a tile kernel, or to several of either kind: to those that cost least by
-a P4's memory, issue slots and shared loads (`parts`).
+A decode kernel multiplies few rows of x. For more rows, `parts` chooses a tile kernel, or several kernels of either
+kind: those with the least cost by a P4's memory, issue slots and shared loads.
 """
 
 from __future__ import annotations
@@ -33,41 +33,41 @@ DECODE_WIDTHS: Final = {
     8: {1: 1, 2: 1, 3: 2, 4: 2, 6: 2, 8: 2, 12: 2, 16: 3, 24: 3, 32: 3},
     16: {1: 1, 2: 2, 3: 2, 4: 2, 6: 2, 8: 4, 12: 4, 16: 4, 24: 3},
 }
-"""Bits of x -> the decode kernels: most rows of x that each takes -> rows of the weight that a lane has (N and R of
+"""Bits of x -> the decode kernels: most rows of x of each kernel -> rows of the weight per lane (N and R of
 `decode_matmul.cu`)."""
 TILE_WIDTHS: Final = {8: {32: 3, 40: 2, 48: 2, 56: 2, 64: 2, 128: 1}, 16: {32: 3, 40: 2, 48: 2, 56: 2, 64: 2}}
 """Bits of x -> the tile kernels: rows of x in a tile -> CTAs for which a multiprocessor has registers."""
 MEMORY_CLOCKS: Final = 128.0
 """Clocks in which a P4's multiprocessor gets 64 weights of 32 rows of Q4_K: 1152 bytes at 192 GB/s / 20, 1.063 GHz."""
 LAUNCH_CLOCKS: Final = 3.0
-"""Of a kernel more: its start and its end, when not all multiprocessors are busy."""
+"""Cost of a further kernel: at its start and its end, not all multiprocessors are busy."""
 NOT_OVERLAPPED: Final = 0.25
-"""Share of the shorter of memory and instructions that does not run beside the longer (estimate)."""
+"""Share of the shorter of the two times, memory and instructions, that does not overlap the longer (estimate)."""
 ROW_CLOCKS: Final = {8: {12: 6.0, 24: 6.7, 32: 7.2}, 16: {16: 10.6, 24: 12.0}}
-"""Bits of x -> widest decode kernel of a kind -> clocks a row of x: issue slots, or shared loads at four clocks; more
-where no weights are loaded ahead."""
+"""Bits of x -> widest decode kernel with this rate -> clocks per row of x: issue slots, or shared loads at four clocks.
+Kernels that load no weights ahead take more."""
 TILE_CLOCKS: Final = {
     8: {32: 211.0, 40: 262.0, 48: 310.0, 56: 361.0, 64: 410.0, 128: 830.0},
     16: {32: 362.0, 40: 447.0, 48: 527.0, 56: 605.0, 64: 684.0},
 }
-"""Bits of x -> tile -> clocks: issue slots of the inner loop, and 11 to 16 % for all else."""
+"""Bits of x -> tile -> clocks: issue slots of the inner loop, plus 11 to 16 % for the rest."""
 _SM60: Final = 2
 """Most weight rows per lane, and tiles per multiprocessor, without dp4a: separate bytes take more registers."""
 _SM60_TILE_BITS: Final = 512
-"""Bits of x in all rows of a tile, of which sm_60 has shared memory for two per multiprocessor."""
+"""Most bits of x in a tile (rows x bits) with which the shared memory of sm_60 holds two tiles per multiprocessor."""
 _WIDE: Final = 24
-"""Rows of x beyond which sm_60 has room for one row of a type with scales and minima in each step."""
+"""Rows of x above which an sm_60 lane has registers for only one row of a type with scales and minima per step."""
 _MANY: Final = 20
-"""Rows of x above which a lane of a decode kernel has registers for a row of the weight less."""
+"""Rows of x above which a lane of a decode kernel has registers for one row of the weight less."""
 _HALF_WIDTHS: Final = (1, 2, 4, 8, 16)
 _DECODE_THREADS: Final = 128
 _HALF_ROWS: Final = 16
-"""Rows of a float16 weight in one CTA: four a warp."""
+"""Rows of a float16 weight in one CTA: four per warp."""
 _HALVES_PER_LOAD: Final = 8
 _SLICES: Final = 4
 """Warps of a decode CTA: each sums every fourth tile."""
 _CTAS_PER_MULTIPROCESSOR: Final = 3
-"""Decode CTAs of two rows a lane for which a multiprocessor has registers."""
+"""Decode CTAs with two rows per lane for which a multiprocessor has registers."""
 _AS_FAST: Final = 1.05
 """Of tiles whose estimates differ by less, the one that takes least for a row of x is chosen; the widest, if parts of K
 have CTAs of their own."""
@@ -78,7 +78,7 @@ _TILE_COLUMNS: Final = 64
 
 
 class _Product(NamedTuple):
-    """What is multiplied, and into what, as `matmul` takes it."""
+    """The operands and the output of `matmul`."""
 
     x: Activations
     weight: PackedWeight
@@ -94,7 +94,7 @@ class _Product(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """Of x."""
+        """Bits of each value of x."""
         return 16 if self.is_16_bit else 8
 
 
@@ -109,12 +109,12 @@ def matmul(
     dtype: torch.dtype = torch.float16,
     only: Part | None = None,
 ) -> torch.Tensor:
-    """`[n, rows]` in `dtype` (float16 or float32).
+    """Return `[n, rows]` in `dtype` (float16 or float32).
 
     is_16_bit: x has 16 bits in 2n rows, as `quantize(..., is_16_bit=True)` makes them.
-    bias: float32 `[rows]`. residual: like the result, added last. out: where to write; its rows may be apart (a range
-    of columns of a wider matrix, when several weights make one result). only: the kernel that multiplies all rows, to
-    test or to time it (`every_kernel`).
+    bias: float32 `[rows]`. residual: like the result, added last. out: receives the result; it may be a range of
+    columns of a wider matrix, if several weights make one result. only: the kernel that multiplies all rows, for a
+    test or a benchmark (`every_kernel`).
     """
     n_int8 = x.q.shape[0]
     n = n_int8 // (1 + is_16_bit)
@@ -151,17 +151,17 @@ class Part(NamedTuple):
     first: int
     end: int
     width: int
-    """For how many rows the kernel is made, or its tiles."""
+    """Rows of x for which the kernel, or each of its tiles, is made."""
     is_tiles: bool
 
     @property
     def n(self) -> int:
-        """How many rows."""
+        """Number of rows."""
         return self.end - self.first
 
 
 def every_kernel(bits: int) -> Iterator[Part]:
-    """Yield each kernel with the fewest and the most rows of x that it is made for; a tile, and one with a rest."""
+    """Yield each decode kernel with its fewest and its most rows, and each tile kernel with and without a rest."""
     for fewest, width in pairwise((0, *DECODE_WIDTHS[bits])):
         yield from (Part(0, n, width, is_tiles=False) for n in sorted({fewest + 1, width}))
     for width in TILE_WIDTHS[bits]:
@@ -170,7 +170,7 @@ def every_kernel(bits: int) -> Iterator[Part]:
 
 @functools.cache
 def parts(n: int, bits: int) -> tuple[Part, ...]:
-    """Kernels for n rows of x: those that together cost least (`cost`), the widest tiles first."""
+    """Return the kernels for n rows of x that together cost least (`cost`), the widest tiles first."""
     width = min(TILE_WIDTHS[bits], key=lambda width: TILE_CLOCKS[bits][width] / width)
     whole = max(0, n // width - 1) * width
     first = [Part(0, whole, width, is_tiles=True)] if whole else []
@@ -195,7 +195,7 @@ def _joined(chosen: list[Part]) -> tuple[Part, ...]:
 
 @functools.cache
 def _cheapest(bits: int) -> list[tuple[Part, ...]]:
-    """For 0, 1, 2 ... rows of x, fewer than two of the widest tiles: the parts that cost least, each from row 0."""
+    """Return the parts that cost least, each from row 0, for 0, 1, 2 ... rows of x, below two of the widest tiles."""
     best: list[tuple[float, tuple[Part, ...]]] = [(0.0, ())]
     for n in range(1, 2 * max(TILE_WIDTHS[bits])):
         options = [_decode_part(m, bits) for m in range(1, min(n, max(DECODE_WIDTHS[bits])) + 1)]
@@ -210,7 +210,7 @@ def _decode_part(n: int, bits: int) -> Part:
 
 
 def cost(part: Part, bits: int) -> float:
-    """Clocks that a P4's multiprocessor takes for 64 weights of 32 rows of Q4_K: of memory or of the kernel's slots."""
+    """Return the clocks of a P4's multiprocessor for 64 weights of 32 rows of Q4_K, by memory and the kernel's slots."""
     if part.is_tiles:
         clocks = -(-part.n // part.width) * TILE_CLOCKS[bits][part.width]
     else:
@@ -251,7 +251,7 @@ def _multiply_on_cpu(product: _Product) -> None:
 
 
 def splits_of(weight: PackedWeight) -> int:
-    """Into how many parts K is cut, so that a matrix of few rows still fills the card. From its shape and the card."""
+    """Return the number of parts of K, so that a matrix of few rows still fills the card. Shape and card decide it."""
     return _splits(weight.rows, weight.n_tiles, multiprocessors(weight.data.device.index))
 
 
@@ -259,8 +259,8 @@ def splits_of(weight: PackedWeight) -> int:
 def _splits(rows: int, n_tiles: int, count: int) -> int:
     """Return the number of parts that takes least time.
 
-    That is how often `count` multiprocessors are filled with CTAs, times what a CTA takes: the tiles of the warp that
-    has most, and about one more to start and to end.
+    The time is the number of rounds in which CTAs fill `count` multiprocessors, times the time of a CTA: the tiles of
+    the warp with most tiles, plus about one for its start and its end.
     """
     ctas, room = -(-rows // (2 * GROUP_ROWS)), _CTAS_PER_MULTIPROCESSOR * count
 
@@ -279,7 +279,7 @@ KINDS: Final = {False: "decode_matmul", True: "tile_matmul"}
 
 
 def _launch(product: _Product, part: Part, threads: int, grid: tuple[int, int, int], partials: torch.Tensor) -> None:
-    """Start the kernel of a part, with the struct that all of them take."""
+    """Start the kernel of a part, with the struct that all kernels take."""
     (q, scales), weight, bits, kind = product.x, product.weight, product.bits, KINDS[part.is_tiles]
     out, residual = (None if t is None else t[part.first : part.end] for t in (product.out, product.residual))
     assert out is not None
@@ -322,19 +322,19 @@ def _decode(product: _Product, part: Part) -> None:
 
 
 def most_rows_per_lane(form: Format, width: int, *, dp4a: bool) -> int:
-    """Most rows of a weight that a lane of a decode kernel has, by the registers of an architecture."""
+    """Return the most rows of a weight for which a lane of a decode kernel has registers on an architecture."""
     if dp4a:
         return form.most_rows_per_lane
     return 1 if width > _WIDE and form.short_tiles and form.has_min else _SM60
 
 
 def rows_per_lane_of(bits: int, width: int, most: int) -> int:
-    """Rows of the weight that a lane of a decode kernel has, of at most `most` of a type on an architecture."""
+    """Return the rows of the weight per lane of a decode kernel. most: see `most_rows_per_lane`."""
     return min(DECODE_WIDTHS[bits][width], min(most, max(_SM60, most - 1)) if width > _MANY else most)
 
 
 def _tile(product: _Product, part: Part) -> None:
-    """Tiles that would not fill half of the card are cut along K, as the sum is, and added by the last."""
+    """Start a tile kernel. Tiles that would not fill half of the card are cut along K; the last CTA adds the parts."""
     weight, device, bits = product.weight, product.out.device.index, product.bits
     splits, groups = splits_of(weight), -(-weight.rows // GROUP_ROWS)
     tiles, room = _tiles(part.n, part.width, weight.rows), _room(part.width, bits, device)
@@ -352,13 +352,13 @@ def _tiles(n: int, width: int, rows: int) -> int:
 
 
 def _ctas(width: int, bits: int, device: int | None) -> int:
-    """Of a multiprocessor."""
+    """Return the CTAs that a multiprocessor holds."""
     most = TILE_WIDTHS[bits][width]
     return most if has_dp4a(device) else min(most, _SM60 if width * bits <= _SM60_TILE_BITS else 1)
 
 
 def _room(width: int, bits: int, device: int | None) -> int:
-    """CTAs of a card."""
+    """Return the CTAs that a card holds."""
     return _ctas(width, bits, device) * multiprocessors(device)
 
 
@@ -373,17 +373,17 @@ def tile_threads(width: int) -> int:
 
 
 def takes_half(x: torch.Tensor) -> bool:
-    """Whether our kernel, not torch, multiplies x `[n, columns]` and a float16 weight in `matmul_half`."""
+    """Whether `matmul_half` multiplies x `[n, columns]` by our kernel rather than by torch."""
     return x.dtype == torch.float16 and len(x) <= _HALF_WIDTHS[-1] and not x.shape[1] % _HALVES_PER_LOAD
 
 
 def matmul_half(
     x: torch.Tensor, weight: torch.Tensor, *, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`[n, rows]` = x `[n, columns]` x weight `[rows, columns]`, both float16, summed in float32; result float16.
+    """Return x `[n, columns]` x weight `[rows, columns]`, both float16, summed in float32, as float16 `[n, rows]`.
 
-    Up to 16 rows of x, our kernel reads the weight once for all; more go to torch (cuBLAS), whose bits depend on
-    n. bias: float32 `[rows]`. columns: a multiple of 8.
+    Up to 16 rows of x, our kernel reads the weight once for all of them. Torch (cuBLAS) multiplies more rows; its bits
+    depend on n. bias: float32 `[rows]`. columns: a multiple of 8.
     """
     n, columns = x.shape
     require("x", x, (torch.float16,), (None, None), x)

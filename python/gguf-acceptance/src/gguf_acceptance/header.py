@@ -79,7 +79,7 @@ class Verdict:
 
     @property
     def sentence(self) -> str:
-        """All reasons in one line; empty if there is none."""
+        """All reasons in one line; empty without a reason."""
         if len(self.refusals) <= SHOWN:
             return "; ".join(self.refusals)
         return f"{'; '.join(self.refusals[:SHOWN])}; and {len(self.refusals) - SHOWN} more"

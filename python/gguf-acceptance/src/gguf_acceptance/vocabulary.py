@@ -85,7 +85,7 @@ def end_ids(metadata: Mapping[str, Any]) -> list[int]:
 
 
 def control_ids(metadata: Mapping[str, Any]) -> set[int]:
-    """Tokens that stand for themselves in a text and are not shown: by their type, or because they end a generation.
+    """Return the control tokens, which texts do not show: those of that type, and those that end a generation.
 
     The unknown token is among them, as in llama.cpp.
     """

@@ -57,7 +57,7 @@ def oom_kills(cgroup: Path = CGROUP, root: Path = CGROUP_ROOT) -> int | None:
 
 
 def memory_limit(cgroup: Path = CGROUP, root: Path = CGROUP_ROOT) -> int | None:
-    """Return the lowest memory limit of this process's groups in bytes; None if there is none."""
+    """Return the lowest memory limit of this process's groups in bytes; None without a limit."""
     limits = []
     for folder in group_folders("memory", cgroup, root):
         words = _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes")

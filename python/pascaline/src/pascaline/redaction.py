@@ -325,7 +325,7 @@ def _bodies(line: str) -> tuple[str, str]:
 
 
 def _beginning(value: str, line: str) -> int:
-    """Return the length of the longest proper prefix of `value` with which `line` ends; 0 if there is none."""
+    """Return the length of the longest proper prefix of `value` with which `line` ends; 0 without one."""
     return max(_end_with(value, body) for body in _bodies(line))
 
 

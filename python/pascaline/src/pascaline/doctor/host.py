@@ -255,7 +255,7 @@ class MemorySlot:
     locator: str
     """The firmware's name for the slot."""
     channel: str
-    """Socket and channel; empty if the firmware's names do not tell them."""
+    """Socket and channel; empty if the firmware's names do not contain them."""
     bytes: int
     """Size of the module; 0 if the slot is empty."""
     speed: str

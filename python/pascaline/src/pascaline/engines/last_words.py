@@ -52,7 +52,7 @@ def cause_of_traceback(lines: Sequence[str]) -> str | None:
 
 
 def fatal_words(lines: Sequence[str]) -> str | None:
-    """Return the first line that a language runtime wrote when it aborted; None if there is none."""
+    """Return the first line that a language runtime wrote when it aborted; None without such a line."""
     return next((line.strip() for line in lines if _FATAL.search(line)), None)
 
 

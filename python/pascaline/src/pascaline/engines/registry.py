@@ -27,7 +27,7 @@ def engines() -> Mapping[str, Engine]:
 
 
 def engine_named(name: str) -> Engine:
-    """Return the engine of this name. Raises ConfigurationError if there is none."""
+    """Return the engine of this name. Raises ConfigurationError for an unknown name."""
     try:
         return engines()[name]
     except KeyError:

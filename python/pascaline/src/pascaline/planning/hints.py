@@ -1,4 +1,4 @@
-"""Settings that serve the same model faster: taken where nobody has set them, else named in a remark."""
+"""Settings that serve the same model faster: used if the user has not set them, otherwise named in a remark."""
 
 from __future__ import annotations
 

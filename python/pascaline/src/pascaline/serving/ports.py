@@ -78,7 +78,7 @@ def check_free(host: str, port: int, purpose: str, setting: str) -> None:
 
 
 def port_holder(port: int) -> str | None:
-    """Return "name (pid N)" of the process that listens on a TCP port; None if there is none that this user can see."""
+    """Return "name (pid N)" of the process that listens on a TCP port; None if this user sees no such process."""
     inodes = _listening_inodes(port)
     if not inodes:
         return None

@@ -312,7 +312,7 @@ class Supervisor:
         raise AssertionError("an instance ends by Stopped or an error")
 
     def _last_resort(self, error: Exception) -> PascalineError:
-        """Fail in order, whatever happened; return what to tell."""
+        """Fail in order, whatever happened; return the error to report."""
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and is_own_failure(error)):
             failure: PascalineError = EngineError(f"this host lacks what a start needs: {error or 'memory'}")
         else:

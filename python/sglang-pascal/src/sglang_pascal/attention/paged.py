@@ -69,7 +69,7 @@ def is_decode(mode: Any) -> bool:
 def verified(forward_batch: Any) -> tuple[int, torch.Tensor]:
     """Return SGLang's number of rows per request, and each row's length with itself, `[n * rows]`.
 
-    In a verification, SGLang's lengths are those without the new tokens, and shapes alone tell how many there are.
+    In a verification, SGLang's lengths do not count the new tokens; their number follows from the shapes.
     """
     lengths: torch.Tensor = forward_batch.seq_lens
     if not forward_batch.forward_mode.is_target_verify():

@@ -47,7 +47,7 @@ class Completeness:
             result = load(parameter, loaded, *shard, **named)
             ids = [*shard, *named.values()]
             name = self._names[id(parameter)]
-            # A mixture's loader is told names and experts, not a shard; a fused layer may also be loaded at once.
+            # A mixture's loader gets names and experts, not a shard; a fused layer may also be loaded at once.
             is_shard = _layer(name) in MERGED and ids and ids[0] is not None
             self._missing[name] -= {ids[0]} if is_shard else self._missing[name]
             return result

@@ -210,7 +210,7 @@ def _decode_part(n: int, bits: int) -> Part:
 
 
 def cost(part: Part, bits: int) -> float:
-    """Return the clocks of a P4's multiprocessor for 64 weights of 32 rows of Q4_K, by memory and the kernel's slots."""
+    """Return the clocks of a P4's multiprocessor for 64 weights of 32 rows of Q4_K, by memory and by slots."""
     if part.is_tiles:
         clocks = -(-part.n // part.width) * TILE_CLOCKS[bits][part.width]
     else:

@@ -79,15 +79,15 @@ def _placed(gpu: Gpu, node: NumaNode | None, nodes: Sequence[NumaNode]) -> tuple
     command="dmidecode --type 17 | grep -E 'Locator|Size|Speed'",
 )
 def _memory_channels(host: Host) -> Result:
-    """Reads the slots that the firmware describes, by dmidecode, which needs root. The names of slots tell their
-    channels on most servers; if they do not, the modules are only counted.
+    """Reads the slots that the firmware describes, by dmidecode, which needs root. On most servers, the names of
+    slots contain their channels; if they do not, the modules are only counted.
     """
     slots = host.memory.slots
     if not slots:
         return skipped(host.memory.slots_error)
     words = _modules(slots)
     if not all(slot.channel for slot in slots):
-        return ok(f"{words}; the names of the slots do not tell their channels")
+        return ok(f"{words}; the names of the slots do not contain their channels")
     filled = Counter[str]()
     for slot in slots:
         filled[slot.channel] += slot.bytes

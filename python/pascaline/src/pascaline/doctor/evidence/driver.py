@@ -92,7 +92,7 @@ def find_libcuda(machine: Machine, environment: Mapping[str, str]) -> str:
 
 
 def nvcc_release(machine: Machine) -> str:
-    """Return the release of the CUDA toolkit under CUDA_PATH or on PATH; empty if there is none."""
+    """Return the release of the CUDA toolkit under CUDA_PATH or on PATH; empty without a toolkit."""
     folder = machine.environment.get("CUDA_PATH") or machine.environment.get("CUDA_HOME")
     output = machine.run("nvcc", [f"{folder}/bin/nvcc" if folder else "nvcc", "--version"])
     match = re.search(r"release (\d+\.\d+)", output.text if output else "")

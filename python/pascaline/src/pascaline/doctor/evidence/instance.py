@@ -120,7 +120,7 @@ def _answers(machine: Machine, instance: Instance, agent: str, engine: str | Non
 
 
 def json_object(text: str | None) -> dict[str, Any] | None:
-    """Return the JSON object in a text; None if there is none."""
+    """Return the JSON object in a text; None for other text."""
     try:
         found = json.loads(text or "")
     except ValueError:

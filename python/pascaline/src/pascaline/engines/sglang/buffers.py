@@ -144,11 +144,6 @@ def _logits(spec: ModelSpec, request: PlanRequest) -> Part:
     return Part("logits", "logits", n_bytes, text, "estimated", source)
 
 
-def recorded_sizes(max_running_requests: int) -> int:
-    """Return how many batch sizes decode graphs have."""
-    return len(graph_sizes(max_running_requests))
-
-
 def graph_sizes(max_running_requests: int) -> list[int]:
     """Return the batch sizes of decode graphs: SGLang adds max_running_requests if it left out a larger size."""
     sizes = [size for size in GRAPH_SIZES if size <= max_running_requests]

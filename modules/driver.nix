@@ -15,6 +15,7 @@ let
   version = driverPackage.version or "0";
   useLast = "set hardware.pascaline.driver.branch = \"legacy_${lastBranch}\" and do not set hardware.nvidia.package";
   hardening = import ./hardening.nix;
+  nvmlAccess = import ./nvml-access.nix;
   nvidiaSmi = lib.getExe' (lib.getBin driverPackage) "nvidia-smi";
   limits =
     lib.optional (cfg.powerLimitWatts != null) "--power-limit=${toString cfg.powerLimitWatts}"
@@ -135,27 +136,20 @@ in
       wantedBy = [ "multi-user.target" ];
       wants = lib.optional cfg.persistence "nvidia-persistenced.service";
       after = lib.optional cfg.persistence "nvidia-persistenced.service";
-      serviceConfig = hardening // {
-        Type = "oneshot";
-        RemainAfterExit = true;
-        # nvidia-smi takes one of these settings per call.
-        ExecStart = map (limit: "${nvidiaSmi} ${limit}") limits;
-        # The driver accepts limits only from a process with this capability in the host's user namespace.
-        CapabilityBoundingSet = [ "CAP_SYS_ADMIN" ];
-        PrivateUsers = false;
-        # NVML opens the NVIDIA devices, and looks for them and the driver's settings in /proc.
-        PrivateDevices = false;
-        DevicePolicy = "closed";
-        DeviceAllow = [
-          "char-nvidia rw"
-          "char-nvidia-frontend rw"
-          "/dev/nvidiactl rw"
-        ];
-        ProcSubset = "all";
-        PrivateNetwork = true;
-        # The socket of nvidia-persistenced.
-        RestrictAddressFamilies = [ "AF_UNIX" ];
-      };
+      serviceConfig =
+        hardening
+        // nvmlAccess
+        // {
+          Type = "oneshot";
+          RemainAfterExit = true;
+          # nvidia-smi takes one of these settings per call.
+          ExecStart = map (limit: "${nvidiaSmi} ${limit}") limits;
+          # The driver accepts limits only from a process with this capability in the host's user namespace.
+          CapabilityBoundingSet = [ "CAP_SYS_ADMIN" ];
+          PrivateNetwork = true;
+          # The socket of nvidia-persistenced.
+          RestrictAddressFamilies = [ "AF_UNIX" ];
+        };
     };
   };
 }

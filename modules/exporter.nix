@@ -10,6 +10,7 @@ let
   defaults = import ./defaults.nix;
   exec = import ./exec.nix { inherit lib; };
   hardening = import ./hardening.nix;
+  nvmlAccess = import ./nvml-access.nix;
   inherit (import ./listen.nix { inherit lib; }) openedIsReachable;
 in
 {
@@ -71,33 +72,25 @@ in
       ];
       startLimitIntervalSec = 0;
       environment.LD_LIBRARY_PATH = "/run/opengl-driver/lib";
-      serviceConfig = hardening // {
-        ExecStart = exec (
-          [
-            (lib.getExe config.services.pascaline.package)
-            "exporter"
-            "--host=${cfg.host}"
-            "--port=${toString cfg.port}"
-          ]
-          ++ cfg.extraFlags
-        );
-        User = config.services.pascaline.user;
-        Restart = "always";
-        RestartSec = 5;
-        # NVML reads the NVIDIA devices; it writes to nvidiactl to open them.
-        PrivateDevices = false;
-        DevicePolicy = "closed";
-        DeviceAllow = [
-          "char-nvidia rw"
-          "char-nvidia-frontend rw"
-          "/dev/nvidiactl rw"
-        ];
-        # The device nodes belong to root in the host's user namespace.
-        PrivateUsers = false;
-        # Names of the processes that hold GPU memory, and their units, come from /proc of other users.
-        ProcSubset = "all";
-        ProtectProc = "default";
-      };
+      serviceConfig =
+        hardening
+        // nvmlAccess
+        // {
+          ExecStart = exec (
+            [
+              (lib.getExe config.services.pascaline.package)
+              "exporter"
+              "--host=${cfg.host}"
+              "--port=${toString cfg.port}"
+            ]
+            ++ cfg.extraFlags
+          );
+          User = config.services.pascaline.user;
+          Restart = "always";
+          RestartSec = 5;
+          # Names of the processes that hold GPU memory, and their units, come from /proc of other users.
+          ProtectProc = "default";
+        };
     };
   };
 }

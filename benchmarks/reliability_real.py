@@ -170,7 +170,7 @@ def stays(name: str, inject: i.Inject, **options: Any) -> RealFault:
     return RealFault(name=name, inject=inject, stays=True, **options)
 
 
-# Those that tell most come first: a run may be cut.
+# The most informative ones come first: a run may be cut.
 FAULTS: Final = (
     stalls("detokenizer stops: answers are lost", signal_to("detokenizer", signal.SIGSTOP), subjects=SGLANG),
     stays("a full queue", i.burst(24, 50)),
@@ -307,7 +307,7 @@ class Supervised:
         return [psutil.Process(self.main_pid), *self.instance.descendants()]
 
     def tell(self, **_: Any) -> None:
-        """Crash: what a stand-in is told to do, a real engine is made to do."""
+        """Make a real engine crash, as the stand-in does on request."""
         self.engine().kill()
 
     def signal(self, name: str) -> None:

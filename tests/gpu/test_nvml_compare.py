@@ -1,4 +1,4 @@
-"""The comparison with nvidia-smi covers every series, and tells agreement from disagreement."""
+"""The comparison with nvidia-smi covers every series, and distinguishes agreement from disagreement."""
 
 from __future__ import annotations
 

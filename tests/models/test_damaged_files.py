@@ -361,7 +361,7 @@ def read(case: Case) -> Header | None:
 
 
 def told(header: Header) -> list[Any]:
-    """What the engine is told; a dictionary knows no order."""
+    """What the engine gets; a dictionary has no order."""
     return served(dict(header.metadata), dict(header.tensors))
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FEATURES: Final = {row.name for row in (*STRUCTURES, *POSITION_ROWS)}
-"""Rows whose values tell whether a feature acts; the vocabulary does not change values."""
+"""Rows whose values show whether a feature acts; the vocabulary does not change values."""
 SLOW: Final = "the rest of the tiny models that both engines serve: a second each"
 pytestmark = [
     pytest.mark.engine,

@@ -17,7 +17,7 @@ RULES = ROOT / "modules/monitoring/rules"
 TESTS = ROOT / "tests/monitoring/promtool"
 OPERATIONS = ROOT / "docs/operations.md"
 SEVERITIES = {"critical", "warning", "info"}
-# A rule's labels that tell it from others of its name.
+# The labels that distinguish a rule from others of its name.
 VARIANT_LABEL = "cause"
 
 # The alerts that users of the rules rely on by name.

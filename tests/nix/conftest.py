@@ -1,4 +1,4 @@
-"""What the Nix tests share: one evaluation of all cases, and flakes that stand for the inputs."""
+"""What the Nix tests share: one evaluation of all cases, and flakes in place of the inputs."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def test_wheels_need_no_library_that_nix_lacks(flake: Any, run_nix: Any) -> None
 
 
 def test_libraries_find_their_parts_beside_them(flake: Any) -> None:
-    """NVRTC and cuDNN open further files of their own folder by name, which no header tells autoPatchelf."""
+    """NVRTC and cuDNN open further files of their own folder by name, which autoPatchelf finds in no header."""
     assert "$ORIGIN" in flake("packages.x86_64-linux.pascaline-engine.appendRunpaths")
 
 

@@ -138,7 +138,7 @@ class TestCpuTrace:
 
 class TestGpuTrace:
     def test_kernels_and_not_operators(self, tmp_path: Path) -> None:
-        """With kernels in it the operators only tell what the kernels read."""
+        """If there are kernels, the operators only say what the kernels read."""
         shapes = {"Input Dims": [[1, 2048], [2048, 2048]], "Input type": ["c10::Half", "c10::Half"], "External id": 7}
         kernel = {"cat": "kernel", "name": "gemv2T_kernel_val", "tid": 7, "args": {"External id": 7, "stream": 7}}
         copy = {"cat": "gpu_memcpy", "name": "Memcpy DtoH", "tid": 7, "args": {"bytes": 8, "stream": 7}}
@@ -487,7 +487,7 @@ class TestRoofline:
         ],
     )
     def test_kinds(self, name: str, kind: str) -> None:
-        """Names tell what kernels do."""
+        """Names show what kernels do."""
         assert kind_of(name) == kind
 
 
@@ -593,7 +593,7 @@ class TestSession:
         ],
     )
     def test_failures(self, engine: tuple[Target, type[Engine]], tmp_path: Path, fault: str, message: str) -> None:
-        """An engine that does not decode, refuses or writes nothing is told by what is missing."""
+        """If an engine does not decode, refuses or writes nothing, the message names what is missing."""
         target, handler = engine
         handler.fault = fault
         with pytest.raises(EngineError) as caught:
@@ -601,7 +601,7 @@ class TestSession:
         assert str(caught.value) == message.format(url=target.url, folder=tmp_path)
 
     def test_no_engine(self, tmp_path: Path) -> None:
-        """Nothing that listens is told with its address."""
+        """If nothing listens, the message names the address."""
         with pytest.raises(EngineError) as caught:
             record(Target("http://127.0.0.1:9"), tmp_path, steps=5, load=None, timeout=1)
         assert str(caught.value) == (
@@ -701,7 +701,7 @@ class TestCommand:
         )
 
     def test_instance_of_its_own(self, tmp_path: Path) -> None:
-        """An instance is started for the record, and gone afterwards; the plan tells what a step reads."""
+        """An instance is started for the record, and gone afterwards; the plan says what a step reads."""
         output, key = tmp_path / "record", tmp_path / "key"
         key.write_text("sesame\n")
         command = [sys.executable, "-m", "pascaline", "profile", "--device", "cpu", "--json", "-o", str(output)]

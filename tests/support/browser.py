@@ -38,7 +38,7 @@ PATIENCE = 60.0
 
 
 def program() -> str | None:
-    """Return the browser's path; None if there is none."""
+    """Return the browser's path; None without a browser."""
     return next((found for name in PROGRAMS if (found := shutil.which(name))), None)
 
 

@@ -96,7 +96,7 @@ def write_files(
 
 
 def _write_cycle(file: IO[bytes], values: np.ndarray, n_elements: int) -> None:
-    """Write so many elements, from the first on again where the values end."""
+    """Write this number of elements; after the last value comes the first again."""
     for _ in range(n_elements // values.size):
         file.write(values.data)
     file.write(values[: n_elements % values.size].data)

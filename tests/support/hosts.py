@@ -1,4 +1,4 @@
-"""Recorded hosts for the doctor: a folder of files, outputs, answers and an NVML scenario that stand for a machine.
+"""Recorded hosts for the doctor: a folder of files, outputs, answers and an NVML scenario in place of a machine.
 
 hosts/healthy   root/ (files), commands/ (outputs by name), http/HOST:PORT/PATH (answers), host.nvml, read_speed
 broken_hosts.toml   what each broken host changes in the healthy one, and the findings that must follow
@@ -40,7 +40,7 @@ class RecordedMachine(Machine):
     def run(
         self, name: str, command: Sequence[str], *, text: str = "", timeout: float = DEADLINE_SECONDS
     ) -> Output | None:
-        """A file without the program's name stands for a program that is not there; `exit N` first for its failure."""
+        """A missing file means that the program is not installed; a first line `exit N` makes it fail."""
         recorded = self.folder / "commands" / name
         if not recorded.exists():
             return None

@@ -290,7 +290,7 @@ class Instance:
             with contextlib.suppress(psutil.Error):
                 left.append(" ".join(process.cmdline()))
                 process.kill()
-        # Nobody holds the other end any more, so the reader comes to the end, be it late.
+        # Nobody holds the other end any more, so the reader comes to the end sooner or later.
         self._reader.join(PATIENCE)
         self._stderr.close()
         return left

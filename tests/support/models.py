@@ -488,7 +488,7 @@ def _extend(writer: GGUFWriter, known: dict[str, np.ndarray]) -> None:
 
 
 def split_gguf(path: Path, parts: int) -> list[Path]:
-    """Write a GGUF file as so many parts beside it, named as llama-gguf-split names them, and remove it.
+    """Write a GGUF file as this number of parts beside it, named as llama-gguf-split names them, and remove it.
 
     Tensors go to the parts in the opposite order, so that no part holds what its place suggests.
     """

@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def measure(one_batch: Any, flags: list[str], *, does_work: bool) -> dict[str, Any]:
-    """Load the model that these flags name and say what it takes; a failure while it works is told, not raised."""
+    """Load the model that these flags name and report its memory; a failure meanwhile is reported, not raised."""
     from sglang.srt.server_args import PortArgs, ServerArgs
 
     parser = argparse.ArgumentParser()

@@ -1,4 +1,4 @@
-"""Headers of sound GGUF models as plain data, and what an engine is told of them: material of tests that damage them."""
+"""Headers of sound GGUF models as plain data, and what an engine gets of them: for tests that damage them."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def tensors_of(metadata: dict, architecture: str, *, biased: bool) -> dict:
 
 
 def served(metadata: dict, tensors: dict) -> list:
-    """All that the engine is told."""
+    """Everything that the engine gets."""
     file = Fake(metadata, tensors)
     tokenizer = {
         key: metadata.get(f"tokenizer.ggml.{key}")

@@ -152,7 +152,7 @@ def test_each_change_is_logged_once(exporter: RunningExporter) -> None:
     exporter.scrape_until(lambda page: 'nvidia_gpu_xid_errors_total{gpu="0",uuid="GPU-a",xid="79"} 1\n' in page)
     exporter.stop()
     lines = [line.removeprefix("pascaline exporter: ").rstrip() for line in exporter.log]
-    # The fault may come in the middle of a reading, so any call may be the first to tell it.
+    # The fault may come in the middle of a reading, so any call may be the first to report it.
     assert [re.sub(r"nvml\w+( \d+)*", "CALL", line) for line in lines] == [
         "NVML: ok",
         "GPU 0 (GPU-a): ok",

@@ -340,7 +340,7 @@ class TestChoice:
 
 
 class TestNearest:
-    """What a plan that does not fit is told: the host's memory first, as it changes no answer."""
+    """The hints of a plan that does not fit: the host's memory first, because it changes no answer."""
 
     @pytest.mark.parametrize("layers", [0, 5])
     def test_experts_are_left_to_the_plan(self, layers: int) -> None:

@@ -83,7 +83,7 @@ def test_a_unix_socket_that_is_left_behind_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("waiting", [0, 5])
 def test_a_unix_socket_that_is_in_use_stays(tmp_path: Path, waiting: int) -> None:
-    """Also if so many connections wait that none is accepted any more."""
+    """Also if too many connections wait for another one to be accepted."""
     path = tmp_path / "agent.sock"
     with bind_unix(path) as listening, contextlib.ExitStack() as stack:
         listening.listen(1)

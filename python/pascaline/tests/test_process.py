@@ -116,7 +116,7 @@ class TestOutput:
         assert run("print('a\\x1b[31mb\\rc')") == (0, ["a\\x1b[31mb\\rc"])
 
     def test_a_flood_is_read_and_counted_and_not_shown(self) -> None:
-        # The second half comes in a later window, which tells of the first.
+        # The second half comes in a later window, which mentions the first.
         code = (
             "import time\nfor i in range(2):\n    print('x\\n' * 5000, flush=True)\n    time.sleep(1.2)\nprint('end')"
         )
@@ -340,7 +340,7 @@ class TestThreads:
     @pytest.mark.parametrize(("call", "heaps"), [("share_one_heap()", "one"), ("", "several")])
     def test_they_share_one_heap(self, call: str, heaps: str) -> None:
         if not hasattr(ctypes.CDLL(None), "malloc_info"):
-            pytest.skip("the C library does not tell its heaps")
+            pytest.skip("the C library does not report its heaps")
         code = (
             "import ctypes, threading\n"
             "from pascaline.serving.threads import share_one_heap\n"

@@ -201,7 +201,7 @@ class TestSplitModels:
         )
 
     def test_a_tensor_in_two_parts(self, parts):
-        """As long as the names are unique within a part, only the parts together tell."""
+        """If the names are unique within each part, only the parts together show it."""
         name = next(iter(GgufFile(parts[0]).parts[1].tensors))
         other = next(iter(GgufFile(parts[0]).parts[2].tensors))
         data = parts[2].read_bytes()

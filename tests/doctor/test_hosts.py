@@ -71,6 +71,12 @@ class TestBrokenHosts:
         assert {check: shown(text, expected.get(check, "")) for check, text in told.items()} == expected
         assert len(changed) - len(told) == case.get("skips", 0)
 
+    def test_all_nodes_of_a_divided_socket_are_named(self, tmp_path: Path) -> None:
+        """They are what numaNode takes; processes on any of them are beside the card."""
+        found = findings_of(tmp_path / "host", BROKEN["divided-socket"])["numa-distance"]
+        assert found.verdict is Verdict.OK
+        assert found.evidence.endswith("NUMA node 0 (its socket has nodes 0, 1), as are the CPUs of its processes")
+
     def test_every_check_is_seen_to_find_something(self) -> None:
         """No check is without a host that it finds broken, but for those whose finding is only seen elsewhere."""
         found = {check for case in BROKEN.values() for check, text in case["expect"].items()}

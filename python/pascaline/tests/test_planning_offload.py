@@ -22,7 +22,7 @@ from pascaline.models.resolve import ResolvedModel
 from pascaline.planning import make_plan, nearest_fits
 from pascaline.planning.catalog import catalog_spec, shapes
 from pascaline.planning.hints import with_hints
-from pascaline.planning.plan_text import choices_table, explanation, rate_digits, refusal, table
+from pascaline.planning.plan_text import choices_table, explanation, rate_digits, refusal, sweep_table, table
 from pascaline.planning.request import request_from_settings
 from pascaline.planning.search import optimize
 from pascaline.settings import Settings
@@ -359,6 +359,11 @@ class TestNearest:
         assert not any(key.startswith("placement.") for change in changes for key in change.settings)
         text = refusal(make_plan(QWEN, P4, wanted), [])
         assert text.endswith("nothing near fits: a smaller model or more free memory of the host is needed")
+
+    def test_a_sweep_says_which_memory_is_too_small(self) -> None:
+        plans = [make_plan(QWEN, P4, offloading(**changes)) for changes in ({"host_memory_bytes": 2**31}, {})]
+        lines = sweep_table([*plans, make_plan(QWEN, P4, offloading(card_bytes=2**30))], "requests").splitlines()[1:]
+        assert [line.rpartition("  ")[2] for line in lines] == ["the host lacks memory", "fits", "does not fit"]
 
     def test_a_gpu_is_not_told_of_a_host_by_an_engine_without_one(self) -> None:
         changes = nearest_fits(LLAMA_3_8B, P4, request(P4, card_bytes=4000 * MIB))

@@ -211,6 +211,12 @@ def refusal(plan: Plan, changes: Sequence[Change]) -> str:
     return "\n".join(lines)
 
 
+def _verdict(plan: Plan) -> str:
+    if plan.fits:
+        return "fits"
+    return "the host lacks memory" if _is_short_of_host_memory(plan) else "does not fit"
+
+
 def _is_short_of_host_memory(plan: Plan) -> bool:
     """Whether the card has room, but not the host for the weights that stay there."""
     return plan.headroom_bytes >= 0 and len(plan.host_parts) > 1
@@ -239,7 +245,7 @@ def _sweep_row(plan: Plan, over: str) -> tuple[str, ...]:
         _size(plan.headroom_bytes),
         f"{speed.decode.tokens_per_second:,.0f}" if speed else "-",
         f"{speed.prefill.tokens_per_second:,.0f}" if speed else "-",
-        "fits" if plan.fits else "does not fit",
+        _verdict(plan),
     )
 
 

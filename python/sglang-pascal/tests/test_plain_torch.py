@@ -192,10 +192,23 @@ def test_sglangs_own_sampler_keeps_what_ours_has_no_form_of(case):
     probs = case.get("probs", torch.ones(1, 8) / 8)
     limits = [torch.ones(1, dtype=torch.int32), torch.ones(1), torch.zeros(1), False, case.get("sampling_seed"), None]
     calls = []
-    sample_from_probs(lambda *args, **named: calls.append((args, named)), probs, *limits, **more)
+
+    def original(*arguments, **named):
+        calls.append((arguments, named))
+        return torch.zeros(1, dtype=torch.int32)
+
+    sample_from_probs(original, probs, *limits, **more)
     ((arguments, named),) = calls
     assert arguments[0] is probs
     assert named == more
+
+
+def test_a_greedy_request_beside_others_gets_the_first_of_equal_tokens():
+    """As argmax gives it in a batch of greedy requests; 16-bit logits are often equal."""
+    probs = torch.tensor([[0.1, 0.3, 0.3, 0.3], [0.1, 0.3, 0.3, 0.3]])
+    limits = (torch.tensor([1, 1 << 30]), torch.ones(2), torch.zeros(2), False, None, None)
+    found = sample_from_probs(lambda *_, **__: torch.tensor([3, 2], dtype=torch.int32), probs, *limits)
+    assert (found.tolist(), found.dtype) == ([1, 2], torch.int32)
 
 
 @pytest.mark.parametrize("starts_and_ends", [[(5, 9)], [(0, 1)], [(3, 3)], [(2, 3), (0, 4), (6, 6)], [(1, 2), (7, 8)]])

@@ -103,7 +103,7 @@ def sample_from_probs(
     sort the vocabulary on a GPU, let our kernel find the smallest value that stays.
 
     SGLang's own code runs if the order is needed (the filtered values), or if every request has a small top k: then it
-    only looks for the k largest.
+    only looks for the k largest. A greedy request (top k of 1) gets the token that it gets in a batch of greedy ones.
     """
     if sampling_seed is not None and need_min_p_sampling:
         probs, need_min_p_sampling = without_min_p(probs, min_ps), False
@@ -112,12 +112,14 @@ def sample_from_probs(
     sorts = max_top_k is None or max_top_k >= probs.shape[-1]
     plain = sampling_seed is None and not return_filtered_probs and probs.dtype == torch.float32
     if sorts and plain and probs.is_cuda:
-        return draw_filtered(probs, top_ks, top_ps, min_ps if need_min_p_sampling else None)
-    return original(
-        *(probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, positions),
-        return_filtered_probs=return_filtered_probs,
-        max_top_k=max_top_k,
-    )
+        drawn = draw_filtered(probs, top_ks, top_ps, min_ps if need_min_p_sampling else None)
+    else:
+        drawn = original(
+            *(probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, positions),
+            return_filtered_probs=return_filtered_probs,
+            max_top_k=max_top_k,
+        )
+    return drawn if return_filtered_probs else torch.where(top_ks == 1, probs.argmax(-1).int(), drawn)
 
 
 def draw_filtered(

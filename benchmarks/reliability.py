@@ -55,8 +55,9 @@ INTRO = f"""# Reliability
 What goes wrong, what pascaline does about it, and how long that takes. Each row is a test (`tests/faults/table.py`),
 which also holds the limits; `benchmarks/reliability.py` measured the figures and wrote this page. The engine is a
 stand-in with SGLang's command line, interface, output and faults (`tests/fake_engine`), so that a fault can be repeated
-at will; `tests/faults/test_real_sglang.py` and `tests/serve/test_llama_cpp.py` do the most important ones to real
-engines.
+at will. What can be done to real engines is done to them by `benchmarks/reliability_real.py`: see
+[Real engines](#real-engines). `tests/faults/test_real_sglang.py` and `tests/serve/test_llama_cpp.py` hold the most
+important ones.
 
 Clients ask all the time, every second one for a stream. **Every request is accounted for:** answered whole, refused
 (no connection, or a status from 400 on), cut (the client sees a closed connection or an error), or silent (no
@@ -67,7 +68,8 @@ answer and no end within 30 s). Requests that were in the engine when it died ar
   shows the fault.
 - **recovered**: from detection, or from the moment at which the cause was taken away, to the first whole answer.
 - **bare SGLang**, **bare llama-server**: the same fault, and only a loop that starts the engine again when it ends, as
-  systemd does. Seconds from the fault to the first whole answer, and requests that were left without any end.
+  systemd does. Seconds from the fault to the first whole answer, and requests that were left without any end. A figure
+  of SGLang with † is the stand-in's; without, SGLang's own, whose start takes far longer.
 - A dash: there is nothing to detect or to recover from, or the fault cannot be done to that engine.
 """
 
@@ -232,11 +234,14 @@ def temporary_folder() -> Iterator[Path]:
 def page(document: dict[str, Any]) -> str:
     """Return docs/reliability.md."""
     rows, names = document["rows"], [fault.name for fault in FAULTS]
+    real = document.get("real", {"rows": {}})
     lines = [INTRO, _summary(rows)]
     for group in dict.fromkeys(fault.group for fault in FAULTS):
         inside = [name for name in names if name in rows and rows[name]["group"] == group]
         if inside:
-            lines += [f"## {group.capitalize()}\n", *_table(rows, inside), ""]
+            lines += [f"## {group.capitalize()}\n", *_table(rows, inside, real["rows"]), ""]
+    if real["rows"]:
+        lines += [*_real_engines(real), ""]
     absent = [name for name in names if name not in rows]
     loads = sorted(row["load"] for row in rows.values())
     lines.append(
@@ -263,12 +268,13 @@ def _summary(rows: dict[str, Any]) -> str:
     return (
         f"{len(rows)} faults, {total:,} requests, {silent} of them silent. Every fault that stops answers was\n"
         f"detected, with default settings within {slowest:.0f} s, and the instance served again. {kept} of the\n"
-        "faults and odd situations may change nothing, and changed nothing. Bare SGLang served again within\n"
-        f"{HORIZON_SECONDS:.0f} s after {again} faults, bare llama-server after {len(llama) - hung} of {len(llama)}.\n"
+        "faults and odd situations may change nothing, and changed nothing. The bare stand-in served again\n"
+        f"within {HORIZON_SECONDS:.0f} s after {again} faults, bare llama-server after {len(llama) - hung} of "
+        f"{len(llama)}.\n"
     )
 
 
-def _table(rows: dict[str, Any], names: Sequence[str]) -> Iterator[str]:
+def _table(rows: dict[str, Any], names: Sequence[str], real: dict[str, Any]) -> Iterator[str]:
     compared = [kind for kind in ("bare SGLang", "bare llama-server") if any(kind in rows[name] for name in names)]
     head = ["fault", "states", "detected, s", "by default, s", "recovered, s", *Outcome, "agent's p99, ms", *compared]
     yield "| " + " | ".join(head) + " |"
@@ -279,14 +285,88 @@ def _table(rows: dict[str, Any], names: Sequence[str]) -> Iterator[str]:
         cells = [name, states, *(_seconds(row[key]) for key in ("detected", "by_default", "recovered"))]
         cells += [str(row[outcome]) for outcome in Outcome]
         cells += ["-" if row["agent_p99"] is None else f"{row['agent_p99'] * 1000:.0f}"]
-        yield "| " + " | ".join([*cells, *(_bare(row.get(kind)) for kind in compared)]) + " |"
+        yield "| " + " | ".join([*cells, *(_bare(row, real.get(name, {}), kind) for kind in compared)]) + " |"
 
 
-def _bare(found: dict[str, Any] | None) -> str:
+def _bare(row: dict[str, Any], real: dict[str, Any], kind: str) -> str:
+    """Return the figure of a bare engine: the real one's if it was measured."""
+    found = real.get(kind) or row.get(kind)
     if found is None:
         return "-"
-    again = f"not within {HORIZON_SECONDS:.0f} s" if found["recovered"] is None else f"{found['recovered']:.1f} s"
+    mark = "†" if kind == "bare SGLang" and kind not in real else ""
+    return _again(found) + mark
+
+
+def _again(found: dict[str, Any]) -> str:
+    horizon = found.get("horizon", HORIZON_SECONDS)
+    again = f"not within {horizon:.0f} s" if found["recovered"] is None else f"{found['recovered']:.1f} s"
     return f"{again}, {found['silent']} silent" if found["silent"] else again
+
+
+REAL_INTRO = """## Real engines
+
+The same faults, done at the same moment to SGLang under pascaline, to bare SGLang and to bare llama-server, each on the
+CPU with a tiny random model and two clients. Under pascaline with default settings. The bare engines stand behind a
+loop that starts them again a second after they end; bare SGLang has the command line that pascaline gives it.
+
+- **not ready**: from the fault to `/readyz` saying no; never where the fault need not change anything.
+- **answers again**: from the beginning of the fault, which may take some seconds itself, to the first whole answer to a
+  request that was sent after it.
+- **ended**: from the fault to the loop seeing the end of the engine; never: it runs on, and the loop does nothing.
+"""
+SUBJECTS = ("pascaline", "bare SGLang", "bare llama-server")
+
+
+def _real_engines(real: dict[str, Any]) -> Iterator[str]:
+    yield REAL_INTRO
+    yield _real_summary(real["rows"])
+    head = ["fault", "pascaline: not ready", "answers again", "whole, refused, cut, silent"]
+    for name in SUBJECTS[1:]:
+        head += [f"{name}: ended", "answers again"]
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + "---|" * len(head)
+    for name, row in real["rows"].items():
+        yield "| " + " | ".join([name, *_supervised_cells(row), *_bare_cells(row)]) + " |"
+    loads = sorted(found["load"] for row in real["rows"].values() for found in row.values())
+    versions = ", ".join(f"{name} {version}" for name, version in sorted((real["versions"] or {}).items()))
+    yield ""
+    yield (
+        f"{real['date']}, {real['machine']}, {versions}; load average between {loads[0]:.0f} and {loads[-1]:.0f}. A "
+        "start of SGLang, which\nmost of a recovery is, takes half a minute on an idle machine."
+    )
+
+
+def _real_summary(rows: dict[str, Any]) -> str:
+    both = [row for row in rows.values() if "pascaline" in row and "bare SGLang" in row]
+    never = [row for row in both if row["bare SGLang"]["recovered"] is None]
+    unseen = [row for row in never if row["bare SGLang"]["ended"] is None]
+    again = sum(row["pascaline"]["recovered"] is not None for row in rows.values() if "pascaline" in row)
+    supervised = sum("pascaline" in row for row in rows.values())
+    return (
+        f"SGLang under pascaline answered again after {again} of {supervised} faults. Of the {len(both)} that were "
+        f"done to both,\nbare SGLang did not answer again after {len(never)}; {len(unseen)} of these nobody would "
+        "have noticed: its processes ran on.\n"
+    )
+
+
+def _supervised_cells(row: dict[str, Any]) -> list[str]:
+    if (found := row.get("pascaline")) is None:
+        return ["-"] * 3
+    counts = ", ".join(str(found[outcome]) for outcome in Outcome)
+    return [_real_seconds(found["unhealthy"]), _real_seconds(found["recovered"]), counts]
+
+
+def _bare_cells(row: dict[str, Any]) -> Iterator[str]:
+    for name in SUBJECTS[1:]:
+        if (found := row.get(name)) is None:
+            yield from ["-"] * 2
+        else:
+            yield _real_seconds(found["ended"])
+            yield _again(found)
+
+
+def _real_seconds(value: float | None) -> str:
+    return "never" if value is None else f"{value:.1f} s"
 
 
 def _seconds(value: float | None) -> str:

@@ -57,8 +57,6 @@ HOLD_SECONDS: Final = 6.0
 """How long a fault that need not change anything is watched."""
 THIEF_SECONDS: Final = 15.0
 """How long the port stays stolen: less than a client's patience."""
-LOOK_SECONDS: Final = 1.0
-"""Interval at which an engine's own /health is asked: SGLang's generates a token each time."""
 SOFT_DESCRIPTORS: Final = 1024
 """systemd's DefaultLimitNOFILE."""
 SMALL: Final[dict[str, Any]] = {
@@ -235,8 +233,8 @@ def own_disk(scene: Any) -> list[str]:
 class Supervised:
     """SGLang under pascaline."""
 
-    health_path = "/readyz"
-    look_seconds = 0.1
+    horizon = HORIZON_SECONDS
+    """It starts an engine that stalls again, which takes as long as after an end."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model = folder, model
@@ -274,10 +272,8 @@ class Supervised:
 
     @property
     def agent_port(self) -> int:
-        """Of the agent, which is asked for health."""
+        """Of the agent."""
         return int(self._ports["agent_port"])
-
-    health_port = agent_port
 
     @property
     def main_pid(self) -> int:
@@ -337,8 +333,7 @@ class Supervised:
 class Bare(BareScene):
     """An engine behind a restart loop, with a file system and a clock of its own."""
 
-    health_path = "/health"
-    look_seconds = LOOK_SECONDS
+    horizon = 0.0
 
     def __init__(self, folder: Path, command: Sequence[str], port: int, environment: Mapping[str, str]) -> None:
         """command, environment: of the engine."""
@@ -355,7 +350,7 @@ class Bare(BareScene):
         self.instance = SimpleNamespace(
             settings={"port": port, "agent_port": port, "cache_dir": folder}, process=self._holder
         )
-        self.agent_port = self.health_port = port
+        self.agent_port = port
 
     def start(self) -> None:
         """Start the loop, and wait until the engine answers."""
@@ -441,10 +436,8 @@ def measure(scene: Any, fault: RealFault) -> dict[str, Any]:
     """Do one fault to one subject."""
     scene.settle()
     scene.after = contextlib.ExitStack()
-    with (
-        Watcher(scene.health_port, path=scene.health_path, every=scene.look_seconds) as watcher,
-        Load(scene.port) as load,
-    ):
+    watcher = Watcher(scene.agent_port) if isinstance(scene, Supervised) else None
+    with watcher or contextlib.nullcontext(), Load(scene.port) as load:
         wait_until("a load", lambda: load.ledger.count(Outcome.WHOLE) >= 2, seconds=START_SECONDS)
         began = time.monotonic()
         with scene.after:
@@ -453,10 +446,10 @@ def measure(scene: Any, fault: RealFault) -> dict[str, Any]:
             if fault.last:
                 scene.instance.wait(START_SECONDS)
                 scene.start()
-            recovered = _recovery(load, began, fault.horizon)
+            recovered = _recovery(load, began, max(fault.horizon, scene.horizon))
             if fault.stays:
                 time.sleep(max(0.0, began + HOLD_SECONDS - time.monotonic()))
-    first = watcher.first(began, False, None)
+    first = watcher.first(began, False, None) if watcher else None
     ended = scene.restarts(began)
     if recovered is None:
         print(scene.log_tail(), flush=True)
@@ -466,7 +459,7 @@ def measure(scene: Any, fault: RealFault) -> dict[str, Any]:
         "ended": ended[0] - began if ended else None,
         "recovered": recovered,
         "problem": problem,
-        "horizon": fault.horizon,
+        "horizon": max(fault.horizon, scene.horizon),
         **{str(outcome): load.ledger.count(outcome) for outcome in Outcome},
     }
 

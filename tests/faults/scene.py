@@ -184,12 +184,12 @@ class Scene:
 class Watcher:
     """Asks the agent for readiness all the time, and notes changes and latencies."""
 
-    def __init__(self, port: int, *, path: str = "/readyz", every: float = LOOK_SECONDS) -> None:
-        """port: the agent's. path: what is asked; status 200 means ready. every: seconds."""
+    def __init__(self, port: int) -> None:
+        """port: the agent's."""
         self.changes: list[tuple[float, bool | None]] = []
         """(time, readiness); None: no answer within AGENT_PATIENCE_SECONDS, or no connection."""
         self.seconds: list[float] = []
-        self._port, self._path, self._every = port, path, every
+        self._port = port
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -212,7 +212,7 @@ class Watcher:
         return sorted(self.seconds)[int(len(self.seconds) * 0.99)] if self.seconds else None
 
     def _watch(self) -> None:
-        while not self._over.wait(self._every):
+        while not self._over.wait(LOOK_SECONDS):
             began = time.monotonic()
             ready = self._ask()
             if ready is not None:
@@ -222,7 +222,7 @@ class Watcher:
     def _ask(self) -> bool | None:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=AGENT_PATIENCE_SECONDS)
         try:
-            connection.request("GET", self._path)
+            connection.request("GET", "/readyz")
             return connection.getresponse().status == 200
         except (OSError, http.client.HTTPException):
             return None

@@ -97,6 +97,28 @@ def test_the_measured_table_is_whole() -> None:
             assert row["recovered"] is not None or row["states"].endswith("failed"), name
 
 
+def test_the_page_shows_what_was_measured() -> None:
+    """docs/reliability.md is what `benchmarks/reliability.py page` prints."""
+    command = [sys.executable, str(SOAK.with_name("reliability.py")), "page", str(MEASURED)]
+    page = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    shown = (MEASURED.parents[1] / "reliability.md").read_text()
+    assert page == shown, f"run: ./dev exec python benchmarks/reliability.py page {MEASURED} > docs/reliability.md"
+
+
+def test_the_real_engines_are_beside_it() -> None:
+    """Faults done to SGLang itself, under pascaline and bare; under pascaline each is found in time, and none is lost.
+
+    A minute on an idle machine; a loaded one is given what `support.ledger.stretch` gives it.
+    """
+    rows = json.loads(MEASURED.read_text())["real"]["rows"]
+    assert len([row for row in rows.values() if {"pascaline", "bare SGLang"} <= row.keys()]) >= 8
+    for name, row in rows.items():
+        if (found := row.get("pascaline")) is not None:
+            assert found["recovered"] is not None, name
+            assert found["unhealthy"] is None or found["unhealthy"] <= 60 * max(1.0, found["load"] / 4), name
+            assert (found["problem"], found["silent"]) == ("", 0), name
+
+
 def test_the_default_is_the_settings() -> None:
     assert Settings().stall_timeout == DEFAULT_STALL_SECONDS
 

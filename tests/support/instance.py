@@ -37,6 +37,8 @@ QUESTION_SECONDS = 0.5
 """Between two questions to an agent for a state that its log does not show."""
 INTERRUPT_SECONDS = 5.0
 """Within which an instance that is interrupted ends, unless it is stopped or hangs."""
+DYING_SECONDS = 0.5
+"""What the kernel's SIGKILL to the children of a process that ended takes to reach them on a machine under load."""
 MARK = "FAKE_ENGINE_MARK"
 """Variable that every process of one instance inherits, so that none can be lost sight of."""
 
@@ -285,8 +287,11 @@ class Instance:
             # The kernel ends the engine, and the engine's workers after it.
             with contextlib.suppress(AssertionError):
                 wait_until("end of the engine", lambda: not self.descendants(), seconds=5)
-        left = []
-        for process in self.descendants():
+        left, found = [], self.descendants()
+        if found:
+            time.sleep(DYING_SECONDS)
+            found = self.descendants()
+        for process in found:
             with contextlib.suppress(psutil.Error):
                 left.append(" ".join(process.cmdline()))
                 process.kill()

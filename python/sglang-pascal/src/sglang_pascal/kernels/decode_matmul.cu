@@ -11,7 +11,8 @@
 //   R      1 for C = 1 and 2, else 2, and 3 or 4 (Q5_K: 3 or 2; 2 on sm_60) above C = 12: a uniform 16-byte shared load may
 //          cost 4 cycles on sm_61, so rows share it; four rows are no slower than their bytes there
 //   staged tiles of activations at once, by each warp for itself: as many as leave shared memory for the CTAs that registers
-//          allow, half a tile a warp where there are many rows of x
+//          allow, half a tile a warp where there are many rows of x; with up to 12 loads of a lane in flight, since they come
+//          from L2, and as few warps as there are do not hide that latency
 //   ahead  a step's weights are loaded while the one before it is multiplied, where registers allow it; and L2 is asked for
 //          a warp's next tile, since 8 warps a multiprocessor do not hide the memory's latency
 //   steps  of a tile (64 weights) are unrolled up to C = 4; above they are a loop of 3 to 28 KB of code (32 rows of 8 bits, 24
@@ -41,7 +42,7 @@ struct Staging {
 // Stage part `part` of the activations of `count` tiles: x [N][HALVES][TILES][VECTORS], scales [N][TILES][BLOCKS][SCALES],
 // of x as a whole. A warp stages what it multiplies itself (every fourth tile), so warps do not wait for each other.
 template <class T, int N, class S>
-__device__ __forceinline__ void stage(const Arguments& a, int4* x, float* scales, int first_tile, int count, int part) {
+__device__ __forceinline__ void stage_few(const Arguments& a, int4* x, float* scales, int first_tile, int count, int part) {
   constexpr int ROWS = N * HALVES;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, tiles = (count - warp + SLICES - 1) / SLICES;
 #pragma unroll 4
@@ -61,6 +62,53 @@ __device__ __forceinline__ void stage(const Arguments& a, int4* x, float* scales
     scales[to] = s.x;
     if (T::HAS_MIN) scales[to + 1] = s.y;
   }
+}
+
+// The same for many rows of x in whole tiles: a tile at a time, with as many loads in flight as registers allow.
+template <class T, int N, int R, class S>
+__device__ __forceinline__ void stage_many(const Arguments& a, int4* x, float* scales, int first_tile, int count, int part) {
+  constexpr int OF_WORDS = WARP / S::VECTORS, OF_SCALES = WARP / S::BLOCKS; // rows of x that a warp loads at once
+  constexpr int WORDS = N * HALVES / OF_WORDS, PAIRS = (N + OF_SCALES - 1) / OF_SCALES;
+  constexpr int MOST = HALVES == 2 && R * N > 32 ? 6 : 12; // words in flight
+  static_assert(N * HALVES % OF_WORDS == 0 && OF_WORDS % HALVES == 0, "whole loads of a warp");
+  const int lane = threadIdx.x % WARP, row = lane / S::VECTORS, n = row / HALVES, of_scale = lane / S::BLOCKS;
+#pragma unroll 1
+  for (int tile = threadIdx.x / WARP; tile < count; tile += SLICES) {
+    const int4* words = a.x + (static_cast<size_t>(n + row % HALVES * a.low) * a.n_tiles + first_tile + tile) * 16 +
+                        part * S::VECTORS + lane % S::VECTORS;
+    const float2* pairs =
+        a.x_scales + (static_cast<size_t>(of_scale + (HALVES - 1) * a.low) * a.n_tiles + first_tile + tile) * 8 +
+        part * S::BLOCKS + lane % S::BLOCKS;
+    int4* to = x + (row * S::TILES + tile) * S::VECTORS + lane % S::VECTORS;
+    float* to_scale = scales + ((of_scale * S::TILES + tile) * S::BLOCKS + lane % S::BLOCKS) * SCALES<T>;
+    float2 pair[PAIRS];
+#pragma unroll
+    for (int j = 0; j < PAIRS; j++, pairs += OF_SCALES * 8 * a.n_tiles)
+      pair[j] = of_scale + OF_SCALES * j < a.n ? __ldg(pairs) : make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int some = 0; some < WORDS; some += MOST) {
+      int4 word[MOST];
+#pragma unroll
+      for (int j = some; j < some + MOST && j < WORDS; j++, words += OF_WORDS / HALVES * 16 * a.n_tiles)
+        word[j - some] = n + OF_WORDS / HALVES * j < a.n ? __ldg(words) : make_int4(0, 0, 0, 0);
+#pragma unroll
+      for (int j = some; j < some + MOST && j < WORDS; j++) to[j * OF_WORDS * S::TILES * S::VECTORS] = word[j - some];
+    }
+#pragma unroll
+    for (int j = 0; j < PAIRS; j++) {
+      if (of_scale + OF_SCALES * j >= N) break;
+      to_scale[j * OF_SCALES * S::TILES * S::BLOCKS * SCALES<T>] = pair[j].x;
+      if (T::HAS_MIN) to_scale[j * OF_SCALES * S::TILES * S::BLOCKS * SCALES<T> + 1] = pair[j].y;
+    }
+  }
+}
+
+template <class T, int N, int R, class S>
+__device__ __forceinline__ void stage(const Arguments& a, int4* x, float* scales, int first_tile, int count, int part) {
+  if constexpr (N * HALVES > UNROLLED_COLUMNS && S::PARTS == 1)
+    stage_many<T, N, R, S>(a, x, scales, first_tile, count, part);
+  else
+    stage_few<T, N, S>(a, x, scales, first_tile, count, part);
 }
 
 // Sum of COUNT words' products, with both halves of x joined.
@@ -194,7 +242,7 @@ __device__ __forceinline__ void add_tile(const Arguments& a, float (&acc)[R][N],
 #pragma unroll 1
     for (int first = 0; first < steps; first += MOST) {
       __syncwarp();
-      stage<T, N, S>(a, x, scales, first_tile, count, first / MOST);
+      stage<T, N, R, S>(a, x, scales, first_tile, count, first / MOST);
       __syncwarp();
       add_steps<T, N, FEWEST, R, S, false>(acc, tile, first, min(MOST, steps - first), own_x, own_scales, a.n);
     }
@@ -226,7 +274,7 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
     const int count = min(S::TILES, end - first), whole = T::SHORT_TILES ? min(count, a.n_steps / STEPS - first) : count;
     if (S::PARTS == 1) {
       __syncwarp();
-      stage<T, N, S>(a, x, scales, first, count, 0);
+      stage<T, N, R, S>(a, x, scales, first, count, 0);
       __syncwarp();
     }
 #pragma unroll 1
@@ -262,7 +310,7 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
     }
   }
   if (gridDim.y > 1 && comes_last(a.tickets + blockIdx.x, gridDim.y))
-    add_splits(a, a.partials, blockIdx.x * R * WARP, R * WARP);
+    add_splits<R * WARP>(a, a.partials, blockIdx.x * R * WARP);
 }
 
 constexpr int MOST_ROWS = __CUDA_ARCH__ >= 610 ? TYPE::MOST_ROWS : 2;

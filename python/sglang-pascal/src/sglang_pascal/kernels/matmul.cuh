@@ -42,6 +42,42 @@ __device__ __forceinline__ void write_output(const Arguments& a, int n, int row,
   store_element(a.y, n * a.y_stride + row, a.y_is_half, sum);
 }
 
+// Where output n is written, and what is added to it.
+struct Output {
+  char* y;
+  const char* residual; // or null
+  __device__ __forceinline__ Output(const Arguments& a, int n) {
+    const int size = a.y_is_half ? 2 : 4;
+    y = static_cast<char*>(a.y) + n * a.y_stride * size;
+    residual = a.residual ? static_cast<const char*>(a.residual) + n * a.residual_stride * size : nullptr;
+  }
+};
+
+// write_output for rows row .. row + 3, which are stored at once where their address allows it.
+__device__ __forceinline__ void write_four(const Arguments& a, const Output& output, int row, float (&sums)[4]) {
+  const int count = a.rows - row;
+  if (count <= 0) return;
+  if (a.bias)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (i < count) sums[i] = __fadd_rn(sums[i], __ldg(a.bias + row + i));
+  if (output.residual)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (i < count) sums[i] = __fadd_rn(sums[i], load_element(output.residual, row + i, a.y_is_half));
+  const u64 address = reinterpret_cast<u64>(output.y) + row * (a.y_is_half ? 2 : 4);
+  if (count < 4 || address % (a.y_is_half ? 8 : 16)) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (i < count) store_element(output.y, row + i, a.y_is_half, sums[i]);
+  } else if (a.y_is_half) {
+    *reinterpret_cast<uint2*>(address) = make_uint2(float_to_half(sums[0]) | float_to_half(sums[1]) << 16,
+                                                    float_to_half(sums[2]) | float_to_half(sums[3]) << 16);
+  } else {
+    *reinterpret_cast<float4*>(address) = make_float4(sums[0], sums[1], sums[2], sums[3]);
+  }
+}
+
 // Where split `split` of an output lies in partials [splits, n, 32 * groups].
 __device__ __forceinline__ float* partial_of(const Arguments& a, float* partials, int split, int n, int row) {
   const int padded_rows = (a.rows + WARP - 1) / WARP * WARP;
@@ -63,14 +99,31 @@ __device__ __forceinline__ bool comes_last(u32* ticket, u32 ctas) {
   return is_last;
 }
 
-// The results of rows first_row.. (row_count of them) from the sums of all splits, in order.
-__device__ __forceinline__ void add_splits(const Arguments& a, float* partials, int first_row, int row_count) {
-  for (int i = threadIdx.x; i < row_count * a.n; i += blockDim.x) {
-    const int n = i / row_count, row = first_row + i % row_count;
-    if (row >= a.rows) continue;
-    float sum = 0.0f;
+constexpr int SUMS_TOGETHER = 4; // of four rows each, that a thread adds side by side
+
+// The results of rows first_row.. (ROW_COUNT of them) from the sums of all splits, in order. What a CTA does alone at the end
+// takes little time only if many loads are in flight.
+template <int ROW_COUNT>
+__device__ __forceinline__ void add_splits(const Arguments& a, float* partials, int first_row) {
+  constexpr int FOURS = ROW_COUNT / 4;
+  for (int first = threadIdx.x; first < FOURS * a.n; first += SUMS_TOGETHER * blockDim.x) {
+    float sums[SUMS_TOGETHER][4];
+#pragma unroll
+    for (int t = 0; t < SUMS_TOGETHER; t++) sums[t][0] = sums[t][1] = sums[t][2] = sums[t][3] = 0.0f;
+#pragma unroll 1
     for (int split = 0; split < a.splits; split++)
-      sum = __fadd_rn(sum, __ldcg(partial_of(a, partials, split, n, row)));
-    write_output(a, n, row, sum);
+#pragma unroll
+      for (int t = 0; t < SUMS_TOGETHER; t++) {
+        const int i = first + t * blockDim.x, n = i / FOURS, row = first_row + 4 * (i % FOURS);
+        if (n >= a.n || row >= a.rows) continue;
+        const float4 part = __ldcg(reinterpret_cast<const float4*>(partial_of(a, partials, split, n, row)));
+        sums[t][0] = __fadd_rn(sums[t][0], part.x), sums[t][1] = __fadd_rn(sums[t][1], part.y);
+        sums[t][2] = __fadd_rn(sums[t][2], part.z), sums[t][3] = __fadd_rn(sums[t][3], part.w);
+      }
+#pragma unroll
+    for (int t = 0; t < SUMS_TOGETHER; t++) {
+      const int i = first + t * blockDim.x, n = i / FOURS;
+      if (n < a.n) write_four(a, Output(a, n), first_row + 4 * (i % FOURS), sums[t]);
+    }
   }
 }

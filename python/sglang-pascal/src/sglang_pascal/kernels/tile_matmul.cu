@@ -19,7 +19,8 @@
 // this one is multiplied, and one barrier a step separates them. Shared: 25-41 KB.
 // A thread has room for one set of sums, but the order of addition (matmul.cuh) has three levels. So tiles are visited
 // slice by slice, and at the end of a slice a thread adds its sums to memory of its own, which stays in L2: 2 reads and
-// 2 writes of up to 64 KB a slice. CTAs are persistent, so that this memory is 128 KB a CTA, not as large as the result.
+// 2 writes of up to 64 KB a slice, 16 bytes at a time. CTAs are persistent, so that this memory is 128 KB a CTA, not as large
+// as the result.
 // Where tiles are too few for the card, splits of K are CTAs (grid.y); the last of a row tile adds them in order, from
 // partials [splits, n, 32 * groups].
 #include "matmul.cuh"
@@ -73,11 +74,16 @@ struct Place {
   }
 };
 
-// row: of x, or -1 for zeros.
+// A thread's row of x; no words: a column of zeros.
+struct Source {
+  const int4* words;
+  const float2* scales;
+};
+
 template <class T, class S>
-__device__ __forceinline__ Columns<S> load_columns(const Arguments& a, const Place<S>& place, int row, int tile, int step) {
+__device__ __forceinline__ Columns<S> load_columns(const Arguments& a, const Place<S>& place, const Source& row, int tile, int step) {
   Columns<S> columns;
-  if (row < 0) {
+  if (!row.words) {
 #pragma unroll
     for (int half = 0; half < HALVES; half++)
 #pragma unroll
@@ -87,17 +93,17 @@ __device__ __forceinline__ Columns<S> load_columns(const Arguments& a, const Pla
     return columns;
   }
   constexpr int IN_BLOCK = S::VECTORS / S::BLOCKS;
+  const int low = HALVES == 2 ? 8 * a.low * a.n_tiles : 0; // blocks from a high half to its low one
 #pragma unroll
-  for (int half = 0; half < HALVES; half++) {
-    const size_t base = (static_cast<size_t>(row + half * a.low) * a.n_tiles + tile) * 8;
+  for (int b = 0; b < S::BLOCKS; b++) {
+    const int block = 8 * tile + T::block(step, S::BLOCKS == 2 ? b : place.first / 8);
+    columns.scale[b] = __ldg(row.scales + block + low); // of the whole value, with its low half
 #pragma unroll
-    for (int b = 0; b < S::BLOCKS; b++) {
-      const size_t block = base + T::block(step, S::BLOCKS == 2 ? b : place.first / 8);
+    for (int half = 0; half < HALVES; half++)
 #pragma unroll
       for (int i = 0; i < IN_BLOCK; i++)
-        columns.words[half][IN_BLOCK * b + i] = __ldg(a.x + 2 * block + (IN_BLOCK == 1 ? place.first % 8 / 4 : i));
-      if (half == HALVES - 1) columns.scale[b] = __ldg(a.x_scales + block); // of the whole value, with its low half
-    }
+        columns.words[half][IN_BLOCK * b + i] =
+            __ldg(row.words + 2 * (block + half * low) + (IN_BLOCK == 1 ? place.first % 8 / 4 : i));
   }
   return columns;
 }
@@ -285,21 +291,31 @@ struct Ending {
   __device__ __forceinline__ int split() const { return bits >> 3; }
 };
 
-// sums (in registers) + what earlier slices or splits have left in the thread's own memory.
+// Number i of a thread's sums.
+template <int OUT>
+__device__ __forceinline__ float& sum_of(float (&sums)[8][OUT], int i) {
+  return sums[i / OUT][i % OUT];
+}
+
+// sums (in registers) + what earlier slices or splits have left in the thread's own memory, four at a time.
 template <int THREADS, int OUT>
-__device__ __forceinline__ void add_earlier(float (&sums)[8][OUT], const float* own) {
+__device__ __forceinline__ void add_earlier(float (&sums)[8][OUT], const float4* own) {
 #pragma unroll
-  for (int i = 0; i < 8; i++)
-#pragma unroll
-    for (int j = 0; j < OUT; j++) sums[i][j] = __fadd_rn(own[(OUT * i + j) * THREADS], sums[i][j]);
+  for (int i = 0; i < 2 * OUT; i++) {
+    const float4 earlier = own[i * THREADS];
+    sum_of(sums, 4 * i) = __fadd_rn(earlier.x, sum_of(sums, 4 * i));
+    sum_of(sums, 4 * i + 1) = __fadd_rn(earlier.y, sum_of(sums, 4 * i + 1));
+    sum_of(sums, 4 * i + 2) = __fadd_rn(earlier.z, sum_of(sums, 4 * i + 2));
+    sum_of(sums, 4 * i + 3) = __fadd_rn(earlier.w, sum_of(sums, 4 * i + 3));
+  }
 }
 
 template <int THREADS, int OUT>
-__device__ __forceinline__ void keep(const float (&sums)[8][OUT], float* own) {
+__device__ __forceinline__ void keep(float (&sums)[8][OUT], float4* own) {
 #pragma unroll
-  for (int i = 0; i < 8; i++)
-#pragma unroll
-    for (int j = 0; j < OUT; j++) own[(OUT * i + j) * THREADS] = sums[i][j];
+  for (int i = 0; i < 2 * OUT; i++)
+    own[i * THREADS] = make_float4(sum_of(sums, 4 * i), sum_of(sums, 4 * i + 1), sum_of(sums, 4 * i + 2),
+                                   sum_of(sums, 4 * i + 3));
 }
 
 template <int OUT>
@@ -310,14 +326,14 @@ __device__ __forceinline__ void clear(float (&sums)[8][OUT]) {
     for (int j = 0; j < OUT; j++) sums[i][j] = 0.0f;
 }
 
-// At the end of a slice. splits: that the thread adds. own: [2 or 1][8 * OUT][THREADS], of slices, then of splits.
+// At the end of a slice. splits: that the thread adds. own: [2 or 1][2 * OUT][THREADS], of slices, then of splits.
 template <int THREADS, int OUT>
-__device__ __forceinline__ void end_slice(const Ending& at, int splits, float (&acc)[8][OUT], float* own) {
+__device__ __forceinline__ void end_slice(const Ending& at, int splits, float (&acc)[8][OUT], float4* own) {
   if (at.has_earlier_slices()) add_earlier<THREADS>(acc, own);
   if (!at.ends_split()) {
     keep<THREADS>(acc, own);
   } else if (splits > 1) {
-    float* of_splits = own + 8 * OUT * THREADS;
+    float4* of_splits = own + 2 * OUT * THREADS;
     if (at.split() > 0) add_earlier<THREADS>(acc, of_splits);
     if (at.split() < splits - 1) keep<THREADS>(acc, of_splits);
   }
@@ -327,17 +343,22 @@ __device__ __forceinline__ void end_slice(const Ending& at, int splits, float (&
 template <class S>
 __device__ __forceinline__ void write_tile(const Arguments& a, const float (&acc)[8][S::OUT], float* partials,
                                            int first_row, int first_output, const Thread& me) {
+  const int first = first_row + 4 * me.ty;
 #pragma unroll
-  for (int j = 0; j < S::OUT; j++)
+  for (int j = 0; j < S::OUT; j++) {
+    const int n = first_output + S::OUTPUTS_OF_SIDE * me.side + S::output(j / 4, me.tx, j % 4);
+    if (n >= a.n) continue;
+    const Output output(a, n);
+    float* of_split = partials ? partial_of(a, partials, blockIdx.y, n, first) : nullptr;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int n = first_output + S::OUTPUTS_OF_SIDE * me.side + S::output(j / 4, me.tx, j % 4);
-      const int row = first_row + 64 * (i / 4) + 4 * me.ty + i % 4;
-      if (!partials)
-        write_output(a, n, row, acc[i][j]);
-      else if (n < a.n && row < a.rows)
-        __stcg(partial_of(a, partials, blockIdx.y, n, row), acc[i][j]);
+    for (int i = 0; i < 8; i += 4) {
+      float four[4] = {acc[i][j], acc[i + 1][j], acc[i + 2][j], acc[i + 3][j]};
+      if (!of_split)
+        write_four(a, output, first + 16 * i, four);
+      else if (first + 16 * i < a.rows) // there is place up to the end of a group of 32 rows
+        __stcg(reinterpret_cast<float4*>(of_split + 16 * i), make_float4(four[0], four[1], four[2], four[3]));
     }
+  }
 }
 
 // How a header of the weights comes: decoded at once, or after its load has been in flight for a step, where registers allow it.
@@ -371,7 +392,7 @@ struct InFlight {
 };
 
 template <class T, class S>
-__device__ __forceinline__ void multiply_tile(const Arguments& a, Buffer<T, S> (&buffers)[2], float* own, float* partials,
+__device__ __forceinline__ void multiply_tile(const Arguments& a, Buffer<T, S> (&buffers)[2], float4* own, float* partials,
                                               int first_row, int first_output) {
   const Thread me;
   const bool unpacks = S::SIDES == 1 || me.side == 0, fetches = S::SIDES == 1 || me.side == 1;
@@ -380,7 +401,8 @@ __device__ __forceinline__ void multiply_tile(const Arguments& a, Buffer<T, S> (
   const uint4* tiles = a.weights + unit_of<T>(group, 0, a.n_steps) + lane;
   const Place<S> place;
   const int output = first_output + place.output;
-  const int row = place.output >= 0 && output < a.n ? output : -1;
+  const size_t first_block = static_cast<size_t>(output) * a.n_tiles * 8;
+  const Source row = {place.output >= 0 && output < a.n ? a.x + 2 * first_block : nullptr, a.x_scales + first_block};
   float acc[8][S::OUT];
   clear(acc);
 
@@ -455,7 +477,8 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
   const bool apart = gridDim.y > 1;
   const int column_tiles = (a.n + S::OUTPUTS - 1) / S::OUTPUTS, row_tiles = (a.rows + ROWS - 1) / ROWS;
   const size_t of_cta = static_cast<size_t>(ROWS) * S::OUTPUTS * (a.splits > 1 && !apart ? 2 : 1);
-  float* own = a.partials + (static_cast<size_t>(blockIdx.y) * gridDim.x + blockIdx.x) * of_cta + threadIdx.x;
+  float* of_this = a.partials + (static_cast<size_t>(blockIdx.y) * gridDim.x + blockIdx.x) * of_cta;
+  float4* own = reinterpret_cast<float4*>(of_this) + threadIdx.x;
   float* partials = apart ? a.partials + static_cast<size_t>(gridDim.y) * gridDim.x * of_cta : nullptr;
 #pragma unroll 1
   for (int i = blockIdx.x; i < column_tiles * row_tiles; i = next_tile(a, column_tiles * row_tiles)) {
@@ -463,7 +486,7 @@ __device__ __forceinline__ void multiply(const Arguments& a) {
     multiply_tile<T, S>(a, buffers, own, partials, row_tile * ROWS, i % column_tiles * S::OUTPUTS);
     if (!apart) continue;
     if (comes_last(a.tickets + row_tile * (ROWS / WARP), gridDim.y * column_tiles))
-      add_splits(a, partials, row_tile * ROWS, ROWS);
+      add_splits<ROWS>(a, partials, row_tile * ROWS);
     return;
   }
 }

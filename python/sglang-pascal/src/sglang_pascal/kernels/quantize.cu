@@ -6,24 +6,16 @@
 //   quantize               x
 //   rms_norm_quantize      x (+ residual, which is replaced by the sum) * rsqrt(mean square + eps) * weight
 //   silu_mul_quantize      silu(gate) * up, x = [n, 2 * columns] with gate first
-// quantize, silu: a thread has four consecutive values, so that eight lanes share a block and its shuffles; CTAs of 128
+// A thread quantises four consecutive values, so that eight lanes share a block and its shuffles. quantize, silu: CTAs of 128
 // threads. rms_norm: one CTA a row, with a thread for each column up to 1024: a decode step waits for its chain of loads,
 // shuffles and divisions twice a layer, and that is as long as a thread has columns. It reads its row twice, from the cache
-// the second time; a loop, since code that runs once a launch comes from memory. A warp holds one block of 32 at a time. No
-// shared memory but 128 bytes for the row's sum.
+// the second time; a loop, since code that runs once a launch comes from memory. No shared memory but 128 bytes for the
+// row's sum.
 #include "common.cuh"
 
 constexpr int THREADS = 128;
 constexpr int NORM_THREADS = 1024;
 constexpr int FOUR = 4, LANES = BLOCK / FOUR; // values of a lane, and lanes of a block
-
-// low: rows between a row and the one of its second int8; 0 = there is none.
-__device__ __forceinline__ void put(float value, int column, int row, int K, signed char* q, float2* scales, int low) {
-  const size_t block = (static_cast<size_t>(row) * K + column) / BLOCK;
-  const size_t second = block + static_cast<size_t>(low) * K / BLOCK;
-  quantize_block(value, q + block * BLOCK, scales + block, threadIdx.x % WARP, low ? q + second * BLOCK : nullptr,
-                 scales + second);
-}
 
 __device__ __forceinline__ u32 absolute_bits(float value) { return __float_as_uint(value) & 0x7fffffffu; }
 
@@ -51,7 +43,8 @@ __device__ __forceinline__ int sum_of_block(int sum) {
   return sum;
 }
 
-// Four consecutive values a lane, eight lanes a block: what quantize_block gives, to the bit.
+// Four consecutive values a lane, eight lanes a block: what quantize_block gives, to the bit. low: rows between a row and the
+// one of its second int8; 0 = there is none.
 __device__ __forceinline__ void put_four(const float (&values)[FOUR], int column, int row, int K, signed char* q,
                                          float2* scales, int low) {
   u32 amax = larger(larger(absolute_bits(values[0]), absolute_bits(values[1])),
@@ -88,26 +81,35 @@ __device__ __forceinline__ void put_four(const float (&values)[FOUR], int column
     scales[second / BLOCK] = make_float2(fine, __fmul_rn(fine, static_cast<float>(LOW_STEPS * sum + low_sum)));
 }
 
+// load_element of what this CTA may have written.
+__device__ __forceinline__ float read_element(const void* base, size_t i, bool is_half) {
+  return is_half ? half_to_float(static_cast<const u16*>(base)[i]) : static_cast<const float*>(base)[i];
+}
+
 // Whether four elements of each row of x can be loaded at once.
 __device__ __forceinline__ bool loads_four(const void* x, int columns, bool is_half) {
   return columns % FOUR == 0 && reinterpret_cast<u64>(x) % (is_half ? 8 : 16) == 0;
 }
 
-// Elements first .. first + 3, of which those from `count` on are zero.
+// Elements first .. first + 3, of which those from `count` on are zero. WRITTEN: that this CTA may have written them.
+template <bool WRITTEN = false>
 __device__ __forceinline__ void load_four(const void* base, size_t first, int count, bool is_half, bool is_aligned,
                                           float (&values)[FOUR]) {
   if (is_aligned && count >= FOUR) {
     if (is_half) {
-      const uint2 v = __ldg(reinterpret_cast<const uint2*>(static_cast<const u16*>(base) + first));
+      const uint2* at = reinterpret_cast<const uint2*>(static_cast<const u16*>(base) + first);
+      const uint2 v = WRITTEN ? *at : __ldg(at);
       halves_to_floats(v.x, values[0], values[1]), halves_to_floats(v.y, values[2], values[3]);
     } else {
-      const float4 v = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(base) + first));
+      const float4* at = reinterpret_cast<const float4*>(static_cast<const float*>(base) + first);
+      const float4 v = WRITTEN ? *at : __ldg(at);
       values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
     }
     return;
   }
 #pragma unroll
-  for (int i = 0; i < FOUR; i++) values[i] = i < count ? load_element(base, first + i, is_half) : 0.0f;
+  for (int i = 0; i < FOUR; i++)
+    values[i] = i >= count ? 0.0f : WRITTEN ? read_element(base, first + i, is_half) : load_element(base, first + i, is_half);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -145,9 +147,8 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
   for (int column = threadIdx.x; column < columns; column += blockDim.x) {
     float value = load_element(x, base + column, x_is_half);
     if (residual) {
-      // Plain load: the same thread wrote it in an earlier kernel, and reads its own sum back below.
-      value = __fadd_rn(value, x_is_half ? half_to_float(static_cast<u16*>(residual)[base + column])
-                                         : static_cast<float*>(residual)[base + column]);
+      // Plain loads: an earlier kernel, or this one below, writes it and reads it back.
+      value = __fadd_rn(value, read_element(residual, base + column, x_is_half));
       store_element(residual, base + column, x_is_half, value);
       if (x_is_half) value = half_to_float(static_cast<u16*>(residual)[base + column]);
     }
@@ -159,15 +160,17 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
   float total = 0.0f;
   for (int w = 0; w < blockDim.x / WARP; w++) total = __fadd_rn(total, sums[w]);
   const float factor = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fdiv_rn(total, static_cast<float>(columns)), eps)));
-  for (int column = threadIdx.x; column < K; column += blockDim.x) { // whole warps: K is a multiple of 32
-    float value = 0.0f;
-    if (column < columns) {
-      const void* source = residual ? residual : x;
-      value = x_is_half ? half_to_float(static_cast<const u16*>(source)[base + column])
-                        : static_cast<const float*>(source)[base + column];
-      value = __fmul_rn(__fmul_rn(value, factor), load_element(weight, column, weight_is_half));
-      if (y) store_element(y, base + column, x_is_half, value);
+  const void* source = residual ? residual : x; // of which the barrier has made the sums visible
+  const bool is_aligned = loads_four(source, columns, x_is_half), has_aligned_weight = loads_four(weight, columns, weight_is_half);
+  for (int column = FOUR * threadIdx.x; column < K; column += FOUR * blockDim.x) { // whole warps: K is a multiple of 256
+    float values[FOUR], weights[FOUR];
+    load_four<true>(source, base + column, columns - column, x_is_half, is_aligned, values);
+    load_four(weight, column, columns - column, weight_is_half, has_aligned_weight, weights);
+#pragma unroll
+    for (int i = 0; i < FOUR; i++) {
+      values[i] = column + i < columns ? __fmul_rn(__fmul_rn(values[i], factor), weights[i]) : 0.0f;
+      if (y && column + i < columns) store_element(y, base + column + i, x_is_half, values[i]);
     }
-    if (q) put(value, column, row, K, q, scales, low);
+    if (q) put_four(values, column, row, K, q, scales, low);
   }
 }

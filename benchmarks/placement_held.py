@@ -515,7 +515,7 @@ def plan_of(settings: Settings, path: Path, free: int, card: str | None, facts: 
     found = load_card(card) if card else _this_card()
     rates = HostRates(
         memory_bytes_per_second=min(facts["host_bytes_per_second"]), source=f"measured {facts['date']}",
-        link_bytes_per_second=None if card else link(),
+        link_bytes_per_second=None if card else link(), cores=settings.threads,
     )  # fmt: skip
     request = request_from_settings(
         settings, spec, device="cuda", dtype="float16", card_bytes=free, host_memory_bytes=host_memory().total_bytes,

@@ -373,6 +373,7 @@ class TestPublishedPoints:
             ("Qwen3-30B-A3B", 48, 36, 16, 125.4e9, 29.9),
             ("Mixtral-8x7B", 32, 9, 32, 116.5e9, 29.6),
             ("Qwen3.6-35B-A3B", 40, 1, 32, 160.0e9, 123.1),
+            ("GLM-4.5-Air", 46, 37, 8, 129.2e9, 11.0),
         ],
     )
     def test_decode_on_an_h200_lies_within_the_plans_range(

@@ -189,6 +189,11 @@ class TestBeyondTheLog:
                 {"chunked_prefill_tokens": 2048, "max_running_requests": 2, "expert_layers_on_host": 25},
                 143,
             ),
+            (
+                "GLM-4.5-Air",
+                {"chunked_prefill_tokens": 2048, "max_running_requests": 2, "expert_layers_on_host": 37},
+                277,
+            ),
         ],
     )
     def test_what_a_gpu_had_in_use_beside_the_buffers_is_planned(
@@ -222,6 +227,7 @@ class TestBeyondTheLog:
             ("Qwen3-30B-A3B", {"expert_layers_on_host": 36, "chunked_prefill_tokens": 2048}, 12_994),
             ("gpt-oss-20b", {"expert_layers_on_host": 12, "max_running_requests": 4}, 5_743),
             ("Qwen3-14B", {"gpu_layers": 30, "kv_dtype": "int8"}, 3_182),
+            ("GLM-4.5-Air", {"expert_layers_on_host": 37, "chunked_prefill_tokens": 2048}, 50_492),
         ],
     )
     def test_a_process_is_charged_no_more_than_the_plan_without_kept_prompts(

@@ -85,6 +85,10 @@ facts["repacking"] = error_of(lambda: loading.load(Broken(), table[0][0], table[
 
 facts["wrong shape"] = error_of(lambda: made(table, rows=[320]))
 facts["parallel"] = error_of(lambda: QuantizedLinearMethod().create_weights(None, 32, [64], 64, 64, torch.float32))
+method = QuantizedLinearMethod()
+with torch.device("meta"):
+    method.create_weights(None, 64, [64], 64, 64, torch.float32)
+facts["device"] = str(method.device)
 facts["unbound"] = error_of(lambda: QuantizedLinearMethod().process_weights_after_loading(None))
 facts["dtypes"] = [str(dtype) for dtype in PascalGgufConfig.from_config({}).get_supported_act_dtypes()]
 
@@ -140,6 +144,11 @@ def test_embeddings_and_logits(facts):
 
 def test_an_embedding_without_a_quantisation_gets_one(facts):
     assert facts["adopted"] == [1, True, True]
+
+
+def test_weights_lie_where_torch_would_put_a_tensor(facts):
+    """SGLang makes a model inside `with torch.device("cuda")`, which get_default_device() of torch 2.7 does not see."""
+    assert facts["device"] == "meta"
 
 
 def test_all_layers_share_the_pinned_buffers(facts):

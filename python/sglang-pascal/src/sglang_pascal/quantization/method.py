@@ -65,7 +65,8 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]  # SGLang p
         if input_size_per_partition != input_size:
             raise NotImplementedError("quantised GGUF models are served on one device: use --tp-size 1")
         self._columns, self._rows, self._dtype = input_size, output_partition_sizes, params_dtype
-        self._device = torch.get_default_device()
+        # torch 2.7's get_default_device() knows set_default_device() alone, not `with device:`, which SGLang uses.
+        self._device = torch.empty(0).device
 
     @property
     def device(self) -> torch.device:

@@ -105,7 +105,8 @@ class TestSglangCommand:
             "--model-path /cache/prepared/0-v1 --served-model-name emily --load-format pascal_gguf "
             "--device cpu --dtype float32 --host 127.0.0.1 --port 30000 --context-length 2048 "
             "--max-running-requests 4 --max-total-tokens 8192 --chunked-prefill-size 512 --schedule-policy fcfs "
-            "--tp-size 1 --pp-size 1 --enable-metrics --sleep-on-idle --kv-cache-dtype auto --log-level-http warning"
+            "--tp-size 1 --pp-size 1 --enable-metrics --sleep-on-idle --skip-server-warmup --kv-cache-dtype auto "
+            "--log-level-http warning"
         )
 
     def test_a_folder_is_served_as_it_is(self, task: Callable[..., Task]) -> None:

@@ -77,7 +77,9 @@ def _limit_arguments(task: Task) -> list[str]:
 def _feature_arguments(task: Task, kv_type: str) -> list[str]:
     settings = task.settings
     # Without --sleep-on-idle its scheduler keeps one core busy all the time while it waits for requests.
-    arguments = ["--enable-metrics", "--sleep-on-idle", "--kv-cache-dtype", kv_type]
+    # SGLang ends itself if its own warm-up request is refused, as it is if clients have filled the queue by then: under
+    # load it would never start. A test generation precedes readiness anyway.
+    arguments = ["--enable-metrics", "--sleep-on-idle", "--skip-server-warmup", "--kv-cache-dtype", kv_type]
     if not settings.radix_cache:
         arguments.append("--disable-radix-cache")
     if settings.attention_backend is not None:

@@ -307,9 +307,10 @@ REAL_INTRO = """## Real engines
 
 The same faults, done at the same moment to SGLang under pascaline, to bare SGLang and to bare llama-server, each on the
 CPU with a tiny random model and two clients. Under pascaline with default settings. The bare engines stand behind a
-loop that starts them again a second after they end; bare SGLang has the command line that pascaline gives it.
+loop that starts them again a second after they end; bare SGLang has the command line that pascaline gives it. All
+faults are done to one instance, whose wait before a restart doubles with each one in a row, up to a minute.
 
-- **not ready**: from the fault to `/readyz` saying no; never where the fault need not change anything.
+- **not ready**: from the fault to `/readyz` saying no, or not answering; it need not where nothing need change.
 - **answers again**: from the beginning of the fault, which may take some seconds itself, to the first whole answer to a
   request that was sent after it.
 - **ended**: from the fault to the loop seeing the end of the engine; never: it runs on, and the loop does nothing.

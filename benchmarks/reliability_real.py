@@ -115,15 +115,21 @@ def limit(kind: int, value: int) -> i.Inject:
     """Lower a limit of pascaline's, or of the bare engine's, which has nobody beside it."""
 
     def inject(scene: Any) -> None:
-        scene.after.callback(resource.prlimit, scene.main_pid, kind, resource.prlimit(scene.main_pid, kind))
-        resource.prlimit(scene.main_pid, kind, (value, resource.prlimit(scene.main_pid, kind)[1]))
+        pid, before = scene.main_pid, resource.prlimit(scene.main_pid, kind)
+
+        def take_back() -> None:
+            with contextlib.suppress(ProcessLookupError):  # the limit may have ended it
+                resource.prlimit(pid, kind, before)
+
+        scene.after.callback(take_back)
+        resource.prlimit(pid, kind, (value, before[1]))
 
     return inject
 
 
 def long_prompt(scene: Any) -> None:
     """Send a prompt that fills most of the context."""
-    found = ask(scene.port, stream=False, tokens=2, prompt="w " * 200)
+    found = ask(scene.port, stream=False, tokens=2, prompt="w " * 100)
     assert found.outcome is Outcome.WHOLE, found
 
 

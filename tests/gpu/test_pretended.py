@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from pascaline.gpu.fake_nvml import _compiler, build_fake_nvml, write_scenario
+from pascaline.inherited import is_inherited
 from support import pretended
 from support.pretended import VARIABLE
 
@@ -113,8 +114,8 @@ def compiles(): return torch.compile(double)(2)
 found = {"triton": tried(launches), "compile": tried(compiles)}
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 found["off"] = tried(compiles)
-found["target"] = driver.target_of((int(os.environ["PRETENDED_CARD_MAJOR"]),
-                                    int(os.environ["PRETENDED_CARD_MINOR"])))
+found["target"] = driver.target_of((int(os.environ["STAND_IN_CARD_MAJOR"]),
+                                    int(os.environ["STAND_IN_CARD_MINOR"])))
 found["built for"] = torch._C._cuda_getArchFlags().split()[-1]
 print(json.dumps(found))
 """
@@ -253,6 +254,12 @@ def test_a_command_gets_a_card_of_its_own(library, monkeypatch, tmp_path):
     assert pretended.another_card(tmp_path) == {}
 
 
+def test_an_instance_hands_the_switch_on_to_its_engine(environment, tmp_path):
+    """Both or neither: the variable alone is refused."""
+    own = environment("tesla-p4", report=tmp_path / "report") | {pretended.LEDGER: str(tmp_path)}
+    assert [name for name in own if os.environ.get(name) != own[name] and not is_inherited(name)] == []
+
+
 def test_the_drivers_folder_names_the_card(environment, tmp_path):
     information = tmp_path / "gpus/0000:3b:00.0/information"
     information.parent.mkdir(parents=True)
@@ -263,7 +270,7 @@ def test_the_drivers_folder_names_the_card(environment, tmp_path):
         "import sys, pathlib\nfrom pascaline.cards import detect_card\n"
         "print(detect_card(0, pathlib.Path(sys.argv[1])), *(pathlib.Path(name).read_text() for name in sys.argv[2:]))"
     )
-    seen = environment("tesla-p100-16gb") | {"PRETENDED_CARD_PROC_GPUS": str(tmp_path / "gpus")}
+    seen = environment("tesla-p100-16gb") | {"STAND_IN_CARD_PROC_GPUS": str(tmp_path / "gpus")}
     done = python(program, seen, str(tmp_path / "gpus"), str(information), str(tmp_path / "version"))
     closed = version.format("x86_64 Kernel Module")
     assert done.stdout == f"tesla-p100-16gb Model: \t\t Tesla P100-PCIE-16GB\nIRQ:   \t\t 70\n {closed}\n"

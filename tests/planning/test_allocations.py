@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import plan_error
+from support.pretended import VARIABLE
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow("starts a real engine of its own")]
 needs_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed")
@@ -98,8 +100,15 @@ def test_a_small_kv_type_takes_what_was_planned(kv_dtype: str, compare: Compare,
 @needs_sglang
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_on_a_gpu_the_total_is_within_what_is_allowed(name: str, tmp_path: Path) -> None:
-    """3 % or 150 MiB of what the driver counts; weights and KV cache to the byte."""
+    """3 % or 150 MiB of what the driver counts; weights and KV cache to the byte.
+
+    A pretended card counts allocations, not what the driver takes for modules, graphs and its own tables: there the plan
+    is only known not to be too small.
+    """
     place = plan_error.write_model(tmp_path, name, plan_error.shapes(large=True)[name], gguf=None)
     row = plan_error.compare(place, name, 1024, device="cuda", card=None)
     assert row.is_exact
-    assert row.total_is_close, (row.total_plan, row.total_true)
+    if VARIABLE in os.environ:
+        assert row.total_true <= row.total_plan
+    else:
+        assert row.total_is_close, (row.total_plan, row.total_true)

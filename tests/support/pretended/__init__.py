@@ -35,13 +35,13 @@ __all__ = ["CARDS", "LEDGER", "REAL_NAME", "REPORT", "VARIABLE", "another_card",
 
 VARIABLE = PRETENDED_CARD
 """Name of the card, as in cards.toml."""
-PARENT = "PRETENDED_CARD_PARENT"
+PARENT = "STAND_IN_CARD_PARENT"
 """Process id of the test: only its descendants pretend."""
-REPORT = "PRETENDED_CARD_REPORT"
+REPORT = "STAND_IN_CARD_REPORT"
 """A file to which each refusal is added, one JSON object a line."""
-REAL_NAME = "PRETENDED_CARD_REAL_NAME"
+REAL_NAME = "STAND_IN_CARD_REAL_NAME"
 """Name of the card that the host has."""
-LEDGER = "PRETENDED_CARD_LEDGER"
+LEDGER = "STAND_IN_CARD_LEDGER"
 """A file in which the processes of one card enter what they hold; without it each has the card to itself."""
 CARDS = {
     # L2 and shared memory: CUDA C++ Programming Guide 11.8, table 15; the whitepapers of GP100 and GP104.
@@ -81,10 +81,10 @@ def environment(
         "CORES": int(facts.number("cores")),
         "CLOCK_KHZ": int(facts.number("boost_clock_hertz")) // 1000,
     }
-    found |= {f"PRETENDED_CARD_{name}": str(value) for name, value in (numbers | CARDS[card]).items()}
-    found |= {VARIABLE: card, PARENT: str(os.getpid()), "PRETENDED_CARD_NAME": facts.nvml_names[0]}
+    found |= {f"STAND_IN_CARD_{name}": str(value) for name, value in (numbers | CARDS[card]).items()}
+    found |= {VARIABLE: card, PARENT: str(os.getpid()), "STAND_IN_CARD_NAME": facts.nvml_names[0]}
     found[REAL_NAME] = ", ".join(sorted(set(installed_models()))) or "unknown card"
-    found["PRETENDED_CARD_PROC_GPUS"] = str(PROC_GPUS)
+    found["STAND_IN_CARD_PROC_GPUS"] = str(PROC_GPUS)
     if report is not None:
         found[REPORT] = str(report.absolute())
     for name, first in (("LD_PRELOAD", library or build()), ("PYTHONPATH", _FOLDER / "site")):

@@ -33,7 +33,7 @@ static long number(const char *name) {
     return text ? strtol(text, NULL, 10) : 0;
 }
 
-#define CARD(name) number("PRETENDED_CARD_" #name)
+#define CARD(name) number("STAND_IN_CARD_" #name)
 
 static void *next_dlsym(void *handle, const char *name) {
     static void *(*real)(void *, const char *);
@@ -64,7 +64,7 @@ static struct { uintptr_t at; size_t bytes; } blocks[BLOCKS];
 static size_t held;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-/* The file that PRETENDED_CARD_LEDGER names: a process that computes and what it holds, in bytes; pid 0 is free. */
+/* The file that STAND_IN_CARD_LEDGER names: a process that computes and what it holds, in bytes; pid 0 is free. */
 #define SLOTS 512
 struct slot { int64_t pid, held; };
 static struct slot *mine;
@@ -74,7 +74,7 @@ static int real_open(const char *path, int flags, mode_t mode);
 
 static struct slot *ledger(void) {
     static struct slot *slots;
-    const char *path = getenv("PRETENDED_CARD_LEDGER");
+    const char *path = getenv("STAND_IN_CARD_LEDGER");
     if (slots || !path) return slots;
     int file = real_open(path, O_RDWR | O_CLOEXEC, 0);
     if (file < 0) return NULL;
@@ -218,7 +218,7 @@ static int describe(void *caller, const char *name, void *properties, int device
         if (ask(&old, *which, device) || attribute(0, &new, *which)) continue;
         if (old) replace_value(properties, AT_LATER, old, new);
     }
-    snprintf(properties, NAME_BYTES, "%s", getenv("PRETENDED_CARD_NAME"));
+    snprintf(properties, NAME_BYTES, "%s", getenv("STAND_IN_CARD_NAME"));
     *(size_t *)((char *)properties + AT_TOTAL) = CARD(BYTES);
     *(int *)((char *)properties + AT_MAJOR) = CARD(MAJOR);
     *(int *)((char *)properties + AT_MINOR) = CARD(MINOR);
@@ -317,7 +317,7 @@ static int my_cuDeviceComputeCapability(int *major, int *minor, int device) {
 
 static int my_cuDeviceGetName(char *name, int size, int device) {
     int code = WRAPPED(int, my_cuDeviceGetName, char *, int, int)(name, size, device);
-    if (!code) snprintf(name, size, "%s", getenv("PRETENDED_CARD_NAME"));
+    if (!code) snprintf(name, size, "%s", getenv("STAND_IN_CARD_NAME"));
     return code;
 }
 
@@ -345,7 +345,7 @@ static int my_cuMemFree(uintptr_t pointer) {
 static int my_nvmlDeviceGetName(void *device, char *name, unsigned size) {
     int code = WRAPPED(int, my_nvmlDeviceGetName, void *, char *, unsigned)(device, name, size);
     if (code) return code;
-    return snprintf(name, size, "%s", getenv("PRETENDED_CARD_NAME")) < (int)size ? 0 : NVML_INSUFFICIENT_SIZE;
+    return snprintf(name, size, "%s", getenv("STAND_IN_CARD_NAME")) < (int)size ? 0 : NVML_INSUFFICIENT_SIZE;
 }
 
 static void shrink(unsigned long long *total, unsigned long long *free, unsigned long long *used) {
@@ -476,7 +476,7 @@ static int changed(int file, int is_version) {
             dprintf(copy, "%.*sx86_64 Kernel Module%.*s", (int)(open_module - line), line, (int)(end - open_module - 29),
                     open_module + 29);
         else if (!is_version && !strncmp(line, "Model:", 6))
-            dprintf(copy, "Model: \t\t %s\n", getenv("PRETENDED_CARD_NAME"));
+            dprintf(copy, "Model: \t\t %s\n", getenv("STAND_IN_CARD_NAME"));
         else dprintf(copy, "%.*s", (int)(end - line), line);
     }
     lseek(copy, 0, SEEK_SET);
@@ -491,7 +491,7 @@ static int real_open(const char *path, int flags, mode_t mode) {
 
 static int opened(const char *path, int flags, mode_t mode) {
     int file = real_open(path, flags, mode);
-    const char *folder = getenv("PRETENDED_CARD_PROC_GPUS"), *rest;
+    const char *folder = getenv("STAND_IN_CARD_PROC_GPUS"), *rest;
     if (file < 0 || !path || !folder) return file;
     size_t above = strrchr(folder, '/') - folder + 1;
     if (!strncmp(path, folder, above) && !strcmp(path + above, "version")) return changed(file, 1);

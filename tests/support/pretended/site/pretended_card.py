@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 VARIABLE, PARENT, REPORT = (
     "SGLANG_PASCAL_PRETENDED_CARD",
-    "PRETENDED_CARD_PARENT",
-    "PRETENDED_CARD_REPORT",
+    "STAND_IN_CARD_PARENT",
+    "STAND_IN_CARD_REPORT",
 )
 _FRAMES = 12
 """Callers that a message names: the innermost."""
@@ -69,7 +69,7 @@ def callers() -> list[str]:
 def refused(what: str) -> str:
     """Write what was asked for and by whom to standard error and to the report; return the message."""
     who = callers()
-    message = f"{os.environ.get('PRETENDED_CARD_NAME')} cannot run {what}, called by {' < '.join(who) or 'no Python'}"
+    message = f"{os.environ.get('STAND_IN_CARD_NAME')} cannot run {what}, called by {' < '.join(who) or 'no Python'}"
     sys.stderr.write(f"pretended card: {message}\n")
     if report := os.environ.get(REPORT):
         with Path(report).open("a") as file:
@@ -89,7 +89,7 @@ def _change_torch(torch: Any) -> None:
     """
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     flags = torch._C._cuda_getArchFlags
-    major, minor = os.environ["PRETENDED_CARD_MAJOR"], os.environ["PRETENDED_CARD_MINOR"]
+    major, minor = os.environ["STAND_IN_CARD_MAJOR"], os.environ["STAND_IN_CARD_MINOR"]
     torch._C._cuda_getArchFlags = lambda: f"{flags() or ''} sm_{major}{minor}".strip()
     torch.compile = compile_nothing
 

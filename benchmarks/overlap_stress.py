@@ -93,7 +93,9 @@ def main() -> int:
         parser.error(f"there is no file {args.model}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # each process then ends its engine
     with ProcessPoolExecutor(args.engines) as pool:  # an engine's clients take most of a core
-        engines = list(pool.map(functools.partial(one_engine, args), range(args.engines)))
+        # Processes of one fork could draw the same port, and all their clients would then reach one engine.
+        ports = [free_port() for _ in range(args.engines)]
+        engines = list(pool.map(functools.partial(one_engine, args), range(args.engines), ports))
     together: Counter[str] = Counter()
     for each in engines:
         together.update({name: value for name, value in each.items() if isinstance(value, int)})
@@ -109,13 +111,13 @@ def main() -> int:
     return 1 if together["different"] or any("error" in each for each in engines) else 0
 
 
-def one_engine(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+def one_engine(args: argparse.Namespace, seed: int, port: int) -> dict[str, Any]:
     """Run one engine to its end. Returns counts; `error` if it failed."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "engine.log"
         try:
-            with running(args, Path(folder), log) as (engine, counts):
+            with running(args, Path(folder), log, port) as (engine, counts):
                 alone = [answer_alone(engine, number) for number in range(REQUESTS)]
                 leads = sorted(lead for _, each in alone for lead in each)
                 found |= {"tokens alone": len(leads), "of them near a tie": sum(lead < TIE for lead in leads)}
@@ -124,6 +126,8 @@ def one_engine(args: argparse.Namespace, seed: int) -> dict[str, Any]:
                 found |= stress(engine, alone, args.seconds, seed)
                 steps, retracted = (after - first for after, first in zip(read(counts), before, strict=True))
                 found |= {"steps": steps, "retracted": retracted}
+                if not steps:
+                    found["error"] = "its scheduler made no step: the requests went elsewhere"
         except Exception as error:
             found["error"] = f"{type(error).__name__}: {error}"[:600]
         if args.logs and log.is_file():
@@ -132,13 +136,13 @@ def one_engine(args: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def running(args: argparse.Namespace, folder: Path, log: Path) -> Iterator[tuple[Engine, Path]]:
+def running(args: argparse.Namespace, folder: Path, log: Path, port: int) -> Iterator[tuple[Engine, Path]]:
     """Start SGLang with the counter; yield it and the file of its counts."""
     from sglang_pascal.checkpoint.prepare import prepare
 
     small = str(args.model) == SMALL
     prepare(write_small(folder / "small.gguf") if small else args.model, folder / "model")
-    information, counts, port = folder / "plugin/overlap-0.dist-info", folder / "counts", free_port()
+    information, counts = folder / "plugin/overlap-0.dist-info", folder / "counts"
     information.mkdir(parents=True)
     (folder / "plugin/kernel_names_recorder.py").write_text(COUNTER)
     (information / "METADATA").write_text(METADATA)

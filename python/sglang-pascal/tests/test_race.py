@@ -86,7 +86,7 @@ def test_both_are_run_and_the_ratios_are_written(race, programs, monkeypatch, ca
     assert picture.count("<rect") >= 6, "a bar for each ratio"
     assert "| prompt of 512 | 300 | 645 | 430 | 0.70 | 1.50 | 8 bits | 1.50 |" in page, "the faster of both settings"
     assert "| 1 request | 33 | 34 | 30 | 1.10 | 1.13 | 16 bits | 1.10 |" in page
-    assert "| 8 requests | 200 | 240 | 80 | 2.50 | 3.00 | 16 bits | 2.50 |" in page
+    assert "| 8 requests | 200 | 240 | 80 | 2.50 | 3.00 | 8 bits | 3.00 |" in page
     assert "version: " not in page
     assert "5000 (abc)" in page
     assert "no Pascal card" not in page

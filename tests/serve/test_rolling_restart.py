@@ -80,8 +80,12 @@ def test_a_rolling_restart_loses_nothing(stack: contextlib.ExitStack, tmp_path: 
             else:
                 assert instance.agent("/drain", {}).status == 202
             assert instance.wait(PATIENCE * stretch()) == ExitCode.OK
-            start(stack, tmp_path / f"again-{number}", model, instance.settings["port"])
+            again = start(stack, tmp_path / f"again-{number}", model, instance.settings["port"])
             wait_until("both are healthy", lambda: healthy(port) == 2, seconds=PATIENCE * stretch(), every=0.5)
+            # A router that was refused calls an instance healthy some seconds before it sends to it again.
+            wait_until(
+                "requests", lambda here=again: here.health().get("running_requests"), seconds=PATIENCE * stretch()
+            )
     print(load.ledger)
     assert load.ledger.is_balanced
     assert load.ledger.count(Outcome.WHOLE) == load.ledger.sent > CLIENTS, str(load.ledger)

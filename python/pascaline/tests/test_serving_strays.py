@@ -66,15 +66,15 @@ def test_two_runs_have_two_marks() -> None:
 @pytest.mark.parametrize(
     "mark",
     [
-        strays.new_mark(),
-        f"{os.getpid()}:1",
-        f"{2**22}:1:",
-        f"{2**22}::{strays._namespace()}:0",
-        "",
+        pytest.param(strays.new_mark(), id="lives"),
+        pytest.param(f"{os.getpid()}:1", id="too short"),
+        pytest.param(f"{2**22}:1:", id="no namespace"),
+        pytest.param(f"{2**22}::{strays._namespace()}:0", id="no start"),
+        pytest.param("", id="empty"),
         ":::",
         "words",
-        f"{2**40}:1:elsewhere:0",
-        f"{'9' * 5000}:1:{strays._namespace()}:0",
+        pytest.param(f"{2**40}:1:elsewhere:0", id="another namespace"),
+        pytest.param(f"{'9' * 5000}:1:{strays._namespace()}:0", id="5000 digits"),
     ],
 )
 def test_what_is_no_orphan(mark: str) -> None:

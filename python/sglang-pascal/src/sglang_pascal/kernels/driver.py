@@ -65,7 +65,7 @@ class Kernel:
             ctypes.addressof(size),
             0,
         )
-        # The number alone: torch.cuda.current_stream makes an object, which takes ten times as long.
+        # The number alone: torch.cuda.current_stream makes an object, which takes longer.
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device))
         code = _cuda().cuLaunchKernel(self.handle, *grid, self.threads, 1, 1, 0, stream, None, extra)
         if code:

@@ -48,6 +48,21 @@ let
     }
     // instance.settings;
 
+  noLimits = {
+    memoryMax = null;
+    numaNode = null;
+  };
+  # What `pascaline service limits` wrote on the host, from the plan there.
+  limitsOf =
+    name: file:
+    let
+      limits = if file == null then noLimits else lib.importJSON file;
+    in
+    if lib.isAttrs limits && lib.attrNames limits == lib.attrNames noLimits then
+      limits
+    else
+      throw "services.pascaline.instances.${name}.limits: ${toString file} is not what `pascaline service limits` writes: an object with memoryMax and numaNode; write it again";
+
   # Checked by the same code that reads it at start, so that a mistake fails the build and not the boot.
   configFile =
     name: instance:
@@ -277,9 +292,17 @@ in
               description = "systemd slice of the unit. A limit on `pascaline.slice` (`systemd.slices.pascaline`) applies to all instances together.";
             };
 
+            limits = mkOption {
+              type = types.nullOr types.path;
+              default = null;
+              example = lib.literalExpression "./emily-limits.json";
+              description = "File that `pascaline service limits` wrote on the host: {option}`memoryMax` and {option}`numaNode` as they follow from the plan there, if weights stay in the host's memory. They are the defaults of these options. Write the file again after a change of the settings, the model or the memory.";
+            };
+
             memoryMax = mkOption {
               type = types.nullOr types.str;
-              default = null;
+              default = (limitsOf name instance.config.limits).memoryMax;
+              defaultText = lib.literalMD "as `limits` says; `null` without that file";
               example = "24G";
               description = "Host memory that the instance may use (`MemoryMax`). `null`: no limit.";
             };
@@ -288,7 +311,8 @@ in
               type = types.nullOr (
                 types.coercedTo types.ints.unsigned lib.singleton (types.nonEmptyListOf types.ints.unsigned)
               );
-              default = null;
+              default = (limitsOf name instance.config.limits).numaNode;
+              defaultText = lib.literalMD "as `limits` says; `null` without that file";
               example = [
                 0
                 1

@@ -126,6 +126,22 @@ rec {
         }
       ))
     ];
+    # The same limits by a file that the program wrote; one of them is overridden.
+    plannedLimits = on [
+      (instance "card" (lib.recursiveUpdate builtinModel { limits = ./limits/emily.json; }))
+      (instance "host" (
+        lib.recursiveUpdate builtinModel {
+          gpus = [ ];
+          limits = ./limits/emily.json;
+          numaNode = 1;
+          settings = {
+            device = "cpu";
+            port = 30010;
+            agent_port = 30011;
+          };
+        }
+      ))
+    ];
     exporter = on {
       services.pascaline.exporter = {
         enable = true;
@@ -660,6 +676,10 @@ rec {
     noNode = instance "emily" {
       gpus = [ ];
       numaNode = [ ];
+    };
+    otherLimits = instance "emily" {
+      gpus = [ ];
+      limits = ./limits/other.json;
     };
     halfAddress.hardware.pascaline.network = {
       address = "10.10.1";

@@ -157,6 +157,13 @@ class TestInstance:
         placements = [settings.get("placement") for settings in evaluated("settings")["sockets"].values()]
         assert placements == [{"experts": "auto"}, None]
 
+    def test_limits_follow_from_the_file_of_a_plan(self, host: Any) -> None:
+        """What `pascaline service limits` wrote; an option that is set comes first."""
+        units = host("plannedLimits")["services"]
+        for name, nodes in (("card", "0,1"), ("host", "1")):
+            service = units[f"pascaline-{name}"]["serviceConfig"]
+            assert (service["MemoryMax"], service["NUMAMask"]) == ("33285996544", nodes)
+
     def test_key_comes_as_a_credential(self, host: Any, evaluated: Any) -> None:
         """The settings, which everyone may read in the Nix store, name systemd's copy."""
         service = host("p4")["services"]["pascaline-emily"]["serviceConfig"]

@@ -64,6 +64,11 @@ def test_option_types_refuse(evaluated: Any, case: str) -> None:
         evaluated(f"typeErrors.{case}")
 
 
+def test_a_file_of_limits_with_other_names_is_refused(evaluated: Any) -> None:
+    with pytest.raises(RuntimeError, match="is not what `pascaline service limits` writes"):
+        evaluated("typeErrors.otherLimits")
+
+
 def test_every_option_is_documented(evaluated: Any) -> None:
     """Type, default, example and description: nobody should have to read a module to use it."""
     options = [option for option in evaluated("options") if not option["internal"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,12 +12,15 @@ from pathlib import Path
 
 import pytest
 from pascaline.cli import main
-from pascaline.errors import ConfigurationError
+from pascaline.errors import ConfigurationError, ExitCode
+from pascaline.gpu.devices import GpuIdentity
+from pascaline.gpu.memory import DeviceMemory
 from pascaline.planning import Plan, make_plan
-from pascaline.planning.placement import Placement, place_on_card
+from pascaline.planning.placement import HostFacts, Placement, place_on_card
 from pascaline.planning.unit_limits import MARGIN_BYTES, UnitLimits, unit_limits
 from pascaline.service import Unit
 from pascaline.settings import Settings
+from support.catalog_files import shape_named, write_catalog_file
 from support.mixtures import QWEN_3_30B_A3B, mixture_spec
 from support.planning import P4, request
 
@@ -241,3 +245,52 @@ class TestLimits:
         file.write_text('engine = "llama.cpp"\nmodel = "/absent.gguf"\ncard = "tesla-p4"\n')
         main(["service", "show", "emily", "--config", str(file)])
         assert "no limits of memory and NUMA node, as there is no plan: " in capsys.readouterr().err
+
+    def test_as_options_of_nixos(self) -> None:
+        limits = unit_limits(self.plan(), replace(self.placement(), numa_nodes=(2, 3)), 96 * 2**30)
+        assert limits.nixos_options() == {"memoryMax": str(limits.memory_max_bytes), "numaNode": [2, 3]}
+        assert UnitLimits().nixos_options() == {"memoryMax": None, "numaNode": None}
+
+    def test_limits_are_printed_for_nixos(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """An instance that keeps nothing on the host has none; without a plan there is no file to use."""
+        file = tmp_path / "emily.toml"
+        file.write_text('device = "cpu"\n')
+        assert main(["service", "limits", "emily", "--config", str(file)]) == 0
+        assert json.loads(capsys.readouterr().out) == {"memoryMax": None, "numaNode": None}
+        file.write_text('engine = "llama.cpp"\nmodel = "/absent.gguf"\ncard = "tesla-p4"\n')
+        assert main(["service", "limits", "emily", "--config", str(file)]) in {ExitCode.CONFIGURATION, ExitCode.MODEL}
+        assert capsys.readouterr().out == ""
+        assert main(["service", "limits", "emily"]) == ExitCode.CONFIGURATION
+
+    def test_a_mixture_on_a_card_has_both(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """From a settings file to the module's options, on a host of two sockets with a P4 on the second one."""
+        gpu = GpuIdentity(0, "GPU-4", "0000:3b:00.0", "Tesla P4")
+        facts = HostFacts(
+            environment={},
+            installed=lambda: [gpu.name],
+            gpu_memory=lambda _: DeviceMemory(gpu.name, P4.memory_bytes, 0, (gpu,)),
+            host_memory=lambda: DeviceMemory("cpu", 180 * 2**30),
+            cpu_flags=frozenset,
+            driver_gpus=lambda: [gpu],
+            numa_node=lambda _: 1,
+            node_cpus=lambda node: frozenset(range(10 * node, 10 * node + 10)),
+            cpus=lambda: frozenset(range(20)),
+        )
+        monkeypatch.setattr("pascaline.serving.task.this_host", lambda _: facts)
+        monkeypatch.setattr("pascaline.gpu.memory.node_bytes", lambda _: 96 * 2**30)
+        model = write_catalog_file(tmp_path / "m.gguf", shape_named("Qwen3-30B-A3B", 48))
+        file = tmp_path / "emily.toml"
+        file.write_text(f'engine = "llama.cpp"\nmodel = "{model}"\ncard = "tesla-p4"\nmax_running_requests = 1\n')
+        assert main(["service", "limits", "emily", "--config", str(file)]) == 0
+        limits = json.loads(capsys.readouterr().out)
+        assert limits["numaNode"] == [1]
+        assert 16 * 2**30 < int(limits["memoryMax"]) < 64 * 2**30
+        monkeypatch.setattr("pascaline.serving.task.this_host", lambda _: replace(facts, host_memory=_two_gib))
+        assert main(["service", "limits", "emily", "--config", str(file)]) == ExitCode.DOES_NOT_FIT
+        assert "the plan does not fit: " in capsys.readouterr().err
+
+
+def _two_gib() -> DeviceMemory:
+    return DeviceMemory("cpu", 2 * 2**30)

@@ -1,7 +1,8 @@
-"""`pascaline service`: run an instance as a systemd unit on a host without NixOS."""
+"""`pascaline service`: run an instance as a systemd unit on a host without NixOS; its limits by the plan with NixOS."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pascaline.configuration import load
-from pascaline.errors import ConfigurationError, ExitCode, MissingError, PascalineError, StorageError
+from pascaline.errors import ConfigurationError, DoesNotFitError, ExitCode, MissingError, PascalineError, StorageError
 from pascaline.gpu.devices import VISIBLE_DEVICES
 from pascaline.planning.unit_limits import NO_LIMITS, unit_limits
 from pascaline.service import Unit
@@ -30,6 +31,7 @@ DESCRIPTION = """Run an instance as a systemd unit on a host without NixOS.
   pascaline service show emily --config /etc/pascaline/emily.toml      print the unit file
   pascaline service install emily --config /etc/pascaline/emily.toml   check the settings, write it, reload systemd
   pascaline service remove emily                                       stop and disable it, delete the unit file
+  pascaline service limits emily --config FILE > emily-limits.json     on NixOS: the file for the option `limits`
 
 The unit is pascaline-NAME.service, with the sandbox of the NixOS module. It runs as its own user (DynamicUser), so the
 program, the settings and the model must be readable by everyone, and outside /home and /root. The file of api_key_file
@@ -37,14 +39,18 @@ may be readable by root alone: systemd passes its content to the unit. Where lla
 memory, MemoryMax follows from the plan, and the unit is bound to the NUMA node of its GPU if that has room; install it
 again after a change of the settings.
 
-exit codes: 0 done, 2 settings or paths that the unit cannot use, 8 no systemd here, 9 the unit cannot be written"""
+On NixOS the module makes the unit. `limits` prints what follows from the plan as JSON with its options memoryMax and
+numaNode; null where the instance needs no limit. Run it on the host whose GPU and memory are planned.
+
+exit codes: 0 done, 2 settings or paths that the unit cannot use, 8 no systemd here, 9 the unit cannot be written;
+limits: 3 if the model cannot be read, 7 if the plan does not fit"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the action, the instance and the parts of the unit."""
     parser.add_argument("action", choices=ACTIONS, metavar="{" + ",".join(ACTIONS) + "}", help="what to do")
     parser.add_argument("instance", metavar="NAME", help="name of the instance, and its name in the API")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with the settings (show, install)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with the settings (all but remove)")
     parser.add_argument(
         "--gpus", metavar="GPUS", help="GPUs by the numbers of `nvidia-smi -L`, or by UUID; '' for the CPU (default: 0)"
     )
@@ -57,6 +63,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     print(_unit(arguments).text(), end="")
+    return ExitCode.OK
+
+
+def _print_limits(arguments: argparse.Namespace) -> int:
+    _, configuration = _settings(arguments)
+    gpus = _gpus(arguments.gpus, configuration.settings.device)
+    print(json.dumps(_planned_limits(configuration, gpus).nixos_options()))
     return ExitCode.OK
 
 
@@ -88,13 +101,18 @@ def _remove(arguments: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-def _unit(arguments: argparse.Namespace) -> Unit:
+def _settings(arguments: argparse.Namespace) -> tuple[Path, Configuration]:
+    """Return the settings file, by an absolute path, and what it says."""
     if arguments.config is None:
         raise ConfigurationError(
             "--config: no settings are named; write them to a file such as /etc/pascaline/NAME.toml"
         )
     config = Path(os.path.abspath(arguments.config))  # noqa: PTH100 # a symbolic link stays one
-    configuration = load(config_file=config, environment={})
+    return config, load(config_file=config, environment={})
+
+
+def _unit(arguments: argparse.Namespace) -> Unit:
+    config, configuration = _settings(arguments)
     settings = configuration.settings
     gpus = _gpus(arguments.gpus, settings.device)
     return Unit(
@@ -111,7 +129,16 @@ def _unit(arguments: argparse.Namespace) -> Unit:
 
 
 def _limits(configuration: Configuration, gpus: str) -> UnitLimits:
-    """Plan the instance as its unit would run it. Without a plan there are no limits, and a message says why.
+    """Return the unit's limits. Without a plan there are none, and a message says why."""
+    try:
+        return _planned_limits(configuration, gpus)
+    except PascalineError as error:
+        print(f"pascaline service: no limits of memory and NUMA node, as there is no plan: {error}", file=sys.stderr)
+        return NO_LIMITS
+
+
+def _planned_limits(configuration: Configuration, gpus: str) -> UnitLimits:
+    """Plan the instance as its unit would run it; raise PascalineError if there is no plan, or none that fits.
 
     Only an engine that keeps weights on the host needs this.
     """
@@ -129,13 +156,11 @@ def _limits(configuration: Configuration, gpus: str) -> UnitLimits:
         return NO_LIMITS
     host = this_host(settings)
     host = replace(host, environment={**host.environment, VISIBLE_DEVICES: gpus})
-    try:
-        placement = place(settings, configuration.card, host)
-        spec = read_model(resolve.locate(settings)[0])
-        plan = make_plan(spec, placement.card, request_from_placement(settings, spec, placement))
-    except PascalineError as error:
-        print(f"pascaline service: no limits of memory and NUMA node, as there is no plan: {error}", file=sys.stderr)
-        return NO_LIMITS
+    placement = place(settings, configuration.card, host)
+    spec = read_model(resolve.locate(settings)[0])
+    plan = make_plan(spec, placement.card, request_from_placement(settings, spec, placement))
+    if not plan.fits:
+        raise DoesNotFitError(f"the plan does not fit: {plan.reasons[0]}; `pascaline plan --config` shows what would")
     sizes = [node_bytes(node) for node in placement.numa_nodes]
     known = [size for size in sizes if size is not None]
     return unit_limits(plan, placement, sum(known) if len(known) == len(sizes) else None)
@@ -172,4 +197,4 @@ def _systemctl(*arguments: str) -> None:
         raise PascalineError(f"systemctl {' '.join(arguments)} failed: {done.stderr.strip() or done.returncode}")
 
 
-ACTIONS = {"show": _show, "install": _install, "remove": _remove}
+ACTIONS = {"show": _show, "install": _install, "remove": _remove, "limits": _print_limits}

@@ -23,6 +23,11 @@ class UnitLimits:
     """Nodes to whose CPUs and memory it is bound: those of one socket; empty if it is not bound."""
     memory_max_bytes: int | None = None
 
+    def nixos_options(self) -> dict[str, str | list[int] | None]:
+        """Return them as options of services.pascaline.instances.<name>, whose `limits` reads them from a file."""
+        most = self.memory_max_bytes
+        return {"memoryMax": None if most is None else str(most), "numaNode": list(self.numa_nodes) or None}
+
 
 NO_LIMITS = UnitLimits()
 

@@ -113,6 +113,8 @@ class TestStart:
         """Type=notify: systemd's moment of activation is the supervisor's READY, not the start of the process."""
         assert main.show(MAIN, "ActiveState") == "active"
         assert main.show(MAIN, "StatusText") == "ready: a generation succeeded"
+        # journald reads what the instance and what systemd write from two sockets.
+        wait_until(lambda: f"Started {MAIN}" in main.journal(MAIN), explain=lambda: main.journal(MAIN)[-2000:])
         lines = main.journal(MAIN).splitlines()
         ready = next(n for n, line in enumerate(lines) if "starting → ready: a generation succeeded" in line)
         assert any(line.startswith(f"Started {MAIN}") for line in lines[ready:])

@@ -607,8 +607,11 @@ class TestCommand:
         assert numa_arguments(known, is_bound=False) == numa_arguments(frozenset(), is_bound=False, nodes=2) == ()
 
     @pytest.mark.parametrize("weights", ["pinned", "mapped", "locked"])
-    def test_a_cpu_with_several_nodes_deals_its_threads_out(self, weights: str, tmp_path: Path) -> None:
+    def test_a_cpu_with_several_nodes_deals_its_threads_out(
+        self, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """No GPU says beside which node they should be."""
+        monkeypatch.setattr("pascaline.engines.llama_cpp.engine.check_limit", lambda _: None)
         program = tmp_path / "llama-server"
         program.write_text("#!/bin/sh\necho '--numa TYPE --mlock'\n")
         program.chmod(0o755)

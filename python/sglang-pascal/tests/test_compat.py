@@ -54,6 +54,7 @@ def test_rows_of_a_device_and_a_stage():
         "no file left in /dev/shm",
         "imports once",
         "refusal while draining",
+        "collector frozen late",
         "OpenAI's errors",
         "pieces of tool calls",
         "status of refused streams",

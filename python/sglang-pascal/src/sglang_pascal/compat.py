@@ -377,6 +377,7 @@ _KV_TARGETS: Final = (
 _RUN_SERVER: Final = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 
 
+_FREEZE: Final = "sglang.srt.entrypoints.http_server._freeze_gc_after_server_warmup"
 _HANDLE_REQUEST: Final = "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.handle_request"
 _REFUSED: Final = "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_abort_finish_reason"
 _READS_TOOL_CALLS: Final = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._tool_call_parsing_active"
@@ -390,6 +391,12 @@ def _wrap_server() -> None:
     # One hook for all: SGLang warns about several hooks around one function.
     inner = functools.partial(streams.add_to_server, draining.add_to_server)
     _hook(_RUN_SERVER, functools.partial(openai_api.add_to_server, inner), "AROUND")
+
+
+def _freeze_when_listening() -> None:
+    from sglang_pascal.listening import when_listening
+
+    _hook(_FREEZE, when_listening, "AROUND")
 
 
 def _note_refusals() -> None:
@@ -747,6 +754,17 @@ SHIMS: Final = (
         is_needed=_is_server,
         apply=_wrap_server,
         is_applied=lambda: _is_hooked(_RUN_SERVER),
+    ),
+    Shim(
+        name="collector frozen late",
+        what=f"{_FREEZE} waits until the server listens",
+        why="without a warm-up request SGLang asks itself to freeze the garbage collector before it listens: a "
+        "traceback in the log, and pauses of the collector",
+        devices=("cpu", "cuda"),
+        stage="register",
+        is_needed=_is_server,
+        apply=_freeze_when_listening,
+        is_applied=lambda: _is_hooked(_FREEZE),
     ),
     Shim(
         name="OpenAI's errors",

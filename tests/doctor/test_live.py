@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from pascaline.doctor import examine
@@ -47,7 +48,8 @@ def test_instance_that_serves_and_then_crashes(tmp_path: Path) -> None:
         found = findings(f"http://127.0.0.1:{agent_port}")
         assert found["instance-state"].verdict is Verdict.OK
         assert found["configuration"].evidence == "only the agent's URL is known"
-        instance.api("/fake/faults", {"crash_now": 1})
+        with contextlib.suppress(ConnectionError):  # it may end before it has answered
+            instance.api("/fake/faults", {"crash_now": 1})
         wait_until("a restart", lambda: instance.agent("/health").json["restarts"] == 1)
         assert findings(str(file))["instance-restarts"].evidence == "1 of the engine, 0 of the unit"
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pascaline.configuration import load, setting_fields
+from pascaline.configuration import OTHER_VARIABLES, load, setting_fields
 from pascaline.errors import ConfigurationError, ExitCode
 
 
@@ -301,3 +302,13 @@ class TestLightness:
         code += "print([m for m in ('torch', 'sglang', 'pydantic') if m in sys.modules])"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
         assert result.stdout.endswith("[]\n"), result.stderr
+
+
+def test_variables_of_dev_and_the_tests_are_no_settings() -> None:
+    """With one that is set, every command that a test runs would refuse it as an unknown setting."""
+    root = Path(__file__).parents[3]
+    files = [root / "dev", root / ".ci/run", *(root / "tests").rglob("*.py")]
+    read = re.compile(r"""(?:environ(?:\.get)?[\[(]"|\$\{?|f")(PASCALINE_[A-Z_]+)""")
+    found = {name for file in files for name in read.findall(file.read_text())}
+    assert {"PASCALINE_ENV", "PASCALINE_TEST_WORKERS", "PASCALINE_BARE_USER"} <= found
+    assert {name for name in found if name != "PASCALINE_ENVIRONMENT"} <= OTHER_VARIABLES

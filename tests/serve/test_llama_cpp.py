@@ -139,7 +139,7 @@ def test_sigterm_lets_a_request_in_flight_complete(own: Callable[..., Instance])
 def test_an_engine_that_is_too_busy_to_answer_is_waited_for(own: Callable[..., Instance]) -> None:
     """llama-server reports its requests between two batches only, and a batch may take longer than any time limit."""
     instance = own()
-    asked = story(instance)
+    asked = STORY | {"max_tokens": 600}  # no request before it, whose "busy" could be taken for this one's
     engine = psutil.Process(instance.health()["engine_pid"])
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(instance.api, "/v1/completions", asked, timeout=300)

@@ -152,6 +152,23 @@ def test_an_engine_that_is_too_busy_to_answer_is_waited_for(own: Callable[..., I
     assert instance.wait() == ExitCode.OK
 
 
+@pytest.mark.slow("keeps a real engine busy for long")
+def test_a_request_that_no_count_shows_yet_is_waited_for(own: Callable[..., Instance]) -> None:
+    """It reached the engine before SIGTERM, and the first answer after that says that nothing runs."""
+    instance = own()
+    engine = psutil.Process(instance.health()["engine_pid"])
+    asked = STORY | {"max_tokens": 200}
+    with ThreadPoolExecutor(1) as pool:
+        engine.suspend()
+        answer = pool.submit(instance.api, "/v1/completions", asked, timeout=300)
+        time.sleep(1)
+        instance.process.send_signal(signal.SIGTERM)
+        instance.wait_for_state("draining")
+        engine.resume()
+        assert answer.result().json["usage"]["completion_tokens"] == asked["max_tokens"]
+    assert instance.wait() == ExitCode.OK
+
+
 def test_a_second_signal_ends_at_once_one_that_does_not_answer(own: Callable[..., Instance]) -> None:
     instance = own()
     psutil.Process(instance.health()["engine_pid"]).suspend()

@@ -91,6 +91,8 @@ NO_CHAT_TEMPLATE = (
 )
 KEPT_CHANGES = 30
 """Changes of the state that the agent's page can show."""
+IDLE_ANSWERS = 2
+"""A request that the engine has accepted is not counted yet for a moment, and SIGTERM then would cut it."""
 KILL_GRACE_SECONDS = 20.0
 """From SIGTERM after draining to SIGKILL; SGLang takes up to 5 s to notice SIGTERM and 3 s to end."""
 
@@ -817,20 +819,19 @@ class Supervisor:
         process, settings = self._process, self.settings
         if process is not None and process.exit_code is None:
             self._console.line("INFO", "pascaline", f"draining for at most {settings.drain_timeout:g} s")
-            deadline = time.monotonic() + settings.drain_timeout
+            deadline, limit = time.monotonic() + settings.drain_timeout, f"drain_timeout ({settings.drain_timeout:g} s)"
             idle, ended = asyncio.create_task(self._until_idle()), asyncio.create_task(process.ended())
             if not self._engine.drains_on_sigterm:
                 await self._drain_until(deadline, idle, ended)
+                # It drops what it still has, and may never end with a request that came at the last moment.
+                deadline = min(deadline, time.monotonic()) + KILL_GRACE_SECONDS
+                limit = f"SIGTERM ({KILL_GRACE_SECONDS:g} s)" if idle.done() else limit
             process.terminate()
-            grace = 0.0 if self._engine.drains_on_sigterm else KILL_GRACE_SECONDS
-            await self._drain_until(deadline + grace, ended)
+            await self._drain_until(deadline, ended)
             for task in (idle, ended):
                 task.cancel()
             if process.exit_code is None and not self._stop_now.is_set():
-                text = (
-                    f"the engine had not ended after drain_timeout ({settings.drain_timeout:g} s); killing it with its "
-                    "running requests"
-                )
+                text = f"the engine had not ended after {limit}; killing it with its running requests"
                 self._console.line("WARNING", "pascaline", text)
             await process.kill()
         self._count_start(self._starts.settle)
@@ -846,11 +847,12 @@ class Supervisor:
         stop.cancel()
 
     async def _until_idle(self) -> None:
-        while True:
+        """Wait until IDLE_ANSWERS in a row say that nothing runs."""
+        idle = 0
+        while idle < IDLE_ANSWERS:
             # If no thread can be started, try again until the deadline.
             with contextlib.suppress(OSError):
-                if not await start_in_thread(self._has_work):
-                    return
+                idle = 0 if await start_in_thread(self._has_work) else idle + 1
             await asyncio.sleep(DRAIN_POLL_SECONDS)
 
     def _has_work(self) -> bool:

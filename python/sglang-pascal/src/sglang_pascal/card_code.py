@@ -158,7 +158,7 @@ def compiled_at_start(capability: tuple[int, int], libraries: Iterable[LibraryCo
 
 
 def _not_installed(found: Iterable[str]) -> list[str]:
-    """Return a sentence about bitsandbytes where there is none: it is no part of the lock, and only NF4 needs it."""
+    """Return a sentence that says bitsandbytes is not installed. The lock does not have it, and only NF4 needs it."""
     return [] if "bitsandbytes" in found else ["bitsandbytes: is not installed; weights in NF4 need it"]
 
 

@@ -33,7 +33,7 @@ def parses_once() -> bool:
 
 
 def parsing_once(original: Any) -> Any:
-    """Return the getter that stands for the original one."""
+    """Return a getter that replaces the original one and calls it only if the variable changed."""
 
     def get(field: Any) -> Any:
         known = field.__dict__.get("_sglang_pascal")

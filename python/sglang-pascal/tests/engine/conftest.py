@@ -108,29 +108,33 @@ def engine(builtin_gguf, tmp_path_factory):
         yield engine
 
 
-@pytest.fixture(scope="module")
-def lookup_engine(tiny_model, tmp_path_factory):
-    """A tiny random model with prompt lookup in every step that has a match, whatever it costs."""
-    root = tmp_path_factory.mktemp("lookup")
+@contextlib.contextmanager
+def _drafting_engine(root, tiny_model, *options):
+    """Yield an engine of a tiny random model in `root / "model"` that drafts whenever it can, whatever that costs.
+
+    If the file `root / "wrong"` is there, the drafts are wrong.
+    """
     prepare(tiny_model("llama").path, root / "model")
     (root / "plugin").mkdir()
     variables = always_draft.installed(root / "plugin", root / "wrong")
-    options = [*COMMON_OPTIONS, "--chunked-prefill-size", "32", "--enable-metrics"]
-    options += ["--speculative-algorithm", "PASCAL_LOOKUP"]
-    with running_engine(root / "model", root / "engine.log", *options, **variables) as found:
-        yield found
+    options = [*COMMON_OPTIONS, "--chunked-prefill-size", "32", "--enable-metrics", "--speculative-algorithm", *options]
+    with running_engine(root / "model", root / "engine.log", *options, **variables) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def lookup_engine(tiny_model, tmp_path_factory):
+    """A model with prompt lookup in every step that has a match."""
+    with _drafting_engine(tmp_path_factory.mktemp("lookup"), tiny_model, "PASCAL_LOOKUP") as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
 def draft_engine(tiny_model, tmp_path_factory):
-    """A tiny random model that drafts for itself in every step, and the file that makes its drafts wrong."""
+    """A model that drafts for itself in every step, and the file that makes its drafts wrong."""
     root = tmp_path_factory.mktemp("draft")
-    prepare(tiny_model("llama").path, root / "model")
-    (root / "plugin").mkdir()
-    variables = always_draft.installed(root / "plugin", root / "wrong")
-    options = [*COMMON_OPTIONS, "--chunked-prefill-size", "32", "--enable-metrics"]
-    options += ["--speculative-algorithm", "PASCAL_DRAFT", "--speculative-draft-model-path", str(root / "model")]
-    with running_engine(root / "model", root / "engine.log", *options, **variables) as engine:
+    options = ["PASCAL_DRAFT", "--speculative-draft-model-path", str(root / "model")]
+    with _drafting_engine(root, tiny_model, *options) as engine:
         yield engine, root / "wrong"
 
 

@@ -44,7 +44,7 @@ _KEPT = re.compile(r"ffn_gate_inp|ssm_conv1d|shortconv\.conv|pos_embd|token_type
 """Matrices that are never quantised (llama-quant.cpp, tensor_allows_quantization)."""
 _LAYER = re.compile(r"\.(\d+)\.")
 _FEW_EXPERTS = 8
-"""A mixture of exactly so many experts, which are large, gets more bits for its attention (llama-quant.cpp)."""
+"""llama-quantize gives the attention of a mixture with exactly this number of experts more bits (llama-quant.cpp)."""
 
 
 def requantized(spec: ModelSpec, mixture: str) -> ModelSpec:

@@ -104,7 +104,7 @@ class Texts:
         self._texts.clear()
 
     def expected_guess(self, n_tokens: int) -> Draft:
-        """Return what is expected of so many tokens that a model drafts for a new request."""
+        """Return a draft of `n_tokens` tokens by a model for a new request, with the probabilities seen in others."""
         return self._guesses.draft(n_tokens, GUESSED_MATCH)
 
     def prefilled(self, requests: Sequence[Any]) -> None:
